@@ -1,0 +1,34 @@
+"""hf_onlinespec: a `generate()` that gets faster the more it is used, and never changes what the model says.
+
+Importing it teaches `generate` one argument:
+
+    out = target.generate(**inputs, assistant_model=draft, onlinespec=True)
+"""
+
+from .candidates import OnlineCandidateGenerator
+from .config import OnlineSpecConfig
+from .draft import OnlineDraft, online_draft
+from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError
+from .feedback import Feedback, FeedbackRecorder
+from .generation import disable, enable
+from .metrics import DraftMetrics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "DraftError",
+    "DraftMetrics",
+    "Feedback",
+    "FeedbackRecorder",
+    "OnlineCandidateGenerator",
+    "OnlineDraft",
+    "OnlineSpecConfig",
+    "OnlineSpecError",
+    "UnsupportedError",
+    "disable",
+    "enable",
+    "online_draft",
+]
+
+enable()

@@ -1,0 +1,109 @@
+"""Every private name of transformers and PEFT that we touch, in one place.
+
+Checked on transformers 5.23.0 and peft 0.21.2. A release that moves one of these names breaks here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, StaticCache
+from transformers.generation import (
+    CandidateGenerator,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation.utils import GenerationMode
+
+__all__ = ["CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
+
+# The methods that `enable()` wraps.
+WRAPPED = (
+    (GenerationConfig, "get_generation_mode"),
+    (GenerationMixin, "_validate_generation_mode"),
+    (GenerationMixin, "_assisted_decoding"),
+)
+SAMPLING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+
+# Pure functions of (prefix, scores): applied to the draft too. A subclass may hold state, so types must match exactly.
+STATELESS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """The members of the list that are known to be pure functions."""
+    return LogitsProcessorList([p for p in processors if type(p) in STATELESS])
+
+
+def is_stateful(model: PreTrainedModel) -> bool:
+    """Whether the model carries a recurrent state that cannot be rolled back."""
+    return bool(model._is_stateful)
+
+
+def mask_length(generation_config: GenerationConfig) -> int | None:
+    """Length of an all-ones attention mask that `generate` dropped, prefix in the cache included; None if none was."""
+    return generation_config.__dict__.get("_mask_length")
+
+
+def is_static(cache: Cache | None, generation_config: GenerationConfig) -> bool:
+    return isinstance(cache, StaticCache) or generation_config.cache_implementation is not None
+
+
+def record_past(cache: Cache) -> None:
+    """Sliding-window layers keep what a later `crop` may need."""
+    cache.activate_past_recording()
+
+
+def crop(cache: Cache, n: int) -> None:
+    """Removes the last n tokens. Called with 0 too: that trims sliding-window layers back to their window."""
+    cache.crop(-n)
+
+
+def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer, each (batch, heads, length, head_dim)."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether `forward` can be told for how many last positions to compute logits."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def disable_lora(layer: LoraLayer, disabled: bool) -> None:
+    """Switches one LoRA layer off or on, without PEFT's walk over all modules."""
+    layer._disable_adapters = disabled
+
+
+def embedding_scale(layer: LoraEmbedding) -> Any:
+    """The factor some models (Gemma) apply inside their embedding; None for the others."""
+    return layer._get_embed_scale()

@@ -1,0 +1,174 @@
+"""GatedLora: one PEFT LoRA adapter whose rank is split into blocks, and the gate that says which blocks speak.
+
+    y = W x + s · B (g ⊙ (A x)),   A: (blocks · rank, d_in),   B: (d_out, blocks · rank),   g: (batch, blocks · rank)
+
+Gate shut: the original draft. The base weights are borrowed, not copied, and never written: the model that the user
+holds is not touched at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
+from .errors import DraftError
+
+ADAPTER = "default"
+
+
+def borrow(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same weights: same numbers in the same memory, own modules, hooks and flags.
+
+    A head that is tied to the embedding becomes a parameter of its own (over the same memory), so that both can carry
+    an adapter.
+    """
+    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        # Quantised weights are Parameter subclasses with state of their own: shared as they are.
+        plain = type(parameter) is nn.Parameter
+        shared[id(parameter)] = _frozen(parameter) if plain else parameter
+    tree = copy.deepcopy(model, shared)
+    head, embedding = tree.get_output_embeddings(), tree.get_input_embeddings()
+    if head is not None and embedding is not None and head.weight is embedding.weight:
+        head.weight = _frozen(head.weight)
+        tree.config.tie_word_embeddings = False
+    return tree.eval()
+
+
+def _frozen(parameter: Tensor) -> nn.Parameter:
+    data = parameter.detach()
+    # Weights that were made under inference_mode can take no part in autograd: these alone are copied.
+    return nn.Parameter(data.clone() if data.is_inference() else data, requires_grad=False)
+
+
+def adaptable_layers(model: PreTrainedModel) -> list[str]:
+    """Names of all layers that get an adapter by default: linear layers, the token embedding and the head."""
+    embedding = model.get_input_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or (module is embedding and isinstance(module, nn.Embedding))
+    ]
+
+
+class GatedLora:
+    """The adapter of a draft: its layers, its gate and its parameters as one flat vector.
+
+    Args:
+        model: the draft; its weights are shared, its modules are not.
+        rank, alpha: size of one block and LoRA scale, `s = alpha / rank`.
+        target_modules: layer names (full, or their last part); None adapts every linear layer, embedding and head.
+        blocks: how many adapters of this rank stand side by side.
+        seed: of the first values of A (B starts at zero, so a new adapter changes nothing).
+
+    Raises:
+        DraftError: no layer can carry an adapter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rank: int,
+        alpha: float,
+        target_modules: tuple[str, ...] | None = None,
+        blocks: int = 1,
+        seed: int = 0,
+    ) -> None:
+        base = borrow(model)
+        names = list(target_modules) if target_modules is not None else adaptable_layers(base)
+        if not names:
+            raise DraftError(
+                f"{type(model).__name__} has no linear or embedding layer that LoRA can adapt. "
+                "Use a draft with torch.nn.Linear layers, or name its layers with target_modules=."
+            )
+        settings = LoraConfig(
+            r=blocks * rank, lora_alpha=alpha * blocks, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            # PEFT still asks transformers under an old name; nothing the user could act on.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            try:
+                self.model: PeftModel = get_peft_model(base, settings)
+            except ValueError as error:
+                raise DraftError(
+                    f"No adapter fits {type(model).__name__} with target_modules={names}: {error}"
+                ) from error
+        self.base: PreTrainedModel = self.model.get_base_model()
+        self.base.eval()
+        self.rank, self.blocks = rank, blocks
+        self.layers = [module for module in self.base.modules() if isinstance(module, LoraLayer)]
+        self._open = False
+        self._gate: Tensor | None = None  # (batch, blocks · rank); None: every block at weight 1
+        for layer in self.layers:
+            if isinstance(layer, LoraEmbedding):
+                layer.register_forward_hook(self._embedding_hook)
+            else:
+                layer.lora_A[ADAPTER].register_forward_hook(self._linear_hook)
+            disable_lora(layer, True)
+        self._flatten()
+
+    def _flatten(self) -> None:
+        """Moves all adapter parameters, and their gradients, into one vector each: one step is then one operation."""
+        parameters = [p for p in self.base.parameters() if p.requires_grad]
+        device, dtype = parameters[0].device, torch.float32
+        self.params = torch.empty(sum(p.numel() for p in parameters), device=device, dtype=dtype)
+        self.grads = torch.zeros_like(self.params)
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.numel()
+            self.params[start:end].copy_(parameter.detach().flatten())
+            parameter.data = self.params[start:end].view_as(parameter)
+            parameter.grad = self.grads[start:end].view_as(parameter)
+            start = end
+
+    @contextmanager
+    def speaking(self, weights: Tensor | None = None) -> Iterator[PreTrainedModel]:
+        """The draft with its blocks speaking, for the time of the `with`; outside it the gate is shut.
+
+        Args:
+            weights: (batch, blocks) or (1, blocks) weight of every block; None: all at 1.
+        """
+        self._gate = None if weights is None else weights.repeat_interleave(self.rank, dim=-1)
+        self._switch(True)
+        try:
+            yield self.base
+        finally:
+            self._switch(False)
+            self._gate = None
+
+    def _switch(self, on: bool) -> None:
+        self._open = on
+        for layer in self.layers:
+            # The embedding's adapter is spoken by our hook: PEFT keeps it as parameters that no gate could reach.
+            disable_lora(layer, not on or isinstance(layer, LoraEmbedding))
+
+    def _linear_hook(self, module: nn.Module, args: tuple[Tensor], after_a: Tensor) -> Tensor:
+        if self._gate is None:
+            return after_a  # (batch, length, blocks · rank)
+        return after_a * self._gate[:, None].to(after_a.dtype)
+
+    def _embedding_hook(self, layer: LoraEmbedding, args: tuple[Tensor], output: Tensor) -> Tensor:
+        if not self._open:
+            return output
+        after_a = F.embedding(args[0], layer.lora_embedding_A[ADAPTER].T)  # (batch, length, blocks · rank)
+        if self._gate is not None:
+            after_a = after_a * self._gate[:, None]
+        change = after_a @ layer.lora_embedding_B[ADAPTER].T * layer.scaling[ADAPTER]
+        scale = embedding_scale(layer)
+        return output + (change if scale is None else change * scale.to(change.dtype)).to(output.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.params.nbytes

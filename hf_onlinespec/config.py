@@ -1,0 +1,117 @@
+"""OnlineSpecConfig: every setting of drafting and learning, validated when it is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import ConfigError
+from .learners import LEARNERS
+from .losses import LOSSES
+
+UPDATE_WHEN = ("round", "request")
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class OnlineSpecConfig:
+    """How the draft drafts and how it learns. Numbers only for now: `"auto"` needs the governor, which is not built yet.
+
+    The defaults of lr, rank, replay and schedule were measured with `benchmarks/tune.py`; see `benchmarks/LOG.md`.
+    """
+
+    learner: str = _setting("ogd", f"online learner, one of {sorted(LEARNERS)}")
+    preconditioner: str = _setting("adam", "'adam': steps in Adam's metric; 'none': plain gradient steps")
+    lr: float = _setting(1e-3, "step size of the learner")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm")
+    rank: int = _setting(32, "rank of the adapter on every adapted layer")
+    alpha: float = _setting(32.0, "LoRA alpha: the adapter's output is scaled by alpha / rank")
+    target_modules: tuple[str, ...] | None = _setting(
+        None, "names of the adapted layers; None: every linear layer, the token embedding and the head"
+    )
+    loss: str = _setting("forward_kl", f"divergence between target and draft, one of {sorted(LOSSES)}")
+    temperature: float = _setting(1.0, "softens target and draft inside the loss")
+    top_k: int | None = _setting(
+        None, "keep only this many target probabilities per position, the rest as one tail mass; None: all of them"
+    )
+    lookahead: int = _setting(5, "draft tokens proposed in one round")
+    update_when: str = _setting(
+        "request", f"when the draft learns, one of {UPDATE_WHEN}; every request ends with an update"
+    )
+    update_every: int = _setting(1, "rounds between two updates, with update_when='round'")
+    replay_passes: int = _setting(4, "gradient steps on remembered requests after each request")
+    replay_batch: int = _setting(4, "remembered requests in one such step")
+    replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
+    replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
+    context_tokens: int = _setting(512, "most prompt tokens kept with a request for learning")
+    seed: int = _setting(0, "seed of the adapter's first values and of the replay's choices")
+
+    def __post_init__(self) -> None:
+        for name in ("lookahead", "update_every"):
+            if getattr(self, name) == "auto":
+                raise ConfigError(f"{name}='auto' is not available yet: it needs the governor. Give a number.")
+        if self.update_when == "idle":
+            raise ConfigError(f"update_when='idle' is not available yet. Use one of {UPDATE_WHEN}.")
+        self._one_of("learner", LEARNERS)
+        self._one_of("loss", LOSSES)
+        self._one_of("update_when", UPDATE_WHEN)
+        self._one_of("preconditioner", ("adam", "none"))
+        for name, least in (
+            ("rank", 1),
+            ("lookahead", 0),
+            ("update_every", 1),
+            ("replay_passes", 0),
+            ("replay_batch", 1),
+            ("replay_tokens", 0),
+            ("replay_top_k", 1),
+            ("context_tokens", 1),
+            ("seed", 0),
+        ):
+            self._whole(name, least)
+        if self.top_k is not None:
+            self._whole("top_k", 1)
+        for name in ("lr", "max_grad_norm", "alpha", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ConfigError(f"{name}={value!r}: expected a finite number above 0.")
+        if self.target_modules is not None:
+            names = self.target_modules
+            if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+                raise ConfigError(f"target_modules={names!r}: expected a non-empty list of layer names, or None.")
+            object.__setattr__(self, "target_modules", tuple(names))
+
+    def _one_of(self, name: str, allowed: Any) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {sorted(allowed)}.")
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r}: expected a whole number, at least {least}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        values = asdict(self)
+        if self.target_modules is not None:
+            values["target_modules"] = list(self.target_modules)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OnlineSpecConfig:
+        """The inverse of `to_dict`. Raises ConfigError on keys that do not exist."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"Unknown settings {unknown}. Known settings: {sorted(known)}.")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> OnlineSpecConfig:
+        return cls.from_dict(json.loads(text))

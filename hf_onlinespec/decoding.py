@@ -1,0 +1,393 @@
+"""The loop: propose → verify → accept → adapt.
+
+`generate` has done all its preparation when it hands over to `decode`. Every kept token is the target's own: greedy
+decoding keeps its argmax, sampling keeps its law (speculative sampling, arXiv:2211.17192, algorithm 1), whatever the
+draft proposes. One sequence for now; tensors carry the batch dimension throughout.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from ._compat import SAMPLING_MODES, crop, is_static, is_stateful, mask_length, record_past
+from .candidates import OnlineCandidateGenerator, Proposal
+from .errors import DraftError, UnsupportedError
+from .metrics import Counts
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft
+
+
+def decode(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    draft: OnlineDraft,
+    learn: bool = True,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Generates with a learning draft; arguments and result are those of transformers' decoding methods.
+
+    Works under `torch.inference_mode()` too: learning needs ordinary tensors, so the mode is left for the time of the call.
+
+    Raises:
+        UnsupportedError, DraftError: before any work is done; the draft's learned state is untouched.
+    """
+    check_call(target, draft, generation_config)
+    check_inputs(input_ids, generation_config, model_kwargs)
+    started = time.perf_counter()
+    with torch.inference_mode(False), torch.no_grad():
+        processors = LogitsProcessorList(logits_processor)
+        verifier = Verifier(target, input_ids, generation_config, model_kwargs)
+        # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
+        mask = model_kwargs.get("attention_mask")
+        mask = None if mask is None else mask[:, -input_ids.shape[1] :]
+        candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn)
+        output = _loop(
+            input_ids, verifier, candidates, draft, processors, stopping_criteria, generation_config, streamer
+        )
+        candidates.finish()
+    candidates.counts.wall_time_s = time.perf_counter() - started
+    draft.metrics.close(candidates.counts)
+    return output
+
+
+def _loop(
+    input_ids: Tensor,
+    verifier: Verifier,
+    candidates: OnlineCandidateGenerator,
+    draft: OnlineDraft,
+    processors: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    counts = candidates.counts
+    sample = bool(generation_config.do_sample)
+    keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+    keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+    scores: tuple[Tensor, ...] | None = () if keep_scores else None
+    raw_logits: tuple[Tensor, ...] = ()
+
+    done = False
+    while not done:
+        # 1. The draft commits. The last token of a round is the target's own, so one place is left for it.
+        clock = time.perf_counter()
+        room = generation_config.max_length - input_ids.shape[1] - 1
+        proposal = candidates.propose(input_ids, max(0, min(draft.settings.lookahead, room)))
+        counts.draft_time_s += time.perf_counter() - clock
+
+        # 2. The target verifies all of it in one forward.
+        clock = time.perf_counter()
+        logits = verifier.verify(input_ids, proposal.tokens)  # (batch, k + 1, vocab)
+        if keep_logits:
+            raw = logits.clone()
+
+        # 3. Accept a prefix, and one token more.
+        outcome = accept(proposal, logits, input_ids, processors, stopping_criteria, sample, scores)
+        new_tokens = outcome.tokens.shape[1] - input_ids.shape[1]
+        counts.target_time_s += time.perf_counter() - clock
+        if keep_logits:
+            raw_logits += tuple(raw[:, i] for i in range(new_tokens))
+        if streamer is not None:
+            for token in outcome.tokens[0, input_ids.shape[1] :].cpu():
+                streamer.put(token.view(1))
+        input_ids, scores, done = outcome.tokens, outcome.scores, outcome.done
+        verifier.keep(input_ids)
+        counts.rounds += 1
+        counts.new_tokens += new_tokens
+        counts.drafted_tokens += proposal.tokens.shape[1]
+        counts.accepted_tokens += outcome.accepted
+        counts.verified_positions += outcome.verified
+        counts.overlap += outcome.overlap
+
+        # 4. The draft adapts.
+        candidates.observe(input_ids)
+
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids,
+        scores=scores,
+        logits=raw_logits if keep_logits else None,
+        past_key_values=verifier.cache,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One verified round."""
+
+    tokens: Tensor  # (batch, L + new) the sequence with its new tokens
+    accepted: int  # drafted tokens kept
+    verified: int  # drafted positions looked at: the accepted ones and the first rejection
+    overlap: float  # Σ over them of Σ min(p, q)
+    scores: tuple[Tensor, ...] | None  # processed scores (batch, vocab) of every generated token, if asked for
+    done: bool
+
+
+def accept(
+    proposal: Proposal,
+    logits: Tensor,
+    tokens: Tensor,
+    processors: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    sample: bool,
+    scores: tuple[Tensor, ...] | None,
+) -> Outcome:
+    """Keeps drafted tokens up to the first rejection or stop, then one token of the target's own.
+
+    Position by position, so that a stateful processor or criterion sees every kept prefix once and in order, and
+    nothing behind a rejection.
+
+    Args:
+        proposal: k drafted tokens.
+        logits: (batch, k + 1, vocab) raw target logits.
+        tokens: (batch, L) the sequence before this round.
+    """
+    k = proposal.tokens.shape[1]
+    accepted, overlap = 0, 0.0
+    for i in range(k + 1):
+        processed = processors(tokens, logits[:, i])  # (batch, vocab)
+        drafted = proposal.tokens[:, i] if i < k else None
+        if not sample:
+            token = processed.argmax(-1)
+            kept = drafted is not None and bool((token == drafted).all())
+            overlap += float(kept)
+        elif drafted is None:
+            token, kept = torch.multinomial(processed.softmax(-1), 1).squeeze(1), False
+        else:
+            assert proposal.q is not None
+            p, q = processed.softmax(-1), proposal.q[:, i]
+            token, kept = speculative_sample(p, q, drafted)
+            overlap += torch.minimum(p, q).sum().item()
+        tokens = torch.cat([tokens, token[:, None]], dim=-1)
+        if scores is not None:
+            scores = (*scores, processed)
+        accepted += kept
+        # generate() passes the scores to the criteria only where the caller asked for them.
+        done = bool(stopping_criteria(tokens, scores).all())
+        if done or not kept:
+            break
+    return Outcome(tokens, accepted, min(accepted + 1, k) if not kept else accepted, overlap, scores, done)
+
+
+def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, bool]:
+    """A draw from p (batch, vocab) that reuses a draw from q where it can: `(token, whether it is the drafted one)`.
+
+    Keeps x ~ q with probability min(1, p(x)/q(x)), else draws from the residual (p − q)₊ (arXiv:2211.17192).
+    """
+    chosen = drafted[:, None]
+    u = torch.rand(chosen.shape, device=p.device)
+    if bool((u * q.gather(-1, chosen) < p.gather(-1, chosen)).all()):
+        return drafted, True
+    residual = (p - q).clamp_min(0)
+    # p = q up to rounding leaves nothing: then p itself is the law.
+    empty = residual.sum(-1, keepdim=True) <= torch.finfo(p.dtype).tiny
+    return torch.multinomial(torch.where(empty, p, residual), 1).squeeze(1), False
+
+
+class Verifier:
+    """The target with its KV cache: fed with what it has not seen, rolled back to what was kept."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self._target = target
+        self._kwargs = dict(model_kwargs)
+        self.cache = self._kwargs.pop("past_key_values")
+        self._mask: Tensor | None = self._kwargs.pop("attention_mask", None)
+        self._positions: Tensor | None = self._kwargs.pop("position_ids", None)
+        record_past(self.cache)
+        self._cached = self.cache.get_seq_length()
+        # A cache from an earlier turn comes with all tokens, or with the new ones only: the mask covers all of them.
+        covered = self._mask.shape[1] if self._mask is not None else mask_length(generation_config)
+        self._hidden = 0 if covered == input_ids.shape[1] else self._cached  # tokens that are in the cache alone
+        self._first = True
+        self.keep(input_ids)
+
+    def verify(self, input_ids: Tensor, drafted: Tensor) -> Tensor:
+        """Raw logits (batch, k + 1, vocab) in float32 after `input_ids` and after each of the k drafted tokens."""
+        k = drafted.shape[1]
+        tokens = torch.cat([input_ids, drafted], dim=-1)
+        total = tokens.shape[1] + self._hidden
+        inputs = dict(self._kwargs)
+        if self._mask is not None:
+            self._mask = _extended(self._mask, total, step=0)
+            inputs["attention_mask"] = self._mask[:, :total]
+        if self._positions is not None:
+            self._positions = _extended(self._positions, total, step=1)
+            inputs["position_ids"] = self._positions[..., :total]
+        inputs = self._target.prepare_inputs_for_generation(
+            tokens,
+            next_sequence_length=total - self._cached,
+            past_key_values=self.cache,
+            is_first_iteration=self._first,
+            **inputs,
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = k + 1
+        outputs = self._target(**inputs, return_dict=True)
+        self._cached, self._first = total, False
+        return outputs.logits[:, -k - 1 :].to(dtype=torch.float32, device=input_ids.device)
+
+    def keep(self, input_ids: Tensor) -> None:
+        """Rolls the cache back to all kept tokens but the last, as `generate` leaves it."""
+        length = input_ids.shape[1] + self._hidden - 1
+        if self._cached > length or not self._first:
+            crop(self.cache, max(0, self._cached - length))
+        self._cached = min(self._cached, length)
+
+
+def _extended(values: Tensor, length: int, step: int) -> Tensor:
+    """`values` (..., n) continued to `length`: by ones (a mask, step 0) or by counting on (positions, step 1)."""
+    missing = length - values.shape[-1]
+    if missing <= 0:
+        return values
+    if step == 0:
+        more = values.new_ones((*values.shape[:-1], missing))
+    else:
+        more = values[..., -1:] + torch.arange(1, missing + 1, device=values.device)
+    return torch.cat([values, more], dim=-1)
+
+
+class GenerateFn:
+    """`generate(custom_generate=...)`: our loop, entered through transformers' public door."""
+
+    def __init__(
+        self, draft: OnlineDraft, streamer: BaseStreamer | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        self._draft, self._streamer, self._tokenizer = draft, streamer, tokenizer
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        # generate() hands over what its own sampling loop does not know only where it is named here.
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stop_strings: str | list[str] | None = None,
+        onlinespec: bool = True,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        if stop_strings is not None:
+            tokenizer = tokenizer if tokenizer is not None else self._tokenizer
+            if tokenizer is None:
+                raise UnsupportedError(
+                    f"stop_strings={stop_strings!r} needs a tokenizer: use generate_fn(tokenizer=...)."
+                )
+            stopping_criteria = StoppingCriteriaList([*stopping_criteria, StopStringCriteria(tokenizer, stop_strings)])
+        model_kwargs.pop("synced_gpus", None)
+        return decode(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            draft=self._draft,
+            learn=onlinespec,
+            streamer=self._streamer,
+            **model_kwargs,
+        )
+
+
+def check_mode(generation_config: GenerationConfig, mode: Any) -> None:
+    """Refuses every way of decoding but greedy and sampling."""
+    if generation_config.num_beams not in (None, 1):
+        raise UnsupportedError(
+            f"num_beams={generation_config.num_beams}: a learning draft serves greedy decoding and sampling. Use num_beams=1."
+        )
+    if mode not in SAMPLING_MODES:
+        raise UnsupportedError(f"Generation mode {mode}: a learning draft serves greedy decoding and sampling only.")
+
+
+def check_call(
+    target: PreTrainedModel, draft: OnlineDraft | PreTrainedModel, generation_config: GenerationConfig
+) -> None:
+    """Refuses, before any work, what the loop does not take. Each error names the value and the way out."""
+    check_mode(generation_config, generation_config.get_generation_mode(draft))
+    name, config = type(target).__name__, generation_config
+    if target.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"The target {name} is an encoder–decoder, which is not supported yet. Call generate without onlinespec."
+        )
+    if is_stateful(target):
+        raise UnsupportedError(
+            f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."
+        )
+    sizes = [c.get_text_config().vocab_size for c in (target.config, draft.config)]
+    if sizes[0] != sizes[1]:
+        raise DraftError(
+            f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}. "
+            "Use a draft with the target's own tokenizer: other tokenizers are not supported yet."
+        )
+    if config.num_return_sequences not in (None, 1):
+        raise UnsupportedError(
+            f"num_return_sequences={config.num_return_sequences}: not supported yet. Call generate once per sequence."
+        )
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise UnsupportedError(
+            f"guidance_scale={config.guidance_scale}: classifier-free guidance is not supported yet. Leave it out."
+        )
+    if config.assistant_ensemble_weight is not None:
+        raise UnsupportedError(
+            f"assistant_ensemble_weight={config.assistant_ensemble_weight}: it would let the draft change what the model says. Leave it out."
+        )
+    for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        value = vars(config).get(other)
+        if value:
+            raise UnsupportedError(
+                f"{other}={value}: another source of drafts beside the learning one. Use one of the two."
+            )
+    for output in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and vars(config).get(output):
+            raise UnsupportedError(
+                f"{output}=True is not supported with a learning draft. Run a forward on the result instead."
+            )
+
+
+def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Refuses inputs that the loop does not take."""
+    if input_ids.shape[0] != 1:
+        raise UnsupportedError(
+            f"A batch of {input_ids.shape[0]} sequences is not supported yet. Call generate once per sequence."
+        )
+    if input_ids.shape[1] == 0:
+        raise UnsupportedError(
+            "inputs_embeds without input_ids are not supported: the draft needs tokens. Pass input_ids."
+        )
+    cache = model_kwargs.get("past_key_values")
+    if not model_kwargs.get("use_cache", True) or cache is None:
+        raise UnsupportedError("use_cache=False: a round is rolled back in the KV cache. Use use_cache=True.")
+    if is_static(cache, generation_config):
+        raise UnsupportedError(
+            f"cache_implementation={generation_config.cache_implementation!r}, {type(cache).__name__}: "
+            "only the default dynamic cache can be rolled back. Leave it out."
+        )

@@ -1,0 +1,271 @@
+"""OnlineDraft: a draft model with its adapter, its learner and its memory, from call to call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import LoraModel, PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+
+from ._compat import LoraLayer, cache_tensors, is_stateful, keeps_logits
+from .adapters import GatedLora
+from .config import OnlineSpecConfig
+from .decoding import GenerateFn
+from .errors import ConfigError, DraftError
+from .feedback import Feedback, Teacher
+from .learners import adam, ogd
+from .losses import LOSSES
+from .metrics import Counts, DraftMetrics
+from .replay import Replay
+
+
+class OnlineDraft:
+    """A draft that learns while it serves; pass it as `assistant_model`.
+
+    The model itself is not touched: its weights are shared, its modules are not, and the adapter lives here.
+
+    Args:
+        model: a causal language model, or a `PeftModel` around one (its adapter is merged into a copy).
+        config: how to draft and to learn; None: the defaults.
+
+    Raises:
+        DraftError: the model is an encoder–decoder, keeps a state that cannot be rolled back, or has no layer for LoRA.
+
+    Example:
+        >>> draft = OnlineDraft(model, OnlineSpecConfig(lookahead=4))          # doctest: +SKIP
+        >>> out = target.generate(**inputs, assistant_model=draft)             # doctest: +SKIP
+        >>> draft.metrics.acceptance_length                                    # doctest: +SKIP
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
+        self.settings = config if config is not None else OnlineSpecConfig()
+        if not isinstance(self.settings, OnlineSpecConfig):
+            raise ConfigError(f"config={config!r}: expected an OnlineSpecConfig.")
+        with torch.inference_mode(False):
+            base = _plain(model)
+            self._lora = GatedLora(
+                base,
+                rank=self.settings.rank,
+                alpha=self.settings.alpha,
+                target_modules=self.settings.target_modules,
+                seed=self.settings.seed,
+            )
+            step = adam if self.settings.preconditioner == "adam" else ogd
+            self._learner = step(self.settings.lr)
+            self._learner_state = self._learner.init(self._lora.params)
+        self._loss = LOSSES[self.settings.loss]
+        self._keeps_logits = keeps_logits(self._lora.base)
+        self._replay = Replay(self.settings.replay_tokens, self.settings.replay_top_k, self.settings.seed)
+        self._steps = 0  # gradient steps taken
+        self.metrics = DraftMetrics()
+
+    @property
+    def model(self) -> PeftModel:
+        """The PEFT model: the base draft's weights and the adapter. Its gate is shut outside our own calls."""
+        return self._lora.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base draft's model configuration, as `generate` expects of an assistant."""
+        return self._lora.base.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self._lora.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.params.device
+
+    @property
+    def positions(self) -> int:
+        """The longest context that the draft may see; beyond it the target goes on alone."""
+        longest = self.config.get_text_config().to_dict().get("max_position_embeddings")
+        return longest if isinstance(longest, int) else 2**31
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The evolved draft's forward: arguments and output of the base model."""
+        with self.serving() as model:
+            return model(*args, **kwargs)
+
+    def generate_fn(
+        self, streamer: BaseStreamer | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> GenerateFn:
+        """A callable for `generate(custom_generate=...)`: our loop without any patched method.
+
+        `generate` does not hand its `streamer` to such callables, so give it here; a `tokenizer` given here serves
+        `stop_strings=`.
+        """
+        return GenerateFn(self, streamer, tokenizer)
+
+    @contextmanager
+    def serving(self) -> Iterator[PreTrainedModel]:
+        """The model as it drafts now; a draft that has not learned yet runs at the speed of its base."""
+        if self._steps == 0:
+            yield self._lora.base
+        else:
+            with self._lora.speaking() as model:
+                yield model
+
+    def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
+        """Model inputs for `tokens` (batch, n) behind `cached` tokens, with the padding of `mask` (batch, prompt)."""
+        if mask is None:
+            return {"input_ids": tokens}
+        length = cached + tokens.shape[1]
+        if length > mask.shape[1]:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], length - mask.shape[1])], dim=-1)
+        mask = mask[:, :length]
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions[:, cached:]}
+
+    def keep(self, n: int) -> dict[str, int]:
+        """Tells the model to compute logits for its last n positions only, where it can be told."""
+        return {"logits_to_keep": n} if self._keeps_logits else {}
+
+    # Learning
+
+    def learn_segment(
+        self, tokens: Tensor, teachers: list[Teacher], cache: Cache, prefix: int, mask: Tensor | None, counts: Counts
+    ) -> None:
+        """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
+
+        The first `prefix` tokens are read from the draft's own KV cache, detached: one forward and backward over the
+        rest, with nothing recomputed.
+        """
+        n = len(teachers[0])
+        past = DynamicCache(config=self.config)
+        if prefix > 0:
+            for index, (keys, values) in enumerate(cache_tensors(cache)):
+                past.update(keys[..., :prefix, :].detach(), values[..., :prefix, :].detach(), index)
+        inputs = self.inputs(tokens[:, prefix:-1], prefix, mask)
+        with torch.enable_grad(), self._lora.speaking() as model:
+            logits = model(past_key_values=past, use_cache=True, **inputs, **self.keep(n)).logits[:, -n:]
+            losses = [
+                self._loss(*t.compare(row, self.settings.temperature)) for t, row in zip(teachers, logits, strict=True)
+            ]
+            self._step(torch.cat(losses).mean(), counts)
+
+    def remember(self, feedback: Feedback) -> None:
+        """Keeps a finished request for the replay."""
+        self._replay.add(feedback)
+        self.metrics.replay_bytes = self._replay.nbytes
+
+    def rehearse(self, counts: Counts) -> None:
+        """The replay's gradient steps: each on a few remembered requests, in one padded batch."""
+        for _ in range(self.settings.replay_passes):
+            requests = self._replay.sample(self.settings.replay_batch)
+            if not requests:
+                return
+            with torch.enable_grad(), self._lora.speaking() as model:
+                self._step(self._replay_loss(model, requests), counts)
+
+    def _replay_loss(self, model: PreTrainedModel, requests: list[Feedback]) -> Tensor:
+        """Mean loss over all taught positions; rows end together, so that these are the last ones of each row."""
+        lengths = [len(request.tokens) - 1 for request in requests]
+        longest = max(lengths)
+        tokens = torch.zeros(len(requests), longest, dtype=torch.long, device=self.device)
+        mask = torch.zeros_like(tokens)
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            tokens[row, longest - length :] = request.tokens[:-1]
+            mask[row, longest - length :] = 1
+        inputs = self.inputs(tokens, 0, None if min(lengths) == longest else mask)
+        n = max(len(request.teacher) for request in requests)
+        logits = model(use_cache=False, **inputs, **self.keep(n)).logits
+        losses = [
+            self._loss(*request.teacher.compare(row[-len(request.teacher) :], self.settings.temperature))
+            for request, row in zip(requests, logits, strict=True)
+        ]
+        return torch.cat(losses).mean()
+
+    def _step(self, loss: Tensor, counts: Counts) -> None:
+        """Backward, clip, step. A loss or gradient that is not finite skips the step and is counted."""
+        lora = self._lora
+        lora.grads.zero_()
+        loss.backward()
+        with torch.no_grad():
+            norm = lora.grads.norm()
+            if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+                counts.skipped_updates += 1
+                return
+            lora.grads.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp_max(1.0))
+            updates, self._learner_state = self._learner.update(lora.grads, self._learner_state)
+            lora.params.add_(updates)
+        self._steps += 1
+        counts.updates += 1
+
+
+def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model to adapt; refuses what cannot draft."""
+    if isinstance(model, PeftModel):
+        model = _merged(model)
+    if not isinstance(model, PreTrainedModel):
+        raise DraftError(
+            f"assistant_model is a {type(model).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
+        )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise DraftError(
+            f"The draft {name} is an encoder–decoder, which is not supported yet. Use a causal language model."
+        )
+    if is_stateful(model):
+        raise DraftError(
+            f"The draft {name} keeps a recurrent state that cannot be rolled back. Use an attention-only draft."
+        )
+    if model.get_output_embeddings() is None:
+        raise DraftError(f"The draft {name} has no language-modelling head. Load it with AutoModelForCausalLM.")
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise DraftError(
+            f"The draft {name} carries adapters from add_adapter(). Pass it as a PeftModel, or merge them first."
+        )
+    return model
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """A copy of the model with its adapter merged into the weights."""
+    if not isinstance(model.base_model, LoraModel):
+        raise DraftError(
+            f"The draft's {model.peft_type} adapter cannot be merged. Use a LoRA adapter, or merge it yourself."
+        )
+    model = copy.deepcopy(model)
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        # Merged while tied, the two adapters would be added to one matrix.
+        inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        inner.weight = nn.Parameter(inner.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
+_drafts: WeakKeyDictionary[nn.Module, OnlineDraft] = WeakKeyDictionary()
+
+
+def online_draft(
+    model: PreTrainedModel | PeftModel | OnlineDraft, config: OnlineSpecConfig | None = None
+) -> OnlineDraft:
+    """The OnlineDraft that is kept with a model, made at the first call.
+
+    Raises:
+        ConfigError: the model's draft already learns with other settings.
+    """
+    if isinstance(model, OnlineDraft):
+        draft = model
+    elif model in _drafts:
+        draft = _drafts[model]
+    else:
+        return _drafts.setdefault(model, OnlineDraft(model, config))
+    if config is not None and config != draft.settings:
+        changed = {k: v for k, v in config.to_dict().items() if v != draft.settings.to_dict()[k]}
+        raise ConfigError(
+            f"This draft already learns with other settings; asked for {changed}. "
+            "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
+        )
+    return draft

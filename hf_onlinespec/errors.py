@@ -1,0 +1,17 @@
+"""Every error that hf_onlinespec raises on purpose: one root, each child also a standard error."""
+
+
+class OnlineSpecError(Exception):
+    """The root: catch this to catch them all."""
+
+
+class ConfigError(OnlineSpecError, ValueError):
+    """A setting has a value that cannot work, or that is not available yet."""
+
+
+class DraftError(OnlineSpecError, ValueError):
+    """This draft cannot serve this target."""
+
+
+class UnsupportedError(OnlineSpecError, ValueError):
+    """This call of `generate` asks for something the decoding loop does not take."""

@@ -1,0 +1,109 @@
+"""The target verifies: what it said at every kept position, recorded while it is said.
+
+One request is one accepted token sequence and the target's distribution at each generated position. The logits that
+predict token j sit at position j − 1: row i of a teacher belongs to token `start + i` and is compared with the draft's
+logits after `tokens[: start + i]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Target distributions at n positions, whole or as the k most probable tokens and the mass of all others."""
+
+    log_probs: Tensor  # (n, V), or (n, k) most probable
+    tokens: Tensor | None = None  # (n, k) their ids; None: the whole vocabulary in order
+    log_tail: Tensor | None = None  # (n,) log of the mass outside the top k
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Teacher:
+        """From raw target logits (n, V); the logits are copied, so the caller may overwrite them."""
+        whole = cls((logits.float() / temperature).log_softmax(-1))
+        return whole if top_k is None else whole.top(top_k)
+
+    def top(self, k: int) -> Teacher:
+        """The same with at most k tokens per position."""
+        if self.log_probs.shape[-1] <= k:
+            return self
+        values, index = self.log_probs.topk(k, dim=-1)
+        # log(1 - mass): the tail of a sharp distribution rounds to 0, so it is floored at float32's resolution.
+        log_tail = (1.0 - values.exp().sum(-1)).clamp_min(torch.finfo(torch.float32).eps).log()
+        return Teacher(values, index if self.tokens is None else self.tokens.gather(-1, index), log_tail)
+
+    def compare(self, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`(log_p, log_q)` over the same outcomes, from the draft's logits (n, V): what the losses take."""
+        log_q = (logits.float() / temperature).log_softmax(-1)
+        if self.tokens is None or self.log_tail is None:
+            return self.log_probs, log_q
+        inside = log_q.gather(-1, self.tokens)
+        tail = (1.0 - inside.exp().sum(-1)).clamp_min(torch.finfo(torch.float32).eps).log()
+        log_p = torch.cat([self.log_probs, self.log_tail[:, None]], dim=-1)
+        return log_p, torch.cat([inside, tail[:, None]], dim=-1)
+
+    def __len__(self) -> int:
+        return self.log_probs.shape[0]
+
+    def to(self, device: torch.device) -> Teacher:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def last(self, n: int) -> Teacher:
+        """The last n positions."""
+        return self._map(lambda tensor: tensor[len(self) - n :])
+
+    def _map(self, change) -> Teacher:  # type: ignore[no-untyped-def]
+        return Teacher(*(None if t is None else change(t) for t in (self.log_probs, self.tokens, self.log_tail)))  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.log_probs, self.tokens, self.log_tail) if t is not None)
+
+
+def concatenate(teachers: list[Teacher]) -> Teacher:
+    """One teacher over all positions of several, all of the same kind."""
+    if len(teachers) == 1:
+        return teachers[0]
+    first = teachers[0]
+    return Teacher(
+        torch.cat([t.log_probs for t in teachers]),
+        None if first.tokens is None else torch.cat([t.tokens for t in teachers if t.tokens is not None]),
+        None if first.log_tail is None else torch.cat([t.log_tail for t in teachers if t.log_tail is not None]),
+    )
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What one request taught: its tokens and the target's distribution at its last `len(teacher)` of them."""
+
+    tokens: Tensor  # (L,) prompt and accepted tokens, no padding
+    teacher: Teacher  # row i predicts tokens[L - len(teacher) + i]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.teacher.nbytes
+
+
+class FeedbackRecorder(LogitsProcessor):
+    """A logits processor that looks and changes nothing: it keeps the target's raw logits of every call.
+
+    It must come first in the list, before any processor alters the scores.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []  # each (batch, V)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        # A copy: processors behind this one may write into the same memory.
+        self.rows.append(scores.clone())
+        return scores
+
+    def take(self, n: int) -> Tensor:
+        """The first n rows since the last call, (batch, n, V); those behind them are dropped as off the kept path."""
+        rows, self.rows = self.rows[:n], []
+        return torch.stack(rows, dim=1)

@@ -1,0 +1,119 @@
+"""The doorway: `generate(onlinespec=...)` is recognised and handed to our loop. `enable()` opens it, `disable()` shuts it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import GenerationConfig
+
+from ._compat import WRAPPED, GenerationMode
+from .config import OnlineSpecConfig
+from .decoding import check_call, check_mode, decode
+from .draft import OnlineDraft, online_draft
+from .errors import ConfigError, UnsupportedError
+
+_originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
+
+
+class _OnlineSpecField:
+    """`GenerationConfig.onlinespec`: its being an attribute lets `generate` accept the argument.
+
+    Kept as plain JSON values, because transformers copies and prints its configurations.
+    """
+
+    def __get__(self, config: GenerationConfig | None, owner: type) -> OnlineSpecConfig | bool | None:
+        value = None if config is None else config.__dict__.get("onlinespec")
+        return OnlineSpecConfig.from_dict(value) if isinstance(value, dict) else value
+
+    def __set__(self, config: GenerationConfig, value: OnlineSpecConfig | dict[str, Any] | bool | None) -> None:
+        if isinstance(value, dict):
+            value = OnlineSpecConfig.from_dict(value)
+        if isinstance(value, OnlineSpecConfig):
+            config.__dict__["onlinespec"] = value.to_dict()
+        elif value is None or isinstance(value, bool):
+            config.__dict__["onlinespec"] = value
+        else:
+            raise ConfigError(f"onlinespec={value!r}: expected True, False or an OnlineSpecConfig.")
+
+
+def enable() -> None:
+    """Teaches `generate` the `onlinespec` argument. Done by importing hf_onlinespec; a second call changes nothing."""
+    if _originals:
+        return
+    _originals.extend(vars(owner)[name] for owner, name in WRAPPED)
+    get_mode, validate, assisted = _originals
+
+    @functools.wraps(get_mode)
+    def get_generation_mode(self: GenerationConfig, assistant_model: Any = None) -> GenerationMode:
+        if not _is_ours(self, assistant_model):
+            return get_mode(self, assistant_model)
+        check_mode(self, get_mode(self))
+        if assistant_model is None:
+            raise UnsupportedError(
+                "onlinespec without assistant_model: drafting from memory alone is not available yet. Pass a draft."
+            )
+        return GenerationMode.ASSISTED_GENERATION
+
+    @functools.wraps(validate)
+    def _validate_generation_mode(self: Any, mode: Any, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
+        assistant = mode_kwargs.get("assistant_model")
+        if assistant is not None and _is_ours(config, assistant):
+            check_call(self, assistant, config)
+        validate(self, mode, config, mode_kwargs)
+
+    @functools.wraps(assisted)
+    def _assisted_decoding(
+        self: Any,
+        input_ids: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: Any = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        arguments = (self, input_ids, logits_processor, stopping_criteria, generation_config)
+        if not _is_ours(generation_config, assistant_model):
+            return assisted(
+                *arguments,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                inputs_tensor=inputs_tensor,
+                assistant_model=assistant_model,
+                assistant_tokenizer=assistant_tokenizer,
+                tokenizer=tokenizer,
+                **model_kwargs,
+            )
+        wanted = _wanted(generation_config)
+        draft = online_draft(assistant_model, wanted if isinstance(wanted, OnlineSpecConfig) else None)
+        return decode(*arguments, draft=draft, learn=wanted is not False, streamer=streamer, **model_kwargs)
+
+    for (owner, name), wrapper in zip(
+        WRAPPED, (get_generation_mode, _validate_generation_mode, _assisted_decoding), strict=True
+    ):
+        setattr(owner, name, wrapper)
+    GenerationConfig.onlinespec = _OnlineSpecField()
+
+
+def disable() -> None:
+    """Restores transformers exactly as it was. Drafts keep what they learned."""
+    if not _originals:
+        return
+    for (owner, name), original in zip(WRAPPED, _originals, strict=True):
+        setattr(owner, name, original)
+    del GenerationConfig.onlinespec
+    _originals.clear()
+
+
+def _wanted(config: GenerationConfig) -> OnlineSpecConfig | bool | None:
+    return config.onlinespec
+
+
+def _is_ours(config: GenerationConfig, assistant: Any) -> bool:
+    """An OnlineDraft always decodes in our loop (with onlinespec=False it only drafts); any other draft when asked to."""
+    return isinstance(assistant, OnlineDraft) or bool(_wanted(config))

@@ -1,0 +1,74 @@
+"""The numbers, each defined once.
+
+acceptance_length   tokens emitted per target forward (accepted + 1), averaged over rounds
+acceptance_rate     mean Σ min(p, q) over verified positions, p and q as in the accept test (greedy: argmax agreement)
+tokens_per_s        new tokens over wall time, learning included
+decode_tokens_per_s the same with the learning time left out: always shown beside the other
+update_share        learning time over wall time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
+
+
+@dataclass
+class Counts:
+    """What is counted while a request is decoded; sums over requests are counts again."""
+
+    requests: int = 0
+    rounds: int = 0
+    new_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    verified_positions: int = 0
+    overlap: float = 0.0  # sum of Σ min(p, q) over the verified positions
+    updates: int = 0  # gradient steps taken, replay included
+    skipped_updates: int = 0  # steps left out because loss or gradient was not finite
+    wall_time_s: float = 0.0  # inside generate's decoding loop, learning included
+    draft_time_s: float = 0.0
+    target_time_s: float = 0.0
+    update_time_s: float = 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        return _ratio(self.new_tokens, self.rounds)
+
+    @property
+    def acceptance_rate(self) -> float:
+        return _ratio(self.overlap, self.verified_positions)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return _ratio(self.new_tokens, self.wall_time_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return _ratio(self.new_tokens, self.wall_time_s - self.update_time_s)
+
+    @property
+    def update_share(self) -> float:
+        return _ratio(self.update_time_s, self.wall_time_s)
+
+    def add(self, other: Counts) -> None:
+        for f in fields(Counts):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class DraftMetrics(Counts):
+    """Everything since the draft was made; `last` is the latest call alone."""
+
+    last: Counts = field(default_factory=Counts)
+    replay_bytes: int = 0
+    expert_weights: tuple[float, ...] = (1.0,)  # weights of the learned blocks in the served draft
+
+    def close(self, call: Counts) -> None:
+        """Takes a finished call in."""
+        call.requests = 1
+        self.add(call)
+        self.last = call
