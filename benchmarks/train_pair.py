@@ -4,7 +4,7 @@
     python benchmarks/train_pair.py --data DIR --work /tmp/pair --resume   # goes on from the last checkpoint
 
 `DIR/corpora` holds `shell_tldr.txt` (CC-BY-4.0) and `sql_text2sql.txt` (BSD-3 / CC-BY-4.0); the third domain is written
-by `order_notes.py`. The result is copied to `hf_onlinespec/pair/` with `--export`.
+by `order_notes.py`. The result is copied to `hf_onlinespec/embedded_pair/` with `--export`.
 """
 
 from __future__ import annotations

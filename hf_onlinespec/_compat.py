@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import (
     CandidateGenerator,
@@ -92,6 +92,14 @@ def crop(cache: Cache, n: int) -> None:
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer, each (batch, heads, length, head_dim)."""
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """The longest sequence a model takes; models without a stated bound (ALiBi) take any."""
+    try:
+        return int(config.get_text_config().max_position_embeddings)
+    except AttributeError:
+        return 2**31
 
 
 def keeps_logits(model: nn.Module) -> bool:

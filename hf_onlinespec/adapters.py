@@ -97,8 +97,8 @@ class GatedLora:
         )
         with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(seed)
-            # PEFT still asks transformers under an old name; nothing the user could act on.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.
+            warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out).*")
             try:
                 self.model: PeftModel = get_peft_model(base, settings)
             except ValueError as error:

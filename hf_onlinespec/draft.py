@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import LoraLayer, cache_tensors, is_stateful, keeps_logits
+from ._compat import LoraLayer, cache_tensors, is_stateful, keeps_logits, max_positions
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn
@@ -88,8 +88,7 @@ class OnlineDraft:
     @property
     def positions(self) -> int:
         """The longest context that the draft may see; beyond it the target goes on alone."""
-        longest = self.config.get_text_config().to_dict().get("max_position_embeddings")
-        return longest if isinstance(longest, int) else 2**31
+        return max_positions(self.config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward: arguments and output of the base model."""
@@ -133,7 +132,13 @@ class OnlineDraft:
     # Learning
 
     def learn_segment(
-        self, tokens: Tensor, teachers: list[Teacher], cache: Cache, prefix: int, mask: Tensor | None, counts: Counts
+        self,
+        tokens: Tensor,
+        teachers: list[Teacher],
+        cache: Cache | None,
+        prefix: int,
+        mask: Tensor | None,
+        counts: Counts,
     ) -> None:
         """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
 
@@ -142,7 +147,7 @@ class OnlineDraft:
         """
         n = len(teachers[0])
         past = DynamicCache(config=self.config)
-        if prefix > 0:
+        if cache is not None and prefix > 0:
             for index, (keys, values) in enumerate(cache_tensors(cache)):
                 past.update(keys[..., :prefix, :].detach(), values[..., :prefix, :].detach(), index)
         inputs = self.inputs(tokens[:, prefix:-1], prefix, mask)

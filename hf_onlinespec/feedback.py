@@ -7,6 +7,7 @@ logits after `tokens[: start + i]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,9 @@ class Teacher:
         if self.log_probs.shape[-1] <= k:
             return self
         values, index = self.log_probs.topk(k, dim=-1)
-        # log(1 - mass): the tail of a sharp distribution rounds to 0, so it is floored at float32's resolution.
-        log_tail = (1.0 - values.exp().sum(-1)).clamp_min(torch.finfo(torch.float32).eps).log()
+        log_tail = _outside(self.log_probs, index)
+        if self.log_tail is not None:
+            log_tail = torch.logaddexp(log_tail, self.log_tail)
         return Teacher(values, index if self.tokens is None else self.tokens.gather(-1, index), log_tail)
 
     def compare(self, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -42,10 +44,8 @@ class Teacher:
         log_q = (logits.float() / temperature).log_softmax(-1)
         if self.tokens is None or self.log_tail is None:
             return self.log_probs, log_q
-        inside = log_q.gather(-1, self.tokens)
-        tail = (1.0 - inside.exp().sum(-1)).clamp_min(torch.finfo(torch.float32).eps).log()
         log_p = torch.cat([self.log_probs, self.log_tail[:, None]], dim=-1)
-        return log_p, torch.cat([inside, tail[:, None]], dim=-1)
+        return log_p, torch.cat([log_q.gather(-1, self.tokens), _outside(log_q, self.tokens)[:, None]], dim=-1)
 
     def __len__(self) -> int:
         return self.log_probs.shape[0]
@@ -57,12 +57,18 @@ class Teacher:
         """The last n positions."""
         return self._map(lambda tensor: tensor[len(self) - n :])
 
-    def _map(self, change) -> Teacher:  # type: ignore[no-untyped-def]
-        return Teacher(*(None if t is None else change(t) for t in (self.log_probs, self.tokens, self.log_tail)))  # type: ignore[arg-type]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Teacher:
+        tokens = None if self.tokens is None else change(self.tokens)
+        return Teacher(change(self.log_probs), tokens, None if self.log_tail is None else change(self.log_tail))
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.log_probs, self.tokens, self.log_tail) if t is not None)
+
+
+def _outside(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Log of the mass (n,) of all other tokens, summed rather than subtracted from one: small tails stay exact."""
+    return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1)
 
 
 def concatenate(teachers: list[Teacher]) -> Teacher:

@@ -11,7 +11,8 @@ from .feedback import Feedback
 class Replay:
     """The newest requests that fit into `max_tokens`, at `top_k` target probabilities per generated position.
 
-    Bytes are bounded by `max_tokens * (8 + 12 * top_k)`: an int64 token, and float32 + int64 per kept probability.
+    Bytes are bounded by `max_tokens * (12 + 12 * top_k)`: an int64 token, a float32 tail, and float32 + int64 per kept
+    probability.
     """
 
     def __init__(self, max_tokens: int, top_k: int, seed: int) -> None:

@@ -1,0 +1,131 @@
+"""Chooses the learning defaults: acceptance length and learning time for many settings, on one recorded stream.
+
+    python benchmarks/tune.py --domain sql --prompts 150
+
+The target's greedy texts and logits are recorded once. A draft that learns at the end of each request has constant
+weights inside it, so its acceptance length on a recorded text is that of a live run: the number of rounds needed when
+every round keeps the drafted tokens that agree. No target forward is needed, and settings can be compared by the dozen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
+from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.metrics import Counts
+
+EVERYWHERE = None
+INNER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SETTINGS: dict[str, dict[str, object]] = {
+    "frozen": {"lr": 1e-12, "replay_passes": 0},
+    "default": {},
+    "lr 5e-4": {"lr": 5e-4},
+    "lr 2e-3": {"lr": 2e-3},
+    "lr 4e-3": {"lr": 4e-3},
+    "lr 8e-3": {"lr": 8e-3},
+    "rank 8": {"rank": 8, "alpha": 8.0},
+    "rank 16": {"rank": 16, "alpha": 16.0},
+    "rank 64": {"rank": 64, "alpha": 64.0},
+    "alpha 2r": {"alpha": 64.0},
+    "no replay": {"replay_passes": 0},
+    "1 pass": {"replay_passes": 1},
+    "2 passes": {"replay_passes": 2},
+    "8 passes": {"replay_passes": 8},
+    "batch 1": {"replay_batch": 1},
+    "batch 8": {"replay_batch": 8},
+    "1 pass of 8": {"replay_passes": 1, "replay_batch": 8},
+    "no embedding, no head": {"target_modules": INNER},
+    "plain gradient, lr 1": {"preconditioner": "none", "lr": 1.0},
+    "js": {"loss": "js"},
+    "tv": {"loss": "tv"},
+    "cross entropy": {"loss": "cross_entropy"},
+    "replay top 8": {"replay_top_k": 8},
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One request: `tokens` (L,) with the target's `logits` (n, V) for its last n tokens."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def record(domain: str, n: int, new_tokens: int) -> list[Recorded]:
+    pair = load_pair()
+    stream = []
+    for text in prompts(domain)[:n]:
+        ids = pair.tokenizer(text, return_tensors="pt").input_ids
+        out = pair.target.generate(
+            ids, do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True
+        )
+        stream.append(Recorded(out.sequences[0], torch.cat(out.logits)))
+    return stream
+
+
+def rounds(agrees: list[bool], lookahead: int) -> int:
+    """Rounds that greedy verification needs for a text on which the draft's next token agrees or not."""
+    count, position = 0, 0
+    while position < len(agrees):
+        kept = 0
+        while kept < lookahead and position + kept < len(agrees) and agrees[position + kept]:
+            kept += 1
+        position += kept + 1
+        count += 1
+    return count
+
+
+def run(config: OnlineSpecConfig, stream: list[Recorded]) -> tuple[list[float], float]:
+    """Acceptance length by quarter of the stream, and learning seconds per generated token."""
+    draft = OnlineDraft(load_draft(), config)
+    spent: list[tuple[int, int]] = []  # tokens, rounds of each request
+    update_time_s = 0.0
+    for request in stream:
+        n = len(request.logits)
+        with torch.no_grad():
+            own = draft(request.tokens[None, :-1]).logits[0, -n:].argmax(-1)
+        spent.append((n, rounds((own == request.tokens[-n:]).tolist(), config.lookahead)))
+        started = time.perf_counter()
+        teacher = Teacher.from_logits(request.logits, config.temperature, config.top_k)
+        counts = Counts()
+        draft.learn_segment(request.tokens[None], [teacher], None, 0, None, counts)
+        draft.remember(Feedback(request.tokens, teacher))
+        draft.rehearse(counts)
+        update_time_s += time.perf_counter() - started
+    quarter = len(spent) // 4
+    lengths = []
+    for i in range(4):
+        part = spent[i * quarter : (i + 1) * quarter]
+        lengths.append(sum(tokens for tokens, _ in part) / sum(count for _, count in part))
+    return lengths, update_time_s / sum(tokens for tokens, _ in spent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--domain", choices=DOMAINS, default="sql")
+    parser.add_argument("--prompts", type=int, default=150)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--only", nargs="*", help="names of settings; all by default")
+    parser.add_argument("--base", default="{}", help="JSON settings that all others start from")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    stream = record(args.domain, args.prompts, args.new_tokens)
+    base = OnlineSpecConfig(**json.loads(args.base))
+    print(f"{args.domain}, {args.prompts} prompts, {sum(len(r.logits) for r in stream)} tokens, base {args.base}")
+    print("| setting | AL by quarter | | | | learning ms per token |\n|---|---|---|---|---|---|")
+    for name in args.only or SETTINGS:
+        lengths, seconds = run(replace(base, **SETTINGS[name]), stream)
+        print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in lengths) + f" | {1e3 * seconds:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What the demo shows of its numbers: the figure, the tables, and the last line in words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .demo import ARMS, Record, summarise
+
+PROGRESS_EVERY = 10  # requests, where there is no live table
+WINDOW = 8  # requests in a running mean
+# Distinct for colour-blind eyes too (Okabe and Ito); plain stays in the background.
+COLOURS = {"plain": "#7f7f7f", "transformers": "#0072b2", "frozen": "#e69f00", "learning": "#009e73"}
+
+
+def stream_figure(records: Sequence[Record]) -> Figure:
+    """Two panels over the requests of the stream: acceptance length of the drafting arms, net tokens/s of all.
+
+    Args:
+        records: the finished requests, in order.
+    """
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)  # a figure of our own: pyplot's global state stays untouched
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    drafting = {arm: label for arm, label in ARMS.items() if arm != "plain"}
+    _draw(upper, records, drafting, "target_forwards")
+    upper.set_ylabel("tokens per target forward")
+    upper.set_title(f"acceptance length (mean of the last {WINDOW} requests of the segment)", fontsize=10, loc="left")
+    _draw(lower, records, ARMS, "wall_time_s")
+    lower.set_ylabel("tokens/s, learning included")
+    lower.set_title(f"net speed (mean of the last {WINDOW} requests of the segment)", fontsize=10, loc="left")
+    lower.set_xlabel("request")
+    lower.legend(ncols=len(ARMS), loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9)
+    for axes in (upper, lower):
+        _mark_segments(axes, records)
+    return figure
+
+
+def _draw(axes: Axes, records: Sequence[Record], labels: Mapping[str, str], per: str) -> None:
+    """One line per arm and segment: new tokens over the sum of the field `per`."""
+    for arm, label in labels.items():
+        own = [record for record in records if record.arm == arm]
+        for _, group in groupby(own, key=lambda record: record.segment):
+            segment = list(group)
+            windows = [segment[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(segment))]
+            values = [sum(r.new_tokens for r in w) / sum(getattr(r, per) for r in w) for w in windows]
+            numbers = [record.request + 1 for record in segment]
+            axes.plot(numbers, values, color=COLOURS[arm], label=label, marker="o", markersize=3, linewidth=1.5)
+            label = "_nolegend_"  # the later segments of an arm share its entry
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mark_segments(axes: Axes, records: Sequence[Record]) -> None:
+    """A line between segments, and each one's domain at its left edge."""
+    for _, group in groupby(records, key=lambda record: record.segment):
+        first = next(group)
+        edge = first.request + 0.5
+        if first.segment > 1:
+            axes.axvline(edge, color="#444444", linewidth=0.8, linestyle="--")
+        axes.annotate(
+            first.domain, (edge, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points"
+        )
+
+
+@contextmanager
+def progress(requests: int, live: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
+    """Gives a function that shows the records so far: as a live table, or as a line now and then on stderr."""
+    if live:
+        with Live(auto_refresh=False, transient=True) as screen:
+            yield lambda records: screen.update(speed_table(summarise(records), whole=False), refresh=True)
+        return
+
+    def line(records: Sequence[Record]) -> None:
+        done = records[-1].request + 1
+        if done % PROGRESS_EVERY == 0 or done == requests:
+            arms = summarise(records)["whole"]["arms"]
+            speeds = ", ".join(f"{ARMS[arm]} {numbers['tokens_per_s']:.0f}" for arm, numbers in arms.items())
+            print(f"{done} of {requests} requests, net tokens/s: {speeds}", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def report(result: dict[str, Any]) -> None:
+    """Prints the tables and what they say."""
+    summary = result["summary"]
+    if result["interrupted"]:
+        print("Interrupted: only the finished requests count.")
+    # Without a terminal there is no width to fit into.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console.print(speed_table(summary, whole=True))
+    console.print("Net tokens/s of ours learning over the others: of the sums (median over prompts)", soft_wrap=True)
+    console.print(ratio_table(summary))
+    console.print(outputs_line(summary), conclusion(summary), sep="\n", soft_wrap=True)
+
+
+def speed_table(summary: dict[str, Any], whole: bool) -> Table:
+    """Per segment and arm, and for the whole stream if asked: acceptance length and speeds."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("segment", "arm"):
+        table.add_column(title, no_wrap=True)
+    for title in ("acceptance length", "decode-only tokens/s", "net tokens/s", "update share"):
+        table.add_column(title, justify="right")
+    for name, block in _blocks(summary) if whole else _blocks(summary)[:-1]:
+        for arm, numbers in block["arms"].items():
+            table.add_row(
+                name,
+                ARMS[arm],
+                f"{numbers['acceptance_length']:.2f}",
+                f"{numbers['decode_tokens_per_s']:.1f}",
+                f"{numbers['tokens_per_s']:.1f}",
+                f"{numbers['update_share']:.1%}" if arm == "learning" else "",
+            )
+            name = ""
+        table.add_section()
+    return table
+
+
+def ratio_table(summary: dict[str, Any]) -> Table:
+    """Per segment: net tokens/s of the learning arm over each other arm's."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("segment", no_wrap=True)
+    for arm in summary["whole"]["learning_over"]:
+        table.add_column(f"/ {ARMS[arm]}", justify="right")
+    for name, block in _blocks(summary):
+        cells = [f"{ratio['total']:.2f} ({ratio['median']:.2f})" for ratio in block["learning_over"].values()]
+        table.add_row(name, *cells)
+    return table
+
+
+def _blocks(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The segments by number and domain, then the whole stream."""
+    segments = [(f"{block['segment']} {block['domain']}", block) for block in summary["segments"]]
+    return [*segments, ("all", summary["whole"])]
+
+
+def outputs_line(summary: dict[str, Any]) -> str:
+    """How many outputs are those of plain generation."""
+    if not summary["outputs"]:
+        return (
+            "Outputs are not compared when sampling: draws differ, their law is the target's exactly, "
+            "which the test suite checks."
+        )
+    parts = []
+    for arm, found in summary["outputs"].items():
+        part = f"{ARMS[arm]} {found['identical']} of {found['compared']}"
+        if found["tie"]:
+            part += f" ({found['tie']} more parted at a tie of the target's two best tokens)"
+        if found["different"]:
+            part += f" ({found['different']} different)"
+        parts.append(part)
+    return f"Outputs identical to plain: {'; '.join(parts)}."
+
+
+def conclusion(summary: dict[str, Any]) -> str:
+    """What learning gained or lost, in words, from the sums."""
+    whole = summary["whole"]
+    ratios = {arm: ratio["total"] for arm, ratio in whole["learning_over"].items()}
+    *most, last = [f"{_compared(ratio)} {ARMS[arm]}" for arm, ratio in ratios.items()]
+    words = f"With learning's own cost included, {ARMS['learning']} was {', '.join(most)} and {last}, "
+    words += f"over {whole['arms']['learning']['requests']} requests."
+    for block in summary["segments"][1:2]:
+        frozen, learning = (block["arms"][arm]["acceptance_length"] for arm in ("frozen", "learning"))
+        words += f" On {block['domain']}, each target forward gave {learning:.2f} tokens with learning, {frozen:.2f} without."
+    return words
+
+
+def _compared(ratio: float) -> str:
+    percent = round(abs(ratio - 1) * 100)
+    if percent == 0:
+        return "as fast as"
+    return f"{percent}% {'faster' if ratio > 1 else 'slower'} than"

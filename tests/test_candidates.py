@@ -1,0 +1,87 @@
+"""Drafting on a cropped cache gives what a fresh forward gives; the same object serves transformers' own loop."""
+
+from types import MethodType
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation import AssistedCandidateGenerator
+
+from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
+
+from .conftest import tiny_gpt2, tiny_llama
+
+
+def generator(draft: OnlineDraft, *, learn: bool = False, **settings: object) -> OnlineCandidateGenerator:
+    config = draft.generation_config.__class__(**({"do_sample": False, "max_length": 64} | settings))
+    return OnlineCandidateGenerator(draft, config, LogitsProcessorList(), learn=learn)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_proposals_after_rejections_equal_fresh_ones(make) -> None:
+    """Whatever was accepted before, the draft proposes its own greedy continuation of the prefix."""
+    model = make(2)
+    draft = OnlineDraft(model)
+    candidates = generator(draft)
+    prefix = torch.tensor([[1, 2, 3]])
+    for kept in (0, 4, 2, 1, 3, 0):
+        with torch.no_grad():
+            proposal = candidates.propose(prefix, 4)
+        expected = model.generate(prefix, max_new_tokens=4, do_sample=False)[:, prefix.shape[1] :]
+        assert torch.equal(proposal.tokens, expected)
+        own = torch.tensor([[(int(expected[0, min(kept, 3)]) + 1) % 32]])  # the target disagrees here
+        prefix = torch.cat([prefix, proposal.tokens[:, :kept], own], dim=-1)
+
+
+@torch.no_grad()
+def test_sampled_law_is_the_draft_s_own(draft_model: PreTrainedModel) -> None:
+    prefix = torch.tensor([[1, 2, 3]])
+    proposal = generator(OnlineDraft(draft_model), do_sample=True).propose(prefix, 3)
+    logits = draft_model(torch.cat([prefix, proposal.tokens], dim=-1)).logits
+    torch.testing.assert_close(proposal.q[0], logits[0, 2:5].softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_stops_after_an_end_of_sequence(draft_model: PreTrainedModel) -> None:
+    prefix = torch.tensor([[1, 2, 3]])
+    full = generator(OnlineDraft(draft_model)).propose(prefix, 5).tokens[0].tolist()
+    stopped = generator(OnlineDraft(draft_model), eos_token_id=full[1]).propose(prefix, 5).tokens[0].tolist()
+    assert stopped == full[: full.index(full[1]) + 1]
+
+
+@torch.no_grad()
+def test_never_drafts_beyond_its_own_positions() -> None:
+    """GPT-2 has a table of 64 positions and fails beyond it; the draft then simply stays silent."""
+    candidates = generator(OnlineDraft(tiny_gpt2(2)))
+    assert candidates.propose(torch.ones(1, 62, dtype=torch.long), 5).tokens.shape == (1, 2)
+    assert candidates.propose(torch.ones(1, 66, dtype=torch.long), 5).tokens.shape == (1, 0)
+
+
+@torch.no_grad()
+def test_a_draft_that_lost_its_mind_proposes_nothing(draft_model: PreTrainedModel) -> None:
+    draft = OnlineDraft(draft_model)
+    draft._lora.params.fill_(torch.nan)
+    draft._steps = 1
+    assert generator(draft, do_sample=True).propose(torch.tensor([[1, 2]]), 4).tokens.shape == (1, 0)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_inside_transformers_own_loop(target: PreTrainedModel, draft_model: PreTrainedModel, sample: bool) -> None:
+    """Greedy output is plain greedy output, and the draft learns from every round."""
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(update_when="round", rank=4, alpha=4.0))
+    made: list[OnlineCandidateGenerator] = []
+
+    def ours(self: PreTrainedModel, **kwargs) -> OnlineCandidateGenerator:
+        made.append(OnlineCandidateGenerator(draft, kwargs["generation_config"], kwargs["logits_processor"]))
+        return made[-1]
+
+    target._get_candidate_generator = MethodType(ours, target)
+    prompt = torch.tensor([[3, 14, 15, 9]])
+    before = draft._lora.params.clone()
+    out = target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=30)
+    assert isinstance(made[0], OnlineCandidateGenerator) and not isinstance(made[0], AssistedCandidateGenerator)
+    assert out.shape == (1, 34) and not torch.equal(draft._lora.params, before)
+    if not sample:
+        assert torch.equal(out, target.generate(prompt, do_sample=False, max_new_tokens=30))
+    rows = sum(len(teacher) for teacher in made[0]._learned[0])
+    assert rows == 30  # one row per emitted token, none from behind a rejection

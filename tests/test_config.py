@@ -1,0 +1,54 @@
+"""Settings are validated when made, travel through JSON, and refuse what does not exist."""
+
+import dataclasses
+
+import pytest
+
+from hf_onlinespec import ConfigError, OnlineSpecConfig, OnlineSpecError
+
+
+def test_json_round_trip() -> None:
+    config = OnlineSpecConfig(lr=2e-3, target_modules=["q_proj", "lm_head"], top_k=16)
+    assert OnlineSpecConfig.from_json(config.to_json()) == config
+
+
+def test_frozen_and_every_field_explained() -> None:
+    config = OnlineSpecConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0  # type: ignore[misc]
+    assert all(f.metadata["help"] for f in dataclasses.fields(config))
+
+
+def test_unknown_keys_are_refused() -> None:
+    with pytest.raises(ConfigError, match="learning_rate"):
+        OnlineSpecConfig.from_dict({"learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lookahead", "auto"),
+        ("update_every", "auto"),
+        ("update_when", "idle"),
+        ("learner", "optimistic"),
+        ("loss", "l2"),
+        ("preconditioner", "muon"),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("lr", True),
+        ("rank", 0),
+        ("rank", 2.5),
+        ("lookahead", -1),
+        ("update_every", 0),
+        ("replay_tokens", -1),
+        ("temperature", "warm"),
+        ("target_modules", []),
+        ("target_modules", "q_proj"),
+        ("top_k", 0),
+    ],
+)
+def test_bad_values_are_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name) as caught:
+        OnlineSpecConfig(**{name: value})
+    assert isinstance(caught.value, OnlineSpecError) and isinstance(caught.value, ValueError)
+    assert str(value) in str(caught.value)

@@ -1,0 +1,196 @@
+"""The draft adapts: right gradients, right positions, repeatable steps, and faults that cost a step but never the serving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.metrics import Counts
+
+from .conftest import tiny_llama
+
+PLAIN = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=0.1, max_grad_norm=1e9, replay_passes=0)
+
+
+def moved(draft: OnlineDraft) -> OnlineDraft:
+    """An adapter away from its start, where B = 0 hides the gradient of A."""
+    draft._lora.params.add_(0.1 * torch.randn(draft._lora.params.shape, generator=torch.Generator().manual_seed(4)))
+    draft._steps = 1
+    return draft
+
+
+def segment() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ten tokens, and the target's logits for the last four of them."""
+    return torch.randint(32, (1, 10), generator=torch.Generator().manual_seed(1)), torch.randn(4, 32)
+
+
+def manual_gradient(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
+    """The gradient of mean KL(p‖q), written out anew: the logits that predict token j sit at j − 1."""
+    draft._lora.grads.zero_()
+    with draft._lora.speaking() as model:
+        logits_q = model(tokens).logits[0]
+    loss = torch.zeros(())
+    for row, j in enumerate(range(6, 10)):
+        p, log_q = logits_p[row].softmax(-1), logits_q[j - 1].log_softmax(-1)
+        loss = loss + (p * (p.log() - log_q)).sum() / 4
+    loss.backward()
+    return draft._lora.grads.clone()
+
+
+def step_taken(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor, prefix: int) -> torch.Tensor:
+    """−Δw / η of one plain step, which is its gradient."""
+    before = draft._lora.params.clone()
+    cache = DynamicCache(config=draft.config)
+    with torch.no_grad(), draft.serving() as model:
+        model(tokens[:, :prefix] if prefix else tokens[:, :1], past_key_values=cache, use_cache=True)
+    draft.learn_segment(tokens, [Teacher.from_logits(logits_p)], cache, prefix, None, Counts())
+    return (before - draft._lora.params) / 0.1
+
+
+def test_teacher_rows_meet_the_positions_that_predict_them(draft_model: PreTrainedModel) -> None:
+    """Pins the train/serve offset: training one position later gives another gradient."""
+    tokens, logits_p = segment()
+    draft = moved(OnlineDraft(draft_model, PLAIN))
+    expected = manual_gradient(draft, tokens, logits_p)
+    torch.testing.assert_close(step_taken(draft, tokens, logits_p, prefix=0), expected, atol=1e-4, rtol=1e-3)
+    shifted = manual_gradient(moved(OnlineDraft(tiny_llama(2), PLAIN)), tokens.roll(1), logits_p)
+    assert torch.cosine_similarity(expected, shifted, dim=0) < 0.9
+
+
+def test_replay_of_unequal_lengths_gives_the_mean_gradient(draft_model: PreTrainedModel) -> None:
+    """A padded batch of requests is the mean over all their taught positions."""
+    draft = moved(OnlineDraft(draft_model, PLAIN))
+    requests = [
+        Feedback(torch.randint(32, (length,)), Teacher.from_logits(torch.randn(new, 32)))
+        for length, new in ((9, 4), (6, 5), (12, 1))
+    ]
+
+    def gradient(batch: list[Feedback]) -> torch.Tensor:
+        draft._lora.grads.zero_()
+        with draft._lora.speaking() as model:
+            draft._replay_loss(model, batch).backward()
+        return draft._lora.grads.clone()
+
+    apart = sum(gradient([request]) * len(request.teacher) for request in requests) / 10
+    torch.testing.assert_close(gradient(requests), apart, atol=1e-5, rtol=1e-3)
+
+
+def test_prefix_from_the_cache_gives_the_same_loss(draft_model: PreTrainedModel) -> None:
+    """With the prefix read from the KV cache the logits are the same; its gradient flows through the segment alone."""
+    tokens, logits_p = segment()
+    whole = step_taken(moved(OnlineDraft(draft_model, PLAIN)), tokens, logits_p, prefix=0)
+    cached = step_taken(moved(OnlineDraft(tiny_llama(2), PLAIN)), tokens, logits_p, prefix=5)
+    assert torch.cosine_similarity(whole, cached, dim=0) > 0.8
+    head = slice(-32 * 4, None)  # B of the head sees no attention: there the two are equal
+    torch.testing.assert_close(whole[head], cached[head], atol=1e-5, rtol=1e-3)
+
+
+def test_learns_a_fixed_teacher(draft_model: PreTrainedModel) -> None:
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=8, alpha=8.0, lr=1e-2, replay_passes=0))
+    tokens, logits_p = segment()
+    for _ in range(200):
+        draft.learn_segment(tokens, [Teacher.from_logits(logits_p)], DynamicCache(), 0, None, Counts())
+    q = draft(tokens).logits[0, 5:9].softmax(-1)
+    assert torch.minimum(q, logits_p.softmax(-1)).sum(-1).mean() > 0.9
+
+
+def run(target: PreTrainedModel, **settings: object) -> OnlineDraft:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**({"rank": 4, "alpha": 4.0} | settings)))
+    for i in range(4):
+        target.generate(torch.tensor([[3 + i, 14, 15]]), assistant_model=draft, do_sample=False, max_new_tokens=16)
+    return draft
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"update_when": "round"}, {"update_when": "round", "update_every": 3, "top_k": 8}, {"loss": "js"}]
+)
+def test_runs_are_repeatable(target, settings) -> None:
+    first, second = run(target, **settings), run(target, **settings)
+    assert torch.equal(first._lora.params, second._lora.params)
+    assert first.metrics.updates == second.metrics.updates > 0
+
+
+def test_the_seed_matters(target) -> None:
+    assert not torch.equal(run(target)._lora.params, run(target, seed=1)._lora.params)
+
+
+def test_how_often_it_learns(target) -> None:
+    rounds = run(target, update_when="round", replay_passes=0).metrics
+    assert rounds.updates == rounds.rounds
+    third = run(target, update_when="round", update_every=3, replay_passes=0).metrics
+    assert third.rounds / 3 <= third.updates <= third.rounds / 3 + 4
+    assert run(target, replay_passes=0).metrics.updates == 4
+    assert run(target, replay_passes=2).metrics.updates == 4 * 3
+    assert run(target, replay_passes=2, replay_tokens=0).metrics.updates == 4
+
+
+def test_every_position_is_learned_once(target) -> None:
+    """Whatever the interval, the segments of a request add up to its generated tokens."""
+    for settings in ({"update_when": "round", "update_every": 2}, {"update_when": "request"}):
+        draft = run(target, **settings)
+        assert [len(f.teacher) for f in draft._replay.requests] == [16] * 4
+        assert [len(f.tokens) for f in draft._replay.requests] == [19] * 4
+
+
+def test_replay_remembers_what_the_target_said(target) -> None:
+    draft = run(target, replay_top_k=5)
+    for feedback in draft._replay.requests:
+        logits = target(feedback.tokens[None]).logits[0, 2:-1]
+        values, index = logits.log_softmax(-1).topk(5)
+        assert torch.equal(feedback.teacher.tokens, index)
+        torch.testing.assert_close(feedback.teacher.log_probs, values, atol=1e-4, rtol=1e-4)
+
+
+def test_context_tokens_bound_what_is_kept_of_a_prompt(target) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=4))
+    target.generate(torch.randint(32, (1, 30)), assistant_model=draft, do_sample=False, max_new_tokens=8)
+    assert len(draft._replay.requests[0].tokens) == 4 + 8
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_non_finite_teacher_costs_the_step_not_the_serving(
+    target, draft_model, prompt, monkeypatch, bad: float
+) -> None:
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_when="round", replay_passes=0))
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=10)
+    before = draft._lora.params.clone()
+    original = Teacher.from_logits.__func__
+    monkeypatch.setattr(Teacher, "from_logits", classmethod(lambda cls, logits, *a: original(cls, logits * bad, *a)))
+    assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10))
+    assert draft.metrics.skipped_updates == draft.metrics.rounds > 0 and draft.metrics.updates == 0
+    assert torch.equal(draft._lora.params, before)
+
+
+def test_gradients_are_clipped(draft_model: PreTrainedModel) -> None:
+    config = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=1.0, max_grad_norm=0.01, replay_passes=0)
+    draft = moved(OnlineDraft(draft_model, config))
+    before = draft._lora.params.clone()
+    tokens, logits_p = segment()
+    draft.learn_segment(tokens, [Teacher.from_logits(5 * logits_p)], DynamicCache(), 0, None, Counts())
+    assert (draft._lora.params - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_metrics_add_up(target) -> None:
+    draft = run(target)
+    m = draft.metrics
+    assert m.requests == 4 and m.new_tokens == 64
+    assert m.acceptance_length == m.new_tokens / m.rounds >= 1
+    assert m.accepted_tokens + m.rounds == m.new_tokens
+    assert 0 <= m.acceptance_rate <= 1 and m.verified_positions >= m.accepted_tokens
+    assert 0 < m.update_share < 1 and m.decode_tokens_per_s > m.tokens_per_s > 0
+    assert m.draft_time_s + m.target_time_s + m.update_time_s < m.wall_time_s
+    assert m.replay_bytes == draft._replay.nbytes > 0
+    assert m.last.requests == 1 and m.last.new_tokens == 16
+
+
+def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
+    draft = run(target)
+    tokens = torch.tensor([[1, 2, 3]])
+    out = draft(input_ids=tokens)
+    with draft._lora.speaking() as model:
+        assert torch.equal(out.logits, model(tokens).logits)
+    assert not torch.equal(out.logits, tiny_llama(2)(tokens).logits)
+    assert torch.equal(draft.model(tokens).logits, tiny_llama(2)(tokens).logits)  # gate shut outside

@@ -1,0 +1,300 @@
+"""The doorway: what it lets in, what it refuses and how, and that it shuts without a trace."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    GenerationMixin,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
+
+import hf_onlinespec
+from hf_onlinespec import (
+    ConfigError,
+    DraftError,
+    OnlineDraft,
+    OnlineSpecConfig,
+    OnlineSpecError,
+    UnsupportedError,
+    online_draft,
+)
+
+from .conftest import tiny_llama
+from .test_decoding import Heard, letters  # noqa: F401
+
+SMALL = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3)
+GREEDY = {"do_sample": False, "max_new_tokens": 20}
+
+
+def test_true_learns_from_call_to_call(target, draft_model, prompt) -> None:
+    plain = target.generate(prompt, **GREEDY)
+    for calls in (1, 2):
+        assert torch.equal(plain, target.generate(prompt, assistant_model=draft_model, onlinespec=True, **GREEDY))
+        metrics = online_draft(draft_model).metrics
+        assert metrics.requests == calls and metrics.updates > 0 and metrics.last.new_tokens == 20
+    assert metrics.new_tokens == 40
+
+
+def test_a_config_sets_the_draft_up_once(target, draft_model, prompt) -> None:
+    target.generate(prompt, assistant_model=draft_model, onlinespec=SMALL, **GREEDY)
+    assert online_draft(draft_model).settings == SMALL
+    target.generate(prompt, assistant_model=draft_model, onlinespec=True, **GREEDY)  # goes on with it
+    steps = online_draft(draft_model).metrics.updates
+    with pytest.raises(ConfigError, match="lookahead"):
+        target.generate(
+            prompt, assistant_model=draft_model, onlinespec=OnlineSpecConfig(rank=4, alpha=4.0, lookahead=7), **GREEDY
+        )
+    assert online_draft(draft_model).metrics.updates == steps
+
+
+def test_online_draft_needs_no_argument_and_false_only_drafts(target, draft_model, prompt) -> None:
+    draft = OnlineDraft(draft_model, SMALL)
+    plain = target.generate(prompt, **GREEDY)
+    assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))
+    updates = draft.metrics.updates
+    params = draft._lora.params.clone()
+    assert updates > 0
+    assert torch.equal(plain, target.generate(prompt, assistant_model=draft, onlinespec=False, **GREEDY))
+    assert draft.metrics.updates == updates and torch.equal(draft._lora.params, params)
+    assert draft.metrics.last.drafted_tokens > 0 and draft.metrics.last.update_time_s == 0
+
+
+def test_inside_a_generation_config(target, draft_model, prompt) -> None:
+    config = GenerationConfig(onlinespec=SMALL, pad_token_id=0, **GREEDY)
+    assert config.to_dict()["onlinespec"]["rank"] == 4 and "onlinespec" in repr(config)
+    target.generate(prompt, generation_config=config, assistant_model=draft_model)
+    assert online_draft(draft_model).settings == SMALL
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
+def test_peft_model_as_draft_and_as_target(target, draft_model, prompt) -> None:
+    peft_draft = get_peft_model(
+        draft_model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    peft_target = get_peft_model(
+        target, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    plain = peft_target.generate(input_ids=prompt, **GREEDY)
+    ours = peft_target.generate(input_ids=prompt, assistant_model=peft_draft, onlinespec=True, **GREEDY)
+    assert torch.equal(plain, ours) and online_draft(peft_draft).metrics.updates > 0
+
+
+def test_two_pairs_in_one_process(prompt) -> None:
+    """Each draft learns from its own target alone."""
+    targets, models = [tiny_llama(1, layers=2), tiny_llama(3, layers=2)], [tiny_llama(2), tiny_llama(2)]
+    for _ in range(2):
+        for t, m in zip(targets, models, strict=True):
+            plain = t.generate(prompt, **GREEDY)
+            assert torch.equal(plain, t.generate(prompt, assistant_model=m, onlinespec=SMALL, **GREEDY))
+    alone = tiny_llama(2)
+    for _ in range(2):
+        targets[1].generate(prompt, assistant_model=alone, onlinespec=SMALL, **GREEDY)
+    assert torch.equal(online_draft(models[1])._lora.params, online_draft(alone)._lora.params)
+    assert not torch.equal(online_draft(models[0])._lora.params, online_draft(alone)._lora.params)
+
+
+def test_the_draft_goes_when_its_model_goes(target, prompt) -> None:
+    model = tiny_llama(2)
+    target.generate(prompt, assistant_model=model, onlinespec=SMALL, **GREEDY)
+    gone = weakref.ref(online_draft(model))
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_users_draft_is_never_touched(target, draft_model, prompt) -> None:
+    state = copy.deepcopy(draft_model.state_dict())
+    before = draft_model(prompt).logits
+    for _ in range(3):
+        target.generate(prompt, assistant_model=draft_model, onlinespec=SMALL, **GREEDY)
+    assert (online_draft(draft_model)(prompt).logits - before).abs().max() > 1e-4  # it did learn
+    assert torch.equal(draft_model(prompt).logits, before)
+    assert draft_model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in draft_model.state_dict().items())
+
+
+def test_custom_generate_without_any_hook(target, draft_model, prompt, letters) -> None:  # noqa: F811
+    plain = target.generate(prompt, **GREEDY)
+    stop = "".join(letters.convert_ids_to_tokens(plain[0, 12:14].tolist()))
+    stopped = target.generate(prompt, stop_strings=stop, tokenizer=letters, **GREEDY)
+    hf_onlinespec.disable()
+    try:
+        draft, heard = OnlineDraft(draft_model, SMALL), Heard()
+        assert torch.equal(plain, target.generate(prompt, custom_generate=draft.generate_fn(streamer=heard), **GREEDY))
+        assert heard.tokens == plain[0, prompt.shape[1] :].tolist() and heard.ended == 1
+        assert draft.metrics.updates > 0
+        fn = draft.generate_fn(tokenizer=letters)
+        assert torch.equal(stopped, target.generate(prompt, custom_generate=fn, stop_strings=stop, **GREEDY))
+        fn = draft.generate_fn()
+        assert torch.equal(
+            stopped, target.generate(prompt, custom_generate=fn, stop_strings=stop, tokenizer=letters, **GREEDY)
+        )
+        sampled = target.generate(prompt, custom_generate=fn, do_sample=True, max_new_tokens=5)
+        assert sampled.shape == (1, 11)
+        with pytest.raises(UnsupportedError, match="num_beams=2"):
+            target.generate(prompt, custom_generate=fn, num_beams=2, max_new_tokens=5)
+    finally:
+        hf_onlinespec.enable()
+
+
+def test_disable_restores_transformers_exactly(target, draft_model, prompt) -> None:
+    wrapped = [
+        GenerationConfig.get_generation_mode,
+        GenerationMixin._validate_generation_mode,
+        GenerationMixin._assisted_decoding,
+    ]
+    names = {**vars(GenerationConfig)}, {**vars(GenerationMixin)}
+    hf_onlinespec.disable()
+    try:
+        originals = [
+            GenerationConfig.get_generation_mode,
+            GenerationMixin._validate_generation_mode,
+            GenerationMixin._assisted_decoding,
+        ]
+        assert all("__wrapped__" not in vars(f) and f.__module__.startswith("transformers.") for f in originals)
+        assert [f.__wrapped__ for f in wrapped] == originals
+        assert "onlinespec" not in vars(GenerationConfig)
+        with pytest.raises(ValueError, match="onlinespec"):
+            target.generate(prompt, assistant_model=draft_model, onlinespec=True, **GREEDY)
+    finally:
+        hf_onlinespec.enable()
+    hf_onlinespec.enable()  # a second time changes nothing
+    assert {**vars(GenerationConfig)}.keys() == names[0].keys() and {**vars(GenerationMixin)}.keys() == names[1].keys()
+    target.generate(prompt, assistant_model=draft_model, onlinespec=True, **GREEDY)
+
+
+def test_other_calls_are_untouched_bit_for_bit(target, draft_model, prompt) -> None:
+    """Plain, beam and stock assisted calls, greedy and sampled: same tokens, same scores, same random draws."""
+    calls = [
+        {},
+        {"do_sample": True},
+        {"num_beams": 3},
+        {"assistant_model": draft_model},
+        {"assistant_model": draft_model, "do_sample": True},
+        {"assistant_model": draft_model, "onlinespec": False},
+    ]
+
+    def run() -> list:
+        results = []
+        for call in calls:
+            if hf_onlinespec.generation._originals == []:
+                call = {k: v for k, v in call.items() if k != "onlinespec"}
+            torch.manual_seed(5)
+            out = target.generate(prompt, max_new_tokens=15, return_dict_in_generate=True, output_scores=True, **call)
+            results.append((out.sequences, torch.stack(out.scores), torch.rand(1)))
+        return results
+
+    with_hook = run()
+    hf_onlinespec.disable()
+    try:
+        without = run()
+    finally:
+        hf_onlinespec.enable()
+    for ours, theirs in zip(with_hook, without, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+BAD_CALLS = {
+    "num_beams": ({"num_beams": 2}, "num_beams=2"),
+    "num_return_sequences": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+    "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
+    "assistant_ensemble_weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight=0.5"),
+    "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+    "use_cache": ({"use_cache": False}, "use_cache"),
+    "static cache": ({"cache_implementation": "static"}, "static"),
+    "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
+    "not a setting": ({"onlinespec": "yes"}, "'yes'"),
+}
+
+
+@pytest.mark.parametrize(("call", "said"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls(target, draft_model, prompt, call, said) -> None:
+    """Refused with the value and the way out, before any forward of either model; what was learned stays."""
+    draft = OnlineDraft(draft_model, SMALL)
+    target.generate(prompt, assistant_model=draft, **GREEDY)
+    state = draft._lora.params.clone(), draft.metrics.requests
+    forwards = []
+    hook = target.register_forward_pre_hook(lambda *_: forwards.append(1))
+    with pytest.raises(OnlineSpecError, match=said) as caught:
+        target.generate(prompt, assistant_model=draft, max_new_tokens=5, **call)
+    hook.remove()
+    assert isinstance(caught.value, ValueError) and str(caught.value).count(".") >= 1
+    assert forwards == [] and torch.equal(draft._lora.params, state[0]) and draft.metrics.requests == state[1]
+    plain = target.generate(prompt, **GREEDY)
+    assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))  # and it goes on
+
+
+def test_batches_are_refused_before_any_work(target, draft_model) -> None:
+    forwards = []
+    target.register_forward_pre_hook(lambda *_: forwards.append(1))
+    with pytest.raises(UnsupportedError, match="batch of 3"):
+        target.generate(torch.ones(3, 4, dtype=torch.long), assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
+    assert forwards == []
+
+
+def test_no_draft_is_refused_for_now(target, prompt) -> None:
+    with pytest.raises(UnsupportedError, match="assistant_model"):
+        target.generate(prompt, onlinespec=True, max_new_tokens=5)
+
+
+def test_embeddings_instead_of_tokens(target, draft_model) -> None:
+    with pytest.raises(UnsupportedError, match="input_ids"):
+        target.generate(inputs_embeds=torch.randn(1, 3, 16), assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
+
+
+def test_vocabularies_of_different_size(target, prompt, letters) -> None:  # noqa: F811
+    other = tiny_llama(2, vocab=48)
+    with pytest.raises(DraftError, match="32 .* 48"):
+        target.generate(prompt, assistant_model=other, onlinespec=True, max_new_tokens=5)
+    with pytest.raises(DraftError, match="32 .* 48"):
+        target.generate(
+            prompt,
+            assistant_model=other,
+            onlinespec=True,
+            tokenizer=letters,
+            assistant_tokenizer=letters,
+            max_new_tokens=5,
+        )
+
+
+def tiny_bart() -> PreTrainedModel:
+    size = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=32, encoder_ffn_dim=16, decoder_ffn_dim=16, **size)
+    ).eval()
+
+
+def tiny_mamba() -> PreTrainedModel:
+    return MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(tiny_bart, "encoder"), (tiny_mamba, "recurrent state")], ids=["bart", "mamba"]
+)
+def test_pairs_that_are_not_handled_yet(target, draft_model, prompt, make, said) -> None:
+    with pytest.raises(OnlineSpecError, match=said):
+        target.generate(prompt, assistant_model=make(), onlinespec=True, max_new_tokens=5)
+    with pytest.raises(OnlineSpecError, match=said):
+        make().generate(prompt, assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
+
+
+def test_a_draft_that_is_no_model(target, prompt) -> None:
+    with pytest.raises(DraftError, match="Linear"):
+        OnlineDraft(torch.nn.Linear(2, 2))

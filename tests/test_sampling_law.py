@@ -1,0 +1,127 @@
+"""Sampling is exact: the law over all three-token outputs is the target's, while the adapter moves between rounds.
+
+All sequences are enumerated, their exact probabilities computed from the target alone, and compared with thousands of
+generated ones by a χ² test with fixed seeds.
+"""
+
+import itertools
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+
+from .conftest import tiny_llama
+
+VOCAB, NEW = 6, 3
+PROMPT = torch.tensor([[1, 4]])
+DRAWS = 1500
+
+LAWS = {
+    "plain": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    "temperature": {"temperature": 0.6, "top_k": 0, "top_p": 1.0},
+    "top_k": {"temperature": 1.3, "top_k": 3, "top_p": 1.0},
+    "top_p": {"temperature": 1.0, "top_k": 0, "top_p": 0.8},
+    "all": {"temperature": 0.8, "top_k": 4, "top_p": 0.9},
+}
+
+
+def models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Target and draft, flat enough for every cell to be visited."""
+    flat = {"vocab": VOCAB, "initializer_range": 0.2}
+    return tiny_llama(1, layers=2, **flat), tiny_llama(2, **flat)
+
+
+@torch.no_grad()
+def exact_law(target: PreTrainedModel, settings: dict[str, float]) -> torch.Tensor:
+    """Probabilities of all VOCAB**NEW continuations, in lexicographic order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings["temperature"]))])
+    if settings["top_k"]:
+        warpers.append(TopKLogitsWarper(int(settings["top_k"])))
+    if settings["top_p"] < 1:
+        warpers.append(TopPLogitsWarper(settings["top_p"]))
+    sequences = torch.tensor(list(itertools.product(range(VOCAB), repeat=NEW)))
+    tokens = torch.cat([PROMPT.expand(len(sequences), -1), sequences], dim=-1)
+    logits = target(tokens).logits
+    law = torch.ones(len(sequences), dtype=torch.float64)
+    for i in range(NEW):
+        position = PROMPT.shape[1] + i
+        p = warpers(tokens[:, :position], logits[:, position - 1]).double().softmax(-1)
+        law *= p.gather(-1, sequences[:, i : i + 1]).squeeze(-1)
+    return law
+
+
+def chi_square(counts: torch.Tensor, law: torch.Tensor) -> tuple[float, int]:
+    """Statistic and degrees of freedom; cells with an expectation below 5 are pooled."""
+    expected = law * counts.sum()
+    large = expected >= 5
+    observed, wanted = counts[large].double(), expected[large]
+    if (~large).any() and expected[~large].sum() > 0:
+        observed = torch.cat([observed, counts[~large].sum().double().view(1)])
+        wanted = torch.cat([wanted, expected[~large].sum().view(1)])
+    return ((observed - wanted) ** 2 / wanted).sum().item(), len(wanted) - 1
+
+
+def quantile(freedom: int) -> float:
+    """The 99.9 % quantile of χ² (Wilson and Hilferty's approximation)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize(
+    ("name", "lookahead"), [("plain", 1), ("plain", 4), ("temperature", 4), ("top_k", 2), ("top_p", 4), ("all", 4)]
+)
+def test_law_of_generated_sequences(name: str, lookahead: int) -> None:
+    settings = LAWS[name]
+    target, model = models()
+    law = exact_law(target, settings)
+    assert law.sum().item() == pytest.approx(1.0, abs=1e-5)
+    draft = OnlineDraft(
+        model,
+        OnlineSpecConfig(
+            lookahead=lookahead, update_when="round", update_every=1, rank=2, alpha=2.0, lr=3e-3, replay_passes=0
+        ),
+    )
+    start = draft(PROMPT).logits.detach()
+    torch.manual_seed(11)
+    counts = torch.zeros(VOCAB**NEW, dtype=torch.long)
+    place = torch.tensor([VOCAB**i for i in reversed(range(NEW))])
+    for _ in range(DRAWS):
+        out = target.generate(PROMPT, assistant_model=draft, do_sample=True, max_new_tokens=NEW, **settings)
+        counts[(out[0, PROMPT.shape[1] :] * place).sum()] += 1
+    assert counts[law == 0].sum() == 0  # nothing outside the support
+    statistic, freedom = chi_square(counts, law)
+    limit = quantile(freedom)
+    assert statistic < limit, f"chi square {statistic:.1f} at {freedom} degrees of freedom, limit {limit:.1f}"
+    assert draft.metrics.updates >= DRAWS  # the adapter moved all the while
+    assert (draft(PROMPT).logits.detach() - start).abs().max() > 0.05
+
+
+def test_the_test_can_fail() -> None:
+    """The same χ² rejects a law that is off by a little: here the draft's own."""
+    target, model = models()
+    law, wrong = (exact_law(m, LAWS["plain"]) for m in (target, model))
+    mixed = 0.9 * law + 0.1 * wrong
+    counts = torch.bincount(
+        torch.multinomial(mixed, DRAWS, replacement=True, generator=torch.Generator().manual_seed(0)),
+        minlength=len(law),
+    )
+    statistic, freedom = chi_square(counts, law)
+    assert statistic > quantile(freedom)
+
+
+def test_identical_draft_is_always_accepted_whatever_the_warpers() -> None:
+    """The warpers are applied once to the draft, as to the target."""
+    target = tiny_llama(1, vocab=VOCAB, layers=2)
+    draft = OnlineDraft(tiny_llama(1, vocab=VOCAB, layers=2))
+    for settings in LAWS.values():
+        target.generate(PROMPT, assistant_model=draft, onlinespec=False, do_sample=True, max_new_tokens=24, **settings)
+        last = draft.metrics.last
+        assert last.accepted_tokens == last.drafted_tokens
+        assert last.acceptance_rate == pytest.approx(1.0, abs=1e-5)
