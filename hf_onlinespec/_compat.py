@@ -90,8 +90,8 @@ def crop(cache: Cache, n: int) -> None:
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer, each (batch, heads, length, head_dim)."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    """Keys and values of every filled layer, each (batch, heads, length, head_dim)."""
+    return [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
 
 
 def max_positions(config: PretrainedConfig) -> int:

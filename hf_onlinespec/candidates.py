@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from ._compat import CandidateGenerator, crop, stateless
+from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .feedback import Feedback, FeedbackRecorder, Teacher, concatenate
 from .metrics import Counts
 
@@ -64,6 +64,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if attention_mask is not None and not bool((attention_mask == 1).all()):
             self._mask = attention_mask.to(draft.device)
         self._cache = DynamicCache(config=draft.config)
+        record_past(self._cache)
         self._cached = 0  # tokens in the draft's cache
         self._tokens: Tensor | None = None  # (batch, L) the request so far
         self._segment: list[Tensor] = []  # target logits (batch, n, vocab) not learned from yet
@@ -83,7 +84,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         laws: list[Tensor] = []
         if k > 0:
             keep = min(self._cached, prefix.shape[1] - 1)
-            crop(self._cache, self._cached - keep)
+            if self._cached:
+                crop(self._cache, self._cached - keep)
             self._cached = keep
             feed = prefix[:, keep:]
             with self._draft.serving() as model:
@@ -153,6 +155,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         n = rows.shape[1]
         teachers = [Teacher.from_logits(row, settings.temperature, settings.top_k) for row in rows]
         prefix = min(self._cached, self._tokens.shape[1] - 1 - n)
+        if any(keys.shape[-2] != self._cached for keys, _ in cache_tensors(self._cache)):
+            prefix = 0  # a sliding window has dropped the start: read everything anew
         self._draft.learn_segment(self._tokens, teachers, self._cache, prefix, self._mask, self.counts)
         for kept, teacher in zip(self._learned, teachers, strict=True):
             kept.append(teacher.top(settings.replay_top_k))

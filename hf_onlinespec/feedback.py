@@ -104,7 +104,7 @@ class FeedbackRecorder(LogitsProcessor):
     def __init__(self) -> None:
         self.rows: list[Tensor] = []  # each (batch, V)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # A copy: processors behind this one may write into the same memory.
         self.rows.append(scores.clone())
         return scores

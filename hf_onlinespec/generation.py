@@ -8,8 +8,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ._compat import WRAPPED, GenerationMode
+from .checks import check_call, check_mode
 from .config import OnlineSpecConfig
-from .decoding import check_call, check_mode, decode
+from .decoding import decode
 from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, UnsupportedError
 

@@ -43,6 +43,7 @@ def stream_figure(records: Sequence[Record]) -> Figure:
     lower.set_title(f"net speed (mean of the last {WINDOW} requests of the segment)", fontsize=10, loc="left")
     lower.set_xlabel("request")
     lower.legend(ncols=len(ARMS), loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9)
+    upper.set_xlim(0.5, records[-1].request + 1.5)
     for axes in (upper, lower):
         _mark_segments(axes, records)
     return figure
@@ -100,20 +101,19 @@ def report(result: dict[str, Any]) -> None:
     summary = result["summary"]
     if result["interrupted"]:
         print("Interrupted: only the finished requests count.")
-    # Without a terminal there is no width to fit into.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    console.print(speed_table(summary, whole=True))
+    console = Console(highlight=False)
+    console.print(speed_table(summary, whole=True), "")
     console.print("Net tokens/s of ours learning over the others: of the sums (median over prompts)", soft_wrap=True)
-    console.print(ratio_table(summary))
+    console.print(ratio_table(summary), "")
     console.print(outputs_line(summary), conclusion(summary), sep="\n", soft_wrap=True)
 
 
 def speed_table(summary: dict[str, Any], whole: bool) -> Table:
     """Per segment and arm, and for the whole stream if asked: acceptance length and speeds."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for title in ("segment", "arm"):
         table.add_column(title, no_wrap=True)
-    for title in ("acceptance length", "decode-only tokens/s", "net tokens/s", "update share"):
+    for title in ("acceptance\nlength", "decode-only\ntokens/s", "net\ntokens/s", "update\nshare"):
         table.add_column(title, justify="right")
     for name, block in _blocks(summary) if whole else _blocks(summary)[:-1]:
         for arm, numbers in block["arms"].items():
@@ -132,7 +132,7 @@ def speed_table(summary: dict[str, Any], whole: bool) -> Table:
 
 def ratio_table(summary: dict[str, Any]) -> Table:
     """Per segment: net tokens/s of the learning arm over each other arm's."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("segment", no_wrap=True)
     for arm in summary["whole"]["learning_over"]:
         table.add_column(f"/ {ARMS[arm]}", justify="right")

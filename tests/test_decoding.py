@@ -9,6 +9,8 @@ import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     StoppingCriteria,
@@ -72,25 +74,44 @@ def test_across_architectures(make, prompt) -> None:
     assert torch.equal(plain, ours) and draft.metrics.updates > 0
 
 
-def test_sliding_window_beyond_the_window(prompt) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(1)
+def tiny_mistral(seed: int) -> PreTrainedModel:
+    """A window of 8 tokens."""
+    torch.manual_seed(seed)
     shape = {
         "vocab_size": 32,
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
     }
     config = MistralConfig(
-        **shape, sliding_window=8, initializer_range=0.6, bos_token_id=None, eos_token_id=None, pad_token_id=None
+        **shape,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+        initializer_range=0.6,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
     )
-    target = MistralForCausalLM(config).eval()
-    target.generation_config.pad_token_id = 0
-    plain, ours = both(target, OnlineDraft(tiny_llama(2), LEARNING), prompt)
+    model = MistralForCausalLM(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def test_sliding_window_target_beyond_the_window(prompt) -> None:
+    plain, ours = both(tiny_mistral(1), OnlineDraft(tiny_llama(2), LEARNING), prompt)
     assert torch.equal(plain, ours)
+
+
+def test_sliding_window_draft_beyond_the_window(prompt) -> None:
+    """The same model drafting for itself is accepted all along, so its cropped window is right."""
+    target, draft = tiny_mistral(1), OnlineDraft(tiny_mistral(1), LEARNING)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=40)
+    ours = target.generate(prompt, do_sample=False, max_new_tokens=40, assistant_model=draft, onlinespec=False)
+    assert torch.equal(plain, ours) and draft.metrics.last.accepted_tokens == draft.metrics.last.drafted_tokens
+    assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=40, assistant_model=draft))
+    assert draft.metrics.updates > 0
 
 
 class Fake(OnlineCandidateGenerator):

@@ -1,0 +1,89 @@
+"""What the loop does not take, refused before any work: each error names the value seen and the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ._compat import SAMPLING_MODES, is_stateful, is_static
+from .errors import DraftError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft
+
+
+def check_mode(generation_config: GenerationConfig, mode: Any) -> None:
+    """Refuses every way of decoding but greedy and sampling."""
+    if generation_config.num_beams not in (None, 1):
+        raise UnsupportedError(
+            f"num_beams={generation_config.num_beams}: a learning draft serves greedy decoding and sampling. Use num_beams=1."
+        )
+    if mode not in SAMPLING_MODES:
+        raise UnsupportedError(f"Generation mode {mode}: a learning draft serves greedy decoding and sampling only.")
+
+
+def check_call(
+    target: PreTrainedModel, draft: OnlineDraft | PreTrainedModel, generation_config: GenerationConfig
+) -> None:
+    """Refuses, before any work, what the loop does not take. Each error names the value and the way out."""
+    check_mode(generation_config, generation_config.get_generation_mode(draft))
+    name, config = type(target).__name__, generation_config
+    if target.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"The target {name} is an encoder–decoder, which is not supported yet. Call generate without onlinespec."
+        )
+    if is_stateful(target):
+        raise UnsupportedError(
+            f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."
+        )
+    sizes = [c.get_text_config().vocab_size for c in (target.config, draft.config)]
+    if sizes[0] != sizes[1]:
+        raise DraftError(
+            f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}. "
+            "Use a draft with the target's own tokenizer: other tokenizers are not supported yet."
+        )
+    if config.num_return_sequences not in (None, 1):
+        raise UnsupportedError(
+            f"num_return_sequences={config.num_return_sequences}: not supported yet. Call generate once per sequence."
+        )
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise UnsupportedError(
+            f"guidance_scale={config.guidance_scale}: classifier-free guidance is not supported yet. Leave it out."
+        )
+    if config.assistant_ensemble_weight is not None:
+        raise UnsupportedError(
+            f"assistant_ensemble_weight={config.assistant_ensemble_weight}: it would let the draft change what the model says. Leave it out."
+        )
+    for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        value = vars(config).get(other)
+        if value:
+            raise UnsupportedError(
+                f"{other}={value}: another source of drafts beside the learning one. Use one of the two."
+            )
+    for output in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and vars(config).get(output):
+            raise UnsupportedError(
+                f"{output}=True is not supported with a learning draft. Run a forward on the result instead."
+            )
+
+
+def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Refuses inputs that the loop does not take."""
+    if input_ids.shape[0] != 1:
+        raise UnsupportedError(
+            f"A batch of {input_ids.shape[0]} sequences is not supported yet. Call generate once per sequence."
+        )
+    if input_ids.shape[1] == 0:
+        raise UnsupportedError(
+            "inputs_embeds without input_ids are not supported: the draft needs tokens. Pass input_ids."
+        )
+    cache = model_kwargs.get("past_key_values")
+    if not model_kwargs.get("use_cache", True) or cache is None:
+        raise UnsupportedError("use_cache=False: a round is rolled back in the KV cache. Use use_cache=True.")
+    if is_static(cache, generation_config):
+        raise UnsupportedError(
+            f"cache_implementation={generation_config.cache_implementation!r}, {type(cache).__name__}: "
+            "only the default dynamic cache can be rolled back. Leave it out."
+        )

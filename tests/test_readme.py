@@ -1,0 +1,43 @@
+"""README as a new user reads it: its commands are there, its snippet runs, its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_two_commands_that_ci_runs() -> None:
+    lines = README.splitlines()
+    assert 'pip install -e ".[demo]" && hf-onlinespec demo' in lines
+    assert 'pip install -e ".[test]" && pytest' in lines
+
+
+def test_the_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert snippets
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert capsys.readouterr().out
+
+
+def test_every_file_of_the_tree_exists() -> None:
+    tree = re.search(r"```\n(hf_onlinespec/\n.*?)```", README, flags=re.DOTALL)
+    assert tree is not None
+    folder = ROOT
+    listed = set()
+    for line in tree.group(1).splitlines():
+        path = line.split()[0]
+        folder = ROOT if not line.startswith(" ") else folder
+        file = (folder if line.startswith(" ") else ROOT) / path
+        assert file.exists(), path
+        if not line.startswith(" ") and path.endswith("/"):
+            folder = file
+        listed.add(file)
+    modules = {file for file in (ROOT / "hf_onlinespec").glob("*.py")}
+    assert modules <= listed, sorted(modules - listed)
