@@ -35,8 +35,7 @@ def borrow(model: PreTrainedModel) -> PreTrainedModel:
     shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         # Quantised weights are Parameter subclasses with state of their own: shared as they are.
-        plain = type(parameter) is nn.Parameter
-        shared[id(parameter)] = _frozen(parameter) if plain else parameter
+        shared[id(parameter)] = _frozen(parameter) if _is_plain(parameter) else parameter
     tree = copy.deepcopy(model, shared)
     head, embedding = tree.get_output_embeddings(), tree.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is embedding.weight:
@@ -49,6 +48,10 @@ def _frozen(parameter: Tensor) -> nn.Parameter:
     data = parameter.detach()
     # Weights that were made under inference_mode can take no part in autograd: these alone are copied.
     return nn.Parameter(data.clone() if data.is_inference() else data, requires_grad=False)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point()
 
 
 def adaptable_layers(model: PreTrainedModel) -> list[str]:
@@ -109,6 +112,8 @@ class GatedLora:
         self.base.eval()
         self.rank, self.blocks = rank, blocks
         self.layers = [module for module in self.base.modules() if isinstance(module, LoraLayer)]
+        self._folded = self._foldable(model)
+        self._stale = True  # whether the folded weights lag behind the adapter
         self._open = False
         self._gate: Tensor | None = None  # (batch, blocks · rank); None: every block at weight 1
         for layer in self.layers:
@@ -132,6 +137,43 @@ class GatedLora:
             parameter.data = self.params[start:end].view_as(parameter)
             parameter.grad = self.grads[start:end].view_as(parameter)
             start = end
+
+    def _foldable(self, model: PreTrainedModel) -> list[tuple[LoraLayer, nn.Parameter]] | None:
+        """A third module tree, `self.served`, whose adapted layers get weights of their own; None: some are quantised."""
+        if not all(_is_plain(layer.get_base_layer().weight) for layer in self.layers):
+            return None
+        self.served = borrow(model)
+        modules = dict(self.served.named_modules())
+        folded = []
+        for name, layer in self.base.named_modules():
+            if isinstance(layer, LoraLayer):
+                modules[name].weight = nn.Parameter(
+                    torch.empty_like(layer.get_base_layer().weight), requires_grad=False
+                )
+                folded.append((layer, modules[name].weight))
+        return folded
+
+    @contextmanager
+    def serving(self) -> Iterator[PreTrainedModel]:
+        """The draft with every block speaking, for drafting: W + s · BA in one matrix, at the speed of the base.
+
+        LoRA beside the weights would make each forward of a small draft up to twice as dear. Costs a copy of the adapted
+        weights, refreshed where the adapter has moved; quantised layers cannot be folded and speak beside theirs.
+        """
+        if self._folded is None:
+            with self.speaking() as model:
+                yield model
+            return
+        if self._stale:
+            for layer, weight in self._folded:
+                torch.add(layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).to(weight.dtype), out=weight)
+            self._stale = False
+        yield self.served
+
+    def move(self, updates: Tensor) -> None:
+        """Adds `updates` to the parameters."""
+        self.params.add_(updates)
+        self._stale = True
 
     @contextmanager
     def speaking(self, weights: Tensor | None = None) -> Iterator[PreTrainedModel]:

@@ -91,7 +91,7 @@ class OnlineDraft:
         return max_positions(self.config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The evolved draft's forward: arguments and output of the base model."""
+        """The evolved draft's forward, without gradients: arguments and output of the base model."""
         with self.serving() as model:
             return model(*args, **kwargs)
 
@@ -111,7 +111,7 @@ class OnlineDraft:
         if self._steps == 0:
             yield self._lora.base
         else:
-            with self._lora.speaking() as model:
+            with torch.no_grad(), self._lora.serving() as model:
                 yield model
 
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ class OnlineDraft:
                 return
             lora.grads.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp_max(1.0))
             updates, self._learner_state = self._learner.update(lora.grads, self._learner_state)
-            lora.params.add_(updates)
+            lora.move(updates)
         self._steps += 1
         counts.updates += 1
 

@@ -18,7 +18,7 @@ def shaken(model: PreTrainedModel, **kwargs: object) -> GatedLora:
     """An adapter that has moved away from its start."""
     lora = GatedLora(model, **({"rank": 4, "alpha": 4.0} | kwargs))
     with torch.no_grad():
-        lora.params.add_(0.2 * torch.randn(lora.params.shape, generator=torch.Generator().manual_seed(5)))
+        lora.move(0.2 * torch.randn(lora.params.shape, generator=torch.Generator().manual_seed(5)))
     return lora
 
 
@@ -72,6 +72,22 @@ def test_same_logits_as_plain_peft(make, tmp_path) -> None:
     reloaded = PeftModel.from_pretrained(make(), tmp_path).eval()
     with lora.speaking() as speaking:
         torch.testing.assert_close(speaking(TOKENS).logits, reloaded(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_folded_weights_serve_the_same_draft(make) -> None:
+    """Folded as beside the weights, after every move; the base stays what it was."""
+    model = make()
+    before = model(TOKENS).logits
+    lora = shaken(model, rank=3, alpha=6.0)
+    for _ in range(2):
+        with lora.serving() as folded:
+            served = folded(TOKENS).logits
+        with lora.speaking() as speaking:
+            torch.testing.assert_close(served, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
+        lora.move(0.1 * torch.randn_like(lora.params))
+    assert torch.equal(model(TOKENS).logits, before) and torch.equal(lora.base(TOKENS).logits, before)
 
 
 @torch.no_grad()
