@@ -188,6 +188,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target-steps", type=int, default=1600)
     parser.add_argument("--draft-steps", type=int, default=1500)
+    parser.add_argument(
+        "--mix", type=json.loads, default=MIX, help="JSON: rows of each domain in a batch of the target"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
     parser.add_argument("--export", type=Path, help="also write the pair (float16) and its prompts to this folder")
     args = parser.parse_args()
@@ -212,7 +215,7 @@ def main() -> None:
         "train_tokens": {domain: len(tokens) for domain, tokens in streams.items()},
         "target_steps": args.target_steps,
         "draft_steps": args.draft_steps,
-        "rows_per_step": sum(MIX.values()),
+        "mix": args.mix,
         "context": CONTEXT,
         "torch": torch.__version__,
     }
@@ -234,7 +237,7 @@ def main() -> None:
         args.work / "draft.pt",
         args.resume,
     )
-    train(target, streams, held_out, MIX, args.target_steps, 3e-3, args.seed, args.work / "target.pt", args.resume)
+    train(target, streams, held_out, args.mix, args.target_steps, 3e-3, args.seed, args.work / "target.pt", args.resume)
     for name, model in (("draft", draft), ("target", target)):
         record[f"{name}_held_out_loss"] = {domain: held_out_loss(model, tokens) for domain, tokens in held_out.items()}
     record["uniform_loss"] = math.log(len(tokenizer))

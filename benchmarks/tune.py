@@ -1,6 +1,6 @@
 """Chooses the learning defaults: acceptance length and learning time for many settings, on one recorded stream.
 
-    python benchmarks/tune.py --domain sql --prompts 150
+    python benchmarks/tune.py --domain orders --prompts 150
 
 The target's greedy texts and logits are recorded once. A draft that learns at the end of each request has constant
 weights inside it, so its acceptance length on a recorded text is that of a live run: the number of rounds needed when
@@ -111,7 +111,7 @@ def run(config: OnlineSpecConfig, stream: list[Recorded]) -> tuple[list[float], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--domain", choices=DOMAINS, default="sql")
+    parser.add_argument("--domain", choices=DOMAINS, default="orders")
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--only", nargs="*", help="names of settings; all by default")

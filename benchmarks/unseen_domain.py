@@ -1,6 +1,6 @@
 """What learning is worth on a domain that the draft has never seen, and what it costs: acceptance lengths and speed ratios.
 
-    python benchmarks/unseen_domain.py --domain sql --temperature 0 --out benchmarks/results
+    python benchmarks/unseen_domain.py --domain orders --temperature 0 --out benchmarks/results
 
 One segment of prompts, several seeds (order of the prompts, first values of the adapter, sampling). Frozen and learning
 draft run on every seed; plain generation and transformers' assisted generation beside them on the first. Arms take turns
@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.cli import _machine
+from hf_onlinespec.cli import machine
 from hf_onlinespec.demo import ASSISTANT_TOKENS, rotated, stock_draft
 from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
 
@@ -190,7 +190,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--domain", choices=DOMAINS, default="sql")
+    parser.add_argument("--domain", choices=DOMAINS, default="orders")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -209,9 +209,8 @@ def main() -> None:
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"unseen_{args.domain}_T{args.temperature:g}"
-    machine = _machine()
     command = f"python benchmarks/unseen_domain.py --domain {args.domain} --temperature {args.temperature:g} --prompts {args.prompts} --new-tokens {args.new_tokens} --seeds {args.seeds} --threads {args.threads} --config '{args.config}'"
-    Path(f"{stem}.md").write_text(f"`{command}`\n\n{json.dumps(machine)}\n\n{text}")
+    Path(f"{stem}.md").write_text(f"`{command}`\n\n{json.dumps(machine())}\n\n{text}")
     with open(Path(f"{stem}.jsonl"), "w") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 

@@ -17,7 +17,7 @@ pair = load_pair()
 target, draft, tokenizer = pair.target, pair.draft, pair.tokenizer
 
 tokens = rounds = 0
-for i, prompt in enumerate(prompts("sql")[:requests], start=1):
+for i, prompt in enumerate(prompts("orders")[:requests], start=1):
     inputs = tokenizer(prompt, return_tensors="pt")
     output = target.generate(**inputs, max_new_tokens=48, assistant_model=draft, onlinespec=True)
 

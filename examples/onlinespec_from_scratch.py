@@ -24,7 +24,7 @@ al., arXiv:2310.07177; the same seen as online learning, arXiv:2603.12617; LoRA,
 Shapes: a tensor's name ends in its axes. 1 one row, N rows, T tokens of a request so far (prompt included), K drafted
 tokens, C = K + 1 checked positions, G generated tokens, V vocabulary. So p_CV is (checked positions, vocabulary).
 
-    python examples/onlinespec_from_scratch.py --domain sql --requests 60
+    python examples/onlinespec_from_scratch.py --domain orders --requests 60
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def adapt(draft: PreTrainedModel, optimizer: torch.optim.Optimizer, lessons: Seq
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A draft that learns while it serves, beside the same draft frozen.")
     parser.add_argument("--pair", type=Path, default=PAIR, help="folder with target/, draft/ and prompts.jsonl")
-    parser.add_argument("--domain", default="sql", help="whose prompts to stream")
+    parser.add_argument("--domain", default="orders", help="whose prompts to stream")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--lookahead", type=int, default=5)

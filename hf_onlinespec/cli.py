@@ -19,13 +19,9 @@ from transformers.utils import logging
 
 from .demo import Bench, Record, Settings, choose_prompts, summarise
 from .embedded import DOMAINS, HOME_DOMAIN
-from .errors import ConfigError, OnlineSpecError
+from .errors import ConfigError, MissingExtraError, OnlineSpecError
 
 FAILED, INTERRUPTED = 2, 130  # exit codes: a wrong argument or a missing package; Ctrl-C
-
-
-class MissingExtraError(OnlineSpecError, ImportError):
-    """An optional package that the demo needs is not installed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +76,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     result = {
         "settings": asdict(settings),
-        "machine": _machine(),
+        "machine": machine(),
         "calibration": asdict(calibration),
         "interrupted": interrupted,
         "requests": [asdict(record) for record in records],
@@ -97,7 +93,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the numbers depend on beside the settings."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux: platform.processor() knows only the architecture there
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
@@ -127,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     away = [domain for domain in DOMAINS if domain != HOME_DOMAIN]
     demo.add_argument("--prompts", type=int, default=20, metavar="N", help="prompts in each of the three segments")
-    demo.add_argument("--domain", choices=away, default="sql", help="domain of the middle segment, new to the draft")
+    demo.add_argument("--domain", choices=away, default="orders", help="domain of the middle segment, new to the draft")
     demo.add_argument("--new-tokens", type=int, default=64, metavar="N", help="most tokens generated per prompt")
     demo.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy decoding")
     demo.add_argument("--seed", type=int, default=0, help="chooses the prompts and seeds the sampling")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).with_name("embedded_pair")
-DOMAINS = ("shell", "sql", "orders")
+DOMAINS = ("shell", "orders", "sql")
 HOME_DOMAIN = "shell"  # the one that the draft was trained on
 
 

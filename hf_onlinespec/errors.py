@@ -15,3 +15,7 @@ class DraftError(OnlineSpecError, ValueError):
 
 class UnsupportedError(OnlineSpecError, ValueError):
     """This call of `generate` asks for something the decoding loop does not take."""
+
+
+class MissingExtraError(OnlineSpecError, ImportError):
+    """An optional package that a command needs is not installed."""

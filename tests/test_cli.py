@@ -42,7 +42,7 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**kwargs: Any) -> Settings:
-    values: dict[str, Any] = dict(prompts=1, domain="sql", new_tokens=8, temperature=0.0, seed=0, threads=1)
+    values: dict[str, Any] = dict(prompts=1, domain="orders", new_tokens=8, temperature=0.0, seed=0, threads=1)
     return Settings(**values | kwargs)
 
 
@@ -58,7 +58,7 @@ def test_demo_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     assert (out / "demo.png").read_bytes().startswith(PNG)
     result = json.loads((out / "demo.json").read_text())
-    assert result["settings"] == dict(prompts=1, domain="sql", new_tokens=8, temperature=0.0, seed=0, threads=1)
+    assert result["settings"] == dict(prompts=1, domain="orders", new_tokens=8, temperature=0.0, seed=0, threads=1)
     assert {"cpu", "cores", "threads", "python", "torch", "transformers", "peft"} <= set(result["machine"])
     assert result["calibration"]["prompts"] == 8
     assert str(result["calibration"]["chosen"]) in result["calibration"]["tokens_per_s"]
@@ -66,7 +66,7 @@ def test_demo_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     records = result["requests"]
     assert [(r["request"], r["arm"]) for r in records] == [(i, arm) for i in range(3) for arm in ARMS]
-    assert [r["domain"] for r in records[::4]] == ["shell", "sql", "shell"]
+    assert [r["domain"] for r in records[::4]] == ["shell", "orders", "shell"]
     assert all(1 <= r["target_forwards"] <= r["new_tokens"] <= 8 for r in records)
     assert all(r["target_forwards"] == r["new_tokens"] for r in records if r["arm"] == "plain")
     assert all((r["update_time_s"] > 0) == (r["arm"] == "learning") for r in records)
@@ -77,7 +77,14 @@ def test_demo_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     printed, errors = capsys.readouterr()
     assert printed.startswith("Calibration of transformers' assisted generation on 8 prompts outside the stream")
-    for words in ("1 shell", "2 sql", "3 shell", *ARMS.values(), "Outputs identical to plain", str(out / "demo.png")):
+    for words in (
+        "1 shell",
+        "2 orders",
+        "3 shell",
+        *ARMS.values(),
+        "Outputs identical to plain",
+        str(out / "demo.png"),
+    ):
         assert words in printed
     assert printed.splitlines()[-1].startswith("With learning's own cost included, ours learning was ")
     assert "3 of 3 requests" in errors
@@ -112,10 +119,10 @@ def test_interrupt_keeps_finished_requests(
     result = json.loads((tmp_path / "demo.json").read_text())
     assert result["interrupted"] is True
     assert [r["request"] for r in result["requests"]] == [0] * 4 + [1] * 4
-    assert [block["domain"] for block in result["summary"]["segments"]] == ["shell", "sql"]
+    assert [block["domain"] for block in result["summary"]["segments"]] == ["shell", "orders"]
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
     printed = capsys.readouterr().out
-    assert "Interrupted: only the finished requests count." in printed and "2 sql" in printed
+    assert "Interrupted: only the finished requests count." in printed and "2 orders" in printed
 
 
 def test_interrupt_before_the_first_request(
@@ -192,10 +199,10 @@ def test_summary_numbers_and_words() -> None:
         record("transformers", 0.5),
         record("frozen", 0.4, output="tie"),
         record("learning", 0.5, update_time_s=0.25, target_forwards=4),
-        record("plain", 3.0, request=1, segment=2, domain="sql", target_forwards=10),
-        record("transformers", 0.25, request=1, segment=2, domain="sql"),
-        record("frozen", 0.5, request=1, segment=2, domain="sql"),
-        record("learning", 0.5, request=1, segment=2, domain="sql", target_forwards=4, output="different"),
+        record("plain", 3.0, request=1, segment=2, domain="orders", target_forwards=10),
+        record("transformers", 0.25, request=1, segment=2, domain="orders"),
+        record("frozen", 0.5, request=1, segment=2, domain="orders"),
+        record("learning", 0.5, request=1, segment=2, domain="orders", target_forwards=4, output="different"),
     ]
     summary = summarise(records)
     learning = summary["whole"]["arms"]["learning"]
@@ -212,5 +219,5 @@ def test_summary_numbers_and_words() -> None:
     assert conclusion(summary) == (
         "With learning's own cost included, ours learning was 300% faster than plain, 25% slower than "
         "transformers assisted and 10% slower than ours frozen, over 2 requests. "
-        "On sql, each target forward gave 2.50 tokens with learning, 2.00 without."
+        "On orders, each target forward gave 2.50 tokens with learning, 2.00 without."
     )

@@ -109,7 +109,7 @@ def test_learning_pays_on_an_unseen_domain(pair: EmbeddedPair, sample: bool) -> 
     for learn in (False, True):
         draft = OnlineDraft(load_draft())
         late = [0, 0]
-        for i, text in enumerate(prompts("sql")[:45]):
+        for i, text in enumerate(prompts("orders")[:45]):
             inputs = pair.tokenizer(text, return_tensors="pt")
             torch.manual_seed(i)
             how = {"do_sample": True, "temperature": 0.8, "top_k": 0} if sample else {"do_sample": False}
