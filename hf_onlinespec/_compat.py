@@ -1,6 +1,6 @@
 """Every private name of transformers and PEFT that we touch, in one place.
 
-Checked on transformers 5.23.0 and peft 0.21.2. A release that moves one of these names breaks here and nowhere else.
+Checked on transformers 5.18.0, 5.20.2 and 5.23.0, and peft 0.21.2. A release that moves one of these names breaks here and nowhere else.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.generation import (
     CandidateGenerator,
     EpsilonLogitsWarper,
@@ -63,6 +64,18 @@ STATELESS = (
 def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
     """The members of the list that are known to be pure functions."""
     return LogitsProcessorList([p for p in processors if type(p) in STATELESS])
+
+
+def adds_virtual_tokens(model: PreTrainedModel) -> bool:
+    """Whether a PeftModel with prompt learning is generating through this model: it puts its own method in place."""
+    prepare = model.prepare_inputs_for_generation
+    owner = prepare.__self__ if inspect.ismethod(prepare) else None
+    return isinstance(owner, PeftModel) and bool(owner.active_peft_config.is_prompt_learning)
+
+
+def rolls_back(config: PretrainedConfig) -> bool:
+    """Whether a model's cache is made of keys and values alone, which a rejected token leaves without a trace."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
 
 
 def is_stateful(model: PreTrainedModel) -> bool:

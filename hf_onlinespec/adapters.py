@@ -9,6 +9,7 @@ holds is not touched at all.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,10 @@ def borrow(model: PreTrainedModel) -> PreTrainedModel:
     if head is not None and embedding is not None and head.weight is embedding.weight:
         head.weight = _frozen(head.weight)
         tree.config.tie_word_embeddings = False
+    for module in tree.modules():
+        # A function put in place of `forward` (torch.compile) still runs the user's own module: ours go without it.
+        if inspect.isfunction(vars(module).get("forward")):
+            del module.forward
     return tree.eval()
 
 
@@ -139,8 +144,9 @@ class GatedLora:
             start = end
 
     def _foldable(self, model: PreTrainedModel) -> list[tuple[LoraLayer, nn.Parameter]] | None:
-        """A third module tree, `self.served`, whose adapted layers get weights of their own; None: some are quantised."""
-        if not all(_is_plain(layer.get_base_layer().weight) for layer in self.layers):
+        """A third module tree, `self.served`, whose adapted layers get weights of their own; None: not in float32."""
+        weights = [layer.get_base_layer().weight for layer in self.layers]
+        if not all(_is_plain(weight) and weight.dtype == torch.float32 for weight in weights):
             return None
         self.served = borrow(model)
         modules = dict(self.served.named_modules())
@@ -158,17 +164,24 @@ class GatedLora:
         """The draft with every block speaking, for drafting: W + s · BA in one matrix, at the speed of the base.
 
         LoRA beside the weights would make each forward of a small draft up to twice as dear. Costs a copy of the adapted
-        weights, refreshed where the adapter has moved; quantised layers cannot be folded and speak beside theirs.
+        weights, refreshed where the adapter has moved. Quantised weights cannot be folded, and half-precision ones would
+        round small changes away: there the adapter speaks beside the weights.
         """
         if self._folded is None:
             with self.speaking() as model:
                 yield model
             return
-        if self._stale:
-            for layer, weight in self._folded:
-                torch.add(layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).to(weight.dtype), out=weight)
-            self._stale = False
+        self.fold()
         yield self.served
+
+    def fold(self) -> None:
+        """Brings the folded weights up to date with the adapter."""
+        if self._folded is None or not self._stale:
+            return
+        with torch.no_grad():
+            for layer, weight in self._folded:
+                torch.add(layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER), out=weight)
+        self._stale = False
 
     def move(self, updates: Tensor) -> None:
         """Adds `updates` to the parameters."""

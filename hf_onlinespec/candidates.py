@@ -67,8 +67,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         record_past(self._cache)
         self._cached = 0  # tokens in the draft's cache
         self._tokens: Tensor | None = None  # (batch, L) the request so far
-        self._segment: list[Tensor] = []  # target logits (batch, n, vocab) not learned from yet
+        self._segment: list[list[Teacher]] = []  # per round and row: what is not learned from yet
         self._learned: list[list[Teacher]] = []  # per row: the ones learned from, kept for the replay
+        self._end = 0  # how much of the request the draft can learn from
         self._rounds = 0
 
     def propose(self, input_ids: Tensor, k: int) -> Proposal:
@@ -76,9 +77,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
         Whether to go on is decided from the prefix and from q before the draw: every drawn token is submitted.
         """
-        self._tokens = prefix = input_ids.to(self._draft.device)
-        if self._learn and not self._learned:
-            self._learned = [[] for _ in range(prefix.shape[0])]
+        self._tokens = input_ids.to(self._draft.device)
+        prefix = input_ids  # the warpers may hold tensors on the target's device: theirs is the place to warp
         k = min(k, self._draft.positions - prefix.shape[1])
         tokens: list[Tensor] = []
         laws: list[Tensor] = []
@@ -87,12 +87,12 @@ class OnlineCandidateGenerator(CandidateGenerator):
             if self._cached:
                 crop(self._cache, self._cached - keep)
             self._cached = keep
-            feed = prefix[:, keep:]
+            feed = self._tokens[:, keep:]
             with self._draft.serving() as model:
                 for _ in range(k):
                     scores = self._forward(model, feed)
                     if self._warpers:
-                        scores = self._warpers(prefix, scores)
+                        scores = self._warpers(prefix, scores.to(prefix.device)).to(feed.device)
                     if self._sample:
                         q = scores.softmax(-1)
                         if not torch.isfinite(q).all():
@@ -105,8 +105,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
                     if len(self._eos) and bool(torch.isin(feed, self._eos).all()):
                         break
                     if self._warpers:
-                        prefix = torch.cat([prefix, feed], dim=-1)
-        drafted = torch.cat(tokens, dim=-1) if tokens else prefix[:, :0]
+                        prefix = torch.cat([prefix, feed.to(prefix.device)], dim=-1)
+        drafted = torch.cat(tokens, dim=-1) if tokens else input_ids[:, :0]
         return Proposal(
             drafted.to(input_ids.device),
             torch.stack(laws, dim=1).to(input_ids.device) if laws else None,
@@ -121,65 +121,85 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def observe(self, input_ids: Tensor) -> None:
         """Takes in the outcome of a round: `input_ids` (batch, L) is the request with its new tokens."""
-        if not self._learn or self._tokens is None:
-            return
-        n = input_ids.shape[1] - self._tokens.shape[1]
-        self._tokens = input_ids.to(self._draft.device)
-        self._segment.append(self._recorder.take(n).to(self._draft.device))
-        self._rounds += 1
+        self._record(input_ids)
         settings = self._draft.settings
-        if settings.update_when == "round" and self._rounds % settings.update_every == 0:
+        due = settings.update_when == "round" and self._rounds % settings.update_every == 0
+        if due or self._pending >= settings.context_tokens:  # full target laws are kept for so many tokens at most
             self._update()
 
     def finish(self) -> None:
-        """Ends the request: learns from what is left, remembers the request and rehearses earlier ones."""
-        if not self._learn or self._tokens is None:
-            return
+        """Ends the request: learns from what is left, remembers the request and rehearses."""
         self._update()
-        if not self._learned[0]:
+        if not self._learned or not self._learned[0]:
             return
         started = time.perf_counter()
         for row, teachers in enumerate(self._learned):
             self._draft.remember(Feedback(self._unpadded(row), concatenate(teachers)))
         self._draft.rehearse(self.counts)
+        self._draft.fold()
         self.counts.update_time_s += time.perf_counter() - started
+
+    def _record(self, input_ids: Tensor) -> None:
+        """Keeps the target's laws for the new tokens, up to the last position that the draft can see."""
+        if not self._learn or self._tokens is None:
+            return
+        before = self._tokens.shape[1]
+        n = input_ids.shape[1] - before
+        self._tokens = input_ids.to(self._draft.device)
+        self._rounds += 1
+        rows = self._recorder.take(n).to(self._draft.device)  # (batch, n, vocab)
+        seen = max(0, min(n, self._draft.positions + 1 - before))
+        if seen:
+            settings = self._draft.settings
+            laws = [Teacher.from_logits(row[:seen], settings.temperature, settings.top_k) for row in rows]
+            self._segment.append(laws)
+            self._end = before + seen
+
+    @property
+    def _pending(self) -> int:
+        """Tokens recorded and not learned from yet."""
+        return sum(len(laws[0]) for laws in self._segment)
 
     def _update(self) -> None:
         """One gradient step on the tokens since the last update, on top of the cached prefix."""
         if not self._segment or self._tokens is None:
             return
         started = time.perf_counter()
-        settings = self._draft.settings
-        rows = torch.cat(self._segment, dim=1)  # (batch, n, vocab)
+        teachers = [concatenate(list(laws)) for laws in zip(*self._segment, strict=True)]
         self._segment = []
-        n = rows.shape[1]
-        teachers = [Teacher.from_logits(row, settings.temperature, settings.top_k) for row in rows]
-        prefix = min(self._cached, self._tokens.shape[1] - 1 - n)
+        tokens = self._tokens[:, : self._end]
+        prefix = min(self._cached, tokens.shape[1] - 1 - len(teachers[0]))
         if any(keys.shape[-2] != self._cached for keys, _ in cache_tensors(self._cache)):
             prefix = 0  # a sliding window has dropped the start: read everything anew
-        self._draft.learn_segment(self._tokens, teachers, self._cache, prefix, self._mask, self.counts)
+        self._draft.learn_segment(tokens, teachers, self._cache, prefix, self._mask, self.counts)
+        self._draft.fold()
+        self._learned = self._learned or [[] for _ in teachers]
         for kept, teacher in zip(self._learned, teachers, strict=True):
-            kept.append(teacher.top(settings.replay_top_k))
+            kept.append(teacher.top(self._draft.settings.replay_top_k))
         self.counts.update_time_s += time.perf_counter() - started
 
     def _unpadded(self, row: int) -> Tensor:
-        """One row's tokens without padding, and at most `context_tokens` of its prompt."""
+        """One row's learned tokens without padding, and at most `context_tokens` of its prompt."""
         assert self._tokens is not None
         new = sum(len(teacher) for teacher in self._learned[row])
         padding = 0 if self._mask is None else int((self._mask[row] == 0).sum())
-        length = self._tokens.shape[1]
-        start = max(padding, length - new - self._draft.settings.context_tokens)
-        return self._tokens[row, start:].clone()
+        start = max(padding, self._end - new - self._draft.settings.context_tokens)
+        return self._tokens[row, start : self._end].clone()
 
-    # The protocol of transformers' own loop.
+    # The protocol of transformers' own loop. It has no end of request, so the draft learns every `update_every` rounds
+    # whatever `update_when` says; whoever made the generator may call `finish()` for the rest and for the replay.
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`(input_ids with the drafted tokens, log q)`, for transformers' assisted decoding."""
         k = max(0, min(self._draft.settings.lookahead, self._max_length - input_ids.shape[1] - 1))
-        proposal = self.propose(input_ids, k)
+        with torch.inference_mode(False), torch.no_grad():
+            proposal = self.propose(input_ids.clone(), k)
         candidates = torch.cat([input_ids, proposal.tokens], dim=-1)
         return candidates, None if proposal.q is None else proposal.q.log()
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Learns from a round of transformers' loop; the raw logits come from the recorder, not from `scores`."""
-        self.observe(input_ids)
+        with torch.inference_mode(False), torch.no_grad():
+            self._record(input_ids.clone())
+            if self._rounds % self._draft.settings.update_every == 0:
+                self._update()

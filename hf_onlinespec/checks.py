@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import SAMPLING_MODES, is_stateful, is_static
+from ._compat import SAMPLING_MODES, adds_virtual_tokens, is_stateful, is_static
 from .errors import DraftError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ def check_call(
     if is_stateful(target):
         raise UnsupportedError(
             f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."
+        )
+    if adds_virtual_tokens(target):
+        raise UnsupportedError(
+            f"The target {name} runs with prompt learning, whose virtual tokens are not supported yet. "
+            "Call generate without onlinespec."
         )
     sizes = [c.get_text_config().vocab_size for c in (target.config, draft.config)]
     if sizes[0] != sizes[1]:
@@ -75,10 +80,13 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
         raise UnsupportedError(
             f"A batch of {input_ids.shape[0]} sequences is not supported yet. Call generate once per sequence."
         )
-    if input_ids.shape[1] == 0:
-        raise UnsupportedError(
-            "inputs_embeds without input_ids are not supported: the draft needs tokens. Pass input_ids."
-        )
+    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedError("inputs_embeds are not supported: the draft needs tokens. Pass input_ids alone.")
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if model_kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"{name} are not supported yet. Leave them out, or call generate without onlinespec."
+            )
     cache = model_kwargs.get("past_key_values")
     if not model_kwargs.get("use_cache", True) or cache is None:
         raise UnsupportedError("use_cache=False: a round is rolled back in the KV cache. Use use_cache=True.")

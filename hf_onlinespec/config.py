@@ -85,7 +85,7 @@ class OnlineSpecConfig:
             object.__setattr__(self, "target_modules", tuple(names))
 
     def _one_of(self, name: str, allowed: Any) -> None:
-        if getattr(self, name) not in allowed:
+        if getattr(self, name) not in list(allowed):
             raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {sorted(allowed)}.")
 
     def _whole(self, name: str, least: int) -> None:

@@ -30,6 +30,7 @@ from .checks import check_call, check_inputs
 from .errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from .config import OnlineSpecConfig
     from .draft import OnlineDraft
 
 
@@ -62,12 +63,14 @@ def decode(
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
         candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn)
-        output = _loop(
-            input_ids, verifier, candidates, draft, processors, stopping_criteria, generation_config, streamer
-        )
-        candidates.finish()
-    candidates.counts.wall_time_s = time.perf_counter() - started
-    draft.metrics.close(candidates.counts)
+        try:
+            output = _loop(
+                input_ids, verifier, candidates, draft, processors, stopping_criteria, generation_config, streamer
+            )
+            candidates.finish()
+        finally:  # an interrupted call counts too: the draft may have learned in it
+            candidates.counts.wall_time_s = time.perf_counter() - started
+            draft.metrics.close(candidates.counts)
     return output
 
 
@@ -228,6 +231,10 @@ class Verifier:
         # A cache from an earlier turn comes with all tokens, or with the new ones only: the mask covers all of them.
         covered = self._mask.shape[1] if self._mask is not None else mask_length(generation_config)
         self._hidden = 0 if covered == input_ids.shape[1] else self._cached  # tokens that are in the cache alone
+        if self._positions is not None and self._hidden and self._positions.shape[-1] == input_ids.shape[1]:
+            # The caller counted the new tokens only; what stands for the cached ones is never read.
+            unread = self._positions.new_zeros((*self._positions.shape[:-1], self._hidden))
+            self._positions = torch.cat([unread, self._positions], dim=-1)
         self._first = True
         self.keep(input_ids)
 
@@ -293,9 +300,12 @@ class GenerateFn:
         generation_config: GenerationConfig,
         # Named here, generate() hands it to us; it would want a tokenizer of its own, and that it never hands over.
         stop_strings: str | list[str] | None = None,
-        onlinespec: bool = True,
+        onlinespec: OnlineSpecConfig | bool | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
+        self._draft.check_setting(onlinespec)
+        check_call(model, self._draft, generation_config)
+        check_inputs(input_ids, generation_config, model_kwargs)
         if stop_strings is not None:
             if self._tokenizer is None:
                 raise UnsupportedError(
@@ -303,6 +313,8 @@ class GenerateFn:
                 )
             stop = StopStringCriteria(self._tokenizer, stop_strings)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
+        if self._streamer is not None:
+            self._streamer.put(input_ids.cpu())  # as generate does with a streamer of its own
         model_kwargs.pop("synced_gpus", None)
         return decode(
             model,
@@ -311,7 +323,7 @@ class GenerateFn:
             stopping_criteria,
             generation_config,
             draft=self._draft,
-            learn=onlinespec,
+            learn=onlinespec is not False,
             streamer=self._streamer,
             **model_kwargs,
         )

@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import LoraLayer, cache_tensors, is_stateful, keeps_logits, max_positions
+from ._compat import LoraLayer, cache_tensors, is_stateful, keeps_logits, max_positions, rolls_back
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn
@@ -62,6 +62,7 @@ class OnlineDraft:
             self._learner = step(self.settings.lr)
             self._learner_state = self._learner.init(self._lora.params)
         self._loss = LOSSES[self.settings.loss]
+        self._tail = self.settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
         self._keeps_logits = keeps_logits(self._lora.base)
         self._replay = Replay(self.settings.replay_tokens, self.settings.replay_top_k, self.settings.seed)
         self._steps = 0  # gradient steps taken
@@ -104,6 +105,24 @@ class OnlineDraft:
         `stop_strings=`.
         """
         return GenerateFn(self, streamer, tokenizer)
+
+    def check_setting(self, onlinespec: OnlineSpecConfig | bool | None) -> None:
+        """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""
+        if onlinespec is None or isinstance(onlinespec, bool):
+            return
+        if not isinstance(onlinespec, OnlineSpecConfig):
+            raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
+        own = self.settings.to_dict()
+        changed = {k: v for k, v in onlinespec.to_dict().items() if v != own[k]}
+        if changed:
+            raise ConfigError(
+                f"This draft already learns with other settings; asked for {changed}. "
+                "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
+            )
+
+    def fold(self) -> None:
+        """Brings the weights that draft up to date with what was learned."""
+        self._lora.fold()
 
     @contextmanager
     def serving(self) -> Iterator[PreTrainedModel]:
@@ -154,12 +173,15 @@ class OnlineDraft:
         with torch.enable_grad(), self._lora.speaking() as model:
             logits = model(past_key_values=past, use_cache=True, **inputs, **self.keep(n)).logits[:, -n:]
             losses = [
-                self._loss(*t.compare(row, self.settings.temperature)) for t, row in zip(teachers, logits, strict=True)
+                self._loss(*t.compare(row, self.settings.temperature, self._tail))
+                for t, row in zip(teachers, logits, strict=True)
             ]
             self._step(torch.cat(losses).mean(), counts)
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request for the replay."""
+        if bool(feedback.teacher.log_probs.isnan().any()):
+            return  # its steps were skipped, and would be again at every rehearsal
         self._replay.add(feedback)
         self.metrics.replay_bytes = self._replay.nbytes
 
@@ -185,7 +207,7 @@ class OnlineDraft:
         n = max(len(request.teacher) for request in requests)
         logits = model(use_cache=False, **inputs, **self.keep(n)).logits
         losses = [
-            self._loss(*request.teacher.compare(row[-len(request.teacher) :], self.settings.temperature))
+            self._loss(*request.teacher.compare(row[-len(request.teacher) :], self.settings.temperature, self._tail))
             for request, row in zip(requests, logits, strict=True)
         ]
         return torch.cat(losses).mean()
@@ -224,6 +246,8 @@ def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         raise DraftError(
             f"The draft {name} keeps a recurrent state that cannot be rolled back. Use an attention-only draft."
         )
+    if not rolls_back(model.config):
+        raise DraftError(f"The draft {name} keeps more than keys and values in its cache. Use an attention-only draft.")
     if model.get_output_embeddings() is None:
         raise DraftError(f"The draft {name} has no language-modelling head. Load it with AutoModelForCausalLM.")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
@@ -267,10 +291,5 @@ def online_draft(
         draft = _drafts[model]
     else:
         return _drafts.setdefault(model, OnlineDraft(model, config))
-    if config is not None and config != draft.settings:
-        changed = {k: v for k, v in config.to_dict().items() if v != draft.settings.to_dict()[k]}
-        raise ConfigError(
-            f"This draft already learns with other settings; asked for {changed}. "
-            "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
-        )
+    draft.check_setting(config)
     return draft

@@ -39,11 +39,16 @@ class Teacher:
             log_tail = torch.logaddexp(log_tail, self.log_tail)
         return Teacher(values, index if self.tokens is None else self.tokens.gather(-1, index), log_tail)
 
-    def compare(self, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`(log_p, log_q)` over the same outcomes, from the draft's logits (n, V): what the losses take."""
+    def compare(self, logits: Tensor, temperature: float = 1.0, tail: bool = True) -> tuple[Tensor, Tensor]:
+        """`(log_p, log_q)` over the same outcomes, from the draft's logits (n, V): what the losses take.
+
+        `tail=False` leaves out the bucket of all other tokens: for a loss that asks for the most probable token.
+        """
         log_q = (logits.float() / temperature).log_softmax(-1)
         if self.tokens is None or self.log_tail is None:
             return self.log_probs, log_q
+        if not tail:
+            return self.log_probs, log_q.gather(-1, self.tokens)
         log_p = torch.cat([self.log_probs, self.log_tail[:, None]], dim=-1)
         return log_p, torch.cat([log_q.gather(-1, self.tokens), _outside(log_q, self.tokens)[:, None]], dim=-1)
 

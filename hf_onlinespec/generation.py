@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import GenerationConfig
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ._compat import WRAPPED, GenerationMode
-from .checks import check_call, check_mode
+from .checks import check_call, check_inputs, check_mode
 from .config import OnlineSpecConfig
 from .decoding import decode
 from .draft import OnlineDraft, online_draft
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, DraftError, UnsupportedError
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 
@@ -52,7 +53,7 @@ def enable() -> None:
         check_mode(self, get_mode(self))
         if assistant_model is None:
             raise UnsupportedError(
-                "onlinespec without assistant_model: drafting from memory alone is not available yet. Pass a draft."
+                "onlinespec without assistant_model: drafting from memory alone is not available yet. Pass a draft, or leave onlinespec out."
             )
         return GenerationMode.ASSISTED_GENERATION
 
@@ -60,6 +61,10 @@ def enable() -> None:
     def _validate_generation_mode(self: Any, mode: Any, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
         assistant = mode_kwargs.get("assistant_model")
         if assistant is not None and _is_ours(config, assistant):
+            if not isinstance(assistant, OnlineDraft | PreTrainedModel | PeftModel):
+                raise DraftError(
+                    f"assistant_model is a {type(assistant).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
+                )
             check_call(self, assistant, config)
         validate(self, mode, config, mode_kwargs)
 
@@ -90,6 +95,7 @@ def enable() -> None:
                 tokenizer=tokenizer,
                 **model_kwargs,
             )
+        check_inputs(input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
         wanted = _wanted(generation_config)
         draft = online_draft(assistant_model, wanted if isinstance(wanted, OnlineSpecConfig) else None)
         return decode(*arguments, draft=draft, learn=wanted is not False, streamer=streamer, **model_kwargs)

@@ -65,10 +65,13 @@ def test_a_draft_that_lost_its_mind_proposes_nothing(draft_model: PreTrainedMode
     assert generator(draft, do_sample=True).propose(torch.tensor([[1, 2]]), 4).tokens.shape == (1, 0)
 
 
+@pytest.mark.parametrize("when", ["round", "request"])
 @pytest.mark.parametrize("sample", [False, True])
-def test_inside_transformers_own_loop(target: PreTrainedModel, draft_model: PreTrainedModel, sample: bool) -> None:
+def test_inside_transformers_own_loop(
+    target: PreTrainedModel, draft_model: PreTrainedModel, sample: bool, when: str
+) -> None:
     """Greedy output is plain greedy output, and the draft learns from every round."""
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(update_when="round", rank=4, alpha=4.0))
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(update_when=when, rank=4, alpha=4.0))
     made: list[OnlineCandidateGenerator] = []
 
     def ours(self: PreTrainedModel, **kwargs) -> OnlineCandidateGenerator:
@@ -83,5 +86,7 @@ def test_inside_transformers_own_loop(target: PreTrainedModel, draft_model: PreT
     assert out.shape == (1, 34) and not torch.equal(draft._lora.params, before)
     if not sample:
         assert torch.equal(out, target.generate(prompt, do_sample=False, max_new_tokens=30))
+    with torch.inference_mode():
+        target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=10)
     rows = sum(len(teacher) for teacher in made[0]._learned[0])
     assert rows == 30  # one row per emitted token, none from behind a rejection

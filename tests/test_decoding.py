@@ -49,7 +49,6 @@ GREEDY: dict[str, dict[str, Any]] = {
     "one token": {"max_new_tokens": 1},
     "ends inside a round": {"max_new_tokens": 13},
     "max_length": {"max_new_tokens": None, "max_length": 17},
-    "eos": {"eos_token_id": [5, 7], "max_new_tokens": 60},
     "repetition penalty": {"repetition_penalty": 1.8},
     "no repeated n-gram": {"no_repeat_ngram_size": 2},
     "bad words": {"bad_words_ids": [[4], [9, 11]]},
@@ -163,6 +162,15 @@ def test_a_stateful_processor_sees_each_kept_prefix_once_in_order(target, good_d
     assert counter.prefixes == plain_counter.prefixes and len(counter.prefixes) == 25
 
 
+@pytest.mark.parametrize("at", [7, 8, 9, 10, 11])
+def test_end_of_sequence_inside_a_round(target, good_draft, prompt, at: int) -> None:
+    """The first token not seen before position `at` ends the sequence there."""
+    tokens = target.generate(prompt, do_sample=False, max_new_tokens=40)[0].tolist()
+    place = next(i for i in range(prompt.shape[1] + at, len(tokens)) if tokens[i] not in tokens[prompt.shape[1] : i])
+    plain, ours = both(target, good_draft, prompt, eos_token_id=[tokens[place]])
+    assert plain.shape[1] == place + 1 < len(tokens) and torch.equal(plain, ours)
+
+
 class Ends(StoppingCriteria):
     """Stops at a length that falls inside a round."""
 
@@ -265,6 +273,51 @@ def test_cache_returned_and_reused_in_the_next_turn(target, draft, prompt, whole
         texts.append(second.sequences)
         lengths.append((cached, second.past_key_values.get_seq_length()))
     assert torch.equal(*texts) and lengths[0] == lengths[1]
+
+
+def test_positions_given_for_the_new_tokens_of_a_second_turn(target, draft, prompt) -> None:
+    turns = []
+    for assistant in (None, draft):
+        first = target.generate(
+            prompt, do_sample=False, max_new_tokens=12, return_dict_in_generate=True, assistant_model=assistant
+        )
+        turn = torch.cat([first.sequences, torch.tensor([[8, 1, 20]])], dim=-1)
+        cached = first.past_key_values.get_seq_length()
+        turns.append(
+            target.generate(
+                turn[:, cached:],
+                attention_mask=torch.ones_like(turn),
+                position_ids=torch.arange(cached, turn.shape[1])[None],
+                past_key_values=first.past_key_values,
+                do_sample=False,
+                max_new_tokens=12,
+                assistant_model=assistant,
+            )
+        )
+    assert torch.equal(*turns)
+
+
+def test_a_request_longer_than_the_draft_can_see(target, prompt) -> None:
+    """The target goes on alone, and the draft learns from what it can see."""
+    draft = OnlineDraft(tiny_gpt2(2), OnlineSpecConfig(rank=4, alpha=4.0))
+    for _ in range(2):
+        plain, ours = both(target, draft, prompt, max_new_tokens=100)
+        assert torch.equal(plain, ours)
+    assert [len(f.tokens) for f in draft._replay.requests] == [65, 65] and draft.metrics.skipped_updates == 0
+
+
+def test_an_interrupted_request_counts_and_leaves_the_draft_usable(target, draft, prompt) -> None:
+    class Stops(Heard):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.tokens) > 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        target.generate(prompt, do_sample=False, max_new_tokens=40, assistant_model=draft, streamer=Stops())
+    assert draft.metrics.updates == draft._steps > 0 and draft.metrics.requests == 1
+    plain, ours = both(target, draft, prompt)
+    assert torch.equal(plain, ours)
 
 
 def test_model_generation_config_defaults(target, draft, prompt) -> None:

@@ -164,6 +164,38 @@ def test_a_non_finite_teacher_costs_the_step_not_the_serving(
     assert torch.equal(draft._lora.params, before)
 
 
+def test_a_non_finite_request_is_not_remembered(target, draft_model, prompt, monkeypatch) -> None:
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0))
+    original = Teacher.from_logits.__func__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Teacher, "from_logits", classmethod(lambda cls, logits, *a: original(cls, logits * torch.nan, *a))
+        )
+        target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10)
+    assert draft.metrics.skipped_updates == 1 and len(draft._replay) == 0
+    target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10)
+    assert draft.metrics.skipped_updates == 1 and draft.metrics.updates > 1
+
+
+def test_long_requests_are_learned_in_parts(target, draft_model, prompt) -> None:
+    """No more than `context_tokens` full target laws are ever kept."""
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=8, replay_passes=0))
+    target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=40)
+    assert draft.metrics.updates >= 3 and len(draft._replay.requests[0].teacher) == 40
+
+
+def test_a_function_in_place_of_forward_is_left_behind(target, prompt) -> None:
+    """torch.compile(model.forward) wraps the user's own module: learning through it would train nothing."""
+    model = tiny_llama(2)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    draft = OnlineDraft(model, OnlineSpecConfig(rank=4, alpha=4.0))
+    before = draft._lora.params.clone()
+    target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10)
+    assert not torch.equal(before, draft._lora.params)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_gradients_are_clipped(draft_model: PreTrainedModel) -> None:
     config = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=1.0, max_grad_norm=0.01, replay_passes=0)
     draft = moved(OnlineDraft(draft_model, config))

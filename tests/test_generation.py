@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -132,13 +132,17 @@ def test_custom_generate_without_any_hook(target, draft_model, prompt, letters) 
     try:
         draft, heard = OnlineDraft(draft_model, SMALL), Heard()
         assert torch.equal(plain, target.generate(prompt, custom_generate=draft.generate_fn(streamer=heard), **GREEDY))
-        assert heard.tokens == plain[0, prompt.shape[1] :].tolist() and heard.ended == 1
+        assert heard.tokens == plain[0].tolist() and heard.ended == 1
         assert draft.metrics.updates > 0
         fn = draft.generate_fn(tokenizer=letters)
         assert torch.equal(stopped, target.generate(prompt, custom_generate=fn, stop_strings=stop, **GREEDY))
         fn = draft.generate_fn()
         with pytest.raises(UnsupportedError, match="tokenizer"):
             target.generate(prompt, custom_generate=fn, stop_strings=stop, **GREEDY)
+        with pytest.raises(ConfigError, match="'no'"):
+            target.generate(prompt, custom_generate=fn, onlinespec="no", **GREEDY)
+        with pytest.raises(ConfigError, match="lookahead"):
+            target.generate(prompt, custom_generate=fn, onlinespec=OnlineSpecConfig(lookahead=9), **GREEDY)
         sampled = target.generate(prompt, custom_generate=fn, do_sample=True, max_new_tokens=5)
         assert sampled.shape == (1, 11)
         with pytest.raises(UnsupportedError, match="num_beams=2"):
@@ -242,6 +246,22 @@ def test_batches_are_refused_before_any_work(target, draft_model) -> None:
     assert forwards == []
 
 
+def test_a_refused_call_sets_nothing_up(target, draft_model, prompt) -> None:
+    with pytest.raises(UnsupportedError, match="batch of 2"):
+        target.generate(
+            torch.ones(2, 4, dtype=torch.long), assistant_model=draft_model, onlinespec=True, max_new_tokens=5
+        )
+    target.generate(prompt, assistant_model=draft_model, onlinespec=SMALL, **GREEDY)
+    assert online_draft(draft_model).settings == SMALL
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
+def test_prompt_learning_targets_are_refused(target, draft_model, prompt) -> None:
+    tuned = get_peft_model(target, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(UnsupportedError, match="virtual tokens"):
+        tuned.generate(input_ids=prompt, assistant_model=draft_model, onlinespec=True, **GREEDY)
+
+
 def test_no_draft_is_refused_for_now(target, prompt) -> None:
     with pytest.raises(UnsupportedError, match="assistant_model"):
         target.generate(prompt, onlinespec=True, max_new_tokens=5)
@@ -250,6 +270,11 @@ def test_no_draft_is_refused_for_now(target, prompt) -> None:
 def test_embeddings_instead_of_tokens(target, draft_model) -> None:
     with pytest.raises(UnsupportedError, match="input_ids"):
         target.generate(inputs_embeds=torch.randn(1, 3, 16), assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
+    with pytest.raises(UnsupportedError, match="input_ids"):
+        ids = torch.ones(1, 3, dtype=torch.long)
+        target.generate(
+            ids, inputs_embeds=torch.randn(1, 3, 16), assistant_model=OnlineDraft(draft_model), max_new_tokens=5
+        )
 
 
 def test_vocabularies_of_different_size(target, prompt, letters) -> None:  # noqa: F811
@@ -297,3 +322,5 @@ def test_pairs_that_are_not_handled_yet(target, draft_model, prompt, make, said)
 def test_a_draft_that_is_no_model(target, prompt) -> None:
     with pytest.raises(DraftError, match="Linear"):
         OnlineDraft(torch.nn.Linear(2, 2))
+    with pytest.raises(DraftError, match="Linear"):
+        target.generate(prompt, assistant_model=torch.nn.Linear(2, 2), onlinespec=True, **GREEDY)

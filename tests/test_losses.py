@@ -91,6 +91,14 @@ def test_top_k_gradient_stays_close_to_the_full_one() -> None:
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 
+def test_cross_entropy_of_a_top_k_teacher_is_that_of_the_whole() -> None:
+    """Even where the mass of all other tokens exceeds the most probable one."""
+    z_p, z_q = torch.tensor([[1.0, 0.9, 0.8, 0.7, 0.6, 0.5]]), torch.randn(1, 6)
+    whole = LOSSES["cross_entropy"](*Teacher.from_logits(z_p).compare(z_q))
+    top = LOSSES["cross_entropy"](*Teacher.from_logits(z_p, top_k=2).compare(z_q, tail=False))
+    torch.testing.assert_close(whole, top)
+
+
 def test_forbidden_tokens_cost_nothing() -> None:
     z_p = torch.tensor([[1.0, -torch.inf, 0.0]])
     z_q = torch.zeros(1, 3, requires_grad=True)
