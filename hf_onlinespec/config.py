@@ -26,7 +26,7 @@ class OnlineSpecConfig:
 
     learner: str = _setting("ogd", f"online learner, one of {sorted(LEARNERS)}")
     preconditioner: str = _setting("adam", "'adam': steps in Adam's metric; 'none': plain gradient steps")
-    lr: float = _setting(1e-3, "step size of the learner")
+    lr: float = _setting(2e-3, "step size of the learner")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm")
     rank: int = _setting(32, "rank of the adapter on every adapted layer")
     alpha: float = _setting(32.0, "LoRA alpha: the adapter's output is scaled by alpha / rank")
@@ -43,8 +43,8 @@ class OnlineSpecConfig:
         "request", f"when the draft learns, one of {UPDATE_WHEN}; every request ends with an update"
     )
     update_every: int = _setting(1, "rounds between two updates, with update_when='round'")
-    replay_passes: int = _setting(4, "gradient steps on remembered requests after each request")
-    replay_batch: int = _setting(4, "remembered requests in one such step")
+    replay_passes: int = _setting(2, "gradient steps on remembered requests after each request")
+    replay_batch: int = _setting(2, "remembered requests in one such step")
     replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
     context_tokens: int = _setting(512, "most prompt tokens kept with a request for learning")
