@@ -26,7 +26,7 @@ class OnlineSpecConfig:
 
     learner: str = _setting("ogd", f"online learner, one of {sorted(LEARNERS)}")
     preconditioner: str = _setting("adam", "'adam': steps in Adam's metric; 'none': plain gradient steps")
-    lr: float = _setting(2e-3, "step size of the learner")
+    lr: float = _setting(1e-3, "step size of the learner")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm")
     rank: int = _setting(32, "rank of the adapter on every adapted layer")
     alpha: float = _setting(32.0, "LoRA alpha: the adapter's output is scaled by alpha / rank")
