@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     away = [domain for domain in DOMAINS if domain != HOME_DOMAIN]
-    demo.add_argument("--prompts", type=int, default=20, metavar="N", help="prompts in each of the three segments")
+    demo.add_argument("--prompts", type=int, default=30, metavar="N", help="prompts in each of the three segments")
     demo.add_argument("--domain", choices=away, default="orders", help="domain of the middle segment, new to the draft")
     demo.add_argument("--new-tokens", type=int, default=64, metavar="N", help="most tokens generated per prompt")
     demo.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy decoding")
