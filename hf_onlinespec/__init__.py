@@ -8,7 +8,7 @@ Importing it teaches `generate` one argument:
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft
-from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError
+from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError, VersionError
 from .feedback import Feedback, FeedbackRecorder
 from .generation import disable, enable
 from .metrics import DraftMetrics
@@ -26,6 +26,7 @@ __all__ = [
     "OnlineSpecConfig",
     "OnlineSpecError",
     "UnsupportedError",
+    "VersionError",
     "disable",
     "enable",
     "online_draft",

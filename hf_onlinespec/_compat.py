@@ -8,30 +8,43 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
-from transformers.generation import (
-    CandidateGenerator,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-from transformers.generation.utils import GenerationMode
+
+from .errors import VersionError
+
+SUPPORTED = "transformers >= 5.18, < 5.24 with peft >= 0.21, < 0.22"
+
+
+def _moved(error: Exception) -> VersionError:
+    return VersionError(f"{error}. hf_onlinespec was run on {SUPPORTED}: install one of these.")
+
+
+try:
+    from peft import PeftModel
+    from peft.tuners.lora import Embedding as LoraEmbedding
+    from peft.tuners.lora import LoraLayer
+    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+    from transformers.generation import (
+        CandidateGenerator,
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
+        LogitsProcessorList,
+        MinLengthLogitsProcessor,
+        MinNewTokensLengthLogitsProcessor,
+        MinPLogitsWarper,
+        NoBadWordsLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        TypicalLogitsWarper,
+    )
+    from transformers.generation.utils import GenerationMode
+except ImportError as error:
+    raise _moved(error) from error
 
 __all__ = ["CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
 
@@ -41,6 +54,16 @@ WRAPPED = (
     (GenerationMixin, "_validate_generation_mode"),
     (GenerationMixin, "_assisted_decoding"),
 )
+
+
+def originals() -> list[Any]:
+    """The methods that `enable()` wraps, as they are now. Raises VersionError where one has moved."""
+    for owner, name in WRAPPED:
+        if name not in vars(owner):
+            raise _moved(AttributeError(f"transformers has no {owner.__name__}.{name}"))
+    return [vars(owner)[name] for owner, name in WRAPPED]
+
+
 SAMPLING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 
 # Pure functions of (prefix, scores): applied to the draft too. A subclass may hold state, so types must match exactly.

@@ -19,3 +19,7 @@ class UnsupportedError(OnlineSpecError, ValueError):
 
 class MissingExtraError(OnlineSpecError, ImportError):
     """An optional package that a command needs is not installed."""
+
+
+class VersionError(OnlineSpecError, ImportError):
+    """The installed transformers or peft has moved something that hf_onlinespec relies on."""

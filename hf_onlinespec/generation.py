@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import WRAPPED, GenerationMode
+from ._compat import WRAPPED, GenerationMode, originals
 from .checks import check_call, check_inputs, check_mode
 from .config import OnlineSpecConfig
 from .decoding import decode
@@ -43,7 +43,7 @@ def enable() -> None:
     """Teaches `generate` the `onlinespec` argument. Done by importing hf_onlinespec; a second call changes nothing."""
     if _originals:
         return
-    _originals.extend(vars(owner)[name] for owner, name in WRAPPED)
+    _originals.extend(originals())
     get_mode, validate, assisted = _originals
 
     @functools.wraps(get_mode)

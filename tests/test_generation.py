@@ -27,6 +27,8 @@ from hf_onlinespec import (
     OnlineSpecConfig,
     OnlineSpecError,
     UnsupportedError,
+    VersionError,
+    _compat,
     online_draft,
 )
 
@@ -157,6 +159,7 @@ def test_disable_restores_transformers_exactly(target, draft_model, prompt) -> N
         GenerationMixin._validate_generation_mode,
         GenerationMixin._assisted_decoding,
     ]
+    copy.deepcopy(GenerationConfig())  # the copy module leaves its __slotnames__ on the class
     names = {**vars(GenerationConfig)}, {**vars(GenerationMixin)}
     hf_onlinespec.disable()
     try:
@@ -175,6 +178,18 @@ def test_disable_restores_transformers_exactly(target, draft_model, prompt) -> N
     hf_onlinespec.enable()  # a second time changes nothing
     assert {**vars(GenerationConfig)}.keys() == names[0].keys() and {**vars(GenerationMixin)}.keys() == names[1].keys()
     target.generate(prompt, assistant_model=draft_model, onlinespec=True, **GREEDY)
+
+
+def test_a_moved_method_is_named_with_the_versions_that_have_it(monkeypatch) -> None:
+    hf_onlinespec.disable()
+    try:
+        monkeypatch.setattr(_compat, "WRAPPED", (*_compat.WRAPPED, (GenerationMixin, "_gone_tomorrow")))
+        with pytest.raises(VersionError, match=r"GenerationMixin\._gone_tomorrow.*transformers >= 5\.18, < 5\.24"):
+            hf_onlinespec.enable()
+        assert "onlinespec" not in vars(GenerationConfig)  # nothing half done
+    finally:
+        monkeypatch.undo()
+        hf_onlinespec.enable()
 
 
 def test_other_calls_are_untouched_bit_for_bit(target, draft_model, prompt) -> None:
