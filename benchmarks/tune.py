@@ -102,7 +102,7 @@ def run(config: OnlineSpecConfig, stream: list[Recorded]) -> tuple[list[float], 
         counts = Counts()
         draft.learn_segment(request.tokens[None], [teacher], None, 0, None, counts)
         draft.remember(Feedback(request.tokens, teacher))
-        draft.rehearse(counts)
+        draft.rehearse(counts, config.replay_passes)
         update_time_s += time.perf_counter() - started
     quarter = len(spent) // 4
     lengths = []
@@ -122,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     stream = record(args.domain, args.prompts, args.new_tokens)
-    base = OnlineSpecConfig(**json.loads(args.base))
+    base = OnlineSpecConfig(**({"lookahead": 5, "update_every": 1, "memory_tokens": 0} | json.loads(args.base)))
     print(f"{args.domain}, {args.prompts} prompts, {sum(len(r.logits) for r in stream)} tokens, base {args.base}")
     print("| setting | AL by quarter | | | | learning ms per token |\n|---|---|---|---|---|---|")
     for name in args.only or SETTINGS:

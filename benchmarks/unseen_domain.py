@@ -22,10 +22,12 @@ import torch
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.bench import ASSISTANT_TOKENS, rotated, stock_draft
 from hf_onlinespec.cli import machine
-from hf_onlinespec.demo import ASSISTANT_TOKENS, rotated, stock_draft
 from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
 
+# The neural draft by itself, at a schedule that does not look at the clock.
+FIXED = {"lookahead": 5, "update_every": 1, "memory_tokens": 0}
 EARLY_TOKENS = 1000  # "after the first 1,000 generated tokens"
 
 
@@ -60,7 +62,7 @@ def run_seed(args: argparse.Namespace, seed: int, whole: bool) -> list[Row]:
     options: dict[str, Any] = {"max_new_tokens": args.new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
         options |= {"temperature": args.temperature, "top_k": 0}
-    config = OnlineSpecConfig(**(json.loads(args.config) | {"seed": seed}))
+    config = OnlineSpecConfig(**(FIXED | json.loads(args.config) | {"seed": seed}))
 
     def timed(text: str, arm: dict[str, Any], at: int) -> tuple[torch.Tensor, int, float]:
         inputs = pair.tokenizer(text, return_tensors="pt")
@@ -196,7 +198,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--config", default="{}", help="JSON settings of the learning draft, instead of the defaults")
+    parser.add_argument(
+        "--config", default="{}", help="JSON settings of our drafts, beside or instead of the fixed ones"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

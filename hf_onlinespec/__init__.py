@@ -7,7 +7,7 @@ Importing it teaches `generate` one argument:
 
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
-from .draft import OnlineDraft, online_draft
+from .draft import MemoryDraft, OnlineDraft, online_draft, online_memory
 from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError, VersionError
 from .feedback import Feedback, FeedbackRecorder
 from .generation import disable, enable
@@ -21,6 +21,7 @@ __all__ = [
     "DraftMetrics",
     "Feedback",
     "FeedbackRecorder",
+    "MemoryDraft",
     "OnlineCandidateGenerator",
     "OnlineDraft",
     "OnlineSpecConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "disable",
     "enable",
     "online_draft",
+    "online_memory",
 ]
 
 enable()

@@ -174,6 +174,11 @@ class GatedLora:
         self.fold()
         yield self.served
 
+    @property
+    def folds(self) -> bool:
+        """Whether drafting has weights of its own, with the adapter folded in."""
+        return self._folded is not None
+
     def fold(self) -> None:
         """Brings the folded weights up to date with the adapter."""
         if self._folded is None or not self._stale:

@@ -1,4 +1,4 @@
-"""The draft commits: plain forwards on a KV cache that is cropped, never rebuilt.
+"""The draft commits: plain forwards on a KV cache that is cropped, never rebuilt, and what the suffix memory knows.
 
 `OnlineCandidateGenerator` serves our own loop (`propose`, `observe`, `finish`) and is a transformers
 `CandidateGenerator` as well (`get_candidates`, `update_candidate_strategy`), so that it also works inside theirs.
@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +18,54 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .feedback import Feedback, FeedbackRecorder, Teacher, concatenate
+from .governor import FIRST_LOOKAHEAD, Drafted, Plan
+from .memory import REACH, Continuation, SuffixMemory
 from .metrics import Counts
 
 if TYPE_CHECKING:
-    from .draft import OnlineDraft
+    from .draft import MemoryDraft
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the draft commits to in one round; k may be 0."""
+    """What is committed to in one round; k may be 0."""
 
     tokens: Tensor  # (batch, k) drafted tokens
     q: Tensor | None  # (batch, k, vocab) the law each was drawn from; None: greedy, no law needed
+    drafted: tuple[Drafted, ...] = ()  # k times: where each came from
+
+
+class _Round:
+    """A proposal while it grows."""
+
+    def __init__(self, input_ids: Tensor, context: list[int] | None) -> None:
+        self.prefix = input_ids  # (batch, L + i) with what was drafted so far
+        self.length = input_ids.shape[1]
+        self.context = context  # its last tokens; None: nobody asks for them, or they are not known on the host
+        self.tokens: list[Tensor] = []
+        self.survival = 1.0  # estimated chance that all of them are kept
+        self.rewound = False
+        self.ended = False
+        self._laws: list[Tensor] = []
+        self._drafted: list[Drafted] = []
+
+    def add(
+        self, token: Tensor, law: Tensor | None, drafted: Drafted, chance: float, known: int | None, eos: set[int]
+    ) -> None:
+        self.tokens.append(token)
+        self._drafted.append(drafted)
+        if law is not None:
+            self._laws.append(law)
+        self.prefix = torch.cat([self.prefix, token], dim=-1)
+        self.survival *= chance
+        self.ended = known is not None and known in eos
+        if self.context is not None:
+            self.context = None if known is None else [*self.context[1 - REACH :], known]
+
+    def proposal(self, sample: bool) -> Proposal:
+        drafted = torch.cat(self.tokens, dim=-1) if self.tokens else self.prefix[:, :0]
+        q = torch.stack(self._laws, dim=1) if sample and self._laws else None
+        return Proposal(drafted, q, tuple(self._drafted))
 
 
 class OnlineCandidateGenerator(CandidateGenerator):
@@ -39,168 +77,334 @@ class OnlineCandidateGenerator(CandidateGenerator):
         logits_processor: the target's list. A `FeedbackRecorder` is put in front of it; its stateless members are
             applied to the draft too, so that q is warped as p is.
         attention_mask: (batch, prompt) with zeros where the prompt is padded on the left; None: no padding.
-        learn: False: this request is only drafted, nothing is recorded or learned.
+        learn: False: this request is only drafted, nothing is recorded, remembered or learned.
+        vocab_size: of the target.
     """
 
     def __init__(
         self,
-        draft: OnlineDraft,
+        draft: MemoryDraft,
         generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList,
         attention_mask: Tensor | None = None,
         learn: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         self.counts = Counts()
-        self._draft, self._learn = draft, learn
+        self._draft, self._neural, self._learn = draft, draft.neural, learn
+        self._governor, self._settings = draft.governor, draft.settings
         self._sample = bool(generation_config.do_sample)
+        self._temperature = float(generation_config.temperature or 1.0) if self._sample else 0.0
         self._max_length: int = generation_config.max_length
         eos = generation_config.eos_token_id
-        self._eos = torch.tensor([] if eos is None else eos, device=draft.device).view(-1)
+        self._eos = set(torch.tensor([] if eos is None else eos).view(-1).long().tolist())
         self._warpers = stateless(logits_processor)
         self._recorder = FeedbackRecorder()
-        if learn:
-            logits_processor.insert(0, self._recorder)
-        self._mask = None
+        self._mask: Tensor | None = None
+        self._padding = 0  # of the first row
         if attention_mask is not None and not bool((attention_mask == 1).all()):
-            self._mask = attention_mask.to(draft.device)
-        self._cache = DynamicCache(config=draft.config)
-        record_past(self._cache)
+            self._mask = attention_mask
+            self._padding = int((attention_mask[0] == 0).sum())
+        self._vocab = vocab_size if vocab_size is not None else 0
+        if self._neural is not None:
+            self._cache = DynamicCache(config=self._neural.config)
+            record_past(self._cache)
+            self._mask = None if self._mask is None else self._mask.to(self._neural.device)
+            self._vocab = self._vocab or self._neural.config.get_text_config().vocab_size
+            if learn:
+                logits_processor.insert(0, self._recorder)
+        self._frozen = self._governor.decisions.serves_frozen
         self._cached = 0  # tokens in the draft's cache
-        self._tokens: Tensor | None = None  # (batch, L) the request so far
-        self._segment: list[list[Teacher]] = []  # per round and row: what is not learned from yet
+        self._began = True  # whether this round is the draft's first
+        self._tokens: Tensor | None = None  # (batch, L) the request so far, on the draft's device
+        self._written: list[int] = []  # the first row of it, without padding
+        self._own: SuffixMemory | None = None  # this request alone
+        self._rounds = 0
+        self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits: what is not learned from yet
+        self._pending = 0  # tokens in it
         self._learned: list[list[Teacher]] = []  # per row: the ones learned from, kept for the replay
         self._end = 0  # how much of the request the draft can learn from
-        self._rounds = 0
 
-    def propose(self, input_ids: Tensor, k: int) -> Proposal:
-        """Drafts up to k tokens after `input_ids` (batch, L); fewer after an end of sequence or a non-finite law.
+    def propose(self, input_ids: Tensor, most: int) -> Proposal:
+        """Drafts after `input_ids` (batch, L): at most `most` tokens, and no more than are expected to pay.
 
-        Whether to go on is decided from the prefix and from q before the draw: every drawn token is submitted.
+        Token by token, the memory or the neural draft speaks. Who does, and whether to go on, is decided from the prefix
+        and from q before the draw: every drawn token is submitted. A round ends behind an end of sequence.
         """
-        self._tokens = input_ids.to(self._draft.device)
-        prefix = input_ids  # the warpers may hold tensors on the target's device: theirs is the place to warp
-        k = min(k, self._draft.positions - prefix.shape[1])
-        tokens: list[Tensor] = []
-        laws: list[Tensor] = []
-        if k > 0:
-            keep = min(self._cached, prefix.shape[1] - 1)
-            if self._cached:
-                crop(self._cache, self._cached - keep)
-            self._cached = keep
-            feed = self._tokens[:, keep:]
+        fixed = self._settings.lookahead
+        if isinstance(fixed, int):
+            return self._propose(input_ids, min(most, fixed), None)
+        with self._draft.lock:
+            plan = self._governor.plan(self._neural is not None)
+        return self._propose(input_ids, most, plan)
+
+    def _propose(self, input_ids: Tensor, most: int, plan: Plan | None, recalls: bool = True) -> Proposal:
+        """A proposal by plan; None: of `most` tokens, by whoever is more likely to be right."""
+        self._tokens = input_ids if self._neural is None else input_ids.to(self._neural.device)
+        recalls = recalls and self._draft.memory is not None and input_ids.shape[0] == 1
+        if recalls:
+            self._read(input_ids)
+        round_ = _Round(input_ids, self._written[-REACH:] if recalls else None)
+        wanted = self._neural is not None and (plan is None or plan.lookahead > 0)
+        self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
+        if most > 0 and (wanted or recalls):
             # Lighter than no_grad. What leaves the block is copied by cat and stack, or read by learning without being saved.
-            with self._draft.serving() as model, torch.inference_mode():
-                for _ in range(k):
-                    scores = self._forward(model, feed)
-                    if self._warpers:
-                        scores = self._warpers(prefix, scores.to(prefix.device)).to(feed.device)
-                    if self._sample:
-                        q = scores.softmax(-1)
-                        if not torch.isfinite(q).all():
-                            break
-                        feed = torch.multinomial(q, 1)
-                        laws.append(q)
+            with self._serving(wanted) as model, torch.inference_mode():
+                while len(round_.tokens) < most and not round_.ended:
+                    found = None if round_.context is None else self._recall(round_.context)
+                    neural = model is not None and self._neural_speaks(round_, plan)
+                    if found is not None and self._memory_speaks(round_, plan, found, neural):
+                        self._recite(round_, found)
+                    elif model is not None and neural:
+                        self._think(round_, model)
                     else:
-                        feed = scores.argmax(-1, keepdim=True)
-                    tokens.append(feed)
-                    if len(self._eos) and bool(torch.isin(feed, self._eos).all()):
                         break
-                    if self._warpers:
-                        prefix = torch.cat([prefix, feed.to(prefix.device)], dim=-1)
-        drafted = torch.cat(tokens, dim=-1) if tokens else input_ids[:, :0]
-        return Proposal(
-            drafted.to(input_ids.device),
-            torch.stack(laws, dim=1).to(input_ids.device) if laws else None,
-        )
+        return round_.proposal(self._sample)
+
+    @contextmanager
+    def _serving(self, wanted: bool) -> Iterator[PreTrainedModel | None]:
+        if self._neural is None or not wanted:
+            yield None
+        else:
+            with self._neural.serving(self._frozen) as model:
+                yield model
+
+    def _neural_speaks(self, round_: _Round, plan: Plan | None) -> bool:
+        assert self._neural is not None
+        if round_.prefix.shape[1] >= self._neural.positions:
+            return False
+        return plan is None or self._governor.neural_pays(plan, len(round_.tokens), round_.survival)
+
+    def _memory_speaks(self, round_: _Round, plan: Plan | None, found: Continuation, neural: bool) -> bool:
+        if plan is None:  # no clock: whoever is accepted more often
+            return not neural or self._governor.memory_acceptance(found) >= self._governor.acceptance
+        return self._governor.memory_pays(plan, len(round_.tokens), round_.survival, found, neural)
+
+    def _recite(self, round_: _Round, found: Continuation) -> None:
+        """One token of the memory's."""
+        law = None
+        place = 0
+        if self._sample:
+            shares = torch.tensor(found.probs, device=round_.prefix.device)
+            place = int(torch.multinomial(shares, 1))
+            law = shares.new_zeros(1, self._vocab)
+            law[0, torch.tensor(found.tokens, device=law.device)] = shares
+        token = round_.prefix.new_tensor([[found.tokens[place]]])
+        key = self._governor.memory_key(found)
+        drafted = Drafted("memory", len(round_.tokens), key)
+        round_.add(token, law, drafted, self._governor.memory_acceptance(found), found.tokens[place], self._eos)
+
+    def _think(self, round_: _Round, model: PreTrainedModel) -> None:
+        """One token of the neural draft's."""
+        assert self._neural is not None
+        if not round_.rewound:
+            self._rewind(round_.length)
+            round_.rewound = True
+        prefix = round_.prefix  # the warpers may hold tensors on the target's device: theirs is the place to warp
+        scores = self._forward(model, prefix[:, self._cached :].to(self._neural.device))
+        if self._warpers:
+            scores = self._warpers(prefix, scores.to(prefix.device))
+        scores = scores.to(prefix.device)
+        host = prefix.device.type == "cpu" and prefix.shape[0] == 1  # elsewhere, reading a value waits for the device
+        law = None
+        if self._sample:
+            law = scores.softmax(-1)
+            sound = torch.isfinite(law).all(-1, keepdim=True)
+            if host and not bool(sound.all()):
+                round_.ended = True
+                return
+            # Where asking would wait for the device, the uniform law takes its place: what is drawn from q stays exact.
+            law = torch.where(sound, law, 1 / law.shape[-1])
+            token = torch.multinomial(law, 1)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        position = len(round_.tokens)
+        key: tuple[int, ...] = (-1,)
+        chance, known = self._governor.acceptance, None
+        if host:
+            key, chance = self._governor.confident(float((scores.softmax(-1) if law is None else law).max()))
+            known = int(token)
+        round_.add(token, law, Drafted("neural", position, key), chance, known, self._eos)
+
+    def _read(self, input_ids: Tensor) -> None:
+        """Takes the new tokens of the first row into the request's own memory."""
+        if self._own is None:
+            self._own = SuffixMemory(min(self._max_length + 1, self._settings.memory_tokens))
+        new = input_ids[0, self._padding + len(self._written) :].tolist()
+        self._own.extend(new)
+        self._written += new
+
+    def _recall(self, context: Sequence[int]) -> Continuation | None:
+        """What followed the longest match of `context`, in this request or in earlier ones."""
+        assert self._own is not None and self._draft.memory is not None
+        here = self._own.continuation(context)
+        with self._draft.lock:
+            before = self._draft.memory.continuation(context)
+        if here is None or before is None:
+            return here or before
+        return before if before.length > here.length else here
+
+    def _rewind(self, length: int) -> None:
+        """Rolls the draft's cache back to what was kept."""
+        keep = min(self._cached, length - 1)
+        if self._cached:
+            crop(self._cache, self._cached - keep)
+        self._cached = keep
 
     def _forward(self, model: PreTrainedModel, feed: Tensor) -> Tensor:
         """The draft's logits (batch, vocab) after `feed` (batch, n), which joins the cache."""
-        inputs = self._draft.inputs(feed, self._cached, self._mask)
-        logits = model(past_key_values=self._cache, use_cache=True, **inputs, **self._draft.keep(1)).logits
+        assert self._neural is not None
+        inputs = self._neural.inputs(feed, self._cached, self._mask)
+        logits = model(past_key_values=self._cache, use_cache=True, **inputs, **self._neural.keep(1)).logits
         self._cached += feed.shape[1]
         return logits[:, -1].float()
 
-    def observe(self, input_ids: Tensor) -> None:
-        """Takes in the outcome of a round: `input_ids` (batch, L) is the request with its new tokens."""
+    def observe(
+        self, input_ids: Tensor, proposal: Proposal, overlaps: Sequence[float], draft_s: float, target_s: float
+    ) -> None:
+        """Takes in the outcome of a round.
+
+        Args:
+            input_ids: (batch, L) the request with its new tokens.
+            overlaps: Σ min(p, q) at every verified position.
+            draft_s, target_s: times of the round; a target_s of 0 is not counted.
+        """
+        with self._draft.lock:
+            self._governor.observe(proposal.drafted, overlaps, 0.0 if self._began else draft_s, target_s)
         self._record(input_ids)
-        settings = self._draft.settings
-        due = settings.update_when == "round" and self._rounds % settings.update_every == 0
+        settings = self._settings
+        due = False
+        if settings.update_when == "round":
+            every = settings.update_every
+            due = self._rounds % every == 0 if isinstance(every, int) else self._governor.affordable_steps() > 0
         if due or self._pending >= settings.context_tokens:  # full target laws are kept for so many tokens at most
             self._update()
 
     def finish(self) -> None:
-        """Ends the request: learns from what is left, remembers the request and rehearses."""
-        self._update()
-        if not self._learned or not self._learned[0]:
+        """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
+        self._remember_text()
+        with self._draft.lock:
+            self._governor.request_ended()
+        if self._neural is None or not (self._segment or self._learned):
             return
+        settings = self._settings
+        if settings.update_when == "idle":
+            self._put_off()
+            for feedback in self._feedback():
+                self._neural.learn_later(feedback)
+            return
+        steps = 1 + settings.replay_passes
+        if settings.update_every == "auto":
+            with self._draft.lock:
+                steps = self._governor.affordable_steps()
+        if steps:
+            self._update()
+        else:
+            self._put_off()
         started = time.perf_counter()
-        for row, teachers in enumerate(self._learned):
-            self._draft.remember(Feedback(self._unpadded(row), concatenate(teachers)))
-        self._draft.rehearse(self.counts)
-        self._draft.fold()
-        self.counts.update_time_s += time.perf_counter() - started
+        for feedback in self._feedback():
+            self._neural.remember(feedback)
+        before = self.counts.updates
+        self._neural.rehearse(self.counts, steps - 1)
+        self._neural.fold()
+        self._charge(started, before)
+
+    def _charge(self, started: float, updates_before: int) -> None:
+        seconds = time.perf_counter() - started
+        self.counts.update_time_s += seconds
+        with self._draft.lock:
+            self._governor.spent(seconds, self.counts.updates - updates_before)
+
+    def _remember_text(self) -> None:
+        memory = self._draft.memory
+        if memory is None or not self._learn or not self._written or self._tokens is None:
+            return
+        if self._tokens.shape[0] == 1:
+            with self._draft.lock:
+                memory.extend(self._tokens[0, self._padding :].tolist())
+                memory.close()
+                self._draft.metrics.memory_bytes = memory.nbytes
 
     def _record(self, input_ids: Tensor) -> None:
         """Keeps the target's laws for the new tokens, up to the last position that the draft can see."""
-        if not self._learn or self._tokens is None:
+        if self._tokens is None:
             return
         before = self._tokens.shape[1]
         n = input_ids.shape[1] - before
-        self._tokens = input_ids.to(self._draft.device)
+        self._tokens = input_ids.to(self._tokens.device)
         self._rounds += 1
-        rows = self._recorder.take(n).to(self._draft.device)  # (batch, n, vocab)
-        seen = max(0, min(n, self._draft.positions + 1 - before))
+        if not self._learn or self._neural is None:
+            return
+        rows = self._recorder.take(n)  # (batch, n, vocab)
+        seen = max(0, min(n, self._neural.positions + 1 - before))
         if seen:
-            settings = self._draft.settings
-            laws = [Teacher.from_logits(row[:seen], settings.temperature, settings.top_k) for row in rows]
-            self._segment.append(laws)
+            self._segment.append(rows[:, :seen])
+            self._pending += seen
             self._end = before + seen
 
-    @property
-    def _pending(self) -> int:
-        """Tokens recorded and not learned from yet."""
-        return sum(len(laws[0]) for laws in self._segment)
+    def _teachers(self) -> list[Teacher]:
+        """The target's laws since the last update, one teacher per row; they are handed out once."""
+        assert self._neural is not None
+        logits = torch.cat(self._segment, dim=1).to(self._neural.device)
+        self._segment, self._pending = [], 0
+        return [Teacher.from_logits(row, self._settings.temperature, self._settings.top_k) for row in logits]
 
     def _update(self) -> None:
         """One gradient step on the tokens since the last update, on top of the cached prefix."""
-        if not self._segment or self._tokens is None:
+        if not self._segment or self._tokens is None or self._neural is None:
             return
-        started = time.perf_counter()
-        teachers = [concatenate(list(laws)) for laws in zip(*self._segment, strict=True)]
-        self._segment = []
+        started, before = time.perf_counter(), self.counts.updates
+        teachers = self._teachers()
         tokens = self._tokens[:, : self._end]
         prefix = min(self._cached, tokens.shape[1] - 1 - len(teachers[0]))
-        if any(keys.shape[-2] != self._cached for keys, _ in cache_tensors(self._cache)):
-            prefix = 0  # a sliding window has dropped the start: read everything anew
-        self._draft.learn_segment(tokens, teachers, self._cache, prefix, self._mask, self.counts)
-        self._draft.fold()
+        dropped = any(keys.shape[-2] != self._cached for keys, _ in cache_tensors(self._cache))
+        if dropped or self._frozen:
+            prefix = 0  # a sliding window has dropped the start, or the frozen draft read it: read everything anew
+        self._neural.learn_segment(tokens, teachers, self._cache, prefix, self._mask, self.counts, self._temperature)
+        self._neural.fold()
+        self._keep(teachers)
+        self._charge(started, before)
+
+    def _put_off(self) -> None:
+        """Leaves the tokens since the last update to the replay."""
+        if self._segment:
+            self._keep(self._teachers())
+
+    def _keep(self, teachers: list[Teacher]) -> None:
         self._learned = self._learned or [[] for _ in teachers]
         for kept, teacher in zip(self._learned, teachers, strict=True):
-            kept.append(teacher.top(self._draft.settings.replay_top_k))
-        self.counts.update_time_s += time.perf_counter() - started
+            kept.append(teacher.top(self._settings.replay_top_k))
+
+    def _feedback(self) -> list[Feedback]:
+        """The request as the replay keeps it, one per row."""
+        return [Feedback(self._unpadded(row), concatenate(laws)) for row, laws in enumerate(self._learned)]
 
     def _unpadded(self, row: int) -> Tensor:
         """One row's learned tokens without padding, and at most `context_tokens` of its prompt."""
         assert self._tokens is not None
         new = sum(len(teacher) for teacher in self._learned[row])
         padding = 0 if self._mask is None else int((self._mask[row] == 0).sum())
-        start = max(padding, self._end - new - self._draft.settings.context_tokens)
+        start = max(padding, self._end - new - self._settings.context_tokens)
         return self._tokens[row, start : self._end].clone()
 
-    # The protocol of transformers' own loop. It has no end of request, so the draft learns every `update_every` rounds
-    # whatever `update_when` says; whoever made the generator may call `finish()` for the rest and for the replay.
+    # The protocol of transformers' own loop. It tells no times and has no end of request: the lookahead is a number, the
+    # memory is not asked, and the draft learns every `update_every` rounds whatever `update_when` says; whoever made the
+    # generator may call `finish()` for the rest and for the replay.
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`(input_ids with the drafted tokens, log q)`, for transformers' assisted decoding."""
-        k = max(0, min(self._draft.settings.lookahead, self._max_length - input_ids.shape[1] - 1))
+        fixed = self._settings.lookahead
+        k = fixed if isinstance(fixed, int) else FIRST_LOOKAHEAD
+        k = max(0, min(k, self._max_length - input_ids.shape[1] - 1))
         with torch.inference_mode(False), torch.no_grad():
-            proposal = self.propose(input_ids.clone(), k)
+            proposal = self._propose(input_ids.clone(), k, None, recalls=False)
         candidates = torch.cat([input_ids, proposal.tokens], dim=-1)
         return candidates, None if proposal.q is None else proposal.q.log()
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Learns from a round of transformers' loop; the raw logits come from the recorder, not from `scores`."""
+        every = self._settings.update_every
         with torch.inference_mode(False), torch.no_grad():
             self._record(input_ids.clone())
-            if self._rounds % self._draft.settings.update_every == 0:
+            if self._rounds % (every if isinstance(every, int) else 1) == 0:
                 self._update()

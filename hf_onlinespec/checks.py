@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ._compat import SAMPLING_MODES, adds_virtual_tokens, is_stateful, is_static
 from .errors import DraftError, UnsupportedError
@@ -24,10 +24,24 @@ def check_mode(generation_config: GenerationConfig, mode: Any) -> None:
         raise UnsupportedError(f"Generation mode {mode}: a learning draft serves greedy decoding and sampling only.")
 
 
+def check_vocabularies(target: PretrainedConfig, draft: PretrainedConfig) -> None:
+    """Refuses a draft with another tokenizer, as far as configurations can tell."""
+    sizes = [config.get_text_config().vocab_size for config in (target, draft)]
+    if sizes[0] != sizes[1]:
+        raise DraftError(
+            f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}. "
+            "Use a draft with the target's own tokenizer: other tokenizers are not supported yet."
+        )
+
+
 def check_call(
-    target: PreTrainedModel, draft: OnlineDraft | PreTrainedModel, generation_config: GenerationConfig
+    target: PreTrainedModel, draft: OnlineDraft | PreTrainedModel | None, generation_config: GenerationConfig
 ) -> None:
-    """Refuses, before any work, what the loop does not take. Each error names the value and the way out."""
+    """Refuses, before any work, what the loop does not take. Each error names the value and the way out.
+
+    Args:
+        draft: None: the suffix memory drafts alone.
+    """
     check_mode(generation_config, generation_config.get_generation_mode(draft))
     name, config = type(target).__name__, generation_config
     if target.config.is_encoder_decoder:
@@ -43,12 +57,8 @@ def check_call(
             f"The target {name} runs with prompt learning, whose virtual tokens are not supported yet. "
             "Call generate without onlinespec."
         )
-    sizes = [c.get_text_config().vocab_size for c in (target.config, draft.config)]
-    if sizes[0] != sizes[1]:
-        raise DraftError(
-            f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}. "
-            "Use a draft with the target's own tokenizer: other tokenizers are not supported yet."
-        )
+    if draft is not None:
+        check_vocabularies(target.config, draft.config)
     if config.num_return_sequences not in (None, 1):
         raise UnsupportedError(
             f"num_return_sequences={config.num_return_sequences}: not supported yet. Call generate once per sequence."

@@ -1,4 +1,4 @@
-"""The command line: `hf-onlinespec demo` shows on this machine what a learning draft gains and costs."""
+"""The command line: `hf-onlinespec demo` and `bench` show on this machine what a learning draft gains and costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .demo import Bench, Record, Settings, choose_prompts, summarise
-from .embedded import DOMAINS, HOME_DOMAIN
+from .bench import (
+    OWN_ARMS,
+    Prompt,
+    Record,
+    Runner,
+    by_arm,
+    calibrate_own,
+    check_lengths,
+    load_prompts,
+    loaded,
+    own_arms,
+    verdict,
+)
+from .checks import check_vocabularies
+from .demo import Bench, Settings, choose_prompts, summarise
+from .embedded import DOMAINS, FOLDER, HOME_DOMAIN
 from .errors import ConfigError, MissingExtraError, OnlineSpecError
 
 FAILED, INTERRUPTED = 2, 130  # exit codes: a wrong argument or a missing package; Ctrl-C
@@ -28,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; arguments that argparse refuses exit with code 2 at once."""
     arguments = _parser().parse_args(argv)
     try:
-        return _demo(arguments)
+        return arguments.run(arguments)
     except OnlineSpecError as error:
         print(f"hf-onlinespec: error: {error}", file=sys.stderr)
         return FAILED
@@ -37,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _check_extra(command: str) -> None:
     missing = [name for name in ("matplotlib", "rich") if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f'The demo needs {" and ".join(missing)}: run pip install "hf_onlinespec[demo]" and try again.'
+            f'The {command} needs {" and ".join(missing)}: run pip install "hf_onlinespec[demo]" and try again.'
         )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _check_extra("demo")
     from . import plots  # only now: it needs the optional packages
 
     names = ("prompts", "domain", "new_tokens", "temperature", "seed", "threads")
@@ -93,6 +112,64 @@ def _demo(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def _own_models(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[Any, Any, Any]:
+    """Target, draft and tokenizer of `bench`; whatever can be refused is refused before weights are read."""
+    names = {"--target": arguments.target, "--draft": arguments.draft}
+    if sum(name is not None for name in names.values()) != (0 if arguments.embedded else 2):
+        raise ConfigError("Give both --target and --draft, or --embedded alone.")
+    dtype = arguments.dtype
+    if arguments.embedded:
+        names = {"--target": str(FOLDER / "target"), "--draft": str(FOLDER / "draft")}
+        dtype = "float32" if dtype == "auto" else dtype  # it is stored in half of its precision
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without it
+        raise ConfigError(f"--device {arguments.device}: torch cannot use it here. Use cpu, for one.") from error
+    logging.set_verbosity_error()  # transformers remarks on its own assisted generation
+    logging.disable_progress_bar()
+    config, other = (loaded(AutoConfig, option, name) for option, name in names.items())
+    check_vocabularies(config, other)
+    tokenizer = loaded(AutoTokenizer, "--target", names["--target"])
+    check_lengths(prompts, tokenizer, config)
+    models = (loaded(AutoModelForCausalLM, option, name, dtype=dtype) for option, name in names.items())
+    target, draft = (model.to(arguments.device).eval() for model in models)
+    return target, draft, tokenizer
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    _check_extra("bench")
+    from . import plots  # only now: it needs the optional packages
+
+    for option, value, least in (
+        ("--new-tokens", arguments.new_tokens, 1),
+        ("--limit", arguments.limit, 1),
+        ("--temperature", arguments.temperature, 0),
+    ):
+        if value is not None and not least <= value < float("inf"):
+            raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+    prompts = load_prompts(arguments.prompts, arguments.limit, arguments.new_tokens)
+    target, draft, tokenizer = _own_models(arguments, prompts)
+    runner = Runner(target, tokenizer, arguments.temperature, arguments.seed)
+    calibration = calibrate_own(runner, draft, prompts)
+    print(calibration, flush=True)
+    arms = own_arms(draft, calibration.chosen)
+    records: list[Record] = []
+    interrupted = False
+    try:
+        for number, prompt in enumerate(prompts):
+            records += runner.measure(number, 1, prompt, arms)
+            if (number + 1) % plots.PROGRESS_EVERY == 0:
+                print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        interrupted = True
+        print("Interrupted: only the finished prompts count.")
+    plots.comparison({OWN_ARMS[arm]: some for arm, some in by_arm(records).items()})
+    print(verdict(records))
+    return INTERRUPTED if interrupted else 0
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the settings."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux: platform.processor() knows only the architecture there
@@ -130,4 +207,44 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder of demo.json, demo.png")
     demo.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
     demo.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="threads of torch")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure whether a learning draft pays for your own models and prompts",
+        description=(
+            "Sends your prompts through three ways of generating, request by request: plain, transformers' assisted "
+            "generation with its best number of draft tokens, and ours learning. The last line says whether it pays."
+        ),
+    )
+    for name, help in (("target", "the model to be accelerated"), ("draft", "a smaller one with the same tokenizer")):
+        bench.add_argument(f"--{name}", metavar="NAME_OR_PATH", help=f"{help}: a folder or a name on the Hub")
+    bench.add_argument("--embedded", action="store_true", help="use the pair that ships with the package")
+    bench.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help='lines of JSON, {"prompt": "..."}, in their order'
+    )
+    bench.add_argument(
+        "--new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="most tokens generated per prompt (default: %(default)s)",
+    )
+    bench.add_argument("--limit", type=int, metavar="N", help="use the first N prompts only (default: all)")
+    bench.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: greedy decoding (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of both models (default: as stored)",
+    )
+    bench.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where both models run (default: %(default)s)",
+    )
+    bench.add_argument("--seed", type=int, default=0, help="seeds the sampling (default: %(default)s)")
+    bench.set_defaults(run=_bench)
     return parser

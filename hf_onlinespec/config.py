@@ -10,7 +10,8 @@ from .errors import ConfigError
 from .learners import LEARNERS
 from .losses import LOSSES
 
-UPDATE_WHEN = ("round", "request")
+UPDATE_WHEN = ("round", "request", "idle")
+AUTO = ("lookahead", "update_every")  # settings that may be "auto"
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -19,9 +20,9 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class OnlineSpecConfig:
-    """How the draft drafts and how it learns. Numbers only for now: `"auto"` needs the governor, which is not built yet.
+    """How the draft drafts and how it learns.
 
-    The defaults of lr, rank, replay and schedule were measured with `benchmarks/tune.py`; see `benchmarks/LOG.md`.
+    `lookahead="auto"` and `update_every="auto"` decide from measured times; numbers make a run repeatable. The defaults of lr, rank, replay and schedule were measured with `benchmarks/tune.py`; see `benchmarks/LOG.md`.
     """
 
     learner: str = _setting("ogd", f"online learner, one of {sorted(LEARNERS)}")
@@ -38,24 +39,31 @@ class OnlineSpecConfig:
     top_k: int | None = _setting(
         None, "keep only this many target probabilities per position, the rest as one tail mass; None: all of them"
     )
-    lookahead: int = _setting(5, "draft tokens proposed in one round")
-    update_when: str = _setting(
-        "request", f"when the draft learns, one of {UPDATE_WHEN}; every request ends with an update"
+    lookahead: int | str = _setting(
+        "auto", "draft tokens proposed in one round; 'auto': as many as are expected to pay, none where none do"
     )
-    update_every: int = _setting(1, "rounds between two updates, with update_when='round'")
-    replay_passes: int = _setting(2, "gradient steps on remembered requests after each request")
+    update_when: str = _setting(
+        "request",
+        f"when the draft learns, one of {UPDATE_WHEN}: also inside a request, at its end, or after `generate` has returned",
+    )
+    update_every: int | str = _setting(
+        "auto",
+        "rounds between two updates, with update_when='round'; 'auto': learn while it pays, within update_budget",
+    )
+    update_budget: float = _setting(
+        0.1, "largest share of the time spent on learning, with update_every='auto'; what is learned when idle is free"
+    )
+    replay_passes: int = _setting(2, "gradient steps on remembered requests after each request; the most with 'auto'")
     replay_batch: int = _setting(2, "remembered requests in one such step")
     replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
+    memory_tokens: int = _setting(
+        65_536, "tokens of prompts and outputs that the suffix memory holds, 12 to 16 bytes each; 0: no suffix memory"
+    )
     context_tokens: int = _setting(512, "most prompt tokens kept with a request for learning")
     seed: int = _setting(0, "seed of the adapter's first values and of the replay's choices")
 
     def __post_init__(self) -> None:
-        for name in ("lookahead", "update_every"):
-            if getattr(self, name) == "auto":
-                raise ConfigError(f"{name}='auto' is not available yet: it needs the governor. Give a number.")
-        if self.update_when == "idle":
-            raise ConfigError(f"update_when='idle' is not available yet. Use one of {UPDATE_WHEN}.")
         self._one_of("learner", LEARNERS)
         self._one_of("loss", LOSSES)
         self._one_of("update_when", UPDATE_WHEN)
@@ -68,16 +76,22 @@ class OnlineSpecConfig:
             ("replay_batch", 1),
             ("replay_tokens", 0),
             ("replay_top_k", 1),
+            ("memory_tokens", 0),
             ("context_tokens", 1),
             ("seed", 0),
         ):
-            self._whole(name, least)
+            if not (name in AUTO and getattr(self, name) == "auto"):
+                self._whole(name, least)
         if self.top_k is not None:
             self._whole("top_k", 1)
-        for name in ("lr", "max_grad_norm", "alpha", "temperature"):
+        for name in ("lr", "max_grad_norm", "alpha", "temperature", "update_budget"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value!r}: expected a finite number above 0.")
+        if self.update_budget > 1:
+            raise ConfigError(
+                f"update_budget={self.update_budget!r}: expected a share of the time, above 0 and at most 1."
+            )
         if self.target_modules is not None:
             names = self.target_modules
             if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
@@ -91,7 +105,8 @@ class OnlineSpecConfig:
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r}: expected a whole number, at least {least}.")
+            or_auto = ", or 'auto'" if name in AUTO else ""
+            raise ConfigError(f"{name}={value!r}: expected a whole number, at least {least}{or_auto}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

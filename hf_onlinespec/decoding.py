@@ -31,7 +31,7 @@ from .errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .config import OnlineSpecConfig
-    from .draft import OnlineDraft
+    from .draft import MemoryDraft, OnlineDraft
 
 
 def decode(
@@ -41,7 +41,7 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
-    draft: OnlineDraft,
+    draft: MemoryDraft,
     learn: bool = True,
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
@@ -53,24 +53,24 @@ def decode(
     Raises:
         UnsupportedError, DraftError: before any work is done; the draft's learned state is untouched.
     """
-    check_call(target, draft, generation_config)
+    check_call(target, draft.neural, generation_config)
     check_inputs(input_ids, generation_config, model_kwargs)
     started = time.perf_counter()
-    with torch.inference_mode(False), torch.no_grad():
+    with draft.generating(), torch.inference_mode(False), torch.no_grad():
         processors = LogitsProcessorList(logits_processor)
         verifier = Verifier(target, input_ids, generation_config, model_kwargs)
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-        candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn)
+        vocab_size = target.config.get_text_config().vocab_size
+        candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn, vocab_size)
         try:
-            output = _loop(
-                input_ids, verifier, candidates, draft, processors, stopping_criteria, generation_config, streamer
-            )
+            output = _loop(input_ids, verifier, candidates, processors, stopping_criteria, generation_config, streamer)
             candidates.finish()
         finally:  # an interrupted call counts too: the draft may have learned in it
             candidates.counts.wall_time_s = time.perf_counter() - started
-            draft.metrics.close(candidates.counts)
+            with draft.lock:
+                draft.metrics.close(candidates.counts)
     return output
 
 
@@ -78,7 +78,6 @@ def _loop(
     input_ids: Tensor,
     verifier: Verifier,
     candidates: OnlineCandidateGenerator,
-    draft: OnlineDraft,
     processors: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -96,8 +95,8 @@ def _loop(
         # 1. The draft commits. The last token of a round is the target's own, so one place is left for it.
         clock = time.perf_counter()
         room = generation_config.max_length - input_ids.shape[1] - 1
-        proposal = candidates.propose(input_ids, max(0, min(draft.settings.lookahead, room)))
-        counts.draft_time_s += time.perf_counter() - clock
+        proposal = candidates.propose(input_ids, max(0, room))
+        draft_s = time.perf_counter() - clock
 
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
@@ -108,7 +107,7 @@ def _loop(
         # 3. Accept a prefix, and one token more.
         outcome = accept(proposal, logits, input_ids, processors, stopping_criteria, sample, scores)
         new_tokens = outcome.tokens.shape[1] - input_ids.shape[1]
-        counts.target_time_s += time.perf_counter() - clock
+        target_s = time.perf_counter() - clock
         if keep_logits:
             raw_logits += tuple(raw[:, i] for i in range(new_tokens))
         if streamer is not None:
@@ -116,15 +115,17 @@ def _loop(
                 streamer.put(token.view(1))
         input_ids, scores, done = outcome.tokens, outcome.scores, outcome.done
         verifier.keep(input_ids)
+        counts.draft_time_s += draft_s
+        counts.target_time_s += target_s
         counts.rounds += 1
         counts.new_tokens += new_tokens
         counts.drafted_tokens += proposal.tokens.shape[1]
         counts.accepted_tokens += outcome.accepted
         counts.verified_positions += outcome.verified
-        counts.overlap += outcome.overlap
+        counts.overlap += sum(outcome.overlaps)
 
-        # 4. The draft adapts.
-        candidates.observe(input_ids)
+        # 4. The draft adapts. The first forward reads the prompt: its time says nothing about a round's.
+        candidates.observe(input_ids, proposal, outcome.overlaps, draft_s, target_s if counts.rounds > 1 else 0.0)
 
     if streamer is not None:
         streamer.end()
@@ -145,7 +146,7 @@ class Outcome:
     tokens: Tensor  # (batch, L + new) the sequence with its new tokens
     accepted: int  # drafted tokens kept
     verified: int  # drafted positions looked at: the accepted ones and the first rejection
-    overlap: float  # Σ over them of Σ min(p, q)
+    overlaps: list[float]  # at each of them Σ min(p, q)
     scores: tuple[Tensor, ...] | None  # processed scores (batch, vocab) of every generated token, if asked for
     done: bool
 
@@ -170,21 +171,23 @@ def accept(
         tokens: (batch, L) the sequence before this round.
     """
     k = proposal.tokens.shape[1]
-    accepted, overlap = 0, 0.0
+    accepted = 0
+    overlaps: list[float] = []
     for i in range(k + 1):
         processed = processors(tokens, logits[:, i])  # (batch, vocab)
         drafted = proposal.tokens[:, i] if i < k else None
         if not sample:
             token = processed.argmax(-1)
             kept = drafted is not None and bool((token == drafted).all())
-            overlap += float(kept)
+            if drafted is not None:
+                overlaps.append(float(kept))
         elif drafted is None:
             token, kept = torch.multinomial(processed.softmax(-1), 1).squeeze(1), False
         else:
             assert proposal.q is not None
             p, q = processed.softmax(-1), proposal.q[:, i]
             token, kept = speculative_sample(p, q, drafted)
-            overlap += torch.minimum(p, q).sum().item()
+            overlaps.append(torch.minimum(p, q).sum().item())
         tokens = torch.cat([tokens, token[:, None]], dim=-1)
         if scores is not None:
             scores = (*scores, processed)
@@ -193,7 +196,7 @@ def accept(
         done = bool(stopping_criteria(tokens, scores).all())
         if done or not kept:
             break
-    return Outcome(tokens, accepted, min(accepted + 1, k) if not kept else accepted, overlap, scores, done)
+    return Outcome(tokens, accepted, len(overlaps), overlaps, scores, done)
 
 
 def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, bool]:

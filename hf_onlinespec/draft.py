@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraModel, PeftModel
@@ -20,14 +22,58 @@ from .adapters import GatedLora
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn
 from .errors import ConfigError, DraftError
-from .feedback import Feedback, Teacher
+from .feedback import Feedback, Teacher, acceptance
+from .governor import Governor
+from .idle import IdleWorker
 from .learners import adam, ogd
 from .losses import LOSSES
+from .memory import SuffixMemory
 from .metrics import Counts, DraftMetrics
 from .replay import Replay
 
 
-class OnlineDraft:
+class MemoryDraft:
+    """What drafts where there is no draft model: the suffix memory, the governor and the counters, from call to call.
+
+    Safe with several threads: `lock` is held for the moments in which the served weights or the counters change.
+    """
+
+    def __init__(self, config: OnlineSpecConfig | None = None) -> None:
+        self.settings = config if config is not None else OnlineSpecConfig()
+        if not isinstance(self.settings, OnlineSpecConfig):
+            raise ConfigError(f"config={config!r}: expected an OnlineSpecConfig.")
+        size = self.settings.memory_tokens
+        self.memory = SuffixMemory(size) if size else None
+        self.governor = Governor(self.settings.update_budget, self.settings.replay_passes)
+        self.metrics = DraftMetrics(decisions=self.governor.decisions)
+        self.lock = threading.RLock()
+
+    @property
+    def neural(self) -> OnlineDraft | None:
+        """The draft model, if there is one."""
+        return None
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """The time of one call of `generate`."""
+        yield
+
+    def check_setting(self, onlinespec: OnlineSpecConfig | bool | None) -> None:
+        """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""
+        if onlinespec is None or isinstance(onlinespec, bool):
+            return
+        if not isinstance(onlinespec, OnlineSpecConfig):
+            raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
+        own = self.settings.to_dict()
+        changed = {k: v for k, v in onlinespec.to_dict().items() if v != own[k]}
+        if changed:
+            raise ConfigError(
+                f"This draft already learns with other settings; asked for {changed}. "
+                "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
+            )
+
+
+class OnlineDraft(MemoryDraft):
     """A draft that learns while it serves; pass it as `assistant_model`.
 
     The model itself is not touched: its weights are shared, its modules are not, and the adapter lives here.
@@ -46,9 +92,7 @@ class OnlineDraft:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
-        self.settings = config if config is not None else OnlineSpecConfig()
-        if not isinstance(self.settings, OnlineSpecConfig):
-            raise ConfigError(f"config={config!r}: expected an OnlineSpecConfig.")
+        super().__init__(config)
         with torch.inference_mode(False):
             base = _plain(model)
             self._lora = GatedLora(
@@ -63,10 +107,19 @@ class OnlineDraft:
             self._learner_state = self._learner.init(self._lora.params)
         self._loss = LOSSES[self.settings.loss]
         self._tail = self.settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
+        self._positions = max_positions(self._lora.base.config)
         self._keeps_logits = keeps_logits(self._lora.base)
         self._replay = Replay(self.settings.replay_tokens, self.settings.replay_top_k, self.settings.seed)
         self._steps = 0  # gradient steps taken
-        self.metrics = DraftMetrics()
+        self._learning = threading.RLock()  # held for one gradient step at a time
+        self._idle: IdleWorker[Feedback] | None = None
+        if self.settings.update_when == "idle":
+            self._idle = IdleWorker(self._learn_when_idle)
+            weakref.finalize(self, self._idle.close)  # at the end of the process too
+
+    @property
+    def neural(self) -> OnlineDraft:
+        return self
 
     @property
     def model(self) -> PeftModel:
@@ -89,7 +142,7 @@ class OnlineDraft:
     @property
     def positions(self) -> int:
         """The longest context that the draft may see; beyond it the target goes on alone."""
-        return max_positions(self.config)
+        return self._positions
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""
@@ -106,32 +159,25 @@ class OnlineDraft:
         """
         return GenerateFn(self, streamer, tokenizer)
 
-    def check_setting(self, onlinespec: OnlineSpecConfig | bool | None) -> None:
-        """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""
-        if onlinespec is None or isinstance(onlinespec, bool):
-            return
-        if not isinstance(onlinespec, OnlineSpecConfig):
-            raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
-        own = self.settings.to_dict()
-        changed = {k: v for k, v in onlinespec.to_dict().items() if v != own[k]}
-        if changed:
-            raise ConfigError(
-                f"This draft already learns with other settings; asked for {changed}. "
-                "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
-            )
-
     def fold(self) -> None:
         """Brings the weights that draft up to date with what was learned."""
-        self._lora.fold()
+        with self._learning, self.lock:
+            self._lora.fold()
 
     @contextmanager
-    def serving(self) -> Iterator[PreTrainedModel]:
-        """The model as it drafts now; a draft that has not learned yet runs at the speed of its base."""
-        if self._steps == 0:
-            yield self._lora.base
-        else:
-            with torch.no_grad(), self._lora.serving() as model:
-                yield model
+    def serving(self, frozen: bool = False) -> Iterator[PreTrainedModel]:
+        """The model as it drafts now; a draft that has not learned yet runs at the speed of its base.
+
+        Args:
+            frozen: the original draft, whatever was learned.
+        """
+        # An adapter that is not folded is switched on and off in the tree that learning uses.
+        with self.lock if self._lora.folds else self._learning:
+            if frozen or self._steps == 0:
+                yield self._lora.base
+            else:
+                with torch.no_grad(), self._lora.serving() as model:
+                    yield model
 
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
         """Model inputs for `tokens` (batch, n) behind `cached` tokens, with the padding of `mask` (batch, prompt)."""
@@ -158,41 +204,107 @@ class OnlineDraft:
         prefix: int,
         mask: Tensor | None,
         counts: Counts,
+        temperature: float = 1.0,
     ) -> None:
         """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
 
         The first `prefix` tokens are read from the draft's own KV cache, detached: one forward and backward over the
         rest, with nothing recomputed.
+
+        Args:
+            temperature: of the call that generated the tokens, 0 for greedy: the governor is told the acceptance there.
         """
         n = len(teachers[0])
         past = DynamicCache(config=self.config)
         if cache is not None and prefix > 0:
             for index, (keys, values) in enumerate(cache_tensors(cache)):
                 past.update(keys[..., :prefix, :].detach(), values[..., :prefix, :].detach(), index)
-        inputs = self.inputs(tokens[:, prefix:-1], prefix, mask)
-        with torch.enable_grad(), self._lora.speaking() as model:
-            logits = model(past_key_values=past, use_cache=True, **inputs, **self.keep(n)).logits[:, -n:]
-            losses = [
-                self._loss(*t.compare(row, self.settings.temperature, self._tail))
-                for t, row in zip(teachers, logits, strict=True)
-            ]
-            self._step(torch.cat(losses).mean(), counts)
+        with self._learning:
+            frozen = None
+            governed = self.settings.update_every == "auto"
+            if governed and self._steps and self.governor.compares():
+                with torch.no_grad():
+                    inputs = self.inputs(tokens[:, :-1], 0, mask)
+                    frozen = self._lora.base(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
+            inputs = self.inputs(tokens[:, prefix:-1], prefix, mask)
+            with torch.enable_grad(), self._lora.speaking() as model:
+                logits = model(past_key_values=past, use_cache=True, **inputs, **self.keep(n)).logits[:, -n:]
+                losses = [
+                    self._loss(*t.compare(row, self.settings.temperature, self._tail))
+                    for t, row in zip(teachers, logits, strict=True)
+                ]
+                if governed:  # how the draft does on tokens that it has not learned from yet
+                    learned = acceptance(teachers, logits, temperature)
+                    self._tell(learned, None if frozen is None else acceptance(teachers, frozen, temperature), n)
+                self._step(torch.cat(losses).mean(), counts)
+
+    def _tell(self, learned: float, frozen: float | None, n: int) -> None:
+        with self.lock:
+            self.governor.shadow(learned, frozen, n)
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request for the replay."""
         if bool(feedback.teacher.log_probs.isnan().any()):
             return  # its steps were skipped, and would be again at every rehearsal
-        self._replay.add(feedback)
-        self.metrics.replay_bytes = self._replay.nbytes
+        with self._learning:
+            self._replay.add(feedback)
+            self.metrics.replay_bytes = self._replay.nbytes
 
-    def rehearse(self, counts: Counts) -> None:
+    def rehearse(self, counts: Counts, passes: int) -> None:
         """The replay's gradient steps: each on a few remembered requests, in one padded batch."""
-        for _ in range(self.settings.replay_passes):
-            requests = self._replay.sample(self.settings.replay_batch)
-            if not requests:
-                return
-            with torch.enable_grad(), self._lora.speaking() as model:
-                self._step(self._replay_loss(model, requests), counts)
+        for _ in range(passes):
+            with self._learning:
+                requests = self._replay.sample(self.settings.replay_batch)
+                if not requests:
+                    return
+                self._learn_from(requests, counts)
+
+    def _learn_from(self, requests: list[Feedback], counts: Counts) -> None:
+        with torch.enable_grad(), self._lora.speaking() as model:
+            self._step(self._replay_loss(model, requests), counts)
+
+    # Learning while nothing is generated
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        if self._idle is None:
+            yield
+        else:
+            self.metrics.idle_failures = self._idle.failures
+            with self._idle.call():
+                yield
+
+    def learn_later(self, feedback: Feedback) -> bool:
+        """Hands a finished request to the worker that learns while nothing is generated; False: there is none."""
+        if self._idle is None:
+            return False
+        self._idle.add(feedback)
+        return True
+
+    def catch_up(self, timeout_s: float | None = None) -> bool:
+        """Waits until everything that was handed to the worker is learned; False: the time was too short."""
+        if self._idle is None:
+            return True
+        done = self._idle.wait(timeout_s)
+        self.metrics.idle_failures = self._idle.failures
+        return done
+
+    def _learn_when_idle(self, feedback: Feedback) -> Iterator[None]:
+        """The gradient steps of one request, one at a time: a call may come in after any of them."""
+        for i in range(1 + self.settings.replay_passes):
+            started, counts = time.perf_counter(), Counts()
+            with self._learning:
+                if i == 0:
+                    self._learn_from([feedback], counts)
+                    self.remember(feedback)
+                else:
+                    self.rehearse(counts, 1)
+                self.fold()
+            with self.lock:
+                self.metrics.idle_updates += counts.updates
+                self.metrics.skipped_updates += counts.skipped_updates
+                self.metrics.idle_time_s += time.perf_counter() - started
+            yield
 
     def _replay_loss(self, model: PreTrainedModel, requests: list[Feedback]) -> Tensor:
         """Mean loss over all taught positions; rows end together, so that these are the last ones of each row."""
@@ -274,7 +386,7 @@ def _merged(model: PeftModel) -> PreTrainedModel:
     return model.merge_and_unload()
 
 
-_drafts: WeakKeyDictionary[nn.Module, OnlineDraft] = WeakKeyDictionary()
+_drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()
 
 
 def online_draft(
@@ -293,3 +405,19 @@ def online_draft(
         return _drafts.setdefault(model, OnlineDraft(model, config))
     draft.check_setting(config)
     return draft
+
+
+_memories: weakref.WeakKeyDictionary[nn.Module, MemoryDraft] = weakref.WeakKeyDictionary()
+
+
+def online_memory(target: PreTrainedModel, config: OnlineSpecConfig | None = None) -> MemoryDraft:
+    """What drafts for a target without a draft model: its suffix memory, made at the first call and kept with the target.
+
+    Raises:
+        ConfigError: it exists already with other settings.
+    """
+    if target not in _memories:
+        return _memories.setdefault(target, MemoryDraft(config))
+    memory = _memories[target]
+    memory.check_setting(config)
+    return memory

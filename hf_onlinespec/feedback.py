@@ -88,6 +88,23 @@ def concatenate(teachers: list[Teacher]) -> Teacher:
     )
 
 
+@torch.no_grad()
+def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float) -> float:
+    """Mean Σ min(p, q) of the draft's logits (batch, n, V) at a temperature; greedy (0): how often the argmax agrees."""
+    parts = []
+    for teacher, row in zip(teachers, logits, strict=True):
+        if temperature == 0:
+            best = teacher.log_probs.argmax(-1)
+            if teacher.tokens is not None:
+                best = teacher.tokens.gather(-1, best[:, None]).squeeze(-1)
+            parts.append((row.argmax(-1) == best).float())
+        else:
+            log_p, log_q = teacher.compare(row)
+            p, q = ((x / temperature).softmax(-1) for x in (log_p, log_q))
+            parts.append(torch.minimum(p, q).sum(-1))
+    return torch.cat(parts).mean().item()
+
+
 @dataclass(frozen=True)
 class Feedback:
     """What one request taught: its tokens and the target's distribution at its last `len(teacher)` of them."""

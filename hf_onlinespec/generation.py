@@ -12,8 +12,8 @@ from ._compat import WRAPPED, GenerationMode, originals
 from .checks import check_call, check_inputs, check_mode
 from .config import OnlineSpecConfig
 from .decoding import decode
-from .draft import OnlineDraft, online_draft
-from .errors import ConfigError, DraftError, UnsupportedError
+from .draft import OnlineDraft, online_draft, online_memory
+from .errors import ConfigError, DraftError
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 
@@ -51,17 +51,13 @@ def enable() -> None:
         if not _is_ours(self, assistant_model):
             return get_mode(self, assistant_model)
         check_mode(self, get_mode(self))
-        if assistant_model is None:
-            raise UnsupportedError(
-                "onlinespec without assistant_model: drafting from memory alone is not available yet. Pass a draft, or leave onlinespec out."
-            )
         return GenerationMode.ASSISTED_GENERATION
 
     @functools.wraps(validate)
     def _validate_generation_mode(self: Any, mode: Any, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
         assistant = mode_kwargs.get("assistant_model")
-        if assistant is not None and _is_ours(config, assistant):
-            if not isinstance(assistant, OnlineDraft | PreTrainedModel | PeftModel):
+        if mode == GenerationMode.ASSISTED_GENERATION and _is_ours(config, assistant):
+            if assistant is not None and not isinstance(assistant, OnlineDraft | PreTrainedModel | PeftModel):
                 raise DraftError(
                     f"assistant_model is a {type(assistant).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
                 )
@@ -97,7 +93,8 @@ def enable() -> None:
             )
         check_inputs(input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
         wanted = _wanted(generation_config)
-        draft = online_draft(assistant_model, wanted if isinstance(wanted, OnlineSpecConfig) else None)
+        settings = wanted if isinstance(wanted, OnlineSpecConfig) else None
+        draft = online_memory(self, settings) if assistant_model is None else online_draft(assistant_model, settings)
         return decode(*arguments, draft=draft, learn=wanted is not False, streamer=streamer, **model_kwargs)
 
     for (owner, name), wrapper in zip(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from .governor import Decisions
+
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
@@ -65,6 +67,11 @@ class DraftMetrics(Counts):
 
     last: Counts = field(default_factory=Counts)
     replay_bytes: int = 0
+    memory_bytes: int = 0  # of the suffix memory
+    idle_updates: int = 0  # gradient steps taken while nothing was generated; not among `updates`
+    idle_time_s: float = 0.0  # time of these; in no speed
+    idle_failures: int = 0  # steps that raised; learning when idle stops at the first
+    decisions: Decisions = field(default_factory=Decisions)  # what the governor decided, and why
     expert_weights: tuple[float, ...] = (1.0,)  # weights of the learned blocks in the served draft
 
     def close(self, call: Counts) -> None:

@@ -12,6 +12,11 @@ from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfi
 from .conftest import tiny_gpt2, tiny_llama
 
 
+def fixed(lookahead: int, **settings: object) -> OnlineSpecConfig:
+    """The neural draft alone, at a fixed lookahead."""
+    return OnlineSpecConfig(**({"lookahead": lookahead, "update_every": 1, "memory_tokens": 0} | settings))
+
+
 def generator(draft: OnlineDraft, *, learn: bool = False, **settings: object) -> OnlineCandidateGenerator:
     config = draft.generation_config.__class__(**({"do_sample": False, "max_length": 64} | settings))
     return OnlineCandidateGenerator(draft, config, LogitsProcessorList(), learn=learn)
@@ -21,8 +26,7 @@ def generator(draft: OnlineDraft, *, learn: bool = False, **settings: object) ->
 def test_proposals_after_rejections_equal_fresh_ones(make) -> None:
     """Whatever was accepted before, the draft proposes its own greedy continuation of the prefix."""
     model = make(2)
-    draft = OnlineDraft(model)
-    candidates = generator(draft)
+    candidates = generator(OnlineDraft(model, fixed(4)))
     prefix = torch.tensor([[1, 2, 3]])
     for kept in (0, 4, 2, 1, 3, 0):
         with torch.no_grad():
@@ -36,7 +40,7 @@ def test_proposals_after_rejections_equal_fresh_ones(make) -> None:
 @torch.no_grad()
 def test_sampled_law_is_the_draft_s_own(draft_model: PreTrainedModel) -> None:
     prefix = torch.tensor([[1, 2, 3]])
-    proposal = generator(OnlineDraft(draft_model), do_sample=True).propose(prefix, 3)
+    proposal = generator(OnlineDraft(draft_model, fixed(3)), do_sample=True).propose(prefix, 9)
     logits = draft_model(torch.cat([prefix, proposal.tokens], dim=-1)).logits
     torch.testing.assert_close(proposal.q[0], logits[0, 2:5].softmax(-1), atol=1e-5, rtol=1e-4)
 
@@ -44,22 +48,22 @@ def test_sampled_law_is_the_draft_s_own(draft_model: PreTrainedModel) -> None:
 @torch.no_grad()
 def test_stops_after_an_end_of_sequence(draft_model: PreTrainedModel) -> None:
     prefix = torch.tensor([[1, 2, 3]])
-    full = generator(OnlineDraft(draft_model)).propose(prefix, 5).tokens[0].tolist()
-    stopped = generator(OnlineDraft(draft_model), eos_token_id=full[1]).propose(prefix, 5).tokens[0].tolist()
+    full = generator(OnlineDraft(draft_model, fixed(5))).propose(prefix, 9).tokens[0].tolist()
+    stopped = generator(OnlineDraft(draft_model, fixed(5)), eos_token_id=full[1]).propose(prefix, 9).tokens[0].tolist()
     assert stopped == full[: full.index(full[1]) + 1]
 
 
 @torch.no_grad()
 def test_never_drafts_beyond_its_own_positions() -> None:
     """GPT-2 has a table of 64 positions and fails beyond it; the draft then simply stays silent."""
-    candidates = generator(OnlineDraft(tiny_gpt2(2)))
+    candidates = generator(OnlineDraft(tiny_gpt2(2), fixed(5)))
     assert candidates.propose(torch.ones(1, 62, dtype=torch.long), 5).tokens.shape == (1, 2)
     assert candidates.propose(torch.ones(1, 66, dtype=torch.long), 5).tokens.shape == (1, 0)
 
 
 @torch.no_grad()
 def test_a_draft_that_lost_its_mind_proposes_nothing(draft_model: PreTrainedModel) -> None:
-    draft = OnlineDraft(draft_model)
+    draft = OnlineDraft(draft_model, fixed(4))
     draft._lora.move(torch.full_like(draft._lora.params, torch.nan))
     draft._steps = 1
     assert generator(draft, do_sample=True).propose(torch.tensor([[1, 2]]), 4).tokens.shape == (1, 0)
@@ -71,7 +75,7 @@ def test_inside_transformers_own_loop(
     target: PreTrainedModel, draft_model: PreTrainedModel, sample: bool, when: str
 ) -> None:
     """Greedy output is plain greedy output, and the draft learns from every round."""
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(update_when=when, rank=4, alpha=4.0))
+    draft = OnlineDraft(draft_model, fixed(5, update_when=when, rank=4, alpha=4.0))
     made: list[OnlineCandidateGenerator] = []
 
     def ours(self: PreTrainedModel, **kwargs) -> OnlineCandidateGenerator:

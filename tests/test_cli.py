@@ -16,7 +16,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from hf_onlinespec import cli, demo
-from hf_onlinespec.demo import ARMS, Bench, Record, Request, Settings, choose_prompts, summarise
+from hf_onlinespec.bench import Record
+from hf_onlinespec.demo import ARMS, Bench, Request, Settings, choose_prompts, summarise
 from hf_onlinespec.plots import conclusion, outputs_line
 
 SMALL = ["--prompts", "1", "--new-tokens", "8", "--threads", "1"]
@@ -180,17 +181,6 @@ def test_prompts_are_used_once() -> None:
     assert len(texts) == len(set(texts)) == 3 * 98 + 8
     assert [request.number for request in stream] == list(range(294))
     assert choose_prompts(settings(seed=1)) == choose_prompts(settings(seed=1)) != choose_prompts(settings(seed=2))
-
-
-def test_comparison_with_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(settings())
-    plain = torch.tensor([[0, 5, 6, 7]])
-    other = torch.tensor([[0, 5, 9, 7]])
-    assert bench._compare(plain, plain.clone()) == "identical"
-    assert bench._compare(plain, plain[:, :3]) == "different"
-    assert bench._compare(plain, other) == "different"
-    monkeypatch.setattr(demo, "TIE_GAP", float("inf"))
-    assert bench._compare(plain, other) == "tie"
 
 
 def test_summary_numbers_and_words() -> None:

@@ -27,9 +27,12 @@ def test_unknown_keys_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lookahead", "auto"),
-        ("update_every", "auto"),
-        ("update_when", "idle"),
+        ("lookahead", "automatic"),
+        ("rank", "auto"),
+        ("update_when", "later"),
+        ("update_budget", 0.0),
+        ("update_budget", 1.5),
+        ("memory_tokens", -1),
         ("learner", "optimistic"),
         ("loss", "l2"),
         ("preconditioner", "muon"),

@@ -98,7 +98,8 @@ def test_learns_a_fixed_teacher(draft_model: PreTrainedModel) -> None:
 
 
 def run(target: PreTrainedModel, **settings: object) -> OnlineDraft:
-    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**({"rank": 4, "alpha": 4.0} | settings)))
+    small = {"rank": 4, "alpha": 4.0, "lookahead": 5, "update_every": 1}
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(small | settings)))
     for i in range(4):
         target.generate(torch.tensor([[3 + i, 14, 15]]), assistant_model=draft, do_sample=False, max_new_tokens=16)
     return draft

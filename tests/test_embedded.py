@@ -10,10 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec.embedded import DOMAINS, FOLDER, EmbeddedPair, load_draft, load_pair, prompts
 
-EVERY_ROUND = OnlineSpecConfig(update_when="round", update_every=1, rank=8, alpha=8.0, replay_passes=1, replay_batch=1)
+FIXED = OnlineSpecConfig(lookahead=5, update_every=1, memory_tokens=0)
+EVERY_ROUND = OnlineSpecConfig(
+    lookahead=5,
+    update_when="round",
+    update_every=1,
+    memory_tokens=0,
+    rank=8,
+    alpha=8.0,
+    replay_passes=1,
+    replay_batch=1,
+)
 TIE_GAP = 1e-4
 
 
@@ -86,6 +96,22 @@ def test_lossless_on_300_prompts_while_the_adapter_moves_every_round(pair: Embed
     assert draft.metrics.updates >= draft.metrics.rounds and draft.metrics.skipped_updates == 0
 
 
+@pytest.mark.parametrize("drafted", [True, False], ids=["draft and memory", "memory alone"])
+def test_lossless_as_it_comes(pair: EmbeddedPair, drafted: bool) -> None:
+    """With the defaults: a governor that looks at clocks, a memory, and learning when it pays."""
+    draft = OnlineDraft(load_draft()) if drafted else None
+    for i in range(20):
+        for domain in DOMAINS:
+            inputs = pair.tokenizer(prompts(domain)[i], return_tensors="pt")
+            plain = pair.target.generate(**inputs, do_sample=False, max_new_tokens=24)
+            ours = pair.target.generate(
+                **inputs, do_sample=False, max_new_tokens=24, assistant_model=draft, onlinespec=True
+            )
+            assert torch.equal(plain, ours) or is_tie(pair.target, plain, ours), (domain, i)
+    rounds = (draft or online_memory(pair.target)).metrics.decisions.rounds
+    assert rounds["memory"] > 0 and sum(rounds.values()) < 60 * 24
+
+
 def test_lossless_on_models_by_others(data_folder: Path) -> None:
     target, model = (
         AutoModelForCausalLM.from_pretrained(data_folder / "models" / name).eval()
@@ -107,7 +133,7 @@ def test_learning_pays_on_an_unseen_domain(pair: EmbeddedPair, sample: bool) -> 
     """The last 15 of 45 requests: many more tokens per target forward than the frozen draft on the same prompts."""
     lengths = {}
     for learn in (False, True):
-        draft = OnlineDraft(load_draft())
+        draft = OnlineDraft(load_draft(), FIXED)
         late = [0, 0]
         for i, text in enumerate(prompts("orders")[:45]):
             inputs = pair.tokenizer(text, return_tensors="pt")

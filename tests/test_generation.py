@@ -30,6 +30,7 @@ from hf_onlinespec import (
     VersionError,
     _compat,
     online_draft,
+    online_memory,
 )
 
 from .conftest import tiny_llama
@@ -277,9 +278,19 @@ def test_prompt_learning_targets_are_refused(target, draft_model, prompt) -> Non
         tuned.generate(input_ids=prompt, assistant_model=draft_model, onlinespec=True, **GREEDY)
 
 
-def test_no_draft_is_refused_for_now(target, prompt) -> None:
-    with pytest.raises(UnsupportedError, match="assistant_model"):
-        target.generate(prompt, onlinespec=True, max_new_tokens=5)
+@pytest.mark.parametrize("settings", [True, OnlineSpecConfig(lookahead=4)], ids=["auto", "fixed"])
+def test_without_a_draft_the_memory_drafts(target, prompt, settings) -> None:
+    """The second time, the memory knows the answer; what the target says stays the same."""
+    plain = target.generate(prompt, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(prompt, onlinespec=settings, **GREEDY))
+    metrics = online_memory(target).metrics
+    assert metrics.requests == 2 and metrics.updates == 0 and metrics.memory_bytes > 0
+    if settings is not True:
+        # The index asks for two known tokens: the first round of the second call finds the whole answer, four by four.
+        assert metrics.last.acceptance_length == 5.0 and metrics.last.acceptance_rate == 1.0
+    with pytest.raises(ConfigError, match="lookahead"):
+        target.generate(prompt, onlinespec=OnlineSpecConfig(lookahead=2), **GREEDY)
 
 
 def test_embeddings_instead_of_tokens(target, draft_model) -> None:

@@ -5,6 +5,7 @@ generated ones by a χ² test with fixed seeds.
 """
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec.governor import Governor, Plan
+from hf_onlinespec.memory import Continuation
 
 from .conftest import tiny_llama
 
@@ -85,7 +88,14 @@ def test_law_of_generated_sequences(name: str, lookahead: int) -> None:
     draft = OnlineDraft(
         model,
         OnlineSpecConfig(
-            lookahead=lookahead, update_when="round", update_every=1, rank=2, alpha=2.0, lr=3e-3, replay_passes=0
+            lookahead=lookahead,
+            update_when="round",
+            update_every=1,
+            memory_tokens=0,
+            rank=2,
+            alpha=2.0,
+            lr=3e-3,
+            replay_passes=0,
         ),
     )
     start = draft(PROMPT).logits.detach()
@@ -101,6 +111,52 @@ def test_law_of_generated_sequences(name: str, lookahead: int) -> None:
     assert statistic < limit, f"chi square {statistic:.1f} at {freedom} degrees of freedom, limit {limit:.1f}"
     assert draft.metrics.updates >= DRAWS  # the adapter moved all the while
     assert (draft(PROMPT).logits.detach() - start).abs().max() > 0.05
+
+
+class Whims(Governor):
+    """Stops early and changes its source at random, and by how likely what was drafted is to be kept."""
+
+    whim = random.Random(3)
+
+    def plan(self, drafts: bool = True) -> Plan:
+        return Plan(self.whim.randrange(4) if drafts else 0, 1.0, 0.0)
+
+    def neural_pays(self, plan: Plan, position: int, survival: float) -> bool:
+        return position < plan.lookahead and survival > self.whim.uniform(0.0, 0.6)
+
+    def memory_pays(self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool) -> bool:
+        return found is not None and position < 4 and self.whim.random() < 0.6
+
+    def affordable_steps(self) -> int:
+        return 1 + self.whim.randrange(2)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["memory alone", "memory and draft"])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, monkeypatch) -> None:
+    """Whatever decides from the prefix and from q before the draw: here a memory that grows, and a governor of whims."""
+    settings = LAWS[name]
+    target, model = models()
+    law = exact_law(target, settings)
+    monkeypatch.setattr("hf_onlinespec.draft.Governor", Whims)
+    monkeypatch.setattr(Whims, "whim", random.Random(3))
+    config = OnlineSpecConfig(memory_tokens=200, rank=2, alpha=2.0, lr=3e-3, replay_passes=0)
+    draft = None if alone else OnlineDraft(model, config)
+    torch.manual_seed(12)
+    counts = torch.zeros(VOCAB**NEW, dtype=torch.long)
+    place = torch.tensor([VOCAB**i for i in reversed(range(NEW))])
+    for _ in range(DRAWS):
+        out = target.generate(
+            PROMPT, assistant_model=draft, onlinespec=config, do_sample=True, max_new_tokens=NEW, **settings
+        )
+        counts[(out[0, PROMPT.shape[1] :] * place).sum()] += 1
+    statistic, freedom = chi_square(counts, law)
+    limit = quantile(freedom)
+    assert counts[law == 0].sum() == 0
+    assert statistic < limit, f"chi square {statistic:.1f} at {freedom} degrees of freedom, limit {limit:.1f}"
+    rounds = (online_memory(target) if draft is None else draft).metrics.decisions.rounds
+    kinds = ("plain", "memory") if alone else ("plain", "neural", "memory", "memory+neural")
+    assert all(rounds[kind] > DRAWS / 20 for kind in kinds), rounds
 
 
 def test_the_test_can_fail() -> None:
@@ -119,7 +175,7 @@ def test_the_test_can_fail() -> None:
 def test_identical_draft_is_always_accepted_whatever_the_warpers() -> None:
     """The warpers are applied once to the draft, as to the target."""
     target = tiny_llama(1, vocab=VOCAB, layers=2)
-    draft = OnlineDraft(tiny_llama(1, vocab=VOCAB, layers=2))
+    draft = OnlineDraft(tiny_llama(1, vocab=VOCAB, layers=2), OnlineSpecConfig(lookahead=5, memory_tokens=0))
     for settings in LAWS.values():
         target.generate(PROMPT, assistant_model=draft, onlinespec=False, do_sample=True, max_new_tokens=24, **settings)
         last = draft.metrics.last

@@ -1,0 +1,384 @@
+"""Measuring ways of generating against each other: every request goes through all arms, in a rotating order, before the next.
+
+An arm is what it adds to the arguments of `generate`. The demo, the command `bench` and `benchmarks/` share this code.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._compat import max_positions
+from .adapters import borrow
+from .draft import OnlineDraft
+from .embedded import load_draft
+from .errors import ConfigError
+from .metrics import Counts
+
+ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
+WARM_UPS = 2  # unmeasured prompts through every arm
+PLAIN = "plain"  # the arm whose outputs the others are compared with
+OUTPUTS = ("identical", "tie", "different")  # what an output can be against plain's
+TIE_GAP = 1e-4  # two logits closer than this may swap places between kernels
+
+Arm = Mapping[str, Any]
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class Prompt(NamedTuple):
+    """One request of a stream."""
+
+    text: str
+    domain: str
+    new_tokens: int  # at most
+
+
+@dataclass(frozen=True)
+class Record:
+    """One request through one arm."""
+
+    request: int  # from 0, over the whole stream
+    segment: int  # from 1: a run of requests of one domain
+    domain: str
+    arm: str
+    new_tokens: int
+    target_forwards: int
+    wall_time_s: float  # around generate, learning included
+    update_time_s: float  # learning alone
+    output: str | None  # against plain's: "identical", "tie" or "different"; None: plain itself, or sampled
+    seed: int = 0
+    loop_time_s: float = 0.0  # in our decoding loop, learning included; 0: another's loop
+    target_forward_s: float = 0.0  # inside the target's bare forwards (on an accelerator: launching them)
+    draft_forward_s: float = 0.0  # inside the bare forwards of a draft that is watched
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How transformers' arm got its number of assistant tokens."""
+
+    prompts: int
+    tokens_per_s: dict[int, float]  # by number of assistant tokens
+    chosen: int
+    source: str = "outside the stream"
+
+    def __str__(self) -> str:
+        speeds = ", ".join(f"{k}: {speed:.0f}" for k, speed in self.tokens_per_s.items())
+        return (
+            f"Calibration of transformers' assisted generation on {self.prompts} prompt{'s' * (self.prompts > 1)} {self.source}, "
+            f"tokens/s by number of assistant tokens: {speeds}. Chosen: {self.chosen}."
+        )
+
+
+class ForwardClock:
+    """Counts the forwards of a module and the time inside them."""
+
+    def __init__(self) -> None:
+        self.calls, self.time_s, self._started = 0, 0.0, 0.0
+
+    def watch(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self._start)
+        module.register_forward_hook(self._stop)
+
+    def reset(self) -> None:
+        self.calls, self.time_s = 0, 0.0
+
+    def _start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        self.time_s += time.perf_counter() - self._started
+        self.calls += 1
+
+
+class Runner:
+    """A target and its tokenizer, ready to be sent requests.
+
+    Args:
+        temperature: 0: greedy.
+        seed: goes into the records, and with the number of the request into the sampling.
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, seed: int
+    ) -> None:
+        self._target, self._tokenizer, self._seed = target, tokenizer, seed
+        self._sample = temperature > 0
+        self._options: dict[str, Any] = {"do_sample": self._sample}
+        if self._sample:
+            self._options |= {"temperature": temperature, "top_k": 0}
+        self._target_clock, self._draft_clock = ForwardClock(), ForwardClock()
+        self._target_clock.watch(target)
+
+    def watch_draft(self, arm: Arm) -> None:
+        """Takes the time of the draft's bare forwards too, of an arm that does not learn."""
+        draft = arm["assistant_model"]
+        if isinstance(draft, OnlineDraft):
+            with draft.serving() as model:
+                self._draft_clock.watch(model)
+        else:
+            self._draft_clock.watch(draft)
+
+    def warm_up(self, prompts: Sequence[Prompt], arms: Mapping[str, Arm]) -> None:
+        """Sends a few requests through arms that are thrown away."""
+        for prompt in prompts[:WARM_UPS]:
+            for arm in arms.values():
+                self._generate(self._encode(prompt), prompt.new_tokens, arm, 0)
+
+    def speeds(self, prompts: Sequence[Prompt], arms: Mapping[K, Arm]) -> dict[K, float]:
+        """Net tokens/s of each arm."""
+        sums = {name: Counts() for name in arms}
+        for at, prompt in enumerate(prompts):
+            inputs = self._encode(prompt)
+            for name in rotated(tuple(arms), at):
+                output, wall_time_s = self._generate(inputs, prompt.new_tokens, arms[name], at)
+                sums[name].add(Counts(new_tokens=_new_tokens(inputs, output), wall_time_s=wall_time_s))
+        return {name: counts.tokens_per_s for name, counts in sums.items()}
+
+    def measure(self, number: int, segment: int, prompt: Prompt, arms: Mapping[str, Arm]) -> list[Record]:
+        """Sends one request through all arms; the records in the order of the arms."""
+        inputs = self._encode(prompt)
+        outputs: dict[str, Tensor] = {}
+        values: dict[str, dict[str, Any]] = {}
+        for name in rotated(tuple(arms), number):
+            self._target_clock.reset()
+            self._draft_clock.reset()
+            outputs[name], wall_time_s = self._generate(inputs, prompt.new_tokens, arms[name], number)
+            draft = arms[name].get("assistant_model")
+            last = draft.metrics.last if isinstance(draft, OnlineDraft) else Counts()
+            values[name] = dict(
+                new_tokens=_new_tokens(inputs, outputs[name]),
+                target_forwards=self._target_clock.calls,
+                wall_time_s=wall_time_s,
+                update_time_s=last.update_time_s,
+                loop_time_s=last.wall_time_s,
+                target_forward_s=self._target_clock.time_s,
+                draft_forward_s=self._draft_clock.time_s,
+            )
+        compared = PLAIN in arms and not self._sample
+        return [
+            Record(
+                request=number,
+                segment=segment,
+                domain=prompt.domain,
+                arm=name,
+                output=self.compare(outputs[PLAIN], outputs[name]) if compared and name != PLAIN else None,
+                seed=self._seed,
+                **values[name],
+            )
+            for name in arms
+        ]
+
+    def compare(self, plain: Tensor, other: Tensor) -> str:
+        """Compares (1, L) outputs; "tie": where they part, the target's own logits cannot tell the two tokens apart."""
+        if torch.equal(plain, other):
+            return "identical"
+        shared = min(plain.shape[1], other.shape[1])
+        parted = (plain[0, :shared] != other[0, :shared]).nonzero()
+        if len(parted) == 0:
+            return "different"
+        at = int(parted[0])
+        with torch.no_grad():
+            logits = self._target(plain[:, :at]).logits[0, -1]
+        gap = logits.max() - torch.minimum(logits[plain[0, at]], logits[other[0, at]])
+        return "tie" if gap < TIE_GAP else "different"
+
+    def _encode(self, prompt: Prompt) -> BatchEncoding:
+        return self._tokenizer(prompt.text, return_tensors="pt").to(self._target.device)
+
+    def _generate(self, inputs: BatchEncoding, new_tokens: int, arm: Arm, number: int) -> tuple[Tensor, float]:
+        torch.manual_seed(1000 * self._seed + number)
+        started = self._now()
+        output = self._target.generate(**inputs, **self._options, max_new_tokens=new_tokens, **arm)
+        return output, self._now() - started
+
+    def _now(self) -> float:
+        """Seconds, once all work that was sent to an accelerator is done."""
+        if self._target.device.type != "cpu":
+            torch.accelerator.synchronize(self._target.device)
+        return time.perf_counter()
+
+
+def _new_tokens(inputs: BatchEncoding, output: Tensor) -> int:
+    return output.shape[1] - inputs["input_ids"].shape[1]
+
+
+def stock_draft(assistant_tokens: int, draft: PreTrainedModel | None = None) -> PreTrainedModel:
+    """A draft that transformers asks for a fixed number of tokens per round: a copy of the embedded one, or `draft` itself."""
+    if draft is None:
+        draft = load_draft()
+    draft.generation_config.num_assistant_tokens = assistant_tokens
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0
+    return draft
+
+
+def calibrate(
+    runner: Runner,
+    prompts: Sequence[Prompt],
+    draft: Callable[[int], PreTrainedModel],
+    choices: Sequence[int],
+    source: str = "outside the stream",
+) -> Calibration:
+    """Finds the number of assistant tokens with the most tokens per second; the numbers take turns."""
+    speeds = runner.speeds(prompts, {k: {"assistant_model": draft(k)} for k in choices})
+    return Calibration(len(prompts), speeds, best(speeds), source)
+
+
+def best(speeds: Mapping[K, float]) -> K:
+    return max(speeds, key=lambda name: speeds[name])
+
+
+def rotated(items: tuple[T, ...], by: int) -> tuple[T, ...]:
+    by %= len(items)
+    return items[by:] + items[:by]
+
+
+# What the records say
+
+
+def totals(records: Sequence[Record]) -> Counts:
+    """The sums over the requests of one arm; each target forward counts as a round."""
+    return Counts(
+        requests=len(records),
+        rounds=sum(record.target_forwards for record in records),
+        new_tokens=sum(record.new_tokens for record in records),
+        wall_time_s=sum(record.wall_time_s for record in records),
+        update_time_s=sum(record.update_time_s for record in records),
+    )
+
+
+def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each arm, in order of appearance."""
+    arms: dict[str, list[Record]] = {}
+    for record in records:
+        arms.setdefault(record.arm, []).append(record)
+    return arms
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One arm's net tokens/s over another's: of the sums, and its bootstrap 95 % interval over requests."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def speed_ratio(ours: Sequence[Record], other: Sequence[Record], draws: int = 2000, seed: int = 0) -> Ratio:
+    """Compares two arms over the same requests in the same order.
+
+    The interval tells how much the choice of requests matters. Requests of a stream that is learned from are no
+    independent draws: how much runs differ, only several seeds tell.
+    """
+    pairs = list(zip(ours, other, strict=True))
+    if any((a.seed, a.request) != (b.seed, b.request) for a, b in pairs):
+        raise ValueError("speed_ratio compares two arms over the same requests in the same order.")
+    # Per request: tokens and seconds of ours, tokens and seconds of the other.
+    numbers = torch.tensor(
+        [(a.new_tokens, a.wall_time_s, b.new_tokens, b.wall_time_s) for a, b in pairs], dtype=torch.float64
+    )
+    rng = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(pairs), (draws, len(pairs)), generator=rng)
+    sums = torch.cat([numbers.sum(0)[None], numbers[drawn].sum(1)])  # (1 + draws, 4)
+    ratios = sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3])
+    low, high = torch.quantile(ratios[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Ratio(ratios[0].item(), low, high)
+
+
+# `hf-onlinespec bench`: the user's own models and prompts
+
+OWN_ARMS = {PLAIN: "plain", "transformers": "transformers assisted", "ours": "ours learning"}
+CALIBRATION_PROMPTS = 4  # the first ones of the user's
+
+
+def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]:
+    """Reads lines of JSON, {"prompt": "..."}; empty lines are left out.
+
+    Raises:
+        ConfigError: the file cannot be read, a line is malformed, or there is no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"--prompts {path}: the file cannot be read ({reason}).") from error
+    texts = [_text(line, f"--prompts {path}, line {at}") for at, line in enumerate(lines, 1) if line.strip()]
+    if not texts:
+        raise ConfigError(f'--prompts {path}: the file has no prompts. Write one {{"prompt": "..."}} per line.')
+    return [Prompt(text, path.stem, new_tokens) for text in texts[:limit]]
+
+
+def _text(line: str, where: str) -> str:
+    wanted = 'expected a JSON object with a text, such as {"prompt": "..."}'
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: {wanted}; it is no JSON ({error.msg} at column {error.colno}).") from error
+    text = item.get("prompt") if isinstance(item, dict) else None
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
+    return text
+
+
+def loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:
+    """`kind.from_pretrained(name)`, with an error that names the option."""
+    try:
+        return kind.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{option} {name}: cannot be loaded. Give a folder, or a name on the Hub. ({reason})"
+        ) from error
+
+
+def check_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, target: PretrainedConfig) -> None:
+    """Raises ConfigError where a prompt is empty for the tokenizer, or leaves no room for the new tokens."""
+    for at, prompt in enumerate(prompts, 1):
+        length, longest = len(tokenizer(prompt.text).input_ids), max_positions(target) - prompt.new_tokens
+        if not 0 < length <= longest:
+            raise ConfigError(
+                f"Prompt {at} has {length} tokens: the target takes from 1 to {longest}, and {prompt.new_tokens} new ones."
+            )
+
+
+def own_arms(draft: PreTrainedModel, assistant_tokens: int) -> dict[str, Arm]:
+    """Plain, transformers' assisted generation, and ours with a new adapter. The draft's weights are shared by all."""
+    return {
+        PLAIN: {},
+        "transformers": {"assistant_model": stock_draft(assistant_tokens, borrow(draft))},
+        "ours": {"assistant_model": OnlineDraft(draft)},
+    }
+
+
+def calibrate_own(runner: Runner, draft: PreTrainedModel, prompts: Sequence[Prompt]) -> Calibration:
+    """Warms up and calibrates on the first prompts, which are measured later, to the advantage of transformers' arm."""
+    runner.warm_up(prompts[:1], own_arms(draft, ASSISTANT_TOKENS[0]))
+    few = prompts[:CALIBRATION_PROMPTS]
+    return calibrate(runner, few, lambda k: stock_draft(k, borrow(draft)), ASSISTANT_TOKENS, "of the same file")
+
+
+def verdict(records: Sequence[Record]) -> str:
+    """Whether a learning draft paid, in one sentence."""
+    arms = by_arm(records)
+    ratios = {
+        "plain generate": round(speed_ratio(arms["ours"], arms[PLAIN]).value, 2),
+        "transformers' assisted generation": round(speed_ratio(arms["ours"], arms["transformers"]).value, 2),
+    }
+    n = len(arms["ours"])
+    words = " and ".join(f"{ratio:.2f} times as fast as {name}" for name, ratio in ratios.items())
+    words = f"On {'this prompt' if n == 1 else f'these {n} prompts'}, generation with a learning draft is {words}"
+    words += " (learning included)"
+    fastest = min(ratios, key=lambda name: ratios[name])
+    return f"{words}." if ratios[fastest] > 1 else f"{words}: it does not pay, {fastest} is the better choice."

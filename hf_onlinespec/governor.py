@@ -1,0 +1,429 @@
+"""What is worth doing now: how far to draft, from which source, and how much to learn; from measured times and acceptance.
+
+Drafting. Let ρ be the rate to beat, in tokens per unit of time. One more drafted token is worth S · a tokens (S: the chance that
+all before it are kept, a: its own) and costs ρ · (time to draft it and to verify it) tokens. Drafting while that gains maximises
+E[tokens] / E[time]. Only the prefix and the laws q before the draw enter, so that the law of the output stays the target's.
+
+Learning. A bank earns `update_budget · effort` of the decoding time, and gradient steps are paid from it. Over windows of
+doubling length, learning has to make the draft better by half of what it costs (the stream is taken to go on for as long as
+it has lasted), else the effort is cut. It is whole again when acceptance falls: the stream has changed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .memory import Continuation
+
+MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
+MAX_MEMORY = 24  # draft tokens from the memory alone, at most
+FIRST_LOOKAHEAD = 3  # while times are still unknown
+WINDOW = 9  # recent times whose median counts
+DECAY = 0.985  # of acceptance counts, per observation
+PRIOR = 4.0  # observations that a prior is worth
+CONFIDENCE_EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+LENGTH_EDGES = (2, 3, 6, 9)
+SHARE_EDGES = (0.4, 0.6, 0.9)
+SUPPORT_EDGES = (2, 3, 5)
+# What a memory is worth before it has shown it, by share and by support of unanimous ones: measured, see benchmarks/LOG.md.
+SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
+FIRST_WINDOW, LAST_WINDOW = 4, 64  # updates between two looks at what learning gained
+EFFORT_STEP, LEAST_EFFORT = 4.0, 1 / 16
+FIRST_PROBE, LAST_PROBE = 32, 1024  # plain rounds until an idle draft is tried again
+PROBE_LOOKAHEAD = 2
+REFRESH = 256  # rounds until a plain step is timed again
+OLD = 512  # rounds after which a time is forgotten
+
+
+def _bin(value: float, edges: Sequence[float]) -> int:
+    return sum(value >= edge for edge in edges)
+
+
+class Times:
+    """How long n positions take: medians of recent times, and a line through them for unseen n."""
+
+    def __init__(self, slope: float) -> None:
+        self._slope = slope  # relative to one position, until two sizes were seen
+        self._seen: dict[int, deque[tuple[int, float]]] = {}  # (round, seconds)
+        self._medians: dict[int, float] = {}
+        self._start, self._step = 0.0, 0.0  # the line, for n > 1
+
+    def add(self, n: int, seconds: float, now: int = 0) -> None:
+        """Takes in a time, in round `now`. One that no clock could have measured is left out; old ones are forgotten."""
+        if not 0 < seconds < float("inf"):
+            return
+        seen = self._seen.setdefault(n, deque(maxlen=WINDOW))
+        seen.append((now, seconds))
+        while seen[0][0] < now - OLD:
+            seen.popleft()
+        for old in [m for m, times in self._seen.items() if m != 1 and times[-1][0] < now - OLD]:
+            del self._seen[old], self._medians[old]
+        self._medians[n] = statistics.median(s for _, s in seen)
+        self._start, self._step = self._line()
+
+    @property
+    def known(self) -> bool:
+        return bool(self._medians)
+
+    def at(self, n: int) -> float:
+        """Seconds for n ≥ 1 positions; 0 while nothing was seen."""
+        if n == 1 and n in self._medians:
+            return self._medians[1]  # one position has kernels of its own
+        return self._start + self._step * n
+
+    def step(self) -> float:
+        """Seconds that one more position adds; 0 while nothing was seen."""
+        return self._step
+
+    def _line(self) -> tuple[float, float]:
+        """Least squares through the medians, never falling."""
+        points = {n: s for n, s in self._medians.items() if n > 1} or self._medians
+        weights = {n: len(self._seen[n]) for n in points}
+        total = sum(weights.values())
+        mean_n = sum(weights[n] * n for n in points) / total
+        mean_s = sum(weights[n] * s for n, s in points.items()) / total
+        spread = sum(weights[n] * (n - mean_n) ** 2 for n in points)
+        if spread == 0:
+            slope = self._slope * mean_s / (1 + self._slope * (mean_n - 1))
+        else:
+            slope = max(0.0, sum(weights[n] * (n - mean_n) * (s - mean_s) for n, s in points.items()) / spread)
+        return mean_s - slope * mean_n, slope
+
+
+class Level:
+    """Tells when a noisy value has fallen: its recent mean lies far below its long one, for how much it varies."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._recent, self._long, self._square = Share(0.7), Share(0.95), Share(0.95)
+
+    def fell(self, value: float) -> bool:
+        """Takes in a value. After a fall, the recent values are the new level."""
+        self._recent.add(value)
+        self._long.add(value)
+        self._square.add(value * value)
+        recent, mean = self._recent.mean(0.0, 0.0), self._long.mean(0.0, 0.0)
+        deviation = max(0.0, self._square.mean(0.0, 0.0) - mean * mean) ** 0.5
+        # A mean that forgets 0.3 at every step varies 0.42 times as much as single values do.
+        if recent > mean - max(0.05, 3 * 0.42 * deviation):
+            return False
+        self._begin()
+        self.fell(recent)
+        return True
+
+
+class Share:
+    """A mean that forgets, drawn towards a prior while it has seen little."""
+
+    def __init__(self, decay: float = DECAY) -> None:
+        self._decay = decay
+        self._sum, self.weight = 0.0, 0.0
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        keep = self._decay**weight
+        self._sum = keep * self._sum + weight * value
+        self.weight = keep * self.weight + weight
+
+    def fade(self, weight: float) -> None:
+        """Forgets as much as so many observations would make it forget."""
+        keep = self._decay**weight
+        self._sum, self.weight = keep * self._sum, keep * self.weight
+
+    def mean(self, prior: float, strength: float = PRIOR) -> float:
+        return (self._sum + strength * prior) / (self.weight + strength)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Where one drafted token came from, and what the acceptance estimates are kept by."""
+
+    source: str  # "neural" or "memory"
+    position: int  # in the round, from 0
+    key: tuple[int, ...]  # neural: confidence bin; memory: bins of match length and share
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The neural draft's part of one round."""
+
+    lookahead: int  # 0: it does not pay
+    rate: float  # expected tokens per unit of time; of plain decoding where that is more
+    value: float  # tokens that go on being gained behind a kept token
+
+
+@dataclass
+class Decisions:
+    """What the governor decided since the draft was made, and why it decides so now."""
+
+    rounds: dict[str, int] = field(
+        default_factory=lambda: {"plain": 0, "neural": 0, "memory": 0, "memory+neural": 0}
+    )  # by what was proposed
+    probes: int = 0
+    updates_put_off: int = 0  # requests whose feedback was only remembered: the bank was empty
+    serves_frozen: bool = False  # the original draft drafts: what was learned does worse
+    effort: float = 1.0  # part of update_budget that learning may use
+    acceptance: float = 0.0  # estimated, of the neural draft's first token
+    draft_step: float = 0.0  # time of one more drafted token over a plain target step
+    verify_step: float = 0.0  # time of one more verified position over a plain target step
+    drafting: str = "nothing was decided yet"
+    learning: str = "nothing was decided yet"
+
+
+class Governor:
+    """Decides for one draft. Knows no models and reads no clock: it is told times and acceptance.
+
+    Args:
+        update_budget: largest share of the time that learning may take.
+        replay_passes: most gradient steps on remembered requests after one request.
+    """
+
+    def __init__(self, update_budget: float, replay_passes: int) -> None:
+        self.decisions = Decisions()
+        self._budget, self._passes = update_budget, replay_passes
+        self._target, self._draft = Times(0.05), Times(0.7)
+        self._now = 0  # rounds so far
+        self._plain_at = 0  # the last plain one
+        self._pooled = Share()
+        self._positions = [Share() for _ in range(MAX_LOOKAHEAD)]
+        self._confidence: dict[int, Share] = {}
+        self._memory: dict[tuple[int, ...], Share] = {}
+        self._idle_rounds, self._probe_after = 0, FIRST_PROBE
+        self._probed_acceptance = 0.0
+        self._lookahead, self._rate = 0, 0.0  # what the last plan found best
+        # learning
+        self._bank_s = 0.0
+        self._steps_s: deque[float] = deque(maxlen=WINDOW)
+        self._window: list[float] = []
+        self._window_size, self._before = FIRST_WINDOW, 0.0
+        self._level, self._live_level = Level(), Level()
+        self._live: list[float] = []  # acceptance at this request's drafted positions
+        self._advantage = Share(0.8)  # acceptance of the learned draft minus the frozen one's, on the same tokens
+        self._compared = 0
+
+    # Drafting
+
+    def plan(self, drafts: bool = True) -> Plan:
+        """How far the neural draft should go in this round; `drafts`: whether there is one."""
+        plain = self._target.at(1)
+        if not drafts or not plain or not self._draft.known:
+            lookahead = FIRST_LOOKAHEAD if drafts and plain else 0  # the first round shows what a plain step costs
+            return Plan(lookahead, 1 / plain if plain else 0.0, 0.0)
+        best, rate = 0, 1 / plain
+        kept, tokens = 1.0, 1.0
+        pooled = self.acceptance
+        for k in range(1, MAX_LOOKAHEAD + 1):
+            kept *= self._positions[k - 1].mean(pooled, 10.0)
+            tokens += kept
+            this = tokens / (self._target.at(k + 1) + self._draft.at(k))
+            if this > rate:
+                best, rate = k, this
+            elif kept < 0.05:
+                break
+        a, cost = self.acceptance, rate * (self._target.step() + self._draft.step())
+        value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
+        self._lookahead, self._rate = best, rate
+        best = self._probe(best)
+        return Plan(best, rate, value)
+
+    def _probe(self, best: int) -> int:
+        """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
+        if best:
+            self._idle_rounds, self._probe_after = 0, FIRST_PROBE
+            return 0 if self._now - self._plain_at > REFRESH else best
+        self._idle_rounds += 1
+        if abs(self.acceptance - self._probed_acceptance) > 0.1:
+            self._probe_after = FIRST_PROBE
+        if self._idle_rounds < self._probe_after:
+            return 0
+        self._idle_rounds, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
+        self._probed_acceptance = self.acceptance
+        self.decisions.probes += 1
+        return PROBE_LOOKAHEAD
+
+    def neural_pays(self, plan: Plan, position: int, survival: float) -> bool:
+        """Whether the neural draft should draft the token at `position`, all before it being kept with chance `survival`."""
+        if position == 0 or not self._draft.known:
+            return position < plan.lookahead
+        if not plan.lookahead or position >= MAX_LOOKAHEAD:
+            return False
+        cost = plan.rate * (self._draft.step() + self._target.step())
+        return survival * self._acceptance_at(position) > cost
+
+    def memory_pays(self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool) -> bool:
+        """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's."""
+        if found is None or position >= MAX_MEMORY or not self._target.known:
+            return False
+        a = self.memory_acceptance(found)
+        more = self._target.at(2) - self._target.at(1) if position == 0 else self._target.step()
+        gain = survival * a * (1 + plan.value) - plan.rate * more
+        if gain <= 0:
+            return False
+        if not neural:
+            return True
+        step = self._draft.at(1) if position == 0 else self._draft.step()
+        other = survival * self._acceptance_at(position) * (1 + plan.value) - plan.rate * (more + step)
+        return gain >= other
+
+    @property
+    def acceptance(self) -> float:
+        """Estimated acceptance rate of the neural draft."""
+        return self._pooled.mean(0.5)
+
+    def _acceptance_at(self, position: int) -> float:
+        return self._positions[min(position, MAX_LOOKAHEAD - 1)].mean(self.acceptance, 10.0)
+
+    def confident(self, confidence: float) -> tuple[tuple[int, ...], float]:
+        """The key of a law whose most probable token has this probability, and its estimated acceptance."""
+        key = _bin(confidence, CONFIDENCE_EDGES)
+        share = self._confidence.get(key)
+        prior = 0.5 * (confidence + self.acceptance)
+        return (key,), prior if share is None else share.mean(prior)
+
+    def memory_acceptance(self, found: Continuation) -> float:
+        """Estimated acceptance of the memory's answer."""
+        length, share, support = key = self.memory_key(found)
+        prior = UNANIMOUS_PRIORS[support] if share == len(SHARE_EDGES) else SHARE_PRIORS[share]
+        prior *= 0.6 if length == 0 else 1.0
+        seen = self._memory.get(key)
+        return prior if seen is None else seen.mean(prior)
+
+    @staticmethod
+    def memory_key(found: Continuation) -> tuple[int, int, int]:
+        """Bins of match length, share of the most probable token, and how many occurrences voted."""
+        return (
+            _bin(found.length, LENGTH_EDGES),
+            _bin(found.probs[0], SHARE_EDGES),
+            _bin(found.support, SUPPORT_EDGES),
+        )
+
+    def observe(self, drafted: Sequence[Drafted], overlaps: Sequence[float], draft_s: float, target_s: float) -> None:
+        """Takes in one round: what was drafted, Σ min(p, q) at its verified positions, and its times."""
+        k = len(drafted)
+        steps = sum(d.source == "neural" for d in drafted)
+        memory = k - steps
+        name = "plain" if not k else "neural" if not memory else "memory" if not steps else "memory+neural"
+        self.decisions.rounds[name] += 1
+        self._now += 1
+        if not k:
+            self._plain_at = self._now
+        self._target.add(k + 1, target_s, self._now)
+        if steps:
+            self._draft.add(steps, draft_s, self._now)
+        for d, overlap in zip(drafted, overlaps, strict=False):
+            if d.source == "neural":
+                self._pooled.add(overlap)
+                self._live.append(overlap)
+                self._positions[min(d.position, MAX_LOOKAHEAD - 1)].add(overlap)
+                self._confidence.setdefault(d.key[0], Share()).add(overlap)
+            else:
+                self._memory.setdefault(d.key, Share()).add(overlap)
+        self._earn(draft_s + target_s)
+
+    def _report(self) -> None:
+        """Says what holds now, and why."""
+        plain = self._target.at(1)
+        self.decisions.acceptance = self.acceptance
+        if plain:
+            gain = self._rate * plain
+            self.decisions.drafting = (
+                f"a lookahead of {self._lookahead} is expected to give {gain:.2f} times the speed of plain decoding"
+                if self._lookahead
+                else f"plain decoding: at acceptance {self.acceptance:.2f} no lookahead of the neural draft is faster"
+            )
+            self.decisions.draft_step = self._draft.step() / plain if self._draft.known else 0.0
+            self.decisions.verify_step = self._target.step() / plain
+
+    # Learning
+
+    def _earn(self, seconds: float) -> None:
+        if 0 < seconds < float("inf"):
+            most = (1 + self._passes) * self._step_s * 2
+            self._bank_s += self._budget * self.decisions.effort * seconds
+            self._bank_s = min(self._bank_s, max(most, 0.0)) if most else self._bank_s
+
+    @property
+    def _step_s(self) -> float:
+        return statistics.median(self._steps_s) if self._steps_s else 0.0
+
+    def affordable_steps(self) -> int:
+        """Gradient steps that the bank can pay for now: one on what is new, the others on what is remembered."""
+        step = self._step_s
+        if not step:
+            return 1 + self._passes
+        steps = min(int(self._bank_s / step), 1 + self._passes)
+        if steps < min(2, 1 + self._passes):
+            self.decisions.updates_put_off += 1
+            return 0
+        return steps
+
+    def spent(self, seconds: float, steps: int) -> None:
+        """Learning took so many seconds for so many gradient steps."""
+        if not steps or not 0 <= seconds < float("inf"):
+            return
+        self._bank_s -= seconds
+        self._steps_s.append(seconds / steps)
+
+    def compares(self) -> bool:
+        """Whether this update should look at the frozen draft too: always while the two are close, else now and then."""
+        self._compared += 1
+        return self._advantage.mean(0.0, 1.0) < 0.05 or self._compared % 4 == 0
+
+    def shadow(self, learned: float, frozen: float | None, n: int) -> None:
+        """Acceptance on n new tokens that the draft has not learned from yet, and the frozen draft's on the same ones."""
+        if not n:
+            return
+        if frozen is not None:
+            self._advantage.add(learned - frozen, 1.0)
+            advantage = self._advantage.mean(0.0, 1.0)
+            if self.decisions.serves_frozen and advantage > 0.0:
+                self.decisions.serves_frozen = False
+            elif not self.decisions.serves_frozen and advantage < -0.02:
+                self.decisions.serves_frozen = True
+        served = frozen if self.decisions.serves_frozen and frozen is not None else learned
+        weight = min(n, 64) / 2  # neighbouring tokens say less than as many rounds would
+        self._pooled.add(served, weight)
+        for share in (*self._positions, *self._confidence.values()):
+            share.fade(weight)
+        self._window.append(_tokens_per_round(learned))
+        if self._level.fell(learned):
+            self._wake()
+        elif len(self._window) >= self._window_size:
+            self._look_back()
+
+    def request_ended(self) -> None:
+        """Acceptance while drafting is looked at request by request."""
+        if len(self._live) >= 5 and self._live_level.fell(statistics.mean(self._live)):
+            self._wake()
+        self._live = []
+        self._report()
+
+    def _look_back(self) -> None:
+        """Lowers the effort where the last window did not pay for itself, raises it where it did."""
+        now = statistics.mean(self._window)
+        doubt = statistics.stdev(self._window) * (2 / len(self._window)) ** 0.5  # of the difference of two such means
+        effort, share = self.decisions.effort, self._budget * self.decisions.effort
+        if self._before:
+            self._window_size = min(2 * self._window_size, LAST_WINDOW)
+            gain = now / self._before - 1
+            pays = gain - doubt / now > share / 2
+            self.decisions.effort = min(1.0, EFFORT_STEP * effort) if pays else max(LEAST_EFFORT, effort / EFFORT_STEP)
+            self.decisions.learning = (
+                f"the last {len(self._window)} updates changed the tokens per round by {gain:+.1%}, "
+                f"at {share:.1%} of the time: effort {self.decisions.effort:.3g}"
+            )
+        self._before, self._window = now, []
+
+    def _wake(self) -> None:
+        self.decisions.effort = 1.0
+        self.decisions.learning = "acceptance has fallen: the stream has changed, full effort"
+        self._window, self._window_size, self._before = [], FIRST_WINDOW, 0.0
+
+
+def _tokens_per_round(acceptance: float, lookahead: int = 4) -> float:
+    """Expected tokens per round at constant, independent acceptance: (1 − a^(k+1)) / (1 − a)."""
+    return sum(acceptance**i for i in range(lookahead + 1))

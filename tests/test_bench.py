@@ -1,0 +1,380 @@
+"""The measuring: records, ratios and words; `hf-onlinespec bench` on the embedded pair; the parts of benchmarks/."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from hf_onlinespec import bench, cli
+from hf_onlinespec.bench import PLAIN, Record, Runner, by_arm, speed_ratio, totals, verdict
+from hf_onlinespec.embedded import EmbeddedPair, prompts
+
+from .conftest import tiny_llama
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def process_settings() -> Iterator[None]:
+    """A command line sets what belongs to its process; the other tests get theirs back."""
+    threads, verbosity, bar = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
+    if bar:
+        logging.enable_progress_bar()
+
+
+@pytest.fixture
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the time of calibrating."""
+    monkeypatch.setattr(bench, "ASSISTANT_TOKENS", (2,))
+    monkeypatch.setattr(bench, "CALIBRATION_PROMPTS", 1)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[SimpleNamespace]:
+    """The modules of benchmarks/, which import each other as scripts do."""
+    names = ("baselines", "break_even", "padded", "speed", "streams")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def record(arm: str, request: int = 0, wall_time_s: float = 1.0, **kwargs: Any) -> Record:
+    values: dict[str, Any] = dict(segment=1, domain="shell", new_tokens=10, target_forwards=5, update_time_s=0.0)
+    return Record(request=request, arm=arm, wall_time_s=wall_time_s, **values | {"output": None} | kwargs)
+
+
+def own(plain_s: float, stock_s: float, ours_s: float, n: int = 2) -> list[Record]:
+    """Records of `bench`: n requests through its arms."""
+    times = {PLAIN: plain_s, "transformers": stock_s, "ours": ours_s}
+    return [record(arm, request, seconds) for request in range(n) for arm, seconds in times.items()]
+
+
+# Numbers and words
+
+
+def test_ratio_is_of_sums_and_its_interval_is_seeded() -> None:
+    ours = [record("ours", i, 1.0 + i, new_tokens=10 + i) for i in range(12)]
+    plain = [record(PLAIN, i, 2.0 + (7 * i) % 12, new_tokens=10 + i) for i in range(12)]
+    found = speed_ratio(ours, plain)
+    assert found.value == pytest.approx(90 / 78)  # the tokens are the same
+    assert 0.5 < found.low < found.value < found.high < 2.0
+    assert found == speed_ratio(ours, plain) != speed_ratio(ours, plain, seed=1)
+    same = speed_ratio(plain, plain)
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0) and str(same) == "1.00 (1.00–1.00)"
+
+
+def test_ratio_needs_the_same_requests() -> None:
+    with pytest.raises(ValueError, match="same requests"):
+        speed_ratio([record("ours", 0)], [record(PLAIN, 1)])
+    with pytest.raises(ValueError, match="shorter"):
+        speed_ratio([record("ours", 0)], [])
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        (
+            (2.62, 2.4, 2.0),
+            "On these 2 prompts, generation with a learning draft is 1.31 times as fast as plain generate and 1.20 times "
+            "as fast as transformers' assisted generation (learning included).",
+        ),
+        (
+            (1.66, 2.4, 2.0),
+            "On these 2 prompts, generation with a learning draft is 0.83 times as fast as plain generate and 1.20 times "
+            "as fast as transformers' assisted generation (learning included): it does not pay, plain generate is the better choice.",
+        ),
+        (
+            (2.4, 1.9, 2.0),
+            "On these 2 prompts, generation with a learning draft is 1.20 times as fast as plain generate and 0.95 times "
+            "as fast as transformers' assisted generation (learning included): it does not pay, "
+            "transformers' assisted generation is the better choice.",
+        ),
+    ],
+)
+def test_the_verdict_says_when_it_does_not_pay(times: tuple[float, float, float], words: str) -> None:
+    assert verdict(own(*times)) == words
+    assert verdict(own(*times, n=1)).startswith("On this prompt, generation")
+
+
+def test_outputs_are_compared_with_plains(pair: EmbeddedPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(pair.target, pair.tokenizer, 0.0, 0)
+    plain = torch.tensor([[0, 5, 6, 7]])
+    other = torch.tensor([[0, 5, 9, 7]])
+    assert runner.compare(plain, plain.clone()) == "identical"
+    assert runner.compare(plain, plain[:, :3]) == "different"
+    assert runner.compare(plain, other) == "different"
+    monkeypatch.setattr(bench, "TIE_GAP", float("inf"))
+    assert runner.compare(plain, other) == "tie"
+
+
+# hf-onlinespec bench
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts) + "\n\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_the_last_line_comes_from_the_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Record] = []
+
+    def listening(records: list[Record]) -> str:
+        seen.extend(records)
+        return verdict(records)
+
+    monkeypatch.setattr(cli, "verdict", listening)
+    file = write(tmp_path / "mine.jsonl", prompts("orders")[:4])
+    assert cli.main(["bench", "--embedded", "--prompts", str(file), "--new-tokens", "6", "--limit", "3"]) == 0
+
+    assert [(r.request, r.arm) for r in seen] == [(i, arm) for i in range(3) for arm in bench.OWN_ARMS]
+    assert all(r.domain == "mine" and 1 <= r.new_tokens <= 6 for r in seen)
+    # A tie is decided by rounding, which differs between machines.
+    assert all(r.output in ((None,) if r.arm == PLAIN else ("identical", "tie")) for r in seen)
+    assert all(r.update_time_s == 0 for r in seen if r.arm != "ours")
+    speeds = {arm: totals(some).tokens_per_s for arm, some in by_arm(seen).items()}
+    printed = capsys.readouterr().out
+    numbers = [float(x) for x in re.findall(r"(\d+\.\d\d) times as fast", printed.splitlines()[-1])]
+    assert numbers == [round(speeds["ours"] / speeds[arm], 2) for arm in (PLAIN, "transformers")]
+    assert printed.splitlines()[-1].startswith("On these 3 prompts, generation with a learning draft is ")
+    for words in (
+        "on 1 prompt of the same file",
+        "Chosen: 2",
+        *bench.OWN_ARMS.values(),
+        "update share",
+        "net tokens/s",
+    ):
+        assert words in printed
+    assert f"{speeds['ours']:.1f}" in printed and str(speed_ratio(by_arm(seen)["ours"], by_arm(seen)[PLAIN])) in printed
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_own_models_and_an_interrupt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pair: EmbeddedPair
+) -> None:
+    for name, seed in (("target", 1), ("draft", 2)):
+        tiny_llama(seed, vocab=2048).save_pretrained(tmp_path / name)
+        pair.tokenizer.save_pretrained(tmp_path / name)
+    measure = Runner.measure
+
+    def interrupted(self: Runner, number: int, *args: Any) -> list[Record]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return measure(self, number, *args)
+
+    monkeypatch.setattr(Runner, "measure", interrupted)
+    models = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft"), "--device", "cpu"]
+    file = str(write(tmp_path / "mine.jsonl", ["one", "two", "three"]))
+    sampled = ["--temperature", "0.9", "--dtype", "float32", "--new-tokens", "4"]
+    assert cli.main(["bench", *models, "--prompts", file, *sampled]) == 130
+    printed = capsys.readouterr().out
+    assert "Interrupted: only the finished prompts count." in printed
+    assert printed.splitlines()[-1].startswith("On these 2 prompts, ")
+    assert "identical" not in printed  # sampled outputs are not compared
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "the file cannot be read (No such file or directory)"),
+        (b"", "the file has no prompts"),
+        (b"\n \n", "the file has no prompts"),
+        (b'{"prompt": "a"}\n\n{"prompt": "b"\n', "line 3: expected a JSON object"),
+        ('{"prompt": "a\u2028"}\n{"text": "b"}\n'.encode(), "line 2: expected a JSON object"),
+        (b'["a"]\n', "line 1: expected a JSON object"),
+        (b'{"prompt": ""}\n', "line 1: expected a JSON object"),
+        (b'{"prompt": 3}\n', "line 1: expected a JSON object"),
+        (b"\xff\n", "it is not UTF-8 text"),
+        (json.dumps({"prompt": "a " * 600}).encode(), "tokens: the target takes from 1 to 448, and 64 new ones"),
+    ],
+)
+def test_bad_prompts(content: bytes | None, message: str, tmp_path: Path, refused: Any) -> None:
+    file = tmp_path / "mine.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    assert message in refused("--embedded", "--prompts", str(file))
+
+
+def test_bad_models(tmp_path: Path, refused: Any) -> None:
+    file = str(write(tmp_path / "mine.jsonl", ["one"]))
+    for name, vocab in (("target", 32), ("draft", 33)):
+        LlamaConfig(vocab_size=vocab).save_pretrained(tmp_path / name)
+    target, draft, none = (str(tmp_path / name) for name in ("target", "draft", "none"))
+    words = refused("--target", target, "--draft", draft, "--prompts", file)
+    assert "The target has 32 tokens in its vocabulary and the draft 33" in words
+    assert f"--draft {none}: cannot be loaded" in refused("--target", target, "--draft", none, "--prompts", file)
+    lost = refused("--target", target, "--draft", target, "--prompts", file, "--device", "nowhere")
+    assert "--device nowhere: torch cannot use it here" in lost
+    for models in ([], ["--target", target], ["--embedded", "--draft", draft]):
+        assert "Give both --target and --draft, or --embedded alone." in refused(*models, "--prompts", file)
+
+
+@pytest.mark.parametrize(
+    "option", [("--new-tokens", "0"), ("--limit", "0"), ("--temperature", "-1"), ("--temperature", "nan")]
+)
+def test_bad_values(option: tuple[str, str], tmp_path: Path, refused: Any) -> None:
+    assert option[0] in refused("--embedded", "--prompts", str(tmp_path / "none"), *option)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs `bench`, which must refuse before it loads a model, and gives the error."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
+
+    def run(*arguments: str) -> str:
+        assert cli.main(["bench", *arguments]) == 2
+        printed, errors = capsys.readouterr()
+        assert not printed and errors.startswith("hf-onlinespec: error: ")
+        return errors
+
+    return run
+
+
+# benchmarks/
+
+
+def test_streams_are_the_same_for_the_same_seed(scripts: SimpleNamespace, pair: EmbeddedPair) -> None:
+    streams = scripts.streams
+    kept = {prompt.text for prompt in streams.spare(64)}
+    assert len(kept) == 3 * streams.SPARE
+    for name, make in streams.STREAMS.items():
+        if name == "real":
+            continue
+        stream = make(0, 30, 64)
+        assert stream == make(0, 30, 64) != make(1, 30, 64), name
+        texts = [prompt.text for prompt in stream]
+        assert len(set(texts)) == len(texts) == (90 if name == "drift" else 30), name
+        assert not kept & set(texts), name
+    assert [p.domain for p in streams.drift(0, 2, 8)] == ["shell"] * 2 + ["orders"] * 2 + ["shell"] * 2
+    assert streams.segments(streams.drift(0, 2, 8)) == [1, 1, 2, 2, 3, 3]
+    assert streams.segments(streams.alternating(0, 4, 8)) == [1, 2, 3, 4]
+    assert len(streams.one_off(0, 1000, 8)) == 200
+    assert {p.domain for p in streams.one_off(0, 200, 8)} == {"shell", "orders", "sql"}
+    for prompt in streams.short(0, 10, 64):
+        assert len(pair.tokenizer(prompt.text).input_ids) == 3 and prompt.new_tokens == 8
+
+
+def test_real_prompts(scripts: SimpleNamespace, data_folder: Path) -> None:
+    stream = scripts.streams.real(0, 2, 8)
+    assert stream == scripts.streams.real(0, 2, 8)
+    assert len(stream) == 2 * len(list((data_folder / "streams").glob("*.jsonl")))
+
+
+def test_real_prompts_need_their_folder(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ONLINESPEC_DATA", raising=False)
+    with pytest.raises(SystemExit, match="HF_ONLINESPEC_DATA"):
+        scripts.streams.real(0, 2, 8)
+
+
+def test_the_padded_target_computes_the_same_function(scripts: SimpleNamespace, pair: EmbeddedPair) -> None:
+    padded = scripts.padded.padded(pair.target, 20)  # more than it has: the copies start anew
+    assert padded.config.num_hidden_layers == len(padded.model.layers) == 36
+    assert pair.target.config.num_hidden_layers == 16
+    calls = bench.ForwardClock()
+    for layer in padded.model.layers:
+        calls.watch(layer)
+    inputs = pair.tokenizer(prompts("orders")[0], return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(padded(**inputs).logits, pair.target(**inputs).logits)
+    assert calls.calls == 36
+    outputs = [model.generate(**inputs, max_new_tokens=6, do_sample=False) for model in (padded, pair.target)]
+    assert torch.equal(*outputs)
+    extra = dict(padded.model.layers[-1].named_parameters())
+    assert all(bool(weight.any()) != name.startswith(scripts.padded.SILENT) for name, weight in extra.items())
+
+
+def test_arms_are_made_anew(scripts: SimpleNamespace) -> None:
+    settings = scripts.baselines.Settings(assistant_tokens=3, confidence=0.6, lookup_tokens=2)
+    made, again = (scripts.baselines.arms(settings, seed=0) for _ in range(2))
+    assert set(scripts.baselines.STATIC) < set(made)
+    for name, make in made.items():
+        draft = make().get("assistant_model")
+        assert draft is None or draft is not again[name]().get("assistant_model"), name
+    stock = {
+        name: made[f"transformers {name}"]()["assistant_model"].generation_config for name in ("fixed", "heuristic")
+    }
+    assert stock["fixed"].num_assistant_tokens == 3 and stock["fixed"].num_assistant_tokens_schedule == "constant"
+    assert stock["heuristic"].num_assistant_tokens_schedule == "heuristic"
+    assert made["transformers default"]()["assistant_model"].generation_config.num_assistant_tokens is None
+    assert made["prompt lookup"]() == {"prompt_lookup_num_tokens": 2}
+
+
+def test_speed_writes_rows_report_and_figure(
+    scripts: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ASSISTANT_TOKENS", "CONFIDENCES", "LOOKUP_TOKENS"):
+        monkeypatch.setattr(scripts.baselines, name, getattr(scripts.baselines, name)[:1])
+    arms = ["plain", "transformers fixed", "prompt lookup", "frozen k=2", "ours"]
+    options = ["--prompts", "1", "--new-tokens", "4", "--seeds", "2", "--calibration", "1", "--extra-layers", "1"]
+    scripts.speed.main([*options, "--arms", *arms, "--out", str(tmp_path)])
+    rows = tmp_path / "speed_drift_T0_padded1.jsonl"
+    header, records = scripts.speed.read(rows)
+    assert header["requests"] == 6 and header["extra_layers"] == 1 and header["machine"]["threads"] == 1
+    assert [(r.seed, r.request, r.arm) for r in records] == [(s, i, a) for s in (0, 1) for i in range(3) for a in arms]
+    watched = {"transformers fixed", "frozen k=2"}
+    assert all((r.draft_forward_s > 0) == (r.arm in watched) for r in records)
+    assert all(0 < r.target_forward_s + r.draft_forward_s < r.wall_time_s for r in records)
+
+    report = rows.with_suffix(".md").read_text(encoding="utf-8")
+    titles = [line for line in report.splitlines() if line.startswith("#")]
+    assert len(titles) == 5 and all("cost-padded with 1 layers" in title for title in titles)
+    for words in (
+        "6 of 6 requests, 2 seeds.",
+        "| 2 orders | ours |",
+        "best static choice in hindsight",
+        "| frozen k=2 |",
+    ):
+        assert words in report
+    assert "Interrupted" not in report
+    assert rows.with_suffix(".png").read_bytes().startswith(PNG)
+
+    # What an interrupted run leaves: whole requests and the start of another.
+    lines = rows.read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(lines[: 1 + 2 * len(arms) + 2]))
+    scripts.speed.main(["--report", str(cut)])
+    assert "**Interrupted: only the finished requests count.**" in cut.with_suffix(".md").read_text(encoding="utf-8")
+    assert "2 of 6 requests, 1 seeds." in capsys.readouterr().out
+
+
+def test_break_even(scripts: SimpleNamespace) -> None:
+    needed = scripts.break_even
+    for k in (1, 4, 8):
+        for alpha in (0.0, 0.3, 0.9, 1.0):
+            tau = needed.expected_tokens(alpha, k)
+            assert needed.acceptance_rate(tau, k) == pytest.approx(alpha, abs=1e-6)
+        assert needed.acceptance_rate(k + 1.01, k) is None
+    costs = {n: 1.0 for n in needed.POSITIONS}
+    first = needed.table(costs, draft_s=0.25, update_s=0.0, new_tokens=10).splitlines()[2]
+    assert first == "| 1 | 0.25 | 1.00 | 1.25 | 0.25 | 1.25 | 0.25 |"
+    dear = needed.table(costs, draft_s=0.25, update_s=5.0, new_tokens=10).splitlines()[2]
+    assert dear == "| 1 | 0.25 | 1.00 | 1.25 | 0.25 | 2.50 | never |"
+    assert "| inf | never |" in needed.table(costs, draft_s=0.25, update_s=10.0, new_tokens=10)
+
+
+def test_costs_are_measured_at_every_length(scripts: SimpleNamespace) -> None:
+    times = scripts.break_even.forward_times_s(tiny_llama(1), context=5, repeats=2)
+    assert list(times) == list(scripts.break_even.POSITIONS) and all(time > 0 for time in times.values())

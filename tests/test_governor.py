@@ -1,0 +1,292 @@
+"""The governor on a simulated clock: near the best static choice, never far below plain, whatever the stream or the clock."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from hf_onlinespec.governor import MAX_LOOKAHEAD, Drafted, Governor, Level, Share, Times
+from hf_onlinespec.memory import Continuation
+
+BUDGET, PASSES, TOKENS = 0.1, 2, 64
+STEP = 3.0  # simulated seconds of one gradient step; a plain target step takes 1
+
+
+class World:
+    """A target, a draft and a learner that only cost time; acceptance is what the test says it is.
+
+    Args:
+        alpha: (request, gradient steps so far) -> acceptance of the learned and of the frozen draft.
+        draft_step: seconds per drafted token.
+    """
+
+    def __init__(
+        self,
+        alpha: Callable[[int, int], tuple[float, float]],
+        draft_step: float = 0.15,
+        seed: int = 0,
+        noise: float = 0.1,
+    ) -> None:
+        self.governor = Governor(BUDGET, PASSES)
+        self.alpha, self.draft_step, self.noise = alpha, draft_step, noise
+        self.random = random.Random(seed)
+        self.time_s = self.update_s = 0.0
+        self.tokens = self.steps = self.request = 0
+
+    def noisy(self, seconds: float) -> float:
+        return seconds * math.exp(self.random.gauss(0, self.noise))
+
+    def round(self, room: int, fixed: int | None) -> int:
+        learned, frozen = self.alpha(self.request, self.steps)
+        a = frozen if self.governor.decisions.serves_frozen else learned
+        drafted: list[Drafted] = []
+        chances: list[float] = []
+        if fixed is None:
+            plan = self.governor.plan()
+            survival = 1.0
+            while len(drafted) < room and self.governor.neural_pays(plan, len(drafted), survival):
+                confidence = min(0.99, max(0.01, self.random.gauss(a, 0.2)))
+                key, chance = self.governor.confident(confidence)
+                drafted.append(Drafted("neural", len(drafted), key))
+                chances.append(confidence)
+                survival *= chance
+        else:
+            chances = [a] * min(fixed, room)
+        overlaps: list[float] = []
+        for chance in chances:
+            overlaps.append(float(self.random.random() < chance))
+            if not overlaps[-1]:
+                break
+        k = len(chances)
+        draft_s = self.noisy(0.1 + self.draft_step * k) if k else 0.0
+        target_s = self.noisy(1.0 if k == 0 else 1.1 + 0.045 * k)
+        self.time_s += draft_s + target_s
+        if fixed is None:
+            self.governor.observe(drafted, overlaps, draft_s, target_s)
+        return 1 + int(sum(overlaps))
+
+    def run(self, requests: int, fixed: int | None = None, tokens: int = TOKENS) -> float:
+        """Tokens per second."""
+        for _ in range(requests):
+            left = tokens
+            while left > 0:
+                got = self.round(left - 1, fixed)
+                left -= got
+                self.tokens += got
+            if fixed is None:
+                self.learn()
+            self.request += 1
+        return self.tokens / self.time_s
+
+    def learn(self) -> None:
+        self.governor.request_ended()
+        steps = self.governor.affordable_steps()
+        if not steps:
+            return
+        learned, frozen = (min(1.0, max(0.0, self.random.gauss(a, 0.05))) for a in self.alpha(self.request, self.steps))
+        compares = self.governor.compares()
+        self.governor.shadow(learned, frozen if compares else None, TOKENS)
+        seconds = self.noisy(steps * STEP + compares)
+        self.steps += steps
+        self.time_s += seconds
+        self.update_s += seconds
+        self.governor.spent(seconds, steps)
+
+
+def best_static(alpha: Callable[[int, int], tuple[float, float]], requests: int, draft_step: float = 0.15) -> float:
+    """The best fixed lookahead in hindsight, 0 being plain decoding, with the draft as it was."""
+    still = lambda request, steps: (alpha(request, 0)[1],) * 2  # noqa: E731
+    return max(World(still, draft_step).run(requests, fixed=k) for k in range(9))
+
+
+STREAMS: dict[str, Callable[[int, int], tuple[float, float]]] = {
+    "useless draft": lambda request, steps: (0.03, 0.03),
+    "good draft, nothing to gain": lambda request, steps: (0.66, 0.66),
+    "learning hurts": lambda request, steps: (max(0.5, 0.66 - 0.002 * steps), 0.66),
+    "another domain every time": lambda request, steps: ((0.05, 0.66, 0.35)[request % 3],) * 2,
+    "at break-even": lambda request, steps: (0.25, 0.25),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_never_far_below_the_best_static_choice(stream: str) -> None:
+    """Learning included, where there is nothing to gain by it."""
+    alpha = STREAMS[stream]
+    ours = sum(World(alpha, seed=seed).run(100) for seed in range(3)) / 3
+    assert ours > 0.95 * best_static(alpha, 100)
+
+
+def test_learns_in_the_shadow_and_is_switched_on_when_it_pays() -> None:
+    def unseen(request: int, steps: int) -> tuple[float, float]:
+        return 0.75 - 0.7 * math.exp(-steps / 40), 0.03
+
+    world = World(unseen)
+    world.run(8)
+    early = dict(world.governor.decisions.rounds)
+    assert early["plain"] > 20 * early["neural"]  # while it is useless, it hardly drafts
+    world.run(150)
+    before = dict(world.governor.decisions.rounds)
+    world.run(20)
+    late = {name: n - before[name] for name, n in world.governor.decisions.rounds.items()}
+    assert late["neural"] > 20 * late["plain"]
+    assert world.tokens / world.time_s > 1.05 * best_static(unseen, 60)
+    assert world.update_s / world.time_s <= BUDGET + 0.01
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_learning_never_takes_more_than_its_budget(seed: int) -> None:
+    world = World(lambda request, steps: (0.05 + 0.9 * (1 - math.exp(-steps / 200)), 0.05), seed=seed)
+    for _ in range(60):
+        world.run(1)
+        first = (1 + PASSES) * STEP * 1.5  # the price is not known before the first update
+        assert world.update_s <= BUDGET * world.time_s + first
+
+
+def test_a_changed_stream_wakes_the_learner() -> None:
+    change = 150
+    world = World(lambda request, steps: (0.7, 0.7) if request < change else (0.1, 0.1))
+    world.run(change)
+    assert world.governor.decisions.effort < 1  # nothing was gained for long
+    world.run(6)
+    assert world.governor.decisions.effort == 1.0 and "changed" in world.governor.decisions.learning
+
+
+def test_the_frozen_draft_serves_while_the_learned_one_is_worse() -> None:
+    governor = Governor(BUDGET, PASSES)
+    for _ in range(8):
+        assert governor.compares()
+        governor.shadow(0.5, 0.6, TOKENS)
+    assert governor.decisions.serves_frozen and abs(governor.acceptance - 0.6) < 0.05
+    for _ in range(12):
+        governor.shadow(0.7, 0.6, TOKENS)
+    assert not governor.decisions.serves_frozen
+
+
+def test_a_draft_slower_than_the_target_is_left_alone() -> None:
+    world = World(lambda request, steps: (0.9, 0.9), draft_step=1.5)
+    world.run(30)
+    rounds = world.governor.decisions.rounds
+    assert rounds["plain"] > 0.98 * sum(rounds.values())
+    assert "plain" in world.governor.decisions.drafting
+
+
+def test_an_idle_draft_is_tried_again_ever_more_rarely() -> None:
+    governor = Governor(BUDGET, PASSES)
+    tried = []
+    for i in range(4000):
+        plan = governor.plan()
+        drafted = [Drafted("neural", j, (0,)) for j in range(plan.lookahead)]
+        governor.observe(drafted, [0.0] * bool(drafted), 0.5 * len(drafted), 1.0 + 0.05 * len(drafted))
+        if drafted and i > 20:
+            tried.append(i)
+    gaps = [b - a for a, b in itertools.pairwise(tried)]
+    assert 3 <= len(tried) <= 10 and gaps == sorted(gaps)
+    assert governor.decisions.probes >= len(tried)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1e6, float("inf"), float("nan"), 1e9, 1e-12])
+def test_a_clock_that_jumps(seconds: float) -> None:
+    """One absurd time neither breaks a decision nor changes it for long."""
+    world = World(lambda request, steps: (0.7, 0.7))
+    world.run(20)
+    world.governor.observe([Drafted("neural", 0, (3,))], [1.0], seconds, seconds)
+    world.governor.spent(seconds, 1)
+    for _ in range(3):
+        plan = world.governor.plan()
+        assert 0 <= plan.lookahead <= MAX_LOOKAHEAD and math.isfinite(plan.rate) and plan.rate > 0
+        assert world.governor.affordable_steps() in range(2 + PASSES)
+    before = dict(world.governor.decisions.rounds)
+    world.run(10)
+    after = world.governor.decisions.rounds
+    assert after["neural"] - before["neural"] > after["plain"] - before["plain"]
+
+
+def test_rounds_of_nothing_and_requests_of_one_token() -> None:
+    governor = Governor(BUDGET, PASSES)
+    for _ in range(50):
+        plan = governor.plan()
+        assert plan.lookahead >= 0
+        governor.observe((), (), 0.0, 0.0)
+        governor.request_ended()
+        governor.shadow(1.0, None, 0)
+        governor.spent(0.0, 0)
+    assert governor.decisions.rounds["plain"] == 50 and not governor.decisions.serves_frozen
+
+
+def test_the_same_story_gives_the_same_decisions() -> None:
+    first, second = World(STREAMS["at break-even"]), World(STREAMS["at break-even"])
+    assert first.run(20) == second.run(20) and first.governor.decisions == second.governor.decisions
+
+
+def found(length: int, share: float) -> Continuation:
+    return Continuation((5, 6), (share, 1 - share), length, 10)
+
+
+def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
+    governor = Governor(BUDGET, PASSES)
+    for _ in range(5):
+        governor.observe((), (), 0.0, 1.0)
+    for length, right in ((4, 0.0), (12, 1.0)):
+        key = governor.memory_key(found(length, 1.0))
+        for _ in range(40):
+            governor.observe([Drafted("memory", 0, key)], [right], 0.0, 1.2)
+    plan = governor.plan(drafts=False)
+    assert plan.lookahead == 0
+    assert governor.memory_acceptance(found(12, 1.0)) > 0.9 > 0.2 > governor.memory_acceptance(found(4, 1.0))
+    assert governor.memory_pays(plan, 0, 1.0, found(12, 1.0), neural=False)
+    assert not governor.memory_pays(plan, 0, 1.0, found(4, 1.0), neural=False)
+    assert not governor.memory_pays(plan, 5, 0.01, found(12, 1.0), neural=False)  # hardly ever gets that far
+    assert not governor.memory_pays(plan, 0, 1.0, None, neural=False)
+
+
+def test_memory_or_neural_by_what_each_brings() -> None:
+    """A free token is preferred to a dear one unless it is much less likely."""
+    governor = Governor(BUDGET, PASSES)
+    for _ in range(40):
+        governor.observe((), (), 0.0, 1.0)
+        drafted = [Drafted("neural", i, (5,)) for i in range(3)]
+        governor.observe(drafted, [1.0, 1.0, 0.0], 0.6, 1.2)
+    plan = governor.plan()
+    assert plan.lookahead > 0
+    good, bad = found(12, 1.0), found(2, 0.4)
+    for share, answer in ((1.0, good), (0.0, bad)):
+        for _ in range(40):
+            governor.observe([Drafted("memory", 0, governor.memory_key(answer))], [share], 0.0, 1.1)
+    assert governor.memory_pays(plan, 0, 1.0, good, neural=True)
+    assert not governor.memory_pays(plan, 0, 1.0, bad, neural=True)
+
+
+def test_times_follow_a_line_and_the_pace_of_the_machine() -> None:
+    times = Times(0.05)
+    assert times.at(3) == 0.0 and not times.known
+    for n, seconds in ((1, 1.0), (3, 1.3), (5, 1.5)):
+        for _ in range(3):
+            times.add(n, seconds)
+    assert times.at(1) == 1.0 and times.at(4) == pytest.approx(1.4) and times.step() == pytest.approx(0.1)
+    falling = Times(0.05)
+    falling.add(2, 2.0)
+    falling.add(6, 1.0)
+    assert falling.step() == 0.0 and falling.at(9) > 0
+
+
+def test_shares_forget() -> None:
+    share = Share(0.9)
+    for _ in range(100):
+        share.add(1.0)
+    assert share.mean(0.0) == pytest.approx(10 / 14, abs=0.01)
+    share.fade(1000)
+    assert share.mean(0.3) == pytest.approx(0.3)
+
+
+def test_a_level_falls_by_more_than_its_noise() -> None:
+    rng = random.Random(0)
+    level = Level()
+    assert not any(level.fell(rng.gauss(0.6, 0.1)) for _ in range(300))
+    assert any(level.fell(rng.gauss(0.2, 0.1)) for _ in range(5))
+    assert not any(level.fell(rng.gauss(0.2, 0.1)) for _ in range(50))
+    alternating = Level()
+    assert not any(alternating.fell((0.05, 0.7)[i % 2]) for i in range(200))
