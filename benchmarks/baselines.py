@@ -11,6 +11,7 @@
 | memory | ours without a draft: the suffix memory alone |
 | frozen k=… | ours with a draft that never learns, at a fixed lookahead, without memory |
 | learning | ours learning without memory |
+| learning, random draft | the same with a draft of random weights, which is of no use to anybody |
 | ours | ours whole, as it comes |
 """
 
@@ -20,7 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_sklearn_available
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
@@ -30,7 +32,8 @@ from hf_onlinespec.embedded import load_draft
 CONFIDENCES = (0.2, 0.4, 0.6, 0.8)
 LOOKUP_TOKENS = (1, 2, 3, 5, 10)
 LOOKAHEADS = (1, 2, 3, 5, 8)
-OURS = "ours"
+OURS, LEARNING, RANDOM = "ours", "learning", "learning, random draft"
+SUBJECTS = (OURS, LEARNING, RANDOM)  # what the others are held against
 STATIC = (PLAIN, "prompt lookup", *(f"frozen k={k}" for k in LOOKAHEADS))  # what could be chosen once and for all
 
 
@@ -79,9 +82,17 @@ def arms(settings: Settings, seed: int) -> dict[str, Callable[[], Arm]]:
         "prompt lookup": lambda: {"prompt_lookup_num_tokens": settings.lookup_tokens},
         "memory": lambda: {"onlinespec": True},
         **{f"frozen k={k}": frozen(k) for k in LOOKAHEADS},
-        "learning": lambda: {"assistant_model": draft(lookahead="auto", update_every="auto", memory_tokens=0)},
+        LEARNING: lambda: {"assistant_model": draft(memory_tokens=0)},
+        RANDOM: lambda: {"assistant_model": OnlineDraft(random_draft(), OnlineSpecConfig(seed=seed, memory_tokens=0))},
         OURS: lambda: {"assistant_model": draft()},
     }
+
+
+def random_draft() -> PreTrainedModel:
+    """A draft of the embedded one's size that was never trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(load_draft().config).eval()
 
 
 def heuristic_draft() -> PreTrainedModel:

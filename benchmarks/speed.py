@@ -149,10 +149,11 @@ def report(header: dict[str, Any], records: list[Record]) -> str:
             lines += [
                 f"| {part} | {arm} | {total.acceptance_length:.2f} | {total.decode_tokens_per_s:.1f} | {total.tokens_per_s:.1f} | {share} |"
             ]
-    if baselines.OURS in arms:
-        lines += ["", f"## Net tokens/s of ours over the others: {title}", ""]
-        lines += ["Ratios of sums, with bootstrap 95 % intervals over requests.", ""]
-        lines += ratios(whole)
+    for subject in baselines.SUBJECTS:
+        if subject in arms:
+            lines += ["", f"## Net tokens/s of {subject!r} over the others: {title}", ""]
+            lines += ["Ratios of sums, with bootstrap 95 % intervals over requests.", ""]
+            lines += ratios(whole, subject)
     if greedy and PLAIN in arms:
         lines += [
             "",
@@ -169,13 +170,13 @@ def report(header: dict[str, Any], records: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ratios(cuts: dict[str, list[Record]]) -> list[str]:
-    """Ours against every other arm and the best static one, in every part of the stream."""
+def ratios(cuts: dict[str, list[Record]], subject: str) -> list[str]:
+    """One arm against every other and the best static one, in every part of the stream."""
     grouped = {part: by_arm(some) for part, some in cuts.items()}
-    others = [arm for arm in grouped["all"] if arm != baselines.OURS]
-    lines = ["| ours ÷ | " + " | ".join(grouped) + " |", "|---" * (len(grouped) + 1) + "|"]
+    others = [arm for arm in grouped["all"] if arm != subject]
+    lines = [f"| {subject} ÷ | " + " | ".join(grouped) + " |", "|---" * (len(grouped) + 1) + "|"]
     for other in others:
-        cells = [str(speed_ratio(arms[baselines.OURS], arms[other])) for arms in grouped.values()]
+        cells = [str(speed_ratio(arms[subject], arms[other])) for arms in grouped.values()]
         lines.append(f"| {other} | " + " | ".join(cells) + " |")
     cells = []
     for arms in grouped.values():
@@ -183,7 +184,7 @@ def ratios(cuts: dict[str, list[Record]]) -> list[str]:
         if not speeds:
             return lines
         best = max(speeds, key=lambda arm: speeds[arm])
-        cells.append(f"{speed_ratio(arms[baselines.OURS], arms[best])}: {best}")
+        cells.append(f"{speed_ratio(arms[subject], arms[best])}: {best}")
     return [*lines, "| **best static choice in hindsight** | " + " | ".join(cells) + " |"]
 
 

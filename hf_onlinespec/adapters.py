@@ -25,6 +25,9 @@ from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from .errors import DraftError
 
 ADAPTER = "default"
+FOLD_MOST = (
+    64_000_000  # adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small
+)
 
 
 def borrow(model: PreTrainedModel) -> PreTrainedModel:
@@ -144,9 +147,11 @@ class GatedLora:
             start = end
 
     def _foldable(self, model: PreTrainedModel) -> list[tuple[LoraLayer, nn.Parameter]] | None:
-        """A third module tree, `self.served`, whose adapted layers get weights of their own; None: not in float32."""
+        """A third module tree, `self.served`, whose adapted layers get weights of their own; None: too large, or not float32."""
         weights = [layer.get_base_layer().weight for layer in self.layers]
         if not all(_is_plain(weight) and weight.dtype == torch.float32 for weight in weights):
+            return None
+        if sum(weight.numel() for weight in weights) > FOLD_MOST:
             return None
         self.served = borrow(model)
         modules = dict(self.served.named_modules())
@@ -164,8 +169,8 @@ class GatedLora:
         """The draft with every block speaking, for drafting: W + s · BA in one matrix, at the speed of the base.
 
         LoRA beside the weights would make each forward of a small draft up to twice as dear. Costs a copy of the adapted
-        weights, refreshed where the adapter has moved. Quantised weights cannot be folded, and half-precision ones would
-        round small changes away: there the adapter speaks beside the weights.
+        weights, refreshed where the adapter has moved. Quantised weights cannot be folded, half-precision ones would round
+        small changes away, and a copy of a large draft is not worth its memory: there the adapter speaks beside the weights.
         """
         if self._folded is None:
             with self.speaking() as model:
@@ -231,4 +236,6 @@ class GatedLora:
 
     @property
     def nbytes(self) -> int:
-        return self.params.nbytes
+        """Bytes of the adapter, its gradients and the folded weights."""
+        folded = sum(weight.nbytes for _, weight in self._folded or [])
+        return self.params.nbytes + self.grads.nbytes + folded

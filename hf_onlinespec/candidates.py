@@ -273,12 +273,16 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._governor.observe(proposal.drafted, overlaps, 0.0 if self._began else draft_s, target_s)
         self._record(input_ids)
         settings = self._settings
-        due = False
-        if settings.update_when == "round":
-            every = settings.update_every
-            due = self._rounds % every == 0 if isinstance(every, int) else self._governor.affordable_steps() > 0
-        if due or self._pending >= settings.context_tokens:  # full target laws are kept for so many tokens at most
+        full = self._pending >= settings.context_tokens  # full target laws are kept for so many tokens at most
+        due = full
+        if settings.update_every == "auto":
+            due = (full or settings.update_when == "round") and self._affordable_steps() > 0
+        elif settings.update_when == "round":
+            due = full or self._rounds % int(settings.update_every) == 0
+        if due:
             self._update()
+        elif full:
+            self._put_off()
 
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
@@ -295,8 +299,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             return
         steps = 1 + settings.replay_passes
         if settings.update_every == "auto":
-            with self._draft.lock:
-                steps = self._governor.affordable_steps()
+            steps = self._affordable_steps()
         if steps:
             self._update()
         else:
@@ -308,6 +311,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._neural.rehearse(self.counts, steps - 1)
         self._neural.fold()
         self._charge(started, before)
+
+    def _affordable_steps(self) -> int:
+        with self._draft.lock:
+            return self._governor.affordable_steps()
 
     def _charge(self, started: float, updates_before: int) -> None:
         seconds = time.perf_counter() - started

@@ -144,6 +144,12 @@ class OnlineDraft(MemoryDraft):
         """The longest context that the draft may see; beyond it the target goes on alone."""
         return self._positions
 
+    @property
+    def learning_bytes(self) -> int:
+        """Memory that learning takes: adapter, gradients, moments, folded weights, and the requests that are remembered."""
+        state = sum(tensor.nbytes for tensor in self._learner_state.values())
+        return self._lora.nbytes + state + self._replay.nbytes
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""
         with self.serving() as model:

@@ -180,9 +180,24 @@ def test_a_non_finite_request_is_not_remembered(target, draft_model, prompt, mon
 
 def test_long_requests_are_learned_in_parts(target, draft_model, prompt) -> None:
     """No more than `context_tokens` full target laws are ever kept."""
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=8, replay_passes=0))
+    draft = OnlineDraft(
+        draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_every=1, context_tokens=8, replay_passes=0)
+    )
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=40)
     assert draft.metrics.updates >= 3 and len(draft._replay.requests[0].teacher) == 40
+
+
+def test_learning_takes_less_than_half_the_memory_of_a_draft_of_100_million_parameters() -> None:
+    model = tiny_llama(2, vocab=32_000, layers=9, hidden=768, num_attention_heads=12, num_key_value_heads=12)
+    assert model.num_parameters() >= 100e6
+    target = tiny_llama(1, vocab=32_000)
+    draft = OnlineDraft(model, OnlineSpecConfig(lookahead=2, update_every=1))
+    for start in range(2):
+        target.generate(torch.tensor([[start + 1, 2, 3]]), assistant_model=draft, do_sample=False, max_new_tokens=6)
+    assert draft.metrics.updates > 0
+    replay_most = draft.settings.replay_tokens * (12 + 12 * draft.settings.replay_top_k)
+    total = draft.learning_bytes - draft._replay.nbytes + replay_most
+    assert draft._replay.nbytes < replay_most and total + draft.metrics.memory_bytes < 0.5 * 4 * model.num_parameters()
 
 
 def test_a_function_in_place_of_forward_is_left_behind(target, prompt) -> None:
