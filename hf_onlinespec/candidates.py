@@ -287,19 +287,20 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
         self._remember_text()
-        with self._draft.lock:
-            self._governor.request_ended()
         if self._neural is None or not (self._segment or self._learned):
             return
+        with self._draft.lock:
+            unseen = self._governor.request_ended(self.counts.new_tokens)
         settings = self._settings
+        steps = 1 + settings.replay_passes
+        if settings.update_every == "auto":
+            if settings.update_when == "idle" or not (steps := self._affordable_steps()):
+                self._look(unseen)
         if settings.update_when == "idle":
             self._put_off()
             for feedback in self._feedback():
                 self._neural.learn_later(feedback)
             return
-        steps = 1 + settings.replay_passes
-        if settings.update_every == "auto":
-            steps = self._affordable_steps()
         if steps:
             self._update()
         else:
@@ -311,6 +312,15 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._neural.rehearse(self.counts, steps - 1)
         self._neural.fold()
         self._charge(started, before)
+
+    def _look(self, unseen: bool) -> None:
+        """Shows the governor how the draft would have done on a request in which it neither drafts nor learns."""
+        if unseen and self._segment and self._neural is not None and self._tokens is not None:
+            started = time.perf_counter()
+            teachers = self._teachers()
+            self._neural.look(self._tokens[:, : self._end], teachers, self._mask, self._temperature)
+            self._keep(teachers)
+            self._charge(started, self.counts.updates)
 
     def _affordable_steps(self) -> int:
         with self._draft.lock:

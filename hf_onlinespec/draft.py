@@ -244,9 +244,21 @@ class OnlineDraft(MemoryDraft):
                     self._tell(learned, None if frozen is None else acceptance(teachers, frozen, temperature), n)
                 self._step(torch.cat(losses).mean(), counts)
 
-    def _tell(self, learned: float, frozen: float | None, n: int) -> None:
+    def _tell(self, learned: float, frozen: float | None, n: int, updates: bool = True) -> None:
         with self.lock:
-            self.governor.shadow(learned, frozen, n)
+            self.governor.shadow(learned, frozen, n, updates)
+
+    @torch.no_grad()
+    def look(self, tokens: Tensor, teachers: list[Teacher], mask: Tensor | None, temperature: float) -> None:
+        """Tells the governor the acceptance of the learned and of the frozen draft, as `learn_segment` does."""
+        n = len(teachers[0])
+        inputs = self.inputs(tokens[:, :-1], 0, mask)
+        seen = []
+        for frozen in (False, True) if self._steps else (True,):
+            with self.serving(frozen) as model:
+                logits = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
+            seen.append(acceptance(teachers, logits, temperature))
+        self._tell(seen[0], seen[-1], n, updates=False)
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request for the replay."""

@@ -32,6 +32,7 @@ SUPPORT_EDGES = (2, 3, 5)
 SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
 FIRST_WINDOW, LAST_WINDOW = 4, 64  # updates between two looks at what learning gained
 EFFORT_STEP, LEAST_EFFORT = 4.0, 1 / 16
+LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 FIRST_PROBE, LAST_PROBE = 32, 1024  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
 REFRESH = 256  # rounds until a plain step is timed again
@@ -195,13 +196,15 @@ class Governor:
         self._idle_rounds, self._probe_after = 0, FIRST_PROBE
         self._probed_acceptance = 0.0
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
+        self._tokens, self._time_s = Share(0.98), Share(0.98)  # of recent rounds: the rate that is really had
         # learning
         self._bank_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
         self._window: list[float] = []
         self._window_size, self._before = FIRST_WINDOW, 0.0
-        self._level, self._live_level = Level(), Level()
+        self._level = Level()  # of acceptance, request by request
         self._live: list[float] = []  # acceptance at this request's drafted positions
+        self._unseen = 0  # requests since the neural draft's acceptance was last seen
         self._advantage = Share(0.8)  # acceptance of the learned draft minus the frozen one's, on the same tokens
         self._compared = 0
 
@@ -228,7 +231,11 @@ class Governor:
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
         self._lookahead, self._rate = best, rate
         best = self._probe(best)
-        return Plan(best, rate, value)
+        return Plan(best, max(rate, self._rate_had()), value)
+
+    def _rate_had(self) -> float:
+        time_s = self._time_s.mean(0.0, 1e-9)
+        return self._tokens.mean(0.0, 1e-9) / time_s if time_s else 0.0
 
     def _probe(self, best: int) -> int:
         """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
@@ -311,6 +318,9 @@ class Governor:
         self._now += 1
         if not k:
             self._plain_at = self._now
+        if 0 < target_s < float("inf") and 0 <= draft_s < float("inf"):
+            self._tokens.add(1.0 + sum(overlaps))
+            self._time_s.add(draft_s + target_s)
         self._target.add(k + 1, target_s, self._now)
         if steps:
             self._draft.add(steps, draft_s, self._now)
@@ -363,22 +373,27 @@ class Governor:
 
     def spent(self, seconds: float, steps: int) -> None:
         """Learning took so many seconds for so many gradient steps."""
-        if not steps or not 0 <= seconds < float("inf"):
+        if not 0 <= seconds < float("inf"):
             return
         self._bank_s -= seconds
-        self._steps_s.append(seconds / steps)
+        if steps:
+            self._steps_s.append(seconds / steps)
 
     def compares(self) -> bool:
         """Whether this update should look at the frozen draft too: always while the two are close, else now and then."""
         self._compared += 1
         return self._advantage.mean(0.0, 1.0) < 0.05 or self._compared % 4 == 0
 
-    def shadow(self, learned: float, frozen: float | None, n: int) -> None:
-        """Acceptance on n new tokens that the draft has not learned from yet, and the frozen draft's on the same ones."""
+    def shadow(self, learned: float, frozen: float | None, n: int, updates: bool = True) -> None:
+        """Acceptance on n new tokens that the draft has not learned from, and the frozen draft's on the same ones.
+
+        Args:
+            updates: whether it learns from them now.
+        """
         if not n:
             return
         if frozen is not None:
-            self._advantage.add(learned - frozen, 1.0)
+            self._advantage.add(learned - frozen)
             advantage = self._advantage.mean(0.0, 1.0)
             if self.decisions.serves_frozen and advantage > 0.0:
                 self.decisions.serves_frozen = False
@@ -389,18 +404,28 @@ class Governor:
         self._pooled.add(served, weight)
         for share in (*self._positions, *self._confidence.values()):
             share.fade(weight)
-        self._window.append(_tokens_per_round(learned))
-        if self._level.fell(learned):
-            self._wake()
-        elif len(self._window) >= self._window_size:
-            self._look_back()
+        if self._unseen:
+            self._see(served)
+        if updates:
+            self._window.append(_tokens_per_round(learned))
+            if len(self._window) >= self._window_size:
+                self._look_back()
 
-    def request_ended(self) -> None:
-        """Acceptance while drafting is looked at request by request."""
-        if len(self._live) >= 5 and self._live_level.fell(statistics.mean(self._live)):
-            self._wake()
-        self._live = []
+    def request_ended(self, new_tokens: int) -> bool:
+        """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it."""
         self._report()
+        if len(self._live) >= LIVE_LEAST:
+            self._unseen = 0
+            self._see(statistics.mean(self._live))
+        else:
+            self._unseen += 1
+        self._live = []
+        # At once, while the stream may have changed; then now and then.
+        return new_tokens >= LIVE_LEAST and 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
+
+    def _see(self, acceptance: float) -> None:
+        if self._level.fell(acceptance):
+            self._wake()
 
     def _look_back(self) -> None:
         """Lowers the effort where the last window did not pay for itself, raises it where it did."""

@@ -13,6 +13,7 @@ from hf_onlinespec.governor import MAX_LOOKAHEAD, Drafted, Governor, Level, Shar
 from hf_onlinespec.memory import Continuation
 
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
+LOOK = 1.0  # simulated seconds of looking at the acceptance on a request
 STEP = 3.0  # simulated seconds of one gradient step; a plain target step takes 1
 
 
@@ -83,11 +84,17 @@ class World:
         return self.tokens / self.time_s
 
     def learn(self) -> None:
-        self.governor.request_ended()
+        unseen = self.governor.request_ended(TOKENS)
         steps = self.governor.affordable_steps()
-        if not steps:
+        if not steps and not unseen:
             return
         learned, frozen = (min(1.0, max(0.0, self.random.gauss(a, 0.05))) for a in self.alpha(self.request, self.steps))
+        if not steps:
+            self.governor.shadow(learned, frozen, TOKENS, updates=False)
+            self.time_s += LOOK
+            self.update_s += LOOK
+            self.governor.spent(LOOK, 0)
+            return
         compares = self.governor.compares()
         self.governor.shadow(learned, frozen if compares else None, TOKENS)
         seconds = self.noisy(steps * STEP + compares)
@@ -211,7 +218,7 @@ def test_rounds_of_nothing_and_requests_of_one_token() -> None:
         plan = governor.plan()
         assert plan.lookahead >= 0
         governor.observe((), (), 0.0, 0.0)
-        governor.request_ended()
+        governor.request_ended(1)
         governor.shadow(1.0, None, 0)
         governor.spent(0.0, 0)
     assert governor.decisions.rounds["plain"] == 50 and not governor.decisions.serves_frozen
