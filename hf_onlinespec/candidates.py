@@ -293,14 +293,15 @@ class OnlineCandidateGenerator(CandidateGenerator):
             unseen = self._governor.request_ended(self.counts.new_tokens)
         settings = self._settings
         steps = 1 + settings.replay_passes
-        if settings.update_every == "auto":
-            if settings.update_when == "idle" or not (steps := self._affordable_steps()):
-                self._look(unseen)
         if settings.update_when == "idle":
             self._put_off()
             for feedback in self._feedback():
-                self._neural.learn_later(feedback)
+                self._neural.learn_later(feedback, self._temperature)
             return
+        if settings.update_every == "auto":
+            steps = self._affordable_steps()
+            if not steps and unseen:
+                self._look()
         if steps:
             self._update()
         else:
@@ -313,9 +314,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._neural.fold()
         self._charge(started, before)
 
-    def _look(self, unseen: bool) -> None:
+    def _look(self) -> None:
         """Shows the governor how the draft would have done on a request in which it neither drafts nor learns."""
-        if unseen and self._segment and self._neural is not None and self._tokens is not None:
+        if self._segment and self._neural is not None and self._tokens is not None:
             started = time.perf_counter()
             teachers = self._teachers()
             self._neural.look(self._tokens[:, : self._end], teachers, self._mask, self._temperature)

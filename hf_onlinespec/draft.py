@@ -112,7 +112,7 @@ class OnlineDraft(MemoryDraft):
         self._replay = Replay(self.settings.replay_tokens, self.settings.replay_top_k, self.settings.seed)
         self._steps = 0  # gradient steps taken
         self._learning = threading.RLock()  # held for one gradient step at a time
-        self._idle: IdleWorker[Feedback] | None = None
+        self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
             self._idle = IdleWorker(self._learn_when_idle)
             weakref.finalize(self, self._idle.close)  # at the end of the process too
@@ -292,12 +292,10 @@ class OnlineDraft(MemoryDraft):
             with self._idle.call():
                 yield
 
-    def learn_later(self, feedback: Feedback) -> bool:
-        """Hands a finished request to the worker that learns while nothing is generated; False: there is none."""
-        if self._idle is None:
-            return False
-        self._idle.add(feedback)
-        return True
+    def learn_later(self, feedback: Feedback, temperature: float) -> None:
+        """Hands a finished request, generated at a temperature, to the worker that learns while nothing is generated."""
+        assert self._idle is not None
+        self._idle.add((feedback, temperature))
 
     def catch_up(self, timeout_s: float | None = None) -> bool:
         """Waits until everything that was handed to the worker is learned; False: the time was too short."""
@@ -307,8 +305,12 @@ class OnlineDraft(MemoryDraft):
         self.metrics.idle_failures = self._idle.failures
         return done
 
-    def _learn_when_idle(self, feedback: Feedback) -> Iterator[None]:
+    def _learn_when_idle(self, item: tuple[Feedback, float]) -> Iterator[None]:
         """The gradient steps of one request, one at a time: a call may come in after any of them."""
+        feedback, temperature = item
+        if self.settings.update_every == "auto":
+            self.look(feedback.tokens[None], [feedback.teacher], None, temperature)
+            yield
         for i in range(1 + self.settings.replay_passes):
             started, counts = time.perf_counter(), Counts()
             with self._learning:

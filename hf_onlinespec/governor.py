@@ -21,7 +21,8 @@ from .memory import Continuation
 MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
 MAX_MEMORY = 24  # draft tokens from the memory alone, at most
 FIRST_LOOKAHEAD = 3  # while times are still unknown
-WINDOW = 9  # recent times whose median counts
+WINDOW = 48  # recent times whose median counts
+PACE = 0.2  # how fast the measured pace of the machine follows a round's time
 DECAY = 0.985  # of acceptance counts, per observation
 PRIOR = 4.0  # observations that a prior is worth
 CONFIDENCE_EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
@@ -36,7 +37,6 @@ LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 FIRST_PROBE, LAST_PROBE = 32, 1024  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
 REFRESH = 256  # rounds until a plain step is timed again
-OLD = 512  # rounds after which a time is forgotten
 
 
 def _bin(value: float, edges: Sequence[float]) -> int:
@@ -44,25 +44,18 @@ def _bin(value: float, edges: Sequence[float]) -> int:
 
 
 class Times:
-    """How long n positions take: medians of recent times, and a line through them for unseen n."""
+    """How long n positions take, in plain target steps: medians, and a line through them for unseen n."""
 
     def __init__(self, slope: float) -> None:
         self._slope = slope  # relative to one position, until two sizes were seen
-        self._seen: dict[int, deque[tuple[int, float]]] = {}  # (round, seconds)
+        self._seen: dict[int, deque[float]] = {}
         self._medians: dict[int, float] = {}
-        self._start, self._step = 0.0, 0.0  # the line, for n > 1
+        self._start, self._step = 0.0, 0.0  # the line
 
-    def add(self, n: int, seconds: float, now: int = 0) -> None:
-        """Takes in a time, in round `now`. One that no clock could have measured is left out; old ones are forgotten."""
-        if not 0 < seconds < float("inf"):
-            return
+    def add(self, n: int, steps: float) -> None:
         seen = self._seen.setdefault(n, deque(maxlen=WINDOW))
-        seen.append((now, seconds))
-        while seen[0][0] < now - OLD:
-            seen.popleft()
-        for old in [m for m, times in self._seen.items() if m != 1 and times[-1][0] < now - OLD]:
-            del self._seen[old], self._medians[old]
-        self._medians[n] = statistics.median(s for _, s in seen)
+        seen.append(steps)
+        self._medians[n] = statistics.median(seen)
         self._start, self._step = self._line()
 
     @property
@@ -70,19 +63,16 @@ class Times:
         return bool(self._medians)
 
     def at(self, n: int) -> float:
-        """Seconds for n ≥ 1 positions; 0 while nothing was seen."""
-        if n == 1 and n in self._medians:
-            return self._medians[1]  # one position has kernels of its own
+        """Time of n ≥ 1 positions; 0 while nothing was seen."""
         return self._start + self._step * n
 
     def step(self) -> float:
-        """Seconds that one more position adds; 0 while nothing was seen."""
+        """Time that one more position adds; 0 while nothing was seen."""
         return self._step
 
     def _line(self) -> tuple[float, float]:
         """Least squares through the medians, never falling."""
-        points = {n: s for n, s in self._medians.items() if n > 1} or self._medians
-        weights = {n: len(self._seen[n]) for n in points}
+        points, weights = self._medians, {n: len(seen) for n, seen in self._seen.items()}
         total = sum(weights.values())
         mean_n = sum(weights[n] * n for n in points) / total
         mean_s = sum(weights[n] * s for n, s in points.items()) / total
@@ -153,7 +143,7 @@ class Plan:
     """The neural draft's part of one round."""
 
     lookahead: int  # 0: it does not pay
-    rate: float  # expected tokens per unit of time; of plain decoding where that is more
+    rate: float  # expected tokens per plain step; 1 where plain decoding is best
     value: float  # tokens that go on being gained behind a kept token
 
 
@@ -186,7 +176,9 @@ class Governor:
     def __init__(self, update_budget: float, replay_passes: int) -> None:
         self.decisions = Decisions()
         self._budget, self._passes = update_budget, replay_passes
-        self._target, self._draft = Times(0.05), Times(0.7)
+        # Times in plain target steps of the present pace, so that a machine that slows down changes no decision.
+        self._pace_s = 0.0  # seconds of a plain target step
+        self._target, self._draft = Times(0.05), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
         self._pooled = Share()
@@ -196,7 +188,6 @@ class Governor:
         self._idle_rounds, self._probe_after = 0, FIRST_PROBE
         self._probed_acceptance = 0.0
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
-        self._tokens, self._time_s = Share(0.98), Share(0.98)  # of recent rounds: the rate that is really had
         # learning
         self._bank_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
@@ -212,30 +203,27 @@ class Governor:
 
     def plan(self, drafts: bool = True) -> Plan:
         """How far the neural draft should go in this round; `drafts`: whether there is one."""
-        plain = self._target.at(1)
-        if not drafts or not plain or not self._draft.known:
-            lookahead = FIRST_LOOKAHEAD if drafts and plain else 0  # the first round shows what a plain step costs
-            return Plan(lookahead, 1 / plain if plain else 0.0, 0.0)
-        best, rate = 0, 1 / plain
+        if not drafts or not self._pace_s or not self._draft.known:
+            lookahead = (
+                FIRST_LOOKAHEAD if drafts and self._pace_s else 0
+            )  # the first round shows what a plain step costs
+            return Plan(lookahead, 1.0, 0.0)
+        best, rate = 0, 1.0
         kept, tokens = 1.0, 1.0
         pooled = self.acceptance
         for k in range(1, MAX_LOOKAHEAD + 1):
             kept *= self._positions[k - 1].mean(pooled, 10.0)
             tokens += kept
-            this = tokens / (self._target.at(k + 1) + self._draft.at(k))
+            this = tokens / (self._verify(k) + self._draft.at(k))
             if this > rate:
                 best, rate = k, this
             elif kept < 0.05:
                 break
-        a, cost = self.acceptance, rate * (self._target.step() + self._draft.step())
+        a, cost = self.acceptance, rate * (self._verify_step() + self._draft.step())
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
         self._lookahead, self._rate = best, rate
         best = self._probe(best)
-        return Plan(best, max(rate, self._rate_had()), value)
-
-    def _rate_had(self) -> float:
-        time_s = self._time_s.mean(0.0, 1e-9)
-        return self._tokens.mean(0.0, 1e-9) / time_s if time_s else 0.0
+        return Plan(best, rate, value)
 
     def _probe(self, best: int) -> int:
         """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
@@ -252,21 +240,30 @@ class Governor:
         self.decisions.probes += 1
         return PROBE_LOOKAHEAD
 
+    def _verify(self, k: int) -> float:
+        """Time of verifying k drafted tokens, in plain steps."""
+        if k == 0:
+            return 1.0
+        return max(1.0, self._target.at(k)) if self._target.known else 1.1 + 0.05 * k
+
+    def _verify_step(self) -> float:
+        return self._target.step() if self._target.known else 0.05
+
     def neural_pays(self, plan: Plan, position: int, survival: float) -> bool:
         """Whether the neural draft should draft the token at `position`, all before it being kept with chance `survival`."""
         if position == 0 or not self._draft.known:
             return position < plan.lookahead
         if not plan.lookahead or position >= MAX_LOOKAHEAD:
             return False
-        cost = plan.rate * (self._draft.step() + self._target.step())
+        cost = plan.rate * (self._draft.step() + self._verify_step())
         return survival * self._acceptance_at(position) > cost
 
     def memory_pays(self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool) -> bool:
         """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's."""
-        if found is None or position >= MAX_MEMORY or not self._target.known:
+        if found is None or position >= MAX_MEMORY or not self._pace_s:
             return False
         a = self.memory_acceptance(found)
-        more = self._target.at(2) - self._target.at(1) if position == 0 else self._target.step()
+        more = self._verify(1) - 1 if position == 0 else self._verify_step()
         gain = survival * a * (1 + plan.value) - plan.rate * more
         if gain <= 0:
             return False
@@ -319,11 +316,7 @@ class Governor:
         if not k:
             self._plain_at = self._now
         if 0 < target_s < float("inf") and 0 <= draft_s < float("inf"):
-            self._tokens.add(1.0 + sum(overlaps))
-            self._time_s.add(draft_s + target_s)
-        self._target.add(k + 1, target_s, self._now)
-        if steps:
-            self._draft.add(steps, draft_s, self._now)
+            self._time(k, steps, draft_s, target_s)
         for d, overlap in zip(drafted, overlaps, strict=False):
             if d.source == "neural":
                 self._pooled.add(overlap)
@@ -334,19 +327,30 @@ class Governor:
                 self._memory.setdefault(d.key, Share()).add(overlap)
         self._earn(draft_s + target_s)
 
+    def _time(self, k: int, steps: int, draft_s: float, target_s: float) -> None:
+        """Takes in the times of a round that verified k tokens, `steps` of them drafted by the neural draft."""
+        if not self._pace_s:
+            if not k:
+                self._pace_s = target_s
+            return
+        ratio = target_s / (self._pace_s * self._verify(k))
+        if k:
+            self._target.add(k, min(target_s / self._pace_s, 10.0 * self._verify(k)))
+        if steps and draft_s:
+            self._draft.add(steps, draft_s / self._pace_s)
+        self._pace_s *= min(max(ratio, 0.5), 2.0) ** PACE
+
     def _report(self) -> None:
         """Says what holds now, and why."""
-        plain = self._target.at(1)
         self.decisions.acceptance = self.acceptance
-        if plain:
-            gain = self._rate * plain
+        if self._pace_s:
+            self.decisions.draft_step = self._draft.step()
+            self.decisions.verify_step = self._verify_step()
             self.decisions.drafting = (
-                f"a lookahead of {self._lookahead} is expected to give {gain:.2f} times the speed of plain decoding"
+                f"a lookahead of {self._lookahead} is expected to give {self._rate:.2f} times the speed of plain decoding"
                 if self._lookahead
                 else f"plain decoding: at acceptance {self.acceptance:.2f} no lookahead of the neural draft is faster"
             )
-            self.decisions.draft_step = self._draft.step() / plain if self._draft.known else 0.0
-            self.decisions.verify_step = self._target.step() / plain
 
     # Learning
 

@@ -267,17 +267,35 @@ def test_memory_or_neural_by_what_each_brings() -> None:
     assert not governor.memory_pays(plan, 0, 1.0, bad, neural=True)
 
 
-def test_times_follow_a_line_and_the_pace_of_the_machine() -> None:
+def test_times_follow_a_line() -> None:
     times = Times(0.05)
-    assert times.at(3) == 0.0 and not times.known
-    for n, seconds in ((1, 1.0), (3, 1.3), (5, 1.5)):
+    assert times.at(3) == 0.0 and times.step() == 0.0 and not times.known
+    times.add(3, 1.1)
+    assert times.at(3) == pytest.approx(1.1) and times.at(4) == pytest.approx(1.15)  # 5 % of one position's time each
+    for n, steps in ((1, 1.0), (5, 1.2)):
         for _ in range(3):
-            times.add(n, seconds)
-    assert times.at(1) == 1.0 and times.at(4) == pytest.approx(1.4) and times.step() == pytest.approx(0.1)
+            times.add(n, steps)
+    assert times.at(4) == pytest.approx(1.15, abs=0.01) and times.step() == pytest.approx(0.05, abs=0.01)
     falling = Times(0.05)
     falling.add(2, 2.0)
     falling.add(6, 1.0)
     assert falling.step() == 0.0 and falling.at(9) > 0
+
+
+def test_a_machine_that_slows_down_changes_no_decision() -> None:
+    """Others use it in bursts: everything takes longer for a while."""
+    for alpha, lookahead in ((0.75, True), (0.1, False)):
+        world = World(lambda request, steps, a=alpha: (a, a))  # type: ignore[misc]
+        world.run(20)
+        before = dict(world.governor.decisions.rounds)
+        steady = world.noisy
+        for burst in range(12):
+            slow = 3.0 if burst % 2 else 1.0
+            world.noisy = lambda seconds, steady=steady, slow=slow: steady(seconds) * slow  # type: ignore[method-assign]
+            world.run(2)
+        rounds = {name: n - before[name] for name, n in world.governor.decisions.rounds.items()}
+        few, many = ("plain", "neural") if lookahead else ("neural", "plain")
+        assert rounds[few] < 0.1 * rounds[many]
 
 
 def test_shares_forget() -> None:
