@@ -33,6 +33,7 @@ SUPPORT_EDGES = (2, 3, 5)
 SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
 FIRST_WINDOW, LAST_WINDOW = 4, 64  # updates between two looks at what learning gained
 EFFORT_STEP, LEAST_EFFORT = 4.0, 1 / 16
+RECENT = 4  # requests that are held against the ones before
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 FIRST_PROBE, LAST_PROBE = 32, 1024  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
@@ -85,26 +86,27 @@ class Times:
 
 
 class Level:
-    """Tells when a noisy value has fallen: its recent mean lies far below its long one, for how much it varies."""
+    """Tells when a noisy value has fallen: its last few lie below what it was before by three deviations of their mean."""
 
     def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._recent, self._long, self._square = Share(0.7), Share(0.95), Share(0.95)
+        self._recent: deque[float] = deque()
+        self._before, self._square = Share(0.95), Share(0.95)
 
     def fell(self, value: float) -> bool:
-        """Takes in a value. After a fall, the recent values are the new level."""
-        self._recent.add(value)
-        self._long.add(value)
-        self._square.add(value * value)
-        recent, mean = self._recent.mean(0.0, 0.0), self._long.mean(0.0, 0.0)
-        deviation = max(0.0, self._square.mean(0.0, 0.0) - mean * mean) ** 0.5
-        # A mean that forgets 0.3 at every step varies 0.42 times as much as single values do.
-        if recent > mean - max(0.05, 3 * 0.42 * deviation):
+        """Takes in a value. After a fall, the recent values are all that is known."""
+        self._recent.append(value)
+        if len(self._recent) <= RECENT:
             return False
-        self._begin()
-        self.fell(recent)
+        old = self._recent.popleft()
+        self._before.add(old)
+        self._square.add(old * old)
+        mean = self._before.mean(0.0, 0.0)
+        deviation = max(0.0, self._square.mean(0.0, 0.0) - mean * mean) ** 0.5
+        if self._before.weight < RECENT or statistics.mean(self._recent) > mean - max(
+            0.05, 3 * deviation / RECENT**0.5
+        ):
+            return False
+        self._before, self._square = Share(0.95), Share(0.95)
         return True
 
 
@@ -450,7 +452,8 @@ class Governor:
     def _wake(self) -> None:
         self.decisions.effort = 1.0
         self.decisions.learning = "acceptance has fallen: the stream has changed, full effort"
-        self._window, self._window_size, self._before = [], FIRST_WINDOW, 0.0
+        # A change is evidence that there is something to learn: it is given more time than a beginning.
+        self._window, self._window_size, self._before = [], 2 * FIRST_WINDOW, 0.0
 
 
 def _tokens_per_round(acceptance: float, lookahead: int = 4) -> float:
