@@ -164,20 +164,10 @@ class GatedLora:
                 folded.append((layer, modules[name].weight))
         return folded
 
-    @contextmanager
-    def serving(self) -> Iterator[PreTrainedModel]:
-        """The draft with every block speaking, for drafting: W + s · BA in one matrix, at the speed of the base.
-
-        LoRA beside the weights would make each forward of a small draft up to twice as dear. Costs a copy of the adapted
-        weights, refreshed where the adapter has moved. Quantised weights cannot be folded, half-precision ones would round
-        small changes away, and a copy of a large draft is not worth its memory: there the adapter speaks beside the weights.
-        """
-        if self._folded is None:
-            with self.speaking() as model:
-                yield model
-            return
-        self.fold()
-        yield self.served
+    @property
+    def stale(self) -> bool:
+        """Whether the folded weights lag behind the adapter."""
+        return self._folded is not None and self._stale
 
     @property
     def folds(self) -> bool:
@@ -185,7 +175,12 @@ class GatedLora:
         return self._folded is not None
 
     def fold(self) -> None:
-        """Brings the folded weights up to date with the adapter."""
+        """Brings the folded weights up to date with the adapter: W + s · BA in one matrix, in the tree `self.served`.
+
+        LoRA beside the weights would make each forward of a small draft up to twice as dear. Costs a copy of the adapted
+        weights, refreshed where the adapter has moved. Quantised weights cannot be folded, half-precision ones would round
+        small changes away, and a copy of a large draft is not worth its memory: there the adapter speaks beside the weights.
+        """
         if self._folded is None or not self._stale:
             return
         with torch.no_grad():

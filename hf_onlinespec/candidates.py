@@ -40,11 +40,9 @@ class _Round:
 
     def __init__(self, input_ids: Tensor, context: list[int] | None) -> None:
         self.prefix = input_ids  # (batch, L + i) with what was drafted so far
-        self.length = input_ids.shape[1]
         self.context = context  # its last tokens; None: nobody asks for them, or they are not known on the host
         self.tokens: list[Tensor] = []
         self.survival = 1.0  # estimated chance that all of them are kept
-        self.rewound = False
         self.ended = False
         self._laws: list[Tensor] = []
         self._drafted: list[Drafted] = []
@@ -120,6 +118,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._written: list[int] = []  # the first row of it, without padding
         self._own: SuffixMemory | None = None  # this request alone
         self._rounds = 0
+        self._timed = False  # whether the loop tells times; transformers' own does not
         self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits: what is not learned from yet
         self._pending = 0  # tokens in it
         self._learned: list[list[Teacher]] = []  # per row: the ones learned from, kept for the replay
@@ -133,9 +132,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
         """
         fixed = self._settings.lookahead
         if isinstance(fixed, int):
+            self._timed = True
             return self._propose(input_ids, min(most, fixed), None)
-        with self._draft.lock:
-            plan = self._governor.plan(self._neural is not None)
+        self._timed = True
+        plan = Plan(0, 1.0, 0.0)
+        if most > 0:
+            sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
+            with self._draft.lock:
+                plan = self._governor.plan(sees)
         return self._propose(input_ids, most, plan)
 
     def _propose(self, input_ids: Tensor, most: int, plan: Plan | None, recalls: bool = True) -> Proposal:
@@ -144,6 +148,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
         recalls = recalls and self._draft.memory is not None and input_ids.shape[0] == 1
         if recalls:
             self._read(input_ids)
+        if (
+            self._cached
+        ):  # in every round, so that no rejected token outlives rounds in which the neural draft is silent
+            self._rewind(input_ids.shape[1])
         round_ = _Round(input_ids, self._written[-REACH:] if recalls else None)
         wanted = self._neural is not None and (plan is None or plan.lookahead > 0)
         self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
@@ -197,9 +205,6 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _think(self, round_: _Round, model: PreTrainedModel) -> None:
         """One token of the neural draft's."""
         assert self._neural is not None
-        if not round_.rewound:
-            self._rewind(round_.length)
-            round_.rewound = True
         prefix = round_.prefix  # the warpers may hold tensors on the target's device: theirs is the place to warp
         scores = self._forward(model, prefix[:, self._cached :].to(self._neural.device))
         if self._warpers:
@@ -247,8 +252,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _rewind(self, length: int) -> None:
         """Rolls the draft's cache back to what was kept."""
         keep = min(self._cached, length - 1)
-        if self._cached:
-            crop(self._cache, self._cached - keep)
+        crop(self._cache, self._cached - keep)
         self._cached = keep
 
     def _forward(self, model: PreTrainedModel, feed: Tensor) -> Tensor:
@@ -287,10 +291,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
         self._remember_text()
-        if self._neural is None or not (self._segment or self._learned):
-            return
         with self._draft.lock:
             unseen = self._governor.request_ended(self.counts.new_tokens)
+        if self._neural is None or not (self._segment or self._learned):
+            return
         settings = self._settings
         steps = 1 + settings.replay_passes
         if settings.update_when == "idle":
@@ -298,10 +302,12 @@ class OnlineCandidateGenerator(CandidateGenerator):
             for feedback in self._feedback():
                 self._neural.learn_later(feedback, self._temperature)
             return
-        if settings.update_every == "auto":
+        if settings.update_every == "auto" and self._timed:
             steps = self._affordable_steps()
-            if not steps and unseen:
-                self._look()
+            if not steps:
+                self._governor.decisions.updates_put_off += 1
+                if unseen:
+                    self._look()
         if steps:
             self._update()
         else:
@@ -330,8 +336,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _charge(self, started: float, updates_before: int) -> None:
         seconds = time.perf_counter() - started
         self.counts.update_time_s += seconds
-        with self._draft.lock:
-            self._governor.spent(seconds, self.counts.updates - updates_before)
+        if self._timed:
+            with self._draft.lock:
+                self._governor.spent(seconds, self.counts.updates - updates_before)
 
     def _remember_text(self) -> None:
         memory = self._draft.memory
@@ -339,8 +346,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
             return
         if self._tokens.shape[0] == 1:
             with self._draft.lock:
-                memory.extend(self._tokens[0, self._padding :].tolist())
-                memory.close()
+                try:
+                    memory.extend(self._tokens[0, self._padding :].tolist())
+                finally:  # whatever interrupts it, the next request is another sequence
+                    memory.close()
                 self._draft.metrics.memory_bytes = memory.nbytes
 
     def _record(self, input_ids: Tensor) -> None:

@@ -58,7 +58,7 @@ class OnlineSpecConfig:
     replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
     memory_tokens: int = _setting(
-        65_536, "tokens of prompts and outputs that the suffix memory holds, 12 to 16 bytes each; 0: no suffix memory"
+        65_536, "tokens of prompts and outputs that the suffix memory holds, 16 to 20 bytes each; 0: no suffix memory"
     )
     context_tokens: int = _setting(512, "most prompt tokens kept with a request for learning")
     seed: int = _setting(0, "seed of the adapter's first values and of the replay's choices")

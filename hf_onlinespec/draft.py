@@ -44,7 +44,7 @@ class MemoryDraft:
             raise ConfigError(f"config={config!r}: expected an OnlineSpecConfig.")
         size = self.settings.memory_tokens
         self.memory = SuffixMemory(size) if size else None
-        self.governor = Governor(self.settings.update_budget, self.settings.replay_passes)
+        self.governor = Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)
         self.metrics = DraftMetrics(decisions=self.governor.decisions)
         self.lock = threading.RLock()
 
@@ -177,12 +177,17 @@ class OnlineDraft(MemoryDraft):
         Args:
             frozen: the original draft, whatever was learned.
         """
-        # An adapter that is not folded is switched on and off in the tree that learning uses.
-        with self.lock if self._lora.folds else self._learning:
+        if self._lora.folds and self._steps and not frozen:
+            if self._lora.stale:
+                self.fold()
+            with self.lock, torch.no_grad():
+                yield self._lora.served
+            return
+        with self._learning, torch.no_grad():  # learning switches the adapter on and off in this tree
             if frozen or self._steps == 0:
                 yield self._lora.base
             else:
-                with torch.no_grad(), self._lora.serving() as model:
+                with self._lora.speaking() as model:
                     yield model
 
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
@@ -240,8 +245,9 @@ class OnlineDraft(MemoryDraft):
                     for t, row in zip(teachers, logits, strict=True)
                 ]
                 if governed:  # how the draft does on tokens that it has not learned from yet
-                    learned = acceptance(teachers, logits, temperature)
-                    self._tell(learned, None if frozen is None else acceptance(teachers, frozen, temperature), n)
+                    own = self.settings.temperature
+                    learned = acceptance(teachers, logits, temperature, own)
+                    self._tell(learned, None if frozen is None else acceptance(teachers, frozen, temperature, own), n)
                 self._step(torch.cat(losses).mean(), counts)
 
     def _tell(self, learned: float, frozen: float | None, n: int, updates: bool = True) -> None:
@@ -257,7 +263,7 @@ class OnlineDraft(MemoryDraft):
         for frozen in (False, True) if self._steps else (True,):
             with self.serving(frozen) as model:
                 logits = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
-            seen.append(acceptance(teachers, logits, temperature))
+            seen.append(acceptance(teachers, logits, temperature, self.settings.temperature))
         self._tell(seen[0], seen[-1], n, updates=False)
 
     def remember(self, feedback: Feedback) -> None:
@@ -309,7 +315,9 @@ class OnlineDraft(MemoryDraft):
         """The gradient steps of one request, one at a time: a call may come in after any of them."""
         feedback, temperature = item
         if self.settings.update_every == "auto":
+            started = time.perf_counter()
             self.look(feedback.tokens[None], [feedback.teacher], None, temperature)
+            self.metrics.idle_time_s += time.perf_counter() - started
             yield
         for i in range(1 + self.settings.replay_passes):
             started, counts = time.perf_counter(), Counts()
@@ -422,7 +430,7 @@ def online_draft(
     elif model in _drafts:
         draft = _drafts[model]
     else:
-        return _drafts.setdefault(model, OnlineDraft(model, config))
+        draft = _drafts.setdefault(model, OnlineDraft(model, config))  # another thread may have been faster
     draft.check_setting(config)
     return draft
 
@@ -437,7 +445,7 @@ def online_memory(target: PreTrainedModel, config: OnlineSpecConfig | None = Non
         ConfigError: it exists already with other settings.
     """
     if target not in _memories:
-        return _memories.setdefault(target, MemoryDraft(config))
+        _memories.setdefault(target, MemoryDraft(config))
     memory = _memories[target]
     memory.check_setting(config)
     return memory

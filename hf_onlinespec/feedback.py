@@ -89,8 +89,14 @@ def concatenate(teachers: list[Teacher]) -> Teacher:
 
 
 @torch.no_grad()
-def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float) -> float:
-    """Mean Σ min(p, q) of the draft's logits (batch, n, V) at a temperature; greedy (0): how often the argmax agrees."""
+def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teacher_temperature: float = 1.0) -> float:
+    """Mean Σ min(p, q) of the draft's logits (batch, n, V) at a temperature; greedy (0): how often the argmax agrees.
+
+    Other warpers of a call are not applied; of a top-k teacher's tail, only the whole mass is compared.
+
+    Args:
+        teacher_temperature: at which the teachers were recorded.
+    """
     parts = []
     for teacher, row in zip(teachers, logits, strict=True):
         if temperature == 0:
@@ -99,9 +105,9 @@ def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float) -> f
                 best = teacher.tokens.gather(-1, best[:, None]).squeeze(-1)
             parts.append((row.argmax(-1) == best).float())
         else:
-            log_p, log_q = teacher.compare(row)
-            p, q = ((x / temperature).softmax(-1) for x in (log_p, log_q))
-            parts.append(torch.minimum(p, q).sum(-1))
+            log_p, log_q = teacher.compare(row, temperature)
+            p = (log_p * (teacher_temperature / temperature)).softmax(-1)
+            parts.append(torch.minimum(p, log_q.exp()).sum(-1))
     return torch.cat(parts).mean().item()
 
 

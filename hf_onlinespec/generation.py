@@ -13,7 +13,7 @@ from .checks import check_call, check_inputs, check_mode
 from .config import OnlineSpecConfig
 from .decoding import decode
 from .draft import OnlineDraft, online_draft, online_memory
-from .errors import ConfigError, DraftError
+from .errors import ConfigError, DraftError, UnsupportedError
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 
@@ -94,6 +94,10 @@ def enable() -> None:
         check_inputs(input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
         wanted = _wanted(generation_config)
         settings = wanted if isinstance(wanted, OnlineSpecConfig) else None
+        if assistant_model is None and settings is not None and settings.memory_tokens == 0:
+            raise UnsupportedError(
+                "memory_tokens=0 without assistant_model: nothing could draft. Pass a draft, or leave onlinespec out."
+            )
         draft = online_memory(self, settings) if assistant_model is None else online_draft(assistant_model, settings)
         return decode(*arguments, draft=draft, learn=wanted is not False, streamer=streamer, **model_kwargs)
 

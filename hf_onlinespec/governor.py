@@ -11,6 +11,7 @@ it has lasted), else the effort is cut. It is whole again when acceptance falls:
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ SUPPORT_EDGES = (2, 3, 5)
 SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
 FIRST_WINDOW, LAST_WINDOW = 4, 64  # updates between two looks at what learning gained
 EFFORT_STEP, LEAST_EFFORT = 4.0, 1 / 16
+SURE = 3  # times that make a measurement
 RECENT = 4  # requests that are held against the ones before
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 FIRST_PROBE, LAST_PROBE = 32, 1024  # plain rounds until an idle draft is tried again
@@ -55,13 +57,14 @@ class Times:
 
     def add(self, n: int, steps: float) -> None:
         seen = self._seen.setdefault(n, deque(maxlen=WINDOW))
-        seen.append(steps)
+        # One stall is a stall, however long.
+        seen.append(min(steps, 10 * self.at(n)) if self.known else steps)
         self._medians[n] = statistics.median(seen)
         self._start, self._step = self._line()
 
     @property
     def known(self) -> bool:
-        return bool(self._medians)
+        return sum(map(len, self._seen.values())) >= SURE
 
     def at(self, n: int) -> float:
         """Time of n ≥ 1 positions; 0 while nothing was seen."""
@@ -72,8 +75,10 @@ class Times:
         return self._step
 
     def _line(self) -> tuple[float, float]:
-        """Least squares through the medians, never falling."""
-        points, weights = self._medians, {n: len(seen) for n, seen in self._seen.items()}
+        """Least squares through the medians, never falling, never below zero."""
+        often = {n: s for n, s in self._medians.items() if len(self._seen[n]) >= SURE}
+        points = often or self._medians  # a size that was hardly seen may have met a stall
+        weights = {n: len(self._seen[n]) for n in points}
         total = sum(weights.values())
         mean_n = sum(weights[n] * n for n in points) / total
         mean_s = sum(weights[n] * s for n, s in points.items()) / total
@@ -82,6 +87,7 @@ class Times:
             slope = self._slope * mean_s / (1 + self._slope * (mean_n - 1))
         else:
             slope = max(0.0, sum(weights[n] * (n - mean_n) * (s - mean_s) for n, s in points.items()) / spread)
+            slope = min(slope, mean_s / mean_n)  # nothing takes less than no time
         return mean_s - slope * mean_n, slope
 
 
@@ -147,6 +153,7 @@ class Plan:
     lookahead: int  # 0: it does not pay
     rate: float  # expected tokens per plain step; 1 where plain decoding is best
     value: float  # tokens that go on being gained behind a kept token
+    silent: bool = False  # nobody drafts: a plain step is timed again
 
 
 @dataclass
@@ -157,7 +164,7 @@ class Decisions:
         default_factory=lambda: {"plain": 0, "neural": 0, "memory": 0, "memory+neural": 0}
     )  # by what was proposed
     probes: int = 0
-    updates_put_off: int = 0  # requests whose feedback was only remembered: the bank was empty
+    updates_put_off: int = 0  # requests whose feedback was only remembered: learning was not affordable
     serves_frozen: bool = False  # the original draft drafts: what was learned does worse
     effort: float = 1.0  # part of update_budget that learning may use
     acceptance: float = 0.0  # estimated, of the neural draft's first token
@@ -173,10 +180,13 @@ class Governor:
     Args:
         update_budget: largest share of the time that learning may take.
         replay_passes: most gradient steps on remembered requests after one request.
+        lookahead: of the settings; a number is not this class's decision, but is reported by it.
     """
 
-    def __init__(self, update_budget: float, replay_passes: int) -> None:
+    def __init__(self, update_budget: float, replay_passes: int, lookahead: int | str = "auto") -> None:
         self.decisions = Decisions()
+        self._fixed = lookahead
+        self._drafts = True  # whether there is a draft model
         self._budget, self._passes = update_budget, replay_passes
         # Times in plain target steps of the present pace, so that a machine that slows down changes no decision.
         self._pace_s = 0.0  # seconds of a plain target step
@@ -189,6 +199,8 @@ class Governor:
         self._memory: dict[tuple[int, ...], Share] = {}
         self._idle_rounds, self._probe_after = 0, FIRST_PROBE
         self._probed_acceptance = 0.0
+        self._probe_rounds = 0
+        self._refused, self._recall_after = 0, FIRST_PROBE  # rounds in which the memory's answer was not worth it
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
         # learning
         self._bank_s = 0.0
@@ -196,7 +208,7 @@ class Governor:
         self._window: list[float] = []
         self._window_size, self._before = FIRST_WINDOW, 0.0
         self._level = Level()  # of acceptance, request by request
-        self._live: list[float] = []  # acceptance at this request's drafted positions
+        self._live: deque[float] = deque(maxlen=256)  # acceptance at this request's drafted positions
         self._unseen = 0  # requests since the neural draft's acceptance was last seen
         self._advantage = Share(0.8)  # acceptance of the learned draft minus the frozen one's, on the same tokens
         self._compared = 0
@@ -205,6 +217,7 @@ class Governor:
 
     def plan(self, drafts: bool = True) -> Plan:
         """How far the neural draft should go in this round; `drafts`: whether there is one."""
+        self._drafts = drafts
         if not drafts or not self._pace_s or not self._draft.known:
             lookahead = (
                 FIRST_LOOKAHEAD if drafts and self._pace_s else 0
@@ -224,14 +237,18 @@ class Governor:
         a, cost = self.acceptance, rate * (self._verify_step() + self._draft.step())
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
         self._lookahead, self._rate = best, rate
-        best = self._probe(best)
-        return Plan(best, rate, value)
+        if best and self._now - self._plain_at > REFRESH:
+            return Plan(0, rate, 0.0, silent=True)
+        return Plan(self._probe(best), rate, value)
 
     def _probe(self, best: int) -> int:
         """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
         if best:
             self._idle_rounds, self._probe_after = 0, FIRST_PROBE
-            return 0 if self._now - self._plain_at > REFRESH else best
+            return best
+        if self._probe_rounds:
+            self._probe_rounds -= 1
+            return PROBE_LOOKAHEAD
         self._idle_rounds += 1
         if abs(self.acceptance - self._probed_acceptance) > 0.1:
             self._probe_after = FIRST_PROBE
@@ -239,6 +256,7 @@ class Governor:
             return 0
         self._idle_rounds, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
         self._probed_acceptance = self.acceptance
+        self._probe_rounds = 1  # the next round too: the first one may have to read the prompt, and is not timed
         self.decisions.probes += 1
         return PROBE_LOOKAHEAD
 
@@ -262,18 +280,27 @@ class Governor:
 
     def memory_pays(self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool) -> bool:
         """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's."""
-        if found is None or position >= MAX_MEMORY or not self._pace_s:
+        if found is None or position >= MAX_MEMORY or not self._pace_s or plan.silent:
             return False
         a = self.memory_acceptance(found)
         more = self._verify(1) - 1 if position == 0 else self._verify_step()
         gain = survival * a * (1 + plan.value) - plan.rate * more
         if gain <= 0:
-            return False
+            return position == 0 and not neural and self._recalls_anyway()
+        self._recall_after = FIRST_PROBE
         if not neural:
             return True
         step = self._draft.at(1) if position == 0 else self._draft.step()
         other = survival * self._acceptance_at(position) * (1 + plan.value) - plan.rate * (more + step)
         return gain >= other
+
+    def _recalls_anyway(self) -> bool:
+        """Now and then: what is never asked is never found to have become better."""
+        self._refused += 1
+        if self._refused < self._recall_after:
+            return False
+        self._refused, self._recall_after = 0, min(2 * self._recall_after, LAST_PROBE)
+        return True
 
     @property
     def acceptance(self) -> float:
@@ -337,7 +364,7 @@ class Governor:
             return
         ratio = target_s / (self._pace_s * self._verify(k))
         if k:
-            self._target.add(k, min(target_s / self._pace_s, 10.0 * self._verify(k)))
+            self._target.add(k, target_s / self._pace_s)
         if steps and draft_s:
             self._draft.add(steps, draft_s / self._pace_s)
         self._pace_s *= min(max(ratio, 0.5), 2.0) ** PACE
@@ -348,6 +375,11 @@ class Governor:
         if self._pace_s:
             self.decisions.draft_step = self._draft.step()
             self.decisions.verify_step = self._verify_step()
+        if self._fixed != "auto":
+            self.decisions.drafting = f"lookahead={self._fixed} was asked for"
+        elif not self._drafts:
+            self.decisions.drafting = "no draft model: the memory drafts where it is expected to pay"
+        elif self._pace_s:
             self.decisions.drafting = (
                 f"a lookahead of {self._lookahead} is expected to give {self._rate:.2f} times the speed of plain decoding"
                 if self._lookahead
@@ -372,16 +404,16 @@ class Governor:
         if not step:
             return 1 + self._passes
         steps = min(int(self._bank_s / step), 1 + self._passes)
-        if steps < min(2, 1 + self._passes):
-            self.decisions.updates_put_off += 1
-            return 0
-        return steps
+        return 0 if steps < min(2, 1 + self._passes) else steps
 
     def spent(self, seconds: float, steps: int) -> None:
         """Learning took so many seconds for so many gradient steps."""
         if not 0 <= seconds < float("inf"):
             return
-        self._bank_s -= seconds
+        price = self._step_s
+        if price:  # a stall is no reason to stop learning for long
+            seconds = min(seconds, 10 * max(steps, 1) * price)
+        self._bank_s = max(self._bank_s - seconds, -2 * (1 + self._passes) * price if price else -seconds)
         if steps:
             self._steps_s.append(seconds / steps)
 
@@ -396,8 +428,8 @@ class Governor:
         Args:
             updates: whether it learns from them now.
         """
-        if not n:
-            return
+        if not n or not all(math.isfinite(a) for a in (learned, frozen) if a is not None):
+            return  # a draft whose logits are not finite teaches nothing
         if frozen is not None:
             self._advantage.add(learned - frozen)
             advantage = self._advantage.mean(0.0, 1.0)
@@ -425,9 +457,12 @@ class Governor:
             self._see(statistics.mean(self._live))
         else:
             self._unseen += 1
-        self._live = []
+        self._live.clear()
+        for share in self._memory.values():
+            share.fade(1)  # an answer that was wrong in one domain gets a chance in the next
         # At once, while the stream may have changed; then now and then.
-        return new_tokens >= LIVE_LEAST and 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
+        unseen = 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
+        return unseen and new_tokens >= LIVE_LEAST and self._bank_s >= -self._step_s
 
     def _see(self, acceptance: float) -> None:
         if self._level.fell(acceptance):

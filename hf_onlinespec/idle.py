@@ -41,10 +41,18 @@ class IdleWorker(Generic[Item]):
             if self._closed or self.failures:
                 return
             self._items.append(item)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="hf_onlinespec learning", daemon=True)
-                self._thread.start()
+            if self._thread is None or not self._thread.is_alive():  # a forked process has lost it
+                self._start()
             self._change.notify_all()
+
+    def _start(self) -> None:
+        self._working = False
+        self._thread = threading.Thread(target=self._run, name="hf_onlinespec learning", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads: the call that hands over its feedback has done its work already
+            self._thread = None
+            self._fail()
 
     @contextmanager
     def call(self) -> Iterator[None]:

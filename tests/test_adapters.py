@@ -82,8 +82,8 @@ def test_folded_weights_serve_the_same_draft(make) -> None:
     before = model(TOKENS).logits
     lora = shaken(model, rank=3, alpha=6.0)
     for _ in range(2):
-        with lora.serving() as folded:
-            served = folded(TOKENS).logits
+        lora.fold()
+        served = lora.served(TOKENS).logits
         with lora.speaking() as speaking:
             torch.testing.assert_close(served, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
         lora.move(0.1 * torch.randn_like(lora.params))

@@ -38,6 +38,26 @@ def test_proposals_after_rejections_equal_fresh_ones(make) -> None:
 
 
 @torch.no_grad()
+def test_rejected_tokens_leave_nothing_behind_in_silent_rounds(draft_model: PreTrainedModel) -> None:
+    """A round that is rejected, two rounds in which nothing is drafted, and the draft's next words are those of a fresh one."""
+    candidates = generator(OnlineDraft(draft_model, fixed(6)))
+    prefix = torch.tensor([[1, 2, 3]])
+    first = candidates.propose(prefix, 6).tokens
+    for i in range(3):
+        prefix = torch.cat([prefix, (first[:, i : i + 1] + 1) % 32], dim=-1)
+        if i < 2:
+            assert candidates.propose(prefix, 0).tokens.shape == (1, 0)
+    proposal = candidates.propose(prefix, 6)
+    expected = draft_model.generate(prefix, max_new_tokens=6, do_sample=False)[:, prefix.shape[1] :]
+    assert torch.equal(proposal.tokens, expected)
+    tokens = torch.cat([prefix, proposal.tokens[:, :5]], dim=-1)
+    fresh = draft_model(tokens, use_cache=True).past_key_values
+    for ours, theirs in zip(candidates._cache.layers, fresh.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_sampled_law_is_the_draft_s_own(draft_model: PreTrainedModel) -> None:
     prefix = torch.tensor([[1, 2, 3]])
     proposal = generator(OnlineDraft(draft_model, fixed(3)), do_sample=True).propose(prefix, 9)
