@@ -37,7 +37,7 @@ EFFORT_STEP, LEAST_EFFORT = 4.0, 1 / 16
 SURE = 3  # times that make a measurement
 RECENT = 4  # requests that are held against the ones before
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
-FIRST_PROBE, LAST_PROBE = 32, 1024  # plain rounds until an idle draft is tried again
+FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
 REFRESH = 256  # rounds until a plain step is timed again
 
@@ -199,7 +199,7 @@ class Governor:
         self._memory: dict[tuple[int, ...], Share] = {}
         self._idle_rounds, self._probe_after = 0, FIRST_PROBE
         self._probed_acceptance = 0.0
-        self._probe_rounds = 0
+        self._probe_rounds, self._probing = 0, False
         self._refused, self._recall_after = 0, FIRST_PROBE  # rounds in which the memory's answer was not worth it
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
         # learning
@@ -243,11 +243,13 @@ class Governor:
 
     def _probe(self, best: int) -> int:
         """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
+        self._probing = False
         if best:
             self._idle_rounds, self._probe_after = 0, FIRST_PROBE
             return best
         if self._probe_rounds:
             self._probe_rounds -= 1
+            self._probing = True
             return PROBE_LOOKAHEAD
         self._idle_rounds += 1
         if abs(self.acceptance - self._probed_acceptance) > 0.1:
@@ -257,6 +259,7 @@ class Governor:
         self._idle_rounds, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
         self._probed_acceptance = self.acceptance
         self._probe_rounds = 1  # the next round too: the first one may have to read the prompt, and is not timed
+        self._probing = True
         self.decisions.probes += 1
         return PROBE_LOOKAHEAD
 
@@ -346,6 +349,9 @@ class Governor:
             self._plain_at = self._now
         if 0 < target_s < float("inf") and 0 <= draft_s < float("inf"):
             self._time(k, steps, draft_s, target_s)
+        tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "neural"]
+        if self._probing and tried and statistics.mean(tried) > self.acceptance + 0.2:
+            self._probe_rounds = 2  # better than believed: look on until it is believed, or was luck
         for d, overlap in zip(drafted, overlaps, strict=False):
             if d.source == "neural":
                 self._pooled.add(overlap)

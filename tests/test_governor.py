@@ -191,7 +191,7 @@ def test_an_idle_draft_is_tried_again_ever_more_rarely() -> None:
         if drafted and i > 20:
             tried.append(i)
     gaps = [b - a for a, b in itertools.pairwise(tried[::2])]  # two rounds each: the first may have to read the prompt
-    assert 6 <= len(tried) <= 16 and gaps == sorted(gaps)
+    assert 20 <= len(tried) <= 44 and gaps == sorted(gaps)
     assert governor.decisions.probes >= len(tried) / 2
 
 
@@ -249,6 +249,27 @@ def test_a_draft_whose_first_times_are_absurd_is_tried_again() -> None:
     before = dict(world.governor.decisions.rounds)
     world.run(10)
     assert world.governor.decisions.rounds["neural"] - before["neural"] > 50
+
+
+def test_a_draft_that_has_become_good_is_found_again_without_learning() -> None:
+    """Nothing but its own probes tells: a frozen draft, back in its home domain."""
+    governor, rng = Governor(BUDGET, PASSES), random.Random(0)
+
+    def rounds(a: float, n: int) -> int:
+        drafting = 0
+        for _ in range(n):
+            plan = governor.plan()
+            k, overlaps = plan.lookahead, []
+            while len(overlaps) < k and (not overlaps or overlaps[-1]):
+                overlaps.append(float(rng.random() < a))
+            drafted = [Drafted("neural", i, (4,)) for i in range(k)]
+            governor.observe(drafted, overlaps, 0.12 * k, 1.0 + 0.05 * k + 0.1 * (k > 0))
+            drafting += k > 0
+        return drafting
+
+    assert rounds(0.8, 300) > 250
+    assert rounds(0.03, 2500) < 150
+    assert rounds(0.8, 900) > 400
 
 
 def test_what_is_not_a_number_is_not_taken_in() -> None:
