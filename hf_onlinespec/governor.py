@@ -39,6 +39,7 @@ RECENT = 4  # requests that are held against the ones before
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
+PROBE_WEIGHT = 4.0  # of what a probe shows: all else that is known is old
 REFRESH = 256  # rounds until a plain step is timed again
 
 
@@ -349,14 +350,15 @@ class Governor:
             self._plain_at = self._now
         if 0 < target_s < float("inf") and 0 <= draft_s < float("inf"):
             self._time(k, steps, draft_s, target_s)
+        weight = PROBE_WEIGHT if self._probing else 1.0
         tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "neural"]
         if self._probing and tried and statistics.mean(tried) > self.acceptance + 0.2:
             self._probe_rounds = 2  # better than believed: look on until it is believed, or was luck
         for d, overlap in zip(drafted, overlaps, strict=False):
             if d.source == "neural":
-                self._pooled.add(overlap)
+                self._pooled.add(overlap, weight)
                 self._live.append(overlap)
-                self._positions[min(d.position, MAX_LOOKAHEAD - 1)].add(overlap)
+                self._positions[min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
                 self._confidence.setdefault(d.key[0], Share()).add(overlap)
             else:
                 self._memory.setdefault(d.key, Share()).add(overlap)
