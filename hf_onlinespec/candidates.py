@@ -130,11 +130,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
         Token by token, the memory or the neural draft speaks. Who does, and whether to go on, is decided from the prefix
         and from q before the draw: every drawn token is submitted. A round ends behind an end of sequence.
         """
+        self._timed = True
         fixed = self._settings.lookahead
         if isinstance(fixed, int):
-            self._timed = True
             return self._propose(input_ids, min(most, fixed), None)
-        self._timed = True
         plan = Plan(0, 1.0, 0.0)
         if most > 0:
             sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
@@ -148,9 +147,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         recalls = recalls and self._draft.memory is not None and input_ids.shape[0] == 1
         if recalls:
             self._read(input_ids)
-        if (
-            self._cached
-        ):  # in every round, so that no rejected token outlives rounds in which the neural draft is silent
+        if self._cached:  # in silent rounds too: no rejected token may outlive them
             self._rewind(input_ids.shape[1])
         round_ = _Round(input_ids, self._written[-REACH:] if recalls else None)
         wanted = self._neural is not None and (plan is None or plan.lookahead > 0)

@@ -17,15 +17,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .estimates import WINDOW, Level, Share, Times
 from .memory import Continuation
 
 MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
 MAX_MEMORY = 24  # draft tokens from the memory alone, at most
 FIRST_LOOKAHEAD = 3  # while times are still unknown
-WINDOW = 48  # recent times whose median counts
 PACE = 0.2  # how fast the measured pace of the machine follows a round's time
-DECAY = 0.985  # of acceptance counts, per observation
-PRIOR = 4.0  # observations that a prior is worth
 CONFIDENCE_EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 LENGTH_EDGES = (2, 3, 6, 9)
 SHARE_EDGES = (0.4, 0.6, 0.9)
@@ -34,8 +32,6 @@ SUPPORT_EDGES = (2, 3, 5)
 SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
 FIRST_WINDOW, LAST_WINDOW = 4, 64  # updates between two looks at what learning gained
 EFFORT_STEP, LEAST_EFFORT = 4.0, 1 / 16
-SURE = 3  # times that make a measurement
-RECENT = 4  # requests that are held against the ones before
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
@@ -45,97 +41,6 @@ REFRESH = 256  # rounds until a plain step is timed again
 
 def _bin(value: float, edges: Sequence[float]) -> int:
     return sum(value >= edge for edge in edges)
-
-
-class Times:
-    """How long n positions take, in plain target steps: medians, and a line through them for unseen n."""
-
-    def __init__(self, slope: float) -> None:
-        self._slope = slope  # relative to one position, until two sizes were seen
-        self._seen: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
-        self._start, self._step = 0.0, 0.0  # the line
-
-    def add(self, n: int, steps: float) -> None:
-        seen = self._seen.setdefault(n, deque(maxlen=WINDOW))
-        # One stall is a stall, however long.
-        seen.append(min(steps, 10 * self.at(n)) if self.known else steps)
-        self._medians[n] = statistics.median(seen)
-        self._start, self._step = self._line()
-
-    @property
-    def known(self) -> bool:
-        return sum(map(len, self._seen.values())) >= SURE
-
-    def at(self, n: int) -> float:
-        """Time of n ≥ 1 positions; 0 while nothing was seen."""
-        return self._start + self._step * n
-
-    def step(self) -> float:
-        """Time that one more position adds; 0 while nothing was seen."""
-        return self._step
-
-    def _line(self) -> tuple[float, float]:
-        """Least squares through the medians, never falling, never below zero."""
-        often = {n: s for n, s in self._medians.items() if len(self._seen[n]) >= SURE}
-        points = often or self._medians  # a size that was hardly seen may have met a stall
-        weights = {n: len(self._seen[n]) for n in points}
-        total = sum(weights.values())
-        mean_n = sum(weights[n] * n for n in points) / total
-        mean_s = sum(weights[n] * s for n, s in points.items()) / total
-        spread = sum(weights[n] * (n - mean_n) ** 2 for n in points)
-        if spread == 0:
-            slope = self._slope * mean_s / (1 + self._slope * (mean_n - 1))
-        else:
-            slope = max(0.0, sum(weights[n] * (n - mean_n) * (s - mean_s) for n, s in points.items()) / spread)
-            slope = min(slope, mean_s / mean_n)  # nothing takes less than no time
-        return mean_s - slope * mean_n, slope
-
-
-class Level:
-    """Tells when a noisy value has fallen: its last few lie below what it was before by three deviations of their mean."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque()
-        self._before, self._square = Share(0.95), Share(0.95)
-
-    def fell(self, value: float) -> bool:
-        """Takes in a value. After a fall, the recent values are all that is known."""
-        self._recent.append(value)
-        if len(self._recent) <= RECENT:
-            return False
-        old = self._recent.popleft()
-        self._before.add(old)
-        self._square.add(old * old)
-        mean = self._before.mean(0.0, 0.0)
-        deviation = max(0.0, self._square.mean(0.0, 0.0) - mean * mean) ** 0.5
-        if self._before.weight < RECENT or statistics.mean(self._recent) > mean - max(
-            0.05, 3 * deviation / RECENT**0.5
-        ):
-            return False
-        self._before, self._square = Share(0.95), Share(0.95)
-        return True
-
-
-class Share:
-    """A mean that forgets, drawn towards a prior while it has seen little."""
-
-    def __init__(self, decay: float = DECAY) -> None:
-        self._decay = decay
-        self._sum, self.weight = 0.0, 0.0
-
-    def add(self, value: float, weight: float = 1.0) -> None:
-        keep = self._decay**weight
-        self._sum = keep * self._sum + weight * value
-        self.weight = keep * self.weight + weight
-
-    def fade(self, weight: float) -> None:
-        """Forgets as much as so many observations would make it forget."""
-        keep = self._decay**weight
-        self._sum, self.weight = keep * self._sum, keep * self.weight
-
-    def mean(self, prior: float, strength: float = PRIOR) -> float:
-        return (self._sum + strength * prior) / (self.weight + strength)
 
 
 @dataclass(frozen=True)
@@ -206,6 +111,7 @@ class Governor:
         # learning
         self._bank_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
+        self._step_s = 0.0  # their median: what a gradient step costs
         self._window: list[float] = []
         self._window_size, self._before = FIRST_WINDOW, 0.0
         self._level = Level()  # of acceptance, request by request
@@ -220,10 +126,8 @@ class Governor:
         """How far the neural draft should go in this round; `drafts`: whether there is one."""
         self._drafts = drafts
         if not drafts or not self._pace_s or not self._draft.known:
-            lookahead = (
-                FIRST_LOOKAHEAD if drafts and self._pace_s else 0
-            )  # the first round shows what a plain step costs
-            return Plan(lookahead, 1.0, 0.0)
+            # The first round of all shows what a plain step costs.
+            return Plan(FIRST_LOOKAHEAD if drafts and self._pace_s else 0, 1.0, 0.0)
         best, rate = 0, 1.0
         kept, tokens = 1.0, 1.0
         pooled = self.acceptance
@@ -398,13 +302,9 @@ class Governor:
 
     def _earn(self, seconds: float) -> None:
         if 0 < seconds < float("inf"):
-            most = (1 + self._passes) * self._step_s * 2
             self._bank_s += self._budget * self.decisions.effort * seconds
-            self._bank_s = min(self._bank_s, max(most, 0.0)) if most else self._bank_s
-
-    @property
-    def _step_s(self) -> float:
-        return statistics.median(self._steps_s) if self._steps_s else 0.0
+            if self._step_s:
+                self._bank_s = min(self._bank_s, 2 * (1 + self._passes) * self._step_s)
 
     def affordable_steps(self) -> int:
         """Gradient steps that the bank can pay for now: one on what is new, the others on what is remembered."""
@@ -424,6 +324,7 @@ class Governor:
         self._bank_s = max(self._bank_s - seconds, -2 * (1 + self._passes) * price if price else -seconds)
         if steps:
             self._steps_s.append(seconds / steps)
+            self._step_s = statistics.median(self._steps_s)
 
     def compares(self) -> bool:
         """Whether this update should look at the frozen draft too: always while the two are close, else now and then."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from hf_onlinespec.embedded import EmbeddedPair, load_pair
 
@@ -16,6 +18,17 @@ from hf_onlinespec.embedded import EmbeddedPair, load_pair
 def few_threads() -> None:
     """Tiny models on many threads run many times slower."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def process_settings() -> Iterator[None]:
+    """A command line sets what belongs to its process; the other tests get theirs back."""
+    threads, verbosity, bar = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
+    if bar:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture(autouse=True)

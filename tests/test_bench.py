@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.utils import logging
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -28,15 +27,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(autouse=True)
-def process_settings() -> Iterator[None]:
-    """A command line sets what belongs to its process; the other tests get theirs back."""
-    threads, verbosity, bar = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    torch.set_num_threads(threads)
-    logging.set_verbosity(verbosity)
-    if bar:
-        logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("process_settings")
 
 
 @pytest.fixture

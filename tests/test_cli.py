@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers.utils import logging
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -24,15 +21,7 @@ SMALL = ["--prompts", "1", "--new-tokens", "8", "--threads", "1"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(autouse=True)
-def process_settings() -> Iterator[None]:
-    """A command line sets what belongs to its process; the other tests get theirs back."""
-    threads, verbosity, bar = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    torch.set_num_threads(threads)
-    logging.set_verbosity(verbosity)
-    if bar:
-        logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("process_settings")
 
 
 @pytest.fixture

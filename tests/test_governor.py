@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_onlinespec.governor import MAX_LOOKAHEAD, Drafted, Governor, Level, Share, Times
+from hf_onlinespec.estimates import Level, Share, Times
+from hf_onlinespec.governor import MAX_LOOKAHEAD, Drafted, Governor
 from hf_onlinespec.memory import Continuation
 
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
