@@ -25,9 +25,8 @@ from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from .errors import DraftError
 
 ADAPTER = "default"
-FOLD_MOST = (
-    64_000_000  # adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small
-)
+# Adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small.
+FOLD_MOST = 64_000_000
 
 
 def borrow(model: PreTrainedModel) -> PreTrainedModel:

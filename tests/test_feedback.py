@@ -1,9 +1,10 @@
 """The recorder only looks; a teacher's rows mean what they say."""
 
+import pytest
 import torch
 
 from hf_onlinespec import FeedbackRecorder
-from hf_onlinespec.feedback import Teacher, concatenate
+from hf_onlinespec.feedback import Teacher, acceptance, concatenate
 
 
 def test_recorder_returns_the_very_scores() -> None:
@@ -54,3 +55,14 @@ def test_concatenate_and_last() -> None:
     parts = concatenate([Teacher.from_logits(logits[:2], top_k=4), Teacher.from_logits(logits[2:], top_k=4)])
     assert torch.equal(parts.log_probs, whole.log_probs) and torch.equal(parts.log_tail, whole.log_tail)
     assert torch.equal(whole.last(2).tokens, whole.tokens[-2:])
+
+
+@pytest.mark.parametrize("recorded", [0.5, 1.0, 2.0])
+def test_acceptance_is_that_of_the_call_whatever_the_teacher_was_softened_by(recorded: float) -> None:
+    logits, other = 2 * torch.randn(2, 5, 16), 2 * torch.randn(2, 5, 16)
+    teachers = [Teacher.from_logits(row, recorded) for row in logits]
+    assert acceptance(teachers, logits, 0.7, recorded) == pytest.approx(1.0, abs=1e-5)
+    expected = torch.minimum((logits / 0.7).softmax(-1), (other / 0.7).softmax(-1)).sum(-1).mean().item()
+    assert acceptance(teachers, other, 0.7, recorded) == pytest.approx(expected, abs=1e-5)
+    agree = (logits.argmax(-1) == other.argmax(-1)).float().mean().item()
+    assert acceptance(teachers, other, 0, recorded) == pytest.approx(agree)
