@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .feedback import Feedback, FeedbackRecorder, Teacher, concatenate
-from .governor import FIRST_LOOKAHEAD, Drafted, Plan
+from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Drafted, Plan, Seen
 from .memory import REACH, Continuation, SuffixMemory
 from .metrics import Counts
 
@@ -33,37 +33,64 @@ class Proposal:
     tokens: Tensor  # (batch, k) drafted tokens
     q: Tensor | None  # (batch, k, vocab) the law each was drawn from; None: greedy, no law needed
     drafted: tuple[Drafted, ...] = ()  # k times: where each came from
+    neural_s: float = 0.0  # time that the neural draft took
 
 
 class _Round:
-    """A proposal while it grows."""
+    """A proposal while it grows. What the memory says becomes tensors once somebody needs them."""
 
-    def __init__(self, input_ids: Tensor, context: list[int] | None) -> None:
-        self.prefix = input_ids  # (batch, L + i) with what was drafted so far
-        self.context = context  # its last tokens; None: nobody asks for them, or they are not known on the host
-        self.tokens: list[Tensor] = []
-        self.survival = 1.0  # estimated chance that all of them are kept
+    def __init__(self, input_ids: Tensor, context: list[int] | None, eos: set[int]) -> None:
+        self.context = context  # the last tokens; None: nobody asks for them, or they are not known on the host
+        self.survival = 1.0  # estimated chance that all drafted tokens are kept
         self.ended = False
-        self._laws: list[Tensor] = []
-        self._drafted: list[Drafted] = []
+        self.drafted: list[Drafted] = []
+        self.neural_s = 0.0
+        self.neural = False  # whether the neural draft has spoken
+        self._length = input_ids.shape[1]
+        self._prefix, self._recited = input_ids, list[int]()  # what was drafted so far, and tokens that it still lacks
+        self._laws: list[Tensor | Continuation] = []
+        self._eos = eos
 
-    def add(
-        self, token: Tensor, law: Tensor | None, drafted: Drafted, chance: float, known: int | None, eos: set[int]
-    ) -> None:
-        self.tokens.append(token)
-        self._drafted.append(drafted)
+    @property
+    def prefix(self) -> Tensor:
+        """(batch, L + i) with what was drafted so far."""
+        if self._recited:
+            self._prefix = torch.cat([self._prefix, self._prefix.new_tensor([self._recited])], dim=-1)
+            self._recited = []
+        return self._prefix
+
+    def think(self, token: Tensor, known: int | None, law: Tensor | None, drafted: Drafted, chance: float) -> None:
+        """A token (batch, 1) of the neural draft's, and its law (batch, vocab); `known` where the host has it."""
+        self._prefix = torch.cat([self.prefix, token], dim=-1)
+        self.neural = True
+        self._add(known, law, drafted, chance)
+
+    def recite(self, known: int, found: Continuation, drafted: Drafted, chance: float) -> None:
+        """A token of the memory's."""
+        self._recited.append(known)
+        self._add(known, found, drafted, chance)
+
+    def _add(self, known: int | None, law: Tensor | Continuation | None, drafted: Drafted, chance: float) -> None:
+        self.drafted.append(drafted)
         if law is not None:
             self._laws.append(law)
-        self.prefix = torch.cat([self.prefix, token], dim=-1)
         self.survival *= chance
-        self.ended = known is not None and known in eos
+        self.ended = known is not None and known in self._eos
         if self.context is not None:
             self.context = None if known is None else [*self.context[1 - REACH :], known]
 
-    def proposal(self, sample: bool) -> Proposal:
-        drafted = torch.cat(self.tokens, dim=-1) if self.tokens else self.prefix[:, :0]
-        q = torch.stack(self._laws, dim=1) if sample and self._laws else None
-        return Proposal(drafted, q, tuple(self._drafted))
+    def proposal(self, vocab: int) -> Proposal:
+        """What has become of it; `vocab`: size of the laws, 0: greedy."""
+        tokens = self.prefix[:, self._length :]
+        q = None
+        if vocab and self._laws:
+            q = torch.zeros(*tokens.shape, vocab, device=tokens.device)
+            for i, law in enumerate(self._laws):
+                if isinstance(law, Continuation):
+                    q[0, i, torch.tensor(law.tokens, device=q.device)] = torch.tensor(law.probs, device=q.device)
+                else:
+                    q[:, i] = law
+        return Proposal(tokens, q, tuple(self.drafted), self.neural_s)
 
 
 class OnlineCandidateGenerator(CandidateGenerator):
@@ -111,11 +138,18 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._vocab = self._vocab or self._neural.config.get_text_config().vocab_size
             if learn:
                 logits_processor.insert(0, self._recorder)
-        self._frozen = self._governor.decisions.serves_frozen
+        self._preference: float | None = None  # how much the prompt speaks for the learned draft
+        self._frozen = False  # whether the original draft serves this request
         self._cached = 0  # tokens in the draft's cache
         self._began = True  # whether this round is the draft's first
+        self._compares = learn and self._neural is not None and self._settings.update_every == "auto"
         self._tokens: Tensor | None = None  # (batch, L) the request so far, on the draft's device
+        self._prompt = 0  # how much of it was there before
         self._written: list[int] = []  # the first row of it, without padding
+        self._recalled: list[
+            float
+        ] = []  # per generated token: how likely the memory was to be right about it, by estimate
+        self._seen = Seen()
         self._own: SuffixMemory | None = None  # this request alone
         self._rounds = 0
         self._timed = False  # whether the loop tells times; transformers' own does not
@@ -137,25 +171,29 @@ class OnlineCandidateGenerator(CandidateGenerator):
         plan = Plan(0, 1.0, 0.0)
         if most > 0:
             sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
+            if sees and most >= HOPE_ROOM:
+                self._choose(input_ids)
             with self._draft.lock:
-                plan = self._governor.plan(sees)
+                plan = self._governor.plan(sees, self._seen, most)
         return self._propose(input_ids, most, plan)
 
     def _propose(self, input_ids: Tensor, most: int, plan: Plan | None, recalls: bool = True) -> Proposal:
         """A proposal by plan; None: of `most` tokens, by whoever is more likely to be right."""
+        if self._tokens is None:
+            self._prompt = input_ids.shape[1]
         self._tokens = input_ids if self._neural is None else input_ids.to(self._neural.device)
         recalls = recalls and self._draft.memory is not None and input_ids.shape[0] == 1
         if recalls:
             self._read(input_ids)
         if self._cached:  # in silent rounds too: no rejected token may outlive them
             self._rewind(input_ids.shape[1])
-        round_ = _Round(input_ids, self._written[-REACH:] if recalls else None)
+        round_ = _Round(input_ids, self._written[-REACH:] if recalls else None, self._eos)
         wanted = self._neural is not None and (plan is None or plan.lookahead > 0)
         self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
         if most > 0 and (wanted or recalls):
             # Lighter than no_grad. What leaves the block is copied by cat and stack, or read by learning without being saved.
             with self._serving(wanted) as model, torch.inference_mode():
-                while len(round_.tokens) < most and not round_.ended:
+                while len(round_.drafted) < most and not round_.ended:
                     found = None if round_.context is None else self._recall(round_.context)
                     neural = model is not None and self._neural_speaks(round_, plan)
                     if found is not None and self._memory_speaks(round_, plan, found, neural):
@@ -164,7 +202,15 @@ class OnlineCandidateGenerator(CandidateGenerator):
                         self._think(round_, model)
                     else:
                         break
-        return round_.proposal(self._sample)
+        return round_.proposal(self._vocab if self._sample else 0)
+
+    def _choose(self, tokens: Tensor) -> None:
+        """Once in a request: whether the learned or the original draft serves it."""
+        if self._neural is not None and self._preference is None and self._settings.update_every == "auto":
+            self._preference = self._neural.preference(tokens, self._mask)
+            with self._draft.lock:
+                self._frozen = self._seen.frozen = self._governor.frozen_serves(self._preference)
+                self._governor.decisions.serves_frozen = self._frozen
 
     @contextmanager
     def _serving(self, wanted: bool) -> Iterator[PreTrainedModel | None]:
@@ -176,32 +222,34 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def _neural_speaks(self, round_: _Round, plan: Plan | None) -> bool:
         assert self._neural is not None
-        if round_.prefix.shape[1] >= self._neural.positions:
+        if self._tokens is None or self._tokens.shape[1] + len(round_.drafted) >= self._neural.positions:
             return False
-        return plan is None or self._governor.neural_pays(plan, len(round_.tokens), round_.survival)
+        return plan is None or self._governor.neural_pays(
+            plan, len(round_.drafted), round_.survival, begun=round_.neural
+        )
 
     def _memory_speaks(self, round_: _Round, plan: Plan | None, found: Continuation, neural: bool) -> bool:
         if plan is None:  # no clock: whoever is accepted more often
-            return not neural or self._governor.memory_acceptance(found) >= self._governor.acceptance
-        return self._governor.memory_pays(plan, len(round_.tokens), round_.survival, found, neural)
+            first = not round_.drafted
+            return not neural or self._governor.memory_acceptance(found, first) >= self._governor.acceptance
+        return self._governor.memory_pays(
+            plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
+        )
 
     def _recite(self, round_: _Round, found: Continuation) -> None:
         """One token of the memory's."""
-        law = None
         place = 0
-        if self._sample:
-            shares = torch.tensor(found.probs, device=round_.prefix.device)
-            place = int(torch.multinomial(shares, 1))
-            law = shares.new_zeros(1, self._vocab)
-            law[0, torch.tensor(found.tokens, device=law.device)] = shares
-        token = round_.prefix.new_tensor([[found.tokens[place]]])
-        key = self._governor.memory_key(found)
-        drafted = Drafted("memory", len(round_.tokens), key)
-        round_.add(token, law, drafted, self._governor.memory_acceptance(found), found.tokens[place], self._eos)
+        if self._sample and len(found.tokens) > 1:
+            place = int(torch.multinomial(torch.tensor(found.probs), 1))
+        first = not round_.drafted
+        drafted = Drafted("memory", len(round_.drafted), self._governor.memory_key(found, first))
+        chance = self._governor.memory_acceptance(found, first, self._seen.trust)
+        round_.recite(found.tokens[place], found, drafted, chance)
 
     def _think(self, round_: _Round, model: PreTrainedModel) -> None:
         """One token of the neural draft's."""
         assert self._neural is not None
+        started = time.perf_counter()
         prefix = round_.prefix  # the warpers may hold tensors on the target's device: theirs is the place to warp
         scores = self._forward(model, prefix[:, self._cached :].to(self._neural.device))
         if self._warpers:
@@ -214,27 +262,38 @@ class OnlineCandidateGenerator(CandidateGenerator):
             sound = torch.isfinite(law).all(-1, keepdim=True)
             if host and not bool(sound.all()):
                 round_.ended = True
+                round_.neural_s += time.perf_counter() - started
                 return
             # Where asking would wait for the device, the uniform law takes its place: what is drawn from q stays exact.
             law = torch.where(sound, law, 1 / law.shape[-1])
             token = torch.multinomial(law, 1)
         else:
             token = scores.argmax(-1, keepdim=True)
-        position = len(round_.tokens)
         key: tuple[int, ...] = (-1,)
         chance, known = self._governor.acceptance, None
         if host:
             key, chance = self._governor.confident(float((scores.softmax(-1) if law is None else law).max()))
             known = int(token)
-        round_.add(token, law, Drafted("neural", position, key), chance, known, self._eos)
+        round_.think(token, known, law, Drafted("neural", len(round_.drafted), key), chance)
+        round_.neural_s += time.perf_counter() - started
 
     def _read(self, input_ids: Tensor) -> None:
         """Takes the new tokens of the first row into the request's own memory."""
         if self._own is None:
             self._own = SuffixMemory(min(self._max_length + 1, self._settings.memory_tokens))
         new = input_ids[0, self._padding + len(self._written) :].tolist()
-        self._own.extend(new)
-        self._written += new
+        prompt = not self._written
+        if prompt or not self._compares:
+            self._own.extend(new)
+            self._written += new
+            return
+        for token in new:  # what the memory would have said, for learning to be held against
+            found = self._recall(self._written[-REACH:])
+            self._recalled.append(
+                0.0 if found is None else self._governor.memory_acceptance(found, trust=self._seen.trust)
+            )
+            self._own.extend((token,))
+            self._written.append(token)
 
     def _recall(self, context: Sequence[int]) -> Continuation | None:
         """What followed the longest match of `context`, in this request or in earlier ones."""
@@ -270,8 +329,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
             overlaps: Σ min(p, q) at every verified position.
             draft_s, target_s: times of the round; a target_s of 0 is not counted.
         """
+        neural_s = proposal.neural_s
+        if target_s:
+            target_s += draft_s - neural_s  # the memory's time belongs to every round
         with self._draft.lock:
-            self._governor.observe(proposal.drafted, overlaps, 0.0 if self._began else draft_s, target_s)
+            self._governor.observe(proposal.drafted, overlaps, 0.0 if self._began else neural_s, target_s, self._seen)
         self._record(input_ids)
         settings = self._settings
         full = self._pending >= settings.context_tokens  # full target laws are kept for so many tokens at most
@@ -287,9 +349,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
+        if self._compares and self._own is not None and self._tokens is not None:
+            self._read(self._tokens)  # the last ones, before the memory knows the answers
         self._remember_text()
         with self._draft.lock:
-            unseen = self._governor.request_ended(self.counts.new_tokens)
+            unseen = self._governor.request_ended(self.counts.new_tokens, self._seen)
         if self._neural is None or not (self._segment or self._learned):
             return
         settings = self._settings
@@ -307,7 +371,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
                     self._look()
         if steps:
             self._update()
-        else:
+        elif self._keeps:
             self._put_off()
         started = time.perf_counter()
         for feedback in self._feedback():
@@ -317,25 +381,35 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._neural.fold()
         self._charge(started, before)
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether what is not learned from is worth remembering for the replay."""
+        return self._governor.decisions.effort == 1.0
+
     def _look(self) -> None:
         """Shows the governor how the draft would have done on a request in which it neither drafts nor learns."""
         if self._segment and self._neural is not None and self._tokens is not None:
             started = time.perf_counter()
             teachers = self._teachers()
-            self._neural.look(self._tokens[:, : self._end], teachers, self._mask, self._temperature)
-            self._keep(teachers)
-            self._charge(started, self.counts.updates)
+            self._choose(self._tokens[:, : self._prompt])
+            self._neural.look(self._tokens[:, : self._end], teachers, self._mask, self._temperature, self._preference)
+            if self._keeps:
+                self._keep(teachers)
+            seconds = time.perf_counter() - started
+            self.counts.update_time_s += seconds
+            with self._draft.lock:
+                self._governor.effort.looked(seconds)
 
     def _affordable_steps(self) -> int:
         with self._draft.lock:
-            return self._governor.affordable_steps()
+            return self._governor.effort.affordable_steps()
 
     def _charge(self, started: float, updates_before: int) -> None:
         seconds = time.perf_counter() - started
         self.counts.update_time_s += seconds
         if self._timed:
             with self._draft.lock:
-                self._governor.spent(seconds, self.counts.updates - updates_before)
+                self._governor.effort.spent(seconds, self.counts.updates - updates_before)
 
     def _remember_text(self) -> None:
         memory = self._draft.memory
@@ -384,7 +458,22 @@ class OnlineCandidateGenerator(CandidateGenerator):
         dropped = any(keys.shape[-2] != self._cached for keys, _ in cache_tensors(self._cache))
         if dropped or self._frozen:
             prefix = 0  # a sliding window has dropped the start, or the frozen draft read it: read everything anew
-        self._neural.learn_segment(tokens, teachers, self._cache, prefix, self._mask, self.counts, self._temperature)
+        if self._compares and self._own is not None:
+            self._read(self._tokens)
+        self._choose(self._tokens[:, : self._prompt])
+        first = self._end - len(teachers[0]) - self._prompt
+        recalled = self._recalled[first : self._end - self._prompt]
+        self._neural.learn_segment(
+            tokens,
+            teachers,
+            self._cache,
+            prefix,
+            self._mask,
+            self.counts,
+            self._temperature,
+            recalled,
+            self._preference or 0.0,
+        )
         self._neural.fold()
         self._keep(teachers)
         self._charge(started, before)

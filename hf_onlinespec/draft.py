@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +31,9 @@ from .losses import LOSSES
 from .memory import SuffixMemory
 from .metrics import Counts, DraftMetrics
 from .replay import Replay
+
+# Tokens of a prompt by which the learned and the frozen draft are told apart: their cost stays small beside a long prompt.
+PREFERENCE_TOKENS = 128
 
 
 class MemoryDraft:
@@ -216,6 +220,8 @@ class OnlineDraft(MemoryDraft):
         mask: Tensor | None,
         counts: Counts,
         temperature: float = 1.0,
+        recalled: Sequence[float] = (),
+        preference: float = 0.0,
     ) -> None:
         """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
 
@@ -224,6 +230,8 @@ class OnlineDraft(MemoryDraft):
 
         Args:
             temperature: of the call that generated the tokens, 0 for greedy: the governor is told the acceptance there.
+            recalled: estimated acceptance of the memory's answers at the n tokens of one row; nothing: no memory.
+            preference: of the prompt for the learned draft.
         """
         n = len(teachers[0])
         past = DynamicCache(config=self.config)
@@ -233,7 +241,7 @@ class OnlineDraft(MemoryDraft):
         with self._learning:
             frozen = None
             governed = self.settings.update_every == "auto"
-            if governed and self._steps and self.governor.compares():
+            if governed and self._steps and self.governor.compares(preference):
                 with torch.no_grad():
                     inputs = self.inputs(tokens[:, :-1], 0, mask)
                     frozen = self._lora.base(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
@@ -247,24 +255,64 @@ class OnlineDraft(MemoryDraft):
                 if governed:  # how the draft does on tokens that it has not learned from yet
                     own = self.settings.temperature
                     learned = acceptance(teachers, logits, temperature, own)
-                    self._tell(learned, None if frozen is None else acceptance(teachers, frozen, temperature, own), n)
+                    still = None if frozen is None else acceptance(teachers, frozen, temperature, own)
+                    self._tell(learned, still, preference, recalled)
                 self._step(torch.cat(losses).mean(), counts)
 
-    def _tell(self, learned: float, frozen: float | None, n: int, updates: bool = True) -> None:
+    def _tell(
+        self,
+        learned: Tensor,
+        frozen: Tensor | None,
+        preference: float,
+        recalled: Sequence[float] = (),
+        updates: bool = True,
+    ) -> None:
+        still = None if frozen is None else frozen.tolist()
         with self.lock:
-            self.governor.shadow(learned, frozen, n, updates)
+            self.governor.shadow(learned.tolist(), still, recalled, updates, preference)
 
     @torch.no_grad()
-    def look(self, tokens: Tensor, teachers: list[Teacher], mask: Tensor | None, temperature: float) -> None:
+    def look(
+        self,
+        tokens: Tensor,
+        teachers: list[Teacher],
+        mask: Tensor | None,
+        temperature: float,
+        preference: float | None = None,
+    ) -> None:
         """Tells the governor the acceptance of the learned and of the frozen draft, as `learn_segment` does."""
         n = len(teachers[0])
+        if preference is None:
+            preference = self.preference(tokens[:, :-n], mask)
         inputs = self.inputs(tokens[:, :-1], 0, mask)
         seen = []
         for frozen in (False, True) if self._steps else (True,):
             with self.serving(frozen) as model:
                 logits = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
             seen.append(acceptance(teachers, logits, temperature, self.settings.temperature))
-        self._tell(seen[0], seen[-1], n, updates=False)
+        self._tell(seen[0], seen[-1], preference, updates=False)
+
+    @torch.no_grad()
+    def preference(self, tokens: Tensor, mask: Tensor | None) -> float:
+        """Log-likelihood per token of `tokens` (batch, L) under the learned draft minus that under the frozen one.
+
+        Of two drafts, the one that predicts a prompt better is the one that does better on its continuation: measured, see
+        benchmarks/LOG.md. At most `PREFERENCE_TOKENS` last tokens are read.
+        """
+        length = tokens.shape[1]
+        tokens = tokens[:, -PREFERENCE_TOKENS:].to(self.device)
+        if not self._steps or tokens.shape[1] < 2:
+            return 0.0
+        mask = None if mask is None else mask[:, length - tokens.shape[1] :]
+        weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
+        weight = (weight[:, 1:] * weight[:, :-1]).float()
+        found = []
+        for frozen in (False, True):
+            with self.serving(frozen) as model:
+                logits = model(use_cache=False, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
+            chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+            found.append(float((chosen * weight).sum() / weight.sum().clamp_min(1)))
+        return found[0] - found[1] if all(map(math.isfinite, found)) else 0.0
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request for the replay."""

@@ -10,6 +10,7 @@ PRIOR = 4.0  # observations that a prior is worth
 WINDOW = 48  # recent times whose median counts
 SURE = 3  # times that make a measurement
 RECENT = 4  # values that are held against the ones before
+ALIKE_LEAST, ALIKE_MOST = 2.0, 50.0  # positions of a request that all others may be worth
 
 
 class Share:
@@ -78,15 +79,84 @@ class Times:
         return mean_s - slope * mean_n, slope
 
 
+class Verification:
+    """How long verifying k drafted tokens takes, in plain target steps: 1 + a·(1 − 2^(−k/2)) + b·k, through medians.
+
+    The first few positions may cost more than further ones (other kernels, masks): a. Neither a nor b is below zero.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
+        self._bend, self._slope = 0.2, 0.05  # until something was seen
+
+    def add(self, k: int, steps: float) -> None:
+        """Verifying k ≥ 1 tokens took so many plain steps."""
+        seen = self._seen.setdefault(k, deque(maxlen=WINDOW))
+        seen.append(min(steps, 10 * self.at(k)))  # one stall is a stall, however long
+        self._medians[k] = statistics.median(seen)
+        if sum(map(len, self._seen.values())) >= SURE:
+            self._fit()
+
+    def at(self, k: int) -> float:
+        return 1 + self._bend * (1 - 2 ** (-k / 2)) + self._slope * k
+
+    def step(self, k: int) -> float:
+        """Time that one more token adds to k of them."""
+        return self.at(k + 1) - self.at(k)
+
+    def _fit(self) -> None:
+        often = [k for k, seen in self._seen.items() if len(seen) >= SURE]
+        xx = xk = kk = xy = ky = 0.0
+        for k in often or self._seen:  # a size that was hardly seen may have met a stall
+            weight, x, y = len(self._seen[k]), 1 - 2 ** (-k / 2), self._medians[k] - 1
+            xx, xk, kk = xx + weight * x * x, xk + weight * x * k, kk + weight * k * k
+            xy, ky = xy + weight * x * y, ky + weight * k * y
+        # One size alone cannot tell the two apart: a little of what is usual decides.
+        xx, xy, kk, ky = xx + 0.01, xy + 0.01 * 0.2, kk + 0.01, ky + 0.01 * 0.05
+        det = xx * kk - xk * xk
+        bend, slope = (xy * kk - ky * xk) / det, (ky * xx - xy * xk) / det
+        if bend < 0:
+            bend, slope = 0.0, ky / kk
+        elif slope < 0:
+            bend, slope = xy / xx, 0.0
+        self._bend, self._slope = max(0.0, bend), max(0.0, slope)
+
+
 class Level:
-    """Tells when a noisy value has fallen: its last few lie below what it was before by three deviations of their mean."""
+    """Request by request, a noisy acceptance: whether it has fallen, and how much requests are alike."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
         self._before, self._square = Share(0.95), Share(0.95)
+        self._means, self._squares, self._positions = Share(0.9), Share(0.9), Share(0.9)
 
-    def fell(self, value: float) -> bool:
-        """Takes in a value. After a fall, the recent values are all that is known."""
+    @property
+    def known(self) -> bool:
+        return self._means.weight > 0
+
+    @property
+    def alike(self) -> float:
+        """How many positions of a request all other requests are worth: few where they differ by more than chance.
+
+        The strength of a beta prior with the mean and variance of the requests' acceptance (empirical Bayes).
+        """
+        if self._means.weight < 3:
+            return 10.0
+        mean = self._means.mean(0.0, 0.0)
+        spread = mean * (1 - mean)
+        chance = spread / max(1.0, self._positions.mean(0.0, 0.0))
+        differ = self._squares.mean(0.0, 0.0) - mean * mean - chance
+        return min(max(spread / max(differ, 1e-4) - 1, ALIKE_LEAST), ALIKE_MOST)
+
+    def fell(self, value: float, positions: int = 1) -> bool:
+        """Takes in a request's acceptance, known from so many positions; whether the last few lie below what was before.
+
+        By three deviations of their mean. After a fall, the recent values are all that is known.
+        """
+        self._means.add(value)
+        self._squares.add(value * value)
+        self._positions.add(positions)
         self._recent.append(value)
         if len(self._recent) <= RECENT:
             return False

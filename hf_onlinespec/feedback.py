@@ -89,8 +89,8 @@ def concatenate(teachers: list[Teacher]) -> Teacher:
 
 
 @torch.no_grad()
-def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teacher_temperature: float = 1.0) -> float:
-    """Mean Σ min(p, q) of the draft's logits (batch, n, V) at a temperature; greedy (0): how often the argmax agrees.
+def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teacher_temperature: float = 1.0) -> Tensor:
+    """Σ min(p, q) of the draft's logits (batch, n, V) at every position (batch · n,); at temperature 0: whether the argmax agrees.
 
     Other warpers of a call are not applied; of a top-k teacher's tail, only the whole mass is compared.
 
@@ -108,7 +108,7 @@ def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teac
             log_p, log_q = teacher.compare(row, temperature)
             p = (log_p * (teacher_temperature / temperature)).softmax(-1)
             parts.append(torch.minimum(p, log_q.exp()).sum(-1))
-    return torch.cat(parts).mean().item()
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

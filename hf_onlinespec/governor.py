@@ -4,9 +4,11 @@ Drafting. Let ρ be the rate to beat, in tokens per unit of time. One more draft
 all before it are kept, a: its own) and costs ρ · (time to draft it and to verify it) tokens. Drafting while that gains maximises
 E[tokens] / E[time]. Only the prefix and the laws q before the draw enter, so that the law of the output stays the target's.
 
-Learning. A bank earns `update_budget · effort` of the decoding time, and gradient steps are paid from it. Over windows of
-doubling length, learning has to make the draft better by half of what it costs (the stream is taken to go on for as long as
-it has lasted), else the effort is cut. It is whole again when acceptance falls: the stream has changed.
+A request is told apart from the others by what it shows itself: how much that counts follows from how much requests differ
+(empirical Bayes). Where even the optimistic end of what it may turn out to be would pay, it is tried.
+
+Learning. What it brings is the tokens per round that the learned draft adds to the frozen draft and the memory, measured on the
+same tokens; `effort.py` holds that against its cost.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .estimates import WINDOW, Level, Share, Times
+from .effort import Effort
+from .estimates import Level, Share, Times, Verification
 from .memory import Continuation
+from .metrics import Decisions
 
 MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
 MAX_MEMORY = 24  # draft tokens from the memory alone, at most
@@ -30,9 +34,11 @@ SHARE_EDGES = (0.4, 0.6, 0.9)
 SUPPORT_EDGES = (2, 3, 5)
 # What a memory is worth before it has shown it, by share and by support of unanimous ones: measured, see benchmarks/LOG.md.
 SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
-FIRST_WINDOW, LAST_WINDOW = 4, 64  # updates between two looks at what learning gained
-EFFORT_STEP, LEAST_EFFORT = 4.0, 1 / 16
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
+TRUST = 4.0  # expected acceptances that all other requests are worth as evidence about the memory in this one
+HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
+LOW_ACCEPTANCE = 0.3  # of a draft that has much to learn
+COMPARISONS = 4  # that decide whether the learned or the frozen draft serves
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
 PROBE_WEIGHT = 4.0  # of what a probe shows: all else that is known is old
@@ -60,24 +66,24 @@ class Plan:
     rate: float  # expected tokens per plain step; 1 where plain decoding is best
     value: float  # tokens that go on being gained behind a kept token
     silent: bool = False  # nobody drafts: a plain step is timed again
+    acceptance: float = 0.5  # estimated acceptance rate of the neural draft in this request
+    trust: float = 1.0  # how right the memory is in this request, over what was expected
 
 
 @dataclass
-class Decisions:
-    """What the governor decided since the draft was made, and why it decides so now."""
+class Seen:
+    """What one request has shown of the draft and of the memory so far."""
 
-    rounds: dict[str, int] = field(
-        default_factory=lambda: {"plain": 0, "neural": 0, "memory": 0, "memory+neural": 0}
-    )  # by what was proposed
-    probes: int = 0
-    updates_put_off: int = 0  # requests whose feedback was only remembered: learning was not affordable
-    serves_frozen: bool = False  # the original draft drafts: what was learned does worse
-    effort: float = 1.0  # part of update_budget that learning may use
-    acceptance: float = 0.0  # estimated, of the neural draft's first token
-    draft_step: float = 0.0  # time of one more drafted token over a plain target step
-    verify_step: float = 0.0  # time of one more verified position over a plain target step
-    drafting: str = "nothing was decided yet"
-    learning: str = "nothing was decided yet"
+    acceptance: float = 0.0  # of the neural draft, summed over its verified positions
+    positions: int = 0
+    right: float = 0.0  # acceptance of the memory's answers, summed
+    expected: float = 0.0  # and what was expected of them
+    frozen: bool = False  # the original draft serves it, whatever was learned
+
+    @property
+    def trust(self) -> float:
+        """How right the memory is in this request, over what was expected of it."""
+        return (TRUST + self.right) / (TRUST + self.expected)
 
 
 class Governor:
@@ -91,15 +97,18 @@ class Governor:
 
     def __init__(self, update_budget: float, replay_passes: int, lookahead: int | str = "auto") -> None:
         self.decisions = Decisions()
+        self.effort = Effort(update_budget, replay_passes, self.decisions)
         self._fixed = lookahead
         self._drafts = True  # whether there is a draft model
-        self._budget, self._passes = update_budget, replay_passes
         # Times in plain target steps of the present pace, so that a machine that slows down changes no decision.
         self._pace_s = 0.0  # seconds of a plain target step
-        self._target, self._draft = Times(0.05), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
+        self._target, self._draft = Verification(), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
-        self._pooled = Share()
+        # By who serves, the learned draft (False) or the frozen one (True): each has its own kind of requests.
+        self._pooled = {frozen: Share() for frozen in (False, True)}
+        self._levels = {frozen: Level() for frozen in (False, True)}
+        self._latest = False  # who served last
         self._positions = [Share() for _ in range(MAX_LOOKAHEAD)]
         self._confidence: dict[int, Share] = {}
         self._memory: dict[tuple[int, ...], Share] = {}
@@ -108,43 +117,63 @@ class Governor:
         self._probe_rounds, self._probing = 0, False
         self._refused, self._recall_after = 0, FIRST_PROBE  # rounds in which the memory's answer was not worth it
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
-        # learning
-        self._bank_s = 0.0
-        self._steps_s: deque[float] = deque(maxlen=WINDOW)
-        self._step_s = 0.0  # their median: what a gradient step costs
-        self._window: list[float] = []
-        self._window_size, self._before = FIRST_WINDOW, 0.0
-        self._level = Level()  # of acceptance, request by request
-        self._live: deque[float] = deque(maxlen=256)  # acceptance at this request's drafted positions
         self._unseen = 0  # requests since the neural draft's acceptance was last seen
-        self._advantage = Share(0.8)  # acceptance of the learned draft minus the frozen one's, on the same tokens
+        # Learned minus frozen acceptance on the same tokens, by which of the two predicts the prompt better.
+        self._advantages = {learned: deque[float](maxlen=COMPARISONS) for learned in (True, False)}
         self._compared = 0
 
     # Drafting
 
-    def plan(self, drafts: bool = True) -> Plan:
-        """How far the neural draft should go in this round; `drafts`: whether there is one."""
+    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0) -> Plan:
+        """How far the neural draft should go in this round.
+
+        Args:
+            drafts: whether there is a draft.
+            seen: what this request has shown so far.
+            room: tokens that the request may still take.
+        """
         self._drafts = drafts
         if not drafts or not self._pace_s or not self._draft.known:
             # The first round of all shows what a plain step costs.
-            return Plan(FIRST_LOOKAHEAD if drafts and self._pace_s else 0, 1.0, 0.0)
+            trust = 1.0 if seen is None else seen.trust
+            return Plan(FIRST_LOOKAHEAD if drafts and self._pace_s else 0, 1.0, 0.0, trust=trust)
+        seen = Seen() if seen is None else seen
+        a, doubt = self._here(seen)
+        best, rate = self._best(a)
+        cost = rate * (self._target.step(best) + self._draft.step())
+        value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
+        self._lookahead, self._rate = best, rate
+        if best and self._now - self._plain_at > REFRESH:
+            return Plan(0, rate, 0.0, silent=True, acceptance=a, trust=seen.trust)
+        lookahead = self._probe(best)
+        if not lookahead and room >= HOPE_ROOM and self._best(a + doubt)[0]:
+            lookahead = PROBE_LOOKAHEAD
+        return Plan(lookahead, rate, value, acceptance=a, trust=seen.trust)
+
+    def _best(self, acceptance: float) -> tuple[int, float]:
+        """The best lookahead at an acceptance rate, and its expected tokens per plain step; 0 and 1: plain decoding."""
         best, rate = 0, 1.0
         kept, tokens = 1.0, 1.0
-        pooled = self.acceptance
         for k in range(1, MAX_LOOKAHEAD + 1):
-            kept *= self._positions[k - 1].mean(pooled, 10.0)
+            kept *= self._acceptance_at(k - 1, acceptance)
             tokens += kept
-            this = tokens / (self._verify(k) + self._draft.at(k))
+            this = tokens / (self._target.at(k) + self._draft.at(k))
             if this > rate:
                 best, rate = k, this
             elif kept < 0.05:
                 break
-        a, cost = self.acceptance, rate * (self._verify_step() + self._draft.step())
-        value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
-        self._lookahead, self._rate = best, rate
-        if best and self._now - self._plain_at > REFRESH:
-            return Plan(0, rate, 0.0, silent=True)
-        return Plan(self._probe(best), rate, value)
+        return best, rate
+
+    def _here(self, seen: Seen) -> tuple[float, float]:
+        """Estimated acceptance in a request, and its standard deviation."""
+        strength = self._levels[seen.frozen].alike
+        n = strength + seen.positions
+        a = (strength * self._usual(seen.frozen) + seen.acceptance) / n
+        return a, (max(0.0, a * (1 - a)) / (n + 1)) ** 0.5
+
+    def _usual(self, frozen: bool) -> float:
+        """Estimated acceptance of one of the two; what is known of the other one is the best guess where nothing was seen."""
+        return self._pooled[frozen].mean(self._pooled[not frozen].mean(0.5))
 
     def _probe(self, best: int) -> int:
         """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
@@ -168,38 +197,45 @@ class Governor:
         self.decisions.probes += 1
         return PROBE_LOOKAHEAD
 
-    def _verify(self, k: int) -> float:
-        """Time of verifying k drafted tokens, in plain steps."""
-        if k == 0:
-            return 1.0
-        return max(1.0, self._target.at(k)) if self._target.known else 1.1 + 0.05 * k
+    def neural_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
+        """Whether the neural draft should draft the token at `position`, all before it being kept with chance `survival`.
 
-    def _verify_step(self) -> float:
-        return self._target.step() if self._target.known else 0.05
-
-    def neural_pays(self, plan: Plan, position: int, survival: float) -> bool:
-        """Whether the neural draft should draft the token at `position`, all before it being kept with chance `survival`."""
+        Args:
+            begun: whether it has drafted in this round already. The first time it has to read what was kept of the last one.
+        """
         if position == 0 or not self._draft.known:
             return position < plan.lookahead
         if not plan.lookahead or position >= MAX_LOOKAHEAD:
             return False
-        cost = plan.rate * (self._draft.step() + self._verify_step())
-        return survival * self._acceptance_at(position) > cost
+        cost = plan.rate * (self._drafting(begun) + self._target.step(position))
+        return survival * self._acceptance_at(position, plan.acceptance) > cost
 
-    def memory_pays(self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool) -> bool:
+    def _drafting(self, begun: bool) -> float:
+        return self._draft.step() if begun else self._draft.at(1)
+
+    def memory_pays(
+        self,
+        plan: Plan,
+        position: int,
+        survival: float,
+        found: Continuation | None,
+        neural: bool,
+        begun: bool = False,
+    ) -> bool:
         """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's."""
         if found is None or position >= MAX_MEMORY or not self._pace_s or plan.silent:
             return False
-        a = self.memory_acceptance(found)
-        more = self._verify(1) - 1 if position == 0 else self._verify_step()
+        a = self.memory_acceptance(found, position == 0, plan.trust)
+        more = self._target.step(position)
         gain = survival * a * (1 + plan.value) - plan.rate * more
         if gain <= 0:
             return position == 0 and not neural and self._recalls_anyway()
         self._recall_after = FIRST_PROBE
         if not neural:
             return True
-        step = self._draft.at(1) if position == 0 else self._draft.step()
-        other = survival * self._acceptance_at(position) * (1 + plan.value) - plan.rate * (more + step)
+        other = survival * self._acceptance_at(position, plan.acceptance) * (1 + plan.value) - plan.rate * (
+            more + self._drafting(begun)
+        )
         return gain >= other
 
     def _recalls_anyway(self) -> bool:
@@ -212,11 +248,14 @@ class Governor:
 
     @property
     def acceptance(self) -> float:
-        """Estimated acceptance rate of the neural draft."""
-        return self._pooled.mean(0.5)
+        """Estimated acceptance rate of the neural draft, as it served last."""
+        return self._usual(self._latest)
 
-    def _acceptance_at(self, position: int) -> float:
-        return self._positions[min(position, MAX_LOOKAHEAD - 1)].mean(self.acceptance, 10.0)
+    def _acceptance_at(self, position: int, here: float) -> float:
+        """Estimated acceptance at a position of a round, where it is `here` on average."""
+        general = max(self.acceptance, 0.01)
+        place = self._positions[min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
+        return min(0.99, here * place / general)
 
     def confident(self, confidence: float) -> tuple[tuple[int, ...], float]:
         """The key of a law whose most probable token has this probability, and its estimated acceptance."""
@@ -225,25 +264,41 @@ class Governor:
         prior = 0.5 * (confidence + self.acceptance)
         return (key,), prior if share is None else share.mean(prior)
 
-    def memory_acceptance(self, found: Continuation) -> float:
-        """Estimated acceptance of the memory's answer."""
-        length, share, support = key = self.memory_key(found)
+    def memory_acceptance(self, found: Continuation, first: bool = False, trust: float = 1.0) -> float:
+        """Estimated acceptance of the memory's answer.
+
+        Args:
+            first: at the beginning of a round, behind a token of the target's own.
+            trust: of the request, see `Seen`.
+        """
+        return min(0.99, trust * self._memory_usual(self.memory_key(found, first)))
+
+    def _memory_usual(self, key: tuple[int, ...]) -> float:
+        length, share, support, first = key
         prior = UNANIMOUS_PRIORS[support] if share == len(SHARE_EDGES) else SHARE_PRIORS[share]
-        prior *= 0.6 if length == 0 else 1.0
+        prior *= (0.6 if length == 0 else 1.0) * (0.85 if first else 1.0)
         seen = self._memory.get(key)
         return prior if seen is None else seen.mean(prior)
 
     @staticmethod
-    def memory_key(found: Continuation) -> tuple[int, int, int]:
-        """Bins of match length, share of the most probable token, and how many occurrences voted."""
+    def memory_key(found: Continuation, first: bool = False) -> tuple[int, int, int, bool]:
+        """Bins of match length, share of the most probable token, and how many occurrences voted; `first` in a round."""
         return (
             _bin(found.length, LENGTH_EDGES),
             _bin(found.probs[0], SHARE_EDGES),
             _bin(found.support, SUPPORT_EDGES),
+            first,
         )
 
-    def observe(self, drafted: Sequence[Drafted], overlaps: Sequence[float], draft_s: float, target_s: float) -> None:
-        """Takes in one round: what was drafted, Σ min(p, q) at its verified positions, and its times."""
+    def observe(
+        self,
+        drafted: Sequence[Drafted],
+        overlaps: Sequence[float],
+        draft_s: float,
+        target_s: float,
+        seen: Seen | None = None,
+    ) -> None:
+        """Takes in one round: what was drafted, Σ min(p, q) at its verified positions, and its times; notes it in `seen`."""
         k = len(drafted)
         steps = sum(d.source == "neural" for d in drafted)
         memory = k - steps
@@ -255,18 +310,25 @@ class Governor:
         if 0 < target_s < float("inf") and 0 <= draft_s < float("inf"):
             self._time(k, steps, draft_s, target_s)
         weight = PROBE_WEIGHT if self._probing else 1.0
+        if seen is not None:
+            self._latest = seen.frozen
         tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "neural"]
         if self._probing and tried and statistics.mean(tried) > self.acceptance + 0.2:
             self._probe_rounds = 2  # better than believed: look on until it is believed, or was luck
+        if seen is not None:
+            seen.acceptance += sum(tried)
+            seen.positions += len(tried)
         for d, overlap in zip(drafted, overlaps, strict=False):
             if d.source == "neural":
-                self._pooled.add(overlap, weight)
-                self._live.append(overlap)
+                self._pooled[self._latest].add(overlap, weight)
                 self._positions[min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
                 self._confidence.setdefault(d.key[0], Share()).add(overlap)
             else:
+                if seen is not None:
+                    seen.expected += self._memory_usual(d.key)
+                    seen.right += overlap
                 self._memory.setdefault(d.key, Share()).add(overlap)
-        self._earn(draft_s + target_s)
+        self.effort.earn(draft_s + target_s)
 
     def _time(self, k: int, steps: int, draft_s: float, target_s: float) -> None:
         """Takes in the times of a round that verified k tokens, `steps` of them drafted by the neural draft."""
@@ -274,7 +336,7 @@ class Governor:
             if not k:
                 self._pace_s = target_s
             return
-        ratio = target_s / (self._pace_s * self._verify(k))
+        ratio = target_s / (self._pace_s * self._target.at(k))
         if k:
             self._target.add(k, target_s / self._pace_s)
         if steps and draft_s:
@@ -286,7 +348,7 @@ class Governor:
         self.decisions.acceptance = self.acceptance
         if self._pace_s:
             self.decisions.draft_step = self._draft.step()
-            self.decisions.verify_step = self._verify_step()
+            self.decisions.verify_step = self._target.step(FIRST_LOOKAHEAD)
         if self._fixed != "auto":
             self.decisions.drafting = f"lookahead={self._fixed} was asked for"
         elif not self._drafts:
@@ -300,104 +362,90 @@ class Governor:
 
     # Learning
 
-    def _earn(self, seconds: float) -> None:
-        if 0 < seconds < float("inf"):
-            self._bank_s += self._budget * self.decisions.effort * seconds
-            if self._step_s:
-                self._bank_s = min(self._bank_s, 2 * (1 + self._passes) * self._step_s)
+    # Learning
 
-    def affordable_steps(self) -> int:
-        """Gradient steps that the bank can pay for now: one on what is new, the others on what is remembered."""
-        step = self._step_s
-        if not step:
-            return 1 + self._passes
-        steps = min(int(self._bank_s / step), 1 + self._passes)
-        return 0 if steps < min(2, 1 + self._passes) else steps
-
-    def spent(self, seconds: float, steps: int) -> None:
-        """Learning took so many seconds for so many gradient steps."""
-        if not 0 <= seconds < float("inf"):
-            return
-        price = self._step_s
-        if price:  # a stall is no reason to stop learning for long
-            seconds = min(seconds, 10 * max(steps, 1) * price)
-        self._bank_s = max(self._bank_s - seconds, -2 * (1 + self._passes) * price if price else -seconds)
-        if steps:
-            self._steps_s.append(seconds / steps)
-            self._step_s = statistics.median(self._steps_s)
-
-    def compares(self) -> bool:
-        """Whether this update should look at the frozen draft too: always while the two are close, else now and then."""
+    def compares(self, preference: float) -> bool:
+        """Whether this update should look at the frozen draft too: always while the two are close, else every other time."""
         self._compared += 1
-        return self._advantage.mean(0.0, 1.0) < 0.05 or self._compared % 4 == 0
+        return abs(self._advantage(preference)) < 0.05 or self._compared % 2 == 0
 
-    def shadow(self, learned: float, frozen: float | None, n: int, updates: bool = True) -> None:
-        """Acceptance on n new tokens that the draft has not learned from, and the frozen draft's on the same ones.
+    def frozen_serves(self, preference: float) -> bool:
+        """Whether the original draft is the better one for a request.
 
         Args:
-            updates: whether it learns from them now.
+            preference: log-likelihood per token of its prompt under the learned draft, minus that under the frozen one.
+                Experience with such prompts counts more, where there is any.
         """
-        if not n or not all(math.isfinite(a) for a in (learned, frozen) if a is not None):
+        advantage = self._advantage(preference)
+        return advantage < -0.02 if preference >= 0 else advantage < 0.02
+
+    def _advantage(self, preference: float) -> float:
+        """Acceptance of the learned draft minus the frozen one's, of late, in requests whose prompts spoke for the same one."""
+        found = self._advantages[preference >= 0]
+        return sum(found) / (len(found) + 1)
+
+    def shadow(
+        self,
+        learned: Sequence[float],
+        frozen: Sequence[float] | None,
+        recalled: Sequence[float] = (),
+        updates: bool = True,
+        preference: float = 0.0,
+    ) -> None:
+        """Acceptance at new positions that the draft has not learned from, and the frozen draft's at the same ones.
+
+        Args:
+            recalled: estimated acceptance of the memory's answers there, 0 where it has none; nothing: no memory.
+            updates: whether the draft learns from them now.
+            preference: of the prompt, see `frozen_serves`.
+        """
+        n = len(learned)
+        if not n or not all(map(math.isfinite, (*learned, *(frozen or ())))):
             return  # a draft whose logits are not finite teaches nothing
+        served, bucket = learned, False
         if frozen is not None:
-            self._advantage.add(learned - frozen)
-            advantage = self._advantage.mean(0.0, 1.0)
-            if self.decisions.serves_frozen and advantage > 0.0:
-                self.decisions.serves_frozen = False
-            elif not self.decisions.serves_frozen and advantage < -0.02:
-                self.decisions.serves_frozen = True
-        served = frozen if self.decisions.serves_frozen and frozen is not None else learned
+            self._advantages[preference >= 0].append(statistics.mean(learned) - statistics.mean(frozen))
+            if self.frozen_serves(preference):
+                served, bucket = frozen, True
+            if updates:
+                recalled = recalled if len(recalled) == n else [0.0] * n
+                self.effort.compared(_beside(served, recalled) / _beside(frozen, recalled))
+        acceptance = statistics.mean(served)
         weight = min(n, 64) / 2  # neighbouring tokens say less than as many rounds would
-        self._pooled.add(served, weight)
+        self._pooled[bucket].add(acceptance, weight)
+        self._latest = bucket
         for share in (*self._positions, *self._confidence.values()):
             share.fade(weight)
         if self._unseen:
-            self._see(served)
-        if updates:
-            self._window.append(_tokens_per_round(learned))
-            if len(self._window) >= self._window_size:
-                self._look_back()
+            self._see(acceptance, n, bucket)
 
-    def request_ended(self, new_tokens: int) -> bool:
+    def request_ended(self, new_tokens: int, seen: Seen | None = None) -> bool:
         """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it."""
         self._report()
-        if len(self._live) >= LIVE_LEAST:
+        if seen is not None and seen.positions >= LIVE_LEAST:
             self._unseen = 0
-            self._see(statistics.mean(self._live))
+            self._see(seen.acceptance / seen.positions, seen.positions, seen.frozen)
         else:
             self._unseen += 1
-        self._live.clear()
         for share in self._memory.values():
             share.fade(1)  # an answer that was wrong in one domain gets a chance in the next
         # At once, while the stream may have changed; then now and then.
         unseen = 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
-        return unseen and new_tokens >= LIVE_LEAST and self._bank_s >= -self._step_s
+        return unseen and new_tokens >= LIVE_LEAST and self.effort.looks()
 
-    def _see(self, acceptance: float) -> None:
-        if self._level.fell(acceptance):
-            self._wake()
+    def _see(self, acceptance: float, positions: int, frozen: bool) -> None:
+        """Takes in the acceptance of a request, known from so many positions."""
+        first = not any(level.known for level in self._levels.values())
+        if self._levels[frozen].fell(acceptance, positions):
+            self.effort.wake("acceptance has fallen, the stream has changed")
+        elif first and acceptance < LOW_ACCEPTANCE:
+            self.effort.wake(f"acceptance begins at {acceptance:.2f}, there is much to learn")
 
-    def _look_back(self) -> None:
-        """Lowers the effort where the last window did not pay for itself, raises it where it did."""
-        now = statistics.mean(self._window)
-        doubt = statistics.stdev(self._window) * (2 / len(self._window)) ** 0.5  # of the difference of two such means
-        effort, share = self.decisions.effort, self._budget * self.decisions.effort
-        if self._before:
-            self._window_size = min(2 * self._window_size, LAST_WINDOW)
-            gain = now / self._before - 1
-            pays = gain - doubt / now > share / 2
-            self.decisions.effort = min(1.0, EFFORT_STEP * effort) if pays else max(LEAST_EFFORT, effort / EFFORT_STEP)
-            self.decisions.learning = (
-                f"the last {len(self._window)} updates changed the tokens per round by {gain:+.1%}, "
-                f"at {share:.1%} of the time: effort {self.decisions.effort:.3g}"
-            )
-        self._before, self._window = now, []
 
-    def _wake(self) -> None:
-        self.decisions.effort = 1.0
-        self.decisions.learning = "acceptance has fallen: the stream has changed, full effort"
-        # A change is evidence that there is something to learn: it is given more time than a beginning.
-        self._window, self._window_size, self._before = [], 2 * FIRST_WINDOW, 0.0
+def _beside(neural: Sequence[float], recalled: Sequence[float]) -> float:
+    """Tokens per round where at every position the memory drafts if it is likelier to be right than the draft usually is."""
+    usual = statistics.mean(neural)
+    return _tokens_per_round(statistics.mean(r if r > usual else a for a, r in zip(neural, recalled, strict=True)))
 
 
 def _tokens_per_round(acceptance: float, lookahead: int = 4) -> float:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from .governor import Decisions
-
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
@@ -59,6 +57,24 @@ class Counts:
     def add(self, other: Counts) -> None:
         for f in fields(Counts):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class Decisions:
+    """What the governor decided since the draft was made, and why it decides so now."""
+
+    rounds: dict[str, int] = field(
+        default_factory=lambda: {"plain": 0, "neural": 0, "memory": 0, "memory+neural": 0}
+    )  # by what was proposed
+    probes: int = 0
+    updates_put_off: int = 0  # requests whose feedback was only remembered: learning was not affordable
+    serves_frozen: bool = False  # the original draft served the latest request: what was learned does worse there
+    effort: float = 1.0  # part of update_budget that learning may use
+    acceptance: float = 0.0  # estimated, of the neural draft's first token
+    draft_step: float = 0.0  # time of one more drafted token over a plain target step
+    verify_step: float = 0.0  # time of one more verified position over a plain target step
+    drafting: str = "nothing was decided yet"
+    learning: str = "nothing was decided yet"
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from hf_onlinespec.estimates import Level, Share, Times
-from hf_onlinespec.governor import MAX_LOOKAHEAD, Drafted, Governor
+from hf_onlinespec.governor import MAX_LOOKAHEAD, Drafted, Governor, Seen
 from hf_onlinespec.memory import Continuation
 
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
@@ -38,17 +38,19 @@ class World:
         self.random = random.Random(seed)
         self.time_s = self.update_s = 0.0
         self.tokens = self.steps = self.request = 0
+        self.seen = Seen()
+        self.preference = 0.0  # prompts tell nothing
 
     def noisy(self, seconds: float) -> float:
         return seconds * math.exp(self.random.gauss(0, self.noise))
 
     def round(self, room: int, fixed: int | None) -> int:
         learned, frozen = self.alpha(self.request, self.steps)
-        a = frozen if self.governor.decisions.serves_frozen else learned
+        a = frozen if self.governor.frozen_serves(self.preference) else learned
         drafted: list[Drafted] = []
         chances: list[float] = []
         if fixed is None:
-            plan = self.governor.plan()
+            plan = self.governor.plan(seen=self.seen, room=room)
             survival = 1.0
             while len(drafted) < room and self.governor.neural_pays(plan, len(drafted), survival):
                 confidence = min(0.99, max(0.01, self.random.gauss(a, 0.2)))
@@ -68,12 +70,13 @@ class World:
         target_s = self.noisy(1.0 if k == 0 else 1.1 + 0.045 * k)
         self.time_s += draft_s + target_s
         if fixed is None:
-            self.governor.observe(drafted, overlaps, draft_s, target_s)
+            self.governor.observe(drafted, overlaps, draft_s, target_s, self.seen)
         return 1 + int(sum(overlaps))
 
     def run(self, requests: int, fixed: int | None = None, tokens: int = TOKENS) -> float:
         """Tokens per second."""
         for _ in range(requests):
+            self.seen = Seen()
             left = tokens
             while left > 0:
                 got = self.round(left - 1, fixed)
@@ -85,24 +88,25 @@ class World:
         return self.tokens / self.time_s
 
     def learn(self) -> None:
-        unseen = self.governor.request_ended(TOKENS)
-        steps = self.governor.affordable_steps()
+        unseen = self.governor.request_ended(TOKENS, self.seen)
+        steps = self.governor.effort.affordable_steps()
         if not steps and not unseen:
             return
-        learned, frozen = (min(1.0, max(0.0, self.random.gauss(a, 0.05))) for a in self.alpha(self.request, self.steps))
+        draws = [self.random.random() for _ in range(TOKENS)]  # both do well on the same tokens
+        learned, frozen = ([float(u < a) for u in draws] for a in self.alpha(self.request, self.steps))
         if not steps:
-            self.governor.shadow(learned, frozen, TOKENS, updates=False)
+            self.governor.shadow(learned, frozen, updates=False, preference=self.preference)
             self.time_s += LOOK
             self.update_s += LOOK
-            self.governor.spent(LOOK, 0)
+            self.governor.effort.looked(LOOK)
             return
-        compares = self.governor.compares()
-        self.governor.shadow(learned, frozen if compares else None, TOKENS)
+        compares = self.governor.compares(self.preference)
+        self.governor.shadow(learned, frozen if compares else None, preference=self.preference)
         seconds = self.noisy(steps * STEP + compares)
         self.steps += steps
         self.time_s += seconds
         self.update_s += seconds
-        self.governor.spent(seconds, steps)
+        self.governor.effort.spent(seconds, steps)
 
 
 def best_static(alpha: Callable[[int, int], tuple[float, float]], requests: int, draft_step: float = 0.15) -> float:
@@ -135,7 +139,7 @@ def test_learns_in_the_shadow_and_is_switched_on_when_it_pays() -> None:
     world = World(unseen)
     world.run(8)
     early = dict(world.governor.decisions.rounds)
-    assert early["plain"] > 20 * early["neural"]  # while it is useless, it hardly drafts
+    assert early["plain"] > 10 * early["neural"]  # while it is useless, it hardly drafts
     world.run(150)
     before = dict(world.governor.decisions.rounds)
     world.run(20)
@@ -166,12 +170,40 @@ def test_a_changed_stream_wakes_the_learner() -> None:
 def test_the_frozen_draft_serves_while_the_learned_one_is_worse() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(8):
-        assert governor.compares()
-        governor.shadow(0.5, 0.6, TOKENS)
-    assert governor.decisions.serves_frozen and abs(governor.acceptance - 0.6) < 0.05
+        governor.shadow([0.5] * TOKENS, [0.6] * TOKENS)
+    assert governor.frozen_serves(0.0) and abs(governor.acceptance - 0.6) < 0.05
     for _ in range(12):
-        governor.shadow(0.7, 0.6, TOKENS)
-    assert not governor.decisions.serves_frozen
+        governor.shadow([0.7] * TOKENS, [0.6] * TOKENS)
+    assert not governor.frozen_serves(0.0)
+
+
+def test_the_prompt_tells_who_serves_unless_experience_says_otherwise() -> None:
+    governor = Governor(BUDGET, PASSES)
+    assert governor.frozen_serves(-0.5) and not governor.frozen_serves(0.5)
+    for _ in range(4):
+        governor.shadow([0.7] * TOKENS, [0.2] * TOKENS, preference=0.5)
+    assert governor.frozen_serves(-0.5) and not governor.frozen_serves(
+        0.5
+    )  # another kind of prompt: nothing was learned about it
+    for _ in range(4):
+        governor.shadow([0.7] * TOKENS, [0.2] * TOKENS, preference=-0.5)
+    assert not governor.frozen_serves(-0.5)
+    for _ in range(4):
+        governor.shadow([0.2] * TOKENS, [0.7] * TOKENS, preference=0.5)
+    assert governor.frozen_serves(0.5) and not governor.frozen_serves(-0.5)
+
+
+def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
+    governor, seen = Governor(BUDGET, PASSES), Seen()
+    answer = found(12, 1.0)
+    usual = governor.memory_acceptance(answer)
+    key = governor.memory_key(answer)
+    for _ in range(12):
+        governor.observe([Drafted("memory", 1, key)], [0.0], 0.0, 1.0, seen)
+        governor.observe([Drafted("memory", 1, key)], [1.0], 0.0, 1.0)  # other requests
+    assert seen.trust < 0.4
+    assert governor.memory_acceptance(answer, trust=seen.trust) < 0.5 * usual
+    assert governor.plan(drafts=False, seen=seen).trust == seen.trust and governor.plan(drafts=False).trust == 1.0
 
 
 def test_a_draft_slower_than_the_target_is_left_alone() -> None:
@@ -202,11 +234,11 @@ def test_a_clock_that_jumps(seconds: float) -> None:
     world = World(lambda request, steps: (0.7, 0.7))
     world.run(20)
     world.governor.observe([Drafted("neural", 0, (3,))], [1.0], seconds, seconds)
-    world.governor.spent(seconds, 1)
+    world.governor.effort.spent(seconds, 1)
     for _ in range(3):
         plan = world.governor.plan()
         assert 0 <= plan.lookahead <= MAX_LOOKAHEAD and math.isfinite(plan.rate) and plan.rate > 0
-        assert world.governor.affordable_steps() in range(2 + PASSES)
+        assert world.governor.effort.affordable_steps() in range(2 + PASSES)
     before = dict(world.governor.decisions.rounds)
     world.run(10)
     after = world.governor.decisions.rounds
@@ -221,7 +253,7 @@ def test_one_stall_switches_nothing_off() -> None:
     def memory_round(seconds: float) -> bool:
         plan = governor.plan(drafts=False)
         speaks = governor.memory_pays(plan, 0, 1.0, answer, neural=False)
-        drafted = [Drafted("memory", 0, governor.memory_key(answer))] if speaks else []
+        drafted = [Drafted("memory", 0, governor.memory_key(answer, first=True))] if speaks else []
         governor.observe(drafted, [1.0] * speaks, 0.0, seconds * (1.1 if speaks else 1.0))
         return speaks
 
@@ -232,11 +264,11 @@ def test_one_stall_switches_nothing_off() -> None:
     world = World(lambda request, steps: (0.8, 0.8))
     world.run(3)
     world.governor.observe([Drafted("neural", i, (3,)) for i in range(9)], [1.0] * 9, 30.0, 40.0)
-    world.governor.spent(600.0, 1)
+    world.governor.effort.spent(600.0, 1)
     plan = world.governor.plan()
     assert plan.lookahead > 0 and 1 < plan.rate < 4
     before = world.steps
-    world.run(30)
+    world.run(60)
     assert world.steps > before and world.tokens / world.time_s > 1.1
 
 
@@ -277,9 +309,9 @@ def test_a_draft_that_has_become_good_is_found_again_without_learning(seed: int)
 def test_what_is_not_a_number_is_not_taken_in() -> None:
     governor = Governor(BUDGET, PASSES)
     for learned, frozen in ((math.nan, 0.5), (0.5, math.nan), (math.nan, None)):
-        governor.shadow(learned, frozen, TOKENS)
-    governor.shadow(0.6, 0.5, TOKENS)
-    assert 0.5 < governor.acceptance < 0.7 and not governor.decisions.serves_frozen
+        governor.shadow([0.5, learned], None if frozen is None else [0.5, frozen])
+    governor.shadow([0.6] * TOKENS, [0.5] * TOKENS)
+    assert 0.5 < governor.acceptance < 0.7 and not governor.frozen_serves(0.0)
 
 
 def test_rounds_of_nothing_and_requests_of_one_token() -> None:
@@ -289,9 +321,9 @@ def test_rounds_of_nothing_and_requests_of_one_token() -> None:
         assert plan.lookahead >= 0
         governor.observe((), (), 0.0, 0.0)
         governor.request_ended(1)
-        governor.shadow(1.0, None, 0)
-        governor.spent(0.0, 0)
-    assert governor.decisions.rounds["plain"] == 50 and not governor.decisions.serves_frozen
+        governor.shadow([], None)
+        governor.effort.spent(0.0, 0)
+    assert governor.decisions.rounds["plain"] == 50 and not governor.frozen_serves(0.0)
 
 
 def test_the_same_story_gives_the_same_decisions() -> None:
@@ -308,12 +340,14 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
     for _ in range(5):
         governor.observe((), (), 0.0, 1.0)
     for length, right in ((4, 0.0), (12, 1.0)):
-        key = governor.memory_key(found(length, 1.0))
+        key = governor.memory_key(found(length, 1.0), first=True)
         for _ in range(40):
             governor.observe([Drafted("memory", 0, key)], [right], 0.0, 1.2)
     plan = governor.plan(drafts=False)
     assert plan.lookahead == 0
-    assert governor.memory_acceptance(found(12, 1.0)) > 0.9 > 0.2 > governor.memory_acceptance(found(4, 1.0))
+    assert (
+        governor.memory_acceptance(found(12, 1.0), True) > 0.9 > 0.2 > governor.memory_acceptance(found(4, 1.0), True)
+    )
     assert governor.memory_pays(plan, 0, 1.0, found(12, 1.0), neural=False)
     assert not governor.memory_pays(plan, 0, 1.0, found(4, 1.0), neural=False)
     assert not governor.memory_pays(plan, 5, 0.01, found(12, 1.0), neural=False)  # hardly ever gets that far
@@ -330,7 +364,7 @@ def test_a_memory_that_has_become_right_is_asked_again() -> None:
         spoke = 0
         for _ in range(n):
             speaks = governor.memory_pays(governor.plan(drafts=False), 0, 1.0, answer, neural=False)
-            drafted = [Drafted("memory", 0, governor.memory_key(answer))] if speaks else []
+            drafted = [Drafted("memory", 0, governor.memory_key(answer, first=True))] if speaks else []
             governor.observe(drafted, [right] * speaks, 0.0, 1.2 if speaks else 1.0)
             spoke += speaks
         return spoke
@@ -351,7 +385,7 @@ def test_memory_or_neural_by_what_each_brings() -> None:
     good, bad = found(12, 1.0), found(2, 0.4)
     for share, answer in ((1.0, good), (0.0, bad)):
         for _ in range(40):
-            governor.observe([Drafted("memory", 0, governor.memory_key(answer))], [share], 0.0, 1.1)
+            governor.observe([Drafted("memory", 0, governor.memory_key(answer, first=True))], [share], 0.0, 1.1)
     assert governor.memory_pays(plan, 0, 1.0, good, neural=True)
     assert not governor.memory_pays(plan, 0, 1.0, bad, neural=True)
 

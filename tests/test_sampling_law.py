@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
-from hf_onlinespec.governor import Governor, Plan
+from hf_onlinespec.governor import Governor, Plan, Seen
 from hf_onlinespec.memory import Continuation
 
 from .conftest import tiny_llama
@@ -118,13 +118,21 @@ class Whims(Governor):
 
     whim = random.Random(3)
 
-    def plan(self, drafts: bool = True) -> Plan:
+    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0) -> Plan:
         return Plan(self.whim.randrange(4) if drafts else 0, 1.0, 0.0)
 
-    def neural_pays(self, plan: Plan, position: int, survival: float) -> bool:
+    def neural_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
         return position < plan.lookahead and survival > self.whim.uniform(0.0, 0.6)
 
-    def memory_pays(self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool) -> bool:
+    def memory_pays(
+        self,
+        plan: Plan,
+        position: int,
+        survival: float,
+        found: Continuation | None,
+        neural: bool,
+        begun: bool = False,
+    ) -> bool:
         return found is not None and position < 4 and self.whim.random() < 0.6
 
     def affordable_steps(self) -> int:

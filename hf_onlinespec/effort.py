@@ -1,0 +1,109 @@
+"""How much learning is worth: gradient steps are paid from a share of the decoding time, and have to bring something for it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+from .estimates import WINDOW
+from .metrics import Decisions
+
+FIRST_WINDOW, LAST_WINDOW = 4, 64  # comparisons between two looks at what learning gained
+EFFORT_STEP, FIRST_EFFORT, LEAST_EFFORT = 4.0, 1 / 4, 1 / 16
+LOOK_SHARE = 0.005  # of the time, for looks at requests in which the draft neither drafts nor learns
+
+
+class Effort:
+    """A bank that earns `budget · effort` of the decoding time and pays for gradient steps.
+
+    Over windows of doubling length, learning has to gain half of what it costs (the stream is taken to go on for as long as
+    it has lasted), else the effort is cut. A beginning is worth a quarter, full effort is for a stream that has changed.
+
+    Args:
+        budget: largest share of the time that learning may take.
+        passes: most gradient steps on remembered requests after one request.
+        decisions: where the effort and the reason for it are written.
+    """
+
+    def __init__(self, budget: float, passes: int, decisions: Decisions) -> None:
+        self._budget, self._passes, self._decisions = budget, passes, decisions
+        decisions.effort = FIRST_EFFORT
+        self._bank_s = 0.0
+        self._steps_s: deque[float] = deque(maxlen=WINDOW)
+        self._step_s = 0.0  # their median: what a gradient step costs
+        self._looks_s: deque[float] = deque(maxlen=WINDOW)
+        self._since_look_s = 0.0
+        self._window: list[float] = []
+        self._window_size, self._before = FIRST_WINDOW, 0.0
+
+    def earn(self, seconds: float) -> None:
+        """So much time was spent on decoding."""
+        if 0 < seconds < float("inf"):
+            self._since_look_s += seconds
+            self._bank_s += self._budget * self._decisions.effort * seconds
+            if self._step_s:
+                self._bank_s = min(self._bank_s, 2 * (1 + self._passes) * self._step_s)
+
+    def affordable_steps(self) -> int:
+        """Gradient steps that the bank can pay for now: one on what is new, the others on what is remembered."""
+        step = self._step_s
+        if not step:
+            return 1 + self._passes
+        steps = min(int(self._bank_s / step), 1 + self._passes)
+        return 0 if steps < min(2, 1 + self._passes) else steps
+
+    def spent(self, seconds: float, steps: int) -> None:
+        """Learning took so many seconds for so many gradient steps."""
+        if not 0 <= seconds < float("inf"):
+            return
+        price = self._step_s
+        if price:  # a stall is no reason to stop learning for long
+            seconds = min(seconds, 10 * max(steps, 1) * price)
+        self._bank_s = max(self._bank_s - seconds, -(1 + self._passes) * price if price else -seconds)
+        if steps:
+            self._steps_s.append(seconds / steps)
+            self._step_s = statistics.median(self._steps_s)
+
+    def looks(self) -> bool:
+        """Whether a look at a request is affordable."""
+        return not self._looks_s or LOOK_SHARE * self._since_look_s >= statistics.median(self._looks_s)
+
+    def looked(self, seconds: float) -> None:
+        """A look at a request took so long."""
+        if 0 <= seconds < float("inf"):
+            self._looks_s.append(seconds)
+            self._since_look_s = 0.0
+
+    def compared(self, worth: float) -> None:
+        """Takes in tokens per round with what was learned over tokens per round without, on the same tokens."""
+        if not math.isfinite(worth):
+            return
+        self._window.append(worth)
+        if len(self._window) < self._window_size:
+            return
+        now = statistics.mean(self._window)
+        doubt = statistics.stdev(self._window) * (2 / len(self._window)) ** 0.5 / now  # of two such means' ratio
+        if self._before:
+            self._judge(now / self._before - 1, doubt)
+            self._window_size = min(2 * self._window_size, LAST_WINDOW)
+        self._before, self._window = now, []
+
+    def _judge(self, gain: float, doubt: float) -> None:
+        """Raises the effort where the last window paid for itself; lowers it where it did not, or nothing shows that it did."""
+        effort = self._decisions.effort
+        share = self._budget * effort
+        if gain - doubt > share / 2:
+            self._decisions.effort = min(1.0, EFFORT_STEP * effort)
+        elif effort > FIRST_EFFORT or gain + doubt < share / 2:
+            self._decisions.effort = max(LEAST_EFFORT, effort / EFFORT_STEP)
+        self._decisions.learning = (
+            f"the last {len(self._window)} comparisons show a gain of {gain:+.1%} (±{doubt:.1%}) in tokens per round, "
+            f"at {share:.1%} of the time: effort {self._decisions.effort:.3g}"
+        )
+
+    def wake(self, reason: str) -> None:
+        """Full effort: there is something to learn."""
+        self._decisions.effort = 1.0
+        self._decisions.learning = f"{reason}: full effort"
+        self._window, self._window_size, self._before = [], FIRST_WINDOW, 0.0
