@@ -142,7 +142,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._frozen = False  # whether the original draft serves this request
         self._cached = 0  # tokens in the draft's cache
         self._began = True  # whether this round is the draft's first
-        self._compares = learn and self._neural is not None and self._settings.update_every == "auto"
+        # Only where learning is affordable is the memory asked what it would have said.
+        governed = learn and self._neural is not None and self._settings.update_every == "auto"
+        self._compares = governed and self._affordable_steps() > 0
         self._tokens: Tensor | None = None  # (batch, L) the request so far, on the draft's device
         self._prompt = 0  # how much of it was there before
         self._written: list[int] = []  # the first row of it, without padding
@@ -171,7 +173,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         plan = Plan(0, 1.0, 0.0)
         if most > 0:
             sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
-            if sees and most >= HOPE_ROOM:
+            with self._draft.lock:
+                asks = self._tokens is None and sees and most >= HOPE_ROOM and self._governor.asks_prompt()
+            if asks:
                 self._choose(input_ids)
             with self._draft.lock:
                 plan = self._governor.plan(sees, self._seen, most)
@@ -282,8 +286,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if self._own is None:
             self._own = SuffixMemory(min(self._max_length + 1, self._settings.memory_tokens))
         new = input_ids[0, self._padding + len(self._written) :].tolist()
-        prompt = not self._written
-        if prompt or not self._compares:
+        if not self._written or not self._compares:
             self._own.extend(new)
             self._written += new
             return
@@ -458,11 +461,13 @@ class OnlineCandidateGenerator(CandidateGenerator):
         dropped = any(keys.shape[-2] != self._cached for keys, _ in cache_tensors(self._cache))
         if dropped or self._frozen:
             prefix = 0  # a sliding window has dropped the start, or the frozen draft read it: read everything anew
-        if self._compares and self._own is not None:
+        recalled: list[float] | None = []
+        if self._own is not None and self._compares:
             self._read(self._tokens)
+            recalled = self._recalled[self._end - len(teachers[0]) - self._prompt : self._end - self._prompt]
+        elif self._own is not None:
+            recalled = None
         self._choose(self._tokens[:, : self._prompt])
-        first = self._end - len(teachers[0]) - self._prompt
-        recalled = self._recalled[first : self._end - self._prompt]
         self._neural.learn_segment(
             tokens,
             teachers,

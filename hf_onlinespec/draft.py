@@ -220,7 +220,7 @@ class OnlineDraft(MemoryDraft):
         mask: Tensor | None,
         counts: Counts,
         temperature: float = 1.0,
-        recalled: Sequence[float] = (),
+        recalled: Sequence[float] | None = (),
         preference: float = 0.0,
     ) -> None:
         """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
@@ -230,7 +230,7 @@ class OnlineDraft(MemoryDraft):
 
         Args:
             temperature: of the call that generated the tokens, 0 for greedy: the governor is told the acceptance there.
-            recalled: estimated acceptance of the memory's answers at the n tokens of one row; nothing: no memory.
+            recalled: estimated acceptance of the memory's answers at the n tokens of one row; (): no memory; None: not asked.
             preference: of the prompt for the learned draft.
         """
         n = len(teachers[0])
@@ -264,7 +264,7 @@ class OnlineDraft(MemoryDraft):
         learned: Tensor,
         frozen: Tensor | None,
         preference: float,
-        recalled: Sequence[float] = (),
+        recalled: Sequence[float] | None = (),
         updates: bool = True,
     ) -> None:
         still = None if frozen is None else frozen.tolist()

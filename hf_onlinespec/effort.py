@@ -9,9 +9,22 @@ from collections import deque
 from .estimates import WINDOW
 from .metrics import Decisions
 
-FIRST_WINDOW, LAST_WINDOW = 4, 64  # comparisons between two looks at what learning gained
+FIRST_WINDOW, LAST_WINDOW = 3, 64  # comparisons between two looks at what learning gained
 EFFORT_STEP, FIRST_EFFORT, LEAST_EFFORT = 4.0, 1 / 4, 1 / 16
 LOOK_SHARE = 0.005  # of the time, for looks at requests in which the draft neither drafts nor learns
+
+
+class _Part:
+    """The requests that one of the two drafts serves: the learned one or the frozen one."""
+
+    def __init__(self) -> None:
+        self.effort = FIRST_EFFORT
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was compared."""
+        self.window: list[float] = []
+        self.window_size, self.before = FIRST_WINDOW, 0.0
 
 
 class Effort:
@@ -19,6 +32,7 @@ class Effort:
 
     Over windows of doubling length, learning has to gain half of what it costs (the stream is taken to go on for as long as
     it has lasted), else the effort is cut. A beginning is worth a quarter, full effort is for a stream that has changed.
+    Requests that the frozen draft serves better are a part of the stream with an effort of its own (`frozen` below).
 
     Args:
         budget: largest share of the time that learning may take.
@@ -29,16 +43,16 @@ class Effort:
     def __init__(self, budget: float, passes: int, decisions: Decisions) -> None:
         self._budget, self._passes, self._decisions = budget, passes, decisions
         decisions.effort = FIRST_EFFORT
+        self._parts = {frozen: _Part() for frozen in (False, True)}
         self._bank_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
         self._step_s = 0.0  # their median: what a gradient step costs
         self._looks_s: deque[float] = deque(maxlen=WINDOW)
         self._since_look_s = 0.0
-        self._window: list[float] = []
-        self._window_size, self._before = FIRST_WINDOW, 0.0
 
-    def earn(self, seconds: float) -> None:
+    def earn(self, seconds: float, frozen: bool = False) -> None:
         """So much time was spent on decoding."""
+        self._decisions.effort = self._parts[frozen].effort
         if 0 < seconds < float("inf"):
             self._since_look_s += seconds
             self._bank_s += self._budget * self._decisions.effort * seconds
@@ -75,35 +89,37 @@ class Effort:
             self._looks_s.append(seconds)
             self._since_look_s = 0.0
 
-    def compared(self, worth: float) -> None:
+    def compared(self, worth: float, frozen: bool = False) -> None:
         """Takes in tokens per round with what was learned over tokens per round without, on the same tokens."""
         if not math.isfinite(worth):
             return
-        self._window.append(worth)
-        if len(self._window) < self._window_size:
+        part = self._parts[frozen]
+        part.window.append(worth)
+        if len(part.window) < part.window_size:
             return
-        now = statistics.mean(self._window)
-        doubt = statistics.stdev(self._window) * (2 / len(self._window)) ** 0.5 / now  # of two such means' ratio
-        if self._before:
-            self._judge(now / self._before - 1, doubt)
-            self._window_size = min(2 * self._window_size, LAST_WINDOW)
-        self._before, self._window = now, []
+        now = statistics.mean(part.window)
+        doubt = statistics.stdev(part.window) * (2 / len(part.window)) ** 0.5 / now  # of two such means' ratio
+        if part.before:
+            self._judge(part, now / part.before - 1, doubt)
+            part.window_size = min(2 * part.window_size, LAST_WINDOW)
+        part.before, part.window = now, []
 
-    def _judge(self, gain: float, doubt: float) -> None:
+    def _judge(self, part: _Part, gain: float, doubt: float) -> None:
         """Raises the effort where the last window paid for itself; lowers it where it did not, or nothing shows that it did."""
-        effort = self._decisions.effort
-        share = self._budget * effort
+        share = self._budget * part.effort
         if gain - doubt > share / 2:
-            self._decisions.effort = min(1.0, EFFORT_STEP * effort)
-        elif effort > FIRST_EFFORT or gain + doubt < share / 2:
-            self._decisions.effort = max(LEAST_EFFORT, effort / EFFORT_STEP)
+            part.effort = min(1.0, EFFORT_STEP * part.effort)
+        elif part.effort > FIRST_EFFORT or gain + doubt < share / 2:
+            part.effort = max(LEAST_EFFORT, part.effort / EFFORT_STEP)
+        self._decisions.effort = part.effort
         self._decisions.learning = (
-            f"the last {len(self._window)} comparisons show a gain of {gain:+.1%} (±{doubt:.1%}) in tokens per round, "
-            f"at {share:.1%} of the time: effort {self._decisions.effort:.3g}"
+            f"the last {len(part.window)} comparisons show a gain of {gain:+.1%} (±{doubt:.1%}) in tokens per round, "
+            f"at {share:.1%} of the time: effort {part.effort:.3g}"
         )
 
-    def wake(self, reason: str) -> None:
+    def wake(self, reason: str, frozen: bool = False) -> None:
         """Full effort: there is something to learn."""
-        self._decisions.effort = 1.0
+        part = self._parts[frozen]
+        part.effort = self._decisions.effort = 1.0
         self._decisions.learning = f"{reason}: full effort"
-        self._window, self._window_size, self._before = [], FIRST_WINDOW, 0.0
+        part.begin()

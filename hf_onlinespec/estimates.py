@@ -10,6 +10,7 @@ PRIOR = 4.0  # observations that a prior is worth
 WINDOW = 48  # recent times whose median counts
 SURE = 3  # times that make a measurement
 RECENT = 4  # values that are held against the ones before
+LEAST_FALL = 0.15  # requests of one domain differ so much by chance
 ALIKE_LEAST, ALIKE_MOST = 2.0, 50.0  # positions of a request that all others may be worth
 
 
@@ -127,9 +128,19 @@ class Level:
     """Request by request, a noisy acceptance: whether it has fallen, and how much requests are alike."""
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._begin()
+
+    def _begin(self) -> None:
         self._before, self._square = Share(0.95), Share(0.95)
         self._means, self._squares, self._positions = Share(0.9), Share(0.9), Share(0.9)
+        for value, positions in self._recent:
+            self._note(value, positions)
+
+    def _note(self, value: float, positions: int) -> None:
+        self._means.add(value)
+        self._squares.add(value * value)
+        self._positions.add(positions)
 
     @property
     def known(self) -> bool:
@@ -152,22 +163,20 @@ class Level:
     def fell(self, value: float, positions: int = 1) -> bool:
         """Takes in a request's acceptance, known from so many positions; whether the last few lie below what was before.
 
-        By three deviations of their mean. After a fall, the recent values are all that is known.
+        By three deviations of their mean, and by no less than `LEAST_FALL`. After a fall, the recent values are all that is known.
         """
-        self._means.add(value)
-        self._squares.add(value * value)
-        self._positions.add(positions)
-        self._recent.append(value)
+        self._note(value, positions)
+        self._recent.append((value, positions))
         if len(self._recent) <= RECENT:
             return False
-        old = self._recent.popleft()
+        old, _ = self._recent.popleft()
         self._before.add(old)
         self._square.add(old * old)
         mean = self._before.mean(0.0, 0.0)
         deviation = max(0.0, self._square.mean(0.0, 0.0) - mean * mean) ** 0.5
-        if self._before.weight < RECENT or statistics.mean(self._recent) > mean - max(
-            0.05, 3 * deviation / RECENT**0.5
+        if self._before.weight < RECENT + 1 or statistics.mean(v for v, _ in self._recent) > mean - max(
+            LEAST_FALL, 3 * deviation / RECENT**0.5
         ):
             return False
-        self._before, self._square = Share(0.95), Share(0.95)
+        self._begin()
         return True

@@ -328,7 +328,7 @@ class Governor:
                     seen.expected += self._memory_usual(d.key)
                     seen.right += overlap
                 self._memory.setdefault(d.key, Share()).add(overlap)
-        self.effort.earn(draft_s + target_s)
+        self.effort.earn(draft_s + target_s, self._latest)
 
     def _time(self, k: int, steps: int, draft_s: float, target_s: float) -> None:
         """Takes in the times of a round that verified k tokens, `steps` of them drafted by the neural draft."""
@@ -365,9 +365,10 @@ class Governor:
     # Learning
 
     def compares(self, preference: float) -> bool:
-        """Whether this update should look at the frozen draft too: always while the two are close, else every other time."""
+        """Whether this update should look at the frozen draft too: while the two are close or much is spent; else now and then."""
         self._compared += 1
-        return abs(self._advantage(preference)) < 0.05 or self._compared % 2 == 0
+        close = abs(self._advantage(preference)) < 0.05
+        return close or self.decisions.effort == 1.0 or self._compared % 2 == 0
 
     def frozen_serves(self, preference: float) -> bool:
         """Whether the original draft is the better one for a request.
@@ -379,6 +380,10 @@ class Governor:
         advantage = self._advantage(preference)
         return advantage < -0.02 if preference >= 0 else advantage < 0.02
 
+    def asks_prompt(self) -> bool:
+        """Whether it matters who serves a request: not where neither draft is expected to draft."""
+        return any(self._best(self._usual(frozen))[0] for frozen in (False, True))
+
     def _advantage(self, preference: float) -> float:
         """Acceptance of the learned draft minus the frozen one's, of late, in requests whose prompts spoke for the same one."""
         found = self._advantages[preference >= 0]
@@ -388,14 +393,14 @@ class Governor:
         self,
         learned: Sequence[float],
         frozen: Sequence[float] | None,
-        recalled: Sequence[float] = (),
+        recalled: Sequence[float] | None = (),
         updates: bool = True,
         preference: float = 0.0,
     ) -> None:
         """Acceptance at new positions that the draft has not learned from, and the frozen draft's at the same ones.
 
         Args:
-            recalled: estimated acceptance of the memory's answers there, 0 where it has none; nothing: no memory.
+            recalled: estimated acceptance of the memory's answers there, 0 where it has none; (): no memory; None: not asked.
             updates: whether the draft learns from them now.
             preference: of the prompt, see `frozen_serves`.
         """
@@ -407,9 +412,9 @@ class Governor:
             self._advantages[preference >= 0].append(statistics.mean(learned) - statistics.mean(frozen))
             if self.frozen_serves(preference):
                 served, bucket = frozen, True
-            if updates:
-                recalled = recalled if len(recalled) == n else [0.0] * n
-                self.effort.compared(_beside(served, recalled) / _beside(frozen, recalled))
+            if updates and recalled is not None:
+                recalled = recalled or [0.0] * n
+                self.effort.compared(_beside(learned, recalled) / _beside(frozen, recalled), bucket)
         acceptance = statistics.mean(served)
         weight = min(n, 64) / 2  # neighbouring tokens say less than as many rounds would
         self._pooled[bucket].add(acceptance, weight)
@@ -437,9 +442,9 @@ class Governor:
         """Takes in the acceptance of a request, known from so many positions."""
         first = not any(level.known for level in self._levels.values())
         if self._levels[frozen].fell(acceptance, positions):
-            self.effort.wake("acceptance has fallen, the stream has changed")
+            self.effort.wake("acceptance has fallen, the stream has changed", frozen)
         elif first and acceptance < LOW_ACCEPTANCE:
-            self.effort.wake(f"acceptance begins at {acceptance:.2f}, there is much to learn")
+            self.effort.wake(f"acceptance begins at {acceptance:.2f}, there is much to learn", frozen)
 
 
 def _beside(neural: Sequence[float], recalled: Sequence[float]) -> float:
