@@ -7,10 +7,11 @@ Importing it teaches `generate` one argument:
 
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
-from .draft import MemoryDraft, OnlineDraft, online_draft, online_memory
+from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError, VersionError
 from .feedback import Feedback, FeedbackRecorder
 from .generation import disable, enable
+from .memory_draft import MemoryDraft, online_memory
 from .metrics import DraftMetrics
 
 __version__ = "0.1.0"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,80 +16,16 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
+from .acceptances import Drafted, Seen
 from .feedback import Feedback, FeedbackRecorder, Teacher, concatenate
-from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Drafted, Plan, Seen
-from .memory import REACH, Continuation, SuffixMemory
+from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
+from .memory import Continuation
 from .metrics import Counts
+from .proposal import Proposal, Round
+from .recall import Recall
 
 if TYPE_CHECKING:
-    from .draft import MemoryDraft
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What is committed to in one round; k may be 0."""
-
-    tokens: Tensor  # (batch, k) drafted tokens
-    q: Tensor | None  # (batch, k, vocab) the law each was drawn from; None: greedy, no law needed
-    drafted: tuple[Drafted, ...] = ()  # k times: where each came from
-    neural_s: float = 0.0  # time that the neural draft took
-
-
-class _Round:
-    """A proposal while it grows. What the memory says becomes tensors once somebody needs them."""
-
-    def __init__(self, input_ids: Tensor, context: list[int] | None, eos: set[int]) -> None:
-        self.context = context  # the last tokens; None: nobody asks for them, or they are not known on the host
-        self.survival = 1.0  # estimated chance that all drafted tokens are kept
-        self.ended = False
-        self.drafted: list[Drafted] = []
-        self.neural_s = 0.0
-        self.neural = False  # whether the neural draft has spoken
-        self._length = input_ids.shape[1]
-        self._prefix, self._recited = input_ids, list[int]()  # what was drafted so far, and tokens that it still lacks
-        self._laws: list[Tensor | Continuation] = []
-        self._eos = eos
-
-    @property
-    def prefix(self) -> Tensor:
-        """(batch, L + i) with what was drafted so far."""
-        if self._recited:
-            self._prefix = torch.cat([self._prefix, self._prefix.new_tensor([self._recited])], dim=-1)
-            self._recited = []
-        return self._prefix
-
-    def think(self, token: Tensor, known: int | None, law: Tensor | None, drafted: Drafted, chance: float) -> None:
-        """A token (batch, 1) of the neural draft's, and its law (batch, vocab); `known` where the host has it."""
-        self._prefix = torch.cat([self.prefix, token], dim=-1)
-        self.neural = True
-        self._add(known, law, drafted, chance)
-
-    def recite(self, known: int, found: Continuation, drafted: Drafted, chance: float) -> None:
-        """A token of the memory's."""
-        self._recited.append(known)
-        self._add(known, found, drafted, chance)
-
-    def _add(self, known: int | None, law: Tensor | Continuation | None, drafted: Drafted, chance: float) -> None:
-        self.drafted.append(drafted)
-        if law is not None:
-            self._laws.append(law)
-        self.survival *= chance
-        self.ended = known is not None and known in self._eos
-        if self.context is not None:
-            self.context = None if known is None else [*self.context[1 - REACH :], known]
-
-    def proposal(self, vocab: int) -> Proposal:
-        """What has become of it; `vocab`: size of the laws, 0: greedy."""
-        tokens = self.prefix[:, self._length :]
-        q = None
-        if vocab and self._laws:
-            q = torch.zeros(*tokens.shape, vocab, device=tokens.device)
-            for i, law in enumerate(self._laws):
-                if isinstance(law, Continuation):
-                    q[0, i, torch.tensor(law.tokens, device=q.device)] = torch.tensor(law.probs, device=q.device)
-                else:
-                    q[:, i] = law
-        return Proposal(tokens, q, tuple(self.drafted), self.neural_s)
+    from .memory_draft import MemoryDraft
 
 
 class OnlineCandidateGenerator(CandidateGenerator):
@@ -147,12 +82,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._compares = governed and self._affordable_steps() > 0
         self._tokens: Tensor | None = None  # (batch, L) the request so far, on the draft's device
         self._prompt = 0  # how much of it was there before
-        self._written: list[int] = []  # the first row of it, without padding
-        self._recalled: list[
-            float
-        ] = []  # per generated token: how likely the memory was to be right about it, by estimate
         self._seen = Seen()
-        self._own: SuffixMemory | None = None  # this request alone
+        self._recall: Recall | None = None  # one row: the memory as this request sees it
         self._rounds = 0
         self._timed = False  # whether the loop tells times; transformers' own does not
         self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits: what is not learned from yet
@@ -186,19 +117,24 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if self._tokens is None:
             self._prompt = input_ids.shape[1]
         self._tokens = input_ids if self._neural is None else input_ids.to(self._neural.device)
-        recalls = recalls and self._draft.memory is not None and input_ids.shape[0] == 1
-        if recalls:
-            self._read(input_ids)
+        memory = self._draft.memory if recalls and input_ids.shape[0] == 1 else None
+        if memory is not None:
+            if self._recall is None:
+                asks = self._governor.acceptances if self._compares else None
+                size = min(self._max_length + 1, self._settings.memory_tokens)
+                self._recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, asks)
+            self._recall.read(input_ids)
         if self._cached:  # in silent rounds too: no rejected token may outlive them
             self._rewind(input_ids.shape[1])
-        round_ = _Round(input_ids, self._written[-REACH:] if recalls else None, self._eos)
+        recall = None if memory is None else self._recall
+        round_ = Round(input_ids, None if recall is None else recall.context, self._eos)
         wanted = self._neural is not None and (plan is None or plan.lookahead > 0)
         self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
-        if most > 0 and (wanted or recalls):
+        if most > 0 and (wanted or recall is not None):
             # Lighter than no_grad. What leaves the block is copied by cat and stack, or read by learning without being saved.
             with self._serving(wanted) as model, torch.inference_mode():
                 while len(round_.drafted) < most and not round_.ended:
-                    found = None if round_.context is None else self._recall(round_.context)
+                    found = None if recall is None or round_.context is None else recall.ask(round_.context)
                     neural = model is not None and self._neural_speaks(round_, plan)
                     if found is not None and self._memory_speaks(round_, plan, found, neural):
                         self._recite(round_, found)
@@ -224,7 +160,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             with self._neural.serving(self._frozen) as model:
                 yield model
 
-    def _neural_speaks(self, round_: _Round, plan: Plan | None) -> bool:
+    def _neural_speaks(self, round_: Round, plan: Plan | None) -> bool:
         assert self._neural is not None
         if self._tokens is None or self._tokens.shape[1] + len(round_.drafted) >= self._neural.positions:
             return False
@@ -232,25 +168,25 @@ class OnlineCandidateGenerator(CandidateGenerator):
             plan, len(round_.drafted), round_.survival, begun=round_.neural
         )
 
-    def _memory_speaks(self, round_: _Round, plan: Plan | None, found: Continuation, neural: bool) -> bool:
+    def _memory_speaks(self, round_: Round, plan: Plan | None, found: Continuation, neural: bool) -> bool:
         if plan is None:  # no clock: whoever is accepted more often
             first = not round_.drafted
-            return not neural or self._governor.memory_acceptance(found, first) >= self._governor.acceptance
+            return not neural or self._governor.acceptances.memory(found, first) >= self._governor.acceptances.rate
         return self._governor.memory_pays(
             plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
         )
 
-    def _recite(self, round_: _Round, found: Continuation) -> None:
+    def _recite(self, round_: Round, found: Continuation) -> None:
         """One token of the memory's."""
         place = 0
         if self._sample and len(found.tokens) > 1:
             place = int(torch.multinomial(torch.tensor(found.probs), 1))
         first = not round_.drafted
-        drafted = Drafted("memory", len(round_.drafted), self._governor.memory_key(found, first))
-        chance = self._governor.memory_acceptance(found, first, self._seen.trust)
+        drafted = Drafted("memory", len(round_.drafted), self._governor.acceptances.memory_key(found, first))
+        chance = self._governor.acceptances.memory(found, first, self._seen.trust)
         round_.recite(found.tokens[place], found, drafted, chance)
 
-    def _think(self, round_: _Round, model: PreTrainedModel) -> None:
+    def _think(self, round_: Round, model: PreTrainedModel) -> None:
         """One token of the neural draft's."""
         assert self._neural is not None
         started = time.perf_counter()
@@ -274,39 +210,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
         else:
             token = scores.argmax(-1, keepdim=True)
         key: tuple[int, ...] = (-1,)
-        chance, known = self._governor.acceptance, None
+        chance, known = self._governor.acceptances.rate, None
         if host:
-            key, chance = self._governor.confident(float((scores.softmax(-1) if law is None else law).max()))
+            key, chance = self._governor.acceptances.confident(
+                float((scores.softmax(-1) if law is None else law).max())
+            )
             known = int(token)
         round_.think(token, known, law, Drafted("neural", len(round_.drafted), key), chance)
         round_.neural_s += time.perf_counter() - started
-
-    def _read(self, input_ids: Tensor) -> None:
-        """Takes the new tokens of the first row into the request's own memory."""
-        if self._own is None:
-            self._own = SuffixMemory(min(self._max_length + 1, self._settings.memory_tokens))
-        new = input_ids[0, self._padding + len(self._written) :].tolist()
-        if not self._written or not self._compares:
-            self._own.extend(new)
-            self._written += new
-            return
-        for token in new:  # what the memory would have said, for learning to be held against
-            found = self._recall(self._written[-REACH:])
-            self._recalled.append(
-                0.0 if found is None else self._governor.memory_acceptance(found, trust=self._seen.trust)
-            )
-            self._own.extend((token,))
-            self._written.append(token)
-
-    def _recall(self, context: Sequence[int]) -> Continuation | None:
-        """What followed the longest match of `context`, in this request or in earlier ones."""
-        assert self._own is not None and self._draft.memory is not None
-        here = self._own.continuation(context)
-        with self._draft.lock:
-            before = self._draft.memory.continuation(context)
-        if here is None or before is None:
-            return here or before
-        return before if before.length > here.length else here
 
     def _rewind(self, length: int) -> None:
         """Rolls the draft's cache back to what was kept."""
@@ -352,9 +263,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
-        if self._compares and self._own is not None and self._tokens is not None:
-            self._read(self._tokens)  # the last ones, before the memory knows the answers
-        self._remember_text()
+        if self._recall is not None and self._learn and self._tokens is not None:
+            with self._draft.lock:
+                self._draft.metrics.memory_bytes = self._recall.remember(self._tokens)
         with self._draft.lock:
             unseen = self._governor.request_ended(self.counts.new_tokens, self._seen)
         if self._neural is None or not (self._segment or self._learned):
@@ -414,18 +325,6 @@ class OnlineCandidateGenerator(CandidateGenerator):
             with self._draft.lock:
                 self._governor.effort.spent(seconds, self.counts.updates - updates_before)
 
-    def _remember_text(self) -> None:
-        memory = self._draft.memory
-        if memory is None or not self._learn or not self._written or self._tokens is None:
-            return
-        if self._tokens.shape[0] == 1:
-            with self._draft.lock:
-                try:
-                    memory.extend(self._tokens[0, self._padding :].tolist())
-                finally:  # whatever interrupts it, the next request is another sequence
-                    memory.close()
-                self._draft.metrics.memory_bytes = memory.nbytes
-
     def _record(self, input_ids: Tensor) -> None:
         """Keeps the target's laws for the new tokens, up to the last position that the draft can see."""
         if self._tokens is None:
@@ -462,11 +361,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if dropped or self._frozen:
             prefix = 0  # a sliding window has dropped the start, or the frozen draft read it: read everything anew
         recalled: list[float] | None = []
-        if self._own is not None and self._compares:
-            self._read(self._tokens)
-            recalled = self._recalled[self._end - len(teachers[0]) - self._prompt : self._end - self._prompt]
-        elif self._own is not None:
-            recalled = None
+        if self._recall is not None:
+            new = slice(self._end - len(teachers[0]) - self._prompt, self._end - self._prompt)
+            recalled = self._recall.read(self._tokens)[new] if self._compares else None
         self._choose(self._tokens[:, : self._prompt])
         self._neural.learn_segment(
             tokens,

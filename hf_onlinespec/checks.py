@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from peft import LoraModel, PeftModel
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from ._compat import SAMPLING_MODES, adds_virtual_tokens, is_stateful, is_static
+from ._compat import SAMPLING_MODES, LoraLayer, adds_virtual_tokens, is_stateful, is_static, rolls_back
 from .errors import DraftError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -105,3 +107,48 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
             f"cache_implementation={generation_config.cache_implementation!r}, {type(cache).__name__}: "
             "only the default dynamic cache can be rolled back. Leave it out."
         )
+
+
+def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model to adapt; refuses what cannot draft."""
+    if isinstance(model, PeftModel):
+        model = _merged(model)
+    if not isinstance(model, PreTrainedModel):
+        raise DraftError(
+            f"assistant_model is a {type(model).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
+        )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise DraftError(
+            f"The draft {name} is an encoder–decoder, which is not supported yet. Use a causal language model."
+        )
+    if is_stateful(model):
+        raise DraftError(
+            f"The draft {name} keeps a recurrent state that cannot be rolled back. Use an attention-only draft."
+        )
+    if not rolls_back(model.config):
+        raise DraftError(f"The draft {name} keeps more than keys and values in its cache. Use an attention-only draft.")
+    if model.get_output_embeddings() is None:
+        raise DraftError(f"The draft {name} has no language-modelling head. Load it with AutoModelForCausalLM.")
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise DraftError(
+            f"The draft {name} carries adapters from add_adapter(). Pass it as a PeftModel, or merge them first."
+        )
+    return model
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """A copy of the model with its adapter merged into the weights."""
+    if not isinstance(model.base_model, LoraModel):
+        raise DraftError(
+            f"The draft's {model.peft_type} adapter cannot be merged. Use a LoRA adapter, or merge it yourself."
+        )
+    model = copy.deepcopy(model)
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        # Merged while tied, the two adapters would be added to one matrix.
+        inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        inner.weight = nn.Parameter(inner.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    return model.merge_and_unload()

@@ -31,7 +31,8 @@ from .errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .config import OnlineSpecConfig
-    from .draft import MemoryDraft, OnlineDraft
+    from .draft import OnlineDraft
+    from .memory_draft import MemoryDraft
 
 
 def decode(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 import time
@@ -12,69 +11,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraModel, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import LoraLayer, cache_tensors, is_stateful, keeps_logits, max_positions, rolls_back
+from ._compat import cache_tensors, keeps_logits, max_positions
 from .adapters import GatedLora
+from .checks import plain_draft
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn
-from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher, acceptance
-from .governor import Governor
 from .idle import IdleWorker
 from .learners import adam, ogd
 from .losses import LOSSES
-from .memory import SuffixMemory
-from .metrics import Counts, DraftMetrics
+from .memory_draft import MemoryDraft
+from .metrics import Counts
 from .replay import Replay
 
 # Tokens of a prompt by which the learned and the frozen draft are told apart: their cost stays small beside a long prompt.
 PREFERENCE_TOKENS = 128
-
-
-class MemoryDraft:
-    """What drafts where there is no draft model: the suffix memory, the governor and the counters, from call to call.
-
-    Safe with several threads: `lock` is held for the moments in which the served weights or the counters change.
-    """
-
-    def __init__(self, config: OnlineSpecConfig | None = None) -> None:
-        self.settings = config if config is not None else OnlineSpecConfig()
-        if not isinstance(self.settings, OnlineSpecConfig):
-            raise ConfigError(f"config={config!r}: expected an OnlineSpecConfig.")
-        size = self.settings.memory_tokens
-        self.memory = SuffixMemory(size) if size else None
-        self.governor = Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)
-        self.metrics = DraftMetrics(decisions=self.governor.decisions)
-        self.lock = threading.RLock()
-
-    @property
-    def neural(self) -> OnlineDraft | None:
-        """The draft model, if there is one."""
-        return None
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """The time of one call of `generate`."""
-        yield
-
-    def check_setting(self, onlinespec: OnlineSpecConfig | bool | None) -> None:
-        """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""
-        if onlinespec is None or isinstance(onlinespec, bool):
-            return
-        if not isinstance(onlinespec, OnlineSpecConfig):
-            raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
-        own = self.settings.to_dict()
-        changed = {k: v for k, v in onlinespec.to_dict().items() if v != own[k]}
-        if changed:
-            raise ConfigError(
-                f"This draft already learns with other settings; asked for {changed}. "
-                "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
-            )
 
 
 class OnlineDraft(MemoryDraft):
@@ -98,7 +55,7 @@ class OnlineDraft(MemoryDraft):
     def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
         super().__init__(config)
         with torch.inference_mode(False):
-            base = _plain(model)
+            base = plain_draft(model)
             self._lora = GatedLora(
                 base,
                 rank=self.settings.rank,
@@ -417,51 +374,6 @@ class OnlineDraft(MemoryDraft):
         counts.updates += 1
 
 
-def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The causal language model to adapt; refuses what cannot draft."""
-    if isinstance(model, PeftModel):
-        model = _merged(model)
-    if not isinstance(model, PreTrainedModel):
-        raise DraftError(
-            f"assistant_model is a {type(model).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
-        )
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise DraftError(
-            f"The draft {name} is an encoder–decoder, which is not supported yet. Use a causal language model."
-        )
-    if is_stateful(model):
-        raise DraftError(
-            f"The draft {name} keeps a recurrent state that cannot be rolled back. Use an attention-only draft."
-        )
-    if not rolls_back(model.config):
-        raise DraftError(f"The draft {name} keeps more than keys and values in its cache. Use an attention-only draft.")
-    if model.get_output_embeddings() is None:
-        raise DraftError(f"The draft {name} has no language-modelling head. Load it with AutoModelForCausalLM.")
-    if any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise DraftError(
-            f"The draft {name} carries adapters from add_adapter(). Pass it as a PeftModel, or merge them first."
-        )
-    return model
-
-
-def _merged(model: PeftModel) -> PreTrainedModel:
-    """A copy of the model with its adapter merged into the weights."""
-    if not isinstance(model.base_model, LoraModel):
-        raise DraftError(
-            f"The draft's {model.peft_type} adapter cannot be merged. Use a LoRA adapter, or merge it yourself."
-        )
-    model = copy.deepcopy(model)
-    base = model.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        # Merged while tied, the two adapters would be added to one matrix.
-        inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
-        inner.weight = nn.Parameter(inner.weight.detach().clone())
-        base.config.tie_word_embeddings = False
-    return model.merge_and_unload()
-
-
 _drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()
 
 
@@ -481,19 +393,3 @@ def online_draft(
         draft = _drafts.setdefault(model, OnlineDraft(model, config))  # another thread may have been faster
     draft.check_setting(config)
     return draft
-
-
-_memories: weakref.WeakKeyDictionary[nn.Module, MemoryDraft] = weakref.WeakKeyDictionary()
-
-
-def online_memory(target: PreTrainedModel, config: OnlineSpecConfig | None = None) -> MemoryDraft:
-    """What drafts for a target without a draft model: its suffix memory, made at the first call and kept with the target.
-
-    Raises:
-        ConfigError: it exists already with other settings.
-    """
-    if target not in _memories:
-        _memories.setdefault(target, MemoryDraft(config))
-    memory = _memories[target]
-    memory.check_setting(config)
-    return memory

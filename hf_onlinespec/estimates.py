@@ -163,7 +163,7 @@ class Level:
     def fell(self, value: float, positions: int = 1) -> bool:
         """Takes in a request's acceptance, known from so many positions; whether the last few lie below what was before.
 
-        By three deviations of their mean, and by no less than `LEAST_FALL`. After a fall, the recent values are all that is known.
+        By three deviations of their mean, and by no less than `LEAST_FALL`. After a fall, what lies below it is all that is known.
         """
         self._note(value, positions)
         self._recent.append((value, positions))
@@ -174,9 +174,9 @@ class Level:
         self._square.add(old * old)
         mean = self._before.mean(0.0, 0.0)
         deviation = max(0.0, self._square.mean(0.0, 0.0) - mean * mean) ** 0.5
-        if self._before.weight < RECENT + 1 or statistics.mean(v for v, _ in self._recent) > mean - max(
-            LEAST_FALL, 3 * deviation / RECENT**0.5
-        ):
+        fall = max(LEAST_FALL, 3 * deviation / RECENT**0.5)
+        if self._before.weight < RECENT + 1 or statistics.mean(v for v, _ in self._recent) > mean - fall:
             return False
+        self._recent = deque(seen for seen in self._recent if seen[0] < mean - LEAST_FALL)
         self._begin()
         return True

@@ -12,8 +12,9 @@ from ._compat import WRAPPED, GenerationMode, originals
 from .checks import check_call, check_inputs, check_mode
 from .config import OnlineSpecConfig
 from .decoding import decode
-from .draft import OnlineDraft, online_draft, online_memory
+from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, DraftError, UnsupportedError
+from .memory_draft import online_memory
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 

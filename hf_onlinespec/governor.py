@@ -19,23 +19,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .acceptances import MAX_LOOKAHEAD, Acceptances, Drafted, Seen
 from .effort import Effort
-from .estimates import Level, Share, Times, Verification
+from .estimates import Times, Verification
 from .memory import Continuation
 from .metrics import Decisions
 
-MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
 MAX_MEMORY = 24  # draft tokens from the memory alone, at most
 FIRST_LOOKAHEAD = 3  # while times are still unknown
 PACE = 0.2  # how fast the measured pace of the machine follows a round's time
-CONFIDENCE_EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
-LENGTH_EDGES = (2, 3, 6, 9)
-SHARE_EDGES = (0.4, 0.6, 0.9)
-SUPPORT_EDGES = (2, 3, 5)
-# What a memory is worth before it has shown it, by share and by support of unanimous ones: measured, see benchmarks/LOG.md.
-SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
-TRUST = 4.0  # expected acceptances that all other requests are worth as evidence about the memory in this one
 HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
 LOW_ACCEPTANCE = 0.3  # of a draft that has much to learn
 COMPARISONS = 4  # that decide whether the learned or the frozen draft serves
@@ -43,19 +36,6 @@ FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried a
 PROBE_LOOKAHEAD = 2
 PROBE_WEIGHT = 4.0  # of what a probe shows: all else that is known is old
 REFRESH = 256  # rounds until a plain step is timed again
-
-
-def _bin(value: float, edges: Sequence[float]) -> int:
-    return sum(value >= edge for edge in edges)
-
-
-@dataclass(frozen=True)
-class Drafted:
-    """Where one drafted token came from, and what the acceptance estimates are kept by."""
-
-    source: str  # "neural" or "memory"
-    position: int  # in the round, from 0
-    key: tuple[int, ...]  # neural: confidence bin; memory: bins of match length and share
 
 
 @dataclass(frozen=True)
@@ -70,22 +50,6 @@ class Plan:
     trust: float = 1.0  # how right the memory is in this request, over what was expected
 
 
-@dataclass
-class Seen:
-    """What one request has shown of the draft and of the memory so far."""
-
-    acceptance: float = 0.0  # of the neural draft, summed over its verified positions
-    positions: int = 0
-    right: float = 0.0  # acceptance of the memory's answers, summed
-    expected: float = 0.0  # and what was expected of them
-    frozen: bool = False  # the original draft serves it, whatever was learned
-
-    @property
-    def trust(self) -> float:
-        """How right the memory is in this request, over what was expected of it."""
-        return (TRUST + self.right) / (TRUST + self.expected)
-
-
 class Governor:
     """Decides for one draft. Knows no models and reads no clock: it is told times and acceptance.
 
@@ -97,6 +61,7 @@ class Governor:
 
     def __init__(self, update_budget: float, replay_passes: int, lookahead: int | str = "auto") -> None:
         self.decisions = Decisions()
+        self.acceptances = Acceptances()
         self.effort = Effort(update_budget, replay_passes, self.decisions)
         self._fixed = lookahead
         self._drafts = True  # whether there is a draft model
@@ -105,13 +70,6 @@ class Governor:
         self._target, self._draft = Verification(), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
-        # By who serves, the learned draft (False) or the frozen one (True): each has its own kind of requests.
-        self._pooled = {frozen: Share() for frozen in (False, True)}
-        self._levels = {frozen: Level() for frozen in (False, True)}
-        self._latest = False  # who served last
-        self._positions = [Share() for _ in range(MAX_LOOKAHEAD)]
-        self._confidence: dict[int, Share] = {}
-        self._memory: dict[tuple[int, ...], Share] = {}
         self._idle_rounds, self._probe_after = 0, FIRST_PROBE
         self._probed_acceptance = 0.0
         self._probe_rounds, self._probing = 0, False
@@ -138,7 +96,7 @@ class Governor:
             trust = 1.0 if seen is None else seen.trust
             return Plan(FIRST_LOOKAHEAD if drafts and self._pace_s else 0, 1.0, 0.0, trust=trust)
         seen = Seen() if seen is None else seen
-        a, doubt = self._here(seen)
+        a, doubt = self.acceptances.here(seen)
         best, rate = self._best(a)
         cost = rate * (self._target.step(best) + self._draft.step())
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
@@ -155,7 +113,7 @@ class Governor:
         best, rate = 0, 1.0
         kept, tokens = 1.0, 1.0
         for k in range(1, MAX_LOOKAHEAD + 1):
-            kept *= self._acceptance_at(k - 1, acceptance)
+            kept *= self.acceptances.at(k - 1, acceptance)
             tokens += kept
             this = tokens / (self._target.at(k) + self._draft.at(k))
             if this > rate:
@@ -163,17 +121,6 @@ class Governor:
             elif kept < 0.05:
                 break
         return best, rate
-
-    def _here(self, seen: Seen) -> tuple[float, float]:
-        """Estimated acceptance in a request, and its standard deviation."""
-        strength = self._levels[seen.frozen].alike
-        n = strength + seen.positions
-        a = (strength * self._usual(seen.frozen) + seen.acceptance) / n
-        return a, (max(0.0, a * (1 - a)) / (n + 1)) ** 0.5
-
-    def _usual(self, frozen: bool) -> float:
-        """Estimated acceptance of one of the two; what is known of the other one is the best guess where nothing was seen."""
-        return self._pooled[frozen].mean(self._pooled[not frozen].mean(0.5))
 
     def _probe(self, best: int) -> int:
         """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
@@ -186,12 +133,12 @@ class Governor:
             self._probing = True
             return PROBE_LOOKAHEAD
         self._idle_rounds += 1
-        if abs(self.acceptance - self._probed_acceptance) > 0.1:
+        if abs(self.acceptances.rate - self._probed_acceptance) > 0.1:
             self._probe_after = FIRST_PROBE
         if self._idle_rounds < self._probe_after:
             return 0
         self._idle_rounds, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
-        self._probed_acceptance = self.acceptance
+        self._probed_acceptance = self.acceptances.rate
         self._probe_rounds = 1  # the next round too: the first one may have to read the prompt, and is not timed
         self._probing = True
         self.decisions.probes += 1
@@ -208,7 +155,7 @@ class Governor:
         if not plan.lookahead or position >= MAX_LOOKAHEAD:
             return False
         cost = plan.rate * (self._drafting(begun) + self._target.step(position))
-        return survival * self._acceptance_at(position, plan.acceptance) > cost
+        return survival * self.acceptances.at(position, plan.acceptance) > cost
 
     def _drafting(self, begun: bool) -> float:
         return self._draft.step() if begun else self._draft.at(1)
@@ -225,7 +172,7 @@ class Governor:
         """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's."""
         if found is None or position >= MAX_MEMORY or not self._pace_s or plan.silent:
             return False
-        a = self.memory_acceptance(found, position == 0, plan.trust)
+        a = self.acceptances.memory(found, position == 0, plan.trust)
         more = self._target.step(position)
         gain = survival * a * (1 + plan.value) - plan.rate * more
         if gain <= 0:
@@ -233,7 +180,7 @@ class Governor:
         self._recall_after = FIRST_PROBE
         if not neural:
             return True
-        other = survival * self._acceptance_at(position, plan.acceptance) * (1 + plan.value) - plan.rate * (
+        other = survival * self.acceptances.at(position, plan.acceptance) * (1 + plan.value) - plan.rate * (
             more + self._drafting(begun)
         )
         return gain >= other
@@ -245,50 +192,6 @@ class Governor:
             return False
         self._refused, self._recall_after = 0, min(2 * self._recall_after, LAST_PROBE)
         return True
-
-    @property
-    def acceptance(self) -> float:
-        """Estimated acceptance rate of the neural draft, as it served last."""
-        return self._usual(self._latest)
-
-    def _acceptance_at(self, position: int, here: float) -> float:
-        """Estimated acceptance at a position of a round, where it is `here` on average."""
-        general = max(self.acceptance, 0.01)
-        place = self._positions[min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
-        return min(0.99, here * place / general)
-
-    def confident(self, confidence: float) -> tuple[tuple[int, ...], float]:
-        """The key of a law whose most probable token has this probability, and its estimated acceptance."""
-        key = _bin(confidence, CONFIDENCE_EDGES)
-        share = self._confidence.get(key)
-        prior = 0.5 * (confidence + self.acceptance)
-        return (key,), prior if share is None else share.mean(prior)
-
-    def memory_acceptance(self, found: Continuation, first: bool = False, trust: float = 1.0) -> float:
-        """Estimated acceptance of the memory's answer.
-
-        Args:
-            first: at the beginning of a round, behind a token of the target's own.
-            trust: of the request, see `Seen`.
-        """
-        return min(0.99, trust * self._memory_usual(self.memory_key(found, first)))
-
-    def _memory_usual(self, key: tuple[int, ...]) -> float:
-        length, share, support, first = key
-        prior = UNANIMOUS_PRIORS[support] if share == len(SHARE_EDGES) else SHARE_PRIORS[share]
-        prior *= (0.6 if length == 0 else 1.0) * (0.85 if first else 1.0)
-        seen = self._memory.get(key)
-        return prior if seen is None else seen.mean(prior)
-
-    @staticmethod
-    def memory_key(found: Continuation, first: bool = False) -> tuple[int, int, int, bool]:
-        """Bins of match length, share of the most probable token, and how many occurrences voted; `first` in a round."""
-        return (
-            _bin(found.length, LENGTH_EDGES),
-            _bin(found.probs[0], SHARE_EDGES),
-            _bin(found.support, SUPPORT_EDGES),
-            first,
-        )
 
     def observe(
         self,
@@ -310,25 +213,11 @@ class Governor:
         if 0 < target_s < float("inf") and 0 <= draft_s < float("inf"):
             self._time(k, steps, draft_s, target_s)
         weight = PROBE_WEIGHT if self._probing else 1.0
-        if seen is not None:
-            self._latest = seen.frozen
         tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "neural"]
-        if self._probing and tried and statistics.mean(tried) > self.acceptance + 0.2:
+        if self._probing and tried and statistics.mean(tried) > self.acceptances.rate + 0.2:
             self._probe_rounds = 2  # better than believed: look on until it is believed, or was luck
-        if seen is not None:
-            seen.acceptance += sum(tried)
-            seen.positions += len(tried)
-        for d, overlap in zip(drafted, overlaps, strict=False):
-            if d.source == "neural":
-                self._pooled[self._latest].add(overlap, weight)
-                self._positions[min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
-                self._confidence.setdefault(d.key[0], Share()).add(overlap)
-            else:
-                if seen is not None:
-                    seen.expected += self._memory_usual(d.key)
-                    seen.right += overlap
-                self._memory.setdefault(d.key, Share()).add(overlap)
-        self.effort.earn(draft_s + target_s, self._latest)
+        self.acceptances.verified(drafted, overlaps, Seen() if seen is None else seen, weight)
+        self.effort.earn(draft_s + target_s, self.acceptances.latest)
 
     def _time(self, k: int, steps: int, draft_s: float, target_s: float) -> None:
         """Takes in the times of a round that verified k tokens, `steps` of them drafted by the neural draft."""
@@ -345,7 +234,7 @@ class Governor:
 
     def _report(self) -> None:
         """Says what holds now, and why."""
-        self.decisions.acceptance = self.acceptance
+        self.decisions.acceptance = self.acceptances.rate
         if self._pace_s:
             self.decisions.draft_step = self._draft.step()
             self.decisions.verify_step = self._target.step(FIRST_LOOKAHEAD)
@@ -357,7 +246,7 @@ class Governor:
             self.decisions.drafting = (
                 f"a lookahead of {self._lookahead} is expected to give {self._rate:.2f} times the speed of plain decoding"
                 if self._lookahead
-                else f"plain decoding: at acceptance {self.acceptance:.2f} no lookahead of the neural draft is faster"
+                else f"plain decoding: at acceptance {self.acceptances.rate:.2f} no lookahead of the neural draft is faster"
             )
 
     # Learning
@@ -382,7 +271,7 @@ class Governor:
 
     def asks_prompt(self) -> bool:
         """Whether it matters who serves a request: not where neither draft is expected to draft."""
-        return any(self._best(self._usual(frozen))[0] for frozen in (False, True))
+        return any(self._best(self.acceptances.usual(frozen))[0] for frozen in (False, True))
 
     def _advantage(self, preference: float) -> float:
         """Acceptance of the learned draft minus the frozen one's, of late, in requests whose prompts spoke for the same one."""
@@ -415,14 +304,9 @@ class Governor:
             if updates and recalled is not None:
                 recalled = recalled or [0.0] * n
                 self.effort.compared(_beside(learned, recalled) / _beside(frozen, recalled), bucket)
-        acceptance = statistics.mean(served)
-        weight = min(n, 64) / 2  # neighbouring tokens say less than as many rounds would
-        self._pooled[bucket].add(acceptance, weight)
-        self._latest = bucket
-        for share in (*self._positions, *self._confidence.values()):
-            share.fade(weight)
+        self.acceptances.shown(served, bucket)
         if self._unseen:
-            self._see(acceptance, n, bucket)
+            self._see(statistics.mean(served), n, bucket)
 
     def request_ended(self, new_tokens: int, seen: Seen | None = None) -> bool:
         """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it."""
@@ -432,16 +316,15 @@ class Governor:
             self._see(seen.acceptance / seen.positions, seen.positions, seen.frozen)
         else:
             self._unseen += 1
-        for share in self._memory.values():
-            share.fade(1)  # an answer that was wrong in one domain gets a chance in the next
+        self.acceptances.request_ended()
         # At once, while the stream may have changed; then now and then.
         unseen = 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
         return unseen and new_tokens >= LIVE_LEAST and self.effort.looks()
 
     def _see(self, acceptance: float, positions: int, frozen: bool) -> None:
         """Takes in the acceptance of a request, known from so many positions."""
-        first = not any(level.known for level in self._levels.values())
-        if self._levels[frozen].fell(acceptance, positions):
+        first = not self.acceptances.known
+        if self.acceptances.request(acceptance, positions, frozen):
             self.effort.wake("acceptance has fallen, the stream has changed", frozen)
         elif first and acceptance < LOW_ACCEPTANCE:
             self.effort.wake(f"acceptance begins at {acceptance:.2f}, there is much to learn", frozen)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.governor import Plan
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_llama
@@ -242,3 +243,39 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
         torch.testing.assert_close(out.logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
     assert not torch.equal(out.logits, tiny_llama(2)(tokens).logits)
     assert torch.equal(draft.model(tokens).logits, tiny_llama(2)(tokens).logits)  # gate shut outside
+
+
+def test_preference_is_the_difference_of_log_likelihoods(draft_model: PreTrainedModel) -> None:
+    draft = OnlineDraft(draft_model, PLAIN)
+    tokens = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(5))
+    assert draft.preference(tokens, None) == 0.0  # nothing was learned
+    moved(draft)
+
+    def likelihood(frozen: bool) -> float:
+        with torch.no_grad(), draft.serving(frozen) as model:
+            log_q = model(tokens).logits[0, :-1].log_softmax(-1)
+        return log_q.gather(-1, tokens[0, 1:, None]).mean().item()
+
+    expected = likelihood(False) - likelihood(True)
+    assert abs(expected) > 0.01
+    assert draft.preference(tokens, None) == pytest.approx(expected, abs=1e-4)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=-1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(tokens)], dim=-1)
+    assert draft.preference(padded, mask) == pytest.approx(expected, abs=1e-4)
+    assert draft.preference(tokens[:, :1], None) == 0.0
+
+
+@pytest.mark.parametrize("preference", [-1.0, 1.0])
+def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch, preference: float) -> None:
+    """The frozen draft's tokens are the base model's own, the learned one's are not."""
+    draft = moved(OnlineDraft(draft_model, OnlineSpecConfig(memory_tokens=0)))
+    monkeypatch.setattr(draft, "preference", lambda tokens, mask: preference)
+    monkeypatch.setattr(draft.governor, "asks_prompt", lambda: True)
+    monkeypatch.setattr(draft.governor, "neural_pays", lambda plan, position, survival, begun: position < 4)
+    monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room: Plan(4, 1.0, 0.0))
+    config = draft.generation_config.__class__(do_sample=False, max_length=64)
+    candidates = OnlineCandidateGenerator(draft, config, LogitsProcessorList())
+    drafted = candidates.propose(prompt, 40).tokens
+    base = draft_model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
+    assert torch.equal(drafted, base) == (preference < 0)
+    assert draft.metrics.decisions.serves_frozen == (preference < 0)

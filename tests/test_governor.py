@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_onlinespec.estimates import Level, Share, Times
-from hf_onlinespec.governor import MAX_LOOKAHEAD, Drafted, Governor, Seen
+from hf_onlinespec.acceptances import MAX_LOOKAHEAD, Drafted, Seen
+from hf_onlinespec.governor import Governor
 from hf_onlinespec.memory import Continuation
 
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
@@ -54,7 +54,7 @@ class World:
             survival = 1.0
             while len(drafted) < room and self.governor.neural_pays(plan, len(drafted), survival):
                 confidence = min(0.99, max(0.01, self.random.gauss(a, 0.2)))
-                key, chance = self.governor.confident(confidence)
+                key, chance = self.governor.acceptances.confident(confidence)
                 drafted.append(Drafted("neural", len(drafted), key))
                 chances.append(confidence)
                 survival *= chance
@@ -171,7 +171,7 @@ def test_the_frozen_draft_serves_while_the_learned_one_is_worse() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(8):
         governor.shadow([0.5] * TOKENS, [0.6] * TOKENS)
-    assert governor.frozen_serves(0.0) and abs(governor.acceptance - 0.6) < 0.05
+    assert governor.frozen_serves(0.0) and abs(governor.acceptances.rate - 0.6) < 0.05
     for _ in range(12):
         governor.shadow([0.7] * TOKENS, [0.6] * TOKENS)
     assert not governor.frozen_serves(0.0)
@@ -196,13 +196,13 @@ def test_the_prompt_tells_who_serves_unless_experience_says_otherwise() -> None:
 def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
     governor, seen = Governor(BUDGET, PASSES), Seen()
     answer = found(12, 1.0)
-    usual = governor.memory_acceptance(answer)
-    key = governor.memory_key(answer)
+    usual = governor.acceptances.memory(answer)
+    key = governor.acceptances.memory_key(answer)
     for _ in range(12):
         governor.observe([Drafted("memory", 1, key)], [0.0], 0.0, 1.0, seen)
         governor.observe([Drafted("memory", 1, key)], [1.0], 0.0, 1.0)  # other requests
     assert seen.trust < 0.4
-    assert governor.memory_acceptance(answer, trust=seen.trust) < 0.5 * usual
+    assert governor.acceptances.memory(answer, trust=seen.trust) < 0.5 * usual
     assert governor.plan(drafts=False, seen=seen).trust == seen.trust and governor.plan(drafts=False).trust == 1.0
 
 
@@ -253,7 +253,7 @@ def test_one_stall_switches_nothing_off() -> None:
     def memory_round(seconds: float) -> bool:
         plan = governor.plan(drafts=False)
         speaks = governor.memory_pays(plan, 0, 1.0, answer, neural=False)
-        drafted = [Drafted("memory", 0, governor.memory_key(answer, first=True))] if speaks else []
+        drafted = [Drafted("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
         governor.observe(drafted, [1.0] * speaks, 0.0, seconds * (1.1 if speaks else 1.0))
         return speaks
 
@@ -311,7 +311,7 @@ def test_what_is_not_a_number_is_not_taken_in() -> None:
     for learned, frozen in ((math.nan, 0.5), (0.5, math.nan), (math.nan, None)):
         governor.shadow([0.5, learned], None if frozen is None else [0.5, frozen])
     governor.shadow([0.6] * TOKENS, [0.5] * TOKENS)
-    assert 0.5 < governor.acceptance < 0.7 and not governor.frozen_serves(0.0)
+    assert 0.5 < governor.acceptances.rate < 0.7 and not governor.frozen_serves(0.0)
 
 
 def test_rounds_of_nothing_and_requests_of_one_token() -> None:
@@ -340,13 +340,13 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
     for _ in range(5):
         governor.observe((), (), 0.0, 1.0)
     for length, right in ((4, 0.0), (12, 1.0)):
-        key = governor.memory_key(found(length, 1.0), first=True)
+        key = governor.acceptances.memory_key(found(length, 1.0), first=True)
         for _ in range(40):
             governor.observe([Drafted("memory", 0, key)], [right], 0.0, 1.2)
     plan = governor.plan(drafts=False)
     assert plan.lookahead == 0
     assert (
-        governor.memory_acceptance(found(12, 1.0), True) > 0.9 > 0.2 > governor.memory_acceptance(found(4, 1.0), True)
+        governor.acceptances.memory(found(12, 1.0), True) > 0.9 > 0.2 > governor.acceptances.memory(found(4, 1.0), True)
     )
     assert governor.memory_pays(plan, 0, 1.0, found(12, 1.0), neural=False)
     assert not governor.memory_pays(plan, 0, 1.0, found(4, 1.0), neural=False)
@@ -364,7 +364,7 @@ def test_a_memory_that_has_become_right_is_asked_again() -> None:
         spoke = 0
         for _ in range(n):
             speaks = governor.memory_pays(governor.plan(drafts=False), 0, 1.0, answer, neural=False)
-            drafted = [Drafted("memory", 0, governor.memory_key(answer, first=True))] if speaks else []
+            drafted = [Drafted("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
             governor.observe(drafted, [right] * speaks, 0.0, 1.2 if speaks else 1.0)
             spoke += speaks
         return spoke
@@ -385,26 +385,11 @@ def test_memory_or_neural_by_what_each_brings() -> None:
     good, bad = found(12, 1.0), found(2, 0.4)
     for share, answer in ((1.0, good), (0.0, bad)):
         for _ in range(40):
-            governor.observe([Drafted("memory", 0, governor.memory_key(answer, first=True))], [share], 0.0, 1.1)
+            governor.observe(
+                [Drafted("memory", 0, governor.acceptances.memory_key(answer, first=True))], [share], 0.0, 1.1
+            )
     assert governor.memory_pays(plan, 0, 1.0, good, neural=True)
     assert not governor.memory_pays(plan, 0, 1.0, bad, neural=True)
-
-
-def test_times_follow_a_line() -> None:
-    times = Times(0.05)
-    assert times.at(3) == 0.0 and times.step() == 0.0 and not times.known
-    times.add(3, 1.1)
-    assert times.at(3) == pytest.approx(1.1) and times.at(4) == pytest.approx(1.15)  # 5 % of one position's time each
-    for n, steps in ((1, 1.0), (5, 1.2)):
-        for _ in range(3):
-            times.add(n, steps)
-    assert times.at(4) == pytest.approx(1.15, abs=0.01) and times.step() == pytest.approx(0.05, abs=0.01)
-    times.add(9, 12.0)  # a size seen once, in a stall: the line stays
-    assert times.at(4) == pytest.approx(1.15, abs=0.01)
-    falling = Times(0.05)
-    falling.add(2, 2.0)
-    falling.add(6, 1.0)
-    assert falling.step() == 0.0 and falling.at(9) > 0
 
 
 def test_a_machine_that_slows_down_changes_no_decision() -> None:
@@ -421,22 +406,3 @@ def test_a_machine_that_slows_down_changes_no_decision() -> None:
         rounds = {name: n - before[name] for name, n in world.governor.decisions.rounds.items()}
         few, many = ("plain", "neural") if lookahead else ("neural", "plain")
         assert rounds[few] < 0.1 * rounds[many]
-
-
-def test_shares_forget() -> None:
-    share = Share(0.9)
-    for _ in range(100):
-        share.add(1.0)
-    assert share.mean(0.0) == pytest.approx(10 / 14, abs=0.01)
-    share.fade(1000)
-    assert share.mean(0.3) == pytest.approx(0.3)
-
-
-def test_a_level_falls_by_more_than_its_noise() -> None:
-    rng = random.Random(0)
-    level = Level()
-    assert not any(level.fell(rng.gauss(0.6, 0.1)) for _ in range(300))
-    assert any(level.fell(rng.gauss(0.2, 0.1)) for _ in range(5))
-    assert not any(level.fell(rng.gauss(0.2, 0.1)) for _ in range(50))
-    alternating = Level()
-    assert not any(alternating.fell((0.05, 0.7)[i % 2]) for i in range(200))

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
-from hf_onlinespec.governor import Governor, Plan, Seen
+from hf_onlinespec.acceptances import Seen
+from hf_onlinespec.governor import Governor, Plan
 from hf_onlinespec.memory import Continuation
 
 from .conftest import tiny_llama
@@ -146,7 +147,7 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     settings = LAWS[name]
     target, model = models()
     law = exact_law(target, settings)
-    monkeypatch.setattr("hf_onlinespec.draft.Governor", Whims)
+    monkeypatch.setattr("hf_onlinespec.memory_draft.Governor", Whims)
     monkeypatch.setattr(Whims, "whim", random.Random(3))
     config = OnlineSpecConfig(memory_tokens=200, rank=2, alpha=2.0, lr=3e-3, replay_passes=0)
     draft = None if alone else OnlineDraft(model, config)

@@ -1,0 +1,153 @@
+"""How likely a drafted token is to be kept: running estimates by source, position, confidence and request."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .estimates import Level, Share
+from .memory import Continuation
+
+MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
+CONFIDENCE_EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+LENGTH_EDGES = (2, 3, 6, 9)
+SHARE_EDGES = (0.4, 0.6, 0.9)
+SUPPORT_EDGES = (2, 3, 5)
+# What a memory is worth before it has shown it, by share and by support of unanimous ones: measured, see benchmarks/LOG.md.
+SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
+TRUST = 4.0  # expected acceptances that all other requests are worth as evidence about the memory in this one
+
+
+def _bin(value: float, edges: Sequence[float]) -> int:
+    return sum(value >= edge for edge in edges)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Where one drafted token came from, and what the acceptance estimates are kept by."""
+
+    source: str  # "neural" or "memory"
+    position: int  # in the round, from 0
+    key: tuple[int, ...]  # neural: confidence bin; memory: see `memory_key`
+
+
+@dataclass
+class Seen:
+    """What one request has shown of the draft and of the memory so far."""
+
+    acceptance: float = 0.0  # of the neural draft, summed over its verified positions
+    positions: int = 0
+    right: float = 0.0  # acceptance of the memory's answers, summed
+    expected: float = 0.0  # and what was expected of them
+    frozen: bool = False  # the original draft serves it, whatever was learned
+
+    @property
+    def trust(self) -> float:
+        """How right the memory is in this request, over what was expected of it."""
+        return (TRUST + self.right) / (TRUST + self.expected)
+
+
+class Acceptances:
+    """Estimates for one neural draft and one memory; what the draft and the frozen draft do is kept apart."""
+
+    def __init__(self) -> None:
+        # By who serves, the learned draft (False) or the frozen one (True): each has its own kind of requests.
+        self._pooled = {frozen: Share() for frozen in (False, True)}
+        self._levels = {frozen: Level() for frozen in (False, True)}
+        self.latest = False  # who served last
+        self._positions = [Share() for _ in range(MAX_LOOKAHEAD)]
+        self._confidence: dict[int, Share] = {}
+        self._memory: dict[tuple[int, ...], Share] = {}
+
+    @property
+    def rate(self) -> float:
+        """Acceptance rate of the neural draft, as it served last."""
+        return self.usual(self.latest)
+
+    @property
+    def known(self) -> bool:
+        """Whether any request has shown an acceptance."""
+        return any(level.known for level in self._levels.values())
+
+    def usual(self, frozen: bool) -> float:
+        """Acceptance rate of one of the two; what is known of the other one is the best guess where nothing was seen."""
+        return self._pooled[frozen].mean(self._pooled[not frozen].mean(0.5))
+
+    def here(self, seen: Seen) -> tuple[float, float]:
+        """Acceptance rate in a request, and its standard deviation."""
+        strength = self._levels[seen.frozen].alike
+        n = strength + seen.positions
+        a = (strength * self.usual(seen.frozen) + seen.acceptance) / n
+        return a, (max(0.0, a * (1 - a)) / (n + 1)) ** 0.5
+
+    def at(self, position: int, here: float) -> float:
+        """Acceptance at a position of a round, where it is `here` on average."""
+        general = max(self.rate, 0.01)
+        place = self._positions[min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
+        return min(0.99, here * place / general)
+
+    def confident(self, confidence: float) -> tuple[tuple[int, ...], float]:
+        """The key of a law whose most probable token has this probability, and its acceptance."""
+        key = _bin(confidence, CONFIDENCE_EDGES)
+        share = self._confidence.get(key)
+        prior = 0.5 * (confidence + self.rate)
+        return (key,), prior if share is None else share.mean(prior)
+
+    def memory(self, found: Continuation, first: bool = False, trust: float = 1.0) -> float:
+        """Acceptance of the memory's answer.
+
+        Args:
+            first: at the beginning of a round, behind a token of the target's own.
+            trust: of the request, see `Seen`.
+        """
+        return min(0.99, trust * self._memory_usual(self.memory_key(found, first)))
+
+    @staticmethod
+    def memory_key(found: Continuation, first: bool = False) -> tuple[int, int, int, bool]:
+        """Bins of match length, share of the most probable token, and how many occurrences voted; `first` in a round."""
+        return (
+            _bin(found.length, LENGTH_EDGES),
+            _bin(found.probs[0], SHARE_EDGES),
+            _bin(found.support, SUPPORT_EDGES),
+            first,
+        )
+
+    def _memory_usual(self, key: tuple[int, ...]) -> float:
+        length, share, support, first = key
+        prior = UNANIMOUS_PRIORS[support] if share == len(SHARE_EDGES) else SHARE_PRIORS[share]
+        prior *= (0.6 if length == 0 else 1.0) * (0.85 if first else 1.0)
+        seen = self._memory.get(key)
+        return prior if seen is None else seen.mean(prior)
+
+    def verified(self, drafted: Sequence[Drafted], overlaps: Sequence[float], seen: Seen, weight: float = 1.0) -> None:
+        """Takes in Σ min(p, q) at the verified positions of a round, also into `seen`."""
+        self.latest = seen.frozen
+        for d, overlap in zip(drafted, overlaps, strict=False):
+            if d.source == "neural":
+                seen.acceptance += overlap
+                seen.positions += 1
+                self._pooled[self.latest].add(overlap, weight)
+                self._positions[min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
+                self._confidence.setdefault(d.key[0], Share()).add(overlap)
+            else:
+                seen.expected += self._memory_usual(d.key)
+                seen.right += overlap
+                self._memory.setdefault(d.key, Share()).add(overlap)
+
+    def shown(self, acceptances: Sequence[float], frozen: bool) -> None:
+        """Takes in what the draft would have done at positions where it did not draft."""
+        self.latest = frozen
+        weight = min(len(acceptances), 64) / 2  # neighbouring tokens say less than as many rounds would
+        self._pooled[frozen].add(statistics.mean(acceptances), weight)
+        for share in (*self._positions, *self._confidence.values()):
+            share.fade(weight)
+
+    def request(self, acceptance: float, positions: int, frozen: bool) -> bool:
+        """Takes in the neural acceptance of a whole request, known from so many positions; whether it has fallen of late."""
+        return self._levels[frozen].fell(acceptance, positions)
+
+    def request_ended(self) -> None:
+        """An answer of the memory that was wrong in one domain gets a chance in the next."""
+        for share in self._memory.values():
+            share.fade(1)

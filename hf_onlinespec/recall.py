@@ -1,0 +1,80 @@
+"""The memory as one request sees it: its own tokens, and those of earlier requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from .acceptances import Acceptances, Seen
+from .memory import REACH, Continuation, SuffixMemory
+
+
+class Recall:
+    """Answers from the request itself and from earlier ones; a request of one row.
+
+    Args:
+        memory: of earlier requests; the draft's, and shared with other threads.
+        lock: held while it is asked.
+        size: tokens that the request can have at most.
+        padding: tokens on the left that are none.
+        seen: what the request has shown of the memory.
+        acceptances: if given, every generated token is asked about before it is read, for learning to be held against.
+    """
+
+    def __init__(
+        self,
+        memory: SuffixMemory,
+        lock: AbstractContextManager[Any],
+        size: int,
+        padding: int,
+        seen: Seen,
+        acceptances: Acceptances | None,
+    ) -> None:
+        self._memory, self._lock, self._padding = memory, lock, padding
+        self._own = SuffixMemory(size)
+        self._seen, self._acceptances = seen, acceptances
+        self._written: list[int] = []  # the request, without padding
+        self._expected: list[
+            float
+        ] = []  # per generated token: estimated acceptance of the memory's answer, 0: it had none
+
+    @property
+    def context(self) -> list[int]:
+        """The last tokens, as many as a question needs."""
+        return self._written[-REACH:]
+
+    def read(self, tokens: Tensor) -> list[float]:
+        """Takes in what is new in `tokens` (1, L); the estimated acceptance at every generated token so far."""
+        new = tokens[0, self._padding + len(self._written) :].tolist()
+        if not self._written or self._acceptances is None:
+            self._own.extend(new)
+            self._written += new
+            return self._expected
+        for token in new:
+            found = self.ask(self.context)
+            self._expected.append(0.0 if found is None else self._acceptances.memory(found, trust=self._seen.trust))
+            self._own.extend((token,))
+            self._written.append(token)
+        return self._expected
+
+    def ask(self, context: Sequence[int]) -> Continuation | None:
+        """What followed the longest match of `context`, in this request or in earlier ones."""
+        here = self._own.continuation(context)
+        with self._lock:
+            before = self._memory.continuation(context)
+        if here is None or before is None:
+            return here or before
+        return before if before.length > here.length else here
+
+    def remember(self, tokens: Tensor) -> int:
+        """Gives the whole request to the memory, once what it would have said is known; its bytes."""
+        self.read(tokens)
+        with self._lock:
+            try:
+                self._memory.extend(self._written)
+            finally:  # whatever interrupts it, the next request is another sequence
+                self._memory.close()
+            return self._memory.nbytes

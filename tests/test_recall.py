@@ -1,0 +1,67 @@
+"""The memory as one request sees it."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from hf_onlinespec.acceptances import Acceptances, Seen
+from hf_onlinespec.memory import SuffixMemory
+from hf_onlinespec.recall import Recall
+
+EARLIER = [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def recall(memory: SuffixMemory, padding: int = 0, acceptances: Acceptances | None = None) -> Recall:
+    return Recall(memory, threading.RLock(), 64, padding, Seen(), acceptances)
+
+
+def filled() -> SuffixMemory:
+    memory = SuffixMemory(64)
+    memory.extend(EARLIER)
+    memory.close()
+    return memory
+
+
+def test_the_longer_match_answers() -> None:
+    ours = recall(filled())
+    ours.read(torch.tensor([[9, 4, 7, 3, 4]]))
+    earlier = ours.ask([3, 4])
+    assert earlier is not None and earlier.tokens == (5,)  # seen as 3 4 5 before; here, 4 was followed by 7
+    here = ours.ask([9, 4])
+    assert here is not None and here.tokens == (7,)
+    assert ours.ask([31]) is None
+
+
+def test_padding_is_not_read() -> None:
+    memory = filled()
+    ours = recall(memory, padding=2)
+    ours.read(torch.tensor([[0, 0, 5, 6]]))
+    assert ours.context == [5, 6]
+    held = len(memory)
+    ours.remember(torch.tensor([[0, 0, 5, 6, 7]]))
+    assert len(memory) == held + 3
+
+
+def test_what_the_memory_would_have_said_is_asked_before_it_is_read() -> None:
+    """One estimate for every generated token: high where earlier requests knew it, 0 where nothing matches."""
+    ours = recall(filled(), acceptances=Acceptances())
+    assert ours.read(torch.tensor([[2, 3, 4]])) == []
+    expected = ours.read(torch.tensor([[2, 3, 4, 5, 20, 21]]))
+    assert len(expected) == 3
+    assert expected[0] > 0.4  # behind 2 3 4
+    assert expected[1] > 0.4  # 6 was expected behind 5, and 20 came: an estimate does not know
+    assert expected[2] == 0.0  # 20 was never seen
+    assert recall(filled()).read(torch.tensor([[2, 3, 4]])) == []
+
+
+def test_remembering_gives_the_whole_request_once() -> None:
+    memory = filled()
+    ours = recall(memory)
+    tokens = torch.tensor([[11, 12, 13, 14]])
+    ours.read(tokens[:, :2])
+    assert ours.remember(tokens) == memory.nbytes
+    found = memory.continuation([11, 12, 13])
+    assert found is not None and found.tokens == (14,) and found.support == 1
+    assert memory.continuation([8, 11]) is None or memory.continuation([8, 11]).length == 1
