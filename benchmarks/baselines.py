@@ -5,6 +5,7 @@
 | plain | `generate` |
 | transformers default | assisted generation as it comes: up to 20 tokens, none after one below 0.4 |
 | transformers fixed | the best fixed number of tokens, chosen on spare prompts |
+| transformers k=… | the same with another fixed number |
 | transformers heuristic | its heuristic schedule: two more after a round that was kept whole, else one less |
 | transformers confidence | the best confidence threshold, chosen on spare prompts (moves by itself where scikit-learn is installed) |
 | prompt lookup | `prompt_lookup_num_tokens`, the best number, chosen on spare prompts |
@@ -13,6 +14,7 @@
 | learning | ours learning without memory |
 | learning, random draft | the same with a draft of random weights, which is of no use to anybody |
 | ours | ours whole, as it comes |
+| ours, random draft | the same with a draft of random weights |
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from hf_onlinespec.embedded import load_draft
 CONFIDENCES = (0.2, 0.4, 0.6, 0.8)
 LOOKUP_TOKENS = (1, 2, 3, 5, 10)
 LOOKAHEADS = (1, 2, 3, 5, 8)
-OURS, LEARNING, RANDOM = "ours", "learning", "learning, random draft"
-SUBJECTS = (OURS, LEARNING, RANDOM)  # what the others are held against
+OURS, LEARNING, RANDOM, OURS_RANDOM = "ours", "learning", "learning, random draft", "ours, random draft"
+SUBJECTS = (OURS, OURS_RANDOM, LEARNING, RANDOM)  # what the others are held against
+SAME_LOOKAHEAD = {f"frozen k={k}": f"transformers k={k}" for k in LOOKAHEADS}
 STATIC = (PLAIN, "prompt lookup", *(f"frozen k={k}" for k in LOOKAHEADS))  # what could be chosen once and for all
 
 
@@ -73,10 +76,14 @@ def arms(settings: Settings, seed: int) -> dict[str, Callable[[], Arm]]:
     def frozen(k: int) -> Callable[[], Arm]:
         return lambda: {"assistant_model": draft(lookahead=k, memory_tokens=0), "onlinespec": False}
 
+    def stock(k: int) -> Callable[[], Arm]:
+        return lambda: {"assistant_model": stock_draft(k)}
+
     return {
         PLAIN: dict,
         "transformers default": lambda: {"assistant_model": load_draft()},
         "transformers fixed": lambda: {"assistant_model": stock_draft(settings.assistant_tokens)},
+        **{f"transformers k={k}": stock(k) for k in LOOKAHEADS},
         "transformers heuristic": lambda: {"assistant_model": heuristic_draft()},
         "transformers confidence": lambda: {"assistant_model": confident_draft(settings.confidence)},
         "prompt lookup": lambda: {"prompt_lookup_num_tokens": settings.lookup_tokens},
@@ -85,6 +92,7 @@ def arms(settings: Settings, seed: int) -> dict[str, Callable[[], Arm]]:
         LEARNING: lambda: {"assistant_model": draft(memory_tokens=0)},
         RANDOM: lambda: {"assistant_model": OnlineDraft(random_draft(), OnlineSpecConfig(seed=seed, memory_tokens=0))},
         OURS: lambda: {"assistant_model": draft()},
+        OURS_RANDOM: lambda: {"assistant_model": OnlineDraft(random_draft(), OnlineSpecConfig(seed=seed))},
     }
 
 

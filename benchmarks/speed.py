@@ -154,6 +154,13 @@ def report(header: dict[str, Any], records: list[Record]) -> str:
             lines += ["", f"## Net tokens/s of {subject!r} over the others: {title}", ""]
             lines += ["Ratios of sums, with bootstrap 95 % intervals over requests.", ""]
             lines += ratios(whole, subject)
+    pairs = [(ours, theirs) for ours, theirs in baselines.SAME_LOOKAHEAD.items() if ours in arms and theirs in arms]
+    if pairs:
+        lines += ["", f"## Ours frozen over transformers' assisted, the same number of tokens: {title}", ""]
+        lines += ["| | " + " | ".join(whole) + " |", "|---" * (len(whole) + 1) + "|"]
+        for ours, theirs in pairs:
+            cells = [str(speed_ratio(own[ours], own[theirs])) for own in map(by_arm, whole.values())]
+            lines.append(f"| {ours} ÷ {theirs} | " + " | ".join(cells) + " |")
     if greedy and PLAIN in arms:
         lines += [
             "",

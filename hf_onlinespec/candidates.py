@@ -104,10 +104,12 @@ class OnlineCandidateGenerator(CandidateGenerator):
         plan = Plan(0, 1.0, 0.0)
         if most > 0:
             sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
-            with self._draft.lock:
-                asks = self._tokens is None and sees and most >= HOPE_ROOM and self._governor.asks_prompt()
-            if asks:
-                self._choose(input_ids)
+            if self._tokens is None and sees and self._settings.update_every == "auto":
+                with self._draft.lock:
+                    asks = most >= HOPE_ROOM and self._governor.asks_prompt()
+                    self._frozen = self._seen.frozen = self._governor.frozen_serves()
+                if asks:
+                    self._choose(input_ids)
             with self._draft.lock:
                 plan = self._governor.plan(sees, self._seen, most)
         return self._propose(input_ids, most, plan)
@@ -149,7 +151,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if self._neural is not None and self._preference is None and self._settings.update_every == "auto":
             self._preference = self._neural.preference(tokens, self._mask)
             with self._draft.lock:
-                self._frozen = self._seen.frozen = self._governor.frozen_serves(self._preference)
+                self._governor.prompt_asked(self._preference)
+                if not self._cached:  # who has begun goes on
+                    self._frozen = self._seen.frozen = self._governor.frozen_serves(self._preference)
                 self._governor.decisions.serves_frozen = self._frozen
 
     @contextmanager

@@ -31,6 +31,7 @@ PACE = 0.2  # how fast the measured pace of the machine follows a round's time
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
 LOW_ACCEPTANCE = 0.3  # of a draft that has much to learn
+STEADY, ASK_EVERY = 6, 3  # after so many prompts that speak for the same draft, one of so many is asked
 COMPARISONS = 4  # that decide whether the learned or the frozen draft serves
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
@@ -79,6 +80,8 @@ class Governor:
         # Learned minus frozen acceptance on the same tokens, by which of the two predicts the prompt better.
         self._advantages = {learned: deque[float](maxlen=COMPARISONS) for learned in (True, False)}
         self._compared = 0
+        self._preference = 0.0  # of the last prompt that was asked
+        self._steady, self._unasked = 0, 0  # prompts in a row that spoke for the same draft; requests since
 
     # Drafting
 
@@ -259,19 +262,33 @@ class Governor:
         close = abs(self._advantage(preference)) < 0.05
         return close or self.decisions.effort == 1.0 or self._compared % 2 == 0
 
-    def frozen_serves(self, preference: float) -> bool:
+    def frozen_serves(self, preference: float | None = None) -> bool:
         """Whether the original draft is the better one for a request.
 
         Args:
             preference: log-likelihood per token of its prompt under the learned draft, minus that under the frozen one.
-                Experience with such prompts counts more, where there is any.
+                Experience with such prompts counts more, where there is any. None: its prompt was not asked, and is
+                taken to be like the last one.
         """
+        if preference is None:
+            preference = self._preference
         advantage = self._advantage(preference)
         return advantage < -0.02 if preference >= 0 else advantage < 0.02
 
     def asks_prompt(self) -> bool:
-        """Whether it matters who serves a request: not where neither draft is expected to draft."""
+        """Whether a request's prompt should tell who serves it: not where neither draft is expected to draft.
+
+        Of prompts that all speak for the same draft, only some are asked.
+        """
+        self._unasked += 1
+        if self._steady >= STEADY and self._unasked < ASK_EVERY:
+            return False
         return any(self._best(self.acceptances.usual(frozen))[0] for frozen in (False, True))
+
+    def prompt_asked(self, preference: float) -> None:
+        """What a prompt said, see `frozen_serves`."""
+        self._steady = self._steady + 1 if (preference >= 0) == (self._preference >= 0) else 0
+        self._preference, self._unasked = preference, 0
 
     def _advantage(self, preference: float) -> float:
         """Acceptance of the learned draft minus the frozen one's, of late, in requests whose prompts spoke for the same one."""

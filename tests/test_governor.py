@@ -193,6 +193,21 @@ def test_the_prompt_tells_who_serves_unless_experience_says_otherwise() -> None:
     assert governor.frozen_serves(0.5) and not governor.frozen_serves(-0.5)
 
 
+def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
+    world = World(lambda request, steps: (0.8, 0.8))
+    world.run(3)
+    governor, asked = world.governor, []
+    for preference in [0.5] * 20 + [-0.5] * 4:
+        asked.append(governor.asks_prompt())
+        if asked[-1]:
+            governor.prompt_asked(preference)
+    assert all(asked[:6]) and sum(asked[8:20]) == 4  # then one of three
+    assert governor.frozen_serves() and all(asked[-2:])  # one has spoken for the other draft: all are asked again
+    useless = World(lambda request, steps: (0.0, 0.0))
+    useless.run(10)
+    assert not useless.governor.asks_prompt()
+
+
 def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
     governor, seen = Governor(BUDGET, PASSES), Seen()
     answer = found(12, 1.0)
