@@ -56,7 +56,7 @@ class Acceptances:
         self._pooled = {frozen: Share() for frozen in (False, True)}
         self._levels = {frozen: Level() for frozen in (False, True)}
         self.latest = False  # who served last
-        self._positions = [Share() for _ in range(MAX_LOOKAHEAD)]
+        self._positions = {frozen: [Share() for _ in range(MAX_LOOKAHEAD)] for frozen in (False, True)}
         self._confidence: dict[int, Share] = {}
         self._memory: dict[tuple[int, ...], Share] = {}
 
@@ -81,17 +81,17 @@ class Acceptances:
         a = (strength * self.usual(seen.frozen) + seen.acceptance) / n
         return a, (max(0.0, a * (1 - a)) / (n + 1)) ** 0.5
 
-    def at(self, position: int, here: float) -> float:
+    def at(self, position: int, here: float, frozen: bool = False) -> float:
         """Acceptance at a position of a round, where it is `here` on average."""
-        general = max(self.rate, 0.01)
-        place = self._positions[min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
+        general = max(self.usual(frozen), 0.01)
+        place = self._positions[frozen][min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
         return min(0.99, here * place / general)
 
-    def confident(self, confidence: float) -> tuple[tuple[int, ...], float]:
+    def confident(self, confidence: float, frozen: bool = False) -> tuple[tuple[int, ...], float]:
         """The key of a law whose most probable token has this probability, and its acceptance."""
         key = _bin(confidence, CONFIDENCE_EDGES)
         share = self._confidence.get(key)
-        prior = 0.5 * (confidence + self.rate)
+        prior = 0.5 * (confidence + self.usual(frozen))
         return (key,), prior if share is None else share.mean(prior)
 
     def memory(self, found: Continuation, first: bool = False, trust: float = 1.0) -> float:
@@ -120,6 +120,11 @@ class Acceptances:
         seen = self._memory.get(key)
         return prior if seen is None else seen.mean(prior)
 
+    def unsound(self, seen: Seen) -> None:
+        """The draft's law at a position was none: it could draft nothing there."""
+        seen.positions += 1
+        self._pooled[seen.frozen].add(0.0)
+
     def verified(self, drafted: Sequence[Drafted], overlaps: Sequence[float], seen: Seen, weight: float = 1.0) -> None:
         """Takes in Σ min(p, q) at the verified positions of a round, also into `seen`."""
         self.latest = seen.frozen
@@ -127,8 +132,8 @@ class Acceptances:
             if d.source == "neural":
                 seen.acceptance += overlap
                 seen.positions += 1
-                self._pooled[self.latest].add(overlap, weight)
-                self._positions[min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
+                self._pooled[seen.frozen].add(overlap, weight)
+                self._positions[seen.frozen][min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
                 self._confidence.setdefault(d.key[0], Share()).add(overlap)
             else:
                 seen.expected += self._memory_usual(d.key)
@@ -140,7 +145,7 @@ class Acceptances:
         self.latest = frozen
         weight = min(len(acceptances), 64) / 2  # neighbouring tokens say less than as many rounds would
         self._pooled[frozen].add(statistics.mean(acceptances), weight)
-        for share in (*self._positions, *self._confidence.values()):
+        for share in (*self._positions[frozen], *self._confidence.values()):
             share.fade(weight)
 
     def request(self, acceptance: float, positions: int, frozen: bool) -> bool:

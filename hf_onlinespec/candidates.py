@@ -77,9 +77,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._frozen = False  # whether the original draft serves this request
         self._cached = 0  # tokens in the draft's cache
         self._began = True  # whether this round is the draft's first
-        # Only where learning is affordable is the memory asked what it would have said.
+        # The memory is asked what it would have said at every token where learning is affordable.
         governed = learn and self._neural is not None and self._settings.update_every == "auto"
-        self._compares = governed and self._affordable_steps() > 0
+        asks = governed and self._settings.update_when != "idle"
+        self._asks_memory = asks and self._affordable_steps() > 0
         self._tokens: Tensor | None = None  # (batch, L) the request so far, on the draft's device
         self._prompt = 0  # how much of it was there before
         self._seen = Seen()
@@ -98,18 +99,18 @@ class OnlineCandidateGenerator(CandidateGenerator):
         and from q before the draw: every drawn token is submitted. A round ends behind an end of sequence.
         """
         self._timed = True
+        sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
+        if self._tokens is None and sees and self._settings.update_every == "auto":
+            with self._draft.lock:
+                asks = most >= HOPE_ROOM and self._governor.asks_prompt()
+                self._serve(self._governor.frozen_serves())
+            if asks:
+                self._choose(input_ids)
         fixed = self._settings.lookahead
         if isinstance(fixed, int):
             return self._propose(input_ids, min(most, fixed), None)
         plan = Plan(0, 1.0, 0.0)
         if most > 0:
-            sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
-            if self._tokens is None and sees and self._settings.update_every == "auto":
-                with self._draft.lock:
-                    asks = most >= HOPE_ROOM and self._governor.asks_prompt()
-                    self._frozen = self._seen.frozen = self._governor.frozen_serves()
-                if asks:
-                    self._choose(input_ids)
             with self._draft.lock:
                 plan = self._governor.plan(sees, self._seen, most)
         return self._propose(input_ids, most, plan)
@@ -122,7 +123,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         memory = self._draft.memory if recalls and input_ids.shape[0] == 1 else None
         if memory is not None:
             if self._recall is None:
-                asks = self._governor.acceptances if self._compares else None
+                asks = self._governor.acceptances if self._asks_memory else None
                 size = min(self._max_length + 1, self._settings.memory_tokens)
                 self._recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, asks)
             self._recall.read(input_ids)
@@ -133,7 +134,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         wanted = self._neural is not None and (plan is None or plan.lookahead > 0)
         self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
         if most > 0 and (wanted or recall is not None):
-            # Lighter than no_grad. What leaves the block is copied by cat and stack, or read by learning without being saved.
+            # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
             with self._serving(wanted) as model, torch.inference_mode():
                 while len(round_.drafted) < most and not round_.ended:
                     found = None if recall is None or round_.context is None else recall.ask(round_.context)
@@ -153,8 +154,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
             with self._draft.lock:
                 self._governor.prompt_asked(self._preference)
                 if not self._cached:  # who has begun goes on
-                    self._frozen = self._seen.frozen = self._governor.frozen_serves(self._preference)
-                self._governor.decisions.serves_frozen = self._frozen
+                    self._serve(self._governor.frozen_serves(self._preference))
+
+    def _serve(self, frozen: bool) -> None:
+        self._frozen = self._seen.frozen = self._governor.decisions.serves_frozen = frozen
 
     @contextmanager
     def _serving(self, wanted: bool) -> Iterator[PreTrainedModel | None]:
@@ -175,7 +178,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _memory_speaks(self, round_: Round, plan: Plan | None, found: Continuation, neural: bool) -> bool:
         if plan is None:  # no clock: whoever is accepted more often
             first = not round_.drafted
-            return not neural or self._governor.acceptances.memory(found, first) >= self._governor.acceptances.rate
+            usual = self._governor.acceptances.usual(self._frozen)
+            return not neural or self._governor.acceptances.memory(found, first, self._seen.trust) >= usual
         return self._governor.memory_pays(
             plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
         )
@@ -184,7 +188,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         """One token of the memory's."""
         place = 0
         if self._sample and len(found.tokens) > 1:
-            place = int(torch.multinomial(torch.tensor(found.probs), 1))
+            place = int(torch.multinomial(torch.tensor(found.probs, dtype=torch.float32), 1))
         first = not round_.drafted
         drafted = Drafted("memory", len(round_.drafted), self._governor.acceptances.memory_key(found, first))
         chance = self._governor.acceptances.memory(found, first, self._seen.trust)
@@ -205,6 +209,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             law = scores.softmax(-1)
             sound = torch.isfinite(law).all(-1, keepdim=True)
             if host and not bool(sound.all()):
+                with self._draft.lock:
+                    self._governor.acceptances.unsound(self._seen)
                 round_.ended = True
                 round_.neural_s += time.perf_counter() - started
                 return
@@ -214,11 +220,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
         else:
             token = scores.argmax(-1, keepdim=True)
         key: tuple[int, ...] = (-1,)
-        chance, known = self._governor.acceptances.rate, None
+        acceptances = self._governor.acceptances
+        chance, known = acceptances.usual(self._frozen), None
         if host:
-            key, chance = self._governor.acceptances.confident(
-                float((scores.softmax(-1) if law is None else law).max())
-            )
+            most_probable = float((scores.softmax(-1) if law is None else law).max())
+            key, chance = acceptances.confident(most_probable, self._frozen)
             known = int(token)
         round_.think(token, known, law, Drafted("neural", len(round_.drafted), key), chance)
         round_.neural_s += time.perf_counter() - started
@@ -257,7 +263,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         full = self._pending >= settings.context_tokens  # full target laws are kept for so many tokens at most
         due = full
         if settings.update_every == "auto":
-            due = (full or settings.update_when == "round") and self._affordable_steps() > 0
+            due = (full or settings.update_when == "round") and self._worthwhile_steps() > 0
         elif settings.update_when == "round":
             due = full or self._rounds % int(settings.update_every) == 0
         if due:
@@ -282,7 +288,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 self._neural.learn_later(feedback, self._temperature)
             return
         if settings.update_every == "auto" and self._timed:
-            steps = self._affordable_steps()
+            steps = self._worthwhile_steps()
             if not steps:
                 self._governor.decisions.updates_put_off += 1
                 if unseen:
@@ -302,7 +308,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
     @property
     def _keeps(self) -> bool:
         """Whether what is not learned from is worth remembering for the replay."""
-        return self._governor.decisions.effort == 1.0
+        return bool(self._learned) or self._governor.decisions.effort == 1.0  # of a request, all or nothing
 
     def _look(self) -> None:
         """Shows the governor how the draft would have done on a request in which it neither drafts nor learns."""
@@ -317,6 +323,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self.counts.update_time_s += seconds
             with self._draft.lock:
                 self._governor.effort.looked(seconds)
+
+    def _worthwhile_steps(self) -> int:
+        """Steps that are affordable, if it is known what the memory would have said: else none could tell what they bring."""
+        return self._affordable_steps() if self._asks_memory or self._recall is None else 0
 
     def _affordable_steps(self) -> int:
         with self._draft.lock:
@@ -367,7 +377,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         recalled: list[float] | None = []
         if self._recall is not None:
             new = slice(self._end - len(teachers[0]) - self._prompt, self._end - self._prompt)
-            recalled = self._recall.read(self._tokens)[new] if self._compares else None
+            recalled = self._recall.read(self._tokens)[new] if self._asks_memory else None
         self._choose(self._tokens[:, : self._prompt])
         self._neural.learn_segment(
             tokens,

@@ -9,7 +9,8 @@ from collections import deque
 from .estimates import WINDOW
 from .metrics import Decisions
 
-FIRST_WINDOW, LAST_WINDOW = 3, 64  # comparisons between two looks at what learning gained
+FIRST_WINDOW, LAST_WINDOW = 4, 64  # comparisons between two looks at what learning gained
+LEAST_NOISE = 0.05  # of one comparison: a few that happen to agree prove nothing
 EFFORT_STEP, FIRST_EFFORT, LEAST_EFFORT = 4.0, 1 / 4, 1 / 16
 LOOK_SHARE = 0.005  # of the time, for looks at requests in which the draft neither drafts nor learns
 
@@ -63,7 +64,7 @@ class Effort:
         """Gradient steps that the bank can pay for now: one on what is new, the others on what is remembered."""
         step = self._step_s
         if not step:
-            return 1 + self._passes
+            return 1 + self._passes if self._bank_s >= 0 else 0  # below: it took time, and came to no step
         steps = min(int(self._bank_s / step), 1 + self._passes)
         return 0 if steps < min(2, 1 + self._passes) else steps
 
@@ -101,16 +102,25 @@ class Effort:
         doubt = statistics.stdev(part.window) * (2 / len(part.window)) ** 0.5 / now  # of two such means' ratio
         if part.before:
             self._judge(part, now / part.before - 1, doubt)
-            part.window_size = min(2 * part.window_size, LAST_WINDOW)
         part.before, part.window = now, []
 
     def _judge(self, part: _Part, gain: float, doubt: float) -> None:
-        """Raises the effort where the last window paid for itself; lowers it where it did not, or nothing shows that it did."""
+        """Raises the effort where the last window paid for itself; lowers it where it did not, or nothing shows that it did.
+
+        Args:
+            doubt: standard error of the gain. It counts twice for more effort, and once for going on with a full one.
+        """
+        least = max(doubt, LEAST_NOISE * (2 / len(part.window)) ** 0.5)
         share = self._budget * part.effort
-        if gain - doubt > share / 2:
+        part.window_size = min(2 * part.window_size, LAST_WINDOW)
+        if gain - (1 if part.effort == 1.0 else 2) * least > share / 2:
+            if part.effort < 1.0:
+                part.window_size = FIRST_WINDOW  # more is spent: look again soon
             part.effort = min(1.0, EFFORT_STEP * part.effort)
         elif part.effort > FIRST_EFFORT or gain + doubt < share / 2:
             part.effort = max(LEAST_EFFORT, part.effort / EFFORT_STEP)
+            if part.effort == LEAST_EFFORT:  # comparisons are rare there
+                part.window_size = 2 * FIRST_WINDOW
         self._decisions.effort = part.effort
         self._decisions.learning = (
             f"the last {len(part.window)} comparisons show a gain of {gain:+.1%} (±{doubt:.1%}) in tokens per round, "

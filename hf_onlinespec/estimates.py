@@ -10,7 +10,7 @@ PRIOR = 4.0  # observations that a prior is worth
 WINDOW = 48  # recent times whose median counts
 SURE = 3  # times that make a measurement
 RECENT = 4  # values that are held against the ones before
-LEAST_FALL = 0.15  # requests of one domain differ so much by chance
+LEAST_FALL = 0.2  # requests of one domain differ so much by chance
 ALIKE_LEAST, ALIKE_MOST = 2.0, 50.0  # positions of a request that all others may be worth
 
 
@@ -158,12 +158,12 @@ class Level:
         spread = mean * (1 - mean)
         chance = spread / max(1.0, self._positions.mean(0.0, 0.0))
         differ = self._squares.mean(0.0, 0.0) - mean * mean - chance
-        return min(max(spread / max(differ, 1e-4) - 1, ALIKE_LEAST), ALIKE_MOST)
+        return min(max(spread / differ - 1, ALIKE_LEAST), ALIKE_MOST) if differ > 1e-4 else ALIKE_MOST
 
     def fell(self, value: float, positions: int = 1) -> bool:
         """Takes in a request's acceptance, known from so many positions; whether the last few lie below what was before.
 
-        By three deviations of their mean, and by no less than `LEAST_FALL`. After a fall, what lies below it is all that is known.
+        By four deviations of their mean, and by no less than `LEAST_FALL`. After a fall, what lies below it is all that is known.
         """
         self._note(value, positions)
         self._recent.append((value, positions))
@@ -174,7 +174,7 @@ class Level:
         self._square.add(old * old)
         mean = self._before.mean(0.0, 0.0)
         deviation = max(0.0, self._square.mean(0.0, 0.0) - mean * mean) ** 0.5
-        fall = max(LEAST_FALL, 3 * deviation / RECENT**0.5)
+        fall = max(LEAST_FALL, 4 * deviation / RECENT**0.5)
         if self._before.weight < RECENT + 1 or statistics.mean(v for v, _ in self._recent) > mean - fall:
             return False
         self._recent = deque(seen for seen in self._recent if seen[0] < mean - LEAST_FALL)

@@ -58,10 +58,6 @@ class Teacher:
     def to(self, device: torch.device) -> Teacher:
         return self._map(lambda tensor: tensor.to(device))
 
-    def last(self, n: int) -> Teacher:
-        """The last n positions."""
-        return self._map(lambda tensor: tensor[len(self) - n :])
-
     def _map(self, change: Callable[[Tensor], Tensor]) -> Teacher:
         tokens = None if self.tokens is None else change(self.tokens)
         return Teacher(change(self.log_probs), tokens, None if self.log_tail is None else change(self.log_tail))

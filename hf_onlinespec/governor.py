@@ -30,9 +30,13 @@ FIRST_LOOKAHEAD = 3  # while times are still unknown
 PACE = 0.2  # how fast the measured pace of the machine follows a round's time
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
-LOW_ACCEPTANCE = 0.3  # of a draft that has much to learn
+LOW_ACCEPTANCE, LOW_REQUESTS = 0.3, 4  # so many requests below it, and none well above: the draft has much to learn
 STEADY, ASK_EVERY = 6, 3  # after so many prompts that speak for the same draft, one of so many is asked
-COMPARISONS = 4  # that decide whether the learned or the frozen draft serves
+COMPARISONS, COMPARISON_TOKENS = (
+    4,
+    32,
+)  # that decide whether the learned or the frozen draft serves; of so many tokens at least
+HOPELESS = 0.05  # acceptance of a draft that is not asked at once, while its times are unknown
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
 PROBE_WEIGHT = 4.0  # of what a probe shows: all else that is known is old
@@ -49,6 +53,7 @@ class Plan:
     silent: bool = False  # nobody drafts: a plain step is timed again
     acceptance: float = 0.5  # estimated acceptance rate of the neural draft in this request
     trust: float = 1.0  # how right the memory is in this request, over what was expected
+    frozen: bool = False  # the original draft serves it
 
 
 class Governor:
@@ -77,9 +82,11 @@ class Governor:
         self._refused, self._recall_after = 0, FIRST_PROBE  # rounds in which the memory's answer was not worth it
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
         self._unseen = 0  # requests since the neural draft's acceptance was last seen
-        # Learned minus frozen acceptance on the same tokens, by which of the two predicts the prompt better.
-        self._advantages = {learned: deque[float](maxlen=COMPARISONS) for learned in (True, False)}
+        self._shown = False  # whether it was shown since the last request
+        # Learned minus frozen acceptance on so many tokens, by which of the two predicts the prompt better.
+        self._advantages = {learned: deque[tuple[float, int]](maxlen=COMPARISONS) for learned in (True, False)}
         self._compared = 0
+        self._lows = {frozen: 0 for frozen in (False, True)}  # requests of low acceptance since one of a better one
         self._preference = 0.0  # of the last prompt that was asked
         self._steady, self._unasked = 0, 0  # prompts in a row that spoke for the same draft; requests since
 
@@ -97,26 +104,29 @@ class Governor:
         if not drafts or not self._pace_s or not self._draft.known:
             # The first round of all shows what a plain step costs.
             trust = 1.0 if seen is None else seen.trust
-            return Plan(FIRST_LOOKAHEAD if drafts and self._pace_s else 0, 1.0, 0.0, trust=trust)
+            lookahead = FIRST_LOOKAHEAD if drafts and self._pace_s else 0
+            if lookahead and self.acceptances.rate < HOPELESS:
+                lookahead = self._probe(0)
+            return Plan(lookahead, 1.0, 0.0, trust=trust)
         seen = Seen() if seen is None else seen
         a, doubt = self.acceptances.here(seen)
-        best, rate = self._best(a)
+        best, rate = self._best(a, seen.frozen)
         cost = rate * (self._target.step(best) + self._draft.step())
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
         self._lookahead, self._rate = best, rate
         if best and self._now - self._plain_at > REFRESH:
-            return Plan(0, rate, 0.0, silent=True, acceptance=a, trust=seen.trust)
+            return Plan(0, rate, 0.0, silent=True, acceptance=a, trust=seen.trust, frozen=seen.frozen)
         lookahead = self._probe(best)
-        if not lookahead and room >= HOPE_ROOM and self._best(a + doubt)[0]:
+        if not lookahead and room >= HOPE_ROOM and self._best(a + doubt, seen.frozen)[0]:
             lookahead = PROBE_LOOKAHEAD
-        return Plan(lookahead, rate, value, acceptance=a, trust=seen.trust)
+        return Plan(lookahead, rate, value, acceptance=a, trust=seen.trust, frozen=seen.frozen)
 
-    def _best(self, acceptance: float) -> tuple[int, float]:
+    def _best(self, acceptance: float, frozen: bool) -> tuple[int, float]:
         """The best lookahead at an acceptance rate, and its expected tokens per plain step; 0 and 1: plain decoding."""
         best, rate = 0, 1.0
         kept, tokens = 1.0, 1.0
         for k in range(1, MAX_LOOKAHEAD + 1):
-            kept *= self.acceptances.at(k - 1, acceptance)
+            kept *= self.acceptances.at(k - 1, acceptance, frozen)
             tokens += kept
             this = tokens / (self._target.at(k) + self._draft.at(k))
             if this > rate:
@@ -158,7 +168,7 @@ class Governor:
         if not plan.lookahead or position >= MAX_LOOKAHEAD:
             return False
         cost = plan.rate * (self._drafting(begun) + self._target.step(position))
-        return survival * self.acceptances.at(position, plan.acceptance) > cost
+        return survival * self.acceptances.at(position, plan.acceptance, plan.frozen) > cost
 
     def _drafting(self, begun: bool) -> float:
         return self._draft.step() if begun else self._draft.at(1)
@@ -183,9 +193,9 @@ class Governor:
         self._recall_after = FIRST_PROBE
         if not neural:
             return True
-        other = survival * self.acceptances.at(position, plan.acceptance) * (1 + plan.value) - plan.rate * (
-            more + self._drafting(begun)
-        )
+        other = survival * self.acceptances.at(position, plan.acceptance, plan.frozen) * (
+            1 + plan.value
+        ) - plan.rate * (more + self._drafting(begun))
         return gain >= other
 
     def _recalls_anyway(self) -> bool:
@@ -254,8 +264,6 @@ class Governor:
 
     # Learning
 
-    # Learning
-
     def compares(self, preference: float) -> bool:
         """Whether this update should look at the frozen draft too: while the two are close or much is spent; else now and then."""
         self._compared += 1
@@ -283,7 +291,7 @@ class Governor:
         self._unasked += 1
         if self._steady >= STEADY and self._unasked < ASK_EVERY:
             return False
-        return any(self._best(self.acceptances.usual(frozen))[0] for frozen in (False, True))
+        return any(self._best(self.acceptances.usual(frozen), frozen)[0] for frozen in (False, True))
 
     def prompt_asked(self, preference: float) -> None:
         """What a prompt said, see `frozen_serves`."""
@@ -293,7 +301,7 @@ class Governor:
     def _advantage(self, preference: float) -> float:
         """Acceptance of the learned draft minus the frozen one's, of late, in requests whose prompts spoke for the same one."""
         found = self._advantages[preference >= 0]
-        return sum(found) / (len(found) + 1)
+        return sum(difference * n for difference, n in found) / (COMPARISON_TOKENS + sum(n for _, n in found))
 
     def shadow(
         self,
@@ -313,21 +321,32 @@ class Governor:
         n = len(learned)
         if not n or not all(map(math.isfinite, (*learned, *(frozen or ())))):
             return  # a draft whose logits are not finite teaches nothing
-        served, bucket = learned, False
+        bucket = self.frozen_serves(preference)
         if frozen is not None:
-            self._advantages[preference >= 0].append(statistics.mean(learned) - statistics.mean(frozen))
-            if self.frozen_serves(preference):
-                served, bucket = frozen, True
+            self._compare(preference, statistics.mean(learned) - statistics.mean(frozen), n)
             if updates and recalled is not None:
                 recalled = recalled or [0.0] * n
                 self.effort.compared(_beside(learned, recalled) / _beside(frozen, recalled), bucket)
+        elif bucket:
+            return  # what would have served was not looked at
+        served = frozen if bucket and frozen is not None else learned
         self.acceptances.shown(served, bucket)
-        if self._unseen:
+        if self._unseen and not self._shown:
+            self._shown = True  # one request counts once
             self._see(statistics.mean(served), n, bucket)
+
+    def _compare(self, preference: float, difference: float, n: int) -> None:
+        """Notes the learned acceptance minus the frozen one on n tokens; few tokens join the ones before them."""
+        found = self._advantages[preference >= 0]
+        if found and found[-1][1] < COMPARISON_TOKENS:
+            before, m = found.pop()
+            difference, n = (before * m + difference * n) / (m + n), m + n
+        found.append((difference, n))
 
     def request_ended(self, new_tokens: int, seen: Seen | None = None) -> bool:
         """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it."""
         self._report()
+        self._shown = False
         if seen is not None and seen.positions >= LIVE_LEAST:
             self._unseen = 0
             self._see(seen.acceptance / seen.positions, seen.positions, seen.frozen)
@@ -340,11 +359,15 @@ class Governor:
 
     def _see(self, acceptance: float, positions: int, frozen: bool) -> None:
         """Takes in the acceptance of a request, known from so many positions."""
-        first = not self.acceptances.known
+        low = acceptance < LOW_ACCEPTANCE
+        if low:  # the first request of all is believed at once
+            self._lows[frozen] = self._lows[frozen] + 1 if self.acceptances.known else LOW_REQUESTS
+        elif self.acceptances.usual(frozen) > 1.5 * LOW_ACCEPTANCE:
+            self._lows[frozen] = 0
         if self.acceptances.request(acceptance, positions, frozen):
             self.effort.wake("acceptance has fallen, the stream has changed", frozen)
-        elif first and acceptance < LOW_ACCEPTANCE:
-            self.effort.wake(f"acceptance begins at {acceptance:.2f}, there is much to learn", frozen)
+        elif low and self._lows[frozen] == LOW_REQUESTS:
+            self.effort.wake(f"acceptance is {acceptance:.2f}, there is much to learn", frozen)
 
 
 def _beside(neural: Sequence[float], recalled: Sequence[float]) -> float:

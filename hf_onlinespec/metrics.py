@@ -67,10 +67,10 @@ class Decisions:
         default_factory=lambda: {"plain": 0, "neural": 0, "memory": 0, "memory+neural": 0}
     )  # by what was proposed
     probes: int = 0
-    updates_put_off: int = 0  # requests whose feedback was only remembered: learning was not affordable
+    updates_put_off: int = 0  # requests that were not learned from at once: that was not affordable
     serves_frozen: bool = False  # the original draft served the latest request: what was learned does worse there
     effort: float = 1.0  # part of update_budget that learning may use
-    acceptance: float = 0.0  # estimated, of the neural draft's first token
+    acceptance: float = 0.0  # estimated, of the neural draft's tokens
     draft_step: float = 0.0  # time of one more drafted token over a plain target step
     verify_step: float = 0.0  # time of one more verified position over a plain target step
     drafting: str = "nothing was decided yet"

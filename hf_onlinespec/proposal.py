@@ -69,10 +69,13 @@ class Round:
         tokens = self.prefix[:, self._length :]
         q = None
         if vocab and self._laws:
-            q = torch.zeros(*tokens.shape, vocab, device=tokens.device)
+            # In float32 whatever the default is: q is the law that was drawn from.
+            q = torch.zeros(*tokens.shape, vocab, dtype=torch.float32, device=tokens.device)
             for i, law in enumerate(self._laws):
                 if isinstance(law, Continuation):
-                    q[0, i, torch.tensor(law.tokens, device=q.device)] = torch.tensor(law.probs, device=q.device)
+                    q[0, i, torch.tensor(law.tokens, device=q.device)] = torch.tensor(
+                        law.probs, dtype=torch.float32, device=q.device
+                    )
                 else:
                     q[:, i] = law
         return Proposal(tokens, q, tuple(self.drafted), self.neural_s)

@@ -156,7 +156,9 @@ def test_context_tokens_bound_what_is_kept_of_a_prompt(target) -> None:
 def test_a_non_finite_teacher_costs_the_step_not_the_serving(
     target, draft_model, prompt, monkeypatch, bad: float
 ) -> None:
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_when="round", replay_passes=0))
+    draft = OnlineDraft(
+        draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_when="round", replay_passes=0, update_every=1)
+    )
     plain = target.generate(prompt, do_sample=False, max_new_tokens=10)
     before = draft._lora.params.clone()
     original = Teacher.from_logits.__func__
@@ -167,7 +169,7 @@ def test_a_non_finite_teacher_costs_the_step_not_the_serving(
 
 
 def test_a_non_finite_request_is_not_remembered(target, draft_model, prompt, monkeypatch) -> None:
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0))
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_every=1))
     original = Teacher.from_logits.__func__
     with monkeypatch.context() as patch:
         patch.setattr(

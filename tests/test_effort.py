@@ -32,12 +32,12 @@ def test_effort_is_cut_where_nothing_is_gained_and_raised_where_much_is() -> Non
 def test_a_doubtful_gain_keeps_a_small_effort_and_cuts_a_full_one() -> None:
     decisions = Decisions()
     effort = Effort(BUDGET, PASSES, decisions)
-    for value in (1.0, 1.4, 0.8) * 2:  # the same mean twice, and much noise
+    for value in (1.0, 1.4, 0.8, 1.2) * 2:  # the same mean twice, and much noise
         effort.compared(value)
     assert decisions.effort == FIRST_EFFORT
     effort.wake("for a test")
     assert decisions.effort == 1.0
-    for value in (1.0, 1.4, 0.8) * 2:
+    for value in (1.0, 1.4, 0.8, 1.2) * 2:
         effort.compared(value)
     assert decisions.effort == FIRST_EFFORT
 

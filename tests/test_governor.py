@@ -46,7 +46,7 @@ class World:
 
     def round(self, room: int, fixed: int | None) -> int:
         learned, frozen = self.alpha(self.request, self.steps)
-        a = frozen if self.governor.frozen_serves(self.preference) else learned
+        a = frozen if self.seen.frozen else learned
         drafted: list[Drafted] = []
         chances: list[float] = []
         if fixed is None:
@@ -76,7 +76,7 @@ class World:
     def run(self, requests: int, fixed: int | None = None, tokens: int = TOKENS) -> float:
         """Tokens per second."""
         for _ in range(requests):
-            self.seen = Seen()
+            self.seen = Seen(frozen=self.governor.frozen_serves(self.preference))
             left = tokens
             while left > 0:
                 got = self.round(left - 1, fixed)
@@ -164,7 +164,7 @@ def test_a_changed_stream_wakes_the_learner() -> None:
     world.run(change)
     assert world.governor.decisions.effort < 1  # nothing was gained for long
     world.run(6)
-    assert world.governor.decisions.effort == 1.0 and "changed" in world.governor.decisions.learning
+    assert world.governor.decisions.effort == 1.0 and "full effort" in world.governor.decisions.learning
 
 
 def test_the_frozen_draft_serves_while_the_learned_one_is_worse() -> None:
@@ -319,6 +319,38 @@ def test_a_draft_that_has_become_good_is_found_again_without_learning(seed: int)
     assert rounds(0.8, 300) > 250
     assert rounds(0.03, 2500) < 150
     assert rounds(0.8, 900) > 700
+
+
+def test_what_was_not_looked_at_tells_nothing_about_who_served() -> None:
+    governor = Governor(BUDGET, PASSES)
+    for _ in range(4):
+        governor.shadow([0.8] * TOKENS, [0.1] * TOKENS, preference=0.5)
+        governor.shadow([0.1] * TOKENS, [0.7] * TOKENS, preference=-0.5)
+    before = governor.acceptances.usual(False), governor.acceptances.usual(True)
+    assert before[0] > 0.7 and before[1] > 0.6
+    for _ in range(4):
+        governor.shadow([0.1] * TOKENS, None, preference=-0.5)  # the frozen draft serves these
+    assert (governor.acceptances.usual(False), governor.acceptances.usual(True)) == before
+
+
+def test_a_few_tokens_do_not_decide_who_serves() -> None:
+    governor = Governor(BUDGET, PASSES)
+    for _ in range(4):
+        governor.shadow([1.0] * TOKENS, [0.5] * TOKENS)
+    for _ in range(6):
+        governor.shadow([0.0], [1.0])
+    assert not governor.frozen_serves(0.0)
+
+
+def test_learning_is_worth_what_it_adds_to_the_memory() -> None:
+    right, wrong = [0.95] * TOKENS, [0.0] * TOKENS
+    efforts = []
+    for recalled in (right, wrong):
+        governor = Governor(BUDGET, PASSES)
+        for i in range(40):
+            governor.shadow([min(0.9, 0.02 * i)] * TOKENS, [0.0] * TOKENS, recalled)
+        efforts.append(governor.decisions.effort)
+    assert efforts[0] < efforts[1] == 1.0
 
 
 def test_what_is_not_a_number_is_not_taken_in() -> None:

@@ -64,4 +64,6 @@ def test_remembering_gives_the_whole_request_once() -> None:
     assert ours.remember(tokens) == memory.nbytes
     found = memory.continuation([11, 12, 13])
     assert found is not None and found.tokens == (14,) and found.support == 1
-    assert memory.continuation([8, 11]) is None or memory.continuation([8, 11]).length == 1
+    recall(memory).remember(torch.tensor([[15, 16]]))
+    seam = memory.continuation([14, 15])
+    assert seam is not None and seam.length == 1  # two requests are two sequences

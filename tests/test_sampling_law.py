@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec.acceptances import Seen
+from hf_onlinespec.effort import Effort
 from hf_onlinespec.governor import Governor, Plan
 from hf_onlinespec.memory import Continuation
 
@@ -136,8 +137,18 @@ class Whims(Governor):
     ) -> bool:
         return found is not None and position < 4 and self.whim.random() < 0.6
 
+    def asks_prompt(self) -> bool:
+        return self.whim.random() < 0.5
+
+    def frozen_serves(self, preference: float | None = None) -> bool:
+        return self.whim.random() < 0.3
+
+
+class Generous(Effort):
+    """Learns from every request."""
+
     def affordable_steps(self) -> int:
-        return 1 + self.whim.randrange(2)
+        return 1
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["memory alone", "memory and draft"])
@@ -148,6 +159,7 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     target, model = models()
     law = exact_law(target, settings)
     monkeypatch.setattr("hf_onlinespec.memory_draft.Governor", Whims)
+    monkeypatch.setattr("hf_onlinespec.governor.Effort", Generous)
     monkeypatch.setattr(Whims, "whim", random.Random(3))
     config = OnlineSpecConfig(memory_tokens=200, rank=2, alpha=2.0, lr=3e-3, replay_passes=0)
     draft = None if alone else OnlineDraft(model, config)
@@ -166,6 +178,7 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     rounds = (online_memory(target) if draft is None else draft).metrics.decisions.rounds
     kinds = ("plain", "memory") if alone else ("plain", "neural", "memory", "memory+neural")
     assert all(rounds[kind] > DRAWS / 20 for kind in kinds), rounds
+    assert alone or draft.metrics.updates > DRAWS / 2
 
 
 def test_the_test_can_fail() -> None:
