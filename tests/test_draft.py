@@ -281,3 +281,29 @@ def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch,
     base = draft_model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
     assert torch.equal(drafted, base) == (preference < 0)
     assert draft.metrics.decisions.serves_frozen == (preference < 0)
+
+
+def test_what_is_remembered_is_what_the_target_said_there(target, draft_model, prompt, monkeypatch) -> None:
+    """A request that is kept in parts, with nothing affordable at its end: its tail belongs to it."""
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=8))
+    monkeypatch.setattr(draft.governor.effort, "affordable_steps", lambda: 0)
+    target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=21)
+    (feedback,) = draft._replay.requests
+    teacher = feedback.teacher
+    with torch.no_grad():
+        laws = target(feedback.tokens[None]).logits[0].log_softmax(-1)[-len(teacher) - 1 : -1]
+    assert len(teacher) == 21
+    said = laws if teacher.tokens is None else laws.gather(-1, teacher.tokens)
+    torch.testing.assert_close(teacher.log_probs, said, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_learned_that_could_not_be_held_against_the_memory(target, draft_model, prompt, monkeypatch) -> None:
+    """Affordable only once a request has begun: it is learned from in the next one, where the memory was asked."""
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, replay_passes=0))
+    affordable, worth = iter([0, *[1] * 100]), []
+    monkeypatch.setattr(draft.governor.effort, "affordable_steps", lambda: next(affordable))
+    monkeypatch.setattr(draft.governor.effort, "compared", lambda value, frozen=False: worth.append(value))
+    for updates in (0, 1, 2, 3):
+        target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=12)
+        assert draft.metrics.updates == updates
+    assert len(worth) == 2  # from the second update on there is something to compare
