@@ -287,6 +287,7 @@ def test_what_is_remembered_is_what_the_target_said_there(target, draft_model, p
     """A request that is kept in parts, with nothing affordable at its end: its tail belongs to it."""
     draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=8))
     monkeypatch.setattr(draft.governor.effort, "affordable_steps", lambda: 0)
+    monkeypatch.setattr(draft.governor.effort, "wake", lambda reason, frozen: None)  # at full effort all would be kept
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=21)
     (feedback,) = draft._replay.requests
     teacher = feedback.teacher
