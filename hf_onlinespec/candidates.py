@@ -243,6 +243,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._cached += feed.shape[1]
         return logits[:, -1].float()
 
+    @property
+    def recorder(self) -> FeedbackRecorder | None:
+        """Who keeps the target's raw logits; None: nothing is learned from this request."""
+        return self._recorder if self._learn and self._neural is not None else None
+
     def observe(
         self, input_ids: Tensor, proposal: Proposal, overlaps: Sequence[float], draft_s: float, target_s: float
     ) -> None:
@@ -386,9 +391,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
             prefix,
             self._mask,
             self.counts,
-            self._temperature,
-            recalled,
-            self._preference or 0.0,
+            temperature=self._temperature,
+            recalled=recalled,
+            preference=self._preference or 0.0,
         )
         self._neural.fold()
         self._keep(teachers)

@@ -65,6 +65,8 @@ def decode(
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
         vocab_size = target.config.get_text_config().vocab_size
         candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn, vocab_size)
+        # In this loop the recorder hears a round at a time, instead of being called at every position.
+        processors = LogitsProcessorList(p for p in processors if p is not candidates.recorder)
         try:
             output = _loop(input_ids, verifier, candidates, processors, stopping_criteria, generation_config, streamer)
             candidates.finish()
@@ -102,6 +104,8 @@ def _loop(
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
         logits = verifier.verify(input_ids, proposal.tokens)  # (batch, k + 1, vocab)
+        if candidates.recorder is not None:
+            candidates.recorder.hear(logits)
         if keep_logits:
             raw = logits.clone()
 

@@ -65,3 +65,14 @@ def test_acceptance_is_that_of_the_call_whatever_the_teacher_was_softened_by(rec
     assert acceptance(teachers, other, 0.7, recorded).mean().item() == pytest.approx(expected, abs=1e-5)
     agree = (logits.argmax(-1) == other.argmax(-1)).float().mean().item()
     assert acceptance(teachers, other, 0, recorded).mean().item() == pytest.approx(agree)
+
+
+def test_a_round_is_heard_at_once_and_copied() -> None:
+    recorder = FeedbackRecorder()
+    logits = torch.randn(1, 4, 8)
+    expected = logits.clone()
+    recorder.hear(logits)
+    logits.zero_()  # a processor writes in place
+    assert torch.equal(recorder.take(2), expected[:, :2])
+    recorder.hear(expected)
+    assert recorder.take(4).shape == (1, 4, 8)  # what was not taken of the last round is gone
