@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.proposal import Proposal
 
 from .conftest import tiny_gpt2, tiny_llama
 
@@ -114,3 +115,30 @@ def test_inside_transformers_own_loop(
         target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=10)
     rows = sum(len(teacher) for teacher in made[0]._learned[0])
     assert rows == 30  # one row per emitted token, none from behind a rejection
+
+
+@torch.no_grad()
+def test_q_is_the_law_that_was_drawn_from_whatever_the_default_type(draft_model: PreTrainedModel) -> None:
+    prefix = torch.tensor([[1, 2, 3]])
+    candidates = generator(OnlineDraft(draft_model, fixed(3)), do_sample=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        proposal = candidates.propose(prefix, 9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    logits = draft_model(torch.cat([prefix, proposal.tokens], dim=-1)).logits
+    assert proposal.q is not None and proposal.q.dtype == torch.float32
+    torch.testing.assert_close(proposal.q[0], logits[0, 2:5].softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_the_memory_s_time_belongs_to_the_round(draft_model: PreTrainedModel, monkeypatch) -> None:
+    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0))
+    candidates = generator(draft)
+    proposal = Proposal(torch.zeros(1, 0, dtype=torch.long), None, (), neural_s=0.2)
+    told: list[tuple[float, float]] = []
+    monkeypatch.setattr(
+        draft.governor, "observe", lambda drafted, overlaps, draft_s, target_s, seen: told.append((draft_s, target_s))
+    )
+    candidates._began = False
+    candidates.observe(torch.tensor([[1, 2]]), proposal, [], draft_s=0.5, target_s=1.0)
+    assert told == [(0.2, pytest.approx(1.3))]

@@ -91,3 +91,25 @@ def test_comparisons_that_are_no_numbers_are_left_out(value: float) -> None:
     for _ in range(4 * FIRST_WINDOW):
         effort.compared(value)
     assert decisions.effort == FIRST_EFFORT
+
+
+def test_after_a_raise_it_is_looked_at_soon() -> None:
+    decisions = Decisions()
+    effort = Effort(BUDGET, PASSES, decisions)
+    for value in (0.8, 1.2) * 8:  # windows of 4, 4 and 8: doubtful, so that the next one has 16
+        effort.compared(value)
+    assert decisions.effort == FIRST_EFFORT
+    for _ in range(16):
+        effort.compared(3.0)
+    assert decisions.effort == 1.0
+    for _ in range(FIRST_WINDOW):
+        effort.compared(3.0)  # no further gain
+    assert decisions.effort == FIRST_EFFORT
+
+
+def test_time_that_comes_to_no_step_is_paid_for_too() -> None:
+    effort = Effort(BUDGET, PASSES, Decisions())
+    effort.spent(5.0, 0)  # every step was skipped
+    assert effort.affordable_steps() == 0
+    effort.earn(1000.0)
+    assert effort.affordable_steps() == 1 + PASSES

@@ -208,6 +208,35 @@ def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
     assert not useless.governor.asks_prompt()
 
 
+def test_a_request_that_may_be_a_good_one_is_tried() -> None:
+    """Where requests differ much, one that has shown nothing yet is; not where few tokens are left, nor once it has shown itself."""
+    governor = Governor(BUDGET, PASSES)
+    for overlap in (0.05, 0.75) * 15:
+        seen = Seen()
+        for _ in range(3):
+            governor.observe((), (), 0.0, 1.0, seen)
+            governor.observe([Drafted("neural", 0, (4,))], [overlap], 0.35, 1.2, seen)
+            governor.observe([Drafted("neural", 0, (4,))], [overlap], 0.35, 1.2, seen)
+        governor.request_ended(TOKENS, seen)
+    assert governor._best(governor.acceptances.usual(False), False)[0] == 0  # on average it does not pay
+    assert governor.plan(seen=Seen(), room=64).lookahead > 0
+    assert governor.plan(seen=Seen(), room=8).lookahead == 0
+    assert governor.plan(seen=Seen(acceptance=0.2, positions=8), room=64).lookahead == 0
+
+
+def test_the_first_neural_token_of_a_round_is_dearer() -> None:
+    governor = Governor(BUDGET, PASSES)
+    for _ in range(20):
+        governor.observe((), (), 0.0, 1.0)
+        for k in (1, 4):  # 0.4 for the first, 0.05 for each one more
+            governor.observe([Drafted("neural", i, (7,)) for i in range(k)], [1.0] * k, 0.35 + 0.05 * k, 1.1)
+    plan = governor.plan()
+    survival = 0.6
+    assert governor.neural_pays(plan, 2, survival, begun=True) and not governor.neural_pays(
+        plan, 2, survival, begun=False
+    )
+
+
 def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
     governor, seen = Governor(BUDGET, PASSES), Seen()
     answer = found(12, 1.0)

@@ -1,0 +1,53 @@
+"""Estimates of acceptance: what each draft does is its own, whoever served last."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_onlinespec.acceptances import Acceptances, Drafted, Seen
+
+
+def served(acceptances: Acceptances, frozen: bool, overlap: float, n: int = 30) -> None:
+    seen = Seen(frozen=frozen)
+    for i in range(n):
+        acceptances.verified([Drafted("neural", i % 3, (4,))], [overlap], seen)
+
+
+def test_the_two_drafts_are_kept_apart() -> None:
+    acceptances = Acceptances()
+    for _ in range(5):
+        served(acceptances, False, 0.8)
+        served(acceptances, True, 0.2)
+    assert acceptances.usual(False) == pytest.approx(0.8, abs=0.05)
+    assert acceptances.usual(True) == pytest.approx(0.2, abs=0.05)
+    assert acceptances.rate == acceptances.usual(True)  # it served last
+    assert acceptances.at(0, 0.8, frozen=False) == pytest.approx(0.8, abs=0.05)
+    assert acceptances.at(0, 0.2, frozen=True) == pytest.approx(0.2, abs=0.05)
+
+
+def test_a_draft_that_was_never_seen_is_taken_for_the_other_one() -> None:
+    acceptances = Acceptances()
+    served(acceptances, False, 0.8)
+    assert acceptances.usual(True) == pytest.approx(acceptances.usual(False), abs=0.02)
+
+
+def test_a_request_shows_itself() -> None:
+    acceptances = Acceptances()
+    for rate in (0.05, 0.9) * 10:  # requests differ much
+        served(acceptances, False, rate)
+        acceptances.request(rate, 30, False)
+    seen = Seen()
+    before, doubt = acceptances.here(seen)
+    assert doubt > 0.2
+    for _ in range(4):
+        acceptances.verified([Drafted("neural", 0, (4,))], [0.0], seen)
+    after, less = acceptances.here(seen)
+    assert after < 0.5 * before and less < doubt
+
+
+def test_a_law_that_is_none_counts_as_a_rejection() -> None:
+    acceptances, seen = Acceptances(), Seen()
+    served(acceptances, False, 0.8)
+    for _ in range(100):
+        acceptances.unsound(seen)
+    assert acceptances.usual(False) < 0.3 and seen.positions == 100
