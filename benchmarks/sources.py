@@ -85,7 +85,7 @@ def main() -> None:
             p, q, m = target[i], learned[i], law_of(found, target.shape[-1])
             a_q, a_m = kept(p, q), kept(p, m) if found is not None else 0.0
             key, expected_q = acceptances.confident(float(q.max()))
-            expected_m = 0.0 if found is None else acceptances.memory(found)
+            expected_m = 0.0 if found is None else acceptances.memory(found)[1]
             cells["frozen draft"].append(kept(p, frozen[i]))
             cells["learned draft"].append(a_q)
             cells["memory"].append(a_m)

@@ -94,14 +94,17 @@ class Acceptances:
         prior = 0.5 * (confidence + self.usual(frozen))
         return (key,), prior if share is None else share.mean(prior)
 
-    def memory(self, found: Continuation, first: bool = False, trust: float = 1.0) -> float:
-        """Acceptance of the memory's answer.
+    def memory(
+        self, found: Continuation, first: bool = False, trust: float = 1.0
+    ) -> tuple[tuple[int, int, int, bool], float]:
+        """The key of the memory's answer, and its acceptance.
 
         Args:
             first: at the beginning of a round, behind a token of the target's own.
             trust: of the request, see `Seen`.
         """
-        return min(0.99, trust * self._memory_usual(self.memory_key(found, first)))
+        key = self.memory_key(found, first)
+        return key, min(0.99, trust * self._memory_usual(key))
 
     @staticmethod
     def memory_key(found: Continuation, first: bool = False) -> tuple[int, int, int, bool]:

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,9 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .acceptances import Drafted, Seen
-from .feedback import Feedback, FeedbackRecorder, Teacher, concatenate
+from .feedback import FeedbackRecorder
 from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
+from .lesson import Lesson
 from .memory import Continuation
 from .metrics import Counts
 from .proposal import Proposal, Round
@@ -59,7 +60,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         eos = generation_config.eos_token_id
         self._eos = set(torch.tensor([] if eos is None else eos).view(-1).long().tolist())
         self._warpers = stateless(logits_processor)
-        self._recorder = FeedbackRecorder()
+        self.recorder: FeedbackRecorder | None = None  # of the target's raw logits; None: nothing is learned here
         self._mask: Tensor | None = None
         self._padding = 0  # of the first row
         if attention_mask is not None and not bool((attention_mask == 1).all()):
@@ -72,7 +73,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._mask = None if self._mask is None else self._mask.to(self._neural.device)
             self._vocab = self._vocab or self._neural.config.get_text_config().vocab_size
             if learn:
-                logits_processor.insert(0, self._recorder)
+                self.recorder = FeedbackRecorder()
+                logits_processor.insert(0, self.recorder)
         self._preference: float | None = None  # how much the prompt speaks for the learned draft
         self._frozen = False  # whether the original draft serves this request
         self._cached = 0  # tokens in the draft's cache
@@ -87,10 +89,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._recall: Recall | None = None  # one row: the memory as this request sees it
         self._rounds = 0
         self._timed = False  # whether the loop tells times; transformers' own does not
-        self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits: what is not learned from yet
-        self._pending = 0  # tokens in it
-        self._learned: list[list[Teacher]] = []  # per row: the ones learned from, kept for the replay
-        self._end = 0  # how much of the request the draft can learn from
+        self._lesson = Lesson(self._settings)
 
     def propose(self, input_ids: Tensor, most: int) -> Proposal:
         """Drafts after `input_ids` (batch, L): at most `most` tokens, and no more than are expected to pay.
@@ -131,11 +130,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._rewind(input_ids.shape[1])
         recall = None if memory is None else self._recall
         round_ = Round(input_ids, None if recall is None else recall.context, self._eos)
+        serving: AbstractContextManager[PreTrainedModel | None] = nullcontext()
         wanted = self._neural is not None and (plan is None or plan.lookahead > 0)
+        if self._neural is not None and wanted:
+            serving = self._neural.serving(self._frozen)
         self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
         if most > 0 and (wanted or recall is not None):
             # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
-            with self._serving(wanted) as model, torch.inference_mode():
+            with serving as model, torch.inference_mode():
                 while len(round_.drafted) < most and not round_.ended:
                     found = None if recall is None or round_.context is None else recall.ask(round_.context)
                     neural = model is not None and self._neural_speaks(round_, plan)
@@ -159,14 +161,6 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _serve(self, frozen: bool) -> None:
         self._frozen = self._seen.frozen = self._governor.decisions.serves_frozen = frozen
 
-    @contextmanager
-    def _serving(self, wanted: bool) -> Iterator[PreTrainedModel | None]:
-        if self._neural is None or not wanted:
-            yield None
-        else:
-            with self._neural.serving(self._frozen) as model:
-                yield model
-
     def _neural_speaks(self, round_: Round, plan: Plan | None) -> bool:
         assert self._neural is not None
         if self._tokens is None or self._tokens.shape[1] + len(round_.drafted) >= self._neural.positions:
@@ -177,9 +171,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def _memory_speaks(self, round_: Round, plan: Plan | None, found: Continuation, neural: bool) -> bool:
         if plan is None:  # no clock: whoever is accepted more often
-            first = not round_.drafted
-            usual = self._governor.acceptances.usual(self._frozen)
-            return not neural or self._governor.acceptances.memory(found, first, self._seen.trust) >= usual
+            acceptances = self._governor.acceptances
+            _, chance = acceptances.memory(found, not round_.drafted, self._seen.trust)
+            return not neural or chance >= acceptances.usual(self._frozen)
         return self._governor.memory_pays(
             plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
         )
@@ -189,10 +183,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         place = 0
         if self._sample and len(found.tokens) > 1:
             place = int(torch.multinomial(torch.tensor(found.probs, dtype=torch.float32), 1))
-        first = not round_.drafted
-        drafted = Drafted("memory", len(round_.drafted), self._governor.acceptances.memory_key(found, first))
-        chance = self._governor.acceptances.memory(found, first, self._seen.trust)
-        round_.recite(found.tokens[place], found, drafted, chance)
+        key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.trust)
+        round_.recite(found.tokens[place], found, Drafted("memory", len(round_.drafted), key), chance)
 
     def _think(self, round_: Round, model: PreTrainedModel) -> None:
         """One token of the neural draft's."""
@@ -243,11 +235,6 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._cached += feed.shape[1]
         return logits[:, -1].float()
 
-    @property
-    def recorder(self) -> FeedbackRecorder | None:
-        """Who keeps the target's raw logits; None: nothing is learned from this request."""
-        return self._recorder if self._learn and self._neural is not None else None
-
     def observe(
         self, input_ids: Tensor, proposal: Proposal, overlaps: Sequence[float], draft_s: float, target_s: float
     ) -> None:
@@ -265,7 +252,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._governor.observe(proposal.drafted, overlaps, 0.0 if self._began else neural_s, target_s, self._seen)
         self._record(input_ids)
         settings = self._settings
-        full = self._pending >= settings.context_tokens  # full target laws are kept for so many tokens at most
+        full = self._lesson.waiting >= settings.context_tokens  # full target laws are kept for so many tokens at most
         due = full
         if settings.update_every == "auto":
             due = (full or settings.update_when == "round") and self._worthwhile_steps() > 0
@@ -274,7 +261,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if due:
             self._update()
         elif full:
-            self._put_off()
+            self._lesson.put_off()
 
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
@@ -283,13 +270,13 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 self._draft.metrics.memory_bytes = self._recall.remember(self._tokens)
         with self._draft.lock:
             unseen = self._governor.request_ended(self.counts.new_tokens, self._seen)
-        if self._neural is None or not (self._segment or self._learned):
+        if self._neural is None or self._tokens is None or not (self._lesson.waiting or self._lesson.kept):
             return
         settings = self._settings
         steps = 1 + settings.replay_passes
         if settings.update_when == "idle":
-            self._put_off()
-            for feedback in self._feedback():
+            self._lesson.put_off()
+            for feedback in self._lesson.feedback(self._tokens, self._mask):
                 self._neural.learn_later(feedback, self._temperature)
             return
         if settings.update_every == "auto" and self._timed:
@@ -301,9 +288,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if steps:
             self._update()
         elif self._keeps:
-            self._put_off()
+            self._lesson.put_off()
         started = time.perf_counter()
-        for feedback in self._feedback():
+        for feedback in self._lesson.feedback(self._tokens, self._mask):
             self._neural.remember(feedback)
         before = self.counts.updates
         self._neural.rehearse(self.counts, steps - 1)
@@ -313,17 +300,19 @@ class OnlineCandidateGenerator(CandidateGenerator):
     @property
     def _keeps(self) -> bool:
         """Whether what is not learned from is worth remembering for the replay."""
-        return bool(self._learned) or self._governor.decisions.effort == 1.0  # of a request, all or nothing
+        return self._lesson.kept or self._governor.decisions.effort == 1.0  # of a request, all or nothing
 
     def _look(self) -> None:
         """Shows the governor how the draft would have done on a request in which it neither drafts nor learns."""
-        if self._segment and self._neural is not None and self._tokens is not None:
+        if self._lesson.waiting and self._neural is not None and self._tokens is not None:
             started = time.perf_counter()
-            teachers = self._teachers()
+            teachers = self._lesson.teachers()
             self._choose(self._tokens[:, : self._prompt])
-            self._neural.look(self._tokens[:, : self._end], teachers, self._mask, self._temperature, self._preference)
+            self._neural.look(
+                self._tokens[:, : self._lesson.end], teachers, self._mask, self._temperature, self._preference
+            )
             if self._keeps:
-                self._keep(teachers)
+                self._lesson.keep(teachers)
             seconds = time.perf_counter() - started
             self.counts.update_time_s += seconds
             with self._draft.lock:
@@ -352,36 +341,27 @@ class OnlineCandidateGenerator(CandidateGenerator):
         n = input_ids.shape[1] - before
         self._tokens = input_ids.to(self._tokens.device)
         self._rounds += 1
-        if not self._learn or self._neural is None:
+        if self.recorder is None or self._neural is None:
             return
-        rows = self._recorder.take(n)  # (batch, n, vocab)
+        rows = self.recorder.take(n)  # (batch, n, vocab)
         seen = max(0, min(n, self._neural.positions + 1 - before))
         if seen:
-            self._segment.append(rows[:, :seen])
-            self._pending += seen
-            self._end = before + seen
-
-    def _teachers(self) -> list[Teacher]:
-        """The target's laws since the last update, one teacher per row; they are handed out once."""
-        assert self._neural is not None
-        logits = torch.cat(self._segment, dim=1).to(self._neural.device)
-        self._segment, self._pending = [], 0
-        return [Teacher.from_logits(row, self._settings.temperature, self._settings.top_k) for row in logits]
+            self._lesson.record(rows[:, :seen].to(self._neural.device), before + seen)
 
     def _update(self) -> None:
         """One gradient step on the tokens since the last update, on top of the cached prefix."""
-        if not self._segment or self._tokens is None or self._neural is None:
+        if not self._lesson.waiting or self._tokens is None or self._neural is None:
             return
         started, before = time.perf_counter(), self.counts.updates
-        teachers = self._teachers()
-        tokens = self._tokens[:, : self._end]
+        teachers = self._lesson.teachers()
+        tokens = self._tokens[:, : self._lesson.end]
         prefix = min(self._cached, tokens.shape[1] - 1 - len(teachers[0]))
         dropped = any(keys.shape[-2] != self._cached for keys, _ in cache_tensors(self._cache))
         if dropped or self._frozen:
             prefix = 0  # a sliding window has dropped the start, or the frozen draft read it: read everything anew
         recalled: list[float] | None = []
         if self._recall is not None:
-            new = slice(self._end - len(teachers[0]) - self._prompt, self._end - self._prompt)
+            new = slice(self._lesson.end - len(teachers[0]) - self._prompt, self._lesson.end - self._prompt)
             recalled = self._recall.read(self._tokens)[new] if self._asks_memory else None
         self._choose(self._tokens[:, : self._prompt])
         self._neural.learn_segment(
@@ -396,30 +376,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             preference=self._preference or 0.0,
         )
         self._neural.fold()
-        self._keep(teachers)
+        self._lesson.keep(teachers)
         self._charge(started, before)
-
-    def _put_off(self) -> None:
-        """Leaves the tokens since the last update to the replay."""
-        if self._segment:
-            self._keep(self._teachers())
-
-    def _keep(self, teachers: list[Teacher]) -> None:
-        self._learned = self._learned or [[] for _ in teachers]
-        for kept, teacher in zip(self._learned, teachers, strict=True):
-            kept.append(teacher.top(self._settings.replay_top_k))
-
-    def _feedback(self) -> list[Feedback]:
-        """The request as the replay keeps it, one per row."""
-        return [Feedback(self._unpadded(row), concatenate(laws)) for row, laws in enumerate(self._learned)]
-
-    def _unpadded(self, row: int) -> Tensor:
-        """One row's learned tokens without padding, and at most `context_tokens` of its prompt."""
-        assert self._tokens is not None
-        new = sum(len(teacher) for teacher in self._learned[row])
-        padding = 0 if self._mask is None else int((self._mask[row] == 0).sum())
-        start = max(padding, self._end - new - self._settings.context_tokens)
-        return self._tokens[row, start : self._end].clone()
 
     # The protocol of transformers' own loop. It tells no times and has no end of request: the lookahead is a number, the
     # memory is not asked, and the draft learns every `update_every` rounds whatever `update_when` says; whoever made the

@@ -32,10 +32,8 @@ LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
 LOW_ACCEPTANCE, LOW_REQUESTS = 0.3, 4  # so many requests below it, and none well above: the draft has much to learn
 STEADY, ASK_EVERY = 6, 3  # after so many prompts that speak for the same draft, one of so many is asked
-COMPARISONS, COMPARISON_TOKENS = (
-    4,
-    32,
-)  # that decide whether the learned or the frozen draft serves; of so many tokens at least
+COMPARISONS = 4  # that decide whether the learned or the frozen draft serves
+COMPARISON_TOKENS = 32  # in one of them, at least
 HOPELESS = 0.05  # acceptance of a draft that is not asked at once, while its times are unknown
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
@@ -101,14 +99,13 @@ class Governor:
             room: tokens that the request may still take.
         """
         self._drafts = drafts
+        seen = Seen() if seen is None else seen
         if not drafts or not self._pace_s or not self._draft.known:
             # The first round of all shows what a plain step costs.
-            trust = 1.0 if seen is None else seen.trust
             lookahead = FIRST_LOOKAHEAD if drafts and self._pace_s else 0
             if lookahead and self.acceptances.rate < HOPELESS:
                 lookahead = self._probe(0)
-            return Plan(lookahead, 1.0, 0.0, trust=trust)
-        seen = Seen() if seen is None else seen
+            return Plan(lookahead, 1.0, 0.0, trust=seen.trust, frozen=seen.frozen)
         a, doubt = self.acceptances.here(seen)
         best, rate = self._best(a, seen.frozen)
         cost = rate * (self._target.step(best) + self._draft.step())
@@ -185,7 +182,7 @@ class Governor:
         """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's."""
         if found is None or position >= MAX_MEMORY or not self._pace_s or plan.silent:
             return False
-        a = self.acceptances.memory(found, position == 0, plan.trust)
+        _, a = self.acceptances.memory(found, position == 0, plan.trust)
         more = self._target.step(position)
         gain = survival * a * (1 + plan.value) - plan.rate * more
         if gain <= 0:

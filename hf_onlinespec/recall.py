@@ -37,9 +37,8 @@ class Recall:
         self._own = SuffixMemory(size)
         self._seen, self._acceptances = seen, acceptances
         self._written: list[int] = []  # the request, without padding
-        self._expected: list[
-            float
-        ] = []  # per generated token: estimated acceptance of the memory's answer, 0: it had none
+        # Per generated token the estimated acceptance of the memory's answer; 0: it had none.
+        self._expected: list[float] = []
 
     @property
     def context(self) -> list[int]:
@@ -55,7 +54,8 @@ class Recall:
             return self._expected
         for token in new:
             found = self.ask(self.context)
-            self._expected.append(0.0 if found is None else self._acceptances.memory(found, trust=self._seen.trust))
+            expected = 0.0 if found is None else self._acceptances.memory(found, trust=self._seen.trust)[1]
+            self._expected.append(expected)
             self._own.extend((token,))
             self._written.append(token)
         return self._expected

@@ -113,7 +113,7 @@ def test_inside_transformers_own_loop(
         assert torch.equal(out, target.generate(prompt, do_sample=False, max_new_tokens=30))
     with torch.inference_mode():
         target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=10)
-    rows = sum(len(teacher) for teacher in made[0]._learned[0])
+    rows = sum(len(teacher) for teacher in made[0]._lesson._kept[0])
     assert rows == 30  # one row per emitted token, none from behind a rejection
 
 

@@ -240,13 +240,13 @@ def test_the_first_neural_token_of_a_round_is_dearer() -> None:
 def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
     governor, seen = Governor(BUDGET, PASSES), Seen()
     answer = found(12, 1.0)
-    usual = governor.acceptances.memory(answer)
+    usual = governor.acceptances.memory(answer)[1]
     key = governor.acceptances.memory_key(answer)
     for _ in range(12):
         governor.observe([Drafted("memory", 1, key)], [0.0], 0.0, 1.0, seen)
         governor.observe([Drafted("memory", 1, key)], [1.0], 0.0, 1.0)  # other requests
     assert seen.trust < 0.4
-    assert governor.acceptances.memory(answer, trust=seen.trust) < 0.5 * usual
+    assert governor.acceptances.memory(answer, trust=seen.trust)[1] < 0.5 * usual
     assert governor.plan(drafts=False, seen=seen).trust == seen.trust and governor.plan(drafts=False).trust == 1.0
 
 
@@ -422,7 +422,10 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
     plan = governor.plan(drafts=False)
     assert plan.lookahead == 0
     assert (
-        governor.acceptances.memory(found(12, 1.0), True) > 0.9 > 0.2 > governor.acceptances.memory(found(4, 1.0), True)
+        governor.acceptances.memory(found(12, 1.0), True)[1]
+        > 0.9
+        > 0.2
+        > governor.acceptances.memory(found(4, 1.0), True)[1]
     )
     assert governor.memory_pays(plan, 0, 1.0, found(12, 1.0), neural=False)
     assert not governor.memory_pays(plan, 0, 1.0, found(4, 1.0), neural=False)

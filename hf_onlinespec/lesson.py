@@ -1,0 +1,61 @@
+"""What one request teaches, while it grows: the target's laws at its new tokens, and what the replay will keep of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import OnlineSpecConfig
+from .feedback import Feedback, Teacher, concatenate
+
+
+class Lesson:
+    """The feedback of one request, batch rows side by side."""
+
+    def __init__(self, settings: OnlineSpecConfig) -> None:
+        self.waiting = 0  # tokens that are neither learned from nor put off
+        self.end = 0  # how much of the request the draft can learn from
+        self._settings = settings
+        self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits of the waiting tokens
+        self._kept: list[list[Teacher]] = []  # per row: what the replay will be given
+
+    @property
+    def kept(self) -> bool:
+        """Whether the replay will be given anything."""
+        return bool(self._kept)
+
+    def record(self, logits: Tensor, end: int) -> None:
+        """The target's raw logits (batch, n, vocab) for the last n of the first `end` tokens."""
+        self._segment.append(logits)
+        self.waiting += logits.shape[1]
+        self.end = end
+
+    def teachers(self) -> list[Teacher]:
+        """The target's laws at the waiting tokens, one teacher per row; they are handed out once."""
+        logits = torch.cat(self._segment, dim=1)
+        self._segment, self.waiting = [], 0
+        return [Teacher.from_logits(row, self._settings.temperature, self._settings.top_k) for row in logits]
+
+    def put_off(self) -> None:
+        """Leaves the waiting tokens to the replay."""
+        if self.waiting:
+            self.keep(self.teachers())
+
+    def keep(self, teachers: list[Teacher]) -> None:
+        """What `teachers` handed out goes to the replay; of one request, all of them or none."""
+        self._kept = self._kept or [[] for _ in teachers]
+        for kept, teacher in zip(self._kept, teachers, strict=True):
+            kept.append(teacher.top(self._settings.replay_top_k))
+
+    def feedback(self, tokens: Tensor, mask: Tensor | None) -> list[Feedback]:
+        """The request as the replay keeps it, one per row of `tokens` (batch, L), without padding.
+
+        At most `context_tokens` of its prompt.
+        """
+        found = []
+        for row, laws in enumerate(self._kept):
+            new = sum(map(len, laws))
+            padding = 0 if mask is None else int((mask[row] == 0).sum())
+            start = max(padding, self.end - new - self._settings.context_tokens)
+            found.append(Feedback(tokens[row, start : self.end].clone(), concatenate(laws)))
+        return found
