@@ -80,9 +80,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._cached = 0  # tokens in the draft's cache
         self._began = True  # whether this round is the draft's first
         # The memory is asked what it would have said at every token where learning is affordable.
-        governed = learn and self._neural is not None and self._settings.update_every == "auto"
-        asks = governed and self._settings.update_when != "idle"
-        self._asks_memory = asks and self._affordable_steps() > 0
+        auto = self._settings.update_every == "auto" and self._settings.update_when != "idle"
+        self._asks_memory = learn and self._neural is not None and auto and self._affordable_steps() > 0
         self._tokens: Tensor | None = None  # (batch, L) the request so far, on the draft's device
         self._prompt = 0  # how much of it was there before
         self._seen = Seen()
@@ -265,10 +264,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
-        if self._recall is not None and self._learn and self._tokens is not None:
-            with self._draft.lock:
-                self._draft.metrics.memory_bytes = self._recall.remember(self._tokens)
         with self._draft.lock:
+            if self._recall is not None and self._learn and self._tokens is not None:
+                self._draft.metrics.memory_bytes = self._recall.remember(self._tokens)
             unseen = self._governor.request_ended(self.counts.new_tokens, self._seen)
         if self._neural is None or self._tokens is None or not (self._lesson.waiting or self._lesson.kept):
             return
