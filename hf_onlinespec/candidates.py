@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ from .memory import Continuation
 from .metrics import Counts
 from .proposal import Proposal, Round
 from .recall import Recall
+from .sampling import draw
 
 if TYPE_CHECKING:
     from .memory_draft import MemoryDraft
@@ -181,7 +183,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         """One token of the memory's."""
         place = 0
         if self._sample and len(found.tokens) > 1:
-            place = int(torch.multinomial(torch.tensor(found.probs, dtype=torch.float32), 1))
+            place = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
         key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.trust)
         round_.recite(found.tokens[place], found, Drafted("memory", len(round_.drafted), key), chance)
 
@@ -198,16 +200,16 @@ class OnlineCandidateGenerator(CandidateGenerator):
         law = None
         if self._sample:
             law = scores.softmax(-1)
-            sound = torch.isfinite(law).all(-1, keepdim=True)
-            if host and not bool(sound.all()):
+            if host and not math.isfinite(float(law.sum())):
                 with self._draft.lock:
                     self._governor.acceptances.unsound(self._seen)
                 round_.ended = True
                 round_.neural_s += time.perf_counter() - started
                 return
-            # Where asking would wait for the device, the uniform law takes its place: what is drawn from q stays exact.
-            law = torch.where(sound, law, 1 / law.shape[-1])
-            token = torch.multinomial(law, 1)
+            if not host:
+                # Asking would wait for the device: the uniform law takes the place of none, what is drawn from q stays exact.
+                law = torch.where(torch.isfinite(law).all(-1, keepdim=True), law, 1 / law.shape[-1])
+            token = draw(law)
         else:
             token = scores.argmax(-1, keepdim=True)
         key: tuple[int, ...] = (-1,)

@@ -28,6 +28,7 @@ from ._compat import crop, mask_length, record_past
 from .candidates import OnlineCandidateGenerator, Proposal
 from .checks import check_call, check_inputs
 from .errors import UnsupportedError
+from .sampling import draw, speculative_sample
 
 if TYPE_CHECKING:
     from .config import OnlineSpecConfig
@@ -187,7 +188,7 @@ def accept(
             if drafted is not None:
                 overlaps.append(float(kept))
         elif drafted is None:
-            token, kept = torch.multinomial(processed.softmax(-1), 1).squeeze(1), False
+            token, kept = draw(processed.softmax(-1)).squeeze(1), False
         else:
             assert proposal.q is not None
             p, q = processed.softmax(-1), proposal.q[:, i]
@@ -202,21 +203,6 @@ def accept(
         if done or not kept:
             break
     return Outcome(tokens, accepted, len(overlaps), overlaps, scores, done)
-
-
-def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, bool]:
-    """A draw from p (batch, vocab) that reuses a draw from q where it can: `(token, whether it is the drafted one)`.
-
-    Keeps x ~ q with probability min(1, p(x)/q(x)), else draws from the residual (p − q)₊ (arXiv:2211.17192).
-    """
-    chosen = drafted[:, None]
-    u = torch.rand(chosen.shape, device=p.device)
-    if bool((u * q.gather(-1, chosen) < p.gather(-1, chosen)).all()):
-        return drafted, True
-    residual = (p - q).clamp_min(0)
-    # p = q up to rounding leaves nothing: then p itself is the law.
-    empty = residual.sum(-1, keepdim=True) <= torch.finfo(p.dtype).tiny
-    return torch.multinomial(torch.where(empty, p, residual), 1).squeeze(1), False
 
 
 class Verifier:

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from hf_onlinespec.sampling import draw, speculative_sample
+
+
+def test_drawn_tokens_follow_the_law_whatever_its_sum() -> None:
+    torch.manual_seed(0)
+    law = torch.tensor([[0.0, 0.3, 0.0, 0.2, 0.5, 0.0]])
+    n = 20_000
+    for scale in (1.0, 0.01, 7.0):
+        tokens = draw(scale * law.expand(n, -1))
+        assert tokens.shape == (n, 1)
+        # Standard deviation at most 0.0036: five of them.
+        torch.testing.assert_close(tokens.flatten().bincount(minlength=6) / n, law[0], atol=0.018, rtol=0)
+        assert not (tokens[:, 0, None] == torch.tensor([0, 2, 5])).any(), "a token of weight zero"
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, u: float) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, u, dtype=dtype))
+    law = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
+    assert draw(law).item() == (1 if u == 0 else 2)
+
+
+def test_small_weights_behind_large_ones_are_not_rounded_away(monkeypatch) -> None:
+    law = torch.cat([torch.tensor([1.0]), torch.full((1000,), 1e-9)])[None]  # in float32 the sum would stay 1
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, 1 - 1e-10, dtype=dtype))
+    assert draw(law).item() > 500
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.0])
+def test_what_is_no_law_fails_as_in_generate(bad: float) -> None:
+    with pytest.raises(RuntimeError):
+        draw(torch.full((1, 4), bad))
+
+
+def test_speculative_sample_keeps_the_law() -> None:
+    """Many draws at once, one position: frequencies follow p, the kept share is Σ min(p, q)."""
+    p, q = torch.tensor([[0.5, 0.3, 0.2, 0.0]]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    n, kept, counts = 4000, 0, torch.zeros(4)
+    for _ in range(n):
+        token, same = speculative_sample(p, q, torch.multinomial(q, 1).squeeze(1))
+        counts[token] += 1
+        kept += same
+    assert counts[3] == 0
+    torch.testing.assert_close(counts / n, p[0], atol=0.03, rtol=0)
+    assert kept / n == pytest.approx(0.5, abs=0.03)
+
+
+def test_rounding_that_empties_the_residual_falls_back_to_p(monkeypatch) -> None:
+    p = torch.tensor([[0.25, 0.75]])
+    monkeypatch.setattr(
+        torch, "rand", lambda *a, **k: torch.full((1, 1), 1.0, dtype=k.get("dtype"))
+    )  # rejects even p = q
+    token, kept = speculative_sample(p, p.clone(), torch.tensor([1]))
+    assert not kept and token.item() in (0, 1)
