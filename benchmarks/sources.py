@@ -71,7 +71,7 @@ def main() -> None:
         start, n = inputs["input_ids"].shape[1], output.shape[1] - inputs["input_ids"].shape[1]
         with torch.no_grad():
             said = pair.target(output[:, :-1]).logits[0, -n:]
-            preference = draft.preference(output[:, :start], None)
+            preference, _ = draft.preference(output[:, :start], None)
             with draft.serving(frozen=False) as model:
                 learned = laws(model(output[:, :-1]).logits[0, -n:])
             with draft.serving(frozen=True) as model:

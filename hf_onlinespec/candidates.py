@@ -153,11 +153,13 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _choose(self, tokens: Tensor) -> None:
         """Once in a request: whether the learned or the original draft serves it."""
         if self._neural is not None and self._preference is None and self._settings.update_every == "auto":
-            self._preference = self._neural.preference(tokens, self._mask)
+            self._preference, caches = self._neural.preference(tokens, self._mask)
             with self._draft.lock:
                 self._governor.prompt_asked(self._preference)
                 if not self._cached:  # who has begun goes on
                     self._serve(self._governor.frozen_serves(self._preference))
+            if caches and not self._cached:  # the prompt is read already
+                self._cache, self._cached = caches[self._frozen], tokens.shape[1] - 1
 
     def _serve(self, frozen: bool) -> None:
         self._frozen = self._seen.frozen = self._governor.decisions.serves_frozen = frozen

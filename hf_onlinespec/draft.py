@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import cache_tensors, keeps_logits, max_positions
+from ._compat import cache_tensors, keeps_logits, max_positions, record_past
 from .adapters import GatedLora
 from .checks import plain_draft
 from .config import OnlineSpecConfig
@@ -240,7 +240,7 @@ class OnlineDraft(MemoryDraft):
         """Tells the governor the acceptance of the learned and of the frozen draft, as `learn_segment` does."""
         n = len(teachers[0])
         if preference is None:
-            preference = self.preference(tokens[:, :-n], mask)
+            preference, _ = self.preference(tokens[:, :-n], mask)
         inputs = self.inputs(tokens[:, :-1], 0, mask)
         seen = []
         for frozen in (False, True) if self._steps else (True,):
@@ -250,26 +250,29 @@ class OnlineDraft(MemoryDraft):
         self._tell(seen[0], seen[-1], preference, updates=False)
 
     @torch.no_grad()
-    def preference(self, tokens: Tensor, mask: Tensor | None) -> float:
+    def preference(self, tokens: Tensor, mask: Tensor | None) -> tuple[float, dict[bool, DynamicCache]]:
         """Log-likelihood per token of `tokens` (batch, L) under the learned draft minus that under the frozen one.
 
         Of two drafts, the one that predicts a prompt better is the one that does better on its continuation: measured, see
-        benchmarks/LOG.md. At most `PREFERENCE_TOKENS` last tokens are read.
+        benchmarks/LOG.md. At most `PREFERENCE_TOKENS` last tokens are read. Where that is all of them, the KV caches of the
+        learned (False) and of the frozen draft (True) come with it: each holds all tokens but the last.
         """
         length = tokens.shape[1]
         tokens = tokens[:, -PREFERENCE_TOKENS:].to(self.device)
         if not self._steps or tokens.shape[1] < 2:
-            return 0.0
+            return 0.0, {}
         mask = None if mask is None else mask[:, length - tokens.shape[1] :]
         weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
         weight = (weight[:, 1:] * weight[:, :-1]).float()
-        found = []
-        for frozen in (False, True):
+        found, caches = [], {frozen: DynamicCache(config=self.config) for frozen in (False, True)}
+        for frozen, cache in caches.items():
+            record_past(cache)
             with self.serving(frozen) as model:
-                logits = model(use_cache=False, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
+                logits = model(past_key_values=cache, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
             chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
             found.append(float((chosen * weight).sum() / weight.sum().clamp_min(1)))
-        return found[0] - found[1] if all(map(math.isfinite, found)) else 0.0
+        difference = found[0] - found[1] if all(map(math.isfinite, found)) else 0.0
+        return difference, caches if length == tokens.shape[1] else {}
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request for the replay."""

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.draft import PREFERENCE_TOKENS
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.governor import Plan
 from hf_onlinespec.metrics import Counts
@@ -250,7 +251,7 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
 def test_preference_is_the_difference_of_log_likelihoods(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, PLAIN)
     tokens = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(5))
-    assert draft.preference(tokens, None) == 0.0  # nothing was learned
+    assert draft.preference(tokens, None) == (0.0, {})  # nothing was learned
     moved(draft)
 
     def likelihood(frozen: bool) -> float:
@@ -260,24 +261,35 @@ def test_preference_is_the_difference_of_log_likelihoods(draft_model: PreTrained
 
     expected = likelihood(False) - likelihood(True)
     assert abs(expected) > 0.01
-    assert draft.preference(tokens, None) == pytest.approx(expected, abs=1e-4)
+    assert draft.preference(tokens, None)[0] == pytest.approx(expected, abs=1e-4)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=-1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(tokens)], dim=-1)
-    assert draft.preference(padded, mask) == pytest.approx(expected, abs=1e-4)
-    assert draft.preference(tokens[:, :1], None) == 0.0
+    assert draft.preference(padded, mask)[0] == pytest.approx(expected, abs=1e-4)
+    assert draft.preference(tokens[:, :1], None) == (0.0, {})
+    long = tokens.repeat(1, PREFERENCE_TOKENS // 12 + 1)  # the tiny draft sees more than that
+    assert not draft.preference(long, None)[1], "caches of a part of the prompt"
 
 
 @pytest.mark.parametrize("preference", [-1.0, 1.0])
 def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch, preference: float) -> None:
-    """The frozen draft's tokens are the base model's own, the learned one's are not."""
+    """The frozen draft's tokens are the base model's own, the learned one's are not; neither reads the prompt again."""
     draft = moved(OnlineDraft(draft_model, OnlineSpecConfig(memory_tokens=0)))
-    monkeypatch.setattr(draft, "preference", lambda tokens, mask: preference)
+    asked = draft.preference
+    monkeypatch.setattr(draft, "preference", lambda tokens, mask: (preference, asked(tokens, mask)[1]))
     monkeypatch.setattr(draft.governor, "asks_prompt", lambda: True)
     monkeypatch.setattr(draft.governor, "neural_pays", lambda plan, position, survival, begun: position < 4)
     monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room: Plan(4, 1.0, 0.0))
     config = draft.generation_config.__class__(do_sample=False, max_length=64)
     candidates = OnlineCandidateGenerator(draft, config, LogitsProcessorList())
+    fed, forward = [], candidates._forward
+    monkeypatch.setattr(
+        candidates, "_forward", lambda model, feed: (fed.append(feed.shape[1]), forward(model, feed))[1]
+    )
     drafted = candidates.propose(prompt, 40).tokens
+    assert fed == [1, 1, 1, 1]
+    with draft.serving(preference < 0) as model:
+        anew = model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
+    assert torch.equal(drafted, anew)
     base = draft_model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
     assert torch.equal(drafted, base) == (preference < 0)
     assert draft.metrics.decisions.serves_frozen == (preference < 0)
