@@ -1,7 +1,24 @@
 """The draft adapts: pure functions `init(params) -> state` and `update(grads, state) -> (updates, state)` over plain tensors."""
 
-from .ogd import Learner, adam, ogd
+from .base import Direction, Learner, State, adam, into_ball, plain
+from .hedge import Hedge, hedge, last_chunk
+from .ogd import heavy_ball, ogd
+from .optimistic import optimistic
 
-LEARNERS = ("ogd",)
+LEARNERS = {"ogd": ogd, "optimistic": optimistic, "heavy_ball": heavy_ball}
 
-__all__ = ["LEARNERS", "Learner", "adam", "ogd"]
+__all__ = [
+    "LEARNERS",
+    "Direction",
+    "Hedge",
+    "Learner",
+    "State",
+    "adam",
+    "heavy_ball",
+    "hedge",
+    "into_ball",
+    "last_chunk",
+    "ogd",
+    "optimistic",
+    "plain",
+]

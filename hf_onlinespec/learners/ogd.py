@@ -1,62 +1,62 @@
-"""Online gradient descent, w ← w − η g, plain and in Adam's metric (Zinkevich 2003; Kingma & Ba 2015)."""
+"""Online gradient descent, w ← Π[w − η u] (Zinkevich 2003), and with momentum, as a baseline."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from .base import Direction, Learner, Rate, State, into_ball, plain
 
 
-class Learner(NamedTuple):
-    """A learner: `state = init(params)`; `updates, state = update(grads, state)`; the caller adds `updates` to the parameters."""
+def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = None) -> Learner:
+    """Steps −η u.
 
-    init: Callable[[Tensor], State]
-    update: Callable[[Tensor, State], tuple[Tensor, State]]
-
-
-def ogd(lr: float) -> Learner:
-    """Plain steps −η g.
+    Args:
+        direction: u; None: the gradient.
+        radius: Π keeps every expert within this distance of its start; None: no bound.
 
     >>> init, update = ogd(0.1)
     >>> updates, _ = update(torch.tensor([2.0]), init(torch.zeros(1)))
     >>> round(updates.item(), 4)
     -0.2
     """
+    direction = direction or plain()
 
     def init(params: Tensor) -> State:
-        return {}
+        state = direction.init(params)
+        return state if radius is None else state | {"moved": torch.zeros_like(params)}
 
     def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
-        return -lr * grads, state
+        u, new = direction.of(grads, state)
+        updates = -lr * u
+        if radius is None:
+            return updates, new
+        moved = into_ball(state["moved"] + updates, radius)
+        return moved - state["moved"], new | {"moved": moved}
 
     return Learner(init, update)
 
 
-def adam(lr: float, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Learner:
-    """Preconditioned steps −η m̂ / (√v̂ + ε), with bias-corrected moments m̂, v̂ of the gradients.
+def heavy_ball(
+    lr: Rate, direction: Direction | None = None, radius: float | None = None, momentum: float = 0.9
+) -> Learner:
+    """Steps −η (1 − μ) Σ μ^i u_{t−i} (Polyak 1964): the rate is matched, so that a constant gradient moves as far as in `ogd`.
 
-    b2 = 0.99 instead of the usual 0.999: the stream changes, so the metric must forget within about 100 updates.
-
-    >>> init, update = adam(0.1)
-    >>> updates, _ = update(torch.tensor([3.0]), init(torch.zeros(1)))
+    >>> init, update = heavy_ball(0.1)
+    >>> updates, _ = update(torch.tensor([2.0]), init(torch.zeros(1)))
     >>> round(updates.item(), 4)
-    -0.1
+    -0.02
     """
+    direction = direction or plain()
+    steps = ogd(lr, radius=radius)
 
     def init(params: Tensor) -> State:
-        zeros = torch.zeros_like(params)
-        return {"step": torch.zeros((), dtype=torch.float64), "m": zeros, "v": zeros.clone()}
+        return direction.init(params) | steps.init(params) | {"mean": torch.zeros_like(params)}
 
     def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
-        step = state["step"] + 1
-        m = torch.lerp(grads, state["m"], b1)
-        v = torch.lerp(grads * grads, state["v"], b2)
-        t = step.item()
-        updates = -lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt_().add_(eps))
-        return updates, {"step": step, "m": m, "v": v}
+        u, new = direction.of(grads, state)
+        mean = torch.lerp(u, state["mean"], momentum)
+        updates, moved = steps.update(mean, state)
+        return updates, state | new | moved | {"mean": mean}
 
     return Learner(init, update)

@@ -1,0 +1,62 @@
+"""What all learners share: their form, the directions they step in, and the ball that bounds them.
+
+Tensors are (experts, parameters), or of any shape with the parameters of one expert along the last dimension; a step size
+may be a tensor (experts, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Rate = float | Tensor
+
+
+class Learner(NamedTuple):
+    """A learner: `state = init(params)`; `updates, state = update(grads, state)`; the caller adds `updates` to the parameters."""
+
+    init: Callable[[Tensor], State]
+    update: Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+class Direction(NamedTuple):
+    """What takes the gradient's place in a step: `state = init(params)`; `direction, state = of(grads, state)`."""
+
+    init: Callable[[Tensor], State]
+    of: Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+def plain() -> Direction:
+    """The gradient itself."""
+    return Direction(lambda params: {}, lambda grads, state: (grads, state))
+
+
+def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direction:
+    """m̂ / (√v̂ + ε), with bias-corrected moments m̂, v̂ of the gradients (Kingma & Ba 2015).
+
+    b2 = 0.99 instead of the usual 0.999: the stream changes, so the metric must forget within about 100 updates.
+    """
+
+    def init(params: Tensor) -> State:
+        zeros = torch.zeros_like(params)
+        return {"step": torch.zeros((), dtype=torch.float64), "m": zeros, "v": zeros.clone()}
+
+    def of(grads: Tensor, state: State) -> tuple[Tensor, State]:
+        step = state["step"] + 1
+        m = torch.lerp(grads, state["m"], b1)
+        v = torch.lerp(grads * grads, state["v"], b2)
+        t = step.item()
+        u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt_().add_(eps))
+        return u, {"step": step, "m": m, "v": v}
+
+    return Direction(init, of)
+
+
+def into_ball(moved: Tensor, radius: float) -> Tensor:
+    """The nearest point to `moved` (..., parameters) whose distance from zero is at most `radius`, for every expert."""
+    norm = moved.norm(dim=-1, keepdim=True)
+    return moved * (radius / norm.clamp_min(radius))
