@@ -13,6 +13,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,7 @@ class GatedLora:
         self.layers = [module for module in self.base.modules() if isinstance(module, LoraLayer)]
         self._folded = self._foldable(model)
         self._stale = True  # whether the folded weights lag behind the adapter
+        self.weights: Tensor | None = None  # (blocks,) weights of the blocks in what is served; None: all at 1
         self._open = False
         self._gate: Tensor | None = None  # (batch, blocks · rank); None: every block at weight 1
         for layer in self.layers:
@@ -133,13 +135,17 @@ class GatedLora:
 
     def _flatten(self) -> None:
         """Moves all adapter parameters, and their gradients, into one vector each: one step is then one operation."""
-        parameters = [p for p in self.base.parameters() if p.requires_grad]
-        device, dtype = parameters[0].device, torch.float32
-        self.params = torch.empty(sum(p.numel() for p in parameters), device=device, dtype=dtype)
+        named = [(name, p) for name, p in self.base.named_parameters() if p.requires_grad]
+        device, dtype = named[0][1].device, torch.float32
+        self.params = torch.empty(sum(p.numel() for _, p in named), device=device, dtype=dtype)
         self.grads = torch.zeros_like(self.params)
+        self._pieces: list[
+            tuple[slice, bool]
+        ] = []  # of every parameter: where it is, and whether blocks are its columns
         start = 0
-        for parameter in parameters:
+        for name, parameter in named:
             end = start + parameter.numel()
+            self._pieces.append((slice(start, end), "lora_B" in name or "lora_embedding_B" in name))
             self.params[start:end].copy_(parameter.detach().flatten())
             parameter.data = self.params[start:end].view_as(parameter)
             parameter.grad = self.grads[start:end].view_as(parameter)
@@ -184,13 +190,80 @@ class GatedLora:
             return
         with torch.no_grad():
             for layer, weight in self._folded:
-                torch.add(layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER), out=weight)
+                torch.add(layer.get_base_layer().weight, self._change(layer), out=weight)
         self._stale = False
+
+    def _change(self, layer: LoraLayer) -> Tensor:
+        """s · B (w ⊙ A) of one layer, laid out as its weights are."""
+        if self.weights is None:
+            return layer.get_delta_weight(ADAPTER)
+        embeds = isinstance(layer, LoraEmbedding)
+        a = layer.lora_embedding_A[ADAPTER] if embeds else layer.lora_A[ADAPTER].weight
+        b = layer.lora_embedding_B[ADAPTER] if embeds else layer.lora_B[ADAPTER].weight
+        change = (b * self.weights.repeat_interleave(self.rank)) @ a * layer.scaling[ADAPTER]
+        return change.T if embeds or layer.fan_in_fan_out else change
+
+    def split(self, vector: Tensor) -> Tensor:
+        """A vector like `params` as (blocks, parameters of one block), each row as an adapter of one block would have it."""
+        if self.blocks == 1:
+            return vector[None]
+        rows = []
+        for piece, columns in self._pieces:
+            part = vector[piece]
+            if columns:  # (d_out, blocks · rank)
+                part = part.view(-1, self.blocks, self.rank).transpose(0, 1)
+            rows.append(part.reshape(self.blocks, -1))
+        return torch.cat(rows, dim=1)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        if self.blocks == 1:
+            return rows[0]
+        vector, start = torch.empty_like(self.params), 0
+        for piece, columns in self._pieces:
+            end = start + (piece.stop - piece.start) // self.blocks
+            part = rows[:, start:end]
+            if columns:
+                part = part.reshape(self.blocks, -1, self.rank).transpose(0, 1)
+            vector[piece] = part.reshape(-1)
+            start = end
+        return vector
+
+    def silent(self, block: Tensor) -> Tensor:
+        """A copy of one block's parameters that changes nothing, as a new adapter's do: B is zero."""
+        block, start = block.clone(), 0
+        for piece, columns in self._pieces:
+            end = start + (piece.stop - piece.start) // self.blocks
+            if columns:
+                block[start:end] = 0.0
+            start = end
+        return block
 
     def move(self, updates: Tensor) -> None:
         """Adds `updates` to the parameters."""
         self.params.add_(updates)
         self._stale = True
+
+    def serve(self, weights: Tensor | None) -> None:
+        """Which blocks the folded weights hold: (blocks,) weights, None: all at 1."""
+        same = weights is self.weights or (
+            weights is not None and self.weights is not None and torch.equal(weights, self.weights)
+        )
+        self.weights, self._stale = weights, self._stale or not same
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what is served as one ordinary PEFT adapter of rank blocks · rank, with the weights of the blocks in B."""
+        before = self.params.clone()
+        try:
+            if self.weights is not None:
+                rows = self.split(self.params)
+                loud = rows * self.weights[:, None]
+                quiet = torch.stack([self.silent(row) for row in rows])
+                # A as it is, B times the weight: where silencing changes a number, it belongs to B.
+                self.params.copy_(self.join(torch.where(quiet == rows, rows, loud)))
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+        finally:
+            self.params.copy_(before)
 
     @contextmanager
     def speaking(self, weights: Tensor | None = None) -> Iterator[PreTrainedModel]:

@@ -11,7 +11,11 @@ from .learners import LEARNERS
 from .losses import LOSSES
 
 UPDATE_WHEN = ("round", "request", "idle")
+ENSEMBLE = "ensemble"  # the learner that is many
+HEDGES = ("cumulative", "discounted", "fixed_share", "last_chunk")
+REPLAYS = ("uniform", "recent", "mixed", "loss", "near")
 AUTO = ("lookahead", "update_every")  # settings that may be "auto"
+OPTIONAL = ("radius", "hedge_rate")  # numbers that may be None
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -25,10 +29,20 @@ class OnlineSpecConfig:
     `lookahead="auto"` and `update_every="auto"` decide from measured times; numbers make a run repeatable. The defaults of lr, rank, replay and schedule were measured with `benchmarks/tune.py`; see `benchmarks/LOG.md`.
     """
 
-    learner: str = _setting("ogd", f"online learner, one of {sorted(LEARNERS)}")
+    learner: str = _setting("ogd", f"online learner, one of {sorted([*LEARNERS, ENSEMBLE])}")
     preconditioner: str = _setting("adam", "'adam': steps in Adam's metric; 'none': plain gradient steps")
-    lr: float = _setting(1e-3, "step size of the learner")
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm")
+    lr: float = _setting(1e-3, "step size of the learner; of an ensemble, the middle of its grid")
+    hint_memory: float = _setting(
+        0.0, "'optimistic': part of the old hint in the new one; 0: the last step is the hint"
+    )
+    radius: float | None = _setting(None, "an adapter stays within this distance of its start; None: no bound")
+    experts: int = _setting(3, "'ensemble': adapters side by side, with step sizes on a geometric grid")
+    expert_ratio: float = _setting(4.0, "'ensemble': step size over the next smaller one")
+    expert_learner: str = _setting("ogd", f"'ensemble': what each of them runs, one of {sorted(LEARNERS)}")
+    hedge: str = _setting("fixed_share", f"'ensemble': how their weights follow their losses, one of {HEDGES}")
+    hedge_rate: float | None = _setting(None, "'ensemble': step size of the weights; None: from theory")
+    snapshots: int = _setting(2, "earlier states of the adapter that are kept for a stream that comes back; 0: none")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
     rank: int = _setting(32, "rank of the adapter on every adapted layer")
     alpha: float = _setting(32.0, "LoRA alpha: the adapter's output is scaled by alpha / rank")
     target_modules: tuple[str, ...] | None = _setting(
@@ -55,6 +69,7 @@ class OnlineSpecConfig:
     )
     replay_passes: int = _setting(2, "gradient steps on remembered requests after each request; the most with 'auto'")
     replay_batch: int = _setting(2, "remembered requests in one such step")
+    replay_sampling: str = _setting("uniform", f"which remembered requests are rehearsed, one of {REPLAYS}")
     replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
     memory_tokens: int = _setting(
@@ -64,12 +79,17 @@ class OnlineSpecConfig:
     seed: int = _setting(0, "seed of the adapter's first values and of the replay's choices")
 
     def __post_init__(self) -> None:
-        self._one_of("learner", LEARNERS)
+        self._one_of("learner", [*LEARNERS, ENSEMBLE])
+        self._one_of("expert_learner", LEARNERS)
+        self._one_of("hedge", HEDGES)
+        self._one_of("replay_sampling", REPLAYS)
         self._one_of("loss", LOSSES)
         self._one_of("update_when", UPDATE_WHEN)
         self._one_of("preconditioner", ("adam", "none"))
         for name, least in (
             ("rank", 1),
+            ("experts", 1),
+            ("snapshots", 0),
             ("lookahead", 0),
             ("update_every", 1),
             ("replay_passes", 0),
@@ -84,10 +104,24 @@ class OnlineSpecConfig:
                 self._whole(name, least)
         if self.top_k is not None:
             self._whole("top_k", 1)
-        for name in ("lr", "max_grad_norm", "alpha", "temperature", "update_budget"):
+        for name in (
+            "lr",
+            "max_grad_norm",
+            "alpha",
+            "temperature",
+            "update_budget",
+            "expert_ratio",
+            "radius",
+            "hedge_rate",
+        ):
             value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value!r}: expected a finite number above 0.")
+        memory = self.hint_memory
+        if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 <= memory < 1:
+            raise ConfigError(f"hint_memory={memory!r}: expected a number of at least 0 and below 1.")
         if self.update_budget > 1:
             raise ConfigError(
                 f"update_budget={self.update_budget!r}: expected a share of the time, above 0 and at most 1."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -17,18 +18,18 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import cache_tensors, keeps_logits, max_positions, record_past
+from ._compat import max_positions, record_past
 from .adapters import GatedLora
 from .checks import plain_draft
-from .config import OnlineSpecConfig
+from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
 from .feedback import Feedback, Teacher, acceptance
 from .idle import IdleWorker
-from .learners import adam, ogd
-from .losses import LOSSES
+from .learning import Learning, Segment
 from .memory_draft import MemoryDraft
 from .metrics import Counts
-from .replay import Replay
+
+logger = logging.getLogger(__name__)
 
 # Tokens of a prompt by which the learned and the frozen draft are told apart: their cost stays small beside a long prompt.
 PREFERENCE_TOKENS = 128
@@ -61,18 +62,13 @@ class OnlineDraft(MemoryDraft):
                 rank=self.settings.rank,
                 alpha=self.settings.alpha,
                 target_modules=self.settings.target_modules,
+                blocks=self.settings.experts if self.settings.learner == ENSEMBLE else 1,
                 seed=self.settings.seed,
             )
-            step = adam if self.settings.preconditioner == "adam" else ogd
-            self._learner = step(self.settings.lr)
-            self._learner_state = self._learner.init(self._lora.params)
-        self._loss = LOSSES[self.settings.loss]
-        self._tail = self.settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
+            self._learning = Learning(self._lora, self.settings)
+        self._adaptation, self._replay = self._learning.adaptation, self._learning.replay
         self._positions = max_positions(self._lora.base.config)
-        self._keeps_logits = keeps_logits(self._lora.base)
-        self._replay = Replay(self.settings.replay_tokens, self.settings.replay_top_k, self.settings.seed)
-        self._steps = 0  # gradient steps taken
-        self._learning = threading.RLock()  # held for one gradient step at a time
+        self._learns = threading.RLock()  # held for one gradient step at a time
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
             self._idle = IdleWorker(self._learn_when_idle)
@@ -108,8 +104,7 @@ class OnlineDraft(MemoryDraft):
     @property
     def learning_bytes(self) -> int:
         """Memory that learning takes: adapter, gradients, moments, folded weights, and the requests that are remembered."""
-        state = sum(tensor.nbytes for tensor in self._learner_state.values())
-        return self._lora.nbytes + state + self._replay.nbytes
+        return self._learning.nbytes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""
@@ -128,7 +123,7 @@ class OnlineDraft(MemoryDraft):
 
     def fold(self) -> None:
         """Brings the weights that draft up to date with what was learned."""
-        with self._learning, self.lock:
+        with self._learns, self.lock:
             self._lora.fold()
 
     @contextmanager
@@ -138,33 +133,27 @@ class OnlineDraft(MemoryDraft):
         Args:
             frozen: the original draft, whatever was learned.
         """
-        if self._lora.folds and self._steps and not frozen:
+        if self._lora.folds and not self._adaptation.original_serves and not frozen:
             if self._lora.stale:
                 self.fold()
             with self.lock, torch.no_grad():
                 yield self._lora.served
             return
-        with self._learning, torch.no_grad():  # learning switches the adapter on and off in this tree
-            if frozen or self._steps == 0:
+        with self._learns, torch.no_grad():  # learning switches the adapter on and off in this tree
+            if frozen or self._adaptation.original_serves:
                 yield self._lora.base
             else:
-                with self._lora.speaking() as model:
+                weights = self._lora.weights
+                with self._lora.speaking(None if weights is None else weights[None]) as model:
                     yield model
 
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
         """Model inputs for `tokens` (batch, n) behind `cached` tokens, with the padding of `mask` (batch, prompt)."""
-        if mask is None:
-            return {"input_ids": tokens}
-        length = cached + tokens.shape[1]
-        if length > mask.shape[1]:
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], length - mask.shape[1])], dim=-1)
-        mask = mask[:, :length]
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions[:, cached:]}
+        return self._learning.reader.inputs(tokens, cached, mask)
 
     def keep(self, n: int) -> dict[str, int]:
         """Tells the model to compute logits for its last n positions only, where it can be told."""
-        return {"logits_to_keep": n} if self._keeps_logits else {}
+        return self._learning.reader.keep(n)
 
     # Learning
 
@@ -190,43 +179,26 @@ class OnlineDraft(MemoryDraft):
             recalled: estimated acceptance of the memory's answers at the n tokens of one row; (): no memory; None: not asked.
             preference: of the prompt for the learned draft.
         """
-        n = len(teachers[0])
-        past = DynamicCache(config=self.config)
-        if cache is not None and prefix > 0:
-            for index, (keys, values) in enumerate(cache_tensors(cache)):
-                past.update(keys[..., :prefix, :].detach(), values[..., :prefix, :].detach(), index)
-        with self._learning:
-            frozen = None
+        segment = Segment(tokens, teachers, mask, temperature)
+        with self._learns:
             governed = self.settings.update_every == "auto"
-            if governed and self._steps and self.governor.compares(preference):
-                with torch.no_grad():
-                    inputs = self.inputs(tokens[:, :-1], 0, mask)
-                    frozen = self._lora.base(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
-            inputs = self.inputs(tokens[:, prefix:-1], prefix, mask)
-            with torch.enable_grad(), self._lora.speaking() as model:
-                logits = model(past_key_values=past, use_cache=True, **inputs, **self.keep(n)).logits[:, -n:]
-                losses = [
-                    self._loss(*t.compare(row, self.settings.temperature, self._tail))
-                    for t, row in zip(teachers, logits, strict=True)
-                ]
-                if governed:  # how the draft does on tokens that it has not learned from yet
-                    own = self.settings.temperature
-                    learned = acceptance(teachers, logits, temperature, own)
-                    still = None if frozen is None else acceptance(teachers, frozen, temperature, own)
-                    self._tell(learned, still, preference, recalled)
-                self._step(torch.cat(losses).mean(), counts)
+            compare = governed and self.governor.compares(preference)
+            shown = self._learning.segment(segment, cache, prefix, counts, compare)
+            self._note()
+        if governed:
+            with self.lock:
+                self.governor.shadow(shown.learned, shown.original, recalled, True, preference)
 
-    def _tell(
-        self,
-        learned: Tensor,
-        frozen: Tensor | None,
-        preference: float,
-        recalled: Sequence[float] | None = (),
-        updates: bool = True,
-    ) -> None:
-        still = None if frozen is None else frozen.tolist()
-        with self.lock:
-            self.governor.shadow(learned.tolist(), still, recalled, updates, preference)
+    def _note(self) -> None:
+        """What the learners say about themselves."""
+        adaptation, guard = self._adaptation, self._learning.guard
+        if adaptation.many:
+            self.metrics.expert_weights = tuple(adaptation.weights)
+            self.metrics.removed_experts = adaptation.removed
+        if guard.rollbacks > self.metrics.rollbacks:
+            self.metrics.rollbacks = guard.rollbacks
+            self.metrics.decisions.rollback = guard.reason
+            logger.info("%s", guard.reason)
 
     @torch.no_grad()
     def look(
@@ -243,11 +215,12 @@ class OnlineDraft(MemoryDraft):
             preference, _ = self.preference(tokens[:, :-n], mask)
         inputs = self.inputs(tokens[:, :-1], 0, mask)
         seen = []
-        for frozen in (False, True) if self._steps else (True,):
+        for frozen in (False, True) if self._adaptation.steps else (True,):
             with self.serving(frozen) as model:
                 logits = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
             seen.append(acceptance(teachers, logits, temperature, self.settings.temperature))
-        self._tell(seen[0], seen[-1], preference, updates=False)
+        with self.lock:
+            self.governor.shadow(seen[0].tolist(), seen[-1].tolist(), (), False, preference)
 
     @torch.no_grad()
     def preference(self, tokens: Tensor, mask: Tensor | None) -> tuple[float, dict[bool, DynamicCache]]:
@@ -259,7 +232,7 @@ class OnlineDraft(MemoryDraft):
         """
         length = tokens.shape[1]
         tokens = tokens[:, -PREFERENCE_TOKENS:].to(self.device)
-        if not self._steps or tokens.shape[1] < 2:
+        if not self._adaptation.steps or tokens.shape[1] < 2:
             return 0.0, {}
         mask = None if mask is None else mask[:, length - tokens.shape[1] :]
         weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
@@ -276,24 +249,22 @@ class OnlineDraft(MemoryDraft):
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request for the replay."""
-        if bool(feedback.teacher.log_probs.isnan().any()):
-            return  # its steps were skipped, and would be again at every rehearsal
-        with self._learning:
-            self._replay.add(feedback)
+        with self._learns:
+            self._learning.remember(feedback)
             self.metrics.replay_bytes = self._replay.nbytes
 
     def rehearse(self, counts: Counts, passes: int) -> None:
-        """The replay's gradient steps: each on a few remembered requests, in one padded batch."""
-        for _ in range(passes):
-            with self._learning:
-                requests = self._replay.sample(self.settings.replay_batch)
-                if not requests:
-                    return
-                self._learn_from(requests, counts)
+        """The replay's gradient steps: each on a few remembered requests, in one padded batch.
 
-    def _learn_from(self, requests: list[Feedback], counts: Counts) -> None:
-        with torch.enable_grad(), self._lora.speaking() as model:
-            self._step(self._replay_loss(model, requests), counts)
+        With `update_every="auto"` no more than were worth their time of late.
+        """
+        if self.settings.update_every == "auto":
+            passes = min(passes, self._learning.passes.next())
+            self.metrics.decisions.replay_passes = self._learning.passes.now
+        for _ in range(passes):
+            with self._learns:
+                if not self._learning.rehearse(counts):
+                    return
 
     # Learning while nothing is generated
 
@@ -329,52 +300,18 @@ class OnlineDraft(MemoryDraft):
             yield
         for i in range(1 + self.settings.replay_passes):
             started, counts = time.perf_counter(), Counts()
-            with self._learning:
+            with self._learns:
                 if i == 0:
-                    self._learn_from([feedback], counts)
+                    self._learning.learn_from([feedback], counts)
                     self.remember(feedback)
                 else:
-                    self.rehearse(counts, 1)
+                    self._learning.rehearse(counts)
                 self.fold()
             with self.lock:
                 self.metrics.idle_updates += counts.updates
                 self.metrics.skipped_updates += counts.skipped_updates
                 self.metrics.idle_time_s += time.perf_counter() - started
             yield
-
-    def _replay_loss(self, model: PreTrainedModel, requests: list[Feedback]) -> Tensor:
-        """Mean loss over all taught positions; rows end together, so that these are the last ones of each row."""
-        lengths = [len(request.tokens) - 1 for request in requests]
-        longest = max(lengths)
-        tokens = torch.zeros(len(requests), longest, dtype=torch.long, device=self.device)
-        mask = torch.zeros_like(tokens)
-        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
-            tokens[row, longest - length :] = request.tokens[:-1]
-            mask[row, longest - length :] = 1
-        inputs = self.inputs(tokens, 0, None if min(lengths) == longest else mask)
-        n = max(len(request.teacher) for request in requests)
-        logits = model(use_cache=False, **inputs, **self.keep(n)).logits
-        losses = [
-            self._loss(*request.teacher.compare(row[-len(request.teacher) :], self.settings.temperature, self._tail))
-            for request, row in zip(requests, logits, strict=True)
-        ]
-        return torch.cat(losses).mean()
-
-    def _step(self, loss: Tensor, counts: Counts) -> None:
-        """Backward, clip, step. A loss or gradient that is not finite skips the step and is counted."""
-        lora = self._lora
-        lora.grads.zero_()
-        loss.backward()
-        with torch.no_grad():
-            norm = lora.grads.norm()
-            if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-                counts.skipped_updates += 1
-                return
-            lora.grads.mul_((self.settings.max_grad_norm / (norm + 1e-6)).clamp_max(1.0))
-            updates, self._learner_state = self._learner.update(lora.grads, self._learner_state)
-            lora.move(updates)
-        self._steps += 1
-        counts.updates += 1
 
 
 _drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()

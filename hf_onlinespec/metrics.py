@@ -75,6 +75,8 @@ class Decisions:
     verify_step: float = 0.0  # time of one more verified position over a plain target step
     drafting: str = "nothing was decided yet"
     learning: str = "nothing was decided yet"
+    replay_passes: int = 0  # after a request, as far as they are affordable
+    rollback: str = ""  # why an earlier state of the adapter took over, the last time
 
 
 @dataclass
@@ -88,7 +90,11 @@ class DraftMetrics(Counts):
     idle_time_s: float = 0.0  # time of these; in no speed
     idle_failures: int = 0  # steps that raised; learning when idle stops at the first
     decisions: Decisions = field(default_factory=Decisions)  # what the governor decided, and why
-    expert_weights: tuple[float, ...] = (1.0,)  # weights of the learned blocks in the served draft
+    expert_weights: tuple[float, ...] = (
+        1.0,
+    )  # of the experts in an ensemble's mixture; the last is the original draft's
+    removed_experts: int = 0  # that diverged
+    rollbacks: int = 0  # times that an earlier state of the adapter took over; why: decisions.rollback
 
     def close(self, call: Counts) -> None:
         """Takes a finished call in."""

@@ -2,43 +2,189 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from .feedback import Feedback
 
+PASSES_WINDOW = 8  # requests that decide on the number of passes
+PASSES_LEAST = 0.5  # return per second of a pass over that of a step on new tokens
+PASSES_TRIED_EVERY = 4  # requests, where no pass pays
+PROFILE = 256  # bins of a request's token profile
+
+
+@dataclass
+class Remembered:
+    """One request in the replay."""
+
+    feedback: Feedback
+    profile: Tensor  # (PROFILE,) how often its tokens fall into each bin, of length one
+    loss: float = float("inf")  # when it was last learned from; never: infinite
+
+    @property
+    def size(self) -> int:
+        return len(self.feedback.tokens)
+
 
 class Replay:
-    """The newest requests that fit into `max_tokens`, at `top_k` target probabilities per generated position.
+    """Requests that fit into `max_tokens`, at `top_k` target probabilities per generated position.
 
-    Bytes are bounded by `max_tokens * (12 + 12 * top_k)`: an int64 token, a float32 tail, and float32 + int64 per kept
-    probability.
+    Once the room is full, half of it is for the newest requests; in the other half, every earlier request has the same chance to
+    be (a reservoir), so that old domains stay alive.
+
+    Bytes are bounded by `max_tokens * (12 + 12 * top_k)`, an int64 token, a float32 tail, and float32 + int64 per kept
+    probability, and a profile of 1 KiB per request.
+
+    Args:
+        sampling: which requests are rehearsed, a key of `SAMPLING`.
+        seed: of all choices.
     """
 
-    def __init__(self, max_tokens: int, top_k: int, seed: int) -> None:
+    def __init__(self, max_tokens: int, top_k: int, seed: int, sampling: str = "uniform") -> None:
         self.max_tokens = max_tokens
         self.top_k = top_k
-        self.requests: deque[Feedback] = deque()
-        self.tokens = 0
+        self.recent: list[Remembered] = []  # the newest last
+        self.old: list[Remembered] = []
+        self._left = 0  # requests that have left the newest
+        self._sample = SAMPLING[sampling]
         self._random = random.Random(seed)
 
-    def add(self, feedback: Feedback) -> None:
-        """Remembers a request and forgets the oldest ones beyond the bound. A request above the bound is not kept."""
+    def add(self, feedback: Feedback, loss: float = float("inf")) -> None:
+        """Remembers a request, and forgets others beyond the bound. A request above the bound is not kept."""
         small = Feedback(feedback.tokens, feedback.teacher.top(self.top_k))
         if len(small.tokens) > self.max_tokens:
             return
-        self.requests.append(small)
-        self.tokens += len(small.tokens)
+        self.recent.append(Remembered(small, profile(small.tokens), loss))
         while self.tokens > self.max_tokens:
-            self.tokens -= len(self.requests.popleft().tokens)
+            if len(self.recent) > 1 and self._size(self.recent) > self.max_tokens / 2:
+                self._retire(self.recent.pop(0))
+            else:
+                self.old.pop(self._random.randrange(len(self.old)))
 
-    def sample(self, n: int) -> list[Feedback]:
-        """Up to n different requests, uniformly."""
-        return self._random.sample(list(self.requests), min(n, len(self.requests)))
+    def _retire(self, request: Remembered) -> None:
+        """Into the reservoir, with the chance that any earlier request has to be there."""
+        self._left += 1
+        if self._size(self.old) + request.size <= self.max_tokens / 2:
+            self.old.append(request)
+        elif self.old and self._random.random() < len(self.old) / self._left:
+            self.old[self._random.randrange(len(self.old))] = request
+
+    @staticmethod
+    def _size(requests: list[Remembered]) -> int:
+        return sum(request.size for request in requests)
+
+    def sample(self, n: int) -> list[Remembered]:
+        """Up to n different requests."""
+        n = min(n, len(self))
+        return self._sample(self._random, self.recent, self.old, n) if n else []
+
+    @property
+    def requests(self) -> list[Feedback]:
+        """Everything that is remembered."""
+        return [r.feedback for r in (*self.old, *self.recent)]
+
+    @property
+    def tokens(self) -> int:
+        return self._size(self.recent) + self._size(self.old)
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return len(self.recent) + len(self.old)
 
     @property
     def nbytes(self) -> int:
-        return sum(feedback.nbytes for feedback in self.requests)
+        return sum(r.feedback.nbytes + r.profile.nbytes for r in (*self.recent, *self.old))
+
+
+def profile(tokens: Tensor) -> Tensor:
+    """Counts (PROFILE,) of tokens by bin, scaled to length one: requests of one domain have similar ones."""
+    counts = torch.bincount(tokens % PROFILE, minlength=PROFILE).float().cpu()
+    return counts / counts.norm().clamp_min(1.0)
+
+
+class Passes:
+    """How many replay passes after a request are worth their time.
+
+    What a step brought is told by the gradient g of the next request, which no step has seen: −⟨g, Δw⟩ is, to first order, how
+    far it lowered that request's loss. A pass is worth its time while it brings as much per second as the step on new
+    tokens does, or nearly so.
+
+    Args:
+        most: passes after one request.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.now = most, most
+        self._new: list[tuple[float, float]] = []  # what it brought, seconds
+        self._old: list[tuple[float, float]] = []  # of one pass
+        self._without = 0  # requests since the last pass
+
+    def next(self) -> int:
+        """Passes after this request; where none pays, one is tried now and then."""
+        self._without = 0 if self.now else self._without + 1
+        if self._without < PASSES_TRIED_EVERY:
+            return self.now
+        self._without = 0
+        return min(1, self.most)
+
+    def observe(self, new: tuple[float, float], old: tuple[float, float] | None) -> None:
+        """What the step on new tokens and what one pass brought, each with the seconds that it took."""
+        if not all(math.isfinite(x) for x in (*new, *(old or ()))):
+            return
+        self._new.append(new)
+        if old is None:
+            return
+        self._old.append(old)
+        if len(self._old) < PASSES_WINDOW:
+            return
+        per_s = [sum(g for g, _ in some) / max(sum(s for _, s in some), 1e-9) for some in (self._old, self._new)]
+        worth = per_s[0] > 0 and per_s[0] >= PASSES_LEAST * per_s[1]
+        self.now = min(self.most, self.now + 1) if worth else max(0, self.now - 1)
+        self._new, self._old = [], []
+
+
+Sample = Callable[[random.Random, list[Remembered], list[Remembered], int], list[Remembered]]
+
+
+def _uniform(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
+    """Every remembered request alike."""
+    return rng.sample(recent + old, n)
+
+
+def _recent(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
+    """Of the newest requests alone."""
+    return rng.sample(recent, min(n, len(recent)))
+
+
+def _mixed(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
+    """Half of them new, half of them old."""
+    from_old = min(n // 2, len(old))
+    from_recent = min(n - from_old, len(recent))
+    return rng.sample(recent, from_recent) + rng.sample(old, min(n - from_recent, len(old)))
+
+
+def _loss(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
+    """The more likely, the higher the loss was; what was never learned from comes first."""
+    everything = recent + old
+    return _weighted(rng, everything, [min(max(r.loss, 1e-6), 1e3) for r in everything], n)
+
+
+def _near(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
+    """The more likely, the more alike their tokens are to those of the newest request."""
+    everything = recent + old
+    likeness = torch.stack([r.profile for r in everything]) @ recent[-1].profile
+    return _weighted(rng, everything, (8 * likeness).exp().tolist(), n)
+
+
+def _weighted(rng: random.Random, requests: list[Remembered], weights: list[float], n: int) -> list[Remembered]:
+    """n different ones, one after the other, each with a chance by its weight (Efraimidis & Spirakis 2006)."""
+    keys = [rng.random() ** (1 / weight) for weight in weights]
+    best = sorted(range(len(requests)), key=lambda i: keys[i], reverse=True)[:n]
+    return [requests[i] for i in best]
+
+
+SAMPLING: dict[str, Sample] = {"uniform": _uniform, "recent": _recent, "mixed": _mixed, "loss": _loss, "near": _near}

@@ -180,3 +180,60 @@ def test_peft_draft_is_merged_into_a_copy() -> None:
     draft = OnlineDraft(theirs)
     torch.testing.assert_close(draft(TOKENS).logits, before, atol=1e-4, rtol=1e-4)
     assert torch.equal(theirs(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_folded_weights_hold_the_mixture(make) -> None:
+    lora = shaken(make(), rank=2, alpha=2.0, blocks=3)
+    for weights in ([0.5, 0.2, 0.1], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]):
+        gate = torch.tensor(weights)
+        lora.serve(gate)
+        lora.fold()
+        with lora.speaking(gate[None]) as speaking:
+            torch.testing.assert_close(lora.served(TOKENS).logits, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
+        lora.serve(gate.clone())
+        assert not lora.stale, "the same weights ask for no new fold"
+
+
+# PEFT itself warns here, on loading onto the user's model.
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|is_gradient_checkpointing|fan_in_fan_out).*")
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_a_mixture_is_saved_as_one_ordinary_adapter(make, tmp_path) -> None:
+    lora = shaken(make(), rank=2, alpha=6.0, blocks=3)
+    weights = torch.tensor([0.5, 0.2, 0.1])
+    lora.serve(weights)
+    before = lora.params.clone()
+    lora.save(tmp_path)
+    assert torch.equal(lora.params, before)
+    reloaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+    with lora.speaking(weights[None]) as speaking:
+        torch.testing.assert_close(reloaded(TOKENS).logits, speaking(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@torch.no_grad()
+def test_a_block_is_laid_out_as_an_adapter_of_one_block(blocks: int) -> None:
+    lora = shaken(tiny_llama(2, tie_word_embeddings=True), rank=2, alpha=2.0, blocks=blocks)
+    rows = lora.split(lora.params)
+    assert rows.shape == (blocks, lora.params.numel() // blocks)
+    assert torch.equal(lora.join(rows), lora.params)
+    alone = GatedLora(tiny_llama(2, tie_word_embeddings=True), rank=2, alpha=2.0)
+    for i, row in enumerate(rows):
+        alone.params.copy_(row)
+        with alone.speaking() as one, lora.speaking(torch.eye(blocks)[i : i + 1]) as many:
+            torch.testing.assert_close(one(TOKENS).logits, many(TOKENS).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_silent_block_changes_nothing_and_can_learn() -> None:
+    model = tiny_llama(2)
+    lora = shaken(model)
+    quiet = lora.silent(lora.split(lora.params)[0])
+    lora.params.copy_(lora.join(quiet[None]))
+    with lora.speaking() as speaking:
+        assert torch.equal(speaking(TOKENS).logits, model(TOKENS).logits)
+    with torch.enable_grad(), lora.speaking() as speaking:
+        speaking(TOKENS).logits.square().sum().backward()
+    assert lora.grads.norm() > 0

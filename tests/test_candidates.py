@@ -86,7 +86,7 @@ def test_never_drafts_beyond_its_own_positions() -> None:
 def test_a_draft_that_lost_its_mind_proposes_nothing(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, fixed(4))
     draft._lora.move(torch.full_like(draft._lora.params, torch.nan))
-    draft._steps = 1
+    draft._adaptation.steps = 1
     assert generator(draft, do_sample=True).propose(torch.tensor([[1, 2]]), 4).tokens.shape == (1, 0)
 
 

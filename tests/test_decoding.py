@@ -314,7 +314,7 @@ def test_an_interrupted_request_counts_and_leaves_the_draft_usable(target, draft
 
     with pytest.raises(KeyboardInterrupt):
         target.generate(prompt, do_sample=False, max_new_tokens=40, assistant_model=draft, streamer=Stops())
-    assert draft.metrics.updates == draft._steps > 0 and draft.metrics.requests == 1
+    assert draft.metrics.updates == draft._adaptation.steps > 0 and draft.metrics.requests == 1
     plain, ours = both(target, draft, prompt)
     assert torch.equal(plain, ours)
 

@@ -20,7 +20,7 @@ PLAIN = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=0.1, max_g
 def moved(draft: OnlineDraft) -> OnlineDraft:
     """An adapter away from its start, where B = 0 hides the gradient of A."""
     draft._lora.move(0.1 * torch.randn(draft._lora.params.shape, generator=torch.Generator().manual_seed(4)))
-    draft._steps = 1
+    draft._adaptation.steps = 1
     return draft
 
 
@@ -73,7 +73,7 @@ def test_replay_of_unequal_lengths_gives_the_mean_gradient(draft_model: PreTrain
     def gradient(batch: list[Feedback]) -> torch.Tensor:
         draft._lora.grads.zero_()
         with draft._lora.speaking() as model:
-            draft._replay_loss(model, batch).backward()
+            torch.cat(draft._learning._request_losses(model, batch, 1)[0]).mean().backward()
         return draft._lora.grads.clone()
 
     apart = sum(gradient([request]) * len(request.teacher) for request in requests) / 10

@@ -1,0 +1,199 @@
+"""The draft adapts: one learner or several side by side, who of them speaks, and the gradient step.
+
+Every learner owns one block of the adapter. An ensemble reads its feedback in one batched forward: a row for every expert,
+one for the original draft (gate shut) and one for the mixture. What is served is the mixture, or the best single row where
+that does better.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .adapters import GatedLora
+from .config import ENSEMBLE, OnlineSpecConfig
+from .guard import StepCap
+from .learners import LEARNERS, Hedge, Learner, State, adam, hedge, last_chunk, optimistic, plain
+from .metrics import Counts
+
+# Weights of the experts by name, with a step size or the one of theory (None).
+HEDGES: dict[str, Callable[[float | None], Hedge]] = {
+    "cumulative": lambda rate: hedge(rate),
+    "discounted": lambda rate: hedge(rate, discount=0.95),
+    "fixed_share": lambda rate: hedge(rate, share=0.02),
+    "last_chunk": lambda rate: last_chunk(10.0 if rate is None else rate),
+}
+COMPARED = 8  # updates over which a single row has to do better than the mixture to serve in its place
+
+
+def step_sizes(settings: OnlineSpecConfig) -> list[float]:
+    """One for every expert: a geometric grid with `lr` in the middle."""
+    if settings.learner != ENSEMBLE:
+        return [settings.lr]
+    middle = (settings.experts - 1) / 2
+    return [settings.lr * settings.expert_ratio ** (i - middle) for i in range(settings.experts)]
+
+
+def make_learner(settings: OnlineSpecConfig, device: torch.device) -> Learner:
+    """The settings' learner, for all experts at once."""
+    direction = adam() if settings.preconditioner == "adam" else plain()
+    name = settings.expert_learner if settings.learner == ENSEMBLE else settings.learner
+    lr = torch.tensor(step_sizes(settings), device=device)[:, None]  # (experts, 1)
+    if name == "optimistic":
+        return optimistic(lr, direction, settings.radius, settings.hint_memory)
+    return LEARNERS[name](lr, direction, settings.radius)
+
+
+class Adaptation:
+    """What has been learned, and how it goes on.
+
+    Args:
+        lora: the adapter, with one block per expert.
+    """
+
+    def __init__(self, lora: GatedLora, settings: OnlineSpecConfig) -> None:
+        self.steps = 0  # gradient steps taken
+        self.removed = 0  # experts that diverged
+        self.many = settings.learner == ENSEMBLE
+        self._lora, self._settings = lora, settings
+        self._learner = make_learner(settings, lora.params.device)
+        self.state: State = self._learner.init(lora.split(lora.params))
+        self._cap = StepCap()
+        n = self._experts = lora.blocks
+        self.alive = [True] * n
+        self._hedge = HEDGES[settings.hedge](settings.hedge_rate)
+        self.hedge_state = self._hedge.init(n + 1)
+        self.weights = [1 / (n + 1)] * (n + 1)  # of the experts and of the original draft in the mixture
+        self._losses: deque[list[float]] = deque(maxlen=COMPARED)  # of every row
+        self.serving = n + 1  # the row that serves: an expert, the original (n), the mixture (n + 1)
+        self._serve()
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Gates (rows, experts) of a batched forward: every expert alone, none, the mixture. None: a single learner."""
+        if not self.many:
+            return None
+        n = self._experts
+        mixture = torch.tensor([self.weights[:n]])
+        return torch.cat([torch.eye(n), torch.zeros(1, n), mixture]).to(self._lora.params.device)
+
+    @property
+    def served(self) -> Tensor | None:
+        """Weights (experts,) of the blocks in the served draft; None: a single learner at full weight."""
+        rows = self.rows
+        return None if rows is None else rows[self.serving]
+
+    @property
+    def original_serves(self) -> bool:
+        """Whether nothing of what was learned speaks."""
+        return self.steps == 0 or (self.many and self.serving == self._experts)
+
+    def step(self, losses: Tensor, counts: Counts) -> bool:
+        """Backward, clip, step, for every expert from its own loss (experts,); whether a step was taken.
+
+        A loss or a gradient that is not finite skips the step and is counted. If it is that of one expert among others, that
+        expert has diverged and is removed: its numbers would spoil those of the others.
+        """
+        lora = self._lora
+        lora.grads.zero_()
+        losses.sum().backward()
+        with torch.no_grad():
+            grads = lora.split(lora.grads)  # (experts, parameters)
+            norms = grads.norm(dim=-1)
+            if not bool((torch.isfinite(losses) & torch.isfinite(norms)).all()):
+                counts.skipped_updates += 1
+                self._remove(torch.isfinite(losses).tolist())
+                return False
+            grads = grads * (self._settings.max_grad_norm / (norms + 1e-6)).clamp_max(1.0)[:, None]
+            updates, self.state = self._learner.update(grads, self.state)
+            alive = torch.tensor(self.alive, device=updates.device)[:, None]
+            lora.move(lora.join(self._cap(updates) * alive))
+        self.steps += 1
+        counts.updates += 1
+        return True
+
+    def _remove(self, sound: list[bool]) -> None:
+        """Takes experts out for good whose loss is not finite while that of another one is."""
+        if not any(sound):
+            return  # the feedback is to blame
+        rows = self._lora.split(self._lora.params).clone()
+        for i, ok in enumerate(sound):
+            if not ok and self.alive[i]:
+                self.alive[i] = False
+                self.removed += 1
+                rows[i] = 0.0
+                self.state = {k: _without(v, i) for k, v in self.state.items()}
+        self._lora.move(self._lora.join(rows) - self._lora.params)
+        self._weigh(self.weights)
+
+    def weigh(self, acceptance: list[float]) -> None:
+        """Moves the weights: acceptance of every row of `rows` on new tokens, before the update that learns from them.
+
+        Hedge's loss is 1 − acceptance: bounded, and what the draft is for.
+        """
+        losses = [1 - a for a in acceptance]
+        n = self._experts
+        weights, self.hedge_state = self._hedge.update(torch.tensor(losses[: n + 1]), self.hedge_state)
+        self._losses.append(losses)
+        self._weigh(weights.tolist())
+
+    def _weigh(self, weights: list[float]) -> None:
+        weights = [w * ok for w, ok in zip(weights, [*self.alive, True], strict=True)]
+        total = sum(weights)
+        # A weight of nothing but dead experts: the original is left.
+        self.weights = [w / total for w in weights] if total > 0 else [0.0] * self._experts + [1.0]
+        self.serving = self._best_row()
+        self._serve()
+
+    def _best_row(self) -> int:
+        """The mixture, unless the best single row has done better by more than the noise."""
+        n = self._experts
+        if len(self._losses) < 2:
+            return n + 1
+        single = [i for i in range(n + 1) if i == n or self.alive[i]]
+        best = min(single, key=lambda i: statistics.mean(row[i] for row in self._losses))
+        lead = [row[n + 1] - row[best] for row in self._losses]
+        noise = statistics.stdev(lead) / len(lead) ** 0.5
+        return best if statistics.mean(lead) > noise else n + 1
+
+    def _serve(self) -> None:
+        self._lora.serve(self.served)
+
+    # Snapshots
+
+    def best(self) -> Tensor:
+        """A copy of the parameters (parameters,) of the expert that does best now, in bfloat16: half the memory."""
+        rows = self._lora.split(self._lora.params)
+        living = [i for i, ok in enumerate(self.alive) if ok] or [0]
+        return rows[max(living, key=lambda i: self.weights[i])].bfloat16()
+
+    def restore(self, params: Tensor) -> None:
+        """Puts a snapshot in place of the expert that does worst; it learns on from there, with new moments."""
+        at = min(range(self._experts), key=lambda i: self.weights[i] if self.alive[i] else -1.0) if self.many else 0
+        rows = self._lora.split(self._lora.params).clone()
+        before, rows[at] = rows[at].clone(), params.float()
+        state = {k: _without(v, at) for k, v in self.state.items()}
+        if "moved" in state:  # the ball stays where it was
+            state["moved"][at] = self.state["moved"][at] + rows[at] - before
+        self.state = state
+        self._lora.move(self._lora.join(rows) - self._lora.params)
+        if self.many:
+            if not self.alive[at]:
+                self.alive[at] = True
+            scores = self.hedge_state["scores"].clone()
+            scores[at] = scores.max()
+            self.hedge_state = self.hedge_state | {"scores": scores}
+            self._losses.clear()
+
+
+def _without(values: Tensor, row: int) -> Tensor:
+    """A copy of a learner's state without what it knows of one expert."""
+    if values.dim() == 0:
+        return values
+    values = values.clone()
+    values[row] = 0.0
+    return values

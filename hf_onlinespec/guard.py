@@ -1,0 +1,143 @@
+"""Never worse: steps of bounded length, and earlier states of the adapter for a stream that has left it, or comes back.
+
+Acceptance on new tokens is watched. Where it leaves its level, or what was learned does worse than the original draft, the
+stream has changed: earlier states are tried on the same tokens, and the best one takes over if it is surely better.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+STEP_CAP, STEP_WINDOW = 3.0, 64  # a step is at most so many times as long as the median of so many before it
+KNOWN_STEPS = 8  # before that no length is usual
+KEEP_EVERY = 8  # requests between two states that may be kept
+LATEST = 3  # requests that tell how it is now
+PATIENCE = 6  # requests after a trial before the next one
+LEAVES = 0.1  # acceptance by which a level is left, at least
+WORSE = 0.02  # acceptance below the original draft's that raises suspicion
+
+
+class StepCap:
+    """Shortens steps (experts, parameters) that are much longer than usual: no single request moves an adapter far."""
+
+    def __init__(self) -> None:
+        self._norms: deque[Tensor] = deque(maxlen=STEP_WINDOW)
+
+    def __call__(self, updates: Tensor) -> Tensor:
+        norms = updates.norm(dim=-1)  # (experts,)
+        if len(self._norms) >= KNOWN_STEPS:
+            most = STEP_CAP * torch.stack(list(self._norms)).median(dim=0).values
+            shorter = (most / norms.clamp_min(1e-30)).clamp_max(1.0)
+            # After steps of nothing, a first step is not unusual.
+            shorter = torch.where(most > 0, shorter, 1.0)
+            updates, norms = updates * shorter[:, None], norms * shorter
+        self._norms.append(norms)
+        return updates
+
+
+class Guard:
+    """Keeps up to `size` earlier states of an adapter, and says when to go back to one."""
+
+    def __init__(self, size: int) -> None:
+        self.states: list[Tensor] = []  # the newest last
+        self.rollbacks = 0
+        self.reason = ""  # of the last rollback
+        self._size = size
+        self._candidate: Tensor | None = None  # a state from before the latest requests
+        self._age = 0  # requests since it was taken
+        self._latest: deque[tuple[float, float | None]] = deque(maxlen=LATEST)  # acceptance, learned and original
+        self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
+        self._wait = PATIENCE
+
+    @property
+    def nbytes(self) -> int:
+        kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
+        return sum(state.nbytes for state in kept)
+
+    def watch(
+        self,
+        learned: Sequence[float],
+        original: Sequence[float] | None,
+        best: Callable[[], Tensor],
+        others: Callable[[Tensor], list[Tensor]],
+        acceptance: Callable[[Tensor], Sequence[float]],
+    ) -> Tensor | None:
+        """Takes in the acceptance on a request that was not learned from yet; the state to go back to, or None.
+
+        Args:
+            learned: at every new token, of what is served.
+            original: of the original draft; None: it was not looked at.
+            best: gives a copy of the parameters (parameters,) that do best now.
+            others: further states worth a trial, made from these.
+            acceptance: what other parameters would have reached on the same tokens.
+        """
+        if not self._size or not learned:
+            return None
+        self._latest.append((statistics.mean(learned), None if original is None else statistics.mean(original)))
+        self._wait -= 1
+        self._age += 1
+        if self._wait <= 0 and len(self._latest) == LATEST and self._suspicious():
+            self._wait = PATIENCE
+            return self._try(best, others, acceptance)
+        if self._candidate is None or self._age >= KEEP_EVERY:
+            self._candidate, self._age = best(), 0
+        self._settle(self._latest[-1][0])
+        return None
+
+    def _settle(self, acceptance: float) -> None:
+        first = self._spread == 0.0
+        rate = 0.5 if first else 0.1
+        self._spread += rate * (abs(acceptance - self._level) - self._spread)
+        self._level += (1.0 if first else rate) * (acceptance - self._level)
+
+    def _suspicious(self) -> bool:
+        """Whether acceptance has left its level, up or down, or what was learned does worse than the original draft."""
+        now = statistics.mean(a for a, _ in self._latest)
+        compared = [a - b for a, b in self._latest if b is not None]
+        left = abs(now - self._level) > max(LEAVES, 2 * 1.25 * self._spread / LATEST**0.5)
+        return left or (len(compared) >= 2 and statistics.mean(compared) < -WORSE)
+
+    def _try(
+        self,
+        best: Callable[[], Tensor],
+        others: Callable[[Tensor], list[Tensor]],
+        acceptance: Callable[[Tensor], Sequence[float]],
+    ) -> Tensor | None:
+        """The stream has changed: what served until now is kept, and everything that was kept is tried."""
+        if self._candidate is not None:
+            self._keep(self._candidate)
+        now = best()
+        self._candidate, self._age = None, 0
+        self._level = statistics.mean(a for a, _ in self._latest)
+        self._latest.clear()
+        reached = acceptance(now)
+        lead, winner, at = 0.0, None, 0.0
+        for state in (*self.states, *others(now)):
+            other = acceptance(state)
+            more = [b - a for a, b in zip(reached, other, strict=True)]
+            doubt = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else 1.0
+            certain = statistics.mean(more) - 2 * doubt
+            if certain > max(lead, 0.0):
+                lead, winner, at = certain, state, statistics.mean(other)
+        if winner is None:
+            return None
+        self.rollbacks += 1
+        self.reason = (
+            f"an earlier state of the adapter reaches acceptance {at:.2f} instead of {statistics.mean(reached):.2f} "
+            "on the same tokens: it serves and learns on"
+        )
+        return winner.clone()
+
+    def _keep(self, state: Tensor) -> None:
+        """Keeps a state beside the others; of too many, the older one that is nearest to another goes."""
+        self.states.append(state)
+        if len(self.states) > self._size:
+            gaps = [
+                min(float((a.float() - b.float()).norm()) for b in self.states if b is not a) for a in self.states[:-1]
+            ]
+            del self.states[min(range(len(gaps)), key=lambda i: gaps[i]) if gaps else 0]

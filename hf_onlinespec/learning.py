@@ -1,0 +1,250 @@
+"""Learning from feedback: one batched forward and backward per update, the replay, and the guard over both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from ._compat import cache_tensors, keeps_logits
+from .adaptation import Adaptation
+from .adapters import GatedLora
+from .config import OnlineSpecConfig
+from .feedback import Feedback, Teacher, acceptance
+from .guard import Guard
+from .losses import LOSSES
+from .metrics import Counts
+from .replay import Passes, Replay
+
+
+@dataclass(frozen=True)
+class Segment:
+    """New tokens that the target has spoken about, one teacher per row."""
+
+    tokens: Tensor  # (batch, L)
+    teachers: list[Teacher]  # of the last n tokens of every row
+    mask: Tensor | None  # (batch, prompt) with zeros where the prompt is padded on the left
+    temperature: float  # of the call that generated the tokens, 0 for greedy
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Acceptance at new tokens (batch · n,), before anything was learned from them."""
+
+    learned: list[float]  # of what serves
+    original: list[float] | None  # of the original draft; None: it was not looked at
+
+
+class Reader:
+    """How a draft model is given tokens."""
+
+    def __init__(self, lora: GatedLora) -> None:
+        self._keeps_logits = keeps_logits(lora.base)
+
+    def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
+        """Model inputs for `tokens` (batch, n) behind `cached` tokens, with the padding of `mask` (batch, prompt)."""
+        if mask is None:
+            return {"input_ids": tokens}
+        length = cached + tokens.shape[1]
+        if length > mask.shape[1]:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], length - mask.shape[1])], dim=-1)
+        mask = mask[:, :length]
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions[:, cached:]}
+
+    def keep(self, n: int) -> dict[str, int]:
+        """Tells the model to compute logits for its last n positions only, where it can be told."""
+        return {"logits_to_keep": n} if self._keeps_logits else {}
+
+
+class Learning:
+    """What turns feedback into a better adapter.
+
+    Args:
+        lora: the adapter; its parameters are moved here and nowhere else.
+    """
+
+    def __init__(self, lora: GatedLora, settings: OnlineSpecConfig) -> None:
+        self.adaptation = Adaptation(lora, settings)
+        self.replay = Replay(settings.replay_tokens, settings.replay_top_k, settings.seed, settings.replay_sampling)
+        self.guard = Guard(settings.snapshots)
+        self.passes = Passes(settings.replay_passes)
+        self.reader = Reader(lora)
+        self._lora, self._settings = lora, settings
+        self._loss = LOSSES[settings.loss]
+        # What the steps since the last request moved, and the seconds they took: on new tokens, on remembered ones.
+        self._moved: dict[str, tuple[Tensor, float, int]] = {}
+        self._tail = settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
+
+    @property
+    def nbytes(self) -> int:
+        """Adapter, gradients, folded weights, the learner's state, earlier states, and the requests that are remembered."""
+        state = sum(tensor.nbytes for tensor in self.adaptation.state.values())
+        state += sum(moved.nbytes for moved, _, _ in self._moved.values())
+        return self._lora.nbytes + state + self.guard.nbytes + self.replay.nbytes
+
+    def segment(
+        self, segment: Segment, cache: Cache | None, prefix: int, counts: Counts, compare: bool = False
+    ) -> Shown:
+        """One step on the last `len(teacher)` tokens of every row.
+
+        A single learner reads the first `prefix` tokens from the draft's own KV cache, detached: one forward and backward over
+        the rest, with nothing recomputed. Experts of an ensemble have no cache of their own and read everything.
+
+        Args:
+            compare: whether the original draft should be looked at too, in a forward of its own; an ensemble always does.
+        """
+        started = time.perf_counter()
+        n, batch = len(segment.teachers[0]), segment.tokens.shape[0]
+        rows = self.adaptation.rows
+        original = None
+        if rows is not None:
+            prefix = 0
+        elif compare and self.adaptation.steps:
+            with torch.no_grad():
+                original = self._accepts(self._lora.base, segment)
+        past = DynamicCache(config=self._lora.base.config)
+        if cache is not None and prefix > 0:
+            for index, (keys, values) in enumerate(cache_tensors(cache)):
+                past.update(keys[..., :prefix, :].detach(), values[..., :prefix, :].detach(), index)
+        copies = 1 if rows is None else len(rows)
+        tokens = segment.tokens.repeat(copies, 1)
+        mask = None if segment.mask is None else segment.mask.repeat(copies, 1)
+        gates = None if rows is None else rows.repeat_interleave(batch, dim=0)
+        inputs = self.reader.inputs(tokens[:, prefix:-1], prefix, mask)
+        with torch.enable_grad(), self._lora.speaking(gates) as model:
+            logits = model(past_key_values=past, use_cache=True, **inputs, **self.reader.keep(n)).logits[:, -n:]
+            logits = logits.unflatten(0, (copies, batch))  # (rows, batch, n, vocab)
+            accepted = [self._acceptance(segment, row).tolist() for row in logits.detach()]
+            losses = torch.stack([self._losses(segment.teachers, row).mean() for row in logits[: self._lora.blocks]])
+            if rows is None:
+                shown = Shown(accepted[0], original)
+            else:
+                shown = Shown(accepted[self.adaptation.serving], accepted[self._lora.blocks])
+            self._step(losses, counts, "new", started)
+        if rows is not None:
+            self.adaptation.weigh([sum(row) / len(row) for row in accepted])
+        self._watch(segment, shown)
+        return shown
+
+    def _step(self, losses: Tensor, counts: Counts, kind: str, started: float) -> None:
+        """A gradient step, and what the steps before it brought for a request that they did not know."""
+        if self._settings.update_every != "auto":
+            self.adaptation.step(losses, counts)
+            return
+        before = self._lora.params.clone()
+        taken = self.adaptation.step(losses, counts)
+        if kind == "new" and "new" in self._moved and taken:
+            brought = {
+                name: (-float(self._lora.grads @ moved.float()) / n, seconds / n)
+                for name, (moved, seconds, n) in self._moved.items()
+            }
+            self.passes.observe(brought["new"], brought.get("old"))
+        if kind == "new":
+            self._moved = {}
+        moved, seconds, n = self._moved.get(kind, (torch.zeros_like(before), 0.0, 0))
+        moved = (moved.float() + self._lora.params - before).bfloat16()
+        self._moved[kind] = (moved, seconds + time.perf_counter() - started, n + 1)
+
+    def _watch(self, segment: Segment, shown: Shown) -> None:
+        state = self.guard.watch(
+            shown.learned, shown.original, self.adaptation.best, self._silent, lambda state: self._would(state, segment)
+        )
+        if state is not None:
+            self.adaptation.restore(state)
+
+    def _silent(self, state: Tensor) -> list[Tensor]:
+        """An adapter that says nothing; the original draft is a row of every ensemble already."""
+        return [] if self.adaptation.many else [self._lora.silent(state)]
+
+    @torch.no_grad()
+    def _would(self, state: Tensor, segment: Segment) -> list[float]:
+        """Acceptance of other parameters of one block."""
+        gates = None
+        rows = self._lora.split(self._lora.params).clone()
+        if self.adaptation.many:
+            gates = torch.zeros(1, self._lora.blocks, device=rows.device)
+            gates[0, 0] = 1.0
+        before = self._lora.params.clone()
+        rows[0] = state
+        try:
+            self._lora.params.copy_(self._lora.join(rows))
+            with self._lora.speaking(gates) as model:
+                return self._accepts(model, segment)
+        finally:
+            self._lora.params.copy_(before)
+
+    def _accepts(self, model: Callable[..., object], segment: Segment) -> list[float]:
+        n = len(segment.teachers[0])
+        inputs = self.reader.inputs(segment.tokens[:, :-1], 0, segment.mask)
+        logits = model(use_cache=False, **inputs, **self.reader.keep(n)).logits[:, -n:]  # type: ignore[attr-defined]
+        found: list[float] = self._acceptance(segment, logits).tolist()
+        return found
+
+    def _acceptance(self, segment: Segment, logits: Tensor) -> Tensor:
+        return acceptance(segment.teachers, logits, segment.temperature, self._settings.temperature)
+
+    def _losses(self, teachers: Sequence[Teacher], logits: Sequence[Tensor] | Tensor) -> Tensor:
+        """The loss at every taught position, of rows of logits (n, vocab)."""
+        return torch.cat(
+            [
+                self._loss(*teacher.compare(row[-len(teacher) :], self._settings.temperature, self._tail))
+                for teacher, row in zip(teachers, logits, strict=True)
+            ]
+        )
+
+    # The replay
+
+    def remember(self, feedback: Feedback) -> None:
+        """Keeps a finished request, unless its steps would be skipped."""
+        if not bool(feedback.teacher.log_probs.isnan().any()):
+            self.replay.add(feedback)
+
+    def rehearse(self, counts: Counts) -> bool:
+        """One step on a few remembered requests in one padded batch; whether there were any."""
+        started = time.perf_counter()
+        remembered = self.replay.sample(self._settings.replay_batch)
+        if not remembered:
+            return False
+        losses = self.learn_from([r.feedback for r in remembered], counts, "old", started)
+        for request, loss in zip(remembered, losses, strict=True):
+            request.loss = loss
+        return True
+
+    def learn_from(
+        self, requests: list[Feedback], counts: Counts, kind: str = "new", started: float | None = None
+    ) -> list[float]:
+        """One step on whole requests, new or old ones; the loss of each before it."""
+        started = time.perf_counter() if started is None else started
+        experts = self._lora.blocks
+        gates = torch.eye(experts, device=self._lora.params.device).repeat_interleave(len(requests), dim=0)
+        with torch.enable_grad(), self._lora.speaking(gates if self.adaptation.many else None) as model:
+            rows = self._request_losses(model, requests, experts)
+            losses = torch.stack([torch.cat(row).mean() for row in rows])
+            self._step(losses, counts, kind, started)
+        return [float(loss.detach().mean()) for loss in rows[0]]
+
+    def _request_losses(
+        self, model: Callable[..., object], requests: list[Feedback], experts: int
+    ) -> list[list[Tensor]]:
+        """For every expert and request the losses at its taught positions; rows of the batch end together."""
+        lengths = [len(request.tokens) - 1 for request in requests]
+        longest = max(lengths)
+        tokens = torch.zeros(len(requests), longest, dtype=torch.long, device=self._lora.params.device)
+        mask = torch.zeros_like(tokens)
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            tokens[row, longest - length :] = request.tokens[:-1]
+            mask[row, longest - length :] = 1
+        padding = None if min(lengths) == longest else mask.repeat(experts, 1)
+        inputs = self.reader.inputs(tokens.repeat(experts, 1), 0, padding)
+        n = max(len(request.teacher) for request in requests)
+        logits = model(use_cache=False, **inputs, **self.reader.keep(n)).logits  # type: ignore[attr-defined]
+        return [
+            [self._losses([request.teacher], [own]) for request, own in zip(requests, part, strict=True)]
+            for part in logits.unflatten(0, (experts, len(requests)))
+        ]

@@ -1,0 +1,128 @@
+"""The guard on scripted streams: an adapter is one number, and a stream says what acceptance each number has."""
+
+import random
+
+import pytest
+import torch
+
+from hf_onlinespec.guard import KNOWN_STEPS, LATEST, PATIENCE, STEP_CAP, Guard, StepCap
+
+TOKENS = 60
+
+
+class World:
+    """A learner that walks towards the stream's place; acceptance falls with the distance to it."""
+
+    def __init__(self, size: int = 2, step: float = 0.1, seed: int = 0) -> None:
+        self.guard = Guard(size)
+        self.at, self.step = 0.0, step
+        self.rng = random.Random(seed)
+
+    def acceptance(self, where: float, place: float) -> list[float]:
+        rate = max(0.05, 0.9 - 0.3 * abs(where - place))
+        return [float(self.rng.random() < rate) for _ in range(TOKENS)]
+
+    def request(self, place: float, learns: bool = True) -> float:
+        learned = self.acceptance(self.at, place)
+        original = self.acceptance(0.0, place)
+        state = self.guard.watch(
+            learned,
+            original,
+            lambda: torch.tensor([self.at]),
+            lambda now: [torch.zeros(1)],
+            lambda state: self.acceptance(float(state), place),
+        )
+        if state is not None:
+            self.at = float(state)
+        if learns:
+            self.at += max(-self.step, min(self.step, place - self.at))
+        return sum(learned) / TOKENS
+
+
+def test_a_steady_stream_keeps_what_was_learned() -> None:
+    for seed in range(20):
+        world = World(seed=seed)
+        for _ in range(100):
+            world.request(1.0)
+        assert world.guard.rollbacks == 0
+
+
+def test_back_in_a_domain_that_it_knew_it_goes_on_where_it_was() -> None:
+    returned = 0
+    for seed in range(20):
+        world = World(seed=seed)
+        for place in (2.0, -2.0):
+            for _ in range(60):
+                world.request(place)
+        for _ in range(12):
+            world.request(2.0)
+        returned += abs(world.at - 2.0) < 0.5
+        assert "earlier state" in world.guard.reason or world.guard.rollbacks == 0
+    assert returned >= 18  # twelve steps alone would reach −0.8
+
+
+def test_after_a_burst_that_led_it_astray_it_goes_back() -> None:
+    for seed in range(10):
+        world = World(seed=seed)
+        for _ in range(40):
+            world.request(1.5)
+        before = sum(world.request(1.5) for _ in range(10)) / 10
+        for _ in range(20):
+            world.request(-3.0)
+        for _ in range(PATIENCE + LATEST):
+            world.request(1.5)
+        assert sum(world.request(1.5) for _ in range(10)) / 10 > before - 0.1
+        assert world.guard.rollbacks >= 1
+
+
+def test_no_earlier_state_without_evidence() -> None:
+    """Requests that differ wildly, around a level that stays."""
+    guard = Guard(2)
+    rng = random.Random(0)
+    for _ in range(200):
+        rate = rng.choice((0.1, 0.9))
+        tokens = [float(rng.random() < rate) for _ in range(TOKENS)]
+        state = guard.watch(tokens, None, lambda: torch.zeros(1), lambda now: [], lambda state, t=tokens: t)
+        assert state is None
+    assert guard.rollbacks == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_no_more_states_than_asked_for(size: int) -> None:
+    world = World(size=size)
+    for place in (2.0, -2.0) * 8:
+        for _ in range(15):
+            world.request(place)
+        assert len(world.guard.states) <= size
+    if size:
+        assert world.guard.nbytes <= (size + 1) * 4
+    else:
+        assert world.guard.nbytes == 0 and world.guard.rollbacks == 0
+
+
+def test_of_too_many_states_the_newest_and_the_most_different_stay() -> None:
+    guard = Guard(2)
+    for value in (5.0, 0.0, 0.1):
+        guard._keep(torch.tensor([value]))
+    assert [float(state) for state in guard.states] == [5.0, pytest.approx(0.1)]
+
+
+def test_steps_longer_than_usual_are_shortened() -> None:
+    cap = StepCap()
+    usual = torch.tensor([[3.0, 4.0], [0.0, 0.1]])
+    for _ in range(KNOWN_STEPS):
+        assert torch.equal(cap(usual), usual)
+    shortened = cap(100 * usual)
+    torch.testing.assert_close(shortened, STEP_CAP * usual)
+    torch.testing.assert_close(cap(usual), usual)
+    for _ in range(60):  # what is shortened counts as short: a flood raises the bound slowly
+        step = cap(1e6 * usual)
+    assert step.norm() <= STEP_CAP**3 * usual.norm()
+
+
+def test_first_steps_after_none_are_not_shortened() -> None:
+    cap = StepCap()
+    for _ in range(KNOWN_STEPS):
+        cap(torch.zeros(1, 2))
+    step = torch.tensor([[1.0, 2.0]])
+    assert torch.equal(cap(step), step)
