@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .acceptances import Drafted, Seen
 from .feedback import FeedbackRecorder
-from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
+from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, PREFERENCE_TOKENS, Plan
 from .lesson import Lesson
 from .memory import Continuation
 from .metrics import Counts
@@ -102,7 +102,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
         if self._tokens is None and sees and self._settings.update_every == "auto":
             with self._draft.lock:
-                asks = most >= HOPE_ROOM and self._governor.asks_prompt()
+                asked = min(input_ids.shape[1], PREFERENCE_TOKENS)
+                asks = most >= HOPE_ROOM and self._governor.asks_prompt(asked, most)
                 self._serve(self._governor.frozen_serves())
             if asks:
                 self._choose(input_ids)
@@ -112,7 +113,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         plan = Plan(0, 1.0, 0.0)
         if most > 0:
             with self._draft.lock:
-                plan = self._governor.plan(sees, self._seen, most)
+                plan = self._governor.plan(sees, self._seen, most, input_ids.shape[1] - self._cached)
         return self._propose(input_ids, most, plan)
 
     def _propose(self, input_ids: Tensor, most: int, plan: Plan | None, recalls: bool = True) -> Proposal:
@@ -153,8 +154,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _choose(self, tokens: Tensor) -> None:
         """Once in a request: whether the learned or the original draft serves it."""
         if self._neural is not None and self._preference is None and self._settings.update_every == "auto":
+            started = time.perf_counter()
             self._preference, caches = self._neural.preference(tokens, self._mask)
             with self._draft.lock:
+                if caches:
+                    self._governor.read(2 * tokens.shape[1], time.perf_counter() - started)
                 self._governor.prompt_asked(self._preference)
                 if not self._cached:  # who has begun goes on
                     self._serve(self._governor.frozen_serves(self._preference))
@@ -222,7 +226,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
             key, chance = acceptances.confident(most_probable, self._frozen)
             known = int(token)
         round_.think(token, known, law, Drafted("neural", len(round_.drafted), key), chance)
-        round_.neural_s += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if self._began and not round_.neural_s:  # it has read the prompt
+            with self._draft.lock:
+                self._governor.read(self._cached, seconds)
+        round_.neural_s += seconds
 
     def _rewind(self, length: int) -> None:
         """Rolls the draft's cache back to what was kept."""

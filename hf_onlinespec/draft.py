@@ -24,15 +24,13 @@ from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
 from .feedback import Feedback, Teacher, acceptance
+from .governor import PREFERENCE_TOKENS
 from .idle import IdleWorker
 from .learning import Learning, Segment
 from .memory_draft import MemoryDraft
 from .metrics import Counts
 
 logger = logging.getLogger(__name__)
-
-# Tokens of a prompt by which the learned and the frozen draft are told apart: their cost stays small beside a long prompt.
-PREFERENCE_TOKENS = 128
 
 
 class OnlineDraft(MemoryDraft):

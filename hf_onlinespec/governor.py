@@ -34,11 +34,15 @@ LOW_ACCEPTANCE, LOW_REQUESTS = 0.3, 4  # so many requests below it, and none wel
 STEADY, ASK_EVERY = 6, 3  # after so many prompts that speak for the same draft, one of so many is asked
 COMPARISONS = 4  # that decide whether the learned or the frozen draft serves
 COMPARISON_TOKENS = 32  # in one of them, at least
+# Tokens of a prompt by which the learned and the frozen draft are told apart: their cost stays small beside a long prompt.
+PREFERENCE_TOKENS = 128
 HOPELESS = 0.05  # acceptance of a draft that is not asked at once, while its times are unknown
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
 PROBE_WEIGHT = 4.0  # of what a probe shows: all else that is known is old
 REFRESH = 256  # rounds until a plain step is timed again
+PROMISE = 2.0  # reading a prompt has to promise so much more time than it takes: promises are not always kept
+UNREAD = 8  # tokens that the draft has not read: more of them are a prompt, whose reading has to pay
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Governor:
         # Times in plain target steps of the present pace, so that a machine that slows down changes no decision.
         self._pace_s = 0.0  # seconds of a plain target step
         self._target, self._draft = Verification(), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
+        self._read_step = 0.0  # time of the draft for one token of a prompt; 0: not known
+        self._length = 0.0  # new tokens of a request, as they come
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
         self._idle_rounds, self._probe_after = 0, FIRST_PROBE
@@ -90,13 +96,14 @@ class Governor:
 
     # Drafting
 
-    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0) -> Plan:
+    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0, unread: int = 0) -> Plan:
         """How far the neural draft should go in this round.
 
         Args:
             drafts: whether there is a draft.
             seen: what this request has shown so far.
             room: tokens that the request may still take.
+            unread: tokens that the draft has to read before it can draft.
         """
         self._drafts = drafts
         seen = Seen() if seen is None else seen
@@ -108,15 +115,32 @@ class Governor:
             return Plan(lookahead, 1.0, 0.0, trust=seen.trust, frozen=seen.frozen)
         a, doubt = self.acceptances.here(seen)
         best, rate = self._best(a, seen.frozen)
+        if not self._reads(unread, room, rate):
+            best, rate = 0, 1.0
         cost = rate * (self._target.step(best) + self._draft.step())
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
         self._lookahead, self._rate = best, rate
         if best and self._now - self._plain_at > REFRESH:
             return Plan(0, rate, 0.0, silent=True, acceptance=a, trust=seen.trust, frozen=seen.frozen)
         lookahead = self._probe(best)
-        if not lookahead and room >= HOPE_ROOM and self._best(a + doubt, seen.frozen)[0]:
-            lookahead = PROBE_LOOKAHEAD
+        if not lookahead and room >= HOPE_ROOM:
+            hope, rate_then = self._best(a + doubt, seen.frozen)
+            if hope and self._reads(2 * unread, room, rate_then):  # it may as well come to nothing
+                lookahead = PROBE_LOOKAHEAD
         return Plan(lookahead, rate, value, acceptance=a, trust=seen.trust, frozen=seen.frozen)
+
+    def _reads(self, unread: int, room: int, rate: float) -> bool:
+        """Whether reading so many tokens pays, at a rate over plain decoding on what is likely to come."""
+        left = min(room, self._length) if self._length else room
+        return unread <= UNREAD or PROMISE * unread * self._read_step <= left * (1 - 1 / rate)
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """The draft took so long to read so many tokens of a prompt."""
+        if self._pace_s and tokens > UNREAD and 0 < seconds < float("inf"):
+            step = seconds / tokens / self._pace_s
+            self._read_step += (0.2 if self._read_step else 1.0) * (
+                min(step, 4 * self._read_step or step) - self._read_step
+            )
 
     def _best(self, acceptance: float, frozen: bool) -> tuple[int, float]:
         """The best lookahead at an acceptance rate, and its expected tokens per plain step; 0 and 1: plain decoding."""
@@ -280,15 +304,20 @@ class Governor:
         advantage = self._advantage(preference)
         return advantage < -0.02 if preference >= 0 else advantage < 0.02
 
-    def asks_prompt(self) -> bool:
+    def asks_prompt(self, tokens: int = 0, room: int = HOPE_ROOM) -> bool:
         """Whether a request's prompt should tell who serves it: not where neither draft is expected to draft.
 
         Of prompts that all speak for the same draft, only some are asked.
+
+        Args:
+            tokens: that both drafts would have to read.
+            room: tokens that the request may take.
         """
         self._unasked += 1
         if self._steady >= STEADY and self._unasked < ASK_EVERY:
             return False
-        return any(self._best(self.acceptances.usual(frozen), frozen)[0] for frozen in (False, True))
+        found = [self._best(self.acceptances.usual(frozen), frozen) for frozen in (False, True)]
+        return any(best and self._reads(2 * tokens, room, rate) for best, rate in found)
 
     def prompt_asked(self, preference: float) -> None:
         """What a prompt said, see `frozen_serves`."""
@@ -343,6 +372,7 @@ class Governor:
     def request_ended(self, new_tokens: int, seen: Seen | None = None) -> bool:
         """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it."""
         self._report()
+        self._length += (0.2 if self._length else 1.0) * (new_tokens - self._length)
         self._shown = False
         if seen is not None and seen.positions >= LIVE_LEAST:
             self._unseen = 0

@@ -7,9 +7,8 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.draft import PREFERENCE_TOKENS
 from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.governor import Plan
+from hf_onlinespec.governor import PREFERENCE_TOKENS, Plan
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_llama
@@ -276,9 +275,9 @@ def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch,
     draft = moved(OnlineDraft(draft_model, OnlineSpecConfig(memory_tokens=0)))
     asked = draft.preference
     monkeypatch.setattr(draft, "preference", lambda tokens, mask: (preference, asked(tokens, mask)[1]))
-    monkeypatch.setattr(draft.governor, "asks_prompt", lambda: True)
+    monkeypatch.setattr(draft.governor, "asks_prompt", lambda tokens, room: True)
     monkeypatch.setattr(draft.governor, "neural_pays", lambda plan, position, survival, begun: position < 4)
-    monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room: Plan(4, 1.0, 0.0))
+    monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room, unread: Plan(4, 1.0, 0.0))
     config = draft.generation_config.__class__(do_sample=False, max_length=64)
     candidates = OnlineCandidateGenerator(draft, config, LogitsProcessorList())
     fed, forward = [], candidates._forward

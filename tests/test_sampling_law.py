@@ -120,7 +120,7 @@ class Whims(Governor):
 
     whim = random.Random(3)
 
-    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0) -> Plan:
+    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0, unread: int = 0) -> Plan:
         return Plan(self.whim.randrange(4) if drafts else 0, 1.0, 0.0)
 
     def neural_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
@@ -137,7 +137,7 @@ class Whims(Governor):
     ) -> bool:
         return found is not None and position < 4 and self.whim.random() < 0.6
 
-    def asks_prompt(self) -> bool:
+    def asks_prompt(self, tokens: int = 0, room: int = 0) -> bool:
         return self.whim.random() < 0.5
 
     def frozen_serves(self, preference: float | None = None) -> bool:
