@@ -7,6 +7,7 @@ that does better.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -117,17 +118,20 @@ class Adaptation:
         return True
 
     def _remove(self, sound: list[bool]) -> None:
-        """Takes experts out for good whose loss is not finite while that of another one is."""
-        if not any(sound):
-            return  # the feedback is to blame
+        """Takes experts out whose numbers are not finite, or whose loss is not while that of another one is."""
         rows = self._lora.split(self._lora.params).clone()
+        whole = torch.isfinite(rows).all(dim=-1).tolist()
+        if not all(whole):  # not a number times a gate of zero is not a number either: it reaches every row
+            sound = whole
+        elif not any(sound):
+            return  # the feedback is to blame
         for i, ok in enumerate(sound):
             if not ok and self.alive[i]:
                 self.alive[i] = False
                 self.removed += 1
                 rows[i] = 0.0
                 self.state = {k: _without(v, i) for k, v in self.state.items()}
-        self._lora.move(self._lora.join(rows) - self._lora.params)
+        self._lora.put(rows)
         self._weigh(self.weights)
 
     def weigh(self, acceptance: list[float]) -> None:
@@ -135,8 +139,10 @@ class Adaptation:
 
         Hedge's loss is 1 − acceptance: bounded, and what the draft is for.
         """
-        losses = [1 - a for a in acceptance]
         n = self._experts
+        if not math.isfinite(acceptance[n]):
+            return  # feedback in which the target said nothing: the original draft is always sound
+        losses = [1 - a if math.isfinite(a) else 1.0 for a in acceptance]
         weights, self.hedge_state = self._hedge.update(torch.tensor(losses[: n + 1]), self.hedge_state)
         self._losses.append(losses)
         self._weigh(weights.tolist())
@@ -177,10 +183,10 @@ class Adaptation:
         rows = self._lora.split(self._lora.params).clone()
         before, rows[at] = rows[at].clone(), params.float()
         state = {k: _without(v, at) for k, v in self.state.items()}
-        if "moved" in state:  # the ball stays where it was
+        if "moved" in state and not self.many:  # its ball stays where it was; in an ensemble, it is now around the snapshot
             state["moved"][at] = self.state["moved"][at] + rows[at] - before
         self.state = state
-        self._lora.move(self._lora.join(rows) - self._lora.params)
+        self._lora.put(rows)
         if self.many:
             if not self.alive[at]:
                 self.alive[at] = True

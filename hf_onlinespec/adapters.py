@@ -244,6 +244,11 @@ class GatedLora:
         self.params.add_(updates)
         self._stale = True
 
+    def put(self, rows: Tensor) -> None:
+        """Sets the parameters (blocks, parameters of one block)."""
+        self.params.copy_(self.join(rows))
+        self._stale = True
+
     def serve(self, weights: Tensor | None) -> None:
         """Which blocks the folded weights hold: (blocks,) weights, None: all at 1."""
         same = weights is self.weights or (

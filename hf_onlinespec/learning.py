@@ -173,11 +173,11 @@ class Learning:
         before = self._lora.params.clone()
         rows[0] = state
         try:
-            self._lora.params.copy_(self._lora.join(rows))
+            self._lora.put(rows)
             with self._lora.speaking(gates) as model:
                 return self._accepts(model, segment)
         finally:
-            self._lora.params.copy_(before)
+            self._lora.put(self._lora.split(before))
 
     def _accepts(self, model: Callable[..., object], segment: Segment) -> list[float]:
         n = len(segment.teachers[0])

@@ -224,6 +224,36 @@ def test_a_request_that_may_be_a_good_one_is_tried() -> None:
     assert governor.plan(seen=Seen(acceptance=0.2, positions=8), room=64).lookahead == 0
 
 
+def test_a_prompt_is_read_where_that_pays() -> None:
+    """Long prompts before short answers cost more than a good draft brings; and of the answers' length the governor learns."""
+    governor = world_that_drafts()
+    assert governor.plan(room=64, unread=500).lookahead > 0  # what reading costs is not known yet
+    governor.read(500, 500 * 0.05 * governor._pace_s)  # 25 plain steps
+    for _ in range(20):
+        governor.request_ended(200)
+    assert governor.plan(room=300, unread=500).lookahead > 0
+    assert governor.plan(room=20, unread=500).lookahead == 0 and governor.plan(room=20, unread=5).lookahead > 0
+    assert governor.asks_prompt(30, 300) and not governor.asks_prompt(500, 30)
+    for _ in range(20):
+        governor.request_ended(20)
+    assert governor.plan(room=300, unread=500).lookahead == 0
+
+
+def world_that_drafts() -> Governor:
+    """After twenty requests in which drafting paid."""
+    world = World(lambda request, steps: (0.8, 0.8))
+    world.run(20)
+    assert world.governor.plan(room=64).lookahead > 0
+    return world.governor
+
+
+def test_what_no_clock_can_have_measured_is_not_taken_in() -> None:
+    governor = world_that_drafts()
+    for seconds in (0.0, -1.0, float("inf"), float("nan")):
+        governor.read(500, seconds)
+    assert governor.plan(room=20, unread=500).lookahead > 0
+
+
 def test_the_first_neural_token_of_a_round_is_dearer() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(20):

@@ -1,0 +1,235 @@
+"""One learner or several: every expert learns as it would alone, the weights follow acceptance, who diverges goes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adaptation import step_sizes
+from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.metrics import Counts
+
+from .conftest import tiny_llama
+
+SMALL = {"rank": 4, "alpha": 4.0, "lookahead": 3, "update_every": 1, "snapshots": 0}
+MANY = OnlineSpecConfig(learner="ensemble", **SMALL)
+
+
+def lesson(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twelve tokens, and the target's logits for the last six of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(32, (1, 12), generator=generator), 3 * torch.randn(6, 32, generator=generator)
+
+
+def teach(draft: OnlineDraft, times: int = 1, seed: int = 1) -> Counts:
+    tokens, logits = lesson(seed)
+    counts = Counts()
+    for _ in range(times):
+        draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, counts)
+    return counts
+
+
+def test_the_grid_is_geometric_around_the_step_size() -> None:
+    assert step_sizes(OnlineSpecConfig(lr=0.01)) == [0.01]
+    assert step_sizes(OnlineSpecConfig(learner="ensemble", lr=0.01, experts=1)) == [0.01]
+    sizes = step_sizes(OnlineSpecConfig(learner="ensemble", lr=0.01, experts=4, expert_ratio=2.0))
+    assert [b / a for a, b in itertools.pairwise(sizes)] == pytest.approx([2.0] * 3)
+    assert math.prod(sizes) ** 0.25 == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("learner", ["ogd", "optimistic", "heavy_ball"])
+@pytest.mark.parametrize("preconditioner", ["adam", "none"])
+def test_every_expert_learns_as_it_would_alone(learner: str, preconditioner: str) -> None:
+    """One batched pass over three experts, against three drafts with an adapter of one block each; replay included."""
+    many = OnlineDraft(
+        tiny_llama(2),
+        OnlineSpecConfig(learner="ensemble", expert_learner=learner, preconditioner=preconditioner, lr=0.01, **SMALL),
+    )
+    starts = many._lora.split(many._lora.params).clone()
+    alone = []
+    for i, lr in enumerate(step_sizes(many.settings)):
+        draft = OnlineDraft(
+            tiny_llama(2), OnlineSpecConfig(learner=learner, preconditioner=preconditioner, lr=lr, **SMALL)
+        )
+        draft._lora.params.copy_(starts[i])
+        alone.append(draft)
+    for draft in (many, *alone):
+        for seed in (1, 2, 3):
+            teach(draft, seed=seed)
+        draft.remember(feedback())
+        draft.rehearse(Counts(), 2)
+    rows = many._lora.split(many._lora.params)
+    for row, start, draft in zip(rows, starts, alone, strict=True):
+        torch.testing.assert_close(row - start, draft._lora.params - start, atol=2e-5, rtol=2e-2)
+        assert (row - start).norm() > 1e-3
+    gaps = [float((rows[i] - rows[j]).norm()) for i in range(3) for j in range(i)]
+    assert min(gaps) > 1e-2, "experts stay distinct"
+
+
+def feedback() -> Feedback:
+    tokens, logits = lesson(9)
+    return Feedback(tokens[0], Teacher.from_logits(logits))
+
+
+def test_an_ensemble_learns_and_its_weights_sum_to_one() -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(learner="ensemble", lr=1e-2, **SMALL))
+    tokens, logits = lesson()
+    for _ in range(60):
+        teach(draft)
+        assert sum(draft.metrics.expert_weights) == pytest.approx(1.0) and len(draft.metrics.expert_weights) == 4
+        assert min(draft.metrics.expert_weights) >= 0
+    p, q = logits.softmax(-1), draft(tokens).logits[0, 5:11].softmax(-1)
+    assert torch.minimum(p, q).sum(-1).mean() > 0.9
+    assert draft.metrics.expert_weights[-1] < 0.1  # the original draft knows nothing of it
+
+
+def test_what_serves_is_the_mixture_or_the_best_row() -> None:
+    draft = OnlineDraft(tiny_llama(2), MANY)
+    teach(draft, 3)
+    adaptation, lora = draft._adaptation, draft._lora
+    tokens, _ = lesson()
+
+    def served(weights: list[float]) -> torch.Tensor:
+        with torch.no_grad(), lora.speaking(torch.tensor([weights])) as model:
+            return model(tokens).logits
+
+    for _ in range(8):
+        adaptation.weigh([0.6, 0.5, 0.5, 0.3, 0.7])  # the mixture is best
+    torch.testing.assert_close(draft(tokens).logits, served(adaptation.weights[:3]), atol=1e-4, rtol=1e-4)
+    for _ in range(8):
+        adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.6])
+    torch.testing.assert_close(draft(tokens).logits, served([0.0, 1.0, 0.0]), atol=1e-4, rtol=1e-4)
+    for _ in range(8):
+        adaptation.weigh([0.1, 0.1, 0.1, 0.9, 0.2])
+    with torch.no_grad():
+        assert torch.equal(draft(tokens).logits, tiny_llama(2)(tokens).logits)
+    for _ in range(8):
+        adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.8])  # no worse than the best row
+    assert adaptation.serving == 4
+
+
+def test_weights_follow_acceptance() -> None:
+    draft = OnlineDraft(tiny_llama(2), MANY)
+    for _ in range(60):
+        draft._adaptation.weigh([0.2, 0.7, 0.3, 0.1, 0.5])
+    assert max(draft._adaptation.weights) == draft._adaptation.weights[1] > 0.8
+
+
+def test_an_expert_that_diverges_is_removed_and_counted(target, prompt) -> None:
+    """Serving goes on, the others go on learning, and nothing of the broken numbers reaches them."""
+    draft = OnlineDraft(tiny_llama(2), MANY)
+    teach(draft, 3)
+    lora = draft._lora
+    rows = lora.split(lora.params).clone()
+    rows[2] = torch.inf
+    lora.params.copy_(lora.join(rows))
+    counts = teach(draft, 5)
+    assert counts.skipped_updates == 1 and counts.updates == 4
+    assert draft.metrics.removed_experts == 1 and draft.metrics.expert_weights[2] == 0.0
+    assert sum(draft.metrics.expert_weights) == pytest.approx(1.0)
+    now = lora.split(lora.params)
+    assert bool(torch.isfinite(now).all()) and not torch.equal(now[0], rows[0])
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=20)
+    assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=20))
+
+
+def test_all_experts_may_go() -> None:
+    """The original draft is left, and serves."""
+    draft = OnlineDraft(tiny_llama(2), MANY)
+    teach(draft, 2)
+    draft._adaptation._remove([False, True, True])
+    draft._adaptation._remove([True, False, True])
+    draft._adaptation._remove([True, True, False])
+    assert draft.metrics.requests == 0 and draft._adaptation.weights == [0.0, 0.0, 0.0, 1.0]
+    before = draft._lora.params.clone()
+    teach(draft, 3)
+    assert torch.equal(draft._lora.params, before)
+    tokens, _ = lesson()
+    with torch.no_grad():
+        torch.testing.assert_close(draft(tokens).logits, tiny_llama(2)(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_that_is_not_finite_blames_no_expert() -> None:
+    draft = OnlineDraft(tiny_llama(2), MANY)
+    teach(draft, 2)
+    tokens, logits = lesson()
+    before, counts = draft._lora.params.clone(), Counts()
+    draft.learn_segment(tokens, [Teacher.from_logits(logits * torch.nan)], None, 0, None, counts)
+    assert counts.skipped_updates == 1 and draft._adaptation.removed == 0
+    assert torch.equal(draft._lora.params, before)
+    assert all(math.isfinite(w) for w in draft.metrics.expert_weights)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("when", ["round", "request"])
+def test_generation_with_an_ensemble_says_what_the_target_says(target, prompt, experts: int, when: str) -> None:
+    config = OnlineSpecConfig(learner="ensemble", experts=experts, update_when=when, lr=1e-2, **SMALL)
+    draft = OnlineDraft(tiny_llama(2), config)
+    for start in range(3):
+        inputs = (prompt + start) % 32
+        plain = target.generate(inputs, do_sample=False, max_new_tokens=24)
+        assert torch.equal(plain, target.generate(inputs, assistant_model=draft, do_sample=False, max_new_tokens=24))
+    assert draft.metrics.updates > 0 and len(draft.metrics.expert_weights) == experts + 1
+
+
+def test_ensembles_where_nothing_is_folded(target, prompt) -> None:
+    """Half-precision drafts keep the adapter beside the weights: the gate speaks there."""
+    draft = OnlineDraft(tiny_llama(2).to(torch.bfloat16), OnlineSpecConfig(learner="ensemble", lr=1e-2, **SMALL))
+    assert not draft._lora.folds
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    for _ in range(3):
+        assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=24))
+    tokens, _ = lesson()
+    for _ in range(8):
+        draft._adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.6])
+    with torch.no_grad(), draft._lora.speaking(torch.tensor([[0.0, 1.0, 0.0]])) as model:
+        expected = model(tokens).logits
+    assert torch.equal(draft(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("learner", ["ogd", "ensemble"])
+def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(learner=learner, radius=5.0, lr=1e-2, **SMALL))
+    teach(draft, 5)
+    adaptation, lora = draft._adaptation, draft._lora
+    if learner == "ensemble":
+        for _ in range(10):
+            adaptation.weigh([0.8, 0.1, 0.5, 0.3, 0.6])
+    best = adaptation.best()
+    assert best.dtype == torch.bfloat16
+    torch.testing.assert_close(best.float(), lora.split(lora.params)[0], atol=1e-2, rtol=1e-2)
+    teach(draft, 5, seed=2)
+    others = lora.split(lora.params).clone()
+    adaptation.restore(best)
+    rows = lora.split(lora.params)
+    at = 1 if learner == "ensemble" else 0
+    assert torch.equal(rows[at], best.float())
+    if learner == "ensemble":
+        assert torch.equal(rows[0], others[0]) and torch.equal(rows[2], others[2])
+        teach(draft)
+        assert adaptation.weights[1] > 0.2  # as good as the best one, until it is seen
+    start = OnlineDraft(tiny_llama(2), draft.settings)._lora
+    for _ in range(50):
+        teach(draft)
+    distance = (lora.split(lora.params) - start.split(start.params)).norm(dim=-1)
+    if learner == "ensemble":  # it may come from another one's ball
+        distance[1] = (rows[1] - best.float()).norm()
+    assert bool((distance <= 5.0 + 1e-3).all())
+
+
+def test_a_burst_cannot_move_the_adapter_far(draft_model: PreTrainedModel) -> None:
+    """A step of plain gradients that is a thousand times as long as usual is cut."""
+    config = OnlineSpecConfig(preconditioner="none", lr=1e-3, max_grad_norm=1e9, **SMALL)
+    draft = OnlineDraft(draft_model, config)
+    for seed in range(10):
+        teach(draft, seed=seed)
+    before = draft._lora.params.clone()
+    usual = (before - (teach(draft), draft._lora.params)[1]).norm()
+    before = draft._lora.params.clone()
+    tokens, logits = lesson()
+    draft._learning._loss = lambda p, q: 1e6 * (p.exp() * (p - q)).sum(-1)
+    draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, Counts())
+    assert (draft._lora.params - before).norm() < 10 * usual
