@@ -34,6 +34,7 @@ from hf_onlinespec.cli import machine
 from hf_onlinespec.embedded import load_draft, load_pair
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.regret import expected_rounds
 
 LOOKAHEAD = 5
 CHUNK = 40  # requests between two updates of the released code
@@ -163,23 +164,6 @@ def kept_chances(request: Recorded, logits: Tensor, temperature: float) -> list[
         return (logits.argmax(-1) == text).float().tolist()
     p, q = (z.div(temperature).log_softmax(-1).gather(-1, text[:, None])[:, 0] for z in (request.logits, logits))
     return (q - p).exp().clamp_max(1.0).tolist()
-
-
-def expected_rounds(kept: Sequence[float], lookahead: int) -> float:
-    """Expected rounds for a text whose tokens are kept with these chances: a round ends behind a token that was not."""
-    n = len(kept)
-    begins = [0.0] * (n + lookahead + 2)  # chance that a round begins at each position
-    begins[0] = 1.0
-    for at in range(n):
-        reach = begins[at]
-        for k in range(lookahead):
-            if at + k >= n:
-                break
-            begins[at + k + 1] += reach * (1 - kept[at + k])
-            reach *= kept[at + k]
-        else:
-            begins[at + lookahead + 1] += reach
-    return sum(begins[:n])
 
 
 def run(learner: str, name: str, stream: list[Recorded], temperature: float, seed: int) -> list[Row]:

@@ -183,7 +183,9 @@ class Adaptation:
         rows = self._lora.split(self._lora.params).clone()
         before, rows[at] = rows[at].clone(), params.float()
         state = {k: _without(v, at) for k, v in self.state.items()}
-        if "moved" in state and not self.many:  # its ball stays where it was; in an ensemble, it is now around the snapshot
+        if (
+            "moved" in state and not self.many
+        ):  # its ball stays where it was; in an ensemble, it is now around the snapshot
             state["moved"][at] = self.state["moved"][at] + rows[at] - before
         self.state = state
         self._lora.put(rows)

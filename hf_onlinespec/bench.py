@@ -304,7 +304,7 @@ CALIBRATION_PROMPTS = 4  # the first ones of the user's
 
 
 def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]:
-    """Reads lines of JSON, {"prompt": "..."}; empty lines are left out.
+    """Reads lines of JSON, {"prompt": "..."}, with a "domain" where you like; empty lines are left out.
 
     Raises:
         ConfigError: the file cannot be read, a line is malformed, or there is no prompt.
@@ -314,13 +314,14 @@ def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"--prompts {path}: the file cannot be read ({reason}).") from error
-    texts = [_text(line, f"--prompts {path}, line {at}") for at, line in enumerate(lines, 1) if line.strip()]
-    if not texts:
+    found = [_text(line, f"--prompts {path}, line {at}") for at, line in enumerate(lines, 1) if line.strip()]
+    if not found:
         raise ConfigError(f'--prompts {path}: the file has no prompts. Write one {{"prompt": "..."}} per line.')
-    return [Prompt(text, path.stem, new_tokens) for text in texts[:limit]]
+    return [Prompt(text, domain or path.stem, new_tokens) for text, domain in found[:limit]]
 
 
-def _text(line: str, where: str) -> str:
+def _text(line: str, where: str) -> tuple[str, str]:
+    """A prompt and its domain, "" if none is given."""
     wanted = 'expected a JSON object with a text, such as {"prompt": "..."}'
     try:
         item = json.loads(line)
@@ -329,7 +330,7 @@ def _text(line: str, where: str) -> str:
     text = item.get("prompt") if isinstance(item, dict) else None
     if not isinstance(text, str) or not text:
         raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
-    return text
+    return text, str(item.get("domain", ""))
 
 
 def loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `hf-onlinespec demo` and `bench` show on this machine what a learning draft gains and costs."""
+"""The command line: `hf-onlinespec demo` and `bench` show what a learning draft gains and costs, `record` and `regret` why."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ from .bench import (
     verdict,
 )
 from .checks import check_vocabularies
+from .config import OnlineSpecConfig
 from .demo import Bench, Settings, choose_prompts, summarise
 from .embedded import DOMAINS, FOLDER, HOME_DOMAIN
 from .errors import ConfigError, MissingExtraError, OnlineSpecError
+from .recording import Recording, record
+from .regret import evaluate
 
 FAILED, INTERRUPTED = 2, 130  # exit codes: a wrong argument or a missing package; Ctrl-C
 
@@ -67,10 +70,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     names = ("prompts", "domain", "new_tokens", "temperature", "seed", "threads")
     settings = Settings(**{name: vars(arguments)[name] for name in names})
     out, as_json = arguments.out, arguments.json
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: the folder cannot be made ({error.strerror}). Name another one.") from error
+    _check_folder(out, f"--out {out}")
     logging.set_verbosity_error()  # transformers remarks on its own assisted generation
     logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
@@ -170,6 +170,63 @@ def _bench(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def _record(arguments: argparse.Namespace) -> int:
+    if arguments.new_tokens < 1 or not 0 <= arguments.temperature < float("inf"):
+        raise ConfigError(
+            f"--new-tokens {arguments.new_tokens}, --temperature {arguments.temperature}: expected at least 1 and at least 0."
+        )
+    _check_folder(arguments.out.parent, f"--out {arguments.out}")
+    prompts = load_prompts(arguments.prompts, arguments.limit, arguments.new_tokens)
+    target, _, tokenizer = _own_models(arguments, prompts)
+    found = []
+    for recorded in record(target, tokenizer, prompts, arguments.temperature, arguments.seed):
+        found.append(recorded)
+        if len(found) % 10 == 0:
+            print(f"{len(found)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+    Recording(found, arguments.temperature, arguments.draft or "").save(arguments.out)
+    print(f"Written: {arguments.out}. It holds your prompts and the answers as tokens.")
+    return 0
+
+
+def _regret(arguments: argparse.Namespace) -> int:
+    _check_extra("regret")
+    from . import plots  # only now: it needs the optional packages
+
+    recording = Recording.load(arguments.run_file)
+    try:
+        settings = json.loads(arguments.config)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config {arguments.config}: it is no JSON ({error.msg}).") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {arguments.config}: expected a JSON object of settings.")
+    config = OnlineSpecConfig.from_dict(settings)
+    _check_folder(arguments.out, f"--out {arguments.out}")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name = arguments.draft or recording.draft or str(FOLDER / "draft")
+    dtype = "float32" if name == str(FOLDER / "draft") else "auto"
+
+    def model() -> Any:
+        return loaded(AutoModelForCausalLM, "--draft", name, dtype=dtype).eval()
+
+    def show(text: str) -> None:
+        print(f"{text} …", file=sys.stderr, flush=True)
+
+    report = evaluate(recording, model, config, arguments.lookahead, show=show)
+    plots.regret_figure(report).savefig(arguments.out / "regret.png", dpi=150)
+    (arguments.out / "regret.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    print(report.text())
+    print(f"Written: {arguments.out / 'regret.json'}, {arguments.out / 'regret.png'}")
+    return 0
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}: the folder cannot be made ({error.strerror}). Name another one.") from error
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on beside the settings."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux: platform.processor() knows only the architecture there
@@ -217,6 +274,39 @@ def _parser() -> argparse.ArgumentParser:
             "generation with its best number of draft tokens, and ours learning. The last line says whether it pays."
         ),
     )
+    _add_models(bench)
+    bench.set_defaults(run=_bench)
+
+    keep = commands.add_parser(
+        "record",
+        help="record what a target says to your prompts, for `regret`",
+        description="Writes the target's answers and laws to a file, so that learning can be replayed without the target.",
+    )
+    _add_models(keep)
+    keep.add_argument("--out", type=Path, required=True, metavar="RUN", help="the recording: a .safetensors file")
+    keep.set_defaults(run=_record)
+
+    regret = commands.add_parser(
+        "regret",
+        help="what learning lost against hindsight on a recorded stream, and what theory promises",
+        description=(
+            "Replays a recorded stream through a learning draft, and through the best adapters in hindsight, for the whole "
+            "stream and for each of its segments (runs of one domain)."
+        ),
+    )
+    regret.add_argument("run_file", type=Path, metavar="RUN", help="a recording made by hf-onlinespec record")
+    regret.add_argument("--draft", metavar="NAME_OR_PATH", help="the draft (default: the one that was recorded for)")
+    regret.add_argument("--config", default="{}", metavar="JSON", help='settings of the draft, such as {"lr": 1e-3}')
+    regret.add_argument("--lookahead", type=int, default=5, metavar="K", help="drafted tokens (default: %(default)s)")
+    regret.add_argument(
+        "--out", type=Path, default=Path("regret-out"), metavar="DIR", help="folder of regret.json, regret.png"
+    )
+    regret.set_defaults(run=_regret)
+    return parser
+
+
+def _add_models(bench: argparse.ArgumentParser) -> None:
+    """Which models, which prompts, and how they are run."""
     for name, help in (("target", "the model to be accelerated"), ("draft", "a smaller one with the same tokenizer")):
         bench.add_argument(f"--{name}", metavar="NAME_OR_PATH", help=f"{help}: a folder or a name on the Hub")
     bench.add_argument("--embedded", action="store_true", help="use the pair that ships with the package")
@@ -246,5 +336,3 @@ def _parser() -> argparse.ArgumentParser:
         help="where both models run (default: %(default)s)",
     )
     bench.add_argument("--seed", type=int, default=0, help="seeds the sampling (default: %(default)s)")
-    bench.set_defaults(run=_bench)
-    return parser

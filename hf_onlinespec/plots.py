@@ -19,10 +19,12 @@ from rich.table import Table
 
 from .bench import OUTPUTS, Record, speed_ratio, totals
 from .demo import ARMS, summarise
+from .regret import RegretReport
 
 PROGRESS_EVERY = 10  # requests, where there is no live table
 WINDOW = 8  # requests in a running mean
 # Distinct for colour-blind eyes too (Okabe and Ito); plain stays in the background.
+COLOURS_OF_CURVES = ("#009e73", "#e69f00", "#0072b2", "#cc79a7")
 COLOURS = {"plain": "#7f7f7f", "transformers": "#0072b2", "frozen": "#e69f00", "learning": "#009e73"}
 
 
@@ -47,6 +49,34 @@ def stream_figure(records: Sequence[Record]) -> Figure:
     upper.set_xlim(0.5, records[-1].request + 1.5)
     for axes in (upper, lower):
         _mark_segments(axes, records)
+    return figure
+
+
+def regret_figure(report: RegretReport) -> Figure:
+    """Two panels over the requests: acceptance length of what served and of its comparators, and cumulative regret."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    numbers = range(1, len(report.domains) + 1)
+    for (name, curve), colour in zip(report.curves().items(), COLOURS_OF_CURVES, strict=True):
+        spans = [range(max(0, i + 1 - WINDOW), i + 1) for i in range(len(numbers))]
+        values = [sum(report.new_tokens[j] for j in span) / sum(curve.rounds[j] for j in span) for span in spans]
+        upper.plot(numbers, values, color=colour, label=name, linewidth=1.5)
+    upper.set_title(f"acceptance length (mean of the last {WINDOW} requests)", fontsize=10, loc="left")
+    upper.set_ylabel("tokens per round")
+    upper.legend(frameon=False, fontsize=9)
+    lower.plot(numbers, report.static_regret(), color="#0072b2", label="against the best fixed adapter")
+    lower.plot(numbers, report.dynamic_regret(), color="#d55e00", label="against the best adapter per segment")
+    lower.set_title("cumulative regret of what served", fontsize=10, loc="left")
+    lower.set_ylabel("sum of mean losses")
+    lower.set_xlabel("request")
+    lower.legend(frameon=False, fontsize=9)
+    for axes in (upper, lower):
+        for at in range(1, len(report.domains)):
+            if report.domains[at] != report.domains[at - 1]:
+                axes.axvline(at + 0.5, color="#444444", linewidth=0.8, linestyle="--")
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

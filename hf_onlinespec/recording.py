@@ -1,0 +1,132 @@
+"""Recorded streams: what a target said to a list of prompts, with its laws, so that learning can be replayed without it.
+
+A recording holds the prompts and the answers as tokens. It is written where you say and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import ConfigError
+from .feedback import Feedback, Teacher
+
+FORMAT = "1"
+TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One request."""
+
+    domain: str
+    feedback: Feedback  # its tokens, and the target's law at the n new ones
+    log_p: Tensor  # (n,) log-probability of each new token, at the temperature of the recording
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A stream of requests at one temperature, 0 for greedy."""
+
+    requests: list[Recorded]
+    temperature: float
+    draft: str = ""  # the draft that the stream is meant for: a folder or a name on the Hub; "": the embedded one
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file."""
+        laws = [r.feedback.teacher for r in self.requests]
+        tensors = {
+            "tokens": torch.cat([r.feedback.tokens for r in self.requests]),
+            "lengths": torch.tensor([len(r.feedback.tokens) for r in self.requests]),
+            "new": torch.tensor([len(law) for law in laws]),
+            "log_probs": torch.cat([law.log_probs for law in laws]),
+            "ids": torch.cat([law.tokens for law in laws if law.tokens is not None]),
+            "log_tail": torch.cat([law.log_tail for law in laws if law.log_tail is not None]),
+            "log_p": torch.cat([r.log_p for r in self.requests]),
+        }
+        about = {
+            "format": FORMAT,
+            "temperature": json.dumps(self.temperature),
+            "draft": self.draft,
+            "domains": json.dumps([r.domain for r in self.requests]),
+        }
+        aside = path.with_name(path.name + ".part")
+        save_file(tensors, aside, metadata=about)
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Recording:
+        """Reads what `save` wrote.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != FORMAT:
+                    raise ConfigError(f"{path}: format {about.get('format')!r} is no recording of format {FORMAT}.")
+                t = {name: file.get_tensor(name) for name in TENSORS}
+            domains, temperature = json.loads(about["domains"]), float(json.loads(about["temperature"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path}: not a recording ({error}). Make one with hf-onlinespec record.") from error
+        n = len(domains)
+        whole = len(t["lengths"]) == len(t["new"]) == n and n > 0
+        rows = int(t["new"].sum())
+        if not whole or len(t["tokens"]) != int(t["lengths"].sum()) or any(len(t[k]) != rows for k in TENSORS[3:]):
+            raise ConfigError(f"{path}: the parts of the recording do not fit together. Record the stream anew.")
+        tokens = t["tokens"].split(t["lengths"].tolist())
+        parts = [t[name].split(t["new"].tolist()) for name in TENSORS[3:]]
+        requests = [
+            Recorded(domain, Feedback(text, Teacher(law, ids, tail)), log_p)
+            for domain, text, law, ids, tail, log_p in zip(domains, tokens, *parts, strict=True)
+        ]
+        return cls(requests, temperature, about.get("draft", ""))
+
+
+@torch.no_grad()
+def record(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    temperature: float,
+    seed: int = 0,
+    top_k: int = 512,
+) -> Iterator[Recorded]:
+    """What the target says to each prompt, with the `top_k` most probable tokens of every law and the mass of the others.
+
+    Args:
+        prompts: with a text, a domain and a number of new tokens, see `bench.Prompt`.
+    """
+    law: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    for number, prompt in enumerate(prompts):
+        inputs = tokenizer(prompt.text, return_tensors="pt").to(target.device)
+        torch.manual_seed(seed + number)
+        out = target.generate(
+            **inputs,
+            **law,
+            max_new_tokens=prompt.new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        logits = torch.cat(out.logits).float()  # (n, vocab)
+        tokens = out.sequences[0]
+        chosen = tokens[-len(logits) :, None]
+        log_p = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, chosen).squeeze(-1)
+        k = min(top_k, logits.shape[-1] - 1)
+        feedback = Feedback(tokens.cpu(), Teacher.from_logits(logits, 1.0, k).to(torch.device("cpu")))
+        yield Recorded(prompt.domain, feedback, log_p.cpu())

@@ -1,0 +1,275 @@
+"""What online learning lost against hindsight, on a recorded stream, and what theory says that this means for speed.
+
+Every request is one round of the online game: the draft as it served the request has a mean loss f_t(w_t) on it, and learns
+from it afterwards. Comparators are found by training the same adapter on all requests at once, or on those of one segment:
+for a deep network they are the best that was found, not a proven optimum.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .config import OnlineSpecConfig
+from .draft import OnlineDraft
+from .feedback import acceptance
+from .learning import Segment
+from .losses import LOSSES
+from .metrics import Counts
+from .recording import Recorded, Recording
+
+EPOCHS = 30  # of a comparator's training, at most
+ENOUGH = 0.01  # relative improvement of an epoch below which it is over
+BATCH = 4  # requests in one step of it
+
+
+@dataclass
+class Curve:
+    """One way of serving a stream: a number per request."""
+
+    losses: list[float] = field(default_factory=list)  # mean loss f_t
+    tv: list[float] = field(default_factory=list)  # mean total variation distance, of the laws of the accept test
+    kl: list[float] = field(default_factory=list)  # mean KL(p‖q) of these
+    rounds: list[float] = field(default_factory=list)  # expected rounds of verification
+
+
+@dataclass
+class RegretReport:
+    """Losses of what served and of its comparators, request by request."""
+
+    domains: list[str]
+    new_tokens: list[int]
+    lookahead: int
+    served: Curve
+    frozen: Curve
+    fixed: Curve  # the best adapter for the whole stream in hindsight
+    segments: Curve  # the best one for each segment
+    path_length: float  # Σ ‖u_{s+1} − u_s‖ over the segments' adapters
+    gradient_variation: float  # Σ ‖g_t − g_{t−1}‖²
+    gradient_norm: float  # mean ‖g_t‖²
+
+    def static_regret(self) -> list[float]:
+        """Cumulative Σ f_t(w_t) − f_t(best fixed)."""
+        return _cumulative(self.served.losses, self.fixed.losses)
+
+    def dynamic_regret(self) -> list[float]:
+        """Cumulative Σ f_t(w_t) − f_t(best of the segment)."""
+        return _cumulative(self.served.losses, self.segments.losses)
+
+    def acceptance_length(self, curve: Curve) -> float:
+        return sum(self.new_tokens) / sum(curve.rounds)
+
+    def bound(self, curve: Curve) -> float:
+        """Least acceptance length by Pinsker's inequality from the mean KL: (k + 1) · [1 − (k/2) √(KL/2)], at least 1.
+
+        The theorem takes the mean over lookahead positions of equal weight (arXiv:2603.12617); this one is over the positions of
+        the text, which makes it a diagnostic. In greedy decoding KL is infinite, and the bound empty.
+        """
+        return self._bound((_mean(curve.kl, self.new_tokens) / 2) ** 0.5)
+
+    def tv_bound(self, curve: Curve) -> float:
+        """The same from the mean total variation itself, without Pinsker's loss."""
+        return self._bound(_mean(curve.tv, self.new_tokens))
+
+    def _bound(self, tv: float) -> float:
+        k = self.lookahead
+        return max(1.0, (k + 1) * (1 - k / 2 * tv))
+
+    def text(self) -> str:
+        """The report in Markdown."""
+        lines = [f"{len(self.domains)} requests, {sum(self.new_tokens)} new tokens, lookahead {self.lookahead}", ""]
+        lines += [
+            "| | mean loss | mean TV | acceptance length | bound from TV | bound from KL |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, curve in self.curves().items():
+            lines.append(
+                f"| {name} | {_mean(curve.losses, self.new_tokens):.3f} | {_mean(curve.tv, self.new_tokens):.3f} "
+                f"| {self.acceptance_length(curve):.2f} | {self.tv_bound(curve):.2f} | {self.bound(curve):.2f} |"
+            )
+        t = len(self.domains)
+        static, dynamic = self.static_regret()[-1], self.dynamic_regret()[-1]
+        lines += [
+            "",
+            f"Static regret {static:.2f} ({static / t:.3f} per request), dynamic regret {dynamic:.2f} ({dynamic / t:.3f}).",
+            f"Path length of the segments' adapters {self.path_length:.2f}; gradient variation {self.gradient_variation:.3g}, "
+            f"{self.gradient_variation / max(t - 1, 1) / max(self.gradient_norm, 1e-12):.2f} times the mean squared gradient per request "
+            "(2: gradients of two requests have nothing in common).",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def curves(self) -> dict[str, Curve]:
+        return {
+            "served": self.served,
+            "frozen": self.frozen,
+            "best fixed adapter": self.fixed,
+            "best adapter per segment": self.segments,
+        }
+
+
+def _cumulative(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return list(itertools.accumulate(x - y for x, y in zip(a, b, strict=True)))
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def expected_rounds(kept: Sequence[float], lookahead: int) -> float:
+    """Expected rounds of verification for a text whose tokens are kept with these chances.
+
+    A round ends behind a token that was not kept, or behind the target's own token after `lookahead` kept ones. With chances
+    min(1, q(x) / p(x)) at the tokens x of the text, this is the mean over all runs that say this text.
+    """
+    n = len(kept)
+    begins = [0.0] * (n + lookahead + 2)  # chance that a round begins at each position
+    begins[0] = 1.0
+    for at in range(n):
+        reach = begins[at]
+        for k in range(lookahead):
+            if at + k >= n:
+                break
+            begins[at + k + 1] += reach * (1 - kept[at + k])
+            reach *= kept[at + k]
+        else:
+            begins[at + lookahead + 1] += reach
+    return sum(begins[:n])
+
+
+def kept_chances(request: Recorded, logits: Tensor, temperature: float) -> list[float]:
+    """Chance that each new token was drafted, given the draft's logits (n, vocab) there."""
+    text = request.feedback.tokens[-len(request.log_p) :].to(logits.device)
+    if not temperature:
+        return [float(same) for same in (logits.argmax(-1) == text).tolist()]
+    log_q = (logits.float() / temperature).log_softmax(-1).gather(-1, text[:, None]).squeeze(-1)
+    found: list[float] = (log_q.cpu() - request.log_p).exp().clamp_max(1.0).tolist()
+    return found
+
+
+def evaluate(
+    recording: Recording,
+    model: Callable[[], PreTrainedModel],
+    config: OnlineSpecConfig,
+    lookahead: int = 5,
+    epochs: int = EPOCHS,
+    show: Callable[[str], None] = lambda text: None,
+) -> RegretReport:
+    """Replays a stream: learning after every request, and the comparators.
+
+    Args:
+        model: loads the draft anew; every comparator gets its own.
+        config: how to learn; its schedule is not used.
+        epochs: of a comparator's training, at most.
+        show: is told what is done now.
+    """
+    config = replace(config, update_every=1)
+    requests, temperature = recording.requests, recording.temperature
+    domains = [r.domain for r in requests]
+    served, frozen = Curve(), Curve()
+    draft = OnlineDraft(model(), config)
+    gradients = _Gradients()
+    show("learning")
+    for request in requests:
+        _add(served, draft, request, temperature, lookahead, frozen=False)
+        _add(frozen, draft, request, temperature, lookahead, frozen=True)
+        law = request.feedback.teacher.to(draft.device)
+        segment = Segment(request.feedback.tokens[None].to(draft.device), [law], None, temperature)
+        draft._learning.segment(segment, None, 0, Counts())
+        gradients.add(draft._lora.grads)
+        draft.remember(request.feedback)
+        draft.rehearse(Counts(), config.replay_passes)
+    show("the best fixed adapter")
+    fixed, _ = _comparator(requests, model, config, temperature, lookahead, epochs)
+    segments, states = Curve(), []
+    for domain, group in itertools.groupby(requests, key=lambda r: r.domain):
+        show(f"the best adapter for {domain}")
+        part, state = _comparator(list(group), model, config, temperature, lookahead, epochs)
+        states.append(state)
+        for name, values in vars(part).items():
+            vars(segments)[name].extend(values)
+    path = sum(float((b - a).norm()) for a, b in itertools.pairwise(states))
+    new_tokens = [len(r.log_p) for r in requests]
+    return RegretReport(
+        domains, new_tokens, lookahead, served, frozen, fixed, segments, path, gradients.variation, gradients.mean
+    )
+
+
+class _Gradients:
+    """Σ ‖g_t − g_{t−1}‖² and the mean ‖g_t‖² of what was really descended."""
+
+    def __init__(self) -> None:
+        self.variation = 0.0
+        self._norms: list[float] = []
+        self._last: Tensor | None = None
+
+    def add(self, grads: Tensor) -> None:
+        if not bool(torch.isfinite(grads).all()):
+            return
+        if self._last is not None:
+            self.variation += float((grads - self._last).square().sum())
+        self._norms.append(float(grads.square().sum()))
+        self._last = grads.clone()
+
+    @property
+    def mean(self) -> float:
+        return sum(self._norms) / max(len(self._norms), 1)
+
+
+@torch.no_grad()
+def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, frozen: bool) -> None:
+    """What the draft as it is now does on a request."""
+    tokens, n = request.feedback.tokens[None].to(draft.device), len(request.log_p)
+    with draft.serving(frozen) as model:
+        logits = model(tokens[:, :-1], use_cache=False, **draft.keep(n)).logits[0, -n:]
+    law = request.feedback.teacher.to(draft.device)
+    settings = draft.settings
+    tail = settings.loss != "cross_entropy"
+    curve.losses.append(float(LOSSES[settings.loss](*law.compare(logits, settings.temperature, tail)).mean()))
+    # Of the laws of the accept test: greedy ones are point masses, whose TV is the share of different tokens.
+    curve.tv.append(1 - float(acceptance([law], logits[None], temperature).mean()))
+    kl = float("inf")
+    if temperature:
+        log_p, log_q = law.compare(logits, temperature)
+        kl = float(LOSSES["forward_kl"]((log_p / temperature).log_softmax(-1), log_q).mean())
+    curve.kl.append(kl)
+    curve.rounds.append(expected_rounds(kept_chances(request, logits, temperature), lookahead))
+
+
+def _comparator(
+    requests: list[Recorded],
+    model: Callable[[], PreTrainedModel],
+    config: OnlineSpecConfig,
+    temperature: float,
+    lookahead: int,
+    epochs: int,
+) -> tuple[Curve, Tensor]:
+    """The same adapter, trained on all of the requests until that brings nothing more; and its parameters."""
+    single = OnlineSpecConfig.from_dict(
+        config.to_dict() | {"learner": "ogd", "preconditioner": "adam", "update_every": 1, "snapshots": 0}
+    )
+    draft = OnlineDraft(model(), single)
+    generator = torch.Generator().manual_seed(config.seed)
+    best, best_params = float("inf"), draft._lora.params.clone()
+    for _ in range(epochs):
+        order = torch.randperm(len(requests), generator=generator).tolist()
+        for start in range(0, len(order), BATCH):
+            draft._learning.learn_from([requests[i].feedback for i in order[start : start + BATCH]], Counts())
+        curve = Curve()
+        for request in requests:
+            _add(curve, draft, request, temperature, lookahead, frozen=False)
+        mean = _mean(curve.losses, [len(r.log_p) for r in requests])
+        improved = best - mean
+        if improved > 0:
+            best, best_params = mean, draft._lora.params.clone()
+        if improved < ENOUGH * abs(best):
+            break
+    draft._lora.put(draft._lora.split(best_params))
+    curve = Curve()
+    for request in requests:
+        _add(curve, draft, request, temperature, lookahead, frozen=False)
+    return curve, best_params
