@@ -14,11 +14,12 @@ Rows are written as they come, and what is there already is not run again: `--re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -149,10 +150,15 @@ def record(domain: str, text: str, temperature: float, seed: int, new_tokens: in
     return _recorded[key]
 
 
+def endless(domain: str, seed: int) -> Iterator[str]:
+    for again in itertools.count():
+        yield from shuffled(domain, seed + 1000 * again)
+
+
 def make_stream(name: str, n: int, temperature: float, seed: int, new_tokens: int) -> list[Recorded]:
     """The requests, prompts in the seed's order; a domain that has run out of prompts begins anew with the next seed's."""
     domains = STREAMS[name](n)
-    texts = {d: (text for again in range(100) for text in shuffled(d, seed + 1000 * again)) for d in set(domains)}
+    texts = {domain: endless(domain, seed) for domain in set(domains)}
     return [record(d, next(texts[d]), temperature, seed, new_tokens) for d in domains]
 
 
