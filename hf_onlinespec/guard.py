@@ -1,7 +1,8 @@
 """Never worse: steps of bounded length, and earlier states of the adapter for a stream that has left it, or comes back.
 
 Acceptance on new tokens is watched. Where it leaves its level, or what was learned does worse than the original draft, the
-stream has changed: earlier states are tried on the same tokens, and the best one takes over if it is surely better.
+stream has changed; then, and now and then in any case, earlier states are tried on the same tokens, and the best one takes over
+if it is surely better.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ STEP_CAP, STEP_WINDOW = 3.0, 64  # a step is at most so many times as long as th
 KNOWN_STEPS = 8  # before that no length is usual
 KEEP_EVERY = 8  # requests between two states that may be kept
 LATEST = 3  # requests that tell how it is now
-PATIENCE = 6  # requests after a trial before the next one
+TRY_EVERY = 8  # requests after a trial before the next one, where nothing is suspicious
+LONGEST_TRIAL = 4  # requests
+CERTAIN = 2.0  # standard errors by which an earlier state has to lead
 LEAVES = 0.1  # acceptance by which a level is left, at least
 WORSE = 0.02  # acceptance below the original draft's that raises suspicion
 
@@ -52,7 +55,9 @@ class Guard:
         self._age = 0  # requests since it was taken
         self._latest: deque[tuple[float, float | None]] = deque(maxlen=LATEST)  # acceptance, learned and original
         self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
-        self._wait = PATIENCE
+        self._wait = TRY_EVERY  # requests until the next trial
+        self._tried: list[tuple[Tensor, list[float]]] = []  # in a trial: states, and their lead on every token
+        self._trials = 0  # requests that the trial has taken
 
     @property
     def nbytes(self) -> int:
@@ -81,12 +86,18 @@ class Guard:
         self._latest.append((statistics.mean(learned), None if original is None else statistics.mean(original)))
         self._wait -= 1
         self._age += 1
-        if self._wait <= 0 and len(self._latest) == LATEST and self._suspicious():
-            self._wait = PATIENCE
-            return self._try(best, others, acceptance)
+        left = len(self._latest) == LATEST and not self._trials and self._left()
+        if left:
+            self._level = statistics.mean(a for a, _ in self._latest)
+            self._latest.clear()
+            if self._candidate is not None:
+                self._keep(self._candidate)
+            self._candidate, self._age = None, 0
+        if left or self._trials or self._wait <= 0:
+            return self._try(learned, best, others, acceptance)
         if self._candidate is None or self._age >= KEEP_EVERY:
             self._candidate, self._age = best(), 0
-        self._settle(self._latest[-1][0])
+        self._settle(statistics.mean(learned))
         return None
 
     def _settle(self, acceptance: float) -> None:
@@ -95,7 +106,7 @@ class Guard:
         self._spread += rate * (abs(acceptance - self._level) - self._spread)
         self._level += (1.0 if first else rate) * (acceptance - self._level)
 
-    def _suspicious(self) -> bool:
+    def _left(self) -> bool:
         """Whether acceptance has left its level, up or down, or what was learned does worse than the original draft."""
         now = statistics.mean(a for a, _ in self._latest)
         compared = [a - b for a, b in self._latest if b is not None]
@@ -104,32 +115,35 @@ class Guard:
 
     def _try(
         self,
+        learned: Sequence[float],
         best: Callable[[], Tensor],
         others: Callable[[Tensor], list[Tensor]],
         acceptance: Callable[[Tensor], Sequence[float]],
     ) -> Tensor | None:
-        """The stream has changed: what served until now is kept, and everything that was kept is tried."""
-        if self._candidate is not None:
-            self._keep(self._candidate)
+        """Everything that was kept is tried on this request, and on the next ones where that leaves a doubt."""
         now = best()
-        self._candidate, self._age = None, 0
-        self._level = statistics.mean(a for a, _ in self._latest)
-        self._latest.clear()
-        reached = acceptance(now)
-        lead, winner, at = 0.0, None, 0.0
-        for state in (*self.states, *others(now)):
-            other = acceptance(state)
-            more = [b - a for a, b in zip(reached, other, strict=True)]
-            doubt = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else 1.0
-            certain = statistics.mean(more) - 2 * doubt
-            if certain > max(lead, 0.0):
-                lead, winner, at = certain, state, statistics.mean(other)
+        if not self._tried:
+            self._tried = [(state, []) for state in (*self.states, *others(now))]
+        self._trials += 1
+        winner, least, hopeful = None, 0.0, False
+        for state, lead in self._tried:
+            lead += [a - b for a, b in zip(acceptance(state), learned, strict=True)]
+            doubt = statistics.stdev(lead) / len(lead) ** 0.5 if len(lead) > 1 else 1.0
+            mean = statistics.mean(lead)
+            hopeful = hopeful or mean > 0
+            if mean - CERTAIN * doubt > least:
+                winner, least = state, mean - CERTAIN * doubt
+                gain = mean
+        if winner is None and hopeful and self._trials < LONGEST_TRIAL:
+            return None  # it goes on with the next request
+        self._tried, self._trials, self._wait = [], 0, TRY_EVERY
         if winner is None:
             return None
+        self._keep(now)  # what was learned last may be wanted again, too
         self.rollbacks += 1
         self.reason = (
-            f"an earlier state of the adapter reaches acceptance {at:.2f} instead of {statistics.mean(reached):.2f} "
-            "on the same tokens: it serves and learns on"
+            f"an earlier state of the adapter reaches {gain:+.2f} acceptance beside {statistics.mean(learned):.2f} "
+            "on the same tokens: it learns on from there"
         )
         return winner.clone()
 
@@ -137,7 +151,6 @@ class Guard:
         """Keeps a state beside the others; of too many, the older one that is nearest to another goes."""
         self.states.append(state)
         if len(self.states) > self._size:
-            gaps = [
-                min(float((a.float() - b.float()).norm()) for b in self.states if b is not a) for a in self.states[:-1]
-            ]
-            del self.states[min(range(len(gaps)), key=lambda i: gaps[i]) if gaps else 0]
+            gaps = [min(float((a.float() - b.float()).norm()) for b in self.states if b is not a) for a in self.states]
+            older = range(len(self.states) - 1)
+            del self.states[min(older, key=lambda i: gaps[i])]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from hf_onlinespec.guard import KNOWN_STEPS, LATEST, PATIENCE, STEP_CAP, Guard, StepCap
+from hf_onlinespec.guard import KNOWN_STEPS, LATEST, LONGEST_TRIAL, STEP_CAP, Guard, StepCap
 
 TOKENS = 60
 
@@ -69,7 +69,7 @@ def test_after_a_burst_that_led_it_astray_it_goes_back() -> None:
         before = sum(world.request(1.5) for _ in range(10)) / 10
         for _ in range(20):
             world.request(-3.0)
-        for _ in range(PATIENCE + LATEST):
+        for _ in range(LATEST + 2 * LONGEST_TRIAL):
             world.request(1.5)
         assert sum(world.request(1.5) for _ in range(10)) / 10 > before - 0.1
         assert world.guard.rollbacks >= 1
