@@ -77,6 +77,8 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "optimistic, lr × 2": {"snapshots": 0, "learner": "optimistic", "lr": 2e-3},
     "optimistic, batch 4": {"snapshots": 0, "learner": "optimistic", "replay_batch": 4},
     "optimistic, batch 4, lr × 2": {"snapshots": 0, "learner": "optimistic", "replay_batch": 4, "lr": 2e-3},
+    "optimistic, batch 4, guarded": {"learner": "optimistic", "replay_batch": 4},
+    "optimistic, batch 4, lr × 2, guarded": {"learner": "optimistic", "replay_batch": 4, "lr": 2e-3},
     "optimistic, 3 passes": {"snapshots": 0, "learner": "optimistic", "replay_passes": 3},
     "optimistic, rank 64": {"snapshots": 0, "learner": "optimistic", "rank": 64, "alpha": 64.0},
     "optimistic, cross entropy": {"snapshots": 0, "learner": "optimistic", "loss": "cross_entropy"},
