@@ -64,28 +64,29 @@ STREAMS: dict[str, Callable[[int], list[str]]] = {
 
 # Learners: settings beside the common ones, and what is done differently from learning after every request.
 
-FAST = {"lookahead": LOOKAHEAD, "update_every": 1, "memory_tokens": 0}
-ENSEMBLE = {"learner": "ensemble", "snapshots": 0}
+COMMON = {"lookahead": LOOKAHEAD, "update_every": 1, "memory_tokens": 0}
+BARE = {"snapshots": 0}  # without the guard's earlier states
+OGD = BARE | {"learner": "ogd"}
+ENSEMBLE = BARE | {"learner": "ensemble"}
+GRADIENT = BARE | {"preconditioner": "none", "lr": 1.0}
+LR = OnlineSpecConfig().lr
 LEARNERS: dict[str, dict[str, Any]] = {
     "frozen": {},
-    "ogd": {"snapshots": 0},
-    "ogd, lr ÷ 4": {"snapshots": 0, "lr": 2.5e-4},
-    "ogd, lr × 4": {"snapshots": 0, "lr": 4e-3},
-    "ogd, guarded": {},
-    "optimistic": {"snapshots": 0, "learner": "optimistic"},
-    "optimistic, hint 0.8": {"snapshots": 0, "learner": "optimistic", "hint_memory": 0.8},
-    "optimistic, lr × 2": {"snapshots": 0, "learner": "optimistic", "lr": 2e-3},
-    "optimistic, batch 4": {"snapshots": 0, "learner": "optimistic", "replay_batch": 4},
-    "optimistic, batch 4, lr × 2": {"snapshots": 0, "learner": "optimistic", "replay_batch": 4, "lr": 2e-3},
-    "optimistic, batch 4, guarded": {"learner": "optimistic", "replay_batch": 4},
-    "optimistic, batch 4, lr × 2, guarded": {"learner": "optimistic", "replay_batch": 4, "lr": 2e-3},
-    "optimistic, 3 passes": {"snapshots": 0, "learner": "optimistic", "replay_passes": 3},
-    "optimistic, rank 64": {"snapshots": 0, "learner": "optimistic", "rank": 64, "alpha": 64.0},
-    "optimistic, cross entropy": {"snapshots": 0, "learner": "optimistic", "loss": "cross_entropy"},
-    "heavy ball": {"snapshots": 0, "learner": "heavy_ball"},
-    "plain ogd": {"snapshots": 0, "preconditioner": "none", "lr": 1.0},
-    "plain optimistic": {"snapshots": 0, "preconditioner": "none", "lr": 1.0, "learner": "optimistic"},
-    "plain heavy ball": {"snapshots": 0, "preconditioner": "none", "lr": 1.0, "learner": "heavy_ball"},
+    "default": {},
+    "optimistic": BARE,
+    "optimistic, lr ÷ 2": BARE | {"lr": LR / 2},
+    "optimistic, lr × 2": BARE | {"lr": LR * 2},
+    "optimistic, hint 0.8": BARE | {"hint_memory": 0.8},
+    "optimistic, batch 2": BARE | {"replay_batch": 2},
+    "optimistic, 3 passes": BARE | {"replay_passes": 3},
+    "optimistic, rank 64": BARE | {"rank": 64, "alpha": 64.0},
+    "ogd": OGD,
+    "ogd, lr ÷ 4": OGD | {"lr": LR / 4},
+    "ogd, lr × 4": OGD | {"lr": LR * 4},
+    "heavy ball": BARE | {"learner": "heavy_ball"},
+    "gradient": GRADIENT | {"learner": "ogd"},
+    "gradient, optimistic": GRADIENT,
+    "gradient, heavy ball": GRADIENT | {"learner": "heavy_ball"},
     "ensemble": ENSEMBLE,
     "ensemble, rate 4": ENSEMBLE | {"hedge_rate": 4.0},
     "ensemble, rate 16": ENSEMBLE | {"hedge_rate": 16.0},
@@ -94,19 +95,19 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "ensemble, last chunk": ENSEMBLE | {"hedge": "last_chunk"},
     "ensemble of optimistic": ENSEMBLE | {"expert_learner": "optimistic"},
     "ensemble, guarded": {"learner": "ensemble"},
-    "no replay": {"snapshots": 0, "replay_passes": 0},
-    "replay recent": {"snapshots": 0, "replay_sampling": "recent"},
-    "replay mixed": {"snapshots": 0, "replay_sampling": "mixed"},
-    "replay loss": {"snapshots": 0, "replay_sampling": "loss"},
-    "replay near": {"snapshots": 0, "replay_sampling": "near"},
-    "adapt once": {"snapshots": 0},
-    "released chunks": {"snapshots": 0, "replay_passes": 0, "lr": 4e-4},
-    "released momentum": {"snapshots": 0, "replay_passes": 0, "preconditioner": "none", "lr": 0.1},
-    "js": {"snapshots": 0, "loss": "js"},
-    "tv": {"snapshots": 0, "loss": "tv"},
-    "cross entropy": {"snapshots": 0, "loss": "cross_entropy"},
+    "no replay": BARE | {"replay_passes": 0},
+    "replay recent": BARE | {"replay_sampling": "recent"},
+    "replay mixed": BARE | {"replay_sampling": "mixed"},
+    "replay loss": BARE | {"replay_sampling": "loss"},
+    "replay near": BARE | {"replay_sampling": "near"},
+    "js": BARE | {"loss": "js"},
+    "tv": BARE | {"loss": "tv"},
+    "cross entropy": BARE | {"loss": "cross_entropy"},
+    "adapt once": OGD,
+    "released chunks": OGD | {"replay_passes": 0, "lr": 4e-4},
+    "released momentum": OGD | {"replay_passes": 0, "preconditioner": "none", "lr": 0.1},
 }
-DEFAULT = ("frozen", "ogd", "optimistic", "heavy ball", "ensemble", "ogd, guarded")
+SHOWN = ("frozen", "default", "optimistic", "ogd", "heavy ball", "ensemble")
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def kept_chances(request: Recorded, logits: Tensor, temperature: float) -> list[
 
 def run(learner: str, name: str, stream: list[Recorded], temperature: float, seed: int) -> list[Row]:
     """All requests of a stream through one learner."""
-    config = OnlineSpecConfig(**(FAST | LEARNERS[learner] | {"seed": seed}))
+    config = OnlineSpecConfig(**(COMMON | LEARNERS[learner] | {"seed": seed}))
     draft = OnlineDraft(load_draft(), config)
     chunk: list[tuple[Recorded, Teacher]] = []
     momentum: Tensor | None = None
@@ -307,7 +308,7 @@ def read(path: Path) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stream", choices=STREAMS, nargs="*", default=["stationary"])
-    parser.add_argument("--learners", nargs="*", default=list(DEFAULT), help=f"of {list(LEARNERS)}")
+    parser.add_argument("--learners", nargs="*", default=list(SHOWN), help=f"of {list(LEARNERS)}")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", type=int, default=150, help="per segment")
     parser.add_argument("--new-tokens", type=int, default=64)

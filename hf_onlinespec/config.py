@@ -26,12 +26,12 @@ def _setting(default: Any, help: str) -> Any:
 class OnlineSpecConfig:
     """How the draft drafts and how it learns.
 
-    `lookahead="auto"` and `update_every="auto"` decide from measured times; numbers make a run repeatable. The defaults of lr, rank, replay and schedule were measured with `benchmarks/tune.py`; see `benchmarks/LOG.md`.
+    `lookahead="auto"` and `update_every="auto"` decide from measured times; numbers make a run repeatable. The defaults of learner, lr, rank, replay and schedule were measured with `benchmarks/learning.py` and `benchmarks/tune.py`; see `benchmarks/LOG.md`.
     """
 
-    learner: str = _setting("ogd", f"online learner, one of {sorted([*LEARNERS, ENSEMBLE])}")
+    learner: str = _setting("optimistic", f"online learner, one of {sorted([*LEARNERS, ENSEMBLE])}")
     preconditioner: str = _setting("adam", "'adam': steps in Adam's metric; 'none': plain gradient steps")
-    lr: float = _setting(1e-3, "step size of the learner; of an ensemble, the middle of its grid")
+    lr: float = _setting(2e-3, "step size of the learner; of an ensemble, the middle of its grid")
     hint_memory: float = _setting(
         0.0, "'optimistic': part of the old hint in the new one; 0: the last step is the hint"
     )
@@ -68,7 +68,7 @@ class OnlineSpecConfig:
         0.1, "largest share of the time spent on learning, with update_every='auto'; what is learned when idle is free"
     )
     replay_passes: int = _setting(2, "gradient steps on remembered requests after each request; the most with 'auto'")
-    replay_batch: int = _setting(2, "remembered requests in one such step")
+    replay_batch: int = _setting(4, "remembered requests in one such step")
     replay_sampling: str = _setting("uniform", f"which remembered requests are rehearsed, one of {REPLAYS}")
     replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
