@@ -19,10 +19,11 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .acceptances import Drafted, Seen
 from .feedback import FeedbackRecorder
-from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, PREFERENCE_TOKENS, Plan
+from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
 from .lesson import Lesson
 from .memory import Continuation
 from .metrics import Counts
+from .preference import PREFERENCE_TOKENS
 from .proposal import Proposal, Round
 from .recall import Recall
 from .sampling import draw
@@ -104,7 +105,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             with self._draft.lock:
                 asked = min(input_ids.shape[1], PREFERENCE_TOKENS)
                 asks = most >= HOPE_ROOM and self._governor.asks_prompt(asked, most)
-                self._serve(self._governor.frozen_serves())
+                self._serve(self._governor.preference.frozen_serves())
             if asks:
                 self._choose(input_ids)
         fixed = self._settings.lookahead
@@ -159,9 +160,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
             with self._draft.lock:
                 if caches:
                     self._governor.read(2 * tokens.shape[1], time.perf_counter() - started)
-                self._governor.prompt_asked(self._preference)
+                self._governor.preference.asked(self._preference)
                 if not self._cached:  # who has begun goes on
-                    self._serve(self._governor.frozen_serves(self._preference))
+                    self._serve(self._governor.preference.frozen_serves(self._preference))
             if caches and not self._cached:  # the prompt is read already
                 self._cache, self._cached = caches[self._frozen], tokens.shape[1] - 1
 

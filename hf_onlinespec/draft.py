@@ -24,11 +24,11 @@ from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
 from .feedback import Feedback, Teacher, acceptance
-from .governor import PREFERENCE_TOKENS
 from .idle import IdleWorker
 from .learning import Learning, Segment
 from .memory_draft import MemoryDraft
 from .metrics import Counts
+from .preference import PREFERENCE_TOKENS
 
 logger = logging.getLogger(__name__)
 

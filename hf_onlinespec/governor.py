@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from .effort import Effort
 from .estimates import Times, Verification
 from .memory import Continuation
 from .metrics import Decisions
+from .preference import Preference
 
 MAX_MEMORY = 24  # draft tokens from the memory alone, at most
 FIRST_LOOKAHEAD = 3  # while times are still unknown
@@ -31,11 +31,6 @@ PACE = 0.2  # how fast the measured pace of the machine follows a round's time
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
 LOW_ACCEPTANCE, LOW_REQUESTS = 0.3, 4  # so many requests below it, and none well above: the draft has much to learn
-STEADY, ASK_EVERY = 6, 3  # after so many prompts that speak for the same draft, one of so many is asked
-COMPARISONS = 4  # that decide whether the learned or the frozen draft serves
-COMPARISON_TOKENS = 32  # in one of them, at least
-# Tokens of a prompt by which the learned and the frozen draft are told apart: their cost stays small beside a long prompt.
-PREFERENCE_TOKENS = 128
 HOPELESS = 0.05  # acceptance of a draft that is not asked at once, while its times are unknown
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
@@ -87,12 +82,8 @@ class Governor:
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
         self._unseen = 0  # requests since the neural draft's acceptance was last seen
         self._shown = False  # whether it was shown since the last request
-        # Learned minus frozen acceptance on so many tokens, by which of the two predicts the prompt better.
-        self._advantages = {learned: deque[tuple[float, int]](maxlen=COMPARISONS) for learned in (True, False)}
-        self._compared = 0
+        self.preference = Preference()
         self._lows = {frozen: 0 for frozen in (False, True)}  # requests of low acceptance since one of a better one
-        self._preference = 0.0  # of the last prompt that was asked
-        self._steady, self._unasked = 0, 0  # prompts in a row that spoke for the same draft; requests since
 
     # Drafting
 
@@ -286,48 +277,20 @@ class Governor:
     # Learning
 
     def compares(self, preference: float) -> bool:
-        """Whether this update should look at the frozen draft too: while the two are close or much is spent; else now and then."""
-        self._compared += 1
-        close = abs(self._advantage(preference)) < 0.05
-        return close or self.decisions.effort == 1.0 or self._compared % 2 == 0
-
-    def frozen_serves(self, preference: float | None = None) -> bool:
-        """Whether the original draft is the better one for a request.
-
-        Args:
-            preference: log-likelihood per token of its prompt under the learned draft, minus that under the frozen one.
-                Experience with such prompts counts more, where there is any. None: its prompt was not asked, and is
-                taken to be like the last one.
-        """
-        if preference is None:
-            preference = self._preference
-        advantage = self._advantage(preference)
-        return advantage < -0.02 if preference >= 0 else advantage < 0.02
+        """Whether this update should look at the frozen draft too."""
+        return self.preference.compares(preference, self.decisions.effort == 1.0)
 
     def asks_prompt(self, tokens: int = 0, room: int = HOPE_ROOM) -> bool:
         """Whether a request's prompt should tell who serves it: not where neither draft is expected to draft.
-
-        Of prompts that all speak for the same draft, only some are asked.
 
         Args:
             tokens: that both drafts would have to read.
             room: tokens that the request may take.
         """
-        self._unasked += 1
-        if self._steady >= STEADY and self._unasked < ASK_EVERY:
+        if not self.preference.asks():
             return False
         found = [self._best(self.acceptances.usual(frozen), frozen) for frozen in (False, True)]
         return any(best and self._reads(2 * tokens, room, rate) for best, rate in found)
-
-    def prompt_asked(self, preference: float) -> None:
-        """What a prompt said, see `frozen_serves`."""
-        self._steady = self._steady + 1 if (preference >= 0) == (self._preference >= 0) else 0
-        self._preference, self._unasked = preference, 0
-
-    def _advantage(self, preference: float) -> float:
-        """Acceptance of the learned draft minus the frozen one's, of late, in requests whose prompts spoke for the same one."""
-        found = self._advantages[preference >= 0]
-        return sum(difference * n for difference, n in found) / (COMPARISON_TOKENS + sum(n for _, n in found))
 
     def shadow(
         self,
@@ -342,14 +305,14 @@ class Governor:
         Args:
             recalled: estimated acceptance of the memory's answers there, 0 where it has none; (): no memory; None: not asked.
             updates: whether the draft learns from them now.
-            preference: of the prompt, see `frozen_serves`.
+            preference: of the prompt, see `Preference`.
         """
         n = len(learned)
         if not n or not all(map(math.isfinite, (*learned, *(frozen or ())))):
             return  # a draft whose logits are not finite teaches nothing
-        bucket = self.frozen_serves(preference)
+        bucket = self.preference.frozen_serves(preference)
         if frozen is not None:
-            self._compare(preference, statistics.mean(learned) - statistics.mean(frozen), n)
+            self.preference.compared(preference, statistics.mean(learned) - statistics.mean(frozen), n)
             if updates and recalled is not None:
                 recalled = recalled or [0.0] * n
                 self.effort.compared(_beside(learned, recalled) / _beside(frozen, recalled), bucket)
@@ -360,14 +323,6 @@ class Governor:
         if self._unseen and not self._shown:
             self._shown = True  # one request counts once
             self._see(statistics.mean(served), n, bucket)
-
-    def _compare(self, preference: float, difference: float, n: int) -> None:
-        """Notes the learned acceptance minus the frozen one on n tokens; few tokens join the ones before them."""
-        found = self._advantages[preference >= 0]
-        if found and found[-1][1] < COMPARISON_TOKENS:
-            before, m = found.pop()
-            difference, n = (before * m + difference * n) / (m + n), m + n
-        found.append((difference, n))
 
     def request_ended(self, new_tokens: int, seen: Seen | None = None) -> bool:
         """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it."""

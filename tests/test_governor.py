@@ -76,7 +76,7 @@ class World:
     def run(self, requests: int, fixed: int | None = None, tokens: int = TOKENS) -> float:
         """Tokens per second."""
         for _ in range(requests):
-            self.seen = Seen(frozen=self.governor.frozen_serves(self.preference))
+            self.seen = Seen(frozen=self.governor.preference.frozen_serves(self.preference))
             left = tokens
             while left > 0:
                 got = self.round(left - 1, fixed)
@@ -171,26 +171,26 @@ def test_the_frozen_draft_serves_while_the_learned_one_is_worse() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(8):
         governor.shadow([0.5] * TOKENS, [0.6] * TOKENS)
-    assert governor.frozen_serves(0.0) and abs(governor.acceptances.rate - 0.6) < 0.05
+    assert governor.preference.frozen_serves(0.0) and abs(governor.acceptances.rate - 0.6) < 0.05
     for _ in range(12):
         governor.shadow([0.7] * TOKENS, [0.6] * TOKENS)
-    assert not governor.frozen_serves(0.0)
+    assert not governor.preference.frozen_serves(0.0)
 
 
 def test_the_prompt_tells_who_serves_unless_experience_says_otherwise() -> None:
     governor = Governor(BUDGET, PASSES)
-    assert governor.frozen_serves(-0.5) and not governor.frozen_serves(0.5)
+    assert governor.preference.frozen_serves(-0.5) and not governor.preference.frozen_serves(0.5)
     for _ in range(4):
         governor.shadow([0.7] * TOKENS, [0.2] * TOKENS, preference=0.5)
-    assert governor.frozen_serves(-0.5) and not governor.frozen_serves(
+    assert governor.preference.frozen_serves(-0.5) and not governor.preference.frozen_serves(
         0.5
     )  # another kind of prompt: nothing was learned about it
     for _ in range(4):
         governor.shadow([0.7] * TOKENS, [0.2] * TOKENS, preference=-0.5)
-    assert not governor.frozen_serves(-0.5)
+    assert not governor.preference.frozen_serves(-0.5)
     for _ in range(4):
         governor.shadow([0.2] * TOKENS, [0.7] * TOKENS, preference=0.5)
-    assert governor.frozen_serves(0.5) and not governor.frozen_serves(-0.5)
+    assert governor.preference.frozen_serves(0.5) and not governor.preference.frozen_serves(-0.5)
 
 
 def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
@@ -200,9 +200,11 @@ def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
     for preference in [0.5] * 20 + [-0.5] * 4:
         asked.append(governor.asks_prompt())
         if asked[-1]:
-            governor.prompt_asked(preference)
+            governor.preference.asked(preference)
     assert all(asked[:6]) and sum(asked[8:20]) == 4  # then one of three
-    assert governor.frozen_serves() and all(asked[-2:])  # one has spoken for the other draft: all are asked again
+    assert governor.preference.frozen_serves() and all(
+        asked[-2:]
+    )  # one has spoken for the other draft: all are asked again
     useless = World(lambda request, steps: (0.0, 0.0))
     useless.run(10)
     assert not useless.governor.asks_prompt()
@@ -398,7 +400,7 @@ def test_a_few_tokens_do_not_decide_who_serves() -> None:
         governor.shadow([1.0] * TOKENS, [0.5] * TOKENS)
     for _ in range(6):
         governor.shadow([0.0], [1.0])
-    assert not governor.frozen_serves(0.0)
+    assert not governor.preference.frozen_serves(0.0)
 
 
 def test_learning_is_worth_what_it_adds_to_the_memory() -> None:
@@ -417,7 +419,7 @@ def test_what_is_not_a_number_is_not_taken_in() -> None:
     for learned, frozen in ((math.nan, 0.5), (0.5, math.nan), (math.nan, None)):
         governor.shadow([0.5, learned], None if frozen is None else [0.5, frozen])
     governor.shadow([0.6] * TOKENS, [0.5] * TOKENS)
-    assert 0.5 < governor.acceptances.rate < 0.7 and not governor.frozen_serves(0.0)
+    assert 0.5 < governor.acceptances.rate < 0.7 and not governor.preference.frozen_serves(0.0)
 
 
 def test_rounds_of_nothing_and_requests_of_one_token() -> None:
@@ -429,7 +431,7 @@ def test_rounds_of_nothing_and_requests_of_one_token() -> None:
         governor.request_ended(1)
         governor.shadow([], None)
         governor.effort.spent(0.0, 0)
-    assert governor.decisions.rounds["plain"] == 50 and not governor.frozen_serves(0.0)
+    assert governor.decisions.rounds["plain"] == 50 and not governor.preference.frozen_serves(0.0)
 
 
 def test_the_same_story_gives_the_same_decisions() -> None:

@@ -22,6 +22,7 @@ from hf_onlinespec.acceptances import Seen
 from hf_onlinespec.effort import Effort
 from hf_onlinespec.governor import Governor, Plan
 from hf_onlinespec.memory import Continuation
+from hf_onlinespec.preference import Preference
 
 from .conftest import tiny_llama
 
@@ -140,8 +141,12 @@ class Whims(Governor):
     def asks_prompt(self, tokens: int = 0, room: int = 0) -> bool:
         return self.whim.random() < 0.5
 
+
+class Tastes(Preference):
+    """Changes its mind about the draft at random."""
+
     def frozen_serves(self, preference: float | None = None) -> bool:
-        return self.whim.random() < 0.3
+        return Whims.whim.random() < 0.3
 
 
 class Generous(Effort):
@@ -160,6 +165,7 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     law = exact_law(target, settings)
     monkeypatch.setattr("hf_onlinespec.memory_draft.Governor", Whims)
     monkeypatch.setattr("hf_onlinespec.governor.Effort", Generous)
+    monkeypatch.setattr("hf_onlinespec.governor.Preference", Tastes)
     monkeypatch.setattr(Whims, "whim", random.Random(3))
     config = OnlineSpecConfig(memory_tokens=200, rank=2, alpha=2.0, lr=3e-3, replay_passes=0)
     draft = None if alone else OnlineDraft(model, config)
