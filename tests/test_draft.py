@@ -14,7 +14,9 @@ from hf_onlinespec.preference import PREFERENCE_TOKENS
 
 from .conftest import tiny_llama
 
-PLAIN = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=0.1, max_grad_norm=1e9, replay_passes=0)
+PLAIN = OnlineSpecConfig(
+    rank=4, alpha=4.0, preconditioner="none", learner="ogd", lr=0.1, max_grad_norm=1e9, replay_passes=0
+)
 
 
 def moved(draft: OnlineDraft) -> OnlineDraft:
@@ -217,7 +219,9 @@ def test_a_function_in_place_of_forward_is_left_behind(target, prompt) -> None:
 
 
 def test_gradients_are_clipped(draft_model: PreTrainedModel) -> None:
-    config = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=1.0, max_grad_norm=0.01, replay_passes=0)
+    config = OnlineSpecConfig(
+        rank=4, alpha=4.0, preconditioner="none", learner="ogd", lr=1.0, max_grad_norm=0.01, replay_passes=0
+    )
     draft = moved(OnlineDraft(draft_model, config))
     before = draft._lora.params.clone()
     tokens, logits_p = segment()
