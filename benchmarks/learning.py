@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.cli import machine
-from hf_onlinespec.embedded import load_draft, load_pair
+from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.regret import expected_rounds
@@ -59,6 +59,8 @@ STREAMS: dict[str, Callable[[int], list[str]]] = {
     "return": lambda n: [AWAY] * n + [HARD] * n + [AWAY] * (n // 3),  # back to what had to be learned
     "gradual": gradual,
     "alternating": lambda n: [(HOME, AWAY, HARD)[i % 3] for i in range(n)],
+    # Prompts that are meant to lead it astray: random tokens, one token again and again.
+    "burst": lambda n: [AWAY] * n + ["random"] * 10 + ["repeated"] * 10 + [AWAY] * (n // 2),
     "mix": lambda n: random.Random(1).choices((HOME, AWAY, HARD), k=n),
 }
 
@@ -160,8 +162,15 @@ def record(domain: str, text: str, temperature: float, seed: int, new_tokens: in
 
 
 def endless(domain: str, seed: int) -> Iterator[str]:
+    """A domain's prompts in the seed's order, then in the next one's; the adversarial ones are made up."""
+    rng = random.Random(f"{seed} {domain}")
     for again in itertools.count():
-        yield from shuffled(domain, seed + 1000 * again)
+        if domain in DOMAINS:
+            yield from shuffled(domain, seed + 1000 * again)
+        else:
+            size = len(pair().tokenizer)
+            ids = [rng.randrange(size) for _ in range(24)] if domain == "random" else [rng.randrange(size)] * 24
+            yield pair().tokenizer.decode(ids)
 
 
 def make_stream(name: str, n: int, temperature: float, seed: int, new_tokens: int) -> list[Recorded]:

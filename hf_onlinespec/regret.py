@@ -26,6 +26,7 @@ from .recording import Recorded, Recording
 EPOCHS = 30  # of a comparator's training, at most
 ENOUGH = 0.01  # relative improvement of an epoch below which it is over
 BATCH = 4  # requests in one step of it
+WINDOW = 8  # requests in a running mean
 
 
 @dataclass
@@ -80,6 +81,21 @@ class RegretReport:
         k = self.lookahead
         return max(1.0, (k + 1) * (1 - k / 2 * tv))
 
+    def tokens_to_half_way(self) -> int | None:
+        """New tokens until the acceptance length is half-way from the frozen draft's to that of the best adapter per segment.
+
+        Over the last `WINDOW` requests, each against its own comparators; None: never.
+        """
+        for end in range(WINDOW, len(self.domains) + 1):
+            span = range(end - WINDOW, end)
+            n = sum(self.new_tokens[i] for i in span)
+            served, frozen, best = (
+                n / sum(curve.rounds[i] for i in span) for curve in (self.served, self.frozen, self.segments)
+            )
+            if served >= (frozen + best) / 2:
+                return sum(self.new_tokens[:end])
+        return None
+
     def text(self) -> str:
         """The report in Markdown."""
         lines = [f"{len(self.domains)} requests, {sum(self.new_tokens)} new tokens, lookahead {self.lookahead}", ""]
@@ -100,6 +116,7 @@ class RegretReport:
             f"Path length of the segments' adapters {self.path_length:.2f}; gradient variation {self.gradient_variation:.3g}, "
             f"{self.gradient_variation / max(t - 1, 1) / max(self.gradient_norm, 1e-12):.2f} times the mean squared gradient per request "
             "(2: gradients of two requests have nothing in common).",
+            f"Half-way from frozen to the best adapter per segment: {_after(self.tokens_to_half_way())}.",
         ]
         return "\n".join(lines) + "\n"
 
@@ -110,6 +127,10 @@ class RegretReport:
             "best fixed adapter": self.fixed,
             "best adapter per segment": self.segments,
         }
+
+
+def _after(tokens: int | None) -> str:
+    return "never" if tokens is None else f"after {tokens} new tokens"
 
 
 def _cumulative(a: Sequence[float], b: Sequence[float]) -> list[float]:

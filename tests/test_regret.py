@@ -97,6 +97,20 @@ def test_the_bound_by_hand() -> None:
     assert report.acceptance_length(curve) == 4.0
 
 
+def test_half_way_by_hand() -> None:
+    """Ten requests of ten tokens; frozen takes ten rounds, the best adapter five, and what serves learns at once after the fourth."""
+
+    def curve(rounds: list[float]) -> Curve:
+        return Curve([0.0] * 30, [0.0] * 30, [0.0] * 30, rounds)
+
+    served = curve([10.0] * 4 + [5.0] * 26)
+    report = RegretReport(["a"] * 30, [10] * 30, 4, served, curve([10.0] * 30), served, curve([5.0] * 30), 0, 0, 1)
+    # Of eight requests, 80 tokens, half-way is 1.5 per round: at most 53.3 rounds, so at most two slow ones.
+    assert report.tokens_to_half_way() == 100  # the third to the tenth request
+    never = RegretReport(["a"] * 30, [10] * 30, 4, curve([10.0] * 30), *[served] * 3, 0, 0, 1)
+    assert never.tokens_to_half_way() is None and "never" in never.text()
+
+
 def test_the_command_line(tmp_path, capsys) -> None:
     file, run, out = tmp_path / "p.jsonl", tmp_path / "run.safetensors", tmp_path / "out"
     lines = [{"prompt": text, "domain": "shell"} for text in prompts("shell")[:2]]
