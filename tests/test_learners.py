@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import jax
+import optax
 import pytest
 import torch
 
@@ -124,7 +126,6 @@ def test_optimistic_adam_is_twice_the_step_minus_the_last_one() -> None:
 @pytest.mark.parametrize("metric", ["plain", "adam"])
 def test_optimistic_follows_optax_from_the_second_step(metric: str) -> None:
     """At the first step optax takes the gradient as its own hint, the rule takes none."""
-    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
     jax.config.update("jax_enable_x64", True)
     oracle = (
         optax.optimistic_gradient_descent(0.05)
