@@ -7,6 +7,7 @@ if it is surely better.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ KNOWN_STEPS = 8  # before that no length is usual
 KEEP_EVERY = 8  # requests between two states that may be kept
 LATEST = 3  # requests that tell how it is now
 TRY_EVERY = 8  # requests after a trial before the next one, where nothing is suspicious
-LONGEST_TRIAL = 4  # requests
+LEAST_TRIAL, LONGEST_TRIAL = 6, 8  # requests
 CERTAIN = 2.0  # standard errors by which an earlier state has to lead
 LEAVES = 0.1  # acceptance by which a level is left, at least
 WORSE = 0.02  # acceptance below the original draft's that raises suspicion
@@ -56,7 +57,7 @@ class Guard:
         self._latest: deque[tuple[float, float | None]] = deque(maxlen=LATEST)  # acceptance, learned and original
         self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
         self._wait = TRY_EVERY  # requests until the next trial
-        self._tried: list[tuple[Tensor, list[float]]] = []  # in a trial: states, and their lead on every token
+        self._tried: list[tuple[Tensor, list[float]]] = []  # in a trial: states, and their lead on every request
         self._trials = 0  # requests that the trial has taken
 
     @property
@@ -126,14 +127,16 @@ class Guard:
             self._tried = [(state, []) for state in (*self.states, *others(now))]
         self._trials += 1
         winner, least, hopeful = None, 0.0, False
-        for state, lead in self._tried:
-            lead += [a - b for a, b in zip(acceptance(state), learned, strict=True)]
-            doubt = statistics.stdev(lead) / len(lead) ** 0.5 if len(lead) > 1 else 1.0
-            mean = statistics.mean(lead)
-            hopeful = hopeful or mean > 0
+        for state, leads in self._tried:
+            leads.append(statistics.mean(acceptance(state)) - statistics.mean(learned))
+            # Requests differ more than tokens do: on a mixed stream every state is better on some of them.
+            if min(leads) <= 0:
+                continue
+            hopeful = True
+            doubt = statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) >= LEAST_TRIAL else math.inf
+            mean = statistics.mean(leads)
             if mean - CERTAIN * doubt > least:
-                winner, least = state, mean - CERTAIN * doubt
-                gain = mean
+                winner, least, gain = state, mean - CERTAIN * doubt, mean
         if winner is None and hopeful and self._trials < LONGEST_TRIAL:
             return None  # it goes on with the next request
         self._tried, self._trials, self._wait = [], 0, TRY_EVERY
