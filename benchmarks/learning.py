@@ -16,18 +16,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from streams import shuffled
+from streams import LONGEST, shuffled
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
@@ -61,6 +62,9 @@ STREAMS: dict[str, Callable[[int], list[str]]] = {
     "alternating": lambda n: [(HOME, AWAY, HARD)[i % 3] for i in range(n)],
     # Prompts that are meant to lead it astray: random tokens, one token again and again.
     "burst": lambda n: [AWAY] * n + ["random"] * 10 + ["repeated"] * 10 + [AWAY] * (n // 2),
+    # Needs HF_ONLINESPEC_DATA: real prompts of four kinds, one after the other; and, for `--pair stories`, beginnings of stories.
+    "real": lambda n: [name for name in ("gsm8k", "mbpp", "shell_tldr", "nq_open") for _ in range(n)],
+    "stories": lambda n: ["stories"] * n,
     "mix": lambda n: random.Random(1).choices((HOME, AWAY, HARD), k=n),
 }
 
@@ -105,6 +109,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "js": BARE | {"loss": "js"},
     "tv": BARE | {"loss": "tv"},
     "cross entropy": BARE | {"loss": "cross_entropy"},
+    "every 4 requests": BARE,  # the same number of steps, all of them together
     "adapt once": OGD,
     "released chunks": OGD | {"replay_passes": 0, "lr": 4e-4},
     "released momentum": OGD | {"replay_passes": 0, "preconditioner": "none", "lr": 0.1},
@@ -138,11 +143,51 @@ class Row:
     weights: tuple[float, ...] = ()
 
 
-@cache
-def pair() -> Any:
-    return load_pair()
+def data_folder() -> Path:
+    folder = os.environ.get("HF_ONLINESPEC_DATA")
+    if not folder:
+        raise SystemExit("This stream needs HF_ONLINESPEC_DATA: a folder with streams/, corpora/ and models/.")
+    return Path(folder)
 
 
+def load(kind: Any, name: str) -> Any:
+    """One of the two real tiny models of the data folder."""
+    loaded = kind.from_pretrained(data_folder() / "models" / name, local_files_only=True)
+    return loaded.eval() if isinstance(loaded, PreTrainedModel) else loaded
+
+
+@dataclass
+class Models:
+    """The pair in use."""
+
+    target: Any
+    tokenizer: Any
+    draft: Callable[[], Any]  # a fresh one
+
+
+def pair(name: str) -> Models:
+    if name == "stories":
+        target, tokenizer = load(AutoModelForCausalLM, "stories260k"), load(AutoTokenizer, "stories260k")
+        return Models(target, tokenizer, lambda: load(AutoModelForCausalLM, "salty281k"))
+    embedded = load_pair()
+    return Models(embedded.target, embedded.tokenizer, load_draft)
+
+
+def texts_of(domain: str, seed: int) -> list[str]:
+    """All prompts of a domain, in the seed's order."""
+    if domain in DOMAINS:
+        return shuffled(domain, seed)
+    if domain == "stories":
+        whole = (data_folder() / "corpora" / "tinystories.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+        found = [" ".join(text.split()[:8]) for text in whole if len(text.split()) > 20]
+    else:
+        with open(data_folder() / "streams" / f"{domain}.jsonl", encoding="utf-8") as file:
+            found = [json.loads(line)["prompt"] for line in file]
+        found = [text for text in found if len(MODELS.tokenizer(text).input_ids) <= LONGEST]
+    return random.Random(f"{seed} {domain}").sample(found, len(found))
+
+
+MODELS: Models  # the pair in use
 _recorded: dict[tuple[str, float, int, str], Recorded] = {}
 
 
@@ -152,9 +197,9 @@ def record(domain: str, text: str, temperature: float, seed: int, new_tokens: in
     key = (domain, temperature, seed if temperature else 0, text)
     if key not in _recorded:
         torch.manual_seed(seed)
-        ids = pair().tokenizer(text, return_tensors="pt").input_ids
+        ids = MODELS.tokenizer(text, return_tensors="pt").input_ids
         law = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        out = pair().target.generate(
+        out = MODELS.target.generate(
             ids, max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True, **law
         )
         _recorded[key] = Recorded(domain, out.sequences[0], torch.cat(out.logits))
@@ -165,12 +210,12 @@ def endless(domain: str, seed: int) -> Iterator[str]:
     """A domain's prompts in the seed's order, then in the next one's; the adversarial ones are made up."""
     rng = random.Random(f"{seed} {domain}")
     for again in itertools.count():
-        if domain in DOMAINS:
-            yield from shuffled(domain, seed + 1000 * again)
+        if domain not in ("random", "repeated"):
+            yield from texts_of(domain, seed + 1000 * again)
         else:
-            size = len(pair().tokenizer)
+            size = len(MODELS.tokenizer)
             ids = [rng.randrange(size) for _ in range(24)] if domain == "random" else [rng.randrange(size)] * 24
-            yield pair().tokenizer.decode(ids)
+            yield MODELS.tokenizer.decode(ids)
 
 
 def make_stream(name: str, n: int, temperature: float, seed: int, new_tokens: int) -> list[Recorded]:
@@ -193,7 +238,7 @@ def kept_chances(request: Recorded, logits: Tensor, temperature: float) -> list[
 def run(learner: str, name: str, stream: list[Recorded], temperature: float, seed: int) -> list[Row]:
     """All requests of a stream through one learner."""
     config = OnlineSpecConfig(**(COMMON | LEARNERS[learner] | {"seed": seed}))
-    draft = OnlineDraft(load_draft(), config)
+    draft = OnlineDraft(MODELS.draft(), config)
     chunk: list[tuple[Recorded, Teacher]] = []
     momentum: Tensor | None = None
     rows = []
@@ -224,6 +269,14 @@ def run(learner: str, name: str, stream: list[Recorded], temperature: float, see
             step = draft._lora.params - before
             momentum = step if momentum is None or i % CHUNK == 0 else 0.9 * momentum + step
             draft._lora.move(momentum - step)
+        elif learner == "every 4 requests":
+            chunk.append((request, teacher))
+            if len(chunk) == 4:
+                for one in chunk:
+                    learn(*one)
+                    draft.remember(Feedback(one[0].tokens, one[1]))
+                draft.rehearse(counts, 4 * config.replay_passes)
+                chunk = []
         elif learner == "adapt once":
             if i < CHUNK:
                 learn(request, teacher)
@@ -259,6 +312,17 @@ def segments(rows: Sequence[Row]) -> list[list[Row]]:
     return found if len(found) <= 5 else [list(rows)]
 
 
+def back(runs: list[list[list[Row]]]) -> list[str]:
+    """How it is back in the first segment's domain, against what was reached there before."""
+    tenths, wholes = [], []
+    for first, *_, last in runs:
+        size = max(1, len(first) // 4)
+        quarters = [acceptance_length(first[i : i + size]) for i in range(0, size * 4, size) if first[i : i + size]]
+        tenths.append(acceptance_length(last[: max(1, len(last) // 10)]) / max(quarters))
+        wholes.append(acceptance_length(last) / acceptance_length(first[-size:]))
+    return [interval(tenths), interval(wholes)]
+
+
 def interval(values: Sequence[float]) -> str:
     """Mean over seeds ± two standard errors."""
     if len(values) < 2:
@@ -282,15 +346,19 @@ def report(rows: list[Row]) -> str:
         law = f"temperature {temperature:g}" if temperature else "greedy"
         lines += [f"## {name}, {law}, {sum(map(len, parts))} requests", ""]
         lines += ["Acceptance length, mean over seeds ± two standard errors; ÷ frozen: paired by seed.", ""]
-        heads = [f"{p[0].domain} ({len(p)}), all | last quarter" for p in parts]
+        heads = [f"{' and '.join(sorted({r.domain for r in p}))} ({len(p)}), all | last quarter" for p in parts]
+        returns = len(parts) > 1 and parts[0][0].domain == parts[-1][0].domain
+        heads += ["back, first tenth ÷ best quarter before", "back, all ÷ last quarter before"] * returns
         lines += [f"| learner | seeds | {' | '.join(heads)} | ÷ frozen, all | ÷ frozen, last quarter | ms per token |"]
-        lines += ["|---" * (5 + 2 * len(parts)) + "|"]
+        lines += ["|---" * (5 + 2 * len(parts) + 2 * returns) + "|"]
         for k, by_seed in runs.items():
             cells = []
             for at in range(len(parts)):
                 own = [segments(run)[at] for run in by_seed.values()]
                 cells.append(interval([acceptance_length(s) for s in own]))
                 cells.append(interval([acceptance_length(s[-max(1, len(s) // 4) :]) for s in own]))
+            if returns:
+                cells += back([segments(run) for run in by_seed.values()])
             still = runs.get("frozen", {})
             both = [seed for seed in by_seed if seed in still]
             whole = [acceptance_length(by_seed[s]) / acceptance_length(still[s]) for s in both]
@@ -317,6 +385,7 @@ def read(path: Path) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stream", choices=STREAMS, nargs="*", default=["stationary"])
+    parser.add_argument("--pair", choices=("embedded", "stories"), default="embedded")
     parser.add_argument("--learners", nargs="*", default=list(SHOWN), help=f"of {list(LEARNERS)}")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", type=int, default=150, help="per segment")
@@ -326,6 +395,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning.jsonl"))
     parser.add_argument("--report", action="store_true", help="only make the tables of what is there")
     args = parser.parse_args()
+    global MODELS
+    MODELS = pair(args.pair)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     if not args.report:
