@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .adapters import GatedLora
 from .config import ENSEMBLE, OnlineSpecConfig
-from .guard import StepCap
-from .learners import LEARNERS, Hedge, Learner, State, adam, hedge, last_chunk, optimistic, plain
+from .guard import GradientCap
+from .learners import LEARNERS, Hedge, Learner, State, adam, hedge, into_ball, last_chunk, optimistic, plain
 from .metrics import Counts
 
 # Weights of the experts by name, with a step size or the one of theory (None).
@@ -63,7 +63,9 @@ class Adaptation:
         self._lora, self._settings = lora, settings
         self._learner = make_learner(settings, lora.params.device)
         self.state: State = self._learner.init(lora.split(lora.params))
-        self._cap = StepCap()
+        self._cap = GradientCap(settings.gradient_cap)
+        # Where each expert's ball is centred.
+        self._starts = None if settings.radius is None else lora.split(lora.params).clone()
         n = self._experts = lora.blocks
         self.alive = [True] * n
         self._hedge = HEDGES[settings.hedge](settings.hedge_rate)
@@ -89,50 +91,69 @@ class Adaptation:
         return None if rows is None else rows[self.serving]
 
     @property
+    def leader(self) -> int:
+        """The living expert of the largest weight."""
+        living = [i for i, ok in enumerate(self.alive) if ok] or [0]
+        return max(living, key=lambda i: self.weights[i])
+
+    @property
     def original_serves(self) -> bool:
         """Whether nothing of what was learned speaks."""
         return self.steps == 0 or (self.many and self.serving == self._experts)
 
-    def step(self, losses: Tensor, counts: Counts) -> bool:
+    def step(self, losses: Tensor, counts: Counts, sound: Callable[[], bool] = lambda: False) -> bool:
         """Backward, clip, step, for every expert from its own loss (experts,); whether a step was taken.
 
-        A loss or a gradient that is not finite skips the step and is counted. If it is that of one expert among others, that
-        expert has diverged and is removed: its numbers would spoil those of the others.
+        A loss or a gradient that is not finite skips the step and is counted. If the feedback is not to blame, an expert has
+        diverged, and begins anew as the original draft, or is removed from an ensemble: its numbers would spoil the others'.
+
+        Args:
+            sound: whether the original draft's loss on the same feedback is finite; asked only where it matters.
         """
         lora = self._lora
         lora.grads.zero_()
-        losses.sum().backward()
+        with torch.enable_grad():
+            losses.sum().backward()
         with torch.no_grad():
             grads = lora.split(lora.grads)  # (experts, parameters)
             norms = grads.norm(dim=-1)
             if not bool((torch.isfinite(losses) & torch.isfinite(norms)).all()):
                 counts.skipped_updates += 1
-                self._remove(torch.isfinite(losses).tolist())
+                if sound():
+                    self._remove(losses.detach())
                 return False
             grads = grads * (self._settings.max_grad_norm / (norms + 1e-6)).clamp_max(1.0)[:, None]
-            updates, self.state = self._learner.update(grads, self.state)
+            updates, self.state = self._learner.update(self._cap(grads), self.state)
             alive = torch.tensor(self.alive, device=updates.device)[:, None]
-            lora.move(lora.join(self._cap(updates) * alive))
+            lora.move(lora.join(updates * alive))
         self.steps += 1
         counts.updates += 1
         return True
 
-    def _remove(self, sound: list[bool]) -> None:
-        """Takes experts out whose numbers are not finite, or whose loss is not while that of another one is."""
+    def _remove(self, losses: Tensor) -> None:
+        """Takes out who has diverged: who holds or says what is not finite, else whoever has the largest loss."""
         rows = self._lora.split(self._lora.params).clone()
-        whole = torch.isfinite(rows).all(dim=-1).tolist()
-        if not all(whole):  # not a number times a gate of zero is not a number either: it reaches every row
-            sound = whole
-        elif not any(sound):
-            return  # the feedback is to blame
-        for i, ok in enumerate(sound):
-            if not ok and self.alive[i]:
-                self.alive[i] = False
-                self.removed += 1
-                rows[i] = 0.0
-                self.state = {k: _without(v, i) for k, v in self.state.items()}
+        gone = ~torch.isfinite(rows).all(dim=-1)
+        if not bool(gone.any()):  # what is not a number times a gate of zero is none either: only then can losses tell
+            gone = ~torch.isfinite(losses)
+        if not bool(gone.any()) or (self.many and bool(gone.all())):
+            alive = torch.tensor(self.alive, device=losses.device)
+            size = rows.abs().amax(dim=-1) if bool(gone.all()) else losses
+            gone = torch.zeros_like(gone)
+            gone[torch.where(alive, size, -torch.inf).argmax()] = True
+        for i in gone.nonzero()[:, 0].tolist():
+            self.removed += self.alive[i]
+            self.alive[i] = not self.many
+            rows[i] = 0.0 if self.many else self._fresh(rows[i])
+            self.state = {k: _without(v, i) for k, v in self.state.items()}
         self._lora.put(rows)
         self._weigh(self.weights)
+
+    def _fresh(self, row: Tensor) -> Tensor:
+        """A new adapter in the place of one: it says nothing, and can learn."""
+        generator = torch.Generator().manual_seed(self._settings.seed)
+        noise = torch.randn(row.shape, generator=generator).to(row) / self._settings.rank
+        return self._lora.silent(noise)
 
     def weigh(self, acceptance: list[float]) -> None:
         """Moves the weights: acceptance of every row of `rows` on new tokens, before the update that learns from them.
@@ -173,29 +194,31 @@ class Adaptation:
 
     def best(self) -> Tensor:
         """A copy of the parameters (parameters,) of the expert that does best now, in bfloat16: half the memory."""
-        rows = self._lora.split(self._lora.params)
-        living = [i for i, ok in enumerate(self.alive) if ok] or [0]
-        return rows[max(living, key=lambda i: self.weights[i])].bfloat16()
+        return self._lora.split(self._lora.params)[self.leader].bfloat16()
 
     def restore(self, params: Tensor) -> None:
         """Puts a snapshot in place of the expert that does worst; it learns on from there, with new moments."""
         at = min(range(self._experts), key=lambda i: self.weights[i] if self.alive[i] else -1.0) if self.many else 0
         rows = self._lora.split(self._lora.params).clone()
-        before, rows[at] = rows[at].clone(), params.float()
+        rows[at] = params.float()
         state = {k: _without(v, at) for k, v in self.state.items()}
-        if (
-            "moved" in state and not self.many
-        ):  # its ball stays where it was; in an ensemble, it is now around the snapshot
-            state["moved"][at] = self.state["moved"][at] + rows[at] - before
+        if self._starts is not None and self._settings.radius is not None:
+            # It came out of the ball whose centre is nearest, and goes on in that one.
+            origin = (self._starts - rows[at]).norm(dim=-1).argmin()
+            self._starts[at] = self._starts[origin]
+            state["moved"][at] = into_ball(rows[at] - self._starts[at], self._settings.radius)
+            rows[at] = self._starts[at] + state["moved"][at]
         self.state = state
         self._lora.put(rows)
         if self.many:
-            if not self.alive[at]:
-                self.alive[at] = True
+            self.alive[at] = True
             scores = self.hedge_state["scores"].clone()
             scores[at] = scores.max()
             self.hedge_state = self.hedge_state | {"scores": scores}
             self._losses.clear()
+            weights = list(self.weights)
+            weights[at] = max(weights)
+            self._weigh(weights)
 
 
 def _without(values: Tensor, row: int) -> Tensor:

@@ -15,7 +15,7 @@ ENSEMBLE = "ensemble"  # the learner that is many
 HEDGES = ("cumulative", "discounted", "fixed_share", "last_chunk")
 REPLAYS = ("uniform", "recent", "mixed", "loss", "near")
 AUTO = ("lookahead", "update_every")  # settings that may be "auto"
-OPTIONAL = ("radius", "hedge_rate")  # numbers that may be None
+OPTIONAL = ("radius", "hedge_rate", "gradient_cap")  # numbers that may be None
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -43,6 +43,9 @@ class OnlineSpecConfig:
     hedge_rate: float | None = _setting(None, "'ensemble': step size of the weights; None: from theory")
     snapshots: int = _setting(2, "earlier states of the adapter that are kept for a stream that comes back; 0: none")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    gradient_cap: float | None = _setting(
+        3.0, "a gradient is at most so many times as long as the median of those before it; None: any length"
+    )
     rank: int = _setting(32, "rank of the adapter on every adapted layer")
     alpha: float = _setting(32.0, "LoRA alpha: the adapter's output is scaled by alpha / rank")
     target_modules: tuple[str, ...] | None = _setting(
@@ -113,6 +116,7 @@ class OnlineSpecConfig:
             "expert_ratio",
             "radius",
             "hedge_rate",
+            "gradient_cap",
         ):
             value = getattr(self, name)
             if value is None and name in OPTIONAL:

@@ -249,7 +249,7 @@ class OnlineDraft(MemoryDraft):
         """Keeps a finished request for the replay."""
         with self._learns:
             self._learning.remember(feedback)
-            self.metrics.replay_bytes = self._replay.nbytes
+            self.metrics.replay_bytes, self.metrics.replay_refused = self._replay.nbytes, self._replay.refused
 
     def rehearse(self, counts: Counts, passes: int) -> None:
         """The replay's gradient steps: each on a few remembered requests, in one padded batch.
@@ -257,7 +257,7 @@ class OnlineDraft(MemoryDraft):
         With `update_every="auto"` no more than were worth their time of late.
         """
         if self.settings.update_every == "auto":
-            passes = min(passes, self._learning.passes.next())
+            passes = min(passes, self._learning.passes.now)
             self.metrics.decisions.replay_passes = self._learning.passes.now
         for _ in range(passes):
             with self._learns:
@@ -300,7 +300,9 @@ class OnlineDraft(MemoryDraft):
             started, counts = time.perf_counter(), Counts()
             with self._learns:
                 if i == 0:
-                    self._learning.learn_from([feedback], counts)
+                    segment = Segment(feedback.tokens[None], [feedback.teacher], None, temperature)
+                    self._learning.segment(segment, None, 0, counts)
+                    self._note()
                     self.remember(feedback)
                 else:
                     self._learning.rehearse(counts)

@@ -72,6 +72,7 @@ class Governor:
         self._pace_s = 0.0  # seconds of a plain target step
         self._target, self._draft = Verification(), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
         self._read_step = 0.0  # time of the draft for one token of a prompt; 0: not known
+        self._too_long = False  # whether the last plan left drafting alone because of what had to be read
         self._length = 0.0  # new tokens of a request, as they come
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
@@ -106,14 +107,15 @@ class Governor:
             return Plan(lookahead, 1.0, 0.0, trust=seen.trust, frozen=seen.frozen)
         a, doubt = self.acceptances.here(seen)
         best, rate = self._best(a, seen.frozen)
-        if not self._reads(unread, room, rate):
+        self._too_long = not self._reads(unread, room, rate if best else 2.0)
+        if self._too_long:
             best, rate = 0, 1.0
         cost = rate * (self._target.step(best) + self._draft.step())
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
         self._lookahead, self._rate = best, rate
         if best and self._now - self._plain_at > REFRESH:
             return Plan(0, rate, 0.0, silent=True, acceptance=a, trust=seen.trust, frozen=seen.frozen)
-        lookahead = self._probe(best)
+        lookahead = 0 if self._too_long else self._probe(best)
         if not lookahead and room >= HOPE_ROOM:
             hope, rate_then = self._best(a + doubt, seen.frozen)
             if hope and self._reads(2 * unread, room, rate_then):  # it may as well come to nothing
@@ -271,6 +273,8 @@ class Governor:
             self.decisions.drafting = (
                 f"a lookahead of {self._lookahead} is expected to give {self._rate:.2f} times the speed of plain decoding"
                 if self._lookahead
+                else "plain decoding: reading the prompt would take longer than drafting saves"
+                if self._too_long
                 else f"plain decoding: at acceptance {self.acceptances.rate:.2f} no lookahead of the neural draft is faster"
             )
 

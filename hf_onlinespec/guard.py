@@ -1,4 +1,4 @@
-"""Never worse: steps of bounded length, and earlier states of the adapter for a stream that has left it, or comes back.
+"""Never worse: gradients of bounded length, and earlier states of the adapter for a stream that has left it, or comes back.
 
 Acceptance on new tokens is watched. Where it leaves its level, or what was learned does worse than the original draft, the
 stream has changed; then, and now and then in any case, earlier states are tried on the same tokens, and the best one takes over
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-STEP_CAP, STEP_WINDOW = 3.0, 64  # a step is at most so many times as long as the median of so many before it
-KNOWN_STEPS = 8  # before that no length is usual
+CAP_WINDOW = 64  # gradients whose median is usual
+KNOWN_GRADIENTS = 8  # before that no length is usual
 KEEP_EVERY = 8  # requests between two states that may be kept
 LATEST = 3  # requests that tell how it is now
 TRY_EVERY = 8  # requests after a trial before the next one, where nothing is suspicious
@@ -26,22 +26,30 @@ LEAVES = 0.1  # acceptance by which a level is left, at least
 WORSE = 0.02  # acceptance below the original draft's that raises suspicion
 
 
-class StepCap:
-    """Shortens steps (experts, parameters) that are much longer than usual: no single request moves an adapter far."""
+class GradientCap:
+    """Shortens gradients (experts, parameters) that are much longer than usual: no single request moves an adapter far.
 
-    def __init__(self) -> None:
-        self._norms: deque[Tensor] = deque(maxlen=STEP_WINDOW)
+    Gradients, not steps: so a learner's moments, hints and projections know of what was really done.
 
-    def __call__(self, updates: Tensor) -> Tensor:
-        norms = updates.norm(dim=-1)  # (experts,)
-        if len(self._norms) >= KNOWN_STEPS:
-            most = STEP_CAP * torch.stack(list(self._norms)).median(dim=0).values
-            shorter = (most / norms.clamp_min(1e-30)).clamp_max(1.0)
-            # After steps of nothing, a first step is not unusual.
-            shorter = torch.where(most > 0, shorter, 1.0)
-            updates, norms = updates * shorter[:, None], norms * shorter
+    Args:
+        most: times the median of the lengths before; None: no cap.
+    """
+
+    def __init__(self, most: float | None) -> None:
+        self._most = most
+        self._norms: deque[Tensor] = deque(maxlen=CAP_WINDOW)
+
+    def __call__(self, grads: Tensor) -> Tensor:
+        if self._most is None:
+            return grads
+        norms = grads.norm(dim=-1)  # (experts,)
+        if len(self._norms) >= KNOWN_GRADIENTS:
+            most = self._most * torch.stack(list(self._norms)).median(dim=0).values
+            # After gradients of nothing, a first one is not unusual.
+            shorter = torch.where(most > 0, (most / norms.clamp_min(1e-30)).clamp_max(1.0), 1.0)
+            grads, norms = grads * shorter[:, None], norms * shorter
         self._norms.append(norms)
-        return updates
+        return grads
 
 
 class Guard:
@@ -62,8 +70,9 @@ class Guard:
 
     @property
     def nbytes(self) -> int:
-        kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
-        return sum(state.nbytes for state in kept)
+        kept = [*self.states, *(state for state, _ in self._tried)]
+        kept += [] if self._candidate is None else [self._candidate]
+        return sum(state.nbytes for state in {id(state): state for state in kept}.values())
 
     def watch(
         self,
@@ -128,9 +137,11 @@ class Guard:
         self._trials += 1
         winner, least, hopeful = None, 0.0, False
         for state, leads in self._tried:
-            leads.append(statistics.mean(acceptance(state)) - statistics.mean(learned))
             # Requests differ more than tokens do: on a mixed stream every state is better on some of them.
-            if min(leads) <= 0:
+            if leads and min(leads) <= 0:
+                continue
+            leads.append(statistics.mean(acceptance(state)) - statistics.mean(learned))
+            if leads[-1] <= 0:
                 continue
             hopeful = True
             doubt = statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) >= LEAST_TRIAL else math.inf
@@ -143,6 +154,7 @@ class Guard:
         if winner is None:
             return None
         self._keep(now)  # what was learned last may be wanted again, too
+        self._latest.clear()
         self.rollbacks += 1
         self.reason = (
             f"an earlier state of the adapter reaches {gain:+.2f} acceptance beside {statistics.mean(learned):.2f} "

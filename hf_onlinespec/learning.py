@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,13 @@ from ._compat import cache_tensors, keeps_logits
 from .adaptation import Adaptation
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
-from .feedback import Feedback, Teacher, acceptance
+from .feedback import Feedback, Teacher, acceptance, concatenate
 from .guard import Guard
 from .losses import LOSSES
 from .metrics import Counts
 from .replay import Passes, Replay
+
+JUDGED_TOKENS = 32  # of a request, that tell how experts and adapter do
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Segment:
     mask: Tensor | None  # (batch, prompt) with zeros where the prompt is padded on the left
     temperature: float  # of the call that generated the tokens, 0 for greedy
 
+    @property
+    def sound(self) -> bool:
+        """Whether the target has said something everywhere."""
+        return not any(bool((t.log_probs.isnan() | t.log_probs.isposinf()).any()) for t in self.teachers)
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -38,6 +47,28 @@ class Shown:
 
     learned: list[float]  # of what serves
     original: list[float] | None  # of the original draft; None: it was not looked at
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What is not judged yet of one request."""
+
+    segment: Segment
+    accepted: list[list[float]]  # by row of the batched forward
+    shown: Shown
+
+    def goes_on(self, segment: Segment) -> bool:
+        """Whether a segment is the next one of the same request."""
+        before, new = self.segment.tokens, len(segment.teachers[0])
+        return segment.tokens.shape[1] - new == before.shape[1] and torch.equal(segment.tokens[:, :-new], before)
+
+    def joined(self, segment: Segment, accepted: list[list[float]], shown: Shown) -> _Waiting:
+        teachers = [concatenate([a, b]) for a, b in zip(self.segment.teachers, segment.teachers, strict=True)]
+        rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
+        both = self.shown.original is not None and shown.original is not None
+        original = [*(self.shown.original or []), *(shown.original or [])] if both else None
+        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature)
+        return _Waiting(whole, rows, Shown(self.shown.learned + shown.learned, original))
 
 
 class Reader:
@@ -77,6 +108,8 @@ class Learning:
         self.reader = Reader(lora)
         self._lora, self._settings = lora, settings
         self._loss = LOSSES[settings.loss]
+        self.loss = math.inf  # on the latest segment, before it was learned
+        self._waiting: _Waiting | None = None
         # What the steps since the last request moved, and the seconds they took: on new tokens, on remembered ones.
         self._moved: dict[str, tuple[Tensor, float, int]] = {}
         self._tail = settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
@@ -99,7 +132,6 @@ class Learning:
         Args:
             compare: whether the original draft should be looked at too, in a forward of its own; an ensemble always does.
         """
-        started = time.perf_counter()
         n, batch = len(segment.teachers[0]), segment.tokens.shape[0]
         rows = self.adaptation.rows
         original = None
@@ -108,6 +140,7 @@ class Learning:
         elif compare and self.adaptation.steps:
             with torch.no_grad():
                 original = self._accepts(self._lora.base, segment)
+        started = time.perf_counter()
         past = DynamicCache(config=self._lora.base.config)
         if cache is not None and prefix > 0:
             for index, (keys, values) in enumerate(cache_tensors(cache)):
@@ -122,41 +155,72 @@ class Learning:
             logits = logits.unflatten(0, (copies, batch))  # (rows, batch, n, vocab)
             accepted = [self._acceptance(segment, row).tolist() for row in logits.detach()]
             losses = torch.stack([self._losses(segment.teachers, row).mean() for row in logits[: self._lora.blocks]])
+            self.loss = float(losses.detach()[self.adaptation.leader])
             if rows is None:
                 shown = Shown(accepted[0], original)
             else:
                 shown = Shown(accepted[self.adaptation.serving], accepted[self._lora.blocks])
-            self._step(losses, counts, "new", started)
-        if rows is not None:
-            self.adaptation.weigh([sum(row) / len(row) for row in accepted])
-        self._watch(segment, shown)
+        self._step(losses, counts, "new", started, lambda: self._is_learnable(segment))
+        if segment.sound:
+            self._watch(segment, accepted, shown)
         return shown
 
-    def _step(self, losses: Tensor, counts: Counts, kind: str, started: float) -> None:
+    @torch.no_grad()
+    def _is_learnable(self, segment: Segment) -> bool:
+        """Whether the original draft's loss is finite: then the feedback is not to blame."""
+        logits = self._logits(self._lora.base, segment)
+        return bool(torch.isfinite(self._losses(segment.teachers, logits)).all())
+
+    def _step(self, losses: Tensor, counts: Counts, kind: str, started: float, sound: Callable[[], bool]) -> None:
         """A gradient step, and what the steps before it brought for a request that they did not know."""
         if self._settings.update_every != "auto":
-            self.adaptation.step(losses, counts)
+            self.adaptation.step(losses, counts, sound)
             return
         before = self._lora.params.clone()
-        taken = self.adaptation.step(losses, counts)
+        taken = self.adaptation.step(losses, counts, sound)
         if kind == "new" and "new" in self._moved and taken:
             brought = {
                 name: (-float(self._lora.grads @ moved.float()) / n, seconds / n)
                 for name, (moved, seconds, n) in self._moved.items()
             }
-            self.passes.observe(brought["new"], brought.get("old"))
+            if "old" in brought:
+                self.passes.observe(brought["new"], brought["old"])
         if kind == "new":
             self._moved = {}
         moved, seconds, n = self._moved.get(kind, (torch.zeros_like(before), 0.0, 0))
         moved = (moved.float() + self._lora.params - before).bfloat16()
         self._moved[kind] = (moved, seconds + time.perf_counter() - started, n + 1)
 
-    def _watch(self, segment: Segment, shown: Shown) -> None:
+    def _watch(self, segment: Segment, accepted: list[list[float]], shown: Shown) -> None:
+        """Judges experts and adapter by what they did, a whole request at a time: small segments of one wait for the others."""
+        accepted = [[a if math.isfinite(a) else 0.0 for a in row] for row in accepted]
+        shown = Shown([a if math.isfinite(a) else 0.0 for a in shown.learned], shown.original)
+        waiting = self._waiting
+        if waiting is not None and waiting.goes_on(segment):
+            waiting = waiting.joined(segment, accepted, shown)
+        else:
+            self._judge()
+            waiting = _Waiting(segment, accepted, shown)
+        self._waiting = waiting
+        if len(waiting.shown.learned) >= JUDGED_TOKENS:
+            self._judge()
+
+    def _judge(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        if self.adaptation.many:
+            self.adaptation.weigh([sum(row) / len(row) for row in waiting.accepted])
         state = self.guard.watch(
-            shown.learned, shown.original, self.adaptation.best, self._silent, lambda state: self._would(state, segment)
+            waiting.shown.learned,
+            waiting.shown.original,
+            self.adaptation.best,
+            self._silent,
+            lambda state: self._would(state, waiting.segment),
         )
         if state is not None:
             self.adaptation.restore(state)
+            self._moved = {}
 
     def _silent(self, state: Tensor) -> list[Tensor]:
         """An adapter that says nothing; the original draft is a row of every ensemble already."""
@@ -175,15 +239,20 @@ class Learning:
         try:
             self._lora.put(rows)
             with self._lora.speaking(gates) as model:
-                return self._accepts(model, segment)
+                found = self._accepts(model, segment)
+            return [a if math.isfinite(a) else 0.0 for a in found]
         finally:
             self._lora.put(self._lora.split(before))
 
-    def _accepts(self, model: Callable[..., object], segment: Segment) -> list[float]:
+    def _logits(self, model: Callable[..., Any], segment: Segment) -> Tensor:
+        """Logits (batch, n, vocab) at the taught tokens."""
         n = len(segment.teachers[0])
         inputs = self.reader.inputs(segment.tokens[:, :-1], 0, segment.mask)
-        logits = model(use_cache=False, **inputs, **self.reader.keep(n)).logits[:, -n:]  # type: ignore[attr-defined]
-        found: list[float] = self._acceptance(segment, logits).tolist()
+        logits: Tensor = model(use_cache=False, **inputs, **self.reader.keep(n)).logits[:, -n:]
+        return logits
+
+    def _accepts(self, model: Callable[..., Any], segment: Segment) -> list[float]:
+        found: list[float] = self._acceptance(segment, self._logits(model, segment)).tolist()
         return found
 
     def _acceptance(self, segment: Segment, logits: Tensor) -> Tensor:
@@ -203,7 +272,7 @@ class Learning:
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request, unless its steps would be skipped."""
         if not bool(feedback.teacher.log_probs.isnan().any()):
-            self.replay.add(feedback)
+            self.replay.add(feedback, self.loss)
 
     def rehearse(self, counts: Counts) -> bool:
         """One step on a few remembered requests in one padded batch; whether there were any."""
@@ -226,12 +295,15 @@ class Learning:
         with torch.enable_grad(), self._lora.speaking(gates if self.adaptation.many else None) as model:
             rows = self._request_losses(model, requests, experts)
             losses = torch.stack([torch.cat(row).mean() for row in rows])
-            self._step(losses, counts, kind, started)
-        return [float(loss.detach().mean()) for loss in rows[0]]
+        self._step(losses, counts, kind, started, lambda: self._all_learnable(requests))
+        return [float(loss.detach().mean()) for loss in rows[self.adaptation.leader]]
 
-    def _request_losses(
-        self, model: Callable[..., object], requests: list[Feedback], experts: int
-    ) -> list[list[Tensor]]:
+    @torch.no_grad()
+    def _all_learnable(self, requests: list[Feedback]) -> bool:
+        losses = self._request_losses(self._lora.base, requests, 1)[0]
+        return bool(torch.isfinite(torch.cat(losses)).all())
+
+    def _request_losses(self, model: Callable[..., Any], requests: list[Feedback], experts: int) -> list[list[Tensor]]:
         """For every expert and request the losses at its taught positions; rows of the batch end together."""
         lengths = [len(request.tokens) - 1 for request in requests]
         longest = max(lengths)
@@ -243,7 +315,7 @@ class Learning:
         padding = None if min(lengths) == longest else mask.repeat(experts, 1)
         inputs = self.reader.inputs(tokens.repeat(experts, 1), 0, padding)
         n = max(len(request.teacher) for request in requests)
-        logits = model(use_cache=False, **inputs, **self.reader.keep(n)).logits  # type: ignore[attr-defined]
+        logits = model(use_cache=False, **inputs, **self.reader.keep(n)).logits
         return [
             [self._losses([request.teacher], [own]) for request, own in zip(requests, part, strict=True)]
             for part in logits.unflatten(0, (experts, len(requests)))

@@ -85,6 +85,7 @@ class DraftMetrics(Counts):
 
     last: Counts = field(default_factory=Counts)
     replay_bytes: int = 0
+    replay_refused: int = 0  # requests longer than `replay_tokens`
     memory_bytes: int = 0  # of the suffix memory
     idle_updates: int = 0  # gradient steps taken while nothing was generated; not among `updates`
     idle_time_s: float = 0.0  # time of these; in no speed

@@ -14,7 +14,6 @@ from .feedback import Feedback
 
 PASSES_WINDOW = 8  # requests that decide on the number of passes
 PASSES_LEAST = 0.5  # return per second of a pass over that of a step on new tokens
-PASSES_TRIED_EVERY = 4  # requests, where no pass pays
 PROFILE = 256  # bins of a request's token profile
 
 
@@ -34,8 +33,8 @@ class Remembered:
 class Replay:
     """Requests that fit into `max_tokens`, at `top_k` target probabilities per generated position.
 
-    Once the room is full, half of it is for the newest requests; in the other half, every earlier request has the same chance to
-    be (a reservoir), so that old domains stay alive.
+    Once the room is full, half of it is for the newest requests; in the other half, every earlier request of the same length has
+    the same chance to be (a reservoir), so that old domains stay alive.
 
     Bytes are bounded by `max_tokens * (12 + 12 * top_k)`, an int64 token, a float32 tail, and float32 + int64 per kept
     probability, and a profile of 1 KiB per request.
@@ -48,6 +47,7 @@ class Replay:
     def __init__(self, max_tokens: int, top_k: int, seed: int, sampling: str = "uniform") -> None:
         self.max_tokens = max_tokens
         self.top_k = top_k
+        self.refused = 0  # requests longer than the bound
         self.recent: list[Remembered] = []  # the newest last
         self.old: list[Remembered] = []
         self._left = 0  # requests that have left the newest
@@ -55,9 +55,10 @@ class Replay:
         self._random = random.Random(seed)
 
     def add(self, feedback: Feedback, loss: float = float("inf")) -> None:
-        """Remembers a request, and forgets others beyond the bound. A request above the bound is not kept."""
+        """Remembers a request, and forgets others beyond the bound. One that is longer than the bound is counted, not kept."""
         small = Feedback(feedback.tokens, feedback.teacher.top(self.top_k))
         if len(small.tokens) > self.max_tokens:
+            self.refused += 1
             return
         self.recent.append(Remembered(small, profile(small.tokens), loss))
         while self.tokens > self.max_tokens:
@@ -107,10 +108,10 @@ def profile(tokens: Tensor) -> Tensor:
 
 
 class Passes:
-    """How many replay passes after a request are worth their time.
+    """How many replay passes after a request are worth their time; one at least, so that old domains are not forgotten.
 
     What a step brought is told by the gradient g of the next request, which no step has seen: −⟨g, Δw⟩ is, to first order, how
-    far it lowered that request's loss. A pass is worth its time while it brings as much per second as the step on new
+    far it lowered that request's loss. One pass more is worth its time while a pass brings as much per second as the step on new
     tokens does, or nearly so.
 
     Args:
@@ -121,29 +122,18 @@ class Passes:
         self.most, self.now = most, most
         self._new: list[tuple[float, float]] = []  # what it brought, seconds
         self._old: list[tuple[float, float]] = []  # of one pass
-        self._without = 0  # requests since the last pass
 
-    def next(self) -> int:
-        """Passes after this request; where none pays, one is tried now and then."""
-        self._without = 0 if self.now else self._without + 1
-        if self._without < PASSES_TRIED_EVERY:
-            return self.now
-        self._without = 0
-        return min(1, self.most)
-
-    def observe(self, new: tuple[float, float], old: tuple[float, float] | None) -> None:
+    def observe(self, new: tuple[float, float], old: tuple[float, float]) -> None:
         """What the step on new tokens and what one pass brought, each with the seconds that it took."""
-        if not all(math.isfinite(x) for x in (*new, *(old or ()))):
+        if not all(math.isfinite(x) for x in (*new, *old)):
             return
         self._new.append(new)
-        if old is None:
-            return
         self._old.append(old)
         if len(self._old) < PASSES_WINDOW:
             return
         per_s = [sum(g for g, _ in some) / max(sum(s for _, s in some), 1e-9) for some in (self._old, self._new)]
         worth = per_s[0] > 0 and per_s[0] >= PASSES_LEAST * per_s[1]
-        self.now = min(self.most, self.now + 1) if worth else max(0, self.now - 1)
+        self.now = min(self.most, self.now + 1) if worth else max(min(1, self.most), self.now - 1)
         self._new, self._old = [], []
 
 
@@ -170,7 +160,7 @@ def _mixed(rng: random.Random, recent: list[Remembered], old: list[Remembered], 
 def _loss(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
     """The more likely, the higher the loss was; what was never learned from comes first."""
     everything = recent + old
-    return _weighted(rng, everything, [min(max(r.loss, 1e-6), 1e3) for r in everything], n)
+    return _weighted(rng, everything, [min(max(r.loss, 1e-6), 1e3) if r.loss == r.loss else 1e3 for r in everything], n)
 
 
 def _near(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:

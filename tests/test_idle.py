@@ -101,7 +101,7 @@ def test_a_failing_update_never_reaches_a_call(target, draft_model, prompt, monk
     def broken(*_: object) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(draft._learning, "learn_from", broken)
+    monkeypatch.setattr(draft._learning, "segment", broken)
     with caplog.at_level(logging.ERROR, "hf_onlinespec"):
         for _ in range(3):
             assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))

@@ -77,6 +77,18 @@ def test_heavy_ball_follows_torch_at_the_matched_rate() -> None:
         torch.testing.assert_close(w, reference.detach())
 
 
+@pytest.mark.parametrize("radius", [None, 1e6])
+def test_heavy_ball_in_adams_metric_follows_optax(radius: float | None) -> None:
+    jax.config.update("jax_enable_x64", True)
+    oracle = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-8), optax.trace(0.9), optax.scale(-0.05 * 0.1))
+    learner = heavy_ball(0.05, adam(), radius)
+    theirs, ours = oracle.init(START.numpy()), learner.init(START)
+    for g in gradients(15):
+        expected, theirs = oracle.update(g.numpy(), theirs)
+        updates, ours = learner.update(g, ours)
+        torch.testing.assert_close(updates, torch.tensor(expected.tolist(), dtype=torch.float64))
+
+
 def test_heavy_ball_moves_as_far_as_ogd_along_a_constant_gradient() -> None:
     grads = [torch.ones(6, dtype=torch.float64)] * 400
     ball, steps = (run(make(0.1), START, grads) for make in (heavy_ball, ogd))

@@ -5,7 +5,7 @@ import torch
 
 from hf_onlinespec import Feedback
 from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.replay import PROFILE, SAMPLING, Replay
+from hf_onlinespec.replay import PASSES_WINDOW, PROFILE, SAMPLING, Passes, Replay
 
 
 def request(i: int, length: int = 10, new: int = 6, vocab: int = 50) -> Feedback:
@@ -56,7 +56,7 @@ def test_bytes_stay_within_the_stated_bound() -> None:
 def test_a_request_above_the_bound_is_not_kept(sampling: str) -> None:
     replay = Replay(max_tokens=5, top_k=4, seed=0, sampling=sampling)
     replay.add(request(0))
-    assert len(replay) == 0 and replay.sample(3) == []
+    assert len(replay) == 0 and replay.sample(3) == [] and replay.refused == 1
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
@@ -109,3 +109,23 @@ def test_keeps_no_more_than_top_k_probabilities() -> None:
     replay = Replay(max_tokens=100, top_k=4, seed=0)
     replay.add(request(0))
     assert replay.requests[0].teacher.log_probs.shape == (6, 4)
+
+
+def test_passes_shrink_and_grow_with_what_they_bring() -> None:
+    passes = Passes(3)
+
+    def see(times: int, new: tuple[float, float], old: tuple[float, float]) -> int:
+        for _ in range(times * PASSES_WINDOW):
+            passes.observe(new, old)
+        return passes.now
+
+    assert see(2, (1.0, 0.1), (1.0, 0.1)) == 3  # worth as much as new tokens
+    assert see(1, (1.0, 0.1), (0.1, 0.1)) == 2
+    assert see(9, (1.0, 0.1), (-1.0, 0.1)) == 1  # one is left for old domains
+    assert see(1, (1.0, 0.1), (1.0, 0.9)) == 1  # as much, but nine times as slow
+    assert see(1, (-1.0, 0.1), (0.5, 0.1)) == 2
+    assert see(9, (float("nan"), 0.1), (-5.0, 0.1)) == 2  # says nothing
+    none = Passes(0)
+    for _ in range(3 * PASSES_WINDOW):
+        none.observe((1.0, 0.1), (0.0, 0.1))
+    assert none.now == 0

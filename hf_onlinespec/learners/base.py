@@ -43,17 +43,25 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direction:
 
     def init(params: Tensor) -> State:
         zeros = torch.zeros_like(params)
-        return {"step": torch.zeros((), dtype=torch.float64), "m": zeros, "v": zeros.clone()}
+        # Every expert counts its own steps, so that one can begin anew.
+        return {"step": torch.zeros_like(params[..., :1]), "m": zeros, "v": zeros.clone()}
 
     def of(grads: Tensor, state: State) -> tuple[Tensor, State]:
         step = state["step"] + 1
         m = torch.lerp(grads, state["m"], b1)
         v = torch.lerp(grads * grads, state["v"], b2)
-        t = step.item()
-        u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt_().add_(eps))
+        u = (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt_().add_(eps))
         return u, {"step": step, "m": m, "v": v}
 
     return Direction(init, of)
+
+
+def moves(updates: Tensor, state: State, radius: float | None) -> tuple[Tensor, State]:
+    """The updates as far as the ball allows, and where they lead; None: no ball."""
+    if radius is None:
+        return updates, {}
+    moved = into_ball(state["moved"] + updates, radius)
+    return moved - state["moved"], {"moved": moved}
 
 
 def into_ball(moved: Tensor, radius: float) -> Tensor:

@@ -60,6 +60,7 @@ def last_chunk(rate: float = 10.0) -> Hedge:
     """A softmax of the last losses alone: what the released code of arXiv:2603.12617 runs. A baseline."""
 
     def update(losses: Tensor, state: State) -> tuple[Tensor, State]:
-        return (-rate * losses.double()).softmax(-1), state
+        scores = -losses.double().nan_to_num(1.0, 1.0, 1.0)
+        return (rate * scores).softmax(-1), {"scores": scores}
 
-    return Hedge(lambda n: {}, update)
+    return Hedge(lambda n: {"scores": torch.zeros(n, dtype=torch.float64)}, update)

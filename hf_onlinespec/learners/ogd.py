@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Direction, Learner, Rate, State, into_ball, plain
+from .base import Direction, Learner, Rate, State, moves, plain
 
 
 def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = None) -> Learner:
@@ -28,11 +28,8 @@ def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = Non
 
     def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
         u, new = direction.of(grads, state)
-        updates = -lr * u
-        if radius is None:
-            return updates, new
-        moved = into_ball(state["moved"] + updates, radius)
-        return moved - state["moved"], new | {"moved": moved}
+        updates, moved = moves(-lr * u, state, radius)
+        return updates, new | moved
 
     return Learner(init, update)
 
@@ -48,15 +45,15 @@ def heavy_ball(
     -0.02
     """
     direction = direction or plain()
-    steps = ogd(lr, radius=radius)
 
     def init(params: Tensor) -> State:
-        return direction.init(params) | steps.init(params) | {"mean": torch.zeros_like(params)}
+        state = direction.init(params) | {"mean": torch.zeros_like(params)}
+        return state if radius is None else state | {"moved": torch.zeros_like(params)}
 
     def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
         u, new = direction.of(grads, state)
         mean = torch.lerp(u, state["mean"], momentum)
-        updates, moved = steps.update(mean, state)
-        return updates, state | new | moved | {"mean": mean}
+        updates, moved = moves(-lr * mean, state, radius)
+        return updates, new | moved | {"mean": mean}
 
     return Learner(init, update)
