@@ -74,7 +74,7 @@ COMMON = {"lookahead": LOOKAHEAD, "update_every": 1, "memory_tokens": 0}
 BARE = {"snapshots": 0}  # without the guard's earlier states
 OGD = BARE | {"learner": "ogd"}
 ENSEMBLE = BARE | {"learner": "ensemble"}
-GRADIENT = BARE | {"preconditioner": "none", "lr": 1.0}
+GRADIENT = BARE | {"preconditioner": "none", "lr": 1.0, "gradient_cap": None}
 LR = OnlineSpecConfig().lr
 LEARNERS: dict[str, dict[str, Any]] = {
     "frozen": {},
@@ -111,8 +111,8 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "cross entropy": BARE | {"loss": "cross_entropy"},
     "every 4 requests": BARE,  # the same number of steps, all of them together
     "adapt once": OGD,
-    "released chunks": OGD | {"replay_passes": 0, "lr": 4e-4},
-    "released momentum": OGD | {"replay_passes": 0, "preconditioner": "none", "lr": 0.1},
+    "released chunks": OGD | {"replay_passes": 0, "lr": 4e-4, "gradient_cap": None},
+    "released momentum": OGD | {"replay_passes": 0, "preconditioner": "none", "lr": 0.1, "gradient_cap": None},
 }
 SHOWN = ("frozen", "default", "optimistic", "ogd", "heavy ball", "ensemble")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -214,10 +215,21 @@ def _regret(arguments: argparse.Namespace) -> int:
 
     report = evaluate(recording, model, config, arguments.lookahead, show=show)
     plots.regret_figure(report).savefig(arguments.out / "regret.png", dpi=150)
-    (arguments.out / "regret.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "regret.json").write_text(
+        json.dumps(_finite(asdict(report)), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     print(report.text())
     print(f"Written: {arguments.out / 'regret.json'}, {arguments.out / 'regret.png'}")
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """The same with null where JSON has no number: infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_folder(folder: Path, option: str) -> None:

@@ -77,10 +77,12 @@ class Recording:
                     raise ConfigError(f"{path}: format {about.get('format')!r} is no recording of format {FORMAT}.")
                 t = {name: file.get_tensor(name) for name in TENSORS}
             domains, temperature = json.loads(about["domains"]), float(json.loads(about["temperature"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{path}: not a recording ({error}). Make one with hf-onlinespec record.") from error
+        if not isinstance(domains, list) or any(int(t[name].min()) < 1 for name in ("lengths", "new") if len(t[name])):
+            raise ConfigError(f"{path}: the parts of the recording do not fit together. Record the stream anew.")
         n = len(domains)
         whole = len(t["lengths"]) == len(t["new"]) == n and n > 0
         rows = int(t["new"].sum())

@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft
-from .feedback import acceptance
+from .errors import ConfigError
+from .feedback import Feedback, acceptance
 from .learning import Segment
 from .losses import LOSSES
 from .metrics import Counts
 from .recording import Recorded, Recording
 
+COMPARATOR_LR = 1e-3  # of Adam, whatever the learner's is
 EPOCHS = 30  # of a comparator's training, at most
 ENOUGH = 0.01  # relative improvement of an epoch below which it is over
 BATCH = 4  # requests in one step of it
@@ -51,7 +53,7 @@ class RegretReport:
     fixed: Curve  # the best adapter for the whole stream in hindsight
     segments: Curve  # the best one for each segment
     path_length: float  # Σ ‖u_{s+1} − u_s‖ over the segments' adapters
-    gradient_variation: float  # Σ ‖g_t − g_{t−1}‖²
+    gradient_variation: float  # Σ ‖g_t − g_{t−1}‖² along the learner's own path: it moves between the two
     gradient_norm: float  # mean ‖g_t‖²
 
     def static_regret(self) -> list[float]:
@@ -113,7 +115,7 @@ class RegretReport:
         lines += [
             "",
             f"Static regret {static:.2f} ({static / t:.3f} per request), dynamic regret {dynamic:.2f} ({dynamic / t:.3f}).",
-            f"Path length of the segments' adapters {self.path_length:.2f}; gradient variation {self.gradient_variation:.3g}, "
+            f"Path length of the segments' adapters {self.path_length:.2f}; gradient variation along the path {self.gradient_variation:.3g}, "
             f"{self.gradient_variation / max(t - 1, 1) / max(self.gradient_norm, 1e-12):.2f} times the mean squared gradient per request "
             "(2: gradients of two requests have nothing in common).",
             f"Half-way from frozen to the best adapter per segment: {_after(self.tokens_to_half_way())}.",
@@ -187,19 +189,27 @@ def evaluate(
         config: how to learn; its schedule is not used.
         epochs: of a comparator's training, at most.
         show: is told what is done now.
+
+    Raises:
+        ConfigError: before anything is replayed, if the settings or the draft do not fit the recording.
     """
+    if config.temperature != 1.0 or config.top_k is not None:
+        raise ConfigError(
+            f"temperature={config.temperature}, top_k={config.top_k}: a recording holds the target's laws as they are. Use 1 and None."
+        )
+    if lookahead < 1:
+        raise ConfigError(f"lookahead={lookahead}: expected at least 1.")
     config = replace(config, update_every=1)
-    requests, temperature = recording.requests, recording.temperature
+    draft = OnlineDraft(model(), config)
+    requests, temperature = _fitting(recording.requests, draft), recording.temperature
     domains = [r.domain for r in requests]
     served, frozen = Curve(), Curve()
-    draft = OnlineDraft(model(), config)
     gradients = _Gradients()
     show("learning")
     for request in requests:
         _add(served, draft, request, temperature, lookahead, frozen=False)
         _add(frozen, draft, request, temperature, lookahead, frozen=True)
-        law = request.feedback.teacher.to(draft.device)
-        segment = Segment(request.feedback.tokens[None].to(draft.device), [law], None, temperature)
+        segment = Segment(request.feedback.tokens[None], [request.feedback.teacher], None, temperature)
         draft._learning.segment(segment, None, 0, Counts())
         gradients.add(draft._lora.grads)
         draft.remember(request.feedback)
@@ -220,8 +230,26 @@ def evaluate(
     )
 
 
+def _fitting(requests: Sequence[Recorded], draft: OnlineDraft) -> list[Recorded]:
+    """The requests on the draft's device. Raises ConfigError where the draft cannot read them."""
+    vocab = draft.config.get_text_config().vocab_size
+    for number, r in enumerate(requests, 1):
+        most = int(r.feedback.tokens.max())
+        if r.feedback.teacher.tokens is not None:
+            most = max(most, int(r.feedback.teacher.tokens.max()))
+        if most >= vocab or len(r.feedback.tokens) > draft.positions:
+            raise ConfigError(
+                f"Request {number} has token {most} and {len(r.feedback.tokens)} tokens; the draft knows {vocab} and reads "
+                f"{draft.positions}. Take the draft that the stream was recorded for."
+            )
+    return [
+        replace(r, feedback=Feedback(r.feedback.tokens.to(draft.device), r.feedback.teacher.to(draft.device)))
+        for r in requests
+    ]
+
+
 class _Gradients:
-    """Σ ‖g_t − g_{t−1}‖² and the mean ‖g_t‖² of what was really descended."""
+    """Σ ‖g_t − g_{t−1}‖² and the mean ‖g_t‖², each gradient where the learner was then."""
 
     def __init__(self) -> None:
         self.variation = 0.0
@@ -244,10 +272,10 @@ class _Gradients:
 @torch.no_grad()
 def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, frozen: bool) -> None:
     """What the draft as it is now does on a request."""
-    tokens, n = request.feedback.tokens[None].to(draft.device), len(request.log_p)
+    tokens, n = request.feedback.tokens[None], len(request.log_p)
     with draft.serving(frozen) as model:
         logits = model(tokens[:, :-1], use_cache=False, **draft.keep(n)).logits[0, -n:]
-    law = request.feedback.teacher.to(draft.device)
+    law = request.feedback.teacher
     settings = draft.settings
     tail = settings.loss != "cross_entropy"
     curve.losses.append(float(LOSSES[settings.loss](*law.compare(logits, settings.temperature, tail)).mean()))
@@ -270,12 +298,14 @@ def _comparator(
     epochs: int,
 ) -> tuple[Curve, Tensor]:
     """The same adapter, trained on all of the requests until that brings nothing more; and its parameters."""
-    single = OnlineSpecConfig.from_dict(
-        config.to_dict() | {"learner": "ogd", "preconditioner": "adam", "update_every": 1, "snapshots": 0}
-    )
+    single = replace(config, learner="ogd", preconditioner="adam", lr=COMPARATOR_LR, radius=None, snapshots=0)
     draft = OnlineDraft(model(), single)
     generator = torch.Generator().manual_seed(config.seed)
-    best, best_params = float("inf"), draft._lora.params.clone()
+    weights = [len(r.log_p) for r in requests]
+    original = Curve()
+    for request in requests:
+        _add(original, draft, request, temperature, lookahead, frozen=True)
+    best, best_params = _mean(original.losses, weights), draft._lora.params.clone()  # the original draft is one, too
     for _ in range(epochs):
         order = torch.randperm(len(requests), generator=generator).tolist()
         for start in range(0, len(order), BATCH):
@@ -283,7 +313,7 @@ def _comparator(
         curve = Curve()
         for request in requests:
             _add(curve, draft, request, temperature, lookahead, frozen=False)
-        mean = _mean(curve.losses, [len(r.log_p) for r in requests])
+        mean = _mean(curve.losses, weights)
         improved = best - mean
         if improved > 0:
             best, best_params = mean, draft._lora.params.clone()

@@ -15,6 +15,8 @@ from hf_onlinespec.embedded import load_draft, load_pair, prompts
 from hf_onlinespec.recording import Recording, record
 from hf_onlinespec.regret import Curve, RegretReport, evaluate, expected_rounds, kept_chances
 
+from .conftest import tiny_llama
+
 
 def brute_force(kept: list[float], lookahead: int) -> float:
     """Rounds of every outcome, weighted by its chance."""
@@ -89,6 +91,20 @@ def test_comparators_and_bounds(recording: Recording) -> None:
         assert report.bound(report.fixed) == 1.0 and math.isinf(report.fixed.kl[0])
 
 
+def test_a_comparator_is_never_worse_than_the_original(recording: Recording) -> None:
+    """Whatever the learner's own step size is: this one ruins the adapter."""
+    few = Recording(recording.requests[:4], recording.temperature)
+    wild = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=50.0, gradient_cap=None, snapshots=0)
+    report = evaluate(few, load_draft, wild, lookahead=4, epochs=2)
+    assert sum(report.fixed.losses) <= sum(report.frozen.losses) + 1e-6
+    assert report.static_regret()[-1] > 0
+
+
+def test_a_draft_that_cannot_read_the_stream_is_refused(recording: Recording) -> None:
+    with pytest.raises(ConfigError, match="Request 1"):
+        evaluate(recording, lambda: tiny_llama(2), OnlineSpecConfig(rank=2, alpha=2.0))
+
+
 def test_the_bound_by_hand() -> None:
     curve = Curve([0.1], [0.02], [0.0008], [2.0])
     report = RegretReport(["a"], [8], 4, curve, curve, curve, curve, 0.0, 0.0, 1.0)
@@ -123,12 +139,14 @@ def test_the_command_line(tmp_path, capsys) -> None:
     assert "dynamic regret" in capsys.readouterr().out
     assert (out / "regret.png").stat().st_size > 1000
     assert len(json.loads((out / "regret.json").read_text(encoding="utf-8"))["served"]["losses"]) == 4
-    for bad in ("[1]", "{", '{"learning_rate": 1}'):
+    assert "Infinity" not in (out / "regret.json").read_text(encoding="utf-8")
+    assert main(["regret", str(run), "--lookahead", "0", "--out", str(out)]) == 2
+    for bad in ("[1]", "{", '{"learning_rate": 1}', '{"temperature": 2.0}', '{"top_k": 8}'):
         assert main(["regret", str(run), "--config", bad, "--out", str(out)]) == 2
         assert "error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("broken", ["missing", "text", "cut", "other", "parts"])
+@pytest.mark.parametrize("broken", ["missing", "text", "cut", "other", "parts", "domains"])
 def test_files_that_are_no_recordings(recording: Recording, tmp_path, broken: str) -> None:
     path = tmp_path / "run.safetensors"
     if broken == "text":
@@ -142,6 +160,9 @@ def test_files_that_are_no_recordings(recording: Recording, tmp_path, broken: st
         else:
             tensors = load_file(path)
             about = {"format": "1", "temperature": "0.0", "draft": "", "domains": json.dumps(["a"] * 12)}
-            save_file(tensors | {"lengths": tensors["lengths"] + 1}, path, metadata=about)
+            if broken == "domains":
+                save_file(tensors, path, metadata=about | {"domains": "3"})
+            else:
+                save_file(tensors | {"lengths": tensors["lengths"] + 1}, path, metadata=about)
     with pytest.raises(ConfigError, match=r"run\.safetensors"):
         Recording.load(path)
