@@ -21,6 +21,7 @@ from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.regret import expected_rounds
 
 EVERYWHERE = None
 INNER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,28 +76,17 @@ def record(domain: str, n: int, new_tokens: int) -> list[Recorded]:
     return stream
 
 
-def rounds(agrees: list[bool], lookahead: int) -> int:
-    """Rounds that greedy verification needs for a text on which the draft's next token agrees or not."""
-    count, position = 0, 0
-    while position < len(agrees):
-        kept = 0
-        while kept < lookahead and position + kept < len(agrees) and agrees[position + kept]:
-            kept += 1
-        position += kept + 1
-        count += 1
-    return count
-
-
 def run(config: OnlineSpecConfig, stream: list[Recorded]) -> tuple[list[float], float]:
     """Acceptance length by quarter of the stream, and learning seconds per generated token."""
     draft = OnlineDraft(load_draft(), config)
-    spent: list[tuple[int, int]] = []  # tokens, rounds of each request
+    spent: list[tuple[int, float]] = []  # tokens, rounds of each request
     update_time_s = 0.0
     for request in stream:
         n = len(request.logits)
         with torch.no_grad():
             own = draft(request.tokens[None, :-1]).logits[0, -n:].argmax(-1)
-        spent.append((n, rounds((own == request.tokens[-n:]).tolist(), config.lookahead)))
+        agrees = (own == request.tokens[-n:]).float().tolist()
+        spent.append((n, expected_rounds(agrees, config.lookahead)))
         started = time.perf_counter()
         teacher = Teacher.from_logits(request.logits, config.temperature, config.top_k)
         counts = Counts()

@@ -215,11 +215,14 @@ def evaluate(
         draft.remember(request.feedback)
         draft.rehearse(Counts(), config.replay_passes)
     show("the best fixed adapter")
-    fixed, _ = _comparator(requests, model, config, temperature, lookahead, epochs)
+    fixed, whole = _comparator(requests, model, config, temperature, lookahead, epochs)
     segments, states = Curve(), []
-    for domain, group in itertools.groupby(requests, key=lambda r: r.domain):
-        show(f"the best adapter for {domain}")
-        part, state = _comparator(list(group), model, config, temperature, lookahead, epochs)
+    groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: r.domain)]
+    for group in groups:
+        show(f"the best adapter for {group[0].domain}")
+        part, state = fixed, whole
+        if len(groups) > 1:
+            part, state = _comparator(group, model, config, temperature, lookahead, epochs)
         states.append(state)
         for name, values in vars(part).items():
             vars(segments)[name].extend(values)
