@@ -18,16 +18,9 @@ from torch import Tensor
 from .adapters import GatedLora
 from .config import ENSEMBLE, OnlineSpecConfig
 from .guard import GradientCap
-from .learners import LEARNERS, Hedge, Learner, State, adam, hedge, into_ball, last_chunk, optimistic, plain
+from .learners import HEDGES, LEARNERS, Learner, State, adam, into_ball, optimistic, plain
 from .metrics import Counts
 
-# Weights of the experts by name, with a step size or the one of theory (None).
-HEDGES: dict[str, Callable[[float | None], Hedge]] = {
-    "cumulative": lambda rate: hedge(rate),
-    "discounted": lambda rate: hedge(rate, discount=0.95),
-    "fixed_share": lambda rate: hedge(rate, share=0.02),
-    "last_chunk": lambda rate: last_chunk(10.0 if rate is None else rate),
-}
 COMPARED = 8  # updates over which a single row has to do better than the mixture to serve in its place
 
 

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import ConfigError
-from .learners import LEARNERS
+from .learners import HEDGES, LEARNERS
 from .losses import LOSSES
+from .replay import SAMPLING
 
 UPDATE_WHEN = ("round", "request", "idle")
 ENSEMBLE = "ensemble"  # the learner that is many
-HEDGES = ("cumulative", "discounted", "fixed_share", "last_chunk")
-REPLAYS = ("uniform", "recent", "mixed", "loss", "near")
 AUTO = ("lookahead", "update_every")  # settings that may be "auto"
 OPTIONAL = ("radius", "hedge_rate", "gradient_cap")  # numbers that may be None
 
@@ -39,7 +38,7 @@ class OnlineSpecConfig:
     experts: int = _setting(3, "'ensemble': adapters side by side, with step sizes on a geometric grid")
     expert_ratio: float = _setting(4.0, "'ensemble': step size over the next smaller one")
     expert_learner: str = _setting("ogd", f"'ensemble': what each of them runs, one of {sorted(LEARNERS)}")
-    hedge: str = _setting("fixed_share", f"'ensemble': how their weights follow their losses, one of {HEDGES}")
+    hedge: str = _setting("fixed_share", f"'ensemble': how their weights follow their losses, one of {sorted(HEDGES)}")
     hedge_rate: float | None = _setting(None, "'ensemble': step size of the weights; None: from theory")
     snapshots: int = _setting(2, "earlier states of the adapter that are kept for a stream that comes back; 0: none")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
@@ -72,7 +71,7 @@ class OnlineSpecConfig:
     )
     replay_passes: int = _setting(2, "gradient steps on remembered requests after each request; the most with 'auto'")
     replay_batch: int = _setting(4, "remembered requests in one such step")
-    replay_sampling: str = _setting("uniform", f"which remembered requests are rehearsed, one of {REPLAYS}")
+    replay_sampling: str = _setting("uniform", f"which remembered requests are rehearsed, one of {sorted(SAMPLING)}")
     replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
     memory_tokens: int = _setting(
@@ -85,7 +84,7 @@ class OnlineSpecConfig:
         self._one_of("learner", [*LEARNERS, ENSEMBLE])
         self._one_of("expert_learner", LEARNERS)
         self._one_of("hedge", HEDGES)
-        self._one_of("replay_sampling", REPLAYS)
+        self._one_of("replay_sampling", SAMPLING)
         self._one_of("loss", LOSSES)
         self._one_of("update_when", UPDATE_WHEN)
         self._one_of("preconditioner", ("adam", "none"))

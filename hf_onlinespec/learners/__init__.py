@@ -1,13 +1,14 @@
 """The draft adapts: pure functions `init(params) -> state` and `update(grads, state) -> (updates, state)` over plain tensors."""
 
 from .base import Direction, Learner, State, adam, into_ball, plain
-from .hedge import Hedge, hedge, last_chunk
+from .hedge import HEDGES, Hedge, hedge, last_chunk
 from .ogd import heavy_ball, ogd
 from .optimistic import optimistic
 
 LEARNERS = {"ogd": ogd, "optimistic": optimistic, "heavy_ball": heavy_ball}
 
 __all__ = [
+    "HEDGES",
     "LEARNERS",
     "Direction",
     "Hedge",

@@ -64,3 +64,12 @@ def last_chunk(rate: float = 10.0) -> Hedge:
         return (rate * scores).softmax(-1), {"scores": scores}
 
     return Hedge(lambda n: {"scores": torch.zeros(n, dtype=torch.float64)}, update)
+
+
+# By name, with a step size or the one of theory (None).
+HEDGES: dict[str, Callable[[float | None], Hedge]] = {
+    "cumulative": lambda rate: hedge(rate),
+    "discounted": lambda rate: hedge(rate, discount=0.95),
+    "fixed_share": lambda rate: hedge(rate, share=0.02),
+    "last_chunk": lambda rate: last_chunk(10.0 if rate is None else rate),
+}
