@@ -238,20 +238,32 @@ def test_back_in_an_old_domain_an_earlier_state_serves(settings: dict[str, objec
     rng = torch.Generator().manual_seed(0)
     requests(0, 120, rng)
     requests(1, 120, rng)
-    before = draft.metrics.rollbacks
+    before, restored = draft.metrics.rollbacks, []
+    restore = draft._adaptation.restore
+
+    def spy(state: torch.Tensor) -> None:
+        restore(state)
+        rows = draft._lora.split(draft._lora.params)
+        restored.append(float((rows - state.float()).norm(dim=-1).min()))
+
+    draft._adaptation.restore = spy
     requests(0, 20, rng)
+    assert restored and max(restored) < 1e-4, "the state is in the adapter"
     assert draft.metrics.rollbacks > before and "earlier state" in draft.metrics.decisions.rollback
     assert draft.learning_bytes > draft._lora.nbytes + 2 * 2 * draft._lora.params.numel() // draft._lora.blocks
 
 
 def test_a_request_of_nonsense_in_a_trial_is_survived() -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(SMALL | {"snapshots": 2})))
+    guard, watched = draft._learning.guard, []
+    watch = guard.watch
+    guard.watch = lambda learned, *rest: (watched.append(len(learned)), watch(learned, *rest))[1]
     generator = torch.Generator().manual_seed(0)
     for i in range(40):
         tokens, logits = torch.randint(32, (1, 50), generator=generator), 3 * torch.randn(40, 32, generator=generator)
         bad = torch.nan if i % 5 == 3 else 1.0
         draft.learn_segment(tokens, [Teacher.from_logits(logits * bad)], None, 0, None, Counts(), 0.8)
-    guard = draft._learning.guard
+    assert watched == [40] * 32, "what the target did not say is no evidence"
     assert math.isfinite(guard._level) and math.isfinite(guard._spread) and guard._trials <= 8
 
 
