@@ -192,7 +192,7 @@ class OnlineDraft(MemoryDraft):
         adaptation, guard = self._adaptation, self._learning.guard
         if adaptation.many:
             self.metrics.expert_weights = tuple(adaptation.weights)
-            self.metrics.removed_experts = adaptation.removed
+        self.metrics.removed_experts = adaptation.removed
         if guard.rollbacks > self.metrics.rollbacks:
             self.metrics.rollbacks = guard.rollbacks
             self.metrics.decisions.rollback = guard.reason
@@ -230,7 +230,7 @@ class OnlineDraft(MemoryDraft):
         """
         length = tokens.shape[1]
         tokens = tokens[:, -PREFERENCE_TOKENS:].to(self.device)
-        if not self._adaptation.steps or tokens.shape[1] < 2:
+        if self._adaptation.original_serves or tokens.shape[1] < 2:
             return 0.0, {}
         mask = None if mask is None else mask[:, length - tokens.shape[1] :]
         weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)

@@ -94,7 +94,7 @@ class DraftMetrics(Counts):
     expert_weights: tuple[float, ...] = (
         1.0,
     )  # of the experts in an ensemble's mixture; the last is the original draft's
-    removed_experts: int = 0  # that diverged
+    removed_experts: int = 0  # that diverged; a single learner begins anew
     rollbacks: int = 0  # times that an earlier state of the adapter took over; why: decisions.rollback
 
     def close(self, call: Counts) -> None:

@@ -201,6 +201,10 @@ def test_learning_takes_less_than_half_the_memory_of_a_draft_of_100_million_para
     for start in range(2):
         target.generate(torch.tensor([[start + 1, 2, 3]]), assistant_model=draft, do_sample=False, max_new_tokens=6)
     assert draft.metrics.updates > 0
+    # What the guard and the count of passes keep in the end: two states, a candidate, one more in a trial; two moves.
+    guard, best = draft._learning.guard, draft._adaptation.best
+    guard.states, guard._candidate, guard._tried = [best(), best()], best(), [(best(), [])]
+    draft._learning._moved = {kind: (best(), 0.0, 1) for kind in ("new", "old")}
     replay_most = draft.settings.replay_tokens * (12 + 12 * draft.settings.replay_top_k)
     total = draft.learning_bytes - draft._replay.nbytes + replay_most
     assert draft._replay.nbytes < replay_most and total + draft.metrics.memory_bytes < 0.5 * 4 * model.num_parameters()

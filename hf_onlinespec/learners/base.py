@@ -56,6 +56,12 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direction:
     return Direction(init, of)
 
 
+def begins(direction: Direction, radius: float | None, *zeros: str) -> Callable[[Tensor], State]:
+    """The `init` of a learner: its direction's state, what it keeps besides, and where it is in its ball."""
+    names = zeros if radius is None else (*zeros, "moved")
+    return lambda params: direction.init(params) | {name: torch.zeros_like(params) for name in names}
+
+
 def moves(updates: Tensor, state: State, radius: float | None) -> tuple[Tensor, State]:
     """The updates as far as the ball allows, and where they lead; None: no ball."""
     if radius is None:

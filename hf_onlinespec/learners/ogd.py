@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Direction, Learner, Rate, State, moves, plain
+from .base import Direction, Learner, Rate, State, begins, moves, plain
 
 
 def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = None) -> Learner:
@@ -22,16 +22,12 @@ def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = Non
     """
     direction = direction or plain()
 
-    def init(params: Tensor) -> State:
-        state = direction.init(params)
-        return state if radius is None else state | {"moved": torch.zeros_like(params)}
-
     def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
         u, new = direction.of(grads, state)
         updates, moved = moves(-lr * u, state, radius)
         return updates, new | moved
 
-    return Learner(init, update)
+    return Learner(begins(direction, radius), update)
 
 
 def heavy_ball(
@@ -46,14 +42,10 @@ def heavy_ball(
     """
     direction = direction or plain()
 
-    def init(params: Tensor) -> State:
-        state = direction.init(params) | {"mean": torch.zeros_like(params)}
-        return state if radius is None else state | {"moved": torch.zeros_like(params)}
-
     def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
         u, new = direction.of(grads, state)
         mean = torch.lerp(u, state["mean"], momentum)
         updates, moved = moves(-lr * mean, state, radius)
         return updates, new | moved | {"mean": mean}
 
-    return Learner(init, update)
+    return Learner(begins(direction, radius, "mean"), update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Direction, Learner, Rate, State, into_ball, plain
+from .base import Direction, Learner, Rate, State, begins, into_ball, plain
 
 
 def optimistic(
@@ -30,10 +30,6 @@ def optimistic(
     """
     direction = direction or plain()
 
-    def init(params: Tensor) -> State:
-        state = direction.init(params) | {"hint": torch.zeros_like(params)}
-        return state if radius is None else state | {"moved": torch.zeros_like(params)}
-
     def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
         u, new = direction.of(grads, state)
         hint = torch.lerp(u, state["hint"], memory)
@@ -43,4 +39,4 @@ def optimistic(
         moved = into_ball(state["moved"] - lr * u, radius)
         return into_ball(moved - lr * hint, radius) - served, new | {"hint": hint, "moved": moved}
 
-    return Learner(init, update)
+    return Learner(begins(direction, radius, "hint"), update)
