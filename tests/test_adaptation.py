@@ -202,6 +202,19 @@ def test_a_learner_that_diverges_with_finite_numbers_begins_anew(target, prompt)
         assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=20))
 
 
+def test_who_begins_anew_has_no_moments() -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**SMALL))
+    teach(draft, 3)
+    assert all(bool(value.any()) for value in draft._adaptation.state.values())
+    draft._adaptation._remove(torch.tensor([torch.nan]))
+    assert not any(bool(value.any()) for value in draft._adaptation.state.values())
+    tokens, _ = lesson()
+    with torch.no_grad():  # it says nothing, and learns
+        torch.testing.assert_close(draft(tokens).logits, tiny_llama(2)(tokens).logits, atol=1e-5, rtol=1e-5)
+    before = draft._lora.params.clone()
+    assert teach(draft, 2).updates == 2 and not torch.equal(draft._lora.params, before)
+
+
 def test_teachers_that_forbid_tokens_blame_nobody() -> None:
     """Reverse KL is infinite where the target forbids what the draft allows: of the original draft, too."""
     tokens, logits = lesson()

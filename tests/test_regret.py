@@ -91,8 +91,9 @@ def test_comparators_and_bounds(recording: Recording) -> None:
         assert report.bound(report.fixed) == 1.0 and math.isinf(report.fixed.kl[0])
 
 
-def test_a_comparator_is_never_worse_than_the_original(recording: Recording) -> None:
-    """Whatever the learner's own step size is: this one ruins the adapter."""
+def test_a_comparator_is_never_worse_than_the_original(recording: Recording, monkeypatch) -> None:
+    """Whatever the step sizes are: these ruin the adapter, the learner's and the comparator's."""
+    monkeypatch.setattr("hf_onlinespec.regret.COMPARATOR_LR", 100.0)
     few = Recording(recording.requests[:4], recording.temperature)
     wild = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=50.0, gradient_cap=None, snapshots=0)
     report = evaluate(few, load_draft, wild, lookahead=4, epochs=2)
@@ -146,7 +147,7 @@ def test_the_command_line(tmp_path, capsys) -> None:
         assert "error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("broken", ["missing", "text", "cut", "other", "parts", "domains"])
+@pytest.mark.parametrize("broken", ["missing", "text", "cut", "other", "parts", "domains", "format"])
 def test_files_that_are_no_recordings(recording: Recording, tmp_path, broken: str) -> None:
     path = tmp_path / "run.safetensors"
     if broken == "text":
@@ -160,8 +161,8 @@ def test_files_that_are_no_recordings(recording: Recording, tmp_path, broken: st
         else:
             tensors = load_file(path)
             about = {"format": "1", "temperature": "0.0", "draft": "", "domains": json.dumps(["a"] * 12)}
-            if broken == "domains":
-                save_file(tensors, path, metadata=about | {"domains": "3"})
+            if broken in ("domains", "format"):
+                save_file(tensors, path, metadata=about | {broken: "3"})
             else:
                 save_file(tensors | {"lengths": tensors["lengths"] + 1}, path, metadata=about)
     with pytest.raises(ConfigError, match=r"run\.safetensors"):
