@@ -2,9 +2,7 @@
 
     python benchmarks/tune.py --domain orders --prompts 150
 
-The target's greedy texts and logits are recorded once. A draft that learns at the end of each request has constant
-weights inside it, so its acceptance length on a recorded text is that of a live run: the number of rounds needed when
-every round keeps the drafted tokens that agree. No target forward is needed, and settings can be compared by the dozen.
+The target's greedy texts and logits are recorded once (`recorded.py`): settings can be compared by the dozen.
 """
 
 from __future__ import annotations
@@ -12,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from recorded import Recorded, Source
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
+from hf_onlinespec.embedded import DOMAINS, load_draft, prompts
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.regret import expected_rounds
@@ -53,27 +51,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "cross entropy": {"loss": "cross_entropy"},
     "replay top 8": {"replay_top_k": 8},
 }
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One request: `tokens` (L,) with the target's `logits` (n, V) for its last n tokens."""
-
-    tokens: Tensor
-    logits: Tensor
-
-
-@torch.no_grad()
-def record(domain: str, n: int, new_tokens: int) -> list[Recorded]:
-    pair = load_pair()
-    stream = []
-    for text in prompts(domain)[:n]:
-        ids = pair.tokenizer(text, return_tensors="pt").input_ids
-        out = pair.target.generate(
-            ids, do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True
-        )
-        stream.append(Recorded(out.sequences[0], torch.cat(out.logits)))
-    return stream
 
 
 def run(config: OnlineSpecConfig, stream: list[Recorded]) -> tuple[list[float], float]:
@@ -111,7 +88,9 @@ def main() -> None:
     parser.add_argument("--base", default="{}", help="JSON settings that all others start from")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    stream = record(args.domain, args.prompts, args.new_tokens)
+    source = Source()
+    texts = prompts(args.domain)[: args.prompts]
+    stream = [source.record(args.domain, text, 0.0, 0, args.new_tokens) for text in texts]
     base = OnlineSpecConfig(**({"lookahead": 5, "update_every": 1, "memory_tokens": 0} | json.loads(args.base)))
     print(f"{args.domain}, {args.prompts} prompts, {sum(len(r.logits) for r in stream)} tokens, base {args.base}")
     print("| setting | AL by quarter | | | | learning ms per token |\n|---|---|---|---|---|---|")
