@@ -40,7 +40,9 @@ class OnlineSpecConfig:
     expert_learner: str = _setting("ogd", f"'ensemble': what each of them runs, one of {sorted(LEARNERS)}")
     hedge: str = _setting("fixed_share", f"'ensemble': how their weights follow their losses, one of {sorted(HEDGES)}")
     hedge_rate: float | None = _setting(None, "'ensemble': step size of the weights; None: from theory")
-    snapshots: int = _setting(2, "earlier states of the adapter that are kept for a stream that comes back; 0: none")
+    snapshots: int = _setting(
+        2, "earlier states of the adapter, the latest included, kept for a stream that comes back; 0: none"
+    )
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
     gradient_cap: float | None = _setting(
         3.0, "a gradient is at most so many times as long as the median of those before it; None: any length"

@@ -248,6 +248,8 @@ class OnlineDraft(MemoryDraft):
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request for the replay."""
         with self._learns:
+            self._learning.end_request()
+            self._note()
             self._learning.remember(feedback)
             self.metrics.replay_bytes, self.metrics.replay_refused = self._replay.nbytes, self._replay.refused
 

@@ -53,7 +53,7 @@ class GradientCap:
 
 
 class Guard:
-    """Keeps up to `size` earlier states of an adapter, and says when to go back to one."""
+    """Keeps up to `size` earlier states of an adapter, the latest one included, and says when to go back to one."""
 
     def __init__(self, size: int) -> None:
         self.states: list[Tensor] = []  # the newest last
@@ -65,12 +65,13 @@ class Guard:
         self._latest: deque[tuple[float, float | None]] = deque(maxlen=LATEST)  # acceptance, learned and original
         self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
         self._wait = TRY_EVERY  # requests until the next trial
-        self._tried: list[tuple[Tensor, list[float]]] = []  # in a trial: states, and their lead on every request
+        # In a trial: states, and their lead on every request; None: the adapter of that moment, silent.
+        self._tried: list[tuple[Tensor | None, list[float]]] = []
         self._trials = 0  # requests that the trial has taken
 
     @property
     def nbytes(self) -> int:
-        kept = [*self.states, *(state for state, _ in self._tried)]
+        kept = [*self.states, *(state for state, _ in self._tried if state is not None)]
         kept += [] if self._candidate is None else [self._candidate]
         return sum(state.nbytes for state in {id(state): state for state in kept}.values())
 
@@ -79,7 +80,7 @@ class Guard:
         learned: Sequence[float],
         original: Sequence[float] | None,
         best: Callable[[], Tensor],
-        others: Callable[[Tensor], list[Tensor]],
+        silent: Callable[[], Tensor] | None,
         acceptance: Callable[[Tensor], Sequence[float]],
     ) -> Tensor | None:
         """Takes in the acceptance on a request that was not learned from yet; the state to go back to, or None.
@@ -88,7 +89,7 @@ class Guard:
             learned: at every new token, of what is served.
             original: of the original draft; None: it was not looked at.
             best: gives a copy of the parameters (parameters,) that do best now.
-            others: further states worth a trial, made from these.
+            silent: gives parameters that change nothing, worth a trial too; None: none.
             acceptance: what other parameters would have reached on the same tokens.
         """
         if not self._size or not learned:
@@ -102,11 +103,12 @@ class Guard:
             self._latest.clear()
             if self._candidate is not None:
                 self._keep(self._candidate)
-            self._candidate, self._age = None, 0
         if left or self._trials or self._wait <= 0:
-            return self._try(learned, best, others, acceptance)
+            return self._try(learned, best, silent, acceptance)
         if self._candidate is None or self._age >= KEEP_EVERY:
             self._candidate, self._age = best(), 0
+            while len(self.states) >= self._size:
+                self._forget(range(len(self.states)))
         self._settle(statistics.mean(learned))
         return None
 
@@ -127,33 +129,37 @@ class Guard:
         self,
         learned: Sequence[float],
         best: Callable[[], Tensor],
-        others: Callable[[Tensor], list[Tensor]],
+        silent: Callable[[], Tensor] | None,
         acceptance: Callable[[Tensor], Sequence[float]],
     ) -> Tensor | None:
         """Everything that was kept is tried on this request, and on the next ones where that leaves a doubt."""
-        now = best()
         if not self._tried:
-            self._tried = [(state, []) for state in (*self.states, *others(now))]
+            self._tried = [(state, []) for state in self.states]
+            self._tried += [] if silent is None else [(None, [])]
         self._trials += 1
         winner, least, hopeful = None, 0.0, False
         for state, leads in self._tried:
             # Requests differ more than tokens do: on a mixed stream every state is better on some of them.
             if leads and min(leads) <= 0:
                 continue
-            leads.append(statistics.mean(acceptance(state)) - statistics.mean(learned))
+            params = state
+            if params is None:
+                assert silent is not None
+                params = silent()
+            leads.append(statistics.mean(acceptance(params)) - statistics.mean(learned))
             if leads[-1] <= 0:
                 continue
             hopeful = True
             doubt = statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) >= LEAST_TRIAL else math.inf
             mean = statistics.mean(leads)
             if mean - CERTAIN * doubt > least:
-                winner, least, gain = state, mean - CERTAIN * doubt, mean
+                winner, least, gain = params, mean - CERTAIN * doubt, mean
         if winner is None and hopeful and self._trials < LONGEST_TRIAL:
             return None  # it goes on with the next request
         self._tried, self._trials, self._wait = [], 0, TRY_EVERY
         if winner is None:
             return None
-        self._keep(now)  # what was learned last may be wanted again, too
+        self._keep(best())  # what was learned last may be wanted again, too
         self._latest.clear()
         self.rollbacks += 1
         self.reason = (
@@ -163,9 +169,14 @@ class Guard:
         return winner.clone()
 
     def _keep(self, state: Tensor) -> None:
-        """Keeps a state beside the others; of too many, the older one that is nearest to another goes."""
+        """Keeps a state beside the others, in the place of the latest one; of too many, an older one goes."""
         self.states.append(state)
-        if len(self.states) > self._size:
-            gaps = [min(float((a.float() - b.float()).norm()) for b in self.states if b is not a) for a in self.states]
-            older = range(len(self.states) - 1)
-            del self.states[min(older, key=lambda i: gaps[i])]
+        self._candidate, self._age = None, 0
+        while len(self.states) > self._size:
+            self._forget(range(len(self.states) - 1))
+
+    def _forget(self, choice: range) -> None:
+        """Of these states the one goes that is nearest to another."""
+        kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
+        gaps = [min((float((a.float() - b.float()).norm()) for b in kept if b is not a), default=0.0) for a in kept]
+        del self.states[min(choice, key=lambda i: gaps[i])]

@@ -205,6 +205,10 @@ class Learning:
         if len(waiting.shown.learned) >= JUDGED_TOKENS:
             self._judge()
 
+    def end_request(self) -> None:
+        """Nothing of a request waits any longer than the request."""
+        self._judge()
+
     def _judge(self) -> None:
         waiting, self._waiting = self._waiting, None
         if waiting is None:
@@ -215,16 +219,16 @@ class Learning:
             waiting.shown.learned,
             waiting.shown.original,
             self.adaptation.best,
-            self._silent,
+            None if self.adaptation.many else self._silent,
             lambda state: self._would(state, waiting.segment),
         )
         if state is not None:
             self.adaptation.restore(state)
             self._moved = {}
 
-    def _silent(self, state: Tensor) -> list[Tensor]:
-        """An adapter that says nothing; the original draft is a row of every ensemble already."""
-        return [] if self.adaptation.many else [self._lora.silent(state)]
+    def _silent(self) -> Tensor:
+        """The adapter, saying nothing. In an ensemble the original draft is a row already."""
+        return self._lora.silent(self.adaptation.best())
 
     @torch.no_grad()
     def _would(self, state: Tensor, segment: Segment) -> list[float]:
