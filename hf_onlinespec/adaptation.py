@@ -17,9 +17,11 @@ from torch import Tensor
 
 from .adapters import GatedLora
 from .config import ENSEMBLE, OnlineSpecConfig
+from .errors import ArtifactError
 from .guard import GradientCap
-from .learners import HEDGES, LEARNERS, Learner, State, adam, into_ball, optimistic, plain
+from .learners import HEDGES, LEARNERS, Direction, Learner, State, adam, into_ball, optimistic, plain
 from .metrics import Counts
+from .state import Saved
 
 COMPARED = 8  # updates over which a single row has to do better than the mixture to serve in its place
 
@@ -32,10 +34,19 @@ def step_sizes(settings: OnlineSpecConfig) -> list[float]:
     return [settings.lr * settings.expert_ratio ** (i - middle) for i in range(settings.experts)]
 
 
+def learner_name(settings: OnlineSpecConfig) -> str:
+    """What every expert runs."""
+    return settings.expert_learner if settings.learner == ENSEMBLE else settings.learner
+
+
+def make_direction(settings: OnlineSpecConfig) -> Direction:
+    """What every expert steps along."""
+    return adam() if settings.preconditioner == "adam" else plain()
+
+
 def make_learner(settings: OnlineSpecConfig, device: torch.device) -> Learner:
     """The settings' learner, for all experts at once."""
-    direction = adam() if settings.preconditioner == "adam" else plain()
-    name = settings.expert_learner if settings.learner == ENSEMBLE else settings.learner
+    direction, name = make_direction(settings), learner_name(settings)
     lr = torch.tensor(step_sizes(settings), device=device)[:, None]  # (experts, 1)
     if name == "optimistic":
         return optimistic(lr, direction, settings.radius, settings.hint_memory)
@@ -182,6 +193,56 @@ class Adaptation:
 
     def _serve(self) -> None:
         self._lora.serve(self.served)
+
+    # Saving
+
+    def saved(self) -> Saved:
+        """Everything but the parameters, so that it goes on as if it had never stopped.
+
+        A hint that is the last direction is not kept: the moments tell it.
+        """
+        state = {k: v for k, v in self.state.items() if not (k == "hint" and self._tells_hint)}
+        values = {
+            "steps": self.steps,
+            "removed": self.removed,
+            "alive": self.alive,
+            "weights": self.weights,
+            "losses": [list(row) for row in self._losses],
+            "serving": self.serving,
+        }
+        starts = Saved({} if self._starts is None else {"starts": self._starts})
+        parts = Saved.joined(learner=Saved(state), hedge=Saved(self.hedge_state), cap=self._cap.saved(), ball=starts)
+        return Saved(parts.tensors, values)
+
+    @property
+    def _tells_hint(self) -> bool:
+        settings = self._settings
+        optimistic = learner_name(settings) == "optimistic" and settings.hint_memory == 0
+        return optimistic and make_direction(settings).last is not None
+
+    def resume(self, saved: Saved) -> None:
+        """The inverse of `saved`; the parameters have been put back already."""
+        learner, hedge = saved.part("learner"), saved.part("hedge")
+        state = {k: learner.tensor(k, v) for k, v in self.state.items() if not (k == "hint" and self._tells_hint)}
+        last = make_direction(self._settings).last
+        if self._tells_hint and last is not None:
+            state["hint"] = last(state)
+        self.state = state
+        self.hedge_state = {k: hedge.tensor(k, v) for k, v in self.hedge_state.items()}
+        self._cap.resume(saved.part("cap"), self._experts)
+        if self._starts is not None:
+            self._starts = saved.part("ball").tensor("starts", self._starts)
+        self.steps, self.removed = saved.value("steps", int), saved.value("removed", int)
+        alive, weights, losses = (saved.value(name, list) for name in ("alive", "weights", "losses"))
+        n = self._experts
+        serving = saved.value("serving", int)
+        if not (len(alive) == n and len(weights) == n + 1 and 0 <= serving <= n + 1) or any(
+            len(row) != n + 2 for row in losses
+        ):
+            raise ArtifactError(f"The saved state is of {len(alive)} experts: expected {n}.")
+        self.alive, self.weights, self.serving = alive, weights, serving
+        self._losses.extend(losses)
+        self._serve()
 
     # Snapshots
 

@@ -13,7 +13,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,16 @@ def adaptable_layers(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) or (module is embedding and isinstance(module, nn.Embedding))
     ]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter of the adapter inside the flat vector."""
+
+    name: str  # as PEFT's files call it
+    place: slice
+    shape: torch.Size
+    columns: bool  # B: blocks are its columns; A: blocks are its rows
 
 
 class GatedLora:
@@ -139,13 +149,13 @@ class GatedLora:
         device, dtype = named[0][1].device, torch.float32
         self.params = torch.empty(sum(p.numel() for _, p in named), device=device, dtype=dtype)
         self.grads = torch.zeros_like(self.params)
-        self._pieces: list[
-            tuple[slice, bool]
-        ] = []  # of every parameter: where it is, and whether blocks are its columns
+        self._pieces: list[Piece] = []
         start = 0
         for name, parameter in named:
             end = start + parameter.numel()
-            self._pieces.append((slice(start, end), "lora_B" in name or "lora_embedding_B" in name))
+            columns = "lora_B" in name or "lora_embedding_B" in name
+            in_file = f"base_model.model.{name}".replace(f".{ADAPTER}", "")
+            self._pieces.append(Piece(in_file, slice(start, end), parameter.shape, columns))
             self.params[start:end].copy_(parameter.detach().flatten())
             parameter.data = self.params[start:end].view_as(parameter)
             parameter.grad = self.grads[start:end].view_as(parameter)
@@ -208,9 +218,9 @@ class GatedLora:
         if self.blocks == 1:
             return vector[None]
         rows = []
-        for piece, columns in self._pieces:
-            part = vector[piece]
-            if columns:  # (d_out, blocks · rank)
+        for piece in self._pieces:
+            part = vector[piece.place]
+            if piece.columns:  # (d_out, blocks · rank)
                 part = part.view(-1, self.blocks, self.rank).transpose(0, 1)
             rows.append(part.reshape(self.blocks, -1))
         return torch.cat(rows, dim=1)
@@ -220,21 +230,21 @@ class GatedLora:
         if self.blocks == 1:
             return rows[0]
         vector, start = torch.empty_like(self.params), 0
-        for piece, columns in self._pieces:
-            end = start + (piece.stop - piece.start) // self.blocks
+        for piece in self._pieces:
+            end = start + piece.shape.numel() // self.blocks
             part = rows[:, start:end]
-            if columns:
+            if piece.columns:
                 part = part.reshape(self.blocks, -1, self.rank).transpose(0, 1)
-            vector[piece] = part.reshape(-1)
+            vector[piece.place] = part.reshape(-1)
             start = end
         return vector
 
     def silent(self, block: Tensor) -> Tensor:
         """A copy of one block's parameters that changes nothing, as a new adapter's do: B is zero."""
         block, start = block.clone(), 0
-        for piece, columns in self._pieces:
-            end = start + (piece.stop - piece.start) // self.blocks
-            if columns:
+        for piece in self._pieces:
+            end = start + piece.shape.numel() // self.blocks
+            if piece.columns:
                 block[start:end] = 0.0
             start = end
         return block
@@ -256,19 +266,30 @@ class GatedLora:
         )
         self.weights, self._stale = weights, self._stale or not same
 
-    def save(self, folder: str | Path) -> None:
-        """Writes what is served as one ordinary PEFT adapter of rank blocks · rank, with the weights of the blocks in B."""
-        before = self.params.clone()
-        try:
-            if self.weights is not None:
-                rows = self.split(self.params)
-                loud = rows * self.weights[:, None]
-                quiet = torch.stack([self.silent(row) for row in rows])
-                # A as it is, B times the weight: where silencing changes a number, it belongs to B.
-                self.params.copy_(self.join(torch.where(quiet == rows, rows, loud)))
-            self.model.save_pretrained(folder, save_embedding_layers=False)
-        finally:
-            self.params.copy_(before)
+    def served_params(self) -> Tensor:
+        """A copy of the parameters (parameters,) as one ordinary adapter: the weights of the blocks are in B."""
+        params = self.params.clone()
+        if self.weights is not None:
+            for piece in self._pieces:
+                if piece.columns:
+                    b = params[piece.place].view(piece.shape)
+                    b.mul_(self.weights.repeat_interleave(self.rank))
+        return params
+
+    def named(self, params: Tensor) -> dict[str, Tensor]:
+        """The parts of a vector like `params` by the names that PEFT gives them in files, as views."""
+        return {piece.name: params[piece.place].view(piece.shape) for piece in self._pieces}
+
+    def outputs(self, params: Tensor) -> dict[str, Tensor]:
+        """The same, of B alone: what `served_params` changes."""
+        return {piece.name: params[piece.place].view(piece.shape) for piece in self._pieces if piece.columns}
+
+    def adapter_config(self, base_name: str) -> LoraConfig:
+        """What PEFT has to know to load the adapter, of rank blocks · rank, onto the base of this name."""
+        config = copy.copy(self.model.peft_config[ADAPTER])
+        config.inference_mode, config.base_model_name_or_path = True, base_name
+        config.target_modules = sorted(config.target_modules)
+        return config
 
     @contextmanager
     def speaking(self, weights: Tensor | None = None) -> Iterator[PreTrainedModel]:

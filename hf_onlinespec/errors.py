@@ -17,6 +17,18 @@ class UnsupportedError(OnlineSpecError, ValueError):
     """This call of `generate` asks for something the decoding loop does not take."""
 
 
+class ArtifactError(OnlineSpecError, ValueError):
+    """A saved draft is damaged, incomplete, of another format, or belongs to another base."""
+
+
+class HubError(OnlineSpecError, ConnectionError):
+    """The Hub could not be reached, or refused; the live draft is as it was."""
+
+
+class PrivacyError(OnlineSpecError, PermissionError):
+    """A public push would show what the draft learned from private text."""
+
+
 class MissingExtraError(OnlineSpecError, ImportError):
     """An optional package that a command needs is not installed."""
 

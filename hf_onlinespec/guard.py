@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .errors import ArtifactError
+from .state import Saved
+
 CAP_WINDOW = 64  # gradients whose median is usual
 KNOWN_GRADIENTS = 8  # before that no length is usual
 KEEP_EVERY = 8  # requests between two states that may be kept
@@ -50,6 +53,17 @@ class GradientCap:
             grads, norms = grads * shorter[:, None], norms * shorter
         self._norms.append(norms)
         return grads
+
+    def saved(self) -> Saved:
+        return Saved({"norms": torch.stack(list(self._norms))} if self._norms else {})
+
+    def resume(self, saved: Saved, experts: int) -> None:
+        norms = saved.tensors.get("norms")
+        if norms is None:
+            return
+        if norms.dim() != 2 or norms.shape[1] != experts or len(norms) > CAP_WINDOW:
+            raise ArtifactError(f"The saved lengths of gradients have shape {tuple(norms.shape)}.")
+        self._norms = deque(norms, maxlen=CAP_WINDOW)
 
 
 class Guard:
@@ -180,3 +194,38 @@ class Guard:
         kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
         gaps = [min((float((a.float() - b.float()).norm()) for b in kept if b is not a), default=0.0) for a in kept]
         del self.states[min(choice, key=lambda i: gaps[i])]
+
+    def saved(self) -> Saved:
+        """Everything, so that it goes on as if it had never stopped."""
+        tensors = {f"states.{i}": state for i, state in enumerate(self.states)}
+        if self._candidate is not None:
+            tensors["candidate"] = self._candidate
+        place = {id(state): i for i, state in enumerate(self.states)}
+        values = {
+            "states": len(self.states),
+            "rollbacks": self.rollbacks,
+            "reason": self.reason,
+            "age": self._age,
+            "latest": [list(pair) for pair in self._latest],
+            "level": self._level,
+            "spread": self._spread,
+            "wait": self._wait,
+            "tried": [[None if state is None else place[id(state)], leads] for state, leads in self._tried],
+            "trials": self._trials,
+        }
+        return Saved(tensors, values)
+
+    def resume(self, saved: Saved, like: Tensor) -> None:
+        """The inverse of `saved`; states have the shape and dtype of `like`."""
+        self.states = [saved.tensor(f"states.{i}", like) for i in range(saved.value("states", int))]
+        self._candidate = saved.tensor("candidate", like) if "candidate" in saved.tensors else None
+        self.rollbacks, self.reason = saved.value("rollbacks", int), saved.value("reason", str)
+        self._age, self._wait, self._trials = (saved.value(name, int) for name in ("age", "wait", "trials"))
+        self._level, self._spread = saved.value("level", float), saved.value("spread", float)
+        try:
+            self._latest.extend((a, b) for a, b in saved.value("latest", list))
+            self._tried = [
+                (None if at is None else self.states[at], list(leads)) for at, leads in saved.value("tried", list)
+            ]
+        except (TypeError, ValueError, IndexError) as error:
+            raise ArtifactError(f"The saved state of the guard does not fit together ({error}).") from error

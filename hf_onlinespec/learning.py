@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from ._compat import cache_tensors, keeps_logits
 from .adaptation import Adaptation
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
+from .errors import ArtifactError
 from .feedback import Feedback, Teacher, acceptance, concatenate
 from .guard import Guard
 from .losses import LOSSES
 from .metrics import Counts
 from .replay import Passes, Replay
+from .state import Saved
 
 JUDGED_TOKENS = 32  # of a request, that tell how experts and adapter do
 
@@ -270,6 +272,42 @@ class Learning:
                 for teacher, row in zip(teachers, logits, strict=True)
             ]
         )
+
+    # Saving
+
+    def saved(self) -> Saved:
+        """The state beside the served adapter: of an ensemble also B of its experts, before the weights were put into it.
+
+        What is remembered of requests stays behind: it holds users' tokens.
+        """
+        own = {} if self._lora.weights is None else self._lora.outputs(self._lora.params)
+        return Saved.joined(
+            experts=Saved(own),
+            adaptation=self.adaptation.saved(),
+            guard=self.guard.saved(),
+            replay=Saved({"random": self.replay.random_state()}),
+            learning=Saved(values={"loss": self.loss if math.isfinite(self.loss) else None}),
+        )
+
+    def resume(self, adapter: Mapping[str, Tensor], saved: Saved) -> None:
+        """The inverse of `saved`, for the served adapter that was written beside it."""
+        experts = saved.part("experts")
+        params = torch.empty_like(self._lora.params)
+        served, own = self._lora.named(params), self._lora.outputs(params)
+        if sorted(adapter) != sorted(served):
+            odd = sorted(set(adapter) ^ set(served))
+            raise ArtifactError(
+                f"The adapter and this base with these settings do not fit: {len(odd)} layers differ, {odd[0]} for one."
+            )
+        for name, part in served.items():
+            whole = experts if self.adaptation.many and name in own else Saved(dict(adapter))
+            part.copy_(whole.tensor(name, part))
+        self._lora.put(self._lora.split(params))
+        self.adaptation.resume(saved.part("adaptation"))
+        self.guard.resume(saved.part("guard"), self.adaptation.best())
+        self.replay.resume_random(saved.part("replay"))
+        loss = saved.part("learning").values.get("loss")
+        self.loss = math.inf if loss is None else saved.part("learning").value("loss", float)
 
     # The replay
 

@@ -9,7 +9,13 @@ update_share        learning time over wall time
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .errors import ArtifactError
+from .state import Saved
+
+STRETCHES = 64  # of a draft's life that are told apart
 
 
 def _ratio(a: float, b: float) -> float:
@@ -84,6 +90,7 @@ class DraftMetrics(Counts):
     """Everything since the draft was made; `last` is the latest call alone."""
 
     last: Counts = field(default_factory=Counts)
+    history: list[Counts] = field(default_factory=list)  # stretches of equally many requests, the last may be shorter
     replay_bytes: int = 0
     replay_refused: int = 0  # requests longer than `replay_tokens`
     memory_bytes: int = 0  # of the suffix memory
@@ -102,3 +109,43 @@ class DraftMetrics(Counts):
         call.requests = 1
         self.add(call)
         self.last = call
+        whole = self.history[0].requests if len(self.history) > 1 else 1
+        if self.history and self.history[-1].requests < whole:
+            self.history[-1].add(call)
+        else:
+            self.history.append(replace(call))
+        if len(self.history) > STRETCHES:
+            for first, second in zip(self.history[::2], self.history[1::2], strict=False):
+                first.add(second)
+            self.history = self.history[::2]
+
+    def part(self, start: float, end: float) -> Counts:
+        """The stretches from one share of the requests to another one, such as the last tenth; one at least."""
+        n = len(self.history)
+        found = Counts()
+        for stretch in self.history[min(int(start * n), n - 1) : max(int(end * n), int(start * n) + 1)]:
+            found.add(stretch)
+        return found
+
+    def saved(self) -> Saved:
+        """The counters, and their history."""
+        names = (*(f.name for f in fields(Counts)), *KEPT)
+        values = {name: getattr(self, name) for name in names}
+        return Saved(values=values | {"history": [list(asdict(stretch).values()) for stretch in self.history]})
+
+    def resume(self, saved: Saved) -> None:
+        """The inverse of `saved`."""
+        kinds = {f.name: type(f.default) for f in fields(DraftMetrics)}
+        for name in (*(f.name for f in fields(Counts)), *KEPT):
+            setattr(self, name, saved.value(name, kinds[name]))
+        self.history = [_counts(values) for values in saved.value("history", list)]
+
+
+KEPT = ("replay_refused", "idle_updates", "idle_time_s", "idle_failures", "removed_experts", "rollbacks")
+
+
+def _counts(values: Any) -> Counts:
+    kinds = [type(f.default) for f in fields(Counts)]
+    if not isinstance(values, list) or list(map(type, values)) != kinds:
+        raise ArtifactError(f"The saved history has {values!r}: expected {len(kinds)} numbers.")
+    return Counts(*values)

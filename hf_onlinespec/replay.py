@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import ArtifactError
 from .feedback import Feedback
+from .state import Saved
 
 PASSES_WINDOW = 8  # requests that decide on the number of passes
 PASSES_LEAST = 0.5  # return per second of a pass over that of a step on new tokens
@@ -83,6 +85,19 @@ class Replay:
         """Up to n different requests."""
         n = min(n, len(self))
         return self._sample(self._random, self.recent, self.old, n) if n else []
+
+    def random_state(self) -> Tensor:
+        """The state (626,) of the generator of all choices."""
+        version, words, _ = self._random.getstate()
+        return torch.tensor([version, *words])
+
+    def resume_random(self, saved: Saved) -> None:
+        """The inverse of `random_state`."""
+        version, *words = saved.tensor("random", self.random_state()).tolist()
+        try:
+            self._random.setstate((version, tuple(words), None))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ArtifactError(f"The saved random state is none ({error}).") from error
 
     @property
     def requests(self) -> list[Feedback]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_onlinespec import DraftError, OnlineDraft
@@ -205,7 +206,8 @@ def test_a_mixture_is_saved_as_one_ordinary_adapter(make, tmp_path) -> None:
     weights = torch.tensor([0.5, 0.2, 0.1])
     lora.serve(weights)
     before = lora.params.clone()
-    lora.save(tmp_path)
+    lora.adapter_config("").save_pretrained(str(tmp_path))
+    save_file(lora.named(lora.served_params()), tmp_path / "adapter_model.safetensors")
     assert torch.equal(lora.params, before)
     reloaded = PeftModel.from_pretrained(make(), tmp_path).eval()
     with lora.speaking(weights[None]) as speaking:

@@ -28,11 +28,12 @@ class Direction(NamedTuple):
 
     init: Callable[[Tensor], State]
     of: Callable[[Tensor, State], tuple[Tensor, State]]
+    last: Callable[[State], Tensor] | None  # the last direction, where the state tells it; zero before the first
 
 
 def plain() -> Direction:
     """The gradient itself."""
-    return Direction(lambda params: {}, lambda grads, state: (grads, state))
+    return Direction(lambda params: {}, lambda grads, state: (grads, state), None)
 
 
 def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direction:
@@ -50,10 +51,15 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Direction:
         step = state["step"] + 1
         m = torch.lerp(grads, state["m"], b1)
         v = torch.lerp(grads * grads, state["v"], b2)
-        u = (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt_().add_(eps))
-        return u, {"step": step, "m": m, "v": v}
+        return corrected(step, m, v), {"step": step, "m": m, "v": v}
 
-    return Direction(init, of)
+    def corrected(step: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        return (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt_().add_(eps))
+
+    def last(state: State) -> Tensor:
+        return torch.where(state["step"] > 0, corrected(state["step"], state["m"], state["v"]), 0.0)
+
+    return Direction(init, of, last)
 
 
 def begins(direction: Direction, radius: float | None, *zeros: str) -> Callable[[Tensor], State]:

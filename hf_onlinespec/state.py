@@ -1,0 +1,67 @@
+"""What has to be kept so that learning goes on as if it had never stopped: tensors, and values that fit into JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One part of the state."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, **parts: Saved) -> Saved:
+        """Parts as one, each under its name."""
+        tensors = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.tensors.items()}
+        return cls(tensors, {name: part.values for name, part in parts.items() if part.values})
+
+    def part(self, name: str) -> Saved:
+        """The inverse of `joined` for one name."""
+        values = self.values.get(name, {})
+        if not isinstance(values, dict):
+            raise ArtifactError(f"The saved state of {name!r} is {values!r}: expected a JSON object.")
+        return Saved(under(self.tensors, name), values)
+
+    def tensor(self, name: str, like: Tensor) -> Tensor:
+        """A saved tensor, on the device of `like`.
+
+        Raises:
+            ArtifactError: there is none, or it has another shape or dtype than `like`.
+        """
+        found = self.tensors.get(name)
+        if found is None or found.shape != like.shape or found.dtype != like.dtype:
+            seen = "none" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise ArtifactError(
+                f"The saved state has for {name!r}: {seen}, expected {tuple(like.shape)} {like.dtype}. "
+                "It belongs to other settings or to another base."
+            )
+        return found.to(like.device, copy=True)
+
+    def value(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        """A saved value. Raises ArtifactError where there is none, or of another type."""
+        found = self.values.get(name)
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        # JSON writes 1.0 as 1.0, so a whole number stands for itself alone; a bool is an int to Python only.
+        if not isinstance(found, kind) or (isinstance(found, bool) and bool not in allowed):
+            raise ArtifactError(f"The saved state has {name}={found!r}: expected {kind}.")
+        return found
+
+
+def under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `name` and a dot, without it."""
+    return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that no later step can change."""
+    return {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
