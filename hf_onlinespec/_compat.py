@@ -151,3 +151,8 @@ def disable_lora(layer: LoraLayer, disabled: bool) -> None:
 def embedding_scale(layer: LoraEmbedding) -> Any:
     """The factor some models (Gemma) apply inside their embedding; None for the others."""
     return layer._get_embed_scale()
+
+
+def commit_hash(config: PretrainedConfig) -> str | None:
+    """The commit on the Hub that a model was loaded from; None: it was not loaded from there."""
+    return vars(config).get("_commit_hash")

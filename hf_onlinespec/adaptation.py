@@ -194,6 +194,13 @@ class Adaptation:
     def _serve(self) -> None:
         self._lora.serve(self.served)
 
+    def adopt(self, params: Tensor) -> None:
+        """Takes parameters (parameters,) that were learned elsewhere: they serve, and learning goes on from there."""
+        self._lora.put(self._lora.split(params))
+        self.steps = max(self.steps, 1)
+        if self._starts is not None:
+            self._starts = self._lora.split(params).clone()
+
     # Saving
 
     def saved(self) -> Saved:

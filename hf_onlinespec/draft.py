@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +21,20 @@ from transformers.generation.streamers import BaseStreamer
 
 from ._compat import max_positions, record_past
 from .adapters import GatedLora
+from .artifact import ADAPTER_CONFIG, Artifact, read_json
+from .card import run_record, run_targets, write
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
 from .feedback import Feedback, Teacher, acceptance
+from .identity import Identity
 from .idle import IdleWorker
 from .learning import Learning, Segment
+from .loading import check_base, load_base, load_model, locate, read_plain_adapter
 from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
+from .state import Saved, copied
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ class OnlineDraft(MemoryDraft):
         super().__init__(config)
         with torch.inference_mode(False):
             base = plain_draft(model)
+            self.identity = Identity.of(base)
             self._lora = GatedLora(
                 base,
                 rank=self.settings.rank,
@@ -67,6 +74,8 @@ class OnlineDraft(MemoryDraft):
         self._adaptation, self._replay = self._learning.adaptation, self._learning.replay
         self._positions = max_positions(self._lora.base.config)
         self._learns = threading.RLock()  # held for one gradient step at a time
+        self.lineage: dict[str, Any] = {}  # where it came from, see the model card
+        self.targets: list[str] = []  # names of the models that it has drafted for
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
             self._idle = IdleWorker(self._learn_when_idle)
@@ -152,6 +161,81 @@ class OnlineDraft(MemoryDraft):
     def keep(self, n: int) -> dict[str, int]:
         """Tells the model to compute logits for its last n positions only, where it can be told."""
         return self._learning.reader.keep(n)
+
+    # Saving and loading
+
+    def artifact(self) -> Artifact:
+        """A copy of everything that is saved, as it is now; waits for a gradient step, never for a round."""
+        with self._learns, self.lock:
+            name = str(self._lora.base.config._name_or_path)  # it may be a folder of this machine: PEFT has to find it
+            state = self._learning.saved()
+            counters = self.metrics.saved()
+            return Artifact(
+                settings=self.settings,
+                base=self.identity,
+                adapter_config=self._lora.adapter_config(name).to_dict(),
+                adapter=copied(self._lora.named(self._lora.served_params())),
+                state=Saved(copied(state.tensors), state.values | {"metrics": counters.values}),
+                run=run_record(self.metrics, self.targets),
+                lineage=dict(self.lineage),
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Saves the evolved draft: an ordinary PEFT adapter, with what learning needs to go on, and a model card.
+
+        What the replay and the suffix memory remember stays behind: it holds users' tokens. With `replay_tokens=0`,
+        `memory_tokens=0` and numbers instead of "auto", a draft that is loaded again learns on as if it had never stopped.
+
+        Raises:
+            ArtifactError: the folder cannot be written; what it held is still there.
+        """
+        write(self.artifact(), folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        base_model: PreTrainedModel | str | Path | None = None,
+        config: OnlineSpecConfig | None = None,
+        revision: str | None = None,
+        force: bool = False,
+        token: str | None = None,
+    ) -> OnlineDraft:
+        """Loads an evolved draft and resumes it; an ordinary LoRA adapter or a causal language model begins a new one.
+
+        Args:
+            source: a folder, or a name on the Hub.
+            base_model: the base draft, or its name; None: the one that the adapter was made for.
+            config: settings to go on with; None: the saved ones.
+            revision: branch, tag or commit on the Hub.
+            force: load the adapter onto a base that is not the one it was made for.
+
+        Raises:
+            ArtifactError: a file is damaged, or the adapter belongs to another base.
+            DraftError: there is neither an adapter nor a causal language model.
+            HubError: the Hub cannot be reached, or asks for a token.
+        """
+        origin = locate(source, revision, token)
+        if origin.evolved:
+            assert origin.folder is not None
+            artifact = Artifact.read(origin.folder)
+            lies_at = str(artifact.adapter_config.get("base_model_name_or_path", ""))
+            draft = cls(load_base(base_model, artifact.base, lies_at, token), config or artifact.settings)
+            check_base(artifact.base, draft.identity, force)
+            draft._learning.resume(artifact.adapter, artifact.state)
+            draft.metrics.resume(artifact.state.part("metrics"))
+            draft.targets = run_targets(artifact.run)
+        elif origin.folder is not None:
+            adapter, settings = read_plain_adapter(origin.folder, config)
+            named = str(read_json(origin.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+            draft = cls(load_base(base_model, None, named, token), settings)
+            draft._learning.adopt(adapter)
+        else:
+            return cls(
+                load_model(str(source), revision, token) if base_model is None else load_base(base_model), config
+            )
+        draft.lineage = origin.lineage()
+        return draft
 
     # Learning
 

@@ -291,23 +291,35 @@ class Learning:
 
     def resume(self, adapter: Mapping[str, Tensor], saved: Saved) -> None:
         """The inverse of `saved`, for the served adapter that was written beside it."""
-        experts = saved.part("experts")
-        params = torch.empty_like(self._lora.params)
-        served, own = self._lora.named(params), self._lora.outputs(params)
-        if sorted(adapter) != sorted(served):
-            odd = sorted(set(adapter) ^ set(served))
-            raise ArtifactError(
-                f"The adapter and this base with these settings do not fit: {len(odd)} layers differ, {odd[0]} for one."
-            )
-        for name, part in served.items():
-            whole = experts if self.adaptation.many and name in own else Saved(dict(adapter))
-            part.copy_(whole.tensor(name, part))
+        params = self._params(adapter)
+        if self.adaptation.many:
+            experts = saved.part("experts")
+            for name, part in self._lora.outputs(params).items():
+                part.copy_(experts.tensor(name, part))
         self._lora.put(self._lora.split(params))
         self.adaptation.resume(saved.part("adaptation"))
         self.guard.resume(saved.part("guard"), self.adaptation.best())
         self.replay.resume_random(saved.part("replay"))
         loss = saved.part("learning").values.get("loss")
         self.loss = math.inf if loss is None else saved.part("learning").value("loss", float)
+
+    def adopt(self, adapter: Mapping[str, Tensor]) -> None:
+        """Goes on from an adapter that was trained elsewhere, with a new state."""
+        self.adaptation.adopt(self._params(adapter))
+
+    def _params(self, adapter: Mapping[str, Tensor]) -> Tensor:
+        """A flat vector like the adapter's parameters from tensors by PEFT's names. Raises ArtifactError."""
+        params = torch.empty_like(self._lora.params)
+        parts = self._lora.named(params)
+        if sorted(adapter) != sorted(parts):
+            odd = sorted(set(adapter) ^ set(parts))
+            raise ArtifactError(
+                f"The adapter and this base with these settings do not fit: {len(odd)} tensors differ, {odd[0]} for one."
+            )
+        for name, part in parts.items():
+            found = {name: adapter[name].to(part.dtype)}  # a fine-tune may have saved it in half of the precision
+            part.copy_(Saved(found).tensor(name, part))
+        return params
 
     # The replay
 

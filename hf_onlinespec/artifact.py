@@ -1,0 +1,227 @@
+"""What an evolved draft is on disk: an ordinary PEFT adapter, and beside it what learning needs to go on.
+
+    adapter_config.json, adapter_model.safetensors    what serves; `PeftModel.from_pretrained` loads it
+    onlinespec_config.json                            settings, base, lineage, what was measured, checksums
+    onlinespec_state.safetensors                      moments, weights of experts, earlier states, counters, random state
+    README.md, curve.png                              the model card and its figure
+
+A folder is replaced as a whole: everything is written aside, the file with the checksums last, and then moved into place. A
+process that is killed leaves the previous state or the new one, and at every instant an adapter that PEFT loads. Nothing is
+unpickled, and no file is opened whose name came from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import OnlineSpecConfig
+from .errors import ArtifactError, OnlineSpecError
+from .identity import Identity
+from .state import Saved
+
+FORMAT = 1
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, STATE = "onlinespec_config.json", "onlinespec_state.safetensors"
+CARD, CURVE = "README.md", "curve.png"
+FILES = (ADAPTER_CONFIG, ADAPTER, STATE, CARD, CURVE, CONFIG)  # in the order in which they are moved
+CHECKED = (ADAPTER_CONFIG, ADAPTER, STATE)  # that resuming depends on
+NEXT = ".onlinespec_next"  # folder in which they are written aside
+KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One evolved draft."""
+
+    settings: OnlineSpecConfig
+    base: Identity
+    adapter_config: dict[str, Any]  # PEFT's
+    adapter: dict[str, Tensor]  # by PEFT's names
+    state: Saved
+    run: dict[str, Any]  # what was measured, see `card.py`
+    lineage: dict[str, Any] = field(default_factory=dict)  # where it came from
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that made it
+
+    def write(self, folder: str | Path, card: str = "", curve: bytes | None = None) -> None:
+        """Writes the folder, or replaces what an earlier `write` left there.
+
+        Raises:
+            ArtifactError: the folder cannot be written, for a full disk or missing rights; what it held is still there.
+        """
+        folder = Path(folder)
+        try:
+            settle(folder)
+            aside = folder / NEXT
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            (aside / ADAPTER_CONFIG).write_text(_json(self.adapter_config), encoding="utf-8")
+            save_file(self.adapter, aside / ADAPTER, metadata={"format": "pt"})
+            save_file(self.state.tensors, aside / STATE, metadata={"values": json.dumps(self.state.values)})
+            if card:
+                (aside / CARD).write_text(card, encoding="utf-8")
+            if curve is not None:
+                (aside / CURVE).write_bytes(curve)
+            # Complete from here on: see `settle`.
+            manifest = aside / (CONFIG + ".part")
+            manifest.write_text(_json(self._manifest(aside)), encoding="utf-8")
+            manifest.replace(aside / CONFIG)
+            settle(folder)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{folder}: the draft could not be saved ({error}). Name another folder.") from error
+
+    def _manifest(self, aside: Path) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "settings": self.settings.to_dict(),
+            "base": asdict(self.base),
+            "versions": self.versions or versions(),
+            "lineage": self.lineage,
+            "run": self.run,
+            "files": {name: checksum(aside / name) for name in CHECKED},
+        }
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Artifact:
+        """Reads a folder, checks everything, and changes nothing.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, or of a format that this version does not read.
+        """
+        folder = Path(folder)
+        manifest = _manifest_of(folder)
+        for name in CHECKED:
+            path = _path(folder, name)
+            if not path.is_file():
+                raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.")
+            if checksum(path) != manifest["files"].get(name):
+                raise ArtifactError(
+                    f"{path}: damaged or changed since it was saved: checksum {checksum(path)}, expected "
+                    f"{manifest['files'].get(name)}. Take an earlier copy; to start from a changed adapter with a new state, "
+                    f"remove {CONFIG}."
+                )
+        adapter_config = read_json(_path(folder, ADAPTER_CONFIG))
+        adapter, _ = read_tensors(_path(folder, ADAPTER))
+        tensors, about = read_tensors(_path(folder, STATE))
+        try:
+            values = json.loads(about["values"])
+            settings = OnlineSpecConfig.from_dict(manifest["settings"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{folder}: its state or its settings cannot be read ({error}).") from error
+        if not isinstance(values, dict):
+            raise ArtifactError(f"{folder}: its state holds {values!r}: expected a JSON object.")
+        base = Identity.from_dict(manifest["base"])
+        state = Saved(tensors, values)
+        rest = (manifest[name] for name in ("run", "lineage", "versions"))
+        return cls(settings, base, adapter_config, adapter, state, *rest)
+
+
+def settle(folder: Path) -> None:
+    """Finishes what a process that was killed had begun: a complete set that lies aside is moved into place."""
+    aside = folder / NEXT
+    if not (aside / CONFIG).is_file():
+        return
+    for name in FILES:
+        if (aside / name).is_file():
+            os.replace(aside / name, folder / name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder holds an evolved draft."""
+    return _path(folder, CONFIG).is_file()
+
+
+def inspect(folder: str | Path) -> dict[str, Any]:
+    """The readable part of an artifact, checked in form: settings, base, lineage, what was measured."""
+    return _manifest_of(Path(folder))
+
+
+def _path(folder: Path, name: str) -> Path:
+    """Where a file is: aside, if a complete set lies there that was not moved to the end."""
+    aside = folder / NEXT
+    return aside / name if (aside / CONFIG).is_file() and (aside / name).is_file() else folder / name
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    path = _path(folder, CONFIG)
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: no {CONFIG} there. Expected a folder that save_pretrained wrote.")
+    found = read_json(path)
+    if found.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path}: format {found.get('format')!r}; this version of hf_onlinespec reads format {FORMAT}. "
+            "Install the version that wrote it (see its 'versions')."
+        )
+    if set(found) != KEYS:
+        raise ArtifactError(
+            f"{path}: missing keys {sorted(KEYS - set(found))}, unknown keys {sorted(set(found) - KEYS)}."
+        )
+    for name in KEYS - {"format"}:
+        if not isinstance(found[name], dict):
+            raise ArtifactError(f"{path}: {name} is {found[name]!r}: expected a JSON object.")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ArtifactError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}).") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path}: expected a JSON object.")
+    return found
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and text of a safetensors file. Raises ArtifactError; a file of another kind is never unpickled."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{path}: not a sound safetensors file ({error}).") from error
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, in hexadecimal digits: tells damage, not forgery."""
+    value = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                value = zlib.crc32(block, value)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}).") from error
+    return f"{value:08x}"
+
+
+def versions() -> dict[str, str]:
+    from . import __version__
+
+    packages = {"torch": torch, "transformers": transformers, "peft": peft}
+    return {"hf_onlinespec": __version__} | {name: str(module.__version__) for name, module in packages.items()}
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n"
+    except ValueError as error:
+        raise OnlineSpecError(f"Not a JSON value in what is to be saved: {error}.") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | tuple):
+        return sorted(value) if isinstance(value, set) else list(value)
+    return str(value)

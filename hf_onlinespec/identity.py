@@ -1,0 +1,98 @@
+"""Which base draft an adapter belongs to: its name, and fingerprints of its configuration, weights and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedModel
+
+from ._compat import commit_hash
+from .embedded import FOLDER
+from .errors import ArtifactError
+
+EMBEDDED = "hf_onlinespec:embedded_pair/draft"  # the name of the draft that ships with the package, on any machine
+SAMPLED = 256  # numbers of every weight that make its fingerprint
+# What the same model may carry under several values.
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "tie_word_embeddings")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A base draft; hashes are SHA-256, shortened to 16 digits."""
+
+    name: str  # on the Hub, or of a folder
+    revision: str | None  # commit on the Hub
+    config: str
+    weights: str  # of numbers here and there in every weight, rounded to bfloat16: the same in every precision
+    tokenizer: str | None  # of its file; None: there is none beside the model
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Identity:
+        name, revision = str(model.config._name_or_path), commit_hash(model.config)
+        config = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE}
+        weights = hashlib.sha256()
+        for key, weight in sorted(model.named_parameters()):
+            flat = weight.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float().cpu()
+            weights.update(f"{key} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+        tokenizer = tokenizer_file(name, revision)
+        return cls(
+            name=public_name(name),
+            revision=revision,
+            config=_short(json.dumps(config, sort_keys=True, default=str).encode()),
+            weights=weights.hexdigest()[:16],
+            tokenizer=None if tokenizer is None else _short(tokenizer.read_bytes()),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Identity:
+        """The inverse of `dataclasses.asdict`. Raises ArtifactError."""
+        names = {"name", "revision", "config", "weights", "tokenizer"}
+        if not isinstance(values, dict) or set(values) != names:
+            raise ArtifactError(f"The identity of the base is {values!r}: expected {sorted(names)}.")
+        for key, value in values.items():
+            if not (isinstance(value, str) or (value is None and key in ("revision", "tokenizer"))):
+                raise ArtifactError(f"The identity of the base has {key}={value!r}: expected text.")
+        return cls(**values)
+
+    def is_same(self, other: Identity) -> bool:
+        """Whether both are one model; where it lies, and a tokenizer that is not at hand, do not matter."""
+        known = self.tokenizer is not None and other.tokenizer is not None
+        return (self.config, self.weights) == (other.config, other.weights) and (
+            not known or self.tokenizer == other.tokenizer
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in asdict(self).items() if value is not None)
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders of this machine."""
+    if name and Path(name).exists():
+        folder = Path(name).resolve()
+        return EMBEDDED if folder == (FOLDER / "draft").resolve() else folder.name
+    return name
+
+
+def tokenizer_file(name: str, revision: str | None) -> Path | None:
+    """The tokenizer that lies beside a model: in its folder, or in the cache of the Hub."""
+    for file in TOKENIZER:
+        if name and Path(name).is_dir():
+            if (Path(name) / file).is_file():
+                return Path(name) / file
+        elif name and revision:
+            found = try_to_load_from_cache(name, file, revision=revision)
+            if isinstance(found, str):
+                return Path(found)
+    return None
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
