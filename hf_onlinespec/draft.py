@@ -224,6 +224,7 @@ class OnlineDraft(MemoryDraft):
             check_base(artifact.base, draft.identity, force)
             draft._learning.resume(artifact.adapter, artifact.state)
             draft.metrics.resume(artifact.state.part("metrics"))
+            draft._replay.refused = draft.metrics.replay_refused
             draft.targets = run_targets(artifact.run)
         elif origin.folder is not None:
             adapter, settings = read_plain_adapter(origin.folder, config)
