@@ -22,6 +22,8 @@ def run_targets(run: dict[str, Any]) -> list[str]:
     return list(run.get("targets", []))
 
 
-def write(artifact: Artifact, folder: str | Path) -> None:
+def write(
+    artifact: Artifact, folder: str | Path, repo_id: str | None = None, data_statement: str | None = None
+) -> None:
     """Writes an artifact with its card and its curve."""
     artifact.write(folder)
