@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ class OnlineDraft(MemoryDraft):
         self._adaptation, self._replay = self._learning.adaptation, self._learning.replay
         self._positions = max_positions(self._lora.base.config)
         self._learns = threading.RLock()  # held for one gradient step at a time
-        self.lineage: dict[str, Any] = {}  # where it came from, see the model card
+        # Where it came from, see the model card; the number tells its pushes from those of others.
+        self.lineage: dict[str, Any] = {"draft": uuid.uuid4().hex}
         self.targets: list[str] = []  # names of the models that it has drafted for
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
         self._checkpoint: tuple[str, dict[str, Any]] = ("", {})  # where they go
@@ -288,7 +290,7 @@ class OnlineDraft(MemoryDraft):
             return cls(
                 load_model(str(source), revision, token) if base_model is None else load_base(base_model), config
             )
-        draft.lineage = origin.lineage()
+        draft.lineage |= origin.lineage()
         return draft
 
     # Learning

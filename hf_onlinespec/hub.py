@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from . import card
-from .artifact import CONFIG, FILES, Artifact
+from ._compat import HUB_FAILURES
+from .artifact import CONFIG, FILES, Artifact, read_json
 from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0  # between two attempts of a checkpoint: doubled each time
@@ -82,7 +82,7 @@ def push(
                 f"{repo_id} is public. Push to a private repository, or with private=False and a data_statement."
             )
         holds = any(file.rfilename == CONFIG for file in info.siblings or [])
-        if holds and not force and info.sha != parent:
+        if holds and not force and info.sha != parent and not _is_own(api, repo_id, info.sha, artifact):
             raise HubError(
                 f"{repo_id} holds an evolved draft of commit {info.sha}, and this one goes on from {parent or 'none of its'}: "
                 "another push came first. Load that one and combine the two, push to another repository, or use force=True."
@@ -99,6 +99,13 @@ def push(
     return str(commit.oid)
 
 
+def _is_own(api: HfApi, repo_id: str, commit: str | None, artifact: Artifact) -> bool:
+    """Whether a commit was made by this very draft: of a push whose answer was lost nobody knew."""
+    there = read_json(Path(api.hf_hub_download(repo_id, CONFIG, revision=commit)))
+    lineage = there.get("lineage")
+    return isinstance(lineage, dict) and lineage.get("draft") == artifact.lineage.get("draft")
+
+
 @contextmanager
 def told(repo_id: str) -> Iterator[None]:
     """What the client of the Hub raises, as one error that says what to do."""
@@ -106,7 +113,7 @@ def told(repo_id: str) -> Iterator[None]:
         yield
     except OnlineSpecError:
         raise
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except HUB_FAILURES as error:
         raise HubError(
             f"{repo_id}: not pushed ({type(error).__name__}: {error}). The live draft is as it was. Check the network, the "
             "name, and that the token may write (hf auth login)."

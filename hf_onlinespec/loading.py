@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ._compat import HUB_FAILURES
 from .artifact import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, is_artifact, read_json, read_tensors
 from .config import ENSEMBLE, OnlineSpecConfig
 from .embedded import load_draft
@@ -54,7 +55,7 @@ def locate(source: str | Path, revision: str | None = None, token: str | None = 
         found = Path(snapshot_download(str(source), revision=revision, allow_patterns=[*CHECKED, CONFIG], token=token))
     except HFValidationError as error:
         raise DraftError(f"{source}: neither a folder nor a name on the Hub ({error}).") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_FAILURES as error:
         raise HubError(
             f"{source}: not downloaded ({type(error).__name__}: {error}). "
             "For a private repository give a token (hf auth login); without a network name a local folder."
