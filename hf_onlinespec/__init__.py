@@ -8,7 +8,16 @@ Importing it teaches `generate` one argument:
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft
-from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError, VersionError
+from .errors import (
+    ArtifactError,
+    ConfigError,
+    DraftError,
+    HubError,
+    OnlineSpecError,
+    PrivacyError,
+    UnsupportedError,
+    VersionError,
+)
 from .feedback import Feedback, FeedbackRecorder
 from .generation import disable, enable
 from .memory_draft import MemoryDraft, online_memory
@@ -17,16 +26,19 @@ from .metrics import DraftMetrics
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtifactError",
     "ConfigError",
     "DraftError",
     "DraftMetrics",
     "Feedback",
     "FeedbackRecorder",
+    "HubError",
     "MemoryDraft",
     "OnlineCandidateGenerator",
     "OnlineDraft",
     "OnlineSpecConfig",
     "OnlineSpecError",
+    "PrivacyError",
     "UnsupportedError",
     "VersionError",
     "disable",

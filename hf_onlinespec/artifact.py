@@ -102,6 +102,9 @@ class Artifact:
         """
         folder = Path(folder)
         manifest = _manifest_of(folder)
+        odd = sorted(set(manifest["files"]) - set(CHECKED))
+        if odd:
+            raise ArtifactError(f"{folder / CONFIG}: lists files that do not belong to it: {odd}.")
         for name in CHECKED:
             path = _path(folder, name)
             if not path.is_file():

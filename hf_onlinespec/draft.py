@@ -22,11 +22,13 @@ from transformers.generation.streamers import BaseStreamer
 from ._compat import max_positions, record_past
 from .adapters import GatedLora
 from .artifact import ADAPTER_CONFIG, Artifact, read_json
+from .audit import check_privacy
 from .card import run_record, run_targets, write
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
 from .feedback import Feedback, Teacher, acceptance
+from .hub import Checkpoints, check_push, push
 from .identity import Identity, public_name
 from .idle import IdleWorker
 from .learning import Learning, Segment
@@ -76,6 +78,8 @@ class OnlineDraft(MemoryDraft):
         self._learns = threading.RLock()  # held for one gradient step at a time
         self.lineage: dict[str, Any] = {}  # where it came from, see the model card
         self.targets: list[str] = []  # names of the models that it has drafted for
+        self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
+        self._checkpoint: tuple[str, dict[str, Any]] = ("", {})  # where they go
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
             self._idle = IdleWorker(self._learn_when_idle)
@@ -198,6 +202,55 @@ class OnlineDraft(MemoryDraft):
         """
         write(self.artifact(), folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool = True,
+        data_statement: str | None = None,
+        checkpoint_every: int | None = None,
+        token: str | None = None,
+        message: str | None = None,
+        tag: str | None = None,
+        force: bool = False,
+    ) -> str:
+        """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash.
+
+        Args:
+            repo_id: "user/name"; made where it does not exist.
+            private: a public push needs a `data_statement`, and passes the privacy audit first.
+            data_statement: what the draft was trained on, for the card.
+            checkpoint_every: push again after so many requests, from a thread that no call waits for; see `checkpoints`.
+            tag: a name for this state, a milestone.
+            force: push over another's commit, and publicly against the audit's advice.
+
+        Raises:
+            HubError: not pushed; the draft is as it was, and `save_pretrained` needs no network.
+            PrivacyError: a public push without a statement, or one that would show what was in users' text.
+        """
+        check_push(repo_id, private, data_statement, checkpoint_every)
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+            self.checkpoints = None
+        if not private and not force:
+            check_privacy(self)
+        options = {"private": private, "data_statement": data_statement, "token": token, "force": force}
+        commit = self._push(repo_id, options | {"message": message, "tag": tag})
+        if checkpoint_every is not None:
+            self._checkpoint = (repo_id, options)
+            self.checkpoints = Checkpoints(self._push_checkpoint, checkpoint_every)
+            weakref.finalize(self, self.checkpoints.close)
+        return commit
+
+    def _push(self, repo_id: str, options: dict[str, Any]) -> str:
+        parent = self.lineage.get("parent", {})
+        known = parent.get("revision") if parent.get("source") == repo_id else None
+        commit = push(self.artifact(), repo_id, parent=known, **options)
+        self.lineage = self.lineage | {"parent": {"source": repo_id, "revision": commit}}
+        return commit
+
+    def _push_checkpoint(self) -> None:
+        self._push(*self._checkpoint)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -231,6 +284,7 @@ class OnlineDraft(MemoryDraft):
             check_base(artifact.base, draft.identity, force)
             draft._learning.resume(artifact.adapter, artifact.state)
             draft.metrics.resume(artifact.state.part("metrics"))
+            draft._replay.refused = draft.metrics.replay_refused
             draft.targets = run_targets(artifact.run)
         elif origin.folder is not None:
             adapter, settings = read_plain_adapter(origin.folder, config)
@@ -367,6 +421,8 @@ class OnlineDraft(MemoryDraft):
             self.metrics.idle_failures = self._idle.failures
             with self._idle.call():
                 yield
+        if self.checkpoints is not None:
+            self.checkpoints.request_done()
 
     def learn_later(self, feedback: Feedback, temperature: float) -> None:
         """Hands a finished request, generated at a temperature, to the worker that learns while nothing is generated."""

@@ -1,17 +1,27 @@
-"""Shared fixtures: tiny random models for exactness, the embedded pair for learning, the data folder where it is at hand."""
+"""Shared fixtures.
+
+Tiny random models for exactness, the embedded pair for learning, a Hub in memory, the data folder where it is at hand.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import close_session, constants, file_download, hf_api
+from huggingface_hub.utils import _http
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import hub as transformers_hub
 from transformers.utils import logging
 
 from hf_onlinespec.embedded import EmbeddedPair, load_pair
+from tests.loopback_hub import LoopbackHub
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -102,3 +112,38 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("HF_ONLINESPEC_DATA is not set: it names a folder with models/ and streams/")
     return Path(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A Hub in memory that the clients of this process, and of its children, talk to with its owner's token.
+
+    The cache is empty, and the waits of huggingface_hub between two attempts take no time: `hub.waits` lists them.
+    """
+    close_session()  # the shared connections know the proxies of the real environment
+    with warnings.catch_warnings(), LoopbackHub() as hub:
+        # This is how huggingface_hub itself sends large files.
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+        home = str(tmp_path_factory.mktemp("hf_home"))
+        # Read when the client is imported, so for child processes; only HF_TOKEN is read at each call.
+        environment = dict(HF_ENDPOINT=hub.endpoint, HF_HOME=home, HF_HUB_CACHE=f"{home}/hub", HF_TOKEN=hub.token)
+        environment |= dict(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_TOKEN_PATH=f"{home}/token")
+        environment |= dict(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+        for name, text in environment.items():
+            monkeypatch.setenv(name, text)
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_OIDC_RESOURCE", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        # What the client of this process made of them, and looks up at each call.
+        here = dict(ENDPOINT=hub.endpoint, HF_HOME=home, HF_HUB_CACHE=f"{home}/hub", HF_TOKEN_PATH=f"{home}/token")
+        here |= dict(HUGGINGFACE_CO_URL_TEMPLATE=hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        here |= dict(HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False)
+        for name, value in here.items():
+            monkeypatch.setattr(constants, name, value)
+        # Two clients outlive a call and keep their endpoint: that of huggingface_hub's functions, and transformers'.
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)
+        clock = SimpleNamespace(**vars(time) | {"sleep": hub.waits.append})
+        monkeypatch.setattr(_http, "time", clock)
+        monkeypatch.setattr(file_download, "time", clock)
+        yield hub
+        close_session()
