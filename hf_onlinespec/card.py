@@ -1,29 +1,318 @@
-"""What an evolved draft says about itself: the record of its run, the model card made from it, and the curve."""
+"""What an evolved draft says about itself: the record of its run, the model card made from it, and the curve.
+
+The record is what the card's numbers come from, and nothing else is: `model_cards/` has its schema, the card's template, and
+an example of both. Neither holds any text of a prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from .artifact import Artifact
-from .metrics import DraftMetrics
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-TENTH = 0.1
+from .artifact import CURVE, Artifact
+from .config import ENSEMBLE, OnlineSpecConfig
+from .errors import ArtifactError
+from .identity import EMBEDDED_TARGET, Identity
+from .machine import machine
+from .metrics import Counts, DraftMetrics
+
+TENTH = 0.1  # of the requests: the first are "before", the last "after"
+HISTORY = ("requests", "new_tokens", "rounds", "wall_time_s", "update_time_s")  # of each stretch of requests
+DIGITS = 4  # behind the point, of what is recorded
+TEMPLATE = Path(__file__).with_name("card_template.md")  # the same as model_cards/template.md, which is not installed
+TAGS = ["hf_onlinespec", "speculative-decoding", "assisted-generation", "online-learning", "lora"]
+PACKAGES = ("hf_onlinespec", "torch", "transformers", "peft")
+SERVED = "the prompts that it served"
+NO_STATEMENT = "Its users said nothing about the prompts that it was trained on. Take them for private."
+NO_REQUEST = "It has served no request yet: there are no figures."
+
+EMBEDDED_USAGE = """\
+from hf_onlinespec import OnlineDraft
+from hf_onlinespec.embedded import load_pair
+
+pair = load_pair()
+draft = OnlineDraft.from_pretrained({source})
+out = pair.target.generate(**pair.tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64, assistant_model=draft)"""
+USAGE = """\
+from hf_onlinespec import OnlineDraft
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+target, tokenizer = AutoModelForCausalLM.from_pretrained({target}), AutoTokenizer.from_pretrained({target})
+draft = OnlineDraft.from_pretrained({source})
+out = target.generate(**tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64, assistant_model=draft)"""
 
 
 def run_record(metrics: DraftMetrics, targets: Sequence[str]) -> dict[str, Any]:
-    """What was measured while the draft served, as JSON values."""
-    return {"targets": list(targets), "new_tokens": metrics.new_tokens}
+    """What was measured while the draft served, as JSON values.
+
+    Args:
+        targets: names of the models that it drafted for.
+    """
+    served = metrics.requests > 0
+    return {
+        "targets": list(targets),
+        "machine": machine(),
+        "requests": metrics.requests,
+        "rounds": metrics.rounds,
+        "new_tokens": metrics.new_tokens,
+        "updates": metrics.updates,
+        "idle_updates": metrics.idle_updates,
+        "idle_time_s": round(metrics.idle_time_s, DIGITS),
+        "rollbacks": metrics.rollbacks,
+        "total": _figures(metrics) if served else None,
+        "before": _figures(metrics.part(0, TENTH)) if served else None,
+        "after": _figures(metrics.part(1 - TENTH, 1)) if served else None,
+        "history": [[round(getattr(stretch, name), DIGITS) for name in HISTORY] for stretch in metrics.history],
+    }
 
 
-def run_targets(run: dict[str, Any]) -> list[str]:
-    """The targets of a run that goes on."""
-    return list(run.get("targets", []))
+def _figures(counts: Counts) -> dict[str, float]:
+    return {
+        "requests": counts.requests,
+        "new_tokens": counts.new_tokens,
+        "acceptance_length": round(counts.acceptance_length, DIGITS),
+        "acceptance_rate": round(counts.acceptance_rate, DIGITS),
+        "tokens_per_s": round(counts.tokens_per_s, DIGITS),
+        "decode_tokens_per_s": round(counts.decode_tokens_per_s, DIGITS),
+        "update_share": round(counts.update_share, DIGITS),
+    }
+
+
+def run_targets(run: Mapping[str, Any]) -> list[str]:
+    """The targets of a run that goes on. Raises ArtifactError."""
+    targets = run.get("targets", [])
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ArtifactError(f"The run of the draft has targets={targets!r}: expected a list of names.")
+    return list(targets)
 
 
 def write(
     artifact: Artifact, folder: str | Path, repo_id: str | None = None, data_statement: str | None = None
 ) -> None:
-    """Writes an artifact with its card and its curve."""
-    artifact.write(folder)
+    """Writes an artifact with its card, and with its curve where matplotlib is installed.
+
+    Args:
+        repo_id, data_statement: as in `model_card`.
+    """
+    png = curve(artifact.run)
+    artifact.write(folder, model_card(artifact, repo_id, data_statement, curve=png is not None), png)
+
+
+def curve(run: Mapping[str, Any]) -> bytes | None:
+    """The figure of a run as PNG; None: no request was served, or the packages that draw are not installed."""
+    if not run["history"] or find_spec("matplotlib") is None or find_spec("rich") is None:
+        return None
+    from .plots import history_figure  # only now: it needs the optional packages
+
+    ends, lengths, speeds, served = [], [], [], 0
+    for requests, new_tokens, rounds, wall_time_s, _ in run["history"]:
+        served += requests
+        ends.append(served)
+        lengths.append(new_tokens / rounds if rounds else 0.0)
+        speeds.append(new_tokens / wall_time_s if wall_time_s else 0.0)
+    file = io.BytesIO()
+    history_figure(ends, lengths, speeds).savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
+def model_card(
+    artifact: Artifact, repo_id: str | None = None, data_statement: str | None = None, curve: bool = True
+) -> str:
+    """The model card of an evolved draft: a README.md with its metadata, every number from the artifact's run.
+
+    Args:
+        repo_id: where it will be on the Hub; None: in a folder.
+        data_statement: what its users say about the prompts that it was trained on.
+        curve: whether the figure lies beside the card.
+    """
+    run, settings, base = artifact.run, artifact.settings, artifact.base
+    title = f"Evolved draft of {_plain(base.name) or 'a model'}" if repo_id is None else repo_id.rpartition("/")[2]
+    usage_note, usage = _usage(run["targets"], repo_id)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        metadata=_metadata(run, base, title).to_yaml(),
+        title=title,
+        base=_base(base),
+        targets=", ".join(map(_code, run["targets"])) or "a model without a name",
+        lineage=_lineage(artifact.lineage),
+        learner=_learner(settings),
+        schedule=_schedule(settings),
+        served=_served(run),
+        steps=_steps(run),
+        machine=_machine(run["machine"]),
+        versions=", ".join(f"{name} {run['machine'][name]}" for name in PACKAGES),
+        measured=_measured(run, settings, curve),
+        data=NO_STATEMENT if data_statement is None else data_statement,
+        usage_note=usage_note,
+        usage=usage,
+    )
+
+
+def _metadata(run: Mapping[str, Any], base: Identity, title: str) -> ModelCardData:
+    """What the Hub reads. Only a base with a commit is known to be on the Hub: others are names of folders."""
+    on_hub = base.revision is not None and _is_repo_id(base.name)
+    results = None
+    if run["after"] is not None:
+        about = {"requests": run["after"]["requests"], "machine": _machine(run["machine"])}
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="served-prompts",
+                dataset_name=SERVED,
+                metric_type=name,
+                metric_name=f"{words}, last tenth of the requests",
+                metric_value=round(run["after"][name], 2),
+                metric_args=about,
+            )
+            for name, words in (
+                ("acceptance_length", "acceptance length (tokens per target forward)"),
+                ("tokens_per_s", "net tokens/s (learning included)"),
+            )
+        ]
+    return ModelCardData(
+        base_model=base.name if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        model_name=title,
+        eval_results=results,
+    )
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _base(base: Identity) -> str:
+    revision = "" if base.revision is None else f" at {_code(base.revision)}"
+    name = _code(base.name) if base.name else "a model without a name"
+    return f"{name}{revision}; fingerprints: weights {_code(base.weights)}, configuration {_code(base.config)}"
+
+
+def _lineage(lineage: Mapping[str, Any]) -> str:
+    """Where it came from; what is not a parent is told as it is written."""
+    if not lineage:
+        return "begun on the base draft; nothing was merged into it"
+    told = []
+    for name, value in lineage.items():
+        entries = value if isinstance(value, list) else [value]
+        told.append(f"{name}: " + " and ".join(_entry(entry) for entry in entries))
+    return "; ".join(told)
+
+
+def _entry(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return _code(str(entry))
+    return ", ".join(f"{key} {_code(str(value))}" for key, value in entry.items() if value is not None)
+
+
+def _learner(settings: OnlineSpecConfig) -> str:
+    many = f" of {settings.experts} × {settings.expert_learner}" if settings.learner == ENSEMBLE else ""
+    layers = "every linear layer, the embedding and the head"
+    if settings.target_modules is not None:
+        layers = ", ".join(map(_code, settings.target_modules))
+    return (
+        f"{settings.learner}{many}, step size {settings.lr}; loss {settings.loss}; LoRA of rank {settings.rank}, "
+        f"alpha {settings.alpha}, on {layers}"
+    )
+
+
+def _schedule(settings: OnlineSpecConfig) -> str:
+    every = f"every {settings.update_every} rounds"
+    if settings.update_every == "auto":
+        every = f"as far as it pays, at most {settings.update_budget:.0%} of the time"
+    return (
+        f"update_when={settings.update_when}, {every}; up to {settings.replay_passes} steps on remembered requests after "
+        f"each; lookahead {settings.lookahead}"
+    )
+
+
+def _served(run: Mapping[str, Any]) -> str:
+    if not run["requests"]:
+        return "nothing yet"
+    return (
+        f"{run['requests']:,} requests with {run['new_tokens']:,} new tokens, which the target verified in {run['rounds']:,} "
+        "forwards; it learned from no more tokens than these"
+    )
+
+
+def _steps(run: Mapping[str, Any]) -> str:
+    steps = f"{run['updates']:,} while generating, those on remembered requests included"
+    if run["idle_updates"]:
+        steps += f"; {run['idle_updates']:,} in {run['idle_time_s']:.0f} s between calls, which no speed below includes"
+    if run["rollbacks"]:
+        steps += f"; {run['rollbacks']:,} times an earlier state of the adapter took over"
+    return steps
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    gpu = "" if machine["gpu"] is None else f", {machine['gpu']}"
+    return f"{machine['cpu']}, cores: {machine['cores']}, threads of torch: {machine['threads']}{gpu}"
+
+
+def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -> str:
+    total, before, after = run["total"], run["before"], run["after"]
+    if total is None:
+        return NO_REQUEST
+    rows = [
+        "| on what it served | requests | acceptance length | acceptance rate | net tokens/s | decode-only tokens/s | update share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    apart = before["requests"] + after["requests"] <= total["requests"]
+    if apart:
+        rows += [_row("before: the first tenth of the requests", before), _row("after: the last tenth", after)]
+    rows.append(_row("all", total))
+    words = (
+        "Acceptance length: tokens per target forward (1 without a draft). Acceptance rate: mean probability that a drafted token which "
+        "was verified is kept. Net tokens/s: learning time included; decode-only: left out. Update share: learning time over all time. "
+        "Speeds are those of the machine above, where the draft was saved; what a resumed draft did elsewhere before is in them too."
+    )
+    if apart:
+        words += (
+            "\n\n“Before” and “after” are what was served first and last, in whole requests or equal groups of them: other prompts, "
+            "perhaps of another kind, so that the difference is not learning's alone."
+        )
+    if settings.memory_tokens:
+        words += " What is drafted comes from this draft and from a suffix memory of the text before, which is not part of it."
+    figure = f"\n\n![acceptance length and net tokens/s over the requests served]({CURVE})" if curve else ""
+    return "\n".join(rows) + "\n\n" + words + figure
+
+
+def _row(name: str, figures: Mapping[str, float]) -> str:
+    return (
+        f"| {name} | {figures['requests']:,} | {figures['acceptance_length']:.2f} | {figures['acceptance_rate']:.2f} "
+        f"| {figures['tokens_per_s']:.1f} | {figures['decode_tokens_per_s']:.1f} | {figures['update_share']:.1%} |"
+    )
+
+
+def _usage(targets: Sequence[str], repo_id: str | None) -> tuple[str, str]:
+    """A sentence, and lines that run."""
+    target = targets[0] if targets else "NAME_OF_YOUR_TARGET"
+    note = "In the folder of this card:" if repo_id is None else "From the Hub, with a token where it is private:"
+    lines = EMBEDDED_USAGE if target == EMBEDDED_TARGET else USAGE
+    return note, lines.format(target=_quoted(target), source=_quoted("." if repo_id is None else repo_id))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _plain(text: str) -> str:
+    """Text that cannot break a line or a table."""
+    return " ".join(text.replace("`", "").replace("|", "/").split())
+
+
+def _code(text: str) -> str:
+    return f"`{_plain(text)}`"

@@ -6,11 +6,9 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,9 +35,11 @@ from .config import OnlineSpecConfig
 from .demo import Bench, Settings, choose_prompts, summarise
 from .embedded import DOMAINS, FOLDER, HOME_DOMAIN
 from .errors import ConfigError, MissingExtraError, OnlineSpecError
+from .machine import machine
 from .recording import Recording, record
 from .regret import evaluate
 
+EVOLVED = "evolved"  # folder of the demo's evolved draft, beside its result
 FAILED, INTERRUPTED = 2, 130  # exit codes: a wrong argument or a missing package; Ctrl-C
 
 
@@ -105,10 +105,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     text = json.dumps(result, indent=2, allow_nan=False)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
     plots.stream_figure(records).savefig(out / "demo.png", dpi=150)
+    bench.evolved.save_pretrained(out / EVOLVED)
     if as_json:
         print(text)
     else:
-        print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}")
+        print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}; the evolved draft, with its card: {out / EVOLVED}")
         plots.report(result)
     return INTERRUPTED if interrupted else 0
 
@@ -239,21 +240,6 @@ def _check_folder(folder: Path, option: str) -> None:
         raise ConfigError(f"{option}: the folder cannot be made ({error.strerror}). Name another one.") from error
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the settings."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux: platform.processor() knows only the architecture there
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("hf_onlinespec", "torch", "transformers", "peft")},
-    }
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-onlinespec", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -273,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--new-tokens", type=int, default=64, metavar="N", help="most tokens generated per prompt")
     demo.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy decoding")
     demo.add_argument("--seed", type=int, default=0, help="chooses the prompts and seeds the sampling")
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder of demo.json, demo.png")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder of what is written")
     demo.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
     demo.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="threads of torch")
     demo.set_defaults(run=_demo)

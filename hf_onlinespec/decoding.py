@@ -58,6 +58,8 @@ def decode(
     check_call(target, draft.neural, generation_config)
     check_inputs(input_ids, generation_config, model_kwargs)
     started = time.perf_counter()
+    if draft.neural is not None:
+        draft.neural.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         processors = LogitsProcessorList(logits_processor)
         verifier = Verifier(target, input_ids, generation_config, model_kwargs)

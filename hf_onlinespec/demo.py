@@ -105,6 +105,12 @@ class Bench:
             "learning": {"assistant_model": OnlineDraft(load_draft()), "onlinespec": True},
         }
 
+    @property
+    def evolved(self) -> OnlineDraft:
+        """The draft of the learning arm."""
+        draft: OnlineDraft = self._arms["learning"]["assistant_model"]
+        return draft
+
     def warm_up(self, spare: list[str]) -> None:
         """Runs every arm on a few prompts; its drafts are thrown away by the next `load_arms`."""
         self.load_arms(ASSISTANT_TOKENS[0])

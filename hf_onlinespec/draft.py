@@ -30,7 +30,7 @@ from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
 from .feedback import Feedback, Teacher, acceptance
 from .hub import Checkpoints, check_push, push
-from .identity import Identity
+from .identity import Identity, public_name
 from .idle import IdleWorker
 from .learning import Learning, Segment
 from .loading import check_base, load_base, load_model, locate, read_plain_adapter
@@ -167,6 +167,13 @@ class OnlineDraft(MemoryDraft):
     def keep(self, n: int) -> dict[str, int]:
         """Tells the model to compute logits for its last n positions only, where it can be told."""
         return self._learning.reader.keep(n)
+
+    def serves(self, target: PreTrainedModel) -> None:
+        """Notes the name of a model that it drafts for, without the folders of this machine; a model may have none."""
+        name = public_name(str(target.config._name_or_path))
+        with self.lock:
+            if name and name not in self.targets:
+                self.targets.append(name)
 
     # Saving and loading
 

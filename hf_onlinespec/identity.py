@@ -16,7 +16,9 @@ from ._compat import commit_hash
 from .embedded import FOLDER
 from .errors import ArtifactError
 
-EMBEDDED = "hf_onlinespec:embedded_pair/draft"  # the name of the draft that ships with the package, on any machine
+# The names of the draft and of the target that ship with the package, on any machine.
+EMBEDDED = "hf_onlinespec:embedded_pair/draft"
+EMBEDDED_TARGET = "hf_onlinespec:embedded_pair/target"
 SAMPLED = 256  # numbers of every weight that make its fingerprint
 # What the same model may carry under several values.
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "tie_word_embeddings")
@@ -75,9 +77,10 @@ class Identity:
 
 def public_name(name: str) -> str:
     """A model's name without the folders of this machine."""
-    if name and Path(name).exists():
+    if name and (Path(name).exists() or Path(name).is_absolute()):
         folder = Path(name).resolve()
-        return EMBEDDED if folder == (FOLDER / "draft").resolve() else folder.name
+        embedded = {(FOLDER / "draft").resolve(): EMBEDDED, (FOLDER / "target").resolve(): EMBEDDED_TARGET}
+        return embedded.get(folder, folder.name)
     return name
 
 
