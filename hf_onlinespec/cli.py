@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from . import card
 from .bench import (
     OWN_ARMS,
     Prompt,
@@ -105,7 +106,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     text = json.dumps(result, indent=2, allow_nan=False)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
     plots.stream_figure(records).savefig(out / "demo.png", dpi=150)
-    bench.evolved.save_pretrained(out / EVOLVED)
+    card.write(bench.evolved.artifact(), out / EVOLVED)
     if as_json:
         print(text)
     else:
