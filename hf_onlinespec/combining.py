@@ -95,12 +95,13 @@ def combine(
                 f"  one:     {first.base}\n  another: {other.base}"
             )
     changes = [_changes(artifact) for artifact in artifacts]
-    ranks = [artifact.adapter_config["r"] for artifact in artifacts]
+    layers = sorted(set().union(*changes))
+    draft = _begin(artifacts, base_model, config, sum(artifact.adapter_config["r"] for artifact in artifacts), layers)
     joined: dict[str, Factors] = {}
-    for layer in sorted(set().union(*changes)):
-        parts = [(c[layer], w) for c, w in zip(changes, weights, strict=True) if layer in c]
+    for layer in layers:
+        parts = [(change[layer], w) for change, w in zip(changes, weights, strict=True) if layer in change]
         joined[layer] = Factors(torch.cat([p.a for p, _ in parts]), torch.cat([w * p.b for p, w in parts], dim=1))
-    draft = _draft(artifacts, base_model, config, sum(ranks), joined)
+    _adopt(draft, joined)
     draft.lineage = {"merged": [{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)]}
     return draft
 
@@ -126,18 +127,17 @@ def distil(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"rank={rank!r}: expected a whole number, at least 1.")
-    found = {layer: nearest(factors, rank) for layer, factors in _changes(artifact).items()}
-    near = {layer: factors for layer, (factors, _, _) in found.items()}
-    lost = {layer: lost for layer, (_, lost, _) in found.items()}
-    whole = {layer: whole for layer, (_, _, whole) in found.items()}
-    report = Distilled(
-        rank,
-        _share(math.hypot(*lost.values()), math.hypot(*whole.values())),
-        {layer: _share(lost[layer], whole[layer]) for layer in lost},
-    )
-    draft = _draft([artifact], base_model, config, rank, near)
-    draft.lineage = {**artifact.lineage, "distilled": {"rank": rank, "relative_error": report.error}}
-    return draft, report
+    changes = _changes(artifact)
+    draft = _begin([artifact], base_model, config, rank, sorted(changes))
+    near: dict[str, Factors] = {}
+    lost: dict[str, float] = {}
+    whole: dict[str, float] = {}
+    for layer, factors in changes.items():
+        near[layer], lost[layer], whole[layer] = nearest(factors, rank)
+    _adopt(draft, near)
+    error = _share(math.hypot(*lost.values()), math.hypot(*whole.values()))
+    draft.lineage = {**artifact.lineage, "distilled": {"rank": rank, "relative_error": error}}
+    return draft, Distilled(rank, error, {layer: _share(lost[layer], whole[layer]) for layer in changes})
 
 
 def nearest(factors: Factors, rank: int) -> tuple[Factors, float, float]:
@@ -168,7 +168,7 @@ def _changes(artifact: Artifact) -> dict[str, Factors]:
         )
     scale = artifact.adapter_config["lora_alpha"] / artifact.adapter_config["r"]
     return {
-        layer: Factors(artifact.adapter[a].float(), artifact.adapter[b].float() * scale)
+        layer: Factors(artifact.adapter[a].cpu().float(), artifact.adapter[b].cpu().float() * scale)
         for layer, (a, b) in _layers(artifact.adapter).items()
     }
 
@@ -183,14 +183,14 @@ def _layers(adapter: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _draft(
+def _begin(
     artifacts: Sequence[Artifact],
     base_model: PreTrainedModel | str | Path | None,
     config: OnlineSpecConfig | None,
     rank: int,
-    changes: Mapping[str, Factors],
+    layers: Sequence[str],
 ) -> OnlineDraft:
-    """A new draft of this rank that serves these changes, each of at most this rank."""
+    """A new draft of this rank for what these adapters change, that has learned nothing yet."""
     first = artifacts[0]
     settings = first.settings if config is None else config
     if settings.learner == ENSEMBLE:
@@ -199,18 +199,25 @@ def _draft(
         settings = replace(settings, learner=settings.expert_learner)
     scale = first.adapter_config["lora_alpha"] / first.adapter_config["r"]  # as before: steps keep their size
     everywhere = all(artifact.settings.target_modules is None for artifact in artifacts)
-    layers = None if everywhere else tuple(sorted(changes))
-    settings = replace(settings, rank=rank, alpha=scale * rank, target_modules=layers)
+    settings = replace(
+        settings, rank=rank, alpha=scale * rank, target_modules=None if everywhere else tuple(sorted(layers))
+    )
     lies_at = str(first.adapter_config.get("base_model_name_or_path", ""))
     draft = OnlineDraft(load_base(base_model, first.base, lies_at), settings)
     check_base(first.base, draft.identity, force=False)
-    # What is not used keeps a new adapter's values, A at random and B at zero: it says nothing, and can learn.
-    adapter = draft._lora.named(draft._lora.params.clone())
-    for layer, (a, b) in _layers(adapter).items():
-        if layer in changes:
-            used = len(changes[layer].a)
-            adapter[a][:used] = changes[layer].a
-            adapter[b][:, :used] = changes[layer].b / scale
-    draft._learning.adopt(adapter)
     draft.targets = list(dict.fromkeys(name for artifact in artifacts for name in run_targets(artifact.run)))
     return draft
+
+
+def _adopt(draft: OnlineDraft, changes: Mapping[str, Factors]) -> None:
+    """Makes a new draft serve these changes, each of at most its rank.
+
+    What they do not use keeps a new adapter's values, A at random and B at zero: it says nothing, and can learn.
+    """
+    scale = draft.settings.alpha / draft.settings.rank
+    adapter = draft._lora.named(draft._lora.params.clone())
+    for layer, (a, b) in _layers(adapter).items():
+        used = len(changes[layer].a)
+        adapter[a][:used] = changes[layer].a
+        adapter[b][:, :used] = changes[layer].b / scale
+    draft._learning.adopt(adapter)
