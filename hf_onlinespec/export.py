@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 # What may lie beside the first file of a tokenizer.
 BESIDE = ("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 HEADS = ("lm_head.weight", "embed_out.weight")  # how files call a head of its own
+# Whose head the servers tie, whatever config.json says.
+GEMMA = "vLLM refuses a Gemma whose head is not tied, SGLang leaves the head out"
+ALWAYS_TIED = {
+    "gpt2": "SGLang leaves the head of a GPT-2 out (vLLM reads it)",
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+}
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
@@ -167,8 +175,11 @@ def check_export(folder: str | Path, target: PretrainedConfig) -> list[str]:
         found.append("tie_word_embeddings is true, but there is a head in the files: servers leave it out.")
     elif not config.get("tie_word_embeddings") and not has_head:
         found.append("tie_word_embeddings is false, but there is no head in the files.")
-    if config.get("model_type") == "gpt2" and not config.get("tie_word_embeddings"):
-        found.append("SGLang's GPT-2 ties the head always: what was learned there would be lost. vLLM reads it.")
+    elif has_head and config.get("model_type") in ALWAYS_TIED:
+        found.append(
+            f"It has a head of its own, and {ALWAYS_TIED[config['model_type']]}. Let the draft learn with target_modules= that "
+            "leave out embedding and head: they stay tied."
+        )
     return found
 
 
