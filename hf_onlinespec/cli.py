@@ -32,6 +32,7 @@ from .bench import (
     verdict,
 )
 from .checks import check_vocabularies
+from .cli_drafts import add_commands
 from .config import OnlineSpecConfig
 from .demo import Bench, Settings, choose_prompts, summarise
 from .embedded import DOMAINS, FOLDER, HOME_DOMAIN
@@ -301,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("regret-out"), metavar="DIR", help="folder of regret.json, regret.png"
     )
     regret.set_defaults(run=_regret)
+    add_commands(commands)
     return parser
 
 

@@ -102,7 +102,7 @@ def combine(
         parts = [(change[layer], w) for change, w in zip(changes, weights, strict=True) if layer in change]
         joined[layer] = Factors(torch.cat([p.a for p, _ in parts]), torch.cat([w * p.b for p, w in parts], dim=1))
     _adopt(draft, joined)
-    draft.lineage = {"merged": [{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)]}
+    draft.lineage |= {"merged": [{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)]}
     return draft
 
 
@@ -136,7 +136,8 @@ def distil(
         near[layer], lost[layer], whole[layer] = nearest(factors, rank)
     _adopt(draft, near)
     error = _share(math.hypot(*lost.values()), math.hypot(*whole.values()))
-    draft.lineage = {**artifact.lineage, "distilled": {"rank": rank, "relative_error": error}}
+    own = draft.lineage["draft"]
+    draft.lineage = {**artifact.lineage, "draft": own, "distilled": {"rank": rank, "relative_error": error}}
     return draft, Distilled(rank, error, {layer: _share(lost[layer], whole[layer]) for layer in changes})
 
 

@@ -29,6 +29,7 @@ from .card import run_record, run_targets, write
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
+from .export import merge_and_export
 from .feedback import Feedback, Teacher, acceptance
 from .hub import Checkpoints, Push
 from .identity import Identity, public_name
@@ -203,6 +204,10 @@ class OnlineDraft(MemoryDraft):
             ArtifactError: the folder cannot be written; what it held is still there.
         """
         write(self.artifact(), folder, draw=False)
+
+    def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes a plain causal language model that serves as `assistant_model` without this package, see `export.py`."""
+        merge_and_export(self, folder, dtype)
 
     def push_to_hub(
         self,

@@ -71,11 +71,12 @@ class Push:
         """
         parent = draft.lineage.get("parent", {})
         known = parent.get("revision") if parent.get("source") == self.repo_id else None
-        commit = self._commit(draft.artifact(), known)
+        commit = self.commit(draft.artifact(), known)
         draft.lineage = draft.lineage | {"parent": {"source": self.repo_id, "revision": commit}}
         return commit
 
-    def _commit(self, artifact: Artifact, parent: str | None) -> str:
+    def commit(self, artifact: Artifact, parent: str | None) -> str:
+        """Sends an artifact that goes on from a commit of the repository, or from none of it. Raises as `send`."""
         # The base by its public name: folders of this machine are nobody's business.
         shared = dict(artifact.adapter_config) | {"base_model_name_or_path": artifact.base.name}
         artifact = replace(artifact, adapter_config=shared)
