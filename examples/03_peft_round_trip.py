@@ -1,6 +1,6 @@
 """An evolved draft is an ordinary PEFT adapter: it goes through any fine-tune and comes back to serve and learn.
 
-    python examples/03_peft_round_trip.py [requests] [test prompts]
+python examples/03_peft_round_trip.py [requests] [test prompts]
 """
 
 import sys

@@ -85,4 +85,6 @@ print("the target writes now      ", tokenizer.decode(answer, skip_special_token
 left, kept = acceptance_length(alone), acceptance_length(draft)
 print(f"draft that was left alone   {left:.2f}")
 print(f"draft that was kept aligned {kept:.2f}, {kept / left:.2f} times")
-print(f"alignment took {alignment.time_s:.1f} of {seconds:.1f} s, {alignment.updates} steps on {alignment.tokens} tokens")
+print(
+    f"alignment took {alignment.time_s:.1f} of {seconds:.1f} s, {alignment.updates} steps on {alignment.tokens} tokens"
+)

@@ -129,8 +129,6 @@ def default_arguments(draft: OnlineDraft, output_dir: str) -> TrainingArguments:
     )
 
 
-
-
 def read_corpus(path: str | Path) -> tuple[list[str], list[str]]:
     """Texts and prompts of a file, as `warm_start` takes them.
 
@@ -212,7 +210,9 @@ class Student(nn.Module):
         draft, target = self._pair
         settings = draft.settings
         places = torch.arange(1, input_ids.shape[1], device=start.device)
-        learned = (places >= start[:, None]) & attention_mask[:, 1:].bool()  # (batch, L - 1): by the token that is predicted
+        learned = (places >= start[:, None]) & attention_mask[
+            :, 1:
+        ].bool()  # (batch, L - 1): by the token that is predicted
         inputs = {"input_ids": input_ids[:, :-1], "attention_mask": attention_mask[:, :-1]}
         with torch.no_grad():
             logits = target(**_on(inputs, target.device), use_cache=False).logits
