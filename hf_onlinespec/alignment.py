@@ -63,7 +63,7 @@ class DraftAlignment(TrainerCallback):
         model = kwargs["model"]
         check_vocabularies(model.config, self.draft.config)
         self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
-        name = public_name(str(model.config._name_or_path))
+        name = public_name(str(model.config._name_or_path)) or None
         self.draft.lineage["alignment"] = {"target": name, "updates": self.updates, "tokens": self.tokens}
 
     def on_step_begin(

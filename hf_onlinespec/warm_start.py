@@ -101,14 +101,13 @@ def warm_start(
         raise ConfigError(
             f"Training came to numbers that are not finite; the draft is as it was. learning_rate={args.learning_rate}: take less."
         )
-    with draft._learns, draft.lock:
-        draft._learning.adopt(learned)
-        draft.lineage["warm_start"] = {
-            "target": public_name(str(target.config._name_or_path)),
-            "texts": len(texts),
-            "prompts": len(prompts),
-            "tokens": sum(len(p.tokens) - p.start for p in passages),
-        }
+    draft.adopt(learned)
+    draft.lineage["warm_start"] = {
+        "target": public_name(str(target.config._name_or_path)) or None,
+        "texts": len(texts),
+        "prompts": len(prompts),
+        "tokens": sum(len(p.tokens) - p.start for p in passages),
+    }
     return draft
 
 

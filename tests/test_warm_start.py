@@ -180,7 +180,7 @@ def test_the_artifact_is_that_of_an_evolved_draft_without_any_text(target, tmp_p
     draft.save_pretrained(tmp_path / "warm")
     learned = sum(len(text) - 1 for text in TEXTS) + 4
     assert inspect(tmp_path / "warm")["lineage"]["warm_start"] == {
-        "target": "",
+        "target": None,
         "texts": 3,
         "prompts": 1,
         "tokens": learned,
