@@ -224,10 +224,11 @@ def test_an_audit_leaves_the_draft_as_it_was(wrong: bool, update_when: str, monk
 
 
 def test_an_audit_under_inference_mode() -> None:
-    draft = learned()
+    draft, live = learned(), learned()
     with torch.inference_mode():
         report = audit.audit(draft, 2, (1,))
-        plant(learned(), make_canaries(VOCABULARY, 1))
+        plant(live, make_canaries(VOCABULARY, 1))
+    assert live._adaptation.steps == draft._adaptation.steps + 3
     assert report == audit.audit(draft, 2, (1,))
 
 
