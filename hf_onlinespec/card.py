@@ -285,7 +285,10 @@ def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -
             "perhaps of another kind, so that the difference is not learning's alone."
         )
     if settings.memory_tokens:
-        words += " What is drafted comes from this draft and from a suffix memory of the text before, which is not part of it."
+        words += (
+            "\n\nWhat was drafted came from this draft or from a suffix memory of earlier text, whichever was expected to pay; the "
+            "memory is not in these files."
+        )
     figure = f"\n\n![acceptance length and net tokens/s over the requests served]({CURVE})" if curve else ""
     return "\n".join(rows) + "\n\n" + words + figure
 
