@@ -277,7 +277,8 @@ def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -
     words = (
         "Acceptance length: tokens per target forward (1 without a draft). Acceptance rate: mean probability that a drafted token which "
         "was verified is kept. Net tokens/s: learning time included; decode-only: left out. Update share: learning time over all time. "
-        "Speeds are those of the machine above, where the draft was saved; what a resumed draft did elsewhere before is in them too."
+        "Speeds are those of the machine above, where the draft was saved, beside whatever else it did; what a resumed draft did "
+        "elsewhere before is in them too."
     )
     if apart:
         words += (
