@@ -96,14 +96,19 @@ def run_targets(run: Mapping[str, Any]) -> list[str]:
 
 
 def write(
-    artifact: Artifact, folder: str | Path, repo_id: str | None = None, data_statement: str | None = None
+    artifact: Artifact,
+    folder: str | Path,
+    repo_id: str | None = None,
+    data_statement: str | None = None,
+    draw: bool = True,
 ) -> None:
     """Writes an artifact with its card, and with its curve where matplotlib is installed.
 
     Args:
+        draw: whether the curve is wanted: it takes longer than everything else.
         repo_id, data_statement: as in `model_card`.
     """
-    png = curve(artifact.run)
+    png = curve(artifact.run) if draw else None
     artifact.write(folder, model_card(artifact, repo_id, data_statement, curve=png is not None), png)
 
 
