@@ -282,7 +282,8 @@ def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -
     words = (
         "Acceptance length: tokens per target forward (1 without a draft). Acceptance rate: mean probability that a drafted token which "
         "was verified is kept. Net tokens/s: learning time included; decode-only: left out. Update share: learning time over all time. "
-        "Speeds are those of the machine above, where the draft was saved; what a resumed draft did elsewhere before is in them too."
+        "Speeds are those of the machine above, where the draft was saved, beside whatever else it did; what a resumed draft did "
+        "elsewhere before is in them too."
     )
     if apart:
         words += (
@@ -290,7 +291,10 @@ def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -
             "perhaps of another kind, so that the difference is not learning's alone."
         )
     if settings.memory_tokens:
-        words += " What is drafted comes from this draft and from a suffix memory of the text before, which is not part of it."
+        words += (
+            "\n\nWhat was drafted came from this draft or from a suffix memory of earlier text, whichever was expected to pay; the "
+            "memory is not in these files."
+        )
     figure = f"\n\n![acceptance length and net tokens/s over the requests served]({CURVE})" if curve else ""
     return "\n".join(rows) + "\n\n" + words + figure
 
