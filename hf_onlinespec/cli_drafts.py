@@ -8,9 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from . import card
 from .artifact import ADAPTER, STATE, Artifact
-from .audit import check_privacy
+from .audit import audit, check_privacy
+from .bench import loaded
+from .canaries import written
 from .combining import combine, distil, read
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft
@@ -18,6 +22,9 @@ from .errors import ArtifactError, ConfigError
 from .export import merge_and_export
 from .hub import Push
 from .loading import locate
+from .warm_start import read_corpus
+
+REFUSED = 1  # exit code: the audit speaks against a public push
 
 
 def add_commands(commands: Any) -> None:
@@ -61,6 +68,21 @@ def add_commands(commands: Any) -> None:
     merge.add_argument("--base", metavar="NAME_OR_PATH", help="the base draft (default: the one they were made for)")
     merge.add_argument("--export", action="store_true", help="write a plain causal language model")
     merge.set_defaults(run=_merge)
+
+    audits = commands.add_parser(
+        "audit",
+        help="what an evolved draft gives away of the text it learned from",
+        description="Plants canaries, secrets drawn at random, in a copy of the draft and probes how exposed they are; with texts it "
+        "also compares the draft's own stream with text that it never saw. Exit code 1: a public push would be refused.",
+    )
+    audits.add_argument("source", metavar="FOLDER_OR_REPO")
+    audits.add_argument("--canaries", type=int, default=8, metavar="N", help="how many (default: %(default)s)")
+    audits.add_argument("--own", type=Path, metavar="FILE", help="texts of its stream: .txt, or .jsonl with text lines")
+    audits.add_argument("--held-out", type=Path, metavar="FILE", help="texts of the same kind that it never saw")
+    audits.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="for the texts (default: the base's)")
+    audits.add_argument("--base", metavar="NAME_OR_PATH", help="the base draft (default: the one that it was made for)")
+    audits.add_argument("--seed", type=int, default=0, help="chooses the canaries (default: %(default)s)")
+    audits.set_defaults(run=_audit)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -135,3 +157,24 @@ def _merge(arguments: argparse.Namespace) -> int:
         card.write(draft.artifact(), arguments.out)
     print(f"Written: {arguments.out}")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    if (arguments.own is None) != (arguments.held_out is None):
+        raise ConfigError("Give --own and --held-out together: the one is compared with the other.")
+    texts = [None if path is None else read_corpus(path) for path in (arguments.own, arguments.held_out)]
+    draft = OnlineDraft.from_pretrained(arguments.source, base_model=arguments.base)
+    found = []
+    for corpus in texts:
+        if corpus is None:
+            found.append(None)
+            continue
+        name = arguments.tokenizer or str(draft.config._name_or_path)
+        tokenizer = loaded(AutoTokenizer, "--tokenizer", name)
+        tokens = [
+            tokenizer(text, return_tensors="pt").input_ids[0, : draft.positions] for part in corpus for text in part
+        ]
+        found.append([written(one) for one in tokens if len(one) > 1])
+    report = audit(draft, arguments.canaries, own=found[0], held_out=found[1], seed=arguments.seed)
+    print(report.text(), end="")
+    return REFUSED if report.refusals() else 0
