@@ -20,6 +20,7 @@ from .config import OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
 from .export import merge_and_export
+from .feedback import Feedback
 from .hub import Push
 from .loading import locate
 from .warm_start import read_corpus
@@ -162,19 +163,17 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _audit(arguments: argparse.Namespace) -> int:
     if (arguments.own is None) != (arguments.held_out is None):
         raise ConfigError("Give --own and --held-out together: the one is compared with the other.")
-    texts = [None if path is None else read_corpus(path) for path in (arguments.own, arguments.held_out)]
+    corpora = {
+        name: read_corpus(path) for name, path in (("own", arguments.own), ("held_out", arguments.held_out)) if path
+    }
     draft = OnlineDraft.from_pretrained(arguments.source, base_model=arguments.base)
-    found = []
-    for corpus in texts:
-        if corpus is None:
-            found.append(None)
-            continue
-        name = arguments.tokenizer or str(draft.config._name_or_path)
-        tokenizer = loaded(AutoTokenizer, "--tokenizer", name)
-        tokens = [
-            tokenizer(text, return_tensors="pt").input_ids[0, : draft.positions] for part in corpus for text in part
-        ]
-        found.append([written(one) for one in tokens if len(one) > 1])
-    report = audit(draft, arguments.canaries, own=found[0], held_out=found[1], seed=arguments.seed)
+    texts: dict[str, list[Feedback]] = {}
+    if corpora:
+        tokenizer = loaded(AutoTokenizer, "--tokenizer", arguments.tokenizer or str(draft.config._name_or_path))
+        for name, parts in corpora.items():
+            tokens = [tokenizer(text, return_tensors="pt").input_ids[0, : draft.positions] for p in parts for text in p]
+            texts[name] = [written(one) for one in tokens if len(one) > 1]
+    own, held_out = texts.get("own"), texts.get("held_out")
+    report = audit(draft, arguments.canaries, own=own, held_out=held_out, seed=arguments.seed)
     print(report.text(), end="")
     return REFUSED if report.refusals() else 0

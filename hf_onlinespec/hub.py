@@ -22,6 +22,7 @@ from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError
 if TYPE_CHECKING:
     from .draft import OnlineDraft
 
+TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0  # between two attempts of a checkpoint: doubled each time
 
 _log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Push:
         with tempfile.TemporaryDirectory(prefix="onlinespec-") as folder, told(repo_id):
             card.write(artifact, folder, repo_id, self.data_statement)
             api.create_repo(repo_id, private=self.private, exist_ok=True)
-            info = api.model_info(repo_id)
+            info = api.model_info(repo_id, timeout=TIMEOUT_S)
             if self.private and not info.private:
                 raise PrivacyError(
                     f"{repo_id} is public. Push to a private repository, or with private=False and a data_statement."

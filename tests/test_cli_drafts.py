@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, cli
 from hf_onlinespec.artifact import ADAPTER, CARD, CONFIG
+from hf_onlinespec.cli_drafts import REFUSED
 
 from .conftest import tiny_llama
 from .loopback_hub import LoopbackHub
@@ -92,3 +93,12 @@ def test_merges_that_make_no_sense(saved: Path, tmp_path: Path, capsys: pytest.C
     assert "rank=0" in refused(capsys, "merge", saved, "--rank", "0", "--out", tmp_path / "x")
     assert "not empty" in refused(capsys, "merge", saved, saved, "--out", saved)
     assert not (tmp_path / "x").exists()
+
+
+def test_audit(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["audit", str(saved), "--canaries", "2"])
+    out = capsys.readouterr().out
+    assert "| once | 0 |" in out and "No held-out text was at hand" in out
+    assert code == (REFUSED if "A public push is refused" in out else 0)
+    assert "together" in refused(capsys, "audit", saved, "--own", tmp_path / "texts.txt")
+    assert "canaries=0" in refused(capsys, "audit", saved, "--canaries", "0")
