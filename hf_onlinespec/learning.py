@@ -306,6 +306,7 @@ class Learning:
     def adopt(self, adapter: Mapping[str, Tensor]) -> None:
         """Goes on from an adapter that was trained elsewhere, with a new state."""
         self.adaptation.adopt(self._params(adapter))
+        self._moved = {}
 
     def _params(self, adapter: Mapping[str, Tensor]) -> Tensor:
         """A flat vector like the adapter's parameters from tensors by PEFT's names. Raises ArtifactError."""

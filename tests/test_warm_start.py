@@ -145,6 +145,22 @@ def test_pieces_are_no_longer_than_the_models_take(tmp_path) -> None:
     assert draft.lineage["warm_start"]["tokens"] == 63 + 63 + 21
 
 
+def test_a_draft_that_had_learned_goes_on_with_a_new_state(target, tmp_path) -> None:
+    """What it learned before is where training begins, and its moments are not those of the new weights."""
+    tokens = torch.tensor([tokenizer(TEXTS[0]).input_ids])
+    teacher = law(target, tokens[0].tolist())
+    old, new = make(), make()
+    for _ in range(5):
+        old.learn_segment(tokens, [teacher], None, 0, None, Counts())
+    before = copy.deepcopy(old._lora.params)
+    warm_start(old, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=0.0))
+    assert torch.equal(old._lora.params, before)
+    new.adopt(old._lora.named(before))
+    for draft in (old, new):
+        draft.learn_segment(tokens, [teacher], None, 0, None, Counts())
+    assert torch.equal(old._lora.params, new._lora.params)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_target_is_left_as_it_was(target, tmp_path, training) -> None:
     before = copy.deepcopy(target.state_dict())
