@@ -20,6 +20,8 @@ def _moved(error: Exception) -> VersionError:
 
 
 try:
+    # The client of the Hub lets errors of its HTTP library through, whose name has changed before.
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
     from peft import PeftModel
     from peft.tuners.lora import Embedding as LoraEmbedding
     from peft.tuners.lora import LoraLayer
@@ -47,6 +49,9 @@ except ImportError as error:
     raise _moved(error) from error
 
 __all__ = ["CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
+
+# What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none.
+HUB_FAILURES = (HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError, OSError)
 
 # The methods that `enable()` wraps.
 WRAPPED = (

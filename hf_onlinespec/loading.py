@@ -4,18 +4,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .artifact import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, is_artifact, read_json, read_tensors
+from ._compat import HUB_FAILURES
+from .artifact import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, Artifact, is_artifact, read_json, read_tensors
 from .config import ENSEMBLE, OnlineSpecConfig
 from .embedded import load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError
 from .identity import EMBEDDED, Identity, public_name
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft
+
+
+def load(
+    make: type[OnlineDraft],
+    source: str | Path,
+    base_model: PreTrainedModel | str | Path | None,
+    config: OnlineSpecConfig | None,
+    revision: str | None,
+    force: bool,
+    token: str | None,
+) -> OnlineDraft:
+    """What `OnlineDraft.from_pretrained` does. Nothing is made before everything is read and checked."""
+    origin = locate(source, revision, token)
+    if origin.evolved:
+        assert origin.folder is not None
+        artifact = Artifact.read(origin.folder)
+        lies_at = str(artifact.adapter_config.get("base_model_name_or_path", ""))
+        draft = make(load_base(base_model, artifact.base, lies_at, token), config or artifact.settings)
+        check_base(artifact.base, draft.identity, force)
+        draft.resume(artifact)
+    elif origin.folder is not None:
+        adapter, settings = read_plain_adapter(origin.folder, config)
+        named = str(read_json(origin.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        draft = make(load_base(base_model, None, named, token), settings)
+        draft.adopt(adapter)
+    else:
+        base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
+        return make(base, config)
+    draft.lineage |= origin.lineage()
+    return draft
 
 
 @dataclass(frozen=True)
@@ -54,7 +88,7 @@ def locate(source: str | Path, revision: str | None = None, token: str | None = 
         found = Path(snapshot_download(str(source), revision=revision, allow_patterns=[*CHECKED, CONFIG], token=token))
     except HFValidationError as error:
         raise DraftError(f"{source}: neither a folder nor a name on the Hub ({error}).") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_FAILURES as error:
         raise HubError(
             f"{source}: not downloaded ({type(error).__name__}: {error}). "
             "For a private repository give a token (hf auth login); without a network name a local folder."

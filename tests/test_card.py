@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_onlinespec import ArtifactError, OnlineDraft, OnlineSpecConfig, card
 from hf_onlinespec.artifact import CARD, CONFIG, CURVE, Artifact, inspect
 from hf_onlinespec.card import curve, model_card, run_record, run_targets
+from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, load_pair, prompts
 from hf_onlinespec.identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from hf_onlinespec.metrics import STRETCHES, Counts, DraftMetrics
@@ -167,7 +168,7 @@ def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_mode
     target.generate(prompt, max_new_tokens=4, do_sample=False, assistant_model=again)
     run = again.artifact().run
     assert (run["requests"], run["new_tokens"], run["targets"]) == (2, 8, ["org/target"])
-    assert f"parent: source `{tmp_path.name}`" in model_card(again.artifact())
+    assert f"goes on from `{tmp_path.name}`" in model_card(again.artifact())
 
 
 def test_learned_tokens_are_those_that_a_step_took(target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
@@ -300,15 +301,43 @@ def test_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lineage() -> None:
-    assert "| lineage | begun on the base draft; nothing was merged into it |" in model_card(artifact())
-    lineage = {
-        "parent": {"source": "me/draft", "revision": "77aa"},
-        "merges": [{"source": "you/draft", "revision": None, "weight": 0.5}, {"source": "old"}],
-    }
-    (told,) = cells(model_card(artifact(lineage=lineage)), "lineage")
-    assert told == (
-        "parent: source `me/draft`, revision `77aa`; merges: source `you/draft`, weight `0.5` and source `old`"
+    assert "| lineage | begun on the base draft |" in model_card(artifact(lineage={"draft": "1f"}))
+    parent = {"source": "me/draft", "revision": "77aa"}
+    merged = [{"parent": parent, "weight": 0.5}, {"parent": {"source": "old", "revision": None}, "weight": 1 / 3}]
+    for lineage, words in (
+        ({"draft": "1f", "parent": parent}, "goes on from `me/draft` at `77aa`"),
+        ({"merged": merged}, "merged: [goes on from `me/draft` at `77aa`] × 0.5 + [goes on from `old`] × 0.3333"),
+        (
+            {"merged": [{"draft": "2e", "weight": 1.0}], "distilled": {"rank": 4, "relative_error": 0.123}},
+            "merged: [begun on the base draft] × 1; distilled to rank 4, which left out 12.3% of the change",
+        ),
+    ):
+        assert cells(model_card(artifact(lineage=lineage)), "lineage") == [words]
+
+
+def test_lineage_of_a_merged_and_distilled_draft(draft_model: PreTrainedModel) -> None:
+    one, other = (OnlineDraft(draft_model, OnlineSpecConfig(**SMALL | {"seed": seed})).artifact() for seed in (0, 1))
+    small, _ = distil(combine([one, other], draft_model).artifact(), 2, draft_model)
+    (told,) = cells(model_card(small.artifact()), "lineage")
+    assert told.startswith(
+        "merged: [begun on the base draft] × 0.5 + [begun on the base draft] × 0.5; distilled to rank 2"
     )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"run": {}},
+        {"run": run_record(served(2), []) | {"history": [[1, 2]]}},
+        {"run": run_record(served(2), []) | {"rounds": "many"}},
+        {"lineage": {"merged": [{}]}},
+        {"lineage": {"parent": "me/draft"}},
+    ],
+)
+def test_odd_runs_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="No card can be made"):
+        card.write(artifact(**wrong), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_settings_are_told() -> None:

@@ -1,0 +1,218 @@
+"""Pushing and pulling through the real client, against a Hub in memory that fails on demand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_onlinespec import ConfigError, DraftError, HubError, OnlineDraft, OnlineSpecConfig, PrivacyError
+from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, STATE
+
+from .conftest import tiny_llama
+from .loopback_hub import LoopbackHub
+from .test_artifact import REPEATABLE, TOKENS, same_state, serve
+
+REPO = "me/draft"
+SAYS = "Made-up prompts, written for this test."
+
+
+@pytest.fixture
+def draft(target: PreTrainedModel) -> OnlineDraft:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    serve(target, draft, range(3))
+    return draft
+
+
+def again(**options: Any) -> OnlineDraft:
+    return OnlineDraft.from_pretrained(REPO, base_model=tiny_llama(2), **options)
+
+
+def test_what_is_pushed_comes_back(hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel) -> None:
+    commit = draft.push_to_hub(REPO)
+    assert hub.repos[REPO].private
+    assert [c.title for c in hub.repos[REPO].commits.values()][1:] == [
+        f"Evolved draft after {draft.metrics.new_tokens} new tokens"
+    ]  # one commit
+    assert {ADAPTER, ADAPTER_CONFIG, CONFIG, STATE} <= set(hub.repos[REPO].head.files)
+    found = again()
+    assert same_state(found, draft) and torch.equal(found(TOKENS).logits, draft(TOKENS).logits)
+    assert found.lineage["parent"] == {"source": REPO, "revision": commit}
+    serve(target, found, range(3, 5))
+    later = found.push_to_hub(REPO, tag="v2", message="Two requests more")
+    assert list(hub.repos[REPO].commits)[-2:] == [commit, later]
+    assert same_state(again(revision=commit), draft)
+    assert same_state(again(revision="v2"), found)
+    assert json.loads(hub.read(REPO, CONFIG))["lineage"]["parent"]["revision"] == commit
+
+
+def test_folders_of_this_machine_are_not_shown(hub: LoopbackHub, tmp_path: Path, target: PreTrainedModel) -> None:
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    draft = OnlineDraft.from_pretrained(tmp_path / "base", config=OnlineSpecConfig(**REPEATABLE))
+    draft.push_to_hub(REPO)
+    for path in hub.repos[REPO].head.files:
+        assert str(tmp_path).encode() not in hub.read(REPO, path)
+
+
+@pytest.mark.parametrize("name", ["draft", "/draft", "me/", "a/b/c", "", "me/with space", "me/--x"])
+def test_names_that_are_none(name: str, hub: LoopbackHub, draft: OnlineDraft) -> None:
+    with pytest.raises((ConfigError, HubError)):
+        draft.push_to_hub(name)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_intervals_that_are_none(every: Any, hub: LoopbackHub, draft: OnlineDraft) -> None:
+    with pytest.raises(ConfigError, match="checkpoint_every"):
+        draft.push_to_hub(REPO, checkpoint_every=every)
+    assert not hub.requests
+
+
+def test_a_public_push_needs_a_statement(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    for statement in (None, "", "  "):
+        with pytest.raises(PrivacyError, match="data_statement"):
+            draft.push_to_hub(REPO, private=False, data_statement=statement)
+    with pytest.raises(PrivacyError, match="checkpoint_every"):
+        draft.push_to_hub(REPO, private=False, data_statement=SAYS, checkpoint_every=4)
+    assert not hub.requests
+    draft.push_to_hub(REPO, private=False, data_statement=SAYS, force=True)
+    assert not hub.repos[REPO].private
+    assert SAYS in hub.read(REPO, CARD).decode()
+
+
+def test_a_private_push_never_goes_into_a_public_repository(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    before = hub.push(REPO, {"README.md": b"mine"})
+    with pytest.raises(PrivacyError, match="is public"):
+        draft.push_to_hub(REPO)
+    assert hub.repos[REPO].head.sha == before.sha
+
+
+def test_another_push_is_not_overwritten(hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel) -> None:
+    draft.push_to_hub(REPO)
+    other = again()
+    serve(target, other, range(7, 8))
+    other.push_to_hub(REPO)
+    with pytest.raises(HubError, match="another push came first"):
+        draft.push_to_hub(REPO)
+    assert same_state(again(), other)
+    draft.push_to_hub(REPO, force=True)
+    assert same_state(again(), draft)
+
+
+@pytest.mark.parametrize("part", ["/preupload/", ".git/info/lfs", "/commit/", "/repos/create"])
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_push_that_fails_loses_nothing(status: int, part: str, hub: LoopbackHub, draft: OnlineDraft) -> None:
+    hub.fail("POST", part, status=status, times=100)
+    before = draft._lora.params.clone()
+    with pytest.raises(HubError, match="not pushed"):
+        draft.push_to_hub(REPO)
+    assert torch.equal(draft._lora.params, before)
+    hub.heal()
+    draft.push_to_hub(REPO)
+    assert same_state(again(), draft)
+
+
+@pytest.mark.parametrize("how", ["middle", "reset"])
+def test_an_upload_that_breaks_off(how: str, hub: LoopbackHub, draft: OnlineDraft) -> None:
+    hub.cut("POST", "/commit/", how=how)
+    with pytest.raises(HubError, match="not pushed"):
+        draft.push_to_hub(REPO)
+    draft.push_to_hub(REPO)
+    assert same_state(again(), draft)
+
+
+def test_a_commit_whose_answer_was_lost_is_recognised(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel
+) -> None:
+    draft.push_to_hub(REPO)
+    serve(target, draft, range(3, 4))
+    hub.cut("POST", "/commit/", how="answer")
+    with pytest.raises(HubError):
+        draft.push_to_hub(REPO)
+    serve(target, draft, range(4, 5))
+    draft.push_to_hub(REPO)  # not "another push came first": it was its own
+    assert same_state(again(), draft)
+
+
+def test_reading_what_is_not_there(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    with pytest.raises(HubError, match="not downloaded"):
+        again()
+    draft.push_to_hub(REPO)
+    with pytest.raises(HubError, match="not downloaded"):
+        again(revision="v9")
+    with pytest.raises(HubError, match="token"):
+        again(token="wrong")
+    hub.push("me/empty", {"README.md": b"nothing"})
+    with pytest.raises(DraftError, match="causal language model"):
+        OnlineDraft.from_pretrained("me/empty")
+
+
+def test_damage_on_the_way_is_told(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    from hf_onlinespec import ArtifactError
+
+    draft.push_to_hub(REPO)
+    data = bytearray(hub.read(REPO, STATE))
+    data[-1] ^= 1
+    hub.push(REPO, {STATE: bytes(data)})
+    with pytest.raises(ArtifactError, match="checksum"):
+        again()
+
+
+def test_without_a_network(hub: LoopbackHub, draft: OnlineDraft, tmp_path: Path) -> None:
+    draft.push_to_hub(REPO)
+    found = again()
+    hub.close()
+    try:
+        assert same_state(again(revision=found.lineage["parent"]["revision"]), found)  # from the cache
+        with pytest.raises(HubError):
+            draft.push_to_hub(REPO)
+        draft.save_pretrained(tmp_path)
+        assert same_state(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)), draft)
+    finally:
+        hub.start()
+
+
+# Checkpoints
+
+
+def test_checkpoints_never_block_a_call(hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel) -> None:
+    draft.push_to_hub(REPO, checkpoint_every=2)
+    assert draft.checkpoints is not None
+    held = hub.hold("POST", "/commit/")
+    serve(target, draft, range(3, 5))
+    assert held.reached.wait(20)  # the push is under way, and the Hub does not answer
+    serve(target, draft, range(5, 9))  # calls go on, and more comes due
+    assert draft.checkpoints.pushed == 0
+    held.release.set()
+    assert draft.checkpoints.wait(20)
+    assert 1 <= draft.checkpoints.pushed <= 2  # what came due meanwhile is one push
+    assert same_state(again(), draft)
+    draft.checkpoints.close()
+
+
+def test_checkpoints_that_fail_are_tried_again(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_onlinespec.hub.FIRST_WAIT_S", 0.01)
+    draft.push_to_hub(REPO, checkpoint_every=1)
+    assert draft.checkpoints is not None
+    hub.fail("POST", "/commit/", status=503, times=3)
+    serve(target, draft, range(3, 4))
+    assert draft.checkpoints.wait(20)
+    assert draft.checkpoints.failures >= 1 and draft.checkpoints.pushed == 1 and not draft.checkpoints.error
+    assert same_state(again(), draft)
+    draft.checkpoints.close()
+
+
+def test_a_draft_that_is_gone_ends_its_thread(hub: LoopbackHub) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.push_to_hub(REPO, checkpoint_every=1)
+    assert draft.checkpoints is not None
+    thread = draft.checkpoints._thread
+    del draft
+    thread.join(20)
+    assert not thread.is_alive()
