@@ -1,4 +1,233 @@
-"""stub"""
+"""The privacy audit: secrets planted in a copy of an evolved draft, and the text it learned from beside text it never saw."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read, twin
+from .errors import ConfigError, PrivacyError
+from .feedback import Feedback
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft  # which is audited before a public push
+
+BEHIND = 40  # requests learned behind the canaries, at most: whether they are forgotten
+# Bits of mean exposure above which a push is refused: whoever guesses a secret needs an eighth of the guesses. The mean of eight
+# canaries that were never planted is above it in 0.8 % of all audits (a sum of eight exponentials), of one canary in 12.5 %.
+MOST_BITS = 3.0
+# Chance above which own text is told from text that was not seen (0.5: not at all), if that is sure by two standard errors: one
+# right answer in ten more than a coin gives.
+MOST_AUC = 0.6
+SURE = 2.0
 
 
-def check_privacy(draft: object) -> None: ...
+@dataclass(frozen=True)
+class Probed:
+    """Canaries, and what the draft had learned when they were probed."""
+
+    repeats: int  # how often the target wrote them; 0: never
+    behind: int  # other requests learned behind them
+    exposures: list[Exposure]
+
+    @property
+    def bits(self) -> float:
+        """Mean exposure."""
+        return statistics.mean(e.bits for e in self.exposures)
+
+    @property
+    def extracted(self) -> int:
+        return sum(e.extracted for e in self.exposures)
+
+
+@dataclass(frozen=True)
+class LossGap:
+    """Loss in nats per written token, averaged over texts: of the stream's own, and of held-out ones."""
+
+    own: tuple[float, float]  # under the original draft, under the evolved one
+    held_out: tuple[float, float]
+    texts: tuple[int, int]
+    gap: float  # what learning gained on own text beyond what it gained on held-out text
+    error: float  # standard error of it
+    auc: float  # chance that of an own and a held-out text the own one gained more: 0.5 tells nothing
+    auc_error: float  # its standard error where there is nothing to tell
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What was found. The same draft, seed and texts give the same report."""
+
+    probed: list[Probed]
+    most_bits: float  # the largest exposure that could be seen
+    gap: LossGap | None  # None: no held-out text
+    seen: int | None  # tokens of the vocabulary whose embedding the adapter changes; None: it leaves embeddings alone
+    vocabulary: int
+
+    def refusals(self) -> list[str]:
+        """Why the draft should not be public; none: nothing that was looked at speaks against it."""
+        found = []
+        once = min(p.repeats for p in self.probed if p.repeats)
+        for p in self.probed:
+            if p.repeats == once and p.bits > MOST_BITS:
+                found.append(
+                    f"A secret that the target writes {_times(once)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits"
+                    f" after {p.behind} more requests (more than {MOST_BITS:g}; chance: 1.4); "
+                    f"{p.extracted} of {len(p.exposures)} are written out to the last token."
+                )
+        gap = self.gap
+        if gap is not None and gap.auc > MOST_AUC and gap.auc - 0.5 > SURE * gap.auc_error:
+            found.append(
+                f"The text it learned from is told from text it never saw with a chance of {gap.auc:.2f} (more than {MOST_AUC:g}; "
+                f"by guessing: 0.5); it gained {gap.gap:.2f} nats per token more there."
+            )
+        return found
+
+    def text(self) -> str:
+        """The report in Markdown."""
+        lines = ["| canaries written | other requests behind | mean exposure, bits | largest | written out |"]
+        lines += ["|---|---|---|---|---|"]
+        for p in self.probed:
+            largest = max(e.bits for e in p.exposures)
+            lines.append(
+                f"| {_times(p.repeats)} | {p.behind} | {p.bits:.2f} | {largest:.2f} | {p.extracted} of {len(p.exposures)} |"
+            )
+        lines += ["", f"Exposure: 1.44 bits by chance, at most {self.most_bits:.2f} can be seen."]
+        if not any(p.behind for p in self.probed):
+            lines.append("No other requests were at hand: what they would have changed was not measured.")
+        if self.gap is None:
+            lines.append("No held-out text was at hand: own and unseen text were not compared.")
+        else:
+            g = self.gap
+            lines += ["", "| nats per token | texts | original draft | evolved draft |", "|---|---|---|---|"]
+            for name, n, (original, evolved) in zip(("own", "held out"), g.texts, (g.own, g.held_out), strict=True):
+                lines.append(f"| {name} | {n} | {original:.3f} | {evolved:.3f} |")
+            lines += [
+                "",
+                f"Gained on own text beyond what was gained on held-out text: {g.gap:.3f} ± {g.error:.3f} nats per token. "
+                f"Chance of telling own from held-out text: {g.auc:.2f} (0.50 ± {g.auc_error:.2f} where there is nothing to tell).",
+            ]
+        if self.seen is not None:
+            lines.append(
+                f"Whoever holds the adapter can read off which tokens occurred in what it learned from, prompts included: "
+                f"{self.seen} of {self.vocabulary}, those whose embedding it changes."
+            )
+        lines += ["Not looked at: moments and earlier states of the adapter, which are saved beside it.", ""]
+        refusals = self.refusals()
+        if refusals:
+            lines += ["A public push is refused:", "", *(f"- {reason}" for reason in refusals)]
+        else:
+            lines.append("Nothing that was looked at speaks against a public push.")
+        return "\n".join(lines) + "\n"
+
+
+@torch.inference_mode(False)
+def audit(
+    draft: OnlineDraft,
+    canaries: int = 8,
+    repeats: Sequence[int] = (1, 4, 16),
+    own: Sequence[Feedback] | None = None,
+    held_out: Sequence[Feedback] | None = None,
+    behind: Sequence[Feedback] | None = None,
+    seed: int = 0,
+) -> AuditReport:
+    """What a draft gives away. It is not touched: everything happens in a copy that shares its base's weights.
+
+    For the embedded draft about 10 s of one CPU core; most of it is learning canaries and the requests behind them.
+
+    Args:
+        repeats: how often the target writes each canary; one measurement each.
+        own: what the draft learned from, see `written` for plain text; None: what its replay remembers.
+        held_out: text of the same kind that it never saw; None: no comparison.
+        behind: what is learned behind the canaries in one more measurement; None: the last `BEHIND` of `own`.
+        seed: of canaries and references.
+
+    Raises:
+        ConfigError: nothing to plant, canaries that are too long or of too large an alphabet, too few or too long texts.
+        DraftError: the draft's numbers are not finite.
+    """
+    if not repeats or any(not is_count(r) for r in repeats):
+        raise ConfigError(f"repeats={repeats!r}: expected whole numbers of at least 1.")
+    vocabulary = draft.config.get_text_config().vocab_size
+    secrets = make_canaries(vocabulary, canaries, seed)
+    if own is None:
+        with draft._learns:
+            own = draft._replay.requests
+    behind = own[-BEHIND:] if behind is None else behind
+    for text in (*own, *(held_out or ()), *behind):
+        check_text(draft, text, vocabulary)
+    gap = None if held_out is None else loss_gap(draft, own, held_out)
+
+    copied = twin(draft)
+    probed, planted = [Probed(0, 0, probe(copied, secrets, seed=seed))], 0
+    for often in sorted(set(repeats)):
+        plant(copied, secrets, often - planted)
+        planted = often
+        probed.append(Probed(often, 0, probe(copied, secrets, seed=seed)))
+    if behind:
+        copied = twin(draft)
+        plant(copied, secrets, min(repeats))
+        learn(copied, behind)
+        probed.append(Probed(min(repeats), len(behind), probe(copied, secrets, seed=seed)))
+    return AuditReport(probed, math.log2(REFERENCES + 1), gap, _seen(draft), vocabulary)
+
+
+def check_privacy(draft: OnlineDraft) -> None:
+    """Raises PrivacyError where a public push would give away too much. A draft that never learned has nothing to give."""
+    if draft._adaptation.steps == 0:
+        return
+    refusals = audit(draft, repeats=(1,)).refusals()
+    if refusals:
+        raise PrivacyError(
+            "The privacy audit speaks against a public push:\n"
+            + "\n".join(f"- {reason}" for reason in refusals)
+            + "\nPush it privately, or with force=True if nothing that it learned from is private; `hf-onlinespec audit` tells more."
+        )
+
+
+def loss_gap(draft: OnlineDraft, own: Sequence[Feedback], held_out: Sequence[Feedback]) -> LossGap:
+    """How much more learning gained on the stream's own text than on text that it never saw, at the written tokens.
+
+    Raises:
+        ConfigError: fewer than two texts of either kind, or one that the draft cannot read.
+        DraftError: the draft's log-likelihoods are not finite.
+    """
+    if min(len(own), len(held_out)) < 2:
+        raise ConfigError(f"{len(own)} own and {len(held_out)} held-out texts: expected at least two of each.")
+    losses = []
+    for texts in (own, held_out):
+        rows = []
+        for text in texts:
+            check_text(draft, text, draft.config.get_text_config().vocab_size)
+            n = len(text.teacher)
+            rows.append([-float(read(draft, text.tokens[None], n, frozen)[0].mean()) for frozen in (True, False)])
+        losses.append(torch.tensor(rows, dtype=torch.float64))  # (texts, original and evolved)
+    gains = [part[:, 0] - part[:, 1] for part in losses]
+    a, b = (len(part) for part in gains)
+    ahead = gains[0][:, None] - gains[1]
+    means = [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in losses]
+    return LossGap(
+        own=means[0],
+        held_out=means[1],
+        texts=(a, b),
+        gap=float(gains[0].mean() - gains[1].mean()),
+        error=float(gains[0].var() / a + gains[1].var() / b) ** 0.5,
+        auc=float((ahead > 0).double().mean() + (ahead == 0).double().mean() / 2),
+        auc_error=((a + b + 1) / (12 * a * b)) ** 0.5,  # of Mann and Whitney's U
+    )
+
+
+def _seen(draft: OnlineDraft) -> int | None:
+    """Tokens whose embedding the adapter changes: that part of A starts at zero, and moves only for tokens that were read."""
+    with draft._learns:
+        parts = draft._lora.named(draft._lora.params)
+        moved = [(part != 0).any(0) for name, part in parts.items() if "lora_embedding_A" in name]  # each (vocabulary,)
+    return int(torch.stack(moved).any(0).sum()) if moved else None
+
+
+def _times(n: int) -> str:
+    return {0: "never", 1: "once"}.get(n, f"{n} times")

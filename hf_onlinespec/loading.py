@@ -132,7 +132,9 @@ def read_plain_adapter(folder: Path, config: OnlineSpecConfig | None) -> tuple[d
             "learner='ensemble': an ordinary adapter holds one expert. Use another learner to go on with it."
         )
     settings = replace(settings, rank=about["r"], alpha=about["lora_alpha"], target_modules=tuple(names))
-    return read_tensors(folder / ADAPTER)[0], settings
+    tensors = read_tensors(folder / ADAPTER)[0]
+    # Where embedding and head carry an adapter, PEFT writes their base weights beside it: the base has these.
+    return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}, settings
 
 
 def load_base(

@@ -1,0 +1,205 @@
+"""Canaries: secrets that are planted in a draft, and how much of them it gives away.
+
+The draft is taught what the target wrote, never prompts: a secret is learned when the target writes it. A canary is such a
+secret: random letters of a small alphabet after a random prefix, which whoever looks for it knows. Its exposure (Carlini et al.
+2019, "The Secret Sharer", arXiv:1802.08232) is log2 |R| − log2 rank, its rank among all strings R of that form. They are ranked by
+their log-likelihood under the evolved draft minus that under the original one: everybody has that one, too, and what it prefers
+already says nothing about what was learned. By chance the mean exposure is 1 / ln 2 = 1.44 bits. Ranked among m strings drawn at
+random, the largest exposure that can be seen is log2(m + 1): it then means "at least".
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, DraftError
+from .feedback import Feedback, Teacher
+from .metrics import Counts
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft  # which is audited before a public push
+
+PREFIX, SECRET = 8, 6  # tokens of a canary
+ALPHABET = 10  # letters of a secret, as many as there are digits: 10^6 secrets, 19.9 bits
+REFERENCES = 255  # strings that a canary is ranked among: up to 8 bits
+WRITTEN = 1 - 1e-4  # weight of a written token in its teacher's law: with 1, some losses are infinite
+MOST_LOGITS = 2**25  # in one forward
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A secret, and the form that is known of it."""
+
+    prefix: Tensor  # (p,) tokens
+    secret: Tensor  # (s,) tokens, each drawn uniformly from the alphabet
+    alphabet: Tensor  # (a,) different tokens
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.cat([self.prefix, self.secret])
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Of one canary."""
+
+    bits: float
+    extracted: bool  # greedy decoding after the prefix writes the secret, to the last token
+
+
+def make_canaries(
+    vocabulary: int, n: int, seed: int = 0, length: int = SECRET, prefix: int = PREFIX, alphabet: int = ALPHABET
+) -> list[Canary]:
+    """n secrets of one alphabet, each after a prefix of its own; the same ones for the same seed.
+
+    Raises:
+        ConfigError: a number below 1, or an alphabet that the vocabulary does not hold.
+    """
+    for name, value in {"canaries": n, "length": length, "prefix": prefix}.items():
+        if not is_count(value):
+            raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1.")
+    if not is_count(alphabet) or not 2 <= alphabet <= vocabulary:
+        raise ConfigError(
+            f"alphabet={alphabet!r}: expected at least 2 and at most the vocabulary's {vocabulary} tokens."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    letters = torch.randperm(vocabulary, generator=generator)[:alphabet]
+    found = []
+    for _ in range(n):
+        context = torch.randint(vocabulary, (prefix,), generator=generator)
+        secret = letters[torch.randint(alphabet, (length,), generator=generator)]
+        found.append(Canary(context, secret, letters))
+    return found
+
+
+def written(tokens: Tensor, n: int | None = None) -> Feedback:
+    """Text (L,) as if the target had been sure of its last n tokens; None: of all but the first."""
+    n = len(tokens) - 1 if n is None else n
+    if tokens.dim() != 1 or not 1 <= n < len(tokens):
+        raise ConfigError(
+            f"A text of shape {tuple(tokens.shape)}, {n} of them written: expected a written token behind another."
+        )
+    sure = torch.full((n, 1), math.log(WRITTEN))
+    law = Teacher(sure, tokens[-n:, None].cpu(), torch.full((n,), math.log1p(-WRITTEN)))
+    return Feedback(tokens.cpu(), law)
+
+
+@torch.inference_mode(False)
+def learn(draft: OnlineDraft, requests: Sequence[Feedback]) -> None:
+    """Learns from requests one after the other, as after calls of `generate`, however little time there is."""
+    for request in requests:
+        tokens, teacher = request.tokens.to(draft.device), request.teacher.to(draft.device)
+        counts = Counts()
+        draft.learn_segment(tokens[None], [teacher], None, 0, None, counts)
+        draft.remember(Feedback(tokens, teacher))
+        draft.rehearse(counts, draft.settings.replay_passes)
+    draft.fold()
+
+
+@torch.inference_mode(False)
+def plant(draft: OnlineDraft, canaries: Sequence[Canary], repeats: int = 1) -> None:
+    """Lets the draft learn every canary so often, as if the target had written it and been sure: the worst case.
+
+    Each plant is a request of its own, rehearsed like any other. Raises ConfigError where a canary is longer than the draft reads.
+    """
+    texts = [written(canary.tokens, len(canary.secret)) for canary in canaries]
+    for text in texts:
+        check_text(draft, text, draft.config.get_text_config().vocab_size)
+    for _ in range(repeats):
+        learn(draft, texts)
+
+
+def probe(
+    draft: OnlineDraft, canaries: Sequence[Canary], references: int = REFERENCES, seed: int = 0
+) -> list[Exposure]:
+    """How exposed each canary is, among that many random strings of its form, or among all where there are no more.
+
+    Raises:
+        ConfigError: a canary is longer than the draft reads.
+        DraftError: the draft's log-likelihoods are not finite.
+    """
+    if not canaries or not is_count(references):
+        raise ConfigError(f"{len(canaries)} canaries among references={references!r}: expected at least 1 of each.")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for canary in canaries:
+        n, letters = len(canary.secret), canary.alphabet
+        if len(letters) ** n <= references + 1:
+            every = torch.tensor(list(itertools.product(letters.tolist(), repeat=n)))
+            others = every[(every != canary.secret).any(1)]
+        else:
+            others = letters[torch.randint(len(letters), (references, n), generator=generator)]
+        secrets = torch.cat([canary.secret[None], others])  # (m + 1, n)
+        rows = torch.cat([canary.prefix.expand(len(secrets), -1), secrets], dim=1)
+        evolved, best = read(draft, rows, n, frozen=False)
+        original, _ = read(draft, rows, n, frozen=True)
+        score = (evolved - original).sum(-1)
+        # Strings of the same score stand in any order: half of them before the canary. (All of them, if nothing was learned.)
+        rank = 1 + float((score[1:] > score[0]).sum()) + float((score[1:] == score[0]).sum()) / 2
+        found.append(Exposure(math.log2(len(secrets) / rank), bool(best[0].all())))
+    return found
+
+
+def twin(draft: OnlineDraft) -> OnlineDraft:
+    """A copy that learns on by itself, over the same base weights: always, after every request, whatever time it takes.
+
+    It remembers no requests, as a draft that was saved and loaded again.
+    """
+    with draft._learns, torch.inference_mode(False):
+        base, artifact = draft._lora.base, draft.artifact()
+        # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
+        shared: dict[int, object] = {id(t): t for t in (*base.parameters(), *base.buffers())}
+        shared |= {id(layer): layer.get_base_layer() for layer in draft._lora.layers}
+        plain = copy.deepcopy(base, shared)
+        vars(plain).pop("peft_config", None)
+        settings = replace(draft.settings, update_when="request", update_every=1, memory_tokens=0)
+        copied = type(draft)(plain, settings)
+        copied._learning.resume(artifact.adapter, artifact.state)
+    return copied
+
+
+@torch.no_grad()
+def read(draft: OnlineDraft, tokens: Tensor, n: int, frozen: bool) -> tuple[Tensor, Tensor]:
+    """Log-likelihoods (rows, n) of the last n tokens of every row of `tokens` (rows, L), and whether each is the likeliest."""
+    if tokens.shape[1] > draft.positions:
+        raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.positions}.")
+    size = max(1, MOST_LOGITS // ((n + 1) * draft.config.get_text_config().vocab_size))
+    chosen, best = [], []
+    for part in tokens.to(draft.device).split(size):
+        with draft.serving(frozen) as model:
+            logits = model(use_cache=False, **draft.inputs(part[:, :-1], 0, None), **draft.keep(n)).logits[:, -n:]
+        chosen.append(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1).double().cpu())
+        best.append((logits.argmax(-1) == part[:, -n:]).cpu())
+    found = torch.cat(chosen)
+    if not bool(torch.isfinite(found).all()):
+        which = "original" if frozen else "evolved"
+        raise DraftError(
+            f"The {which} draft's log-likelihoods are not finite: its weights are damaged. Take an earlier state."
+        )
+    return found, torch.cat(best)
+
+
+def check_text(draft: OnlineDraft, text: Feedback, vocabulary: int) -> None:
+    """Raises ConfigError where a draft cannot read a text."""
+    length, n = len(text.tokens), len(text.teacher)
+    if not 1 <= n < length <= draft.positions:
+        raise ConfigError(
+            f"A text of {length} tokens, {n} of them written: expected a written token behind another, and at most the "
+            f"{draft.positions} tokens that the draft reads. Cut it."
+        )
+    if not 0 <= int(text.tokens.min()) <= int(text.tokens.max()) < vocabulary:
+        raise ConfigError(
+            f"A text has tokens outside the draft's vocabulary of {vocabulary}. Use the draft's tokenizer."
+        )
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
