@@ -64,6 +64,7 @@ def run_record(metrics: DraftMetrics, targets: Sequence[str]) -> dict[str, Any]:
         "requests": metrics.requests,
         "rounds": metrics.rounds,
         "new_tokens": metrics.new_tokens,
+        "learned_tokens": metrics.learned_tokens,
         "updates": metrics.updates,
         "idle_updates": metrics.idle_updates,
         "idle_time_s": round(metrics.idle_time_s, DIGITS),
@@ -257,7 +258,7 @@ def _served(run: Mapping[str, Any]) -> str:
         return "nothing yet"
     return (
         f"{run['requests']:,} requests with {run['new_tokens']:,} new tokens, which the target verified in {run['rounds']:,} "
-        "forwards; it learned from no more tokens than these"
+        f"forwards; it learned at once from {run['learned_tokens']:,} of these, from others by the replay at most"
     )
 
 

@@ -446,6 +446,7 @@ class OnlineDraft(MemoryDraft):
                 self.fold()
             with self.lock:
                 self.metrics.idle_updates += counts.updates
+                self.metrics.learned_tokens += counts.learned_tokens
                 self.metrics.skipped_updates += counts.skipped_updates
                 self.metrics.idle_time_s += time.perf_counter() - started
             yield

@@ -162,7 +162,10 @@ class Learning:
                 shown = Shown(accepted[0], original)
             else:
                 shown = Shown(accepted[self.adaptation.serving], accepted[self._lora.blocks])
+        before = counts.updates
         self._step(losses, counts, "new", started, lambda: self._is_learnable(segment))
+        if counts.updates > before:
+            counts.learned_tokens += batch * n
         if segment.sound:
             self._watch(segment, accepted, shown)
         return shown

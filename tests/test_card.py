@@ -46,7 +46,7 @@ def served(requests: int) -> DraftMetrics:
     """Request number i: i + 1 tokens in two rounds, a second of which a quarter is learning."""
     metrics = DraftMetrics()
     for i in range(requests):
-        call = Counts(rounds=2, new_tokens=i + 1, verified_positions=4, overlap=1.0, updates=3)
+        call = Counts(rounds=2, new_tokens=i + 1, verified_positions=4, overlap=1.0, updates=3, learned_tokens=i)
         call.wall_time_s, call.update_time_s = 1.0, 0.25
         metrics.close(call)
     return metrics
@@ -138,6 +138,7 @@ def test_record_counts() -> None:
     run = run_record(served(20), ["a", "b"])
     assert run["targets"] == ["a", "b"]
     assert (run["requests"], run["rounds"], run["new_tokens"], run["updates"]) == (20, 40, 210, 60)
+    assert run["learned_tokens"] == 190
     # 1 + 2 tokens in 4 rounds, 19 + 20 in 4, 210 in 40; two seconds each, and 20.
     assert [run[part]["acceptance_length"] for part in ("before", "after", "total")] == [0.75, 9.75, 5.25]
     assert [run[part]["tokens_per_s"] for part in ("before", "after", "total")] == [1.5, 19.5, 10.5]
@@ -168,6 +169,19 @@ def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_mode
     run = again.artifact().run
     assert (run["requests"], run["new_tokens"], run["targets"]) == (2, 8, ["org/target"])
     assert f"goes on from `{tmp_path.name}`" in model_card(again.artifact())
+
+
+def test_learned_tokens_are_those_that_a_step_took(target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
+    found = []
+    for when in ("round", "request", "idle"):
+        draft = OnlineDraft(draft_model, OnlineSpecConfig(**SMALL | {"update_when": when}))
+        for learn in (True, False):
+            target.generate(
+                torch.tensor([[3, 14, 15]]), max_new_tokens=6, do_sample=False, assistant_model=draft, onlinespec=learn
+            )
+        draft.catch_up()
+        found.append((draft.metrics.new_tokens, draft.metrics.learned_tokens))
+    assert found == [(12, 6)] * 3
 
 
 @pytest.mark.parametrize("targets", ["org/target", [1], None])
@@ -227,6 +241,7 @@ def test_numbers_of_the_card() -> None:
     assert cells(text, "after") == ["2", "9.75", "0.25", "19.5", "26.0", "25.0%"]
     assert cells(text, "all") == ["20", "5.25", "0.25", "10.5", "14.0", "25.0%"]
     assert "20 requests with 210 new tokens, which the target verified in 40 forwards" in cells(text, "served")[0]
+    assert "at once from 190 of these" in cells(text, "served")[0]
     assert cells(text, "gradient steps") == ["60 while generating, those on remembered requests included"]
     made.run["idle_updates"], made.run["idle_time_s"], made.run["rollbacks"] = 7, 3.2, 2
     told = cells(model_card(made), "gradient steps")[0]
