@@ -130,8 +130,10 @@ def _push(arguments: argparse.Namespace) -> int:
 
 def _pull(arguments: argparse.Namespace) -> int:
     origin = locate(arguments.repo, arguments.revision)
-    artifact = read(arguments.repo, arguments.revision)
-    artifact = replace(artifact, lineage=origin.lineage() | {"draft": uuid.uuid4().hex})
+    if origin.folder is None or not origin.evolved:
+        raise ArtifactError(f"{arguments.repo}: no evolved draft there.")
+    artifact = Artifact.read(origin.folder)
+    artifact = replace(artifact, lineage=artifact.lineage | origin.lineage() | {"draft": uuid.uuid4().hex})
     card.write(artifact, arguments.folder, arguments.repo)
     print(f"Written: {arguments.folder}, {arguments.repo} at {origin.revision}")
     return 0
