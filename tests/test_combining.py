@@ -103,12 +103,11 @@ def test_it_learns_on_and_is_saved_with_its_parents(tmp_path) -> None:
         draft.save_pretrained(tmp_path / name)
     whole = combine([read(tmp_path / "weekday"), read(tmp_path / "weekend")], tiny_llama(2), [0.5, 2])
     assert whole.targets == ["big", "bigger"]
-    assert whole.lineage == {
-        "merged": [
-            {"parent": {"source": "weekday", "revision": None}, "weight": 0.5},
-            {"parent": {"source": "weekend", "revision": None}, "weight": 2.0},
-        ]
-    }
+    assert whole.lineage["merged"] == [
+        {"parent": {"source": "weekday", "revision": None}, "weight": 0.5},
+        {"parent": {"source": "weekend", "revision": None}, "weight": 2.0},
+    ]
+    assert whole.lineage["draft"] not in (one.lineage["draft"], other.lineage["draft"])
     whole.save_pretrained(tmp_path / "both")
     assert Artifact.read(tmp_path / "both").lineage == whole.lineage
     again = OnlineDraft.from_pretrained(tmp_path / "both", tiny_llama(2))
