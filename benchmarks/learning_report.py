@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,12 @@ def interval(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {2 * statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
+def against(runs: Mapping[int, Sequence[Row]], others: Mapping[int, Sequence[Row]]) -> str:
+    """Acceptance length over that of another learner, on the same requests."""
+    both = [seed for seed in runs if seed in others]
+    return interval([acceptance_length(runs[s]) / acceptance_length(others[s]) for s in both]) if both else ""
+
+
 def report(rows: list[Row], order: Sequence[str]) -> str:
     """A table per stream and temperature; learners in the order given."""
     lines = []
@@ -75,12 +81,15 @@ def report(rows: list[Row], order: Sequence[str]) -> str:
         parts = segments(next(iter(runs[learners[0]].values())))
         law = f"temperature {temperature:g}" if temperature else "greedy"
         lines += [f"## {name}, {law}, {sum(map(len, parts))} requests", ""]
-        lines += ["Acceptance length, mean over seeds ± two standard errors; ÷ frozen: paired by seed.", ""]
+        lines += ["Acceptance length, mean over seeds ± two standard errors; ÷: paired by seed.", ""]
         heads = [f"{' and '.join(sorted({r.domain for r in p}))} ({len(p)}), all | last quarter" for p in parts]
         returns = len(parts) > 1 and parts[0][0].domain == parts[-1][0].domain
         heads += ["back, first tenth ÷ best quarter before", "back, all ÷ last quarter before"] * returns
-        lines += [f"| learner | seeds | {' | '.join(heads)} | ÷ frozen, all | ÷ frozen, last quarter | ms per token |"]
-        lines += ["|---" * (5 + 2 * len(parts) + 2 * returns) + "|"]
+        lines += [
+            f"| learner | seeds | {' | '.join(heads)} | ÷ frozen, all | ÷ frozen, last quarter | ÷ ogd, all | ms per token |"
+        ]
+        lines += ["|---" * (6 + 2 * len(parts) + 2 * returns) + "|"]
+        last = {k: {seed: run[-(len(run) // 4) :] for seed, run in found.items()} for k, found in runs.items()}
         for k, by_seed in runs.items():
             cells = []
             for at in range(len(parts)):
@@ -89,16 +98,9 @@ def report(rows: list[Row], order: Sequence[str]) -> str:
                 cells.append(interval([acceptance_length(s[-max(1, len(s) // 4) :]) for s in own]))
             if returns:
                 cells += back([segments(run) for run in by_seed.values()])
-            still = runs.get("frozen", {})
-            both = [seed for seed in by_seed if seed in still]
-            whole = [acceptance_length(by_seed[s]) / acceptance_length(still[s]) for s in both]
-            end = [
-                acceptance_length(by_seed[s][-(len(by_seed[s]) // 4) :])
-                / acceptance_length(still[s][-(len(still[s]) // 4) :])
-                for s in both
-            ]
+            cells += [against(by_seed, runs.get("frozen", {})), against(last[k], last.get("frozen", {}))]
+            cells += [against(by_seed, runs.get("ogd", {}))]
             spent = [1e3 * sum(r.update_time_s for r in run) / sum(r.tokens for r in run) for run in by_seed.values()]
-            cells += [interval(whole) if both else "", interval(end) if both else ""]
             lines.append(f"| {k} | {len(by_seed)} | {' | '.join(cells)} | {statistics.median(spent):.2f} |")
         lines.append("")
     return "\n".join(lines)

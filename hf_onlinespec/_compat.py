@@ -21,7 +21,7 @@ def _moved(error: Exception) -> VersionError:
 
 try:
     # The client of the Hub lets errors of its HTTP library through, whose name has changed before.
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
     from peft import PeftModel
     from peft.tuners.lora import Embedding as LoraEmbedding
     from peft.tuners.lora import LoraLayer
@@ -50,8 +50,9 @@ except ImportError as error:
 
 __all__ = ["CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
 
-# What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none.
-HUB_FAILURES = (HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError, OSError)
+# What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none; RuntimeError comes out
+# of the upload of large files.
+HUB_FAILURES = (HFValidationError, HTTPError, RevisionResolutionError, OSError, RuntimeError)
 
 # The methods that `enable()` wraps.
 WRAPPED = (

@@ -195,8 +195,9 @@ class Adaptation:
         self._lora.serve(self.served)
 
     def adopt(self, params: Tensor) -> None:
-        """Takes parameters (parameters,) that were learned elsewhere: they serve, and learning goes on from there."""
+        """Takes parameters (parameters,) that were learned elsewhere: they serve, and learning goes on from there, with new moments."""
         self._lora.put(self._lora.split(params))
+        self.state = self._learner.init(self._lora.split(params))
         self.steps = max(self.steps, 1)
         if self._starts is not None:
             self._starts = self._lora.split(params).clone()

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .artifact import CURVE, Artifact
+from .artifact import CONFIG, CURVE, Artifact
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import ArtifactError
 from .identity import EMBEDDED_TARGET, Identity
@@ -64,6 +64,7 @@ def run_record(metrics: DraftMetrics, targets: Sequence[str]) -> dict[str, Any]:
         "requests": metrics.requests,
         "rounds": metrics.rounds,
         "new_tokens": metrics.new_tokens,
+        "learned_tokens": metrics.learned_tokens,
         "updates": metrics.updates,
         "idle_updates": metrics.idle_updates,
         "idle_time_s": round(metrics.idle_time_s, DIGITS),
@@ -96,15 +97,30 @@ def run_targets(run: Mapping[str, Any]) -> list[str]:
 
 
 def write(
-    artifact: Artifact, folder: str | Path, repo_id: str | None = None, data_statement: str | None = None
+    artifact: Artifact,
+    folder: str | Path,
+    repo_id: str | None = None,
+    data_statement: str | None = None,
+    draw: bool = True,
 ) -> None:
     """Writes an artifact with its card, and with its curve where matplotlib is installed.
 
     Args:
+        draw: whether the curve is wanted: it takes longer than everything else.
         repo_id, data_statement: as in `model_card`.
+
+    Raises:
+        ArtifactError: the folder cannot be written, or the artifact's run or lineage is not of the form that a card tells.
     """
-    png = curve(artifact.run)
-    artifact.write(folder, model_card(artifact, repo_id, data_statement, curve=png is not None), png)
+    try:
+        png = curve(artifact.run) if draw else None
+        text = model_card(artifact, repo_id, data_statement, curve=png is not None)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # it may come from a file that others wrote
+        raise ArtifactError(
+            f"No card can be made of the draft's run and lineage ({type(error).__name__}: {error}). See them in "
+            f"{CONFIG}, and model_cards/schema.json for what is expected."
+        ) from error
+    artifact.write(folder, text, png)
 
 
 def curve(run: Mapping[str, Any]) -> bytes | None:
@@ -148,7 +164,7 @@ def model_card(
         served=_served(run),
         steps=_steps(run),
         machine=_machine(run["machine"]),
-        versions=", ".join(f"{name} {run['machine'][name]}" for name in PACKAGES),
+        versions=_plain(", ".join(f"{name} {run['machine'][name]}" for name in PACKAGES)),
         measured=_measured(run, settings, curve),
         data=NO_STATEMENT if data_statement is None else data_statement,
         usage_note=usage_note,
@@ -202,20 +218,18 @@ def _base(base: Identity) -> str:
 
 
 def _lineage(lineage: Mapping[str, Any]) -> str:
-    """Where it came from; what is not a parent is told as it is written."""
-    if not lineage:
-        return "begun on the base draft; nothing was merged into it"
+    """Where it came from, those that were merged into it with their own."""
     told = []
-    for name, value in lineage.items():
-        entries = value if isinstance(value, list) else [value]
-        told.append(f"{name}: " + " and ".join(_entry(entry) for entry in entries))
-    return "; ".join(told)
-
-
-def _entry(entry: Any) -> str:
-    if not isinstance(entry, dict):
-        return _code(str(entry))
-    return ", ".join(f"{key} {_code(str(value))}" for key, value in entry.items() if value is not None)
+    if "parent" in lineage:
+        source, revision = lineage["parent"]["source"], lineage["parent"]["revision"]
+        told.append(f"goes on from {_code(source)}" + ("" if revision is None else f" at {_code(revision)}"))
+    if "merged" in lineage:
+        parts = (f"[{_lineage(part)}] × {part['weight']:.4g}" for part in lineage["merged"])
+        told.append(f"merged: {' + '.join(parts)}")
+    if "distilled" in lineage:
+        lower = lineage["distilled"]
+        told.append(f"distilled to rank {lower['rank']}, which left out {lower['relative_error']:.1%} of the change")
+    return "; ".join(told) or "begun on the base draft"
 
 
 def _learner(settings: OnlineSpecConfig) -> str:
@@ -244,7 +258,7 @@ def _served(run: Mapping[str, Any]) -> str:
         return "nothing yet"
     return (
         f"{run['requests']:,} requests with {run['new_tokens']:,} new tokens, which the target verified in {run['rounds']:,} "
-        "forwards; it learned from no more tokens than these"
+        f"forwards; it learned at once from {run['learned_tokens']:,} of these, from others by the replay at most"
     )
 
 
@@ -259,7 +273,7 @@ def _steps(run: Mapping[str, Any]) -> str:
 
 def _machine(machine: Mapping[str, Any]) -> str:
     gpu = "" if machine["gpu"] is None else f", {machine['gpu']}"
-    return f"{machine['cpu']}, cores: {machine['cores']}, threads of torch: {machine['threads']}{gpu}"
+    return _plain(f"{machine['cpu']}, cores: {machine['cores']}, threads of torch: {machine['threads']}{gpu}")
 
 
 def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -> str:
@@ -277,7 +291,8 @@ def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -
     words = (
         "Acceptance length: tokens per target forward (1 without a draft). Acceptance rate: mean probability that a drafted token which "
         "was verified is kept. Net tokens/s: learning time included; decode-only: left out. Update share: learning time over all time. "
-        "Speeds are those of the machine above, where the draft was saved; what a resumed draft did elsewhere before is in them too."
+        "Speeds are those of the machine above, where the draft was saved, beside whatever else it did; what a resumed draft did "
+        "elsewhere before is in them too."
     )
     if apart:
         words += (
@@ -285,7 +300,10 @@ def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -
             "perhaps of another kind, so that the difference is not learning's alone."
         )
     if settings.memory_tokens:
-        words += " What is drafted comes from this draft and from a suffix memory of the text before, which is not part of it."
+        words += (
+            "\n\nWhat was drafted came from this draft or from a suffix memory of earlier text, whichever was expected to pay; the "
+            "memory is not in these files."
+        )
     figure = f"\n\n![acceptance length and net tokens/s over the requests served]({CURVE})" if curve else ""
     return "\n".join(rows) + "\n\n" + words + figure
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from . import card
 from .bench import (
     OWN_ARMS,
     Prompt,
@@ -31,6 +32,7 @@ from .bench import (
     verdict,
 )
 from .checks import check_vocabularies
+from .cli_drafts import add_commands
 from .config import OnlineSpecConfig
 from .demo import Bench, Settings, choose_prompts, summarise
 from .embedded import DOMAINS, FOLDER, HOME_DOMAIN
@@ -105,7 +107,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     text = json.dumps(result, indent=2, allow_nan=False)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
     plots.stream_figure(records).savefig(out / "demo.png", dpi=150)
-    bench.evolved.save_pretrained(out / EVOLVED)
+    card.write(bench.evolved.artifact(), out / EVOLVED)
     if as_json:
         print(text)
     else:
@@ -300,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("regret-out"), metavar="DIR", help="folder of regret.json, regret.png"
     )
     regret.set_defaults(run=_regret)
+    add_commands(commands)
     return parser
 
 

@@ -8,8 +8,9 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ from transformers.generation.streamers import BaseStreamer
 
 from ._compat import max_positions, record_past
 from .adapters import GatedLora
-from .artifact import ADAPTER_CONFIG, Artifact, read_json
+from .artifact import Artifact
 from .audit import check_privacy
 from .card import run_record, run_targets, write
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
+from .export import merge_and_export
 from .feedback import Feedback, Teacher, acceptance
-from .hub import Checkpoints, check_push, push
+from .hub import Checkpoints, Push
 from .identity import Identity, public_name
 from .idle import IdleWorker
 from .learning import Learning, Segment
-from .loading import check_base, load_base, load_model, locate, read_plain_adapter
+from .loading import load
 from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
@@ -81,7 +83,6 @@ class OnlineDraft(MemoryDraft):
         self.lineage: dict[str, Any] = {"draft": uuid.uuid4().hex}
         self.targets: list[str] = []  # names of the models that it has drafted for
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
-        self._checkpoint: tuple[str, dict[str, Any]] = ("", {})  # where they go
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
             self._idle = IdleWorker(self._learn_when_idle)
@@ -202,7 +203,11 @@ class OnlineDraft(MemoryDraft):
         Raises:
             ArtifactError: the folder cannot be written; what it held is still there.
         """
-        write(self.artifact(), folder)
+        write(self.artifact(), folder, draw=False)
+
+    def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes a plain causal language model that serves as `assistant_model` without this package, see `export.py`."""
+        merge_and_export(self, folder, dtype)
 
     def push_to_hub(
         self,
@@ -229,29 +234,18 @@ class OnlineDraft(MemoryDraft):
             HubError: not pushed; the draft is as it was, and `save_pretrained` needs no network.
             PrivacyError: a public push without a statement, or one that would show what was in users' text.
         """
-        check_push(repo_id, private, data_statement, checkpoint_every)
+        options = Push(repo_id, private, data_statement, token, message, tag, force)
+        options.check(checkpoint_every)
         if self.checkpoints is not None:
             self.checkpoints.close()
             self.checkpoints = None
         if not private and not force:
             check_privacy(self)
-        options = {"private": private, "data_statement": data_statement, "token": token, "force": force}
-        commit = self._push(repo_id, options | {"message": message, "tag": tag})
+        commit = options.send(self)
         if checkpoint_every is not None:
-            self._checkpoint = (repo_id, options)
-            self.checkpoints = Checkpoints(self._push_checkpoint, checkpoint_every)
+            self.checkpoints = Checkpoints(self, replace(options, message=None, tag=None), checkpoint_every)
             weakref.finalize(self, self.checkpoints.close)
         return commit
-
-    def _push(self, repo_id: str, options: dict[str, Any]) -> str:
-        parent = self.lineage.get("parent", {})
-        known = parent.get("revision") if parent.get("source") == repo_id else None
-        commit = push(self.artifact(), repo_id, parent=known, **options)
-        self.lineage = self.lineage | {"parent": {"source": repo_id, "revision": commit}}
-        return commit
-
-    def _push_checkpoint(self) -> None:
-        self._push(*self._checkpoint)
 
     @classmethod
     def from_pretrained(
@@ -277,28 +271,20 @@ class OnlineDraft(MemoryDraft):
             DraftError: there is neither an adapter nor a causal language model.
             HubError: the Hub cannot be reached, or asks for a token.
         """
-        origin = locate(source, revision, token)
-        if origin.evolved:
-            assert origin.folder is not None
-            artifact = Artifact.read(origin.folder)
-            lies_at = str(artifact.adapter_config.get("base_model_name_or_path", ""))
-            draft = cls(load_base(base_model, artifact.base, lies_at, token), config or artifact.settings)
-            check_base(artifact.base, draft.identity, force)
-            draft._learning.resume(artifact.adapter, artifact.state)
-            draft.metrics.resume(artifact.state.part("metrics"))
-            draft._replay.refused = draft.metrics.replay_refused
-            draft.targets = run_targets(artifact.run)
-        elif origin.folder is not None:
-            adapter, settings = read_plain_adapter(origin.folder, config)
-            named = str(read_json(origin.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
-            draft = cls(load_base(base_model, None, named, token), settings)
-            draft._learning.adopt(adapter)
-        else:
-            return cls(
-                load_model(str(source), revision, token) if base_model is None else load_base(base_model), config
-            )
-        draft.lineage |= origin.lineage()
-        return draft
+        return load(cls, source, base_model, config, revision, force, token)
+
+    def resume(self, artifact: Artifact) -> None:
+        """Takes over everything that was saved, for a draft of the same base and settings. Raises ArtifactError."""
+        with self._learns, self.lock:
+            self._learning.resume(artifact.adapter, artifact.state)
+            self.metrics.resume(artifact.state.part("metrics"))
+            self._replay.refused = self.metrics.replay_refused
+            self.targets = run_targets(artifact.run)
+
+    def adopt(self, adapter: Mapping[str, Tensor]) -> None:
+        """Goes on from an adapter that was trained elsewhere, by PEFT's names, with a new learning state."""
+        with self._learns, self.lock:
+            self._learning.adopt(adapter)
 
     # Learning
 
@@ -460,6 +446,7 @@ class OnlineDraft(MemoryDraft):
                 self.fold()
             with self.lock:
                 self.metrics.idle_updates += counts.updates
+                self.metrics.learned_tokens += counts.learned_tokens
                 self.metrics.skipped_updates += counts.skipped_updates
                 self.metrics.idle_time_s += time.perf_counter() - started
             yield

@@ -6,11 +6,11 @@ import logging
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -19,84 +19,94 @@ from ._compat import HUB_FAILURES
 from .artifact import CONFIG, FILES, Artifact, read_json
 from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError
 
+if TYPE_CHECKING:
+    from .draft import OnlineDraft
+
+TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0  # between two attempts of a checkpoint: doubled each time
 
 _log = logging.getLogger(__name__)
 
 
-def check_push(repo_id: str, private: bool, data_statement: str | None, checkpoint_every: int | None) -> None:
-    """Refuses a push that is not well-formed, before anything is sent. Raises ConfigError, PrivacyError."""
-    if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ConfigError(f'repo_id={repo_id!r}: expected "user/name".')
-    whole = isinstance(checkpoint_every, int) and not isinstance(checkpoint_every, bool)
-    if checkpoint_every is not None and (not whole or checkpoint_every < 1):
-        raise ConfigError(
-            f"checkpoint_every={checkpoint_every!r}: expected a number of requests of at least 1, or None."
-        )
-    if private:
-        return
-    if not (data_statement or "").strip():
-        raise PrivacyError(
-            "private=False: a draft that was trained on prompts is user data. Say in data_statement= what it was trained on "
-            "and why it may be public, or push with private=True."
-        )
-    if checkpoint_every is not None:
-        raise PrivacyError(
-            "checkpoint_every with private=False: every public push is audited, and what is learned later was not seen by "
-            "the audit. Send checkpoints to a private repository."
-        )
+@dataclass(frozen=True)
+class Push:
+    """Where a draft is pushed to, and how; the arguments of `OnlineDraft.push_to_hub`."""
 
+    repo_id: str
+    private: bool = True
+    data_statement: str | None = None
+    token: str | None = None
+    message: str | None = None
+    tag: str | None = None
+    force: bool = False  # also over a commit that the draft does not go on from
 
-def push(
-    artifact: Artifact,
-    repo_id: str,
-    *,
-    private: bool = True,
-    data_statement: str | None = None,
-    parent: str | None = None,
-    token: str | None = None,
-    message: str | None = None,
-    tag: str | None = None,
-    force: bool = False,
-) -> str:
-    """Sends an artifact with its card in one commit, and returns the commit's hash.
-
-    Args:
-        parent: the commit that this state goes on from, if it is one of the repository.
-        force: also over a commit that this state does not go on from.
-
-    Raises:
-        HubError: not sent: no network, no rights, or another push came first.
-        PrivacyError: the repository is public, and a private push was asked for.
-    """
-    # The base by its public name: folders of this machine are nobody's business.
-    shared = dict(artifact.adapter_config) | {"base_model_name_or_path": artifact.base.name}
-    artifact = replace(artifact, adapter_config=shared)
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory(prefix="onlinespec-") as folder, told(repo_id):
-        card.write(artifact, folder, repo_id, data_statement)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        info = api.model_info(repo_id)
-        if private and not info.private:
+    def check(self, checkpoint_every: int | None) -> None:
+        """Refuses what is not well-formed, before anything is sent. Raises ConfigError, PrivacyError."""
+        repo_id = self.repo_id
+        if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
+            raise ConfigError(f'repo_id={repo_id!r}: expected "user/name".')
+        whole = isinstance(checkpoint_every, int) and not isinstance(checkpoint_every, bool)
+        if checkpoint_every is not None and (not whole or checkpoint_every < 1):
+            raise ConfigError(
+                f"checkpoint_every={checkpoint_every!r}: expected a number of requests of at least 1, or None."
+            )
+        if self.private:
+            return
+        if not (self.data_statement or "").strip():
             raise PrivacyError(
-                f"{repo_id} is public. Push to a private repository, or with private=False and a data_statement."
+                "private=False: a draft that was trained on prompts is user data. Say in data_statement= what it was trained "
+                "on and why it may be public, or push with private=True."
             )
-        holds = any(file.rfilename == CONFIG for file in info.siblings or [])
-        if holds and not force and info.sha != parent and not _is_own(api, repo_id, info.sha, artifact):
-            raise HubError(
-                f"{repo_id} holds an evolved draft of commit {info.sha}, and this one goes on from {parent or 'none of its'}: "
-                "another push came first. Load that one and combine the two, push to another repository, or use force=True."
+        if checkpoint_every is not None:
+            raise PrivacyError(
+                "checkpoint_every with private=False: every public push is audited, and what is learned later was not seen "
+                "by the audit. Send checkpoints to a private repository."
             )
-        files = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(file.name, file) for file in files],
-            commit_message=message or f"Evolved draft after {artifact.run.get('new_tokens', 0)} new tokens",
-            parent_commit=info.sha,
-        )
-        if tag is not None:
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    return str(commit.oid)
+
+    def send(self, draft: OnlineDraft) -> str:
+        """Sends the draft as it is now, and returns the commit's hash; the draft goes on from that commit.
+
+        Raises:
+            HubError: not sent: no network, no rights, or another push came first.
+            PrivacyError: the repository is public, and a private push was asked for.
+        """
+        parent = draft.lineage.get("parent", {})
+        known = parent.get("revision") if parent.get("source") == self.repo_id else None
+        commit = self.commit(draft.artifact(), known)
+        draft.lineage = draft.lineage | {"parent": {"source": self.repo_id, "revision": commit}}
+        return commit
+
+    def commit(self, artifact: Artifact, parent: str | None) -> str:
+        """Sends an artifact that goes on from a commit of the repository, or from none of it. Raises as `send`."""
+        # The base by its public name: folders of this machine are nobody's business.
+        shared = dict(artifact.adapter_config) | {"base_model_name_or_path": artifact.base.name}
+        artifact = replace(artifact, adapter_config=shared)
+        api, repo_id = HfApi(token=self.token), self.repo_id
+        with tempfile.TemporaryDirectory(prefix="onlinespec-") as folder, told(repo_id):
+            card.write(artifact, folder, repo_id, self.data_statement)
+            api.create_repo(repo_id, private=self.private, exist_ok=True)
+            info = api.model_info(repo_id, timeout=TIMEOUT_S)
+            if self.private and not info.private:
+                raise PrivacyError(
+                    f"{repo_id} is public. Push to a private repository, or with private=False and a data_statement."
+                )
+            holds = any(file.rfilename == CONFIG for file in info.siblings or [])
+            if holds and not self.force and info.sha != parent and not _is_own(api, repo_id, info.sha, artifact):
+                raise HubError(
+                    f"{repo_id} holds an evolved draft of commit {info.sha}, and this one goes on from "
+                    f"{parent or 'none of its'}: another push came first. Load that one and combine the two, push to another "
+                    "repository, or use force=True."
+                )
+            files = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(file.name, file) for file in files],
+                commit_message=self.message or f"Evolved draft after {artifact.run['new_tokens']} new tokens",
+                parent_commit=info.sha,
+            )
+            if self.tag is not None:
+                api.create_tag(repo_id, tag=self.tag, revision=commit.oid)
+        return str(commit.oid)
 
 
 def _is_own(api: HfApi, repo_id: str, commit: str | None, artifact: Artifact) -> bool:
@@ -124,14 +134,15 @@ class Checkpoints:
     """Pushes again after every so many requests, from a thread; a push that fails is tried again with the state of then.
 
     Args:
-        push: a bound method (kept weakly, so that its owner can go) that sends the state as it is when it is called.
+        draft: kept weakly, so that it can go.
+        push: where to.
         every: requests between two pushes. Those that come due during a push are one more.
     """
 
-    def __init__(self, push: Callable[[], Any], every: int) -> None:
+    def __init__(self, draft: OnlineDraft, push: Push, every: int) -> None:
         self.pushed, self.failures = 0, 0
         self.error = ""  # of the last attempt, if it failed
-        self._push, self._every = weakref.WeakMethod(push), every
+        self._draft, self._push, self._every = weakref.ref(draft), push, every
         self._requests = 0  # since the last snapshot
         self._busy, self._closed = False, False
         self._change = threading.Condition()
@@ -167,16 +178,16 @@ class Checkpoints:
                 if self._closed:
                     return
                 self._busy, due, self._requests = True, self._requests, 0
-            push = self._push()
-            if push is None:
+            draft = self._draft()
+            if draft is None:
                 return
             try:
-                push()
+                self._push.send(draft)
                 error = ""
             except OnlineSpecError as failure:
                 error = str(failure)
                 _log.warning("A checkpoint was not pushed and will be tried again: %s", error)
-            del push
+            del draft
             with self._change:
                 self._busy, self.error = False, error
                 if error:

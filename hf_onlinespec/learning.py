@@ -162,7 +162,10 @@ class Learning:
                 shown = Shown(accepted[0], original)
             else:
                 shown = Shown(accepted[self.adaptation.serving], accepted[self._lora.blocks])
+        before = counts.updates
         self._step(losses, counts, "new", started, lambda: self._is_learnable(segment))
+        if counts.updates > before:
+            counts.learned_tokens += batch * n
         if segment.sound:
             self._watch(segment, accepted, shown)
         return shown
@@ -306,6 +309,7 @@ class Learning:
     def adopt(self, adapter: Mapping[str, Tensor]) -> None:
         """Goes on from an adapter that was trained elsewhere, with a new state."""
         self.adaptation.adopt(self._params(adapter))
+        self._moved = {}
 
     def _params(self, adapter: Mapping[str, Tensor]) -> Tensor:
         """A flat vector like the adapter's parameters from tensors by PEFT's names. Raises ArtifactError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -12,11 +12,44 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ._compat import HUB_FAILURES
-from .artifact import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, is_artifact, read_json, read_tensors
+from .artifact import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, Artifact, is_artifact, read_json, read_tensors
 from .config import ENSEMBLE, OnlineSpecConfig
 from .embedded import load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError
 from .identity import EMBEDDED, Identity, public_name
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft
+
+
+def load(
+    make: type[OnlineDraft],
+    source: str | Path,
+    base_model: PreTrainedModel | str | Path | None,
+    config: OnlineSpecConfig | None,
+    revision: str | None,
+    force: bool,
+    token: str | None,
+) -> OnlineDraft:
+    """What `OnlineDraft.from_pretrained` does. Nothing is made before everything is read and checked."""
+    origin = locate(source, revision, token)
+    if origin.evolved:
+        assert origin.folder is not None
+        artifact = Artifact.read(origin.folder)
+        lies_at = str(artifact.adapter_config.get("base_model_name_or_path", ""))
+        draft = make(load_base(base_model, artifact.base, lies_at, token), config or artifact.settings)
+        check_base(artifact.base, draft.identity, force)
+        draft.resume(artifact)
+    elif origin.folder is not None:
+        adapter, settings = read_plain_adapter(origin.folder, config)
+        named = str(read_json(origin.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        draft = make(load_base(base_model, None, named, token), settings)
+        draft.adopt(adapter)
+    else:
+        base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
+        return make(base, config)
+    draft.lineage |= origin.lineage()
+    return draft
 
 
 @dataclass(frozen=True)
@@ -99,7 +132,9 @@ def read_plain_adapter(folder: Path, config: OnlineSpecConfig | None) -> tuple[d
             "learner='ensemble': an ordinary adapter holds one expert. Use another learner to go on with it."
         )
     settings = replace(settings, rank=about["r"], alpha=about["lora_alpha"], target_modules=tuple(names))
-    return read_tensors(folder / ADAPTER)[0], settings
+    tensors = read_tensors(folder / ADAPTER)[0]
+    # Where embedding and head carry an adapter, PEFT writes their base weights beside it: the base has these.
+    return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}, settings
 
 
 def load_base(

@@ -34,6 +34,7 @@ class Counts:
     verified_positions: int = 0
     overlap: float = 0.0  # sum of Σ min(p, q) over the verified positions
     updates: int = 0  # gradient steps taken, replay included
+    learned_tokens: int = 0  # new tokens that a gradient step took; what only the replay took is not among them
     skipped_updates: int = 0  # steps left out because loss or gradient was not finite
     wall_time_s: float = 0.0  # inside generate's decoding loop, learning included
     draft_time_s: float = 0.0

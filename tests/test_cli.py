@@ -12,9 +12,11 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from hf_onlinespec import cli, demo
+from hf_onlinespec import OnlineDraft, cli, demo
+from hf_onlinespec.artifact import CARD, inspect
 from hf_onlinespec.bench import Record
 from hf_onlinespec.demo import ARMS, Bench, Request, Settings, choose_prompts, summarise
+from hf_onlinespec.identity import EMBEDDED_TARGET
 from hf_onlinespec.plots import conclusion, outputs_line
 
 SMALL = ["--prompts", "1", "--new-tokens", "8", "--threads", "1"]
@@ -65,6 +67,12 @@ def test_demo_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
         # A tie is decided by rounding, which differs between machines.
         assert found["compared"] == 3 and found["different"] == 0 and found["identical"] + found["tie"] == 3
 
+    run = inspect(out / "evolved")["run"]
+    tokens = sum(r["new_tokens"] for r in records if r["arm"] == "learning")
+    assert (run["requests"], run["new_tokens"], run["targets"]) == (3, tokens, [EMBEDDED_TARGET])
+    assert f"{tokens:,} new tokens" in (out / "evolved" / CARD).read_text(encoding="utf-8")
+    assert OnlineDraft.from_pretrained(out / "evolved").metrics.requests == 3
+
     printed, errors = capsys.readouterr()
     assert printed.startswith("Calibration of transformers' assisted generation on 8 prompts outside the stream")
     for words in (
@@ -74,6 +82,7 @@ def test_demo_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
         *ARMS.values(),
         "Outputs identical to plain",
         str(out / "demo.png"),
+        str(out / "evolved"),
     ):
         assert words in printed
     assert printed.splitlines()[-1].startswith("With learning's own cost included, ours learning was ")

@@ -185,3 +185,37 @@ def test_drop_in(monkeypatch, capsys) -> None:
     assert f"acceptance_length   {metrics.acceptance_length:.2f}\n" in printed
     assert 0 < metrics.tokens_per_s < metrics.decode_tokens_per_s
     assert len(DROP_IN.read_text(encoding="utf-8").splitlines()) <= 40
+
+
+# Evolved drafts and fine-tuning
+
+
+def run(name: str, *arguments: str, monkeypatch, capsys) -> tuple[dict[str, Any], str]:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return names, capsys.readouterr().out
+
+
+def test_warm_start(monkeypatch, capsys) -> None:
+    names, printed = run("02_warm_start.py", "10", "2", monkeypatch=monkeypatch, capsys=capsys)
+    assert printed.startswith(f"cold: {names['cold']:.2f} tokens per target forward on 2 unseen prompts\nwarm: ")
+    assert names["warm"] > 1.3 * names["cold"]
+    assert names["draft"].metrics.updates == 0
+
+
+# What PEFT and transformers say to any fine-tune of an adapter on a tied model.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_peft_round_trip(monkeypatch, capsys) -> None:
+    _, printed = run("03_peft_round_trip.py", "6", "2", monkeypatch=monkeypatch, capsys=capsys)
+    lengths = [float(x) for x in re.findall(r"([\d.]+) tokens per target forward", printed)]
+    original, online, tuned, back = lengths
+    assert 1.0 <= original < online < 6
+    assert original < tuned and original < back
+
+
+def test_target_fine_tune(monkeypatch, capsys) -> None:
+    names, printed = run("04_target_fine_tune.py", "12", "16", "2", monkeypatch=monkeypatch, capsys=capsys)
+    assert names["alignment"].updates == 12
+    assert names["kept"] > 1.2 * names["left"]
+    assert f"kept aligned {names['kept']:.2f}, " in printed

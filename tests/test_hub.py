@@ -116,6 +116,19 @@ def test_a_push_that_fails_loses_nothing(status: int, part: str, hub: LoopbackHu
     assert same_state(again(), draft)
 
 
+@pytest.mark.parametrize("fault", ["fail", "cut"])
+def test_a_large_file_that_is_not_taken(fault: str, hub: LoopbackHub, draft: OnlineDraft) -> None:
+    if fault == "fail":
+        hub.fail("PUT", "/", status=500, times=100)
+    else:
+        hub.cut("PUT", "/", times=100)
+    with pytest.raises(HubError, match="not pushed"):
+        draft.push_to_hub(REPO)
+    hub.heal()
+    draft.push_to_hub(REPO)
+    assert same_state(again(), draft)
+
+
 @pytest.mark.parametrize("how", ["middle", "reset"])
 def test_an_upload_that_breaks_off(how: str, hub: LoopbackHub, draft: OnlineDraft) -> None:
     hub.cut("POST", "/commit/", how=how)

@@ -132,6 +132,18 @@ def test_of_two_pushers_the_second_is_refused(hub: LoopbackHub, repo: str) -> No
     assert commit({"notes.txt": b"mine"}, parent=now).oid == hub.repos[repo].head.sha
 
 
+def test_a_refused_commit_needs_new_operations(hub: LoopbackHub, repo: str) -> None:
+    """The old ones remember which files had not changed when they were first asked for, and leave these out."""
+    mine = [CommitOperationAdd("notes.txt", b"one"), CommitOperationAdd("other.txt", b"mine")]
+    before = hub.repos[repo].head.sha
+    hub.push(repo, {"third.txt": b"someone else"})
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
+        HfApi().create_commit(repo, mine, commit_message="m", parent_commit=before)
+    now = hub.push(repo, {"notes.txt": b"someone else"}).sha
+    HfApi().create_commit(repo, mine, commit_message="m", parent_commit=now)
+    assert [hub.read(repo, path) for path in ("notes.txt", "other.txt")] == [b"someone else", b"mine"]
+
+
 def test_what_is_cached_is_not_asked_for_again(hub: LoopbackHub, repo: str) -> None:
     path = hf_hub_download(repo, "model.safetensors")
     assert path.startswith(constants.HF_HUB_CACHE) and Path(path).read_bytes() == WEIGHTS

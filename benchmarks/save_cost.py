@@ -1,0 +1,79 @@
+"""What saving costs: seconds and bytes for an adapter of ten million parameters.
+
+    python benchmarks/save_cost.py
+
+A random Llama, default settings, after enough updates that everything there is to save exists. Medians; the first save, which
+makes the files, is told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.artifact import ADAPTER, STATE
+from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.metrics import Counts
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(
+        "| learner | adapter, parameters | first save, s | save, s | load, s | adapter file ÷ adapter | state file ÷ adapter |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for learner, rank in (("optimistic", 105), ("ensemble", 35)):
+        draft = OnlineDraft(model(), OnlineSpecConfig(learner=learner, rank=rank, alpha=float(rank), update_every=1))
+        for seed in range(10):
+            tokens = torch.randint(8192, (1, 48), generator=torch.Generator().manual_seed(seed))
+            draft.learn_segment(tokens, [Teacher.from_logits(torch.randn(40, 8192))], None, 0, None, Counts())
+        guard = draft._learning.guard
+        while len(guard.states) < draft.settings.snapshots:  # as many earlier states as there may be
+            guard._keep(draft._adaptation.best())
+        size = draft._lora.params.nbytes
+        with tempfile.TemporaryDirectory() as folder:
+            spent = []
+            for _ in range(args.repeats + 1):
+                started = time.perf_counter()
+                draft.save_pretrained(folder)
+                spent.append(time.perf_counter() - started)
+            base = model()
+            started = time.perf_counter()
+            OnlineDraft.from_pretrained(folder, base_model=base)
+            load_s = time.perf_counter() - started
+            files = [(Path(folder) / name).stat().st_size / size for name in (ADAPTER, STATE)]
+        print(
+            f"| {learner} | {draft._lora.params.numel():,} | {spent[0]:.2f} | {statistics.median(spent[1:]):.2f} "
+            f"| {load_s:.2f} | {files[0]:.3f} | {files[1]:.3f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

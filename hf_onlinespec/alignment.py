@@ -1,0 +1,147 @@
+"""DraftAlignment: a draft goes on fitting a target that is fine-tuned, with nothing but what the training computes anyway."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .checks import check_vocabularies
+from .draft import OnlineDraft
+from .errors import ConfigError, DraftError
+from .feedback import Feedback, Teacher
+from .identity import public_name
+from .metrics import Counts
+
+IGNORED = -100  # the label of a token that is not trained on
+
+
+class DraftAlignment(TrainerCallback):
+    """Keeps a draft aligned with a target while a Trainer fine-tunes the target.
+
+    A forward hook looks at the training batches: the draft learns the logits that the target has just computed for them, at the
+    tokens that the target is trained on. They are those before the optimizer's step, and with the dropout of training. The
+    target's training is the same to the bit, evaluation is not learned from. With every checkpoint the draft is saved
+    into its folder `draft`; `OnlineDraft.from_pretrained` resumes it.
+
+    Args:
+        draft: learns by one gradient step at a time.
+        every: optimizer steps of the target between two steps of the draft.
+        max_tokens: of a batch that one step of the draft reads: the first rows that fit; of a row that is longer, its end.
+
+    Attributes:
+        updates, tokens: gradient steps of the draft, and the tokens that they learned.
+        time_s: seconds they took.
+
+    Raises:
+        ConfigError: a number is below 1.
+        DraftError, in training: the target's forward gives no logits of the draft's vocabulary at all positions.
+
+    Example:
+        >>> trainer = Trainer(model=target, ..., callbacks=[DraftAlignment(draft)])          # doctest: +SKIP
+    """
+
+    def __init__(self, draft: OnlineDraft, every: int = 1, max_tokens: int = 512) -> None:
+        for name, value in (("every", every), ("max_tokens", max_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}: expected a whole number, at least 1.")
+        self.draft, self.every, self.max_tokens = draft, every, max_tokens
+        self.updates, self.tokens, self.time_s = 0, 0, 0.0
+        self._hook: RemovableHandle | None = None
+        self._listens = False  # whether the next training batch is to be learned
+        self._heard: list[Feedback] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+        model = kwargs["model"]
+        check_vocabularies(model.config, self.draft.config)
+        self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
+        name = public_name(str(model.config._name_or_path)) or None
+        self.draft.lineage["alignment"] = {"target": name, "updates": self.updates, "tokens": self.tokens}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._heard = []
+        self._listens = (state.global_step + 1) % self.every == 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._listens = False
+        heard, self._heard = self._heard, []
+        if heard:
+            self._learn(heard)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.draft.save_pretrained(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "draft")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._listens, self._heard = None, False, []
+
+    def _learn(self, heard: list[Feedback]) -> None:
+        draft, started, counts = self.draft, time.perf_counter(), Counts()
+        with draft._learns:
+            draft._learning.learn_from(heard, counts)
+        self.updates += counts.updates
+        self.tokens += counts.updates * sum(len(feedback.teacher) for feedback in heard)
+        self.time_s += time.perf_counter() - started
+        draft.lineage["alignment"] |= {"updates": self.updates, "tokens": self.tokens}
+
+    @torch.no_grad()
+    def _hear(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keeps copies of what the first batch of a step says; of an accumulated one the others pass by."""
+        if not (self._listens and model.training):
+            return
+        self._listens = False
+        tokens = args[0] if args else kwargs.get("input_ids")
+        vocabulary = self.draft.config.get_text_config().vocab_size
+        logits = output.get("logits") if isinstance(output, dict) else None
+        if tokens is None or logits is None or logits.shape != (*tokens.shape, vocabulary):
+            seen = "none" if logits is None else tuple(logits.shape)
+            raise DraftError(
+                f"{type(model).__name__} gave logits {seen} in training: expected (batch, length, {vocabulary}), one for every "
+                "token of input_ids, as transformers' causal models give them. Leave out what replaces or skips them."
+            )
+        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        trained = real if labels is None else real & (labels != IGNORED)
+        left = self.max_tokens
+        for row, kept in enumerate(real):
+            feedback = self._feedback(tokens[row][kept], trained[row][kept], logits[row][kept])
+            if feedback is None:
+                continue
+            left -= len(feedback.tokens)
+            if left < 0:
+                break
+            self._heard.append(feedback)
+
+    def _feedback(self, tokens: Tensor, trained: Tensor, logits: Tensor) -> Feedback | None:
+        """What one row without its padding teaches: from the first token that is trained on to the last one.
+
+        Args:
+            tokens, trained: (L,)
+            logits: (L, vocab)
+        """
+        draft, settings = self.draft, self.draft.settings
+        at = trained[1:].nonzero()[:, 0] + 1  # nothing predicts the first token
+        if len(at) == 0:
+            return None
+        end = int(at[-1]) + 1
+        begin = max(0, end - min(self.max_tokens, draft.positions))
+        first = max(int(at[0]), begin + 1)
+        teacher = Teacher.from_logits(logits[first - 1 : end - 1].detach(), settings.temperature, settings.top_k)
+        return Feedback(tokens[begin:end].to(draft.device), teacher.to(draft.device))

@@ -1,0 +1,194 @@
+"""The way out: an evolved draft as a plain causal language model, that needs nothing of ours and nothing of PEFT to be loaded.
+
+transformers takes it as `assistant_model`, vLLM and SGLang as a draft model, llama.cpp's converter as a model like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._compat import LoraLayer, commit_hash
+from .artifact import read_json
+from .errors import ArtifactError, DraftError
+from .identity import TOKENIZER, tokenizer_file
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft
+
+# What may lie beside the first file of a tokenizer.
+BESIDE = ("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+HEADS = ("lm_head.weight", "embed_out.weight")  # how files call a head of its own
+# Whose head the servers tie, whatever config.json says.
+GEMMA = "vLLM refuses a Gemma whose head is not tied, SGLang leaves the head out"
+ALWAYS_TIED = {
+    "gpt2": "SGLang leaves the head of a GPT-2 out (vLLM reads it)",
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+}
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+def merge_and_export(
+    draft: OnlineDraft,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Writes the draft as it serves now, merged into its base: config, generation config, safetensors, tokenizer.
+
+    Of an ensemble it is what serves, the mixture or the best single row. The sums are made in float32. In a base of half
+    precision small changes are then rounded away; `dtype=torch.float32` keeps them, at twice the size. A head that was tied to
+    the embedding gets weights of its own where the two have been changed differently.
+
+    Args:
+        folder: a new one, or an empty one; it appears when it is complete.
+        dtype: of the written weights; None: as the base has them.
+        tokenizer: to lie beside the model; None: the files that lie beside the base, if there are any.
+
+    Raises:
+        DraftError: the base is quantised.
+        ArtifactError: the folder holds something, or cannot be written.
+    """
+    folder = Path(folder).absolute()
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ArtifactError(f"{folder}: not empty. An export is never written over something: name a new folder.")
+        model = _plain(draft, dtype)
+        aside = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)  # what a process that was killed has left
+        aside.mkdir(parents=True)
+        try:
+            model.save_pretrained(aside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
+            else:
+                _copy_tokenizer(draft.config, aside)
+            if folder.exists():
+                folder.rmdir()
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}: the draft could not be exported ({error}). Name another folder.") from error
+
+
+@torch.no_grad()
+def _plain(draft: OnlineDraft, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model of the base's class with the merged weights, to be saved: buffers that no file holds are empty."""
+    lora = draft._lora
+    base = lora.base
+    for name, parameter in base.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            raise DraftError(
+                f"{type(base).__name__} has quantised weights, {name} for one: no adapter can be merged into them. Load the draft "
+                "with base_model= in full precision, and export that."
+            )
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    weights: dict[str, Tensor] = {}
+    with draft._learns, draft.lock:  # between two gradient steps
+        for key, weight in base.state_dict().items():
+            if ".lora_" in key:
+                continue
+            layer, wrapped, last = key.rpartition(".base_layer.")
+            own = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
+            if wrapped and last == "weight":
+                weight = torch.add(weight.float(), lora._change(layers[layer]))  # as `fold` does
+            weights[f"{layer}.{last}" if wrapped else key] = weight.to(own)
+    config = copy.deepcopy(base.config)
+    config.tie_word_embeddings = _tied(base, weights)
+    with torch.device("meta"):
+        model: PreTrainedModel = type(base)(config)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.generation_config = copy.deepcopy(base.generation_config)
+    return model
+
+
+def _tied(base: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
+    """Whether head and embedding were one, and still say the same."""
+    names = {id(module): name for name, module in base.named_modules()}
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or head.weight.data_ptr() != embedding.weight.data_ptr():
+        return False
+    return torch.equal(*(weights[f"{names[id(module)]}.weight"] for module in (embedding, head)))
+
+
+def _copy_tokenizer(config: PretrainedConfig, folder: Path) -> None:
+    """Copies the tokenizer that lies beside a base."""
+    found = tokenizer_file(str(config._name_or_path), commit_hash(config))
+    if found is None:
+        return
+    for name in (*TOKENIZER, *BESIDE):
+        if (found.parent / name).is_file():
+            shutil.copyfile(found.parent / name, folder / name)
+
+
+def check_export(folder: str | Path, target: PretrainedConfig) -> list[str]:
+    """What transformers, vLLM or SGLang would refuse in a draft for this target, or silently do otherwise; []: nothing.
+
+    Only what files tell: whether the two tokenizers agree token by token, and whether a server knows the architecture, is
+    theirs to say.
+
+    Raises:
+        ArtifactError: there is no config.json, or a weight file is damaged.
+    """
+    folder, target = Path(folder), target.get_text_config()
+    config = read_json(folder / "config.json")
+    found = []
+    if not config.get("architectures") or not config.get("model_type"):
+        found.append(
+            f"config.json has architectures={config.get('architectures')}, model_type={config.get('model_type')}."
+        )
+    if "auto_map" in config:
+        found.append(
+            "config.json has auto_map: the model brings its own code, which has to be trusted where it is loaded."
+        )
+    if config.get("dtype") not in ("float32", "float16", "bfloat16"):
+        found.append(f"config.json has dtype={config.get('dtype')}: expected a floating-point type.")
+    if config.get("vocab_size") != target.vocab_size:
+        found.append(f"{config.get('vocab_size')} tokens in the vocabulary, the target has {target.vocab_size}.")
+    reads, wanted = (c.get("max_position_embeddings") for c in (config, target.to_dict()))
+    if reads is not None and wanted is not None and reads < wanted:
+        found.append(
+            f"It reads {reads} tokens, the target {wanted}: give the server at most {reads} as its context length."
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        found.append("No tokenizer lies beside it: SGLang and llama.cpp look for one. Export with tokenizer=.")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
+    if others:
+        found.append(f"Weights that are not safetensors: {others}.")
+    names = _tensor_names(folder)
+    has_head = any(name.endswith(HEADS) for name in names)
+    if not names:
+        found.append("No safetensors file.")
+    elif config.get("tie_word_embeddings") and has_head:
+        found.append("tie_word_embeddings is true, but there is a head in the files: servers leave it out.")
+    elif not config.get("tie_word_embeddings") and not has_head:
+        found.append("tie_word_embeddings is false, but there is no head in the files.")
+    elif has_head and config.get("model_type") in ALWAYS_TIED:
+        found.append(
+            f"It has a head of its own, and {ALWAYS_TIED[config['model_type']]}. Let the draft learn with target_modules= that "
+            "leave out embedding and head: they stay tied."
+        )
+    return found
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names += file.keys()
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path}: not a sound safetensors file ({error}).") from error
+    return names

@@ -1,0 +1,104 @@
+"""The commands for evolved drafts, from the command line to the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, cli
+from hf_onlinespec.artifact import ADAPTER, CARD, CONFIG
+from hf_onlinespec.cli_drafts import REFUSED
+
+from .conftest import tiny_llama
+from .loopback_hub import LoopbackHub
+from .test_artifact import REPEATABLE, TOKENS, same_state, serve
+
+REPO = "me/draft"
+
+
+@pytest.fixture
+def saved(tmp_path: Path, target: PreTrainedModel) -> Path:
+    """A folder with an evolved draft, whose base lies in a folder too."""
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    draft = OnlineDraft.from_pretrained(tmp_path / "base", config=OnlineSpecConfig(**REPEATABLE))
+    serve(target, draft, range(3))
+    draft.save_pretrained(tmp_path / "evolved")
+    return tmp_path / "evolved"
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert cli.main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert cli.main([str(a) for a in arguments]) == cli.FAILED
+    return capsys.readouterr().err
+
+
+def test_inspect(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "inspect", saved)
+    assert "base: name base" in out and "'rank': 2" in out and "served: 3 requests, 36 new tokens" in out
+    assert "acceptance length" in out and ADAPTER in out
+    assert "no such folder" in refused(capsys, "inspect", saved / "nowhere")
+    assert "no evolved draft" in refused(capsys, "inspect", saved.parent / "base")
+
+
+def test_push_and_pull(hub: LoopbackHub, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"Pushed: {REPO}" in said(capsys, "push", saved, REPO, "--tag", "first", "--message", "Three requests")
+    assert hub.repos[REPO].private and hub.repos[REPO].head.title == "Three requests"
+    said(capsys, "push", saved, REPO)  # once more: it knows its own commit
+    for folder, revision in (("a", ["--revision", "first"]), ("b", [])):
+        said(capsys, "pull", REPO, tmp_path / folder, *revision)
+        there = OnlineDraft.from_pretrained(tmp_path / folder, base_model=tmp_path / "base")
+        assert same_state(there, OnlineDraft.from_pretrained(saved))
+        assert (tmp_path / folder / CARD).is_file()
+    # Two pulled the same: the second to push is told, and the first one's commit stays.
+    said(capsys, "push", tmp_path / "b", REPO)
+    before = hub.repos[REPO].head.sha
+    assert "another push came first" in refused(capsys, "push", tmp_path / "a", REPO)
+    assert hub.repos[REPO].head.sha == before
+    assert "served: 3 requests" in said(capsys, "inspect", REPO)
+
+
+def test_a_public_push_is_refused_without_a_statement(
+    hub: LoopbackHub, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "data_statement" in refused(capsys, "push", saved, REPO, "--public")
+    assert not hub.requests
+
+
+def test_merge(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = OnlineDraft.from_pretrained(saved)
+    said(capsys, "merge", saved, saved, "--weights", "0.25", "0.75", "--out", tmp_path / "both")
+    both = OnlineDraft.from_pretrained(tmp_path / "both")
+    assert both.settings.rank == 2 * one.settings.rank and len(both.lineage) > 0
+    torch.testing.assert_close(both(TOKENS).logits, one(TOKENS).logits, atol=1e-5, rtol=1e-4)
+    assert "left out" in said(capsys, "merge", saved, saved, "--rank", "2", "--out", tmp_path / "small")
+    small = OnlineDraft.from_pretrained(tmp_path / "small")  # the same twice has the rank of one
+    assert small.settings.rank == 2
+    torch.testing.assert_close(small(TOKENS).logits, one(TOKENS).logits, atol=1e-4, rtol=1e-3)
+    said(capsys, "merge", saved, "--export", "--out", tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(plain(TOKENS).logits, one(TOKENS).logits)
+    assert not (tmp_path / "plain" / CONFIG).exists()
+
+
+def test_merges_that_make_no_sense(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing to do" in refused(capsys, "merge", saved, "--out", tmp_path / "x")
+    assert "weights" in refused(capsys, "merge", saved, saved, "--weights", "1", "--out", tmp_path / "x")
+    assert "rank=0" in refused(capsys, "merge", saved, "--rank", "0", "--out", tmp_path / "x")
+    assert "not empty" in refused(capsys, "merge", saved, saved, "--out", saved)
+    assert not (tmp_path / "x").exists()
+
+
+def test_audit(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["audit", str(saved), "--canaries", "2"])
+    out = capsys.readouterr().out
+    assert "| once | 0 |" in out and "No held-out text was at hand" in out
+    assert code == (REFUSED if "A public push is refused" in out else 0)
+    assert "together" in refused(capsys, "audit", saved, "--own", tmp_path / "texts.txt")
+    assert "canaries=0" in refused(capsys, "audit", saved, "--canaries", "0")
