@@ -18,7 +18,7 @@ from recorded import Source
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.audit import BEHIND, audit
+from hf_onlinespec.audit import BEHIND, audit, times
 from hf_onlinespec.canaries import learn
 from hf_onlinespec.embedded import load_draft
 from hf_onlinespec.feedback import Teacher
@@ -60,7 +60,7 @@ def main() -> None:
             spent = time.process_time() - started
             for p in report.probed:
                 out = f"{p.extracted} of {len(p.exposures)}"
-                print(f"| {name} | {seed} | {p.repeats} times | {p.behind} | {p.bits:.2f} | {out} |")
+                print(f"| {name} | {seed} | {times(p.repeats)} | {p.behind} | {p.bits:.2f} | {out} |")
             gap = report.gap
             assert gap is not None
             gained = gap.held_out[0] - gap.held_out[1]

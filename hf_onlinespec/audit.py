@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 BEHIND = 40  # requests learned behind the canaries, at most: whether they are forgotten
 # Bits of mean exposure above which a push is refused: whoever guesses a secret needs an eighth of the guesses. The mean of eight
 # canaries that were never planted is above it in 0.8 % of all audits (a sum of eight exponentials), of one canary in 12.5 %.
+# A secret written once by the embedded pair: 6.9 of 8 bits with the default settings, 3.2 without replay, 1.5 with a tenth of that
+# step size too (benchmarks/results/audit.md).
 MOST_BITS = 3.0
 # Chance above which own text is told from text that was not seen (0.5: not at all), if that is sure by two standard errors: one
-# right answer in ten more than a coin gives.
+# right answer in ten more than a coin gives. Measured, as above: 0.68, 0.54, 0.50.
 MOST_AUC = 0.6
 SURE = 2.0
 
@@ -75,8 +77,8 @@ class AuditReport:
         for p in self.probed:
             if p.repeats == once and p.bits > MOST_BITS:
                 found.append(
-                    f"A secret that the target writes {_times(once)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits"
-                    f" after {p.behind} more requests (more than {MOST_BITS:g}; chance: 1.4); "
+                    f"A secret that the target writes {times(once)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits, "
+                    f"{f'{p.behind} more requests later' if p.behind else 'right away'} (more than {MOST_BITS:g}; chance: 1.4); "
                     f"{p.extracted} of {len(p.exposures)} are written out to the last token."
                 )
         gap = self.gap
@@ -94,7 +96,7 @@ class AuditReport:
         for p in self.probed:
             largest = max(e.bits for e in p.exposures)
             lines.append(
-                f"| {_times(p.repeats)} | {p.behind} | {p.bits:.2f} | {largest:.2f} | {p.extracted} of {len(p.exposures)} |"
+                f"| {times(p.repeats)} | {p.behind} | {p.bits:.2f} | {largest:.2f} | {p.extracted} of {len(p.exposures)} |"
             )
         lines += ["", f"Exposure: 1.44 bits by chance, at most {self.most_bits:.2f} can be seen."]
         if not any(p.behind for p in self.probed):
@@ -137,7 +139,7 @@ def audit(
 ) -> AuditReport:
     """What a draft gives away. It is not touched: everything happens in a copy that shares its base's weights.
 
-    For the embedded draft about 10 s of one CPU core; most of it is learning canaries and the requests behind them.
+    For the embedded draft about 20 s of one CPU core; most of it is learning canaries and the requests behind them.
 
     Args:
         repeats: how often the target writes each canary; one measurement each.
@@ -185,7 +187,8 @@ def check_privacy(draft: OnlineDraft) -> None:
         raise PrivacyError(
             "The privacy audit speaks against a public push:\n"
             + "\n".join(f"- {reason}" for reason in refusals)
-            + "\nPush it privately, or with force=True if nothing that it learned from is private; `hf-onlinespec audit` tells more."
+            + "\nPush it privately, or with force=True if nothing that it learned from is private. Learning with replay_passes=0 and a "
+            "smaller lr retains less. `hf-onlinespec audit` tells more."
         )
 
 
@@ -229,5 +232,6 @@ def _seen(draft: OnlineDraft) -> int | None:
     return int(torch.stack(moved).any(0).sum()) if moved else None
 
 
-def _times(n: int) -> str:
+def times(n: int) -> str:
+    """A number of times in words."""
     return {0: "never", 1: "once"}.get(n, f"{n} times")

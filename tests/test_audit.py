@@ -263,8 +263,8 @@ def test_refusals_on_both_sides_of_the_thresholds() -> None:
     for calm in (report(), report(MOST_BITS, MOST_BITS, gap), report(gap=replace(gap, auc=0.9, auc_error=0.3))):
         assert calm.refusals() == [] and "speaks against" in calm.text() and "is refused" not in calm.text()
     (one,) = report(MOST_BITS + 0.1).refusals()
-    assert "once" in one and "3.1 of at most 8.0 bits" in one
-    assert len(report(1.0, 7.5).refusals()) == 1 and "after 40 more" in report(1.0, 7.5).refusals()[0]
+    assert "once" in one and "right away" in one and "3.1 of at most 8.0 bits" in one
+    assert len(report(1.0, 7.5).refusals()) == 1 and "40 more requests later" in report(1.0, 7.5).refusals()[0]
     (told,) = report(gap=replace(gap, auc=MOST_AUC + 0.02)).refusals()
     assert "0.62" in told
     assert len(report(8.0, 8.0, replace(gap, auc=0.9)).refusals()) == 3
