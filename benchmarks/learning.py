@@ -54,6 +54,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "optimistic, hint 0.8": BARE | {"hint_memory": 0.8},
     "optimistic, batch 2": BARE | {"replay_batch": 2},
     "optimistic, 3 passes": BARE | {"replay_passes": 3},
+    "optimistic, 8 passes": BARE | {"replay_passes": 8},
     "optimistic, rank 64": BARE | {"rank": 64, "alpha": 64.0},
     "ogd": OGD,
     "ogd, lr ÷ 4": OGD | {"lr": LR / 4},
