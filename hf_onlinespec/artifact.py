@@ -174,7 +174,7 @@ def settle(folder: Path) -> None:
 
 def is_artifact(folder: Path) -> bool:
     """Whether a folder holds an evolved draft."""
-    return _path(folder, CONFIG).is_file()
+    return (folder / NEXT / CONFIG).is_file() or (folder / CONFIG).is_file()
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _path(folder: Path, name: str) -> Path:
 
 def _manifest_of(folder: Path) -> dict[str, Any]:
     path = _path(folder, CONFIG)
-    if not path.is_file():
+    if not is_artifact(folder):
         raise ArtifactError(f"{folder}: no {CONFIG} there. Expected a folder that save_pretrained wrote.")
     found = parse_json(_bytes(folder, CONFIG), path)
     if found.get("format") != FORMAT:
@@ -209,12 +209,14 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def _bytes(folder: Path, name: str) -> bytes:
-    try:
-        return _path(folder, name).read_bytes()
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.") from error
-    except OSError as error:
-        raise ArtifactError(f"{folder / name}: cannot be read ({error}).") from error
+    for path in (_path(folder, name), folder / name):  # it may have been moved into place just now
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read ({error}).") from error
+    raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

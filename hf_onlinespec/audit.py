@@ -187,7 +187,7 @@ def check_privacy(draft: OnlineDraft) -> None:
         raise PrivacyError(
             "The privacy audit speaks against a public push:\n"
             + "\n".join(f"- {reason}" for reason in refusals)
-            + "\nPush it privately, or with force=True if nothing that it learned from is private. Learning with replay_passes=0 and a "
+            + "\nPush it privately, or with skip_audit=True if nothing that it learned from is private. Learning with replay_passes=0 and a "
             "smaller lr retains less. `hf-onlinespec audit` tells more."
         )
 

@@ -8,6 +8,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -300,6 +301,13 @@ STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     "counters of text": lambda v: v["metrics"].update(requests="all"),
     "a history of lists": lambda v: v["metrics"].update(history=[[1]]),
     "a part that is a number": lambda v: v.update(guard=3),
+    "losses of numbers": lambda v: v["adaptation"].update(losses=[3]),
+    "losses of text": lambda v: v["adaptation"].update(losses=[["a", "b", "c"]]),
+    "weights that are none": lambda v: v["adaptation"].update(weights=[float("nan"), 0.5]),
+    "alive by word": lambda v: v["adaptation"].update(alive=["yes"]),
+    "latest of text": lambda v: v["guard"].update(latest=[["a", "b"]]),
+    "leads of text": lambda v: v["guard"].update(tried=[[None, ["a"]]]),
+    "less than no requests": lambda v: v["metrics"].update(requests=-5),
 }
 
 
@@ -441,3 +449,134 @@ def test_a_history_stays_bounded(target: PreTrainedModel) -> None:
     assert len({c.requests for c in history[:-1]}) == 1
     first, last = draft.metrics.part(0, 0.1), draft.metrics.part(0.9, 1)
     assert first.new_tokens / first.requests < 60 and last.new_tokens / last.requests > 900
+
+
+# After a review
+
+
+def test_a_reader_beside_a_writer_gets_one_state_or_the_other(tmp_path: Path) -> None:
+    """The adapter and the state that are read belong together, while another thread saves one state after the other."""
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft._adaptation.steps = 1
+
+    def advance() -> None:
+        draft._lora.params.fill_(float(draft._adaptation.steps))
+        draft._adaptation.steps += 1
+        draft.save_pretrained(tmp_path)
+
+    advance()
+    writer = threading.Thread(target=lambda: [advance() for _ in range(60)])
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        found = Artifact.read(tmp_path)
+        steps = found.state.values["adaptation"]["steps"]
+        assert all(bool((t == steps - 1).all()) for t in found.adapter.values())
+        seen.add(steps)
+    writer.join()
+    assert len(seen) > 1
+
+
+def test_two_writers_take_turns(tmp_path: Path) -> None:
+    drafts = [OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE)) for _ in range(2)]
+    failed: list[Exception] = []
+
+    def work(number: int) -> None:
+        drafts[number]._lora.params.fill_(float(number))
+        try:
+            for _ in range(20):
+                drafts[number].save_pretrained(tmp_path)
+        except ArtifactError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    values = torch.cat([t.flatten() for t in Artifact.read(tmp_path).adapter.values()]).unique()
+    assert values.tolist() in ([0.0], [1.0])
+
+
+def test_an_artifact_is_a_copy(target: PreTrainedModel) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(REPEATABLE | {"learner": "ensemble"})))
+    draft.lineage["alignment"] = {"tokens": 1}
+    artifact = draft.artifact()
+    before = json.dumps(artifact.state.values)
+    draft._adaptation.alive[1] = False
+    draft.lineage["alignment"]["tokens"] = 2
+    serve(target, draft, range(2))
+    assert json.dumps(artifact.state.values) == before and artifact.lineage["alignment"] == {"tokens": 1}
+
+
+def test_a_history_of_what_it_was_trained_on_survives(tmp_path: Path) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.lineage |= {"warm_start": {"texts": 3}, "parent": {"source": "me/draft", "revision": "abc"}}
+    for _ in range(2):
+        draft.save_pretrained(tmp_path)
+        draft = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
+    assert draft.lineage["warm_start"] == {"texts": 3} and draft.lineage["parent"]["revision"] == "abc"
+
+
+def test_the_same_base_with_other_words_around_it(tmp_path: Path) -> None:
+    """What people set on a loaded model, and what saving fills in, makes no other base of it."""
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.save_pretrained(tmp_path / "draft")
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    again = OnlineDraft.from_pretrained(tmp_path / "draft", base_model=tmp_path / "base")
+    assert again.identity.is_same(draft.identity)
+    other = tiny_llama(2)
+    other.config.pad_token_id = other.config.eos_token_id = 3
+    assert OnlineDraft.from_pretrained(tmp_path / "draft", base_model=other).metrics.requests == 0
+    assert OnlineDraft.from_pretrained(tmp_path / "draft", base_model=tiny_llama(2).bfloat16()).metrics.requests == 0
+    turned = tiny_llama(2, rope_theta=500.0)  # the same weights, another function
+    with pytest.raises(ArtifactError, match="another base"):
+        OnlineDraft.from_pretrained(tmp_path / "draft", base_model=turned)
+
+
+def test_resumed_after_an_interrupted_call(target: PreTrainedModel, tmp_path: Path) -> None:
+    """What the broken request had shown is judged before it is saved."""
+    config = OnlineSpecConfig(**(REPEATABLE | {"learner": "ensemble"}))
+    drafts = []
+    for resumes in (False, True):
+        draft = OnlineDraft(tiny_llama(2), config)
+        serve(target, draft, range(3))
+        with pytest.raises(KeyboardInterrupt):
+            target.generate(
+                TOKENS[:1], max_new_tokens=20, assistant_model=draft, do_sample=False, stopping_criteria=[_Stop()]
+            )
+        if resumes:
+            draft.save_pretrained(tmp_path)
+            draft = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
+        serve(target, draft, range(3, 6))
+        drafts.append(draft)
+    assert same_state(*drafts)
+
+
+class _Stop:
+    """Ctrl-C in the middle of a request."""
+
+    def __call__(self, tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if tokens.shape[1] > 18:
+            raise KeyboardInterrupt
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+
+def test_loaded_under_inference_mode_it_goes_back_to_earlier_states(tmp_path: Path) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(REPEATABLE | {"radius": 0.5})))
+    draft.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
+    again._adaptation.restore(again._adaptation.best())
+    assert not again._lora.params.is_inference()
+
+
+def test_what_an_ensemble_says_of_itself_is_back(target: PreTrainedModel, tmp_path: Path) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(REPEATABLE | {"learner": "ensemble"})))
+    serve(target, draft, range(3))
+    draft._learning.guard.reason = "why"
+    draft.save_pretrained(tmp_path)
+    again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
+    assert len(again.metrics.expert_weights) == 4 and again.metrics.expert_weights == draft.metrics.expert_weights
+    assert again.metrics.decisions.rollback == "why"

@@ -287,7 +287,7 @@ def test_a_public_push_is_refused_for_what_was_memorised() -> None:
         pair.target.generate(**pair.tokenizer(text, return_tensors="pt"), max_new_tokens=16, assistant_model=draft)
     with pytest.raises(PrivacyError, match="once is exposed by") as error:
         check_privacy(draft)
-    assert "force=True" in str(error.value)
+    assert "skip_audit=True" in str(error.value)
 
 
 # What is refused

@@ -229,3 +229,99 @@ def test_a_draft_that_is_gone_ends_its_thread(hub: LoopbackHub) -> None:
     del draft
     thread.join(20)
     assert not thread.is_alive()
+
+
+# After a review
+
+
+def test_a_draft_that_was_kept_in_a_folder_goes_on_pushing(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    first = draft.push_to_hub(REPO)
+    draft.save_pretrained(tmp_path)
+    later = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2))
+    serve(target, later, range(3, 5))
+    second = later.push_to_hub(REPO)
+    assert list(hub.repos[REPO].commits)[-2:] == [first, second]
+
+
+def test_a_tag_that_is_taken(hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel) -> None:
+    draft.push_to_hub(REPO, tag="v1")
+    serve(target, draft, range(3, 4))
+    with pytest.raises(HubError, match="but not tagged"):
+        draft.push_to_hub(REPO, tag="v1")
+    before = len(hub.repos[REPO].commits)
+    draft.push_to_hub(REPO, tag="v2")  # it knows the commit that was made
+    assert len(hub.repos[REPO].commits) <= before + 1
+
+
+def test_a_statement_stays_with_the_draft(hub: LoopbackHub, draft: OnlineDraft, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data_statement"):
+        draft.push_to_hub(REPO, data_statement={"what": "prompts"})  # type: ignore[arg-type]
+    draft.push_to_hub(REPO, data_statement=SAYS)
+    again().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["lineage"]["data_statement"] == SAYS
+
+
+def test_a_public_push_into_a_private_repository(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    draft.push_to_hub(REPO)
+    with pytest.raises(PrivacyError, match="new repository"):
+        draft.push_to_hub(REPO, private=False, data_statement=SAYS, skip_audit=True)
+
+
+def test_force_does_not_skip_the_audit(hub: LoopbackHub, draft: OnlineDraft, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(draft: OnlineDraft) -> None:
+        raise PrivacyError("too much")
+
+    monkeypatch.setattr("hf_onlinespec.draft.check_privacy", refuses)
+    with pytest.raises(PrivacyError, match="too much"):
+        draft.push_to_hub(REPO, private=False, data_statement=SAYS, force=True)
+    assert not hub.requests
+
+
+def test_milestones_and_failures_leave_checkpoints_on(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel
+) -> None:
+    draft.push_to_hub(REPO, checkpoint_every=1)
+    checkpoints = draft.checkpoints
+    assert checkpoints is not None
+    draft.push_to_hub(REPO, tag="milestone")
+    hub.fail("POST", "/repos/create", status=500)
+    with pytest.raises(HubError):
+        draft.push_to_hub(REPO)
+    serve(target, draft, range(3, 4))
+    assert checkpoints.wait(20) and checkpoints.pushed == 1 and draft.checkpoints is checkpoints
+    assert same_state(again(), draft)
+    checkpoints.close()
+
+
+def test_checkpoints_survive_what_nobody_thought_of(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_onlinespec.hub.FIRST_WAIT_S", 0.01)
+    draft.push_to_hub(REPO, checkpoint_every=1)
+    assert draft.checkpoints is not None
+    times = iter([1])
+
+    def breaks(*args: Any, **kwargs: Any) -> None:
+        if next(times, None):
+            raise KeyError("a bug")
+        return write(*args, **kwargs)
+
+    from hf_onlinespec import card
+
+    write = card.write
+    monkeypatch.setattr(card, "write", breaks)
+    serve(target, draft, range(3, 4))
+    assert draft.checkpoints.wait(20) and draft.checkpoints.failures == 1 and draft.checkpoints.pushed == 1
+    draft.checkpoints.close()
+
+
+def test_requests_that_teach_nothing_cause_no_push(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel
+) -> None:
+    draft.push_to_hub(REPO, checkpoint_every=1)
+    assert draft.checkpoints is not None
+    target.generate(TOKENS[:1], max_new_tokens=4, assistant_model=draft, onlinespec=False)
+    assert draft.checkpoints.wait(20) and draft.checkpoints.pushed == 0
+    draft.checkpoints.close()
