@@ -355,3 +355,18 @@ def test_a_burst_cannot_move_the_adapter_far(draft_model: PreTrainedModel) -> No
     draft._learning._loss = lambda p, q: 1e6 * (p.exp() * (p - q)).sum(-1)
     draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, Counts())
     assert (draft._lora.params - before).norm() < 10 * usual
+
+
+def test_a_divergence_is_counted_once() -> None:
+    """The request's KV cache was read by the broken adapter: it is not learned from any more."""
+    config = OnlineSpecConfig(rank=2, alpha=2.0, lookahead=2, update_every=1, update_when="round", memory_tokens=0)
+    draft = OnlineDraft(tiny_llama(2), config)
+    target = tiny_llama(1, layers=2)
+    prompt = torch.tensor([[3, 14, 15, 9]])
+    target.generate(prompt, max_new_tokens=8, assistant_model=draft, do_sample=False)
+    draft._lora.params.fill_(float("nan"))
+    draft._lora.move(torch.zeros_like(draft._lora.params))
+    expected = target.generate(prompt, max_new_tokens=16, do_sample=False)
+    assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
+    assert draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
+    assert bool(torch.isfinite(draft._lora.params).all()) and draft.metrics.last.updates > 8
