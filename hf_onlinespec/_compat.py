@@ -51,8 +51,8 @@ except ImportError as error:
 __all__ = ["CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
 
 # What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none; RuntimeError comes out
-# of the upload of large files.
-HUB_FAILURES = (HFValidationError, HTTPError, RevisionResolutionError, OSError, RuntimeError)
+# of the upload of large files, ValueError of an answer that is no JSON.
+HUB_FAILURES = (HFValidationError, HTTPError, RevisionResolutionError, OSError, RuntimeError, ValueError)
 
 # The methods that `enable()` wraps.
 WRAPPED = (

@@ -21,7 +21,7 @@ from .errors import ArtifactError
 from .guard import GradientCap
 from .learners import HEDGES, LEARNERS, Direction, Learner, State, adam, into_ball, optimistic, plain
 from .metrics import Counts
-from .state import Saved
+from .state import Saved, are_numbers
 
 COMPARED = 8  # updates over which a single row has to do better than the mixture to serve in its place
 
@@ -213,8 +213,8 @@ class Adaptation:
         values = {
             "steps": self.steps,
             "removed": self.removed,
-            "alive": self.alive,
-            "weights": self.weights,
+            "alive": list(self.alive),
+            "weights": list(self.weights),
             "losses": [list(row) for row in self._losses],
             "serving": self.serving,
         }
@@ -237,17 +237,16 @@ class Adaptation:
             state["hint"] = last(state)
         self.state = state
         self.hedge_state = {k: hedge.tensor(k, v) for k, v in self.hedge_state.items()}
-        self._cap.resume(saved.part("cap"), self._experts)
+        self._cap.resume(saved.part("cap"), self._lora.params.new_zeros(self._experts))
         if self._starts is not None:
             self._starts = saved.part("ball").tensor("starts", self._starts)
         self.steps, self.removed = saved.value("steps", int), saved.value("removed", int)
-        alive, weights, losses = (saved.value(name, list) for name in ("alive", "weights", "losses"))
         n = self._experts
-        serving = saved.value("serving", int)
-        if not (len(alive) == n and len(weights) == n + 1 and 0 <= serving <= n + 1) or any(
-            len(row) != n + 2 for row in losses
-        ):
-            raise ArtifactError(f"The saved state is of {len(alive)} experts: expected {n}.")
+        alive, losses, serving = saved.value("alive", list), saved.value("losses", list), saved.value("serving", int)
+        weights = saved.numbers("weights", n + 1)
+        whole = len(alive) == n and all(isinstance(ok, bool) for ok in alive) and 0 <= serving <= n + 1
+        if not whole or not all(are_numbers(row) and len(row) == n + 2 for row in losses):
+            raise ArtifactError(f"The saved state of the experts does not fit together: alive={alive!r}, expected {n}.")
         self.alive, self.weights, self.serving = alive, weights, serving
         self._losses.extend(losses)
         self._serve()

@@ -6,8 +6,9 @@
     README.md, curve.png                              the model card and its figure
 
 A folder is replaced as a whole: everything is written aside, the file with the checksums last, and then moved into place. A
-process that is killed leaves the previous state or the new one, and at every instant an adapter that PEFT loads. Nothing is
-unpickled, and no file is opened whose name came from a file.
+process that is killed leaves the previous state or the new one, and at every instant an adapter that PEFT loads (unless its rank or
+layers change with it). Writers wait for each other where the system has file locks; whoever reads meanwhile gets one state or the
+other. Nothing is unpickled, and no file is opened whose name came from a file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,19 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .config import OnlineSpecConfig
 from .errors import ArtifactError, OnlineSpecError
 from .identity import Identity
 from .state import Saved
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -39,7 +47,9 @@ CARD, CURVE = "README.md", "curve.png"
 FILES = (ADAPTER_CONFIG, ADAPTER, STATE, CARD, CURVE, CONFIG)  # in the order in which they are moved
 CHECKED = (ADAPTER_CONFIG, ADAPTER, STATE)  # that resuming depends on
 NEXT = ".onlinespec_next"  # folder in which they are written aside
+LOCK = ".onlinespec_lock"  # file that a writer holds
 KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files"}
+READS = 50  # attempts, while somebody else writes
 
 
 @dataclass(frozen=True)
@@ -63,24 +73,29 @@ class Artifact:
         """
         folder = Path(folder)
         try:
-            settle(folder)
-            aside = folder / NEXT
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            (aside / ADAPTER_CONFIG).write_text(_json(self.adapter_config), encoding="utf-8")
-            save_file(self.adapter, aside / ADAPTER, metadata={"format": "pt"})
-            save_file(self.state.tensors, aside / STATE, metadata={"values": json.dumps(self.state.values)})
-            if card:
-                (aside / CARD).write_text(card, encoding="utf-8")
-            if curve is not None:
-                (aside / CURVE).write_bytes(curve)
-            # Complete from here on: see `settle`.
-            manifest = aside / (CONFIG + ".part")
-            manifest.write_text(_json(self._manifest(aside)), encoding="utf-8")
-            manifest.replace(aside / CONFIG)
-            settle(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with exclusive(folder / LOCK):
+                self._write(folder, card, curve)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: the draft could not be saved ({error}). Name another folder.") from error
+
+    def _write(self, folder: Path, card: str, curve: bytes | None) -> None:
+        settle(folder)
+        aside = folder / NEXT
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        (aside / ADAPTER_CONFIG).write_text(_json(self.adapter_config), encoding="utf-8")
+        save_file(self.adapter, aside / ADAPTER, metadata={"format": "pt"})
+        save_file(self.state.tensors, aside / STATE, metadata={"values": json.dumps(self.state.values)})
+        if card:
+            (aside / CARD).write_text(card, encoding="utf-8")
+        if curve is not None:
+            (aside / CURVE).write_bytes(curve)
+        # Complete from here on: see `settle`.
+        manifest = aside / (CONFIG + ".part")
+        manifest.write_text(_json(self._manifest(aside)), encoding="utf-8")
+        manifest.replace(aside / CONFIG)
+        settle(folder)
 
     def _manifest(self, aside: Path) -> dict[str, Any]:
         return {
@@ -90,7 +105,7 @@ class Artifact:
             "versions": self.versions or versions(),
             "lineage": self.lineage,
             "run": self.run,
-            "files": {name: checksum(aside / name) for name in CHECKED},
+            "files": {name: checksum((aside / name).read_bytes()) for name in CHECKED},
         }
 
     @classmethod
@@ -101,23 +116,38 @@ class Artifact:
             ArtifactError: a file is missing, damaged, or of a format that this version does not read.
         """
         folder = Path(folder)
-        manifest = _manifest_of(folder)
+        for _ in range(READS):
+            manifest = _manifest_of(folder)
+            try:
+                return cls._read(folder, manifest)
+            except ArtifactError:
+                if _manifest_of(folder) == manifest:
+                    raise
+                # Somebody has saved meanwhile: what was read belongs to two states.
+        raise ArtifactError(f"{folder}: it is written all the time. Stop the writer, or read a copy.")
+
+    @classmethod
+    def _read(cls, folder: Path, manifest: dict[str, Any]) -> Artifact:
         odd = sorted(set(manifest["files"]) - set(CHECKED))
         if odd:
             raise ArtifactError(f"{folder / CONFIG}: lists files that do not belong to it: {odd}.")
+        data = {}
         for name in CHECKED:
-            path = _path(folder, name)
-            if not path.is_file():
-                raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.")
-            if checksum(path) != manifest["files"].get(name):
+            data[name] = _bytes(folder, name)
+            if checksum(data[name]) != manifest["files"].get(name):
                 raise ArtifactError(
-                    f"{path}: damaged or changed since it was saved: checksum {checksum(path)}, expected "
+                    f"{folder / name}: damaged or changed since it was saved: checksum {checksum(data[name])}, expected "
                     f"{manifest['files'].get(name)}. Take an earlier copy; to start from a changed adapter with a new state, "
                     f"remove {CONFIG}."
                 )
-        adapter_config = read_json(_path(folder, ADAPTER_CONFIG))
-        adapter, _ = read_tensors(_path(folder, ADAPTER))
-        tensors, about = read_tensors(_path(folder, STATE))
+        adapter_config = parse_json(data[ADAPTER_CONFIG], folder / ADAPTER_CONFIG)
+        rank, alpha = adapter_config.get("r"), adapter_config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise ArtifactError(
+                f"{folder / ADAPTER_CONFIG}: r={rank!r}, lora_alpha={alpha!r}: expected the size of a LoRA."
+            )
+        adapter, _ = parse_tensors(data[ADAPTER], folder / ADAPTER)
+        tensors, about = parse_tensors(data[STATE], folder / STATE)
         try:
             values = json.loads(about["values"])
             settings = OnlineSpecConfig.from_dict(manifest["settings"])
@@ -162,7 +192,7 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
     path = _path(folder, CONFIG)
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {CONFIG} there. Expected a folder that save_pretrained wrote.")
-    found = read_json(path)
+    found = parse_json(_bytes(folder, CONFIG), path)
     if found.get("format") != FORMAT:
         raise ArtifactError(
             f"{path}: format {found.get('format')!r}; this version of hf_onlinespec reads format {FORMAT}. "
@@ -178,36 +208,60 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _bytes(folder: Path, name: str) -> bytes:
+    try:
+        return _path(folder, name).read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.") from error
+    except OSError as error:
+        raise ArtifactError(f"{folder / name}: cannot be read ({error}).") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ArtifactError."""
+    return parse_json(_bytes(path.parent, path.name), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object from a file's bytes. Raises ArtifactError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}).") from error
     if not isinstance(found, dict):
         raise ArtifactError(f"{path}: expected a JSON object.")
     return found
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and text of a safetensors file. Raises ArtifactError; a file of another kind is never unpickled."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ArtifactError."""
+    return parse_tensors(_bytes(path.parent, path.name), path)[0]
+
+
+def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and text from a safetensors file's bytes. Raises ArtifactError; a file of another kind is never unpickled."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return tensors, header.get("__metadata__", {})
+    except (SafetensorError, ValueError, RuntimeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a sound safetensors file ({error}).") from error
 
 
-def checksum(path: Path) -> str:
-    """CRC-32 of a file, in hexadecimal digits: tells damage, not forgery."""
-    value = 0
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                value = zlib.crc32(block, value)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}).") from error
-    return f"{value:08x}"
+def checksum(data: bytes) -> str:
+    """CRC-32 in hexadecimal digits: tells damage, not forgery."""
+    return f"{zlib.crc32(data):08x}"
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds a file's lock, where the system has such locks; it ends with the process."""
+    if fcntl is None:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
 from .export import merge_and_export
 from .feedback import Feedback
-from .hub import Push
+from .hub import Push, known_parent
 from .loading import locate
 from .warm_start import read_corpus
 
@@ -47,7 +47,8 @@ def add_commands(commands: Any) -> None:
     push.add_argument("--data-statement", metavar="TEXT", help="what it was trained on, and why it may be public")
     push.add_argument("--message", metavar="TEXT", help="of the commit")
     push.add_argument("--tag", metavar="NAME", help="a name for this state")
-    push.add_argument("--force", action="store_true", help="over another's commit, and against the audit's advice")
+    push.add_argument("--force", action="store_true", help="over another's commit")
+    push.add_argument("--skip-audit", action="store_true", help="for text that is public anyway")
     push.set_defaults(run=_push)
 
     pull = commands.add_parser("pull", help="download an evolved draft into a folder")
@@ -117,14 +118,17 @@ def _push(arguments: argparse.Namespace) -> int:
         message=arguments.message,
         tag=arguments.tag,
         force=arguments.force,
+        skip_audit=arguments.skip_audit,
     )
     options.check(None)
     artifact = Artifact.read(arguments.folder)
-    if arguments.public and not arguments.force:
+    if options.data_statement:
+        artifact.lineage["data_statement"] = options.data_statement
+    if arguments.public and not arguments.skip_audit:
         check_privacy(OnlineDraft.from_pretrained(arguments.folder))
-    parent = artifact.lineage.get("parent") or {}
-    commit = options.commit(artifact, parent.get("revision") if parent.get("source") == arguments.repo else None)
+    commit = options.commit(artifact, known_parent(artifact.lineage, arguments.repo))
     print(f"Pushed: {arguments.repo} at {commit}")
+    options.name_it(commit)
     return 0
 
 

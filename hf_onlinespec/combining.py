@@ -61,7 +61,9 @@ def read(source: str | Path, revision: str | None = None, token: str | None = No
             f"{source}: no evolved draft. Expected what save_pretrained or push_to_hub wrote; an ordinary adapter becomes one by "
             "OnlineDraft.from_pretrained and save_pretrained."
         )
-    return replace(Artifact.read(origin.folder), lineage=origin.lineage())
+    artifact = Artifact.read(origin.folder)
+    lineage = {key: value for key, value in artifact.lineage.items() if key != "draft"}
+    return replace(artifact, lineage=lineage | origin.lineage())
 
 
 def combine(

@@ -74,6 +74,8 @@ def decode(
             output = _loop(input_ids, verifier, candidates, processors, stopping_criteria, generation_config, streamer)
             candidates.finish()
         finally:  # an interrupted call counts too: the draft may have learned in it
+            if draft.neural is not None:
+                draft.neural.end_request()
             candidates.counts.wall_time_s = time.perf_counter() - started
             with draft.lock:
                 draft.metrics.close(candidates.counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
@@ -43,6 +44,8 @@ from .state import Saved, copied
 
 logger = logging.getLogger(__name__)
 
+LAST_WAIT_S = 5.0  # for a push that is under way when the draft goes, or the process ends
+
 
 class OnlineDraft(MemoryDraft):
     """A draft that learns while it serves; pass it as `assistant_model`.
@@ -82,6 +85,7 @@ class OnlineDraft(MemoryDraft):
         # Where it came from, see the model card; the number tells its pushes from those of others.
         self.lineage: dict[str, Any] = {"draft": uuid.uuid4().hex}
         self.targets: list[str] = []  # names of the models that it has drafted for
+        self.pushes = threading.RLock()  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
@@ -114,6 +118,11 @@ class OnlineDraft(MemoryDraft):
     def positions(self) -> int:
         """The longest context that the draft may see; beyond it the target goes on alone."""
         return self._positions
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps that the adapter has taken."""
+        return self._adaptation.steps
 
     @property
     def learning_bytes(self) -> int:
@@ -179,7 +188,7 @@ class OnlineDraft(MemoryDraft):
     # Saving and loading
 
     def artifact(self) -> Artifact:
-        """A copy of everything that is saved, as it is now; waits for a gradient step, never for a round."""
+        """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
         with self._learns, self.lock:
             name = str(self._lora.base.config._name_or_path)  # it may be a folder of this machine: PEFT has to find it
             state = self._learning.saved()
@@ -191,14 +200,15 @@ class OnlineDraft(MemoryDraft):
                 adapter=copied(self._lora.named(self._lora.served_params())),
                 state=Saved(copied(state.tensors), state.values | {"metrics": counters.values}),
                 run=run_record(self.metrics, self.targets),
-                lineage=dict(self.lineage),
+                lineage=copy.deepcopy(self.lineage),
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the evolved draft: an ordinary PEFT adapter, with what learning needs to go on, and a model card.
 
         What the replay and the suffix memory remember stays behind: it holds users' tokens. With `replay_tokens=0`,
-        `memory_tokens=0` and numbers instead of "auto", a draft that is loaded again learns on as if it had never stopped.
+        `memory_tokens=0` and numbers instead of "auto", a draft that is loaded again learns on as if it had never stopped; one
+        that learns when idle, if `catch_up` was called before.
 
         Raises:
             ArtifactError: the folder cannot be written; what it held is still there.
@@ -219,6 +229,7 @@ class OnlineDraft(MemoryDraft):
         message: str | None = None,
         tag: str | None = None,
         force: bool = False,
+        skip_audit: bool = False,
     ) -> str:
         """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash.
 
@@ -226,25 +237,28 @@ class OnlineDraft(MemoryDraft):
             repo_id: "user/name"; made where it does not exist.
             private: a public push needs a `data_statement`, and passes the privacy audit first.
             data_statement: what the draft was trained on, for the card.
-            checkpoint_every: push again after so many requests, from a thread that no call waits for; see `checkpoints`.
+            checkpoint_every: push again after so many requests, from a thread that no call waits for: `checkpoints`, whose
+                `close()` ends them. None: checkpoints that are on go on.
             tag: a name for this state, a milestone.
-            force: push over another's commit, and publicly against the audit's advice.
+            force: push over another's commit.
+            skip_audit: push publicly without the privacy audit, for text that is public anyway.
 
         Raises:
             HubError: not pushed; the draft is as it was, and `save_pretrained` needs no network.
             PrivacyError: a public push without a statement, or one that would show what was in users' text.
         """
-        options = Push(repo_id, private, data_statement, token, message, tag, force)
+        options = Push(repo_id, private, data_statement, token, message, tag, force, skip_audit)
         options.check(checkpoint_every)
-        if self.checkpoints is not None:
-            self.checkpoints.close()
-            self.checkpoints = None
-        if not private and not force:
+        artifact = self.artifact()  # taken before the audit: whatever is sent, the audit has seen
+        if not private and not skip_audit:
             check_privacy(self)
-        commit = options.send(self)
+        commit = options.send(self, artifact)
         if checkpoint_every is not None:
-            self.checkpoints = Checkpoints(self, replace(options, message=None, tag=None), checkpoint_every)
-            weakref.finalize(self, self.checkpoints.close)
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+            options = replace(options, message=None, tag=None, force=False)
+            self.checkpoints = Checkpoints(self, options, checkpoint_every)
+            weakref.finalize(self, self.checkpoints.close, LAST_WAIT_S)  # at the end of the process too
         return commit
 
     @classmethod
@@ -274,16 +288,18 @@ class OnlineDraft(MemoryDraft):
         return load(cls, source, base_model, config, revision, force, token)
 
     def resume(self, artifact: Artifact) -> None:
-        """Takes over everything that was saved, for a draft of the same base and settings. Raises ArtifactError."""
-        with self._learns, self.lock:
+        """Takes over everything that was saved, for a new draft of the same base and settings. Raises ArtifactError."""
+        with self._learns, self.lock, torch.inference_mode(False):
             self._learning.resume(artifact.adapter, artifact.state)
             self.metrics.resume(artifact.state.part("metrics"))
             self._replay.refused = self.metrics.replay_refused
             self.targets = run_targets(artifact.run)
+            self.metrics.decisions.rollback = self._learning.guard.reason
+            self._note()
 
     def adopt(self, adapter: Mapping[str, Tensor]) -> None:
-        """Goes on from an adapter that was trained elsewhere, by PEFT's names, with a new learning state."""
-        with self._learns, self.lock:
+        """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew."""
+        with self._learns, self.lock, torch.inference_mode(False):
             self._learning.adopt(adapter)
 
     # Learning
@@ -378,11 +394,16 @@ class OnlineDraft(MemoryDraft):
         difference = found[0] - found[1] if all(map(math.isfinite, found)) else 0.0
         return difference, caches if length == tokens.shape[1] else {}
 
-    def remember(self, feedback: Feedback) -> None:
-        """Keeps a finished request for the replay."""
+    def end_request(self) -> None:
+        """Judges what the draft showed in a request that is over, or was broken off."""
         with self._learns:
             self._learning.end_request()
             self._note()
+
+    def remember(self, feedback: Feedback) -> None:
+        """Keeps a finished request for the replay."""
+        with self._learns:
+            self.end_request()
             self._learning.remember(feedback)
             self.metrics.replay_bytes, self.metrics.replay_refused = self._replay.nbytes, self._replay.refused
 
@@ -403,14 +424,17 @@ class OnlineDraft(MemoryDraft):
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        if self._idle is None:
-            yield
-        else:
-            self.metrics.idle_failures = self._idle.failures
-            with self._idle.call():
+        try:
+            if self._idle is None:
                 yield
-        if self.checkpoints is not None:
-            self.checkpoints.request_done()
+            else:
+                self.metrics.idle_failures = self._idle.failures
+                with self._idle.call():
+                    yield
+        finally:
+            checkpoints = self.checkpoints
+            if checkpoints is not None:
+                checkpoints.request_done()
 
     def learn_later(self, feedback: Feedback, temperature: float) -> None:
         """Hands a finished request, generated at a temperature, to the worker that learns while nothing is generated."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArtifactError
-from .state import Saved
+from .state import Saved, are_numbers
 
 CAP_WINDOW = 64  # gradients whose median is usual
 KNOWN_GRADIENTS = 8  # before that no length is usual
@@ -57,13 +57,14 @@ class GradientCap:
     def saved(self) -> Saved:
         return Saved({"norms": torch.stack(list(self._norms))} if self._norms else {})
 
-    def resume(self, saved: Saved, experts: int) -> None:
+    def resume(self, saved: Saved, like: Tensor) -> None:
+        """The inverse of `saved`; lengths are (experts,) like these."""
         norms = saved.tensors.get("norms")
         if norms is None:
             return
-        if norms.dim() != 2 or norms.shape[1] != experts or len(norms) > CAP_WINDOW:
+        if norms.dim() != 2 or norms.shape[1:] != like.shape or len(norms) > CAP_WINDOW:
             raise ArtifactError(f"The saved lengths of gradients have shape {tuple(norms.shape)}.")
-        self._norms = deque(norms, maxlen=CAP_WINDOW)
+        self._norms = deque(norms.to(like), maxlen=CAP_WINDOW)
 
 
 class Guard:
@@ -210,7 +211,7 @@ class Guard:
             "level": self._level,
             "spread": self._spread,
             "wait": self._wait,
-            "tried": [[None if state is None else place[id(state)], leads] for state, leads in self._tried],
+            "tried": [[None if state is None else place[id(state)], list(leads)] for state, leads in self._tried],
             "trials": self._trials,
         }
         return Saved(tensors, values)
@@ -222,10 +223,15 @@ class Guard:
         self.rollbacks, self.reason = saved.value("rollbacks", int), saved.value("reason", str)
         self._age, self._wait, self._trials = (saved.value(name, int) for name in ("age", "wait", "trials"))
         self._level, self._spread = saved.value("level", float), saved.value("spread", float)
+        latest, tried = saved.value("latest", list), saved.value("tried", list)
         try:
-            self._latest.extend((a, b) for a, b in saved.value("latest", list))
-            self._tried = [
-                (None if at is None else self.states[at], list(leads)) for at, leads in saved.value("tried", list)
-            ]
-        except (TypeError, ValueError, IndexError) as error:
+            for a, b in latest:
+                if not are_numbers([a] if b is None else [a, b]):
+                    raise ValueError(f"latest={latest!r}")
+                self._latest.append((a, b))
+            for at, leads in tried:
+                if not are_numbers(leads) or not (at is None or 0 <= at < len(self.states)):
+                    raise ValueError(f"tried={tried!r}")
+                self._tried.append((None if at is None else self.states[at], leads))
+        except (TypeError, ValueError) as error:
             raise ArtifactError(f"The saved state of the guard does not fit together ({error}).") from error

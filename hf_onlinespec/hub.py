@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -39,6 +39,7 @@ class Push:
     message: str | None = None
     tag: str | None = None
     force: bool = False  # also over a commit that the draft does not go on from
+    skip_audit: bool = False  # of a public push
 
     def check(self, checkpoint_every: int | None) -> None:
         """Refuses what is not well-formed, before anything is sent. Raises ConfigError, PrivacyError."""
@@ -50,6 +51,8 @@ class Push:
             raise ConfigError(
                 f"checkpoint_every={checkpoint_every!r}: expected a number of requests of at least 1, or None."
             )
+        if self.data_statement is not None and not isinstance(self.data_statement, str):
+            raise ConfigError(f"data_statement={self.data_statement!r}: expected text, or None.")
         if self.private:
             return
         if not (self.data_statement or "").strip():
@@ -63,18 +66,35 @@ class Push:
                 "by the audit. Send checkpoints to a private repository."
             )
 
-    def send(self, draft: OnlineDraft) -> str:
-        """Sends the draft as it is now, and returns the commit's hash; the draft goes on from that commit.
+    def send(self, draft: OnlineDraft, artifact: Artifact | None = None) -> str:
+        """Sends the draft, and returns the commit's hash; the draft goes on from that commit.
+
+        Args:
+            artifact: of the draft, taken before; None: the draft as it is now.
 
         Raises:
             HubError: not sent: no network, no rights, or another push came first.
             PrivacyError: the repository is public, and a private push was asked for.
         """
-        parent = draft.lineage.get("parent", {})
-        known = parent.get("revision") if parent.get("source") == self.repo_id else None
-        commit = self.commit(draft.artifact(), known)
-        draft.lineage = draft.lineage | {"parent": {"source": self.repo_id, "revision": commit}}
+        with draft.pushes:
+            artifact = draft.artifact() if artifact is None else artifact
+            if self.data_statement:
+                draft.lineage["data_statement"] = artifact.lineage["data_statement"] = self.data_statement
+            commit = self.commit(artifact, known_parent(draft.lineage, self.repo_id))
+            draft.lineage["parent"] = {"source": self.repo_id, "revision": commit}
+        self.name_it(commit)
         return commit
+
+    def name_it(self, commit: str) -> None:
+        """Gives a commit the tag. Raises HubError where it cannot be given; the commit stays."""
+        if self.tag is None:
+            return
+        try:
+            HfApi(token=self.token).create_tag(self.repo_id, tag=self.tag, revision=commit)
+        except HUB_FAILURES as error:
+            raise HubError(
+                f"{self.repo_id}: pushed as {commit}, but not tagged {self.tag!r} ({error}). Take a tag that is not there yet."
+            ) from error
 
     def commit(self, artifact: Artifact, parent: str | None) -> str:
         """Sends an artifact that goes on from a commit of the repository, or from none of it. Raises as `send`."""
@@ -82,13 +102,18 @@ class Push:
         shared = dict(artifact.adapter_config) | {"base_model_name_or_path": artifact.base.name}
         artifact = replace(artifact, adapter_config=shared)
         api, repo_id = HfApi(token=self.token), self.repo_id
-        with tempfile.TemporaryDirectory(prefix="onlinespec-") as folder, told(repo_id):
+        with told(repo_id), tempfile.TemporaryDirectory(prefix="onlinespec-") as folder:
             card.write(artifact, folder, repo_id, self.data_statement)
             api.create_repo(repo_id, private=self.private, exist_ok=True)
             info = api.model_info(repo_id, timeout=TIMEOUT_S)
             if self.private and not info.private:
                 raise PrivacyError(
                     f"{repo_id} is public. Push to a private repository, or with private=False and a data_statement."
+                )
+            if not self.private and info.private:
+                raise PrivacyError(
+                    f"{repo_id} is there already, and private. Push to a new repository: whoever makes that one public shows all "
+                    "its earlier commits, which no audit has seen."
                 )
             holds = any(file.rfilename == CONFIG for file in info.siblings or [])
             if holds and not self.force and info.sha != parent and not _is_own(api, repo_id, info.sha, artifact):
@@ -104,9 +129,13 @@ class Push:
                 commit_message=self.message or f"Evolved draft after {artifact.run['new_tokens']} new tokens",
                 parent_commit=info.sha,
             )
-            if self.tag is not None:
-                api.create_tag(repo_id, tag=self.tag, revision=commit.oid)
         return str(commit.oid)
+
+
+def known_parent(lineage: dict[str, Any], repo_id: str) -> str | None:
+    """The commit of a repository that a draft goes on from, if it does."""
+    parent = lineage.get("parent") or {}
+    return parent.get("revision") if parent.get("source") == repo_id else None
 
 
 def _is_own(api: HfApi, repo_id: str, commit: str | None, artifact: Artifact) -> bool:
@@ -133,6 +162,8 @@ def told(repo_id: str) -> Iterator[None]:
 class Checkpoints:
     """Pushes again after every so many requests, from a thread; a push that fails is tried again with the state of then.
 
+    Requests from which nothing was learned cause no push.
+
     Args:
         draft: kept weakly, so that it can go.
         push: where to.
@@ -144,8 +175,13 @@ class Checkpoints:
         self.error = ""  # of the last attempt, if it failed
         self._draft, self._push, self._every = weakref.ref(draft), push, every
         self._requests = 0  # since the last snapshot
+        self._steps = draft.steps  # that the last push had
         self._busy, self._closed = False, False
         self._change = threading.Condition()
+        self._start()
+
+    def _start(self) -> None:
+        self._busy = False
         self._thread = threading.Thread(target=self._run, name="hf_onlinespec checkpoints", daemon=True)
         self._thread.start()
 
@@ -153,6 +189,8 @@ class Checkpoints:
         """Counts a finished request; never waits for a push."""
         with self._change:
             self._requests += 1
+            if not self._thread.is_alive() and not self._closed:  # a forked process has lost it
+                self._start()
             self._change.notify_all()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -160,13 +198,13 @@ class Checkpoints:
         with self._change:
             return self._change.wait_for(lambda: not self._busy and self._requests < self._every, timeout_s)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> None:
         """Ends the thread, after the push that is under way; what was learned since is not pushed."""
         with self._change:
             self._closed = True
             self._change.notify_all()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         wait_s = 0.0
@@ -181,11 +219,12 @@ class Checkpoints:
             draft = self._draft()
             if draft is None:
                 return
+            steps, error = draft.steps, ""
             try:
-                self._push.send(draft)
-                error = ""
-            except OnlineSpecError as failure:
-                error = str(failure)
+                if steps != self._steps:
+                    self._push.send(draft)
+            except Exception as failure:  # a thread that ends for whatever reason would end all checkpoints
+                error = str(failure) or type(failure).__name__
                 _log.warning("A checkpoint was not pushed and will be tried again: %s", error)
             del draft
             with self._change:
@@ -195,6 +234,6 @@ class Checkpoints:
                     self._requests += due
                     wait_s = min(LONGEST_WAIT_S, 2 * wait_s or FIRST_WAIT_S)
                 else:
-                    self.pushed += 1
-                    wait_s = 0.0
+                    self.pushed += steps != self._steps
+                    self._steps, wait_s = steps, 0.0
                 self._change.notify_all()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from transformers import PreTrainedModel
 
 from ._compat import commit_hash
@@ -21,7 +22,18 @@ EMBEDDED = "hf_onlinespec:embedded_pair/draft"
 EMBEDDED_TARGET = "hf_onlinespec:embedded_pair/target"
 SAMPLED = 256  # numbers of every weight that make its fingerprint
 # What the same model may carry under several values.
-VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "tie_word_embeddings")
+VOLATILE = (
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -32,7 +44,7 @@ class Identity:
     name: str  # on the Hub, or of a folder
     revision: str | None  # commit on the Hub
     config: str
-    weights: str  # of numbers here and there in every weight, rounded to bfloat16: the same in every precision
+    weights: str  # of numbers here and there in every weight, rounded to bfloat16, so that float32 and bfloat16 are alike; float16 is not
     tokenizer: str | None  # of its file; None: there is none beside the model
 
     @classmethod
@@ -41,9 +53,12 @@ class Identity:
         config = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE}
         weights = hashlib.sha256()
         for key, weight in sorted(model.named_parameters()):
-            flat = weight.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float().cpu()
-            weights.update(f"{key} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+            weights.update(f"{key} {tuple(weight.shape)}".encode())
+            # Of quantised and of offloaded weights the shape has to do.
+            if type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta:
+                flat = weight.detach().reshape(-1)
+                some = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float().cpu()
+                weights.update(some.numpy().tobytes())
         tokenizer = tokenizer_file(name, revision)
         return cls(
             name=public_name(name),

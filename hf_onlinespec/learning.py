@@ -112,6 +112,7 @@ class Learning:
         self._loss = LOSSES[settings.loss]
         self.loss = math.inf  # on the latest segment, before it was learned
         self._waiting: _Waiting | None = None
+        self._spoilt = False  # whether the request's cache was read by an adapter that has diverged
         # What the steps since the last request moved, and the seconds they took: on new tokens, on remembered ones.
         self._moved: dict[str, tuple[Tensor, float, int]] = {}
         self._tail = settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
@@ -137,9 +138,9 @@ class Learning:
         n, batch = len(segment.teachers[0]), segment.tokens.shape[0]
         rows = self.adaptation.rows
         original = None
-        if rows is not None:
+        if rows is not None or self._spoilt:
             prefix = 0
-        elif compare and self.adaptation.steps:
+        if rows is None and compare and self.adaptation.steps:
             with torch.no_grad():
                 original = self._accepts(self._lora.base, segment)
         started = time.perf_counter()
@@ -162,10 +163,11 @@ class Learning:
                 shown = Shown(accepted[0], original)
             else:
                 shown = Shown(accepted[self.adaptation.serving], accepted[self._lora.blocks])
-        before = counts.updates
+        before, removed = counts.updates, self.adaptation.removed
         self._step(losses, counts, "new", started, lambda: self._is_learnable(segment))
         if counts.updates > before:
             counts.learned_tokens += batch * n
+        self._spoilt |= self.adaptation.removed > removed
         if segment.sound:
             self._watch(segment, accepted, shown)
         return shown
@@ -213,6 +215,7 @@ class Learning:
     def end_request(self) -> None:
         """Nothing of a request waits any longer than the request."""
         self._judge()
+        self._spoilt = False
 
     def _judge(self) -> None:
         waiting, self._waiting = self._waiting, None

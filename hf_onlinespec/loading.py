@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -32,6 +33,10 @@ def load(
     token: str | None,
 ) -> OnlineDraft:
     """What `OnlineDraft.from_pretrained` does. Nothing is made before everything is read and checked."""
+    if not isinstance(source, str | Path):
+        raise ConfigError(
+            f"source={source!r}: expected a folder or a name on the Hub. A loaded model goes into OnlineDraft(model)."
+        )
     origin = locate(source, revision, token)
     if origin.evolved:
         assert origin.folder is not None
@@ -40,6 +45,9 @@ def load(
         draft = make(load_base(base_model, artifact.base, lies_at, token), config or artifact.settings)
         check_base(artifact.base, draft.identity, force)
         draft.resume(artifact)
+        draft.lineage = {**artifact.lineage, "draft": draft.lineage["draft"]}
+        if origin.revision is None:
+            return draft  # a folder is where it was kept, not where it came from
     elif origin.folder is not None:
         adapter, settings = read_plain_adapter(origin.folder, config)
         named = str(read_json(origin.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
@@ -132,7 +140,7 @@ def read_plain_adapter(folder: Path, config: OnlineSpecConfig | None) -> tuple[d
             "learner='ensemble': an ordinary adapter holds one expert. Use another learner to go on with it."
         )
     settings = replace(settings, rank=about["r"], alpha=about["lora_alpha"], target_modules=tuple(names))
-    tensors = read_tensors(folder / ADAPTER)[0]
+    tensors = read_tensors(folder / ADAPTER)
     # Where embedding and head carry an adapter, PEFT writes their base weights beside it: the base has these.
     return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}, settings
 
@@ -165,7 +173,7 @@ def load_model(name: str, revision: str | None, token: str | None) -> PreTrained
     """A causal language model from a folder or from the Hub. Raises DraftError."""
     try:
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, token=token).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise DraftError(
             f"{name!r}: no causal language model can be loaded from there ({error}). Expected an evolved draft, an adapter or "
             "a causal language model: a folder or a name on the Hub. The base of an adapter may be given as base_model=."

@@ -138,7 +138,10 @@ class DraftMetrics(Counts):
         """The inverse of `saved`."""
         kinds = {f.name: type(f.default) for f in fields(DraftMetrics)}
         for name in (*(f.name for f in fields(Counts)), *KEPT):
-            setattr(self, name, saved.value(name, kinds[name]))
+            value = saved.value(name, kinds[name])
+            if not 0 <= value < float("inf"):
+                raise ArtifactError(f"The saved counters have {name}={value!r}: expected a number of at least 0.")
+            setattr(self, name, value)
         self.history = [_counts(values) for values in saved.value("history", list)]
 
 

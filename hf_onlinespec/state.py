@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,10 +52,22 @@ class Saved:
         """A saved value. Raises ArtifactError where there is none, or of another type."""
         found = self.values.get(name)
         allowed = kind if isinstance(kind, tuple) else (kind,)
-        # JSON writes 1.0 as 1.0, so a whole number stands for itself alone; a bool is an int to Python only.
+        # An int is not taken for a float, nor a bool for an int.
         if not isinstance(found, kind) or (isinstance(found, bool) and bool not in allowed):
             raise ArtifactError(f"The saved state has {name}={found!r}: expected {kind}.")
         return found
+
+    def numbers(self, name: str, n: int | None = None) -> list[float]:
+        """A saved list of n finite numbers; None: of any length. Raises ArtifactError."""
+        found = self.value(name, list)
+        if not are_numbers(found) or (n is not None and len(found) != n):
+            raise ArtifactError(f"The saved state has {name}={found!r}: expected {n or 'some'} finite numbers.")
+        return list(found)
+
+
+def are_numbers(values: Any) -> bool:
+    """Whether this is a list of finite numbers."""
+    return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
 
 
 def under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def test_a_public_push_needs_a_statement(hub: LoopbackHub, draft: OnlineDraft) -
     with pytest.raises(PrivacyError, match="checkpoint_every"):
         draft.push_to_hub(REPO, private=False, data_statement=SAYS, checkpoint_every=4)
     assert not hub.requests
-    draft.push_to_hub(REPO, private=False, data_statement=SAYS, force=True)
+    draft.push_to_hub(REPO, private=False, data_statement=SAYS, skip_audit=True)
     assert not hub.repos[REPO].private
     assert SAYS in hub.read(REPO, CARD).decode()
 
