@@ -28,6 +28,10 @@ from hf_onlinespec.warm_start import default_arguments, warm_start
 CARDS = Path(__file__).parents[1] / "model_cards"
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL: dict[str, Any] = {"rank": 2, "lookahead": 2, "update_every": 1, "memory_tokens": 0}
+WARM = {"target": "org/target", "texts": 0, "prompts": 12, "tokens": 4321}
+WARM_WORDS = "trained offline on 12 prompts (4,321 tokens) for `org/target`"
+ALIGNED = {"target": None, "updates": 3, "tokens": 1500}
+ALIGNED_WORDS = "aligned with a model without a name while that was fine-tuned, on 1,500 tokens of its training"
 BASE = Identity("org/base", "0123abcd", config="c0ffee", weights="beef", tokenizer=None)
 
 
@@ -161,6 +165,7 @@ def test_history_is_bounded() -> None:
 def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
     target.config._name_or_path = "org/target"
     draft = OnlineDraft(draft_model, OnlineSpecConfig(**SMALL))
+    draft.lineage |= {"warm_start": WARM, "data_statement": "Our orders."}
     prompt = torch.tensor([[3, 14, 15]])
     target.generate(prompt, max_new_tokens=4, do_sample=False, assistant_model=draft)
     draft.save_pretrained(tmp_path)
@@ -169,7 +174,8 @@ def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_mode
     target.generate(prompt, max_new_tokens=4, do_sample=False, assistant_model=again)
     run = again.artifact().run
     assert (run["requests"], run["new_tokens"], run["targets"]) == (2, 8, ["org/target"])
-    assert f"goes on from `{tmp_path.name}`" in model_card(again.artifact())
+    text = model_card(again.artifact())
+    assert WARM_WORDS in cells(text, "lineage")[0] and "## Data\n\nOur orders.\n" in text
 
 
 def test_learned_tokens_are_those_that_a_step_took(target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
@@ -326,12 +332,6 @@ def test_lineage() -> None:
         ),
     ):
         assert cells(model_card(artifact(lineage=lineage)), "lineage") == [words]
-
-
-WARM = {"target": "org/target", "texts": 0, "prompts": 12, "tokens": 4321}
-WARM_WORDS = "trained offline on 12 prompts (4,321 tokens) for `org/target`"
-ALIGNED = {"target": None, "updates": 3, "tokens": 1500}
-ALIGNED_WORDS = "aligned with a model without a name while that was fine-tuned, on 1,500 tokens of its training"
 
 
 @pytest.mark.parametrize(
