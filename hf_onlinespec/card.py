@@ -1,15 +1,13 @@
-"""What an evolved draft says about itself: the record of its run, the model card made from it, and the curve.
+"""What an evolved draft says about itself: the model card, made from its lineage, its settings and the record of its run.
 
-The record is what the card's numbers come from, and nothing else is: `model_cards/` has its schema, the card's template, and
-an example of both. Neither holds any text of a prompt.
+All numbers come from there: `model_cards/` has the record's schema, the card's template, and an example of both. The card
+holds no text of a prompt.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,79 +19,34 @@ from huggingface_hub.utils import validate_repo_id
 from .artifact import CONFIG, CURVE, Artifact
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import ArtifactError
-from .identity import EMBEDDED_TARGET, Identity
-from .machine import machine
-from .metrics import Counts, DraftMetrics
+from .identity import EMBEDDED, EMBEDDED_TARGET, Identity
+from .run import curve, is_told_apart
+from .run import run_record as run_record  # others take these two from here
+from .run import run_targets as run_targets
 
-TENTH = 0.1  # of the requests: the first are "before", the last "after"
-HISTORY = ("requests", "new_tokens", "rounds", "wall_time_s", "update_time_s")  # of each stretch of requests
-DIGITS = 4  # behind the point, of what is recorded
 TEMPLATE = Path(__file__).with_name("card_template.md")  # the same as model_cards/template.md, which is not installed
 TAGS = ["hf_onlinespec", "speculative-decoding", "assisted-generation", "online-learning", "lora"]
 PACKAGES = ("hf_onlinespec", "torch", "transformers", "peft")
 SERVED = "the prompts that it served"
-NO_STATEMENT = "Its users said nothing about the prompts that it was trained on. Take them for private."
+NO_STATEMENT = "Its users said nothing about the text that it was trained on. Take it for private."
 NO_REQUEST = "It has served no request yet: there are no figures."
+NO_NAME = "a model without a name"
+YOUR_BASE, YOUR_TARGET = "NAME_OR_FOLDER_OF_ITS_BASE", "NAME_OR_FOLDER_OF_ITS_TARGET"  # for the reader to fill in
 
 EMBEDDED_USAGE = """\
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.embedded import load_pair
 
 pair = load_pair()
-draft = OnlineDraft.from_pretrained({source})
+draft = OnlineDraft.from_pretrained({draft})
 out = pair.target.generate(**pair.tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64, assistant_model=draft)"""
 USAGE = """\
 from hf_onlinespec import OnlineDraft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 target, tokenizer = AutoModelForCausalLM.from_pretrained({target}), AutoTokenizer.from_pretrained({target})
-draft = OnlineDraft.from_pretrained({source})
+draft = OnlineDraft.from_pretrained({draft})
 out = target.generate(**tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64, assistant_model=draft)"""
-
-
-def run_record(metrics: DraftMetrics, targets: Sequence[str]) -> dict[str, Any]:
-    """What was measured while the draft served, as JSON values.
-
-    Args:
-        targets: names of the models that it drafted for.
-    """
-    served = metrics.requests > 0
-    return {
-        "targets": list(targets),
-        "machine": machine(),
-        "requests": metrics.requests,
-        "rounds": metrics.rounds,
-        "new_tokens": metrics.new_tokens,
-        "learned_tokens": metrics.learned_tokens,
-        "updates": metrics.updates,
-        "idle_updates": metrics.idle_updates,
-        "idle_time_s": round(metrics.idle_time_s, DIGITS),
-        "rollbacks": metrics.rollbacks,
-        "total": _figures(metrics) if served else None,
-        "before": _figures(metrics.part(0, TENTH)) if served else None,
-        "after": _figures(metrics.part(1 - TENTH, 1)) if served else None,
-        "history": [[round(getattr(stretch, name), DIGITS) for name in HISTORY] for stretch in metrics.history],
-    }
-
-
-def _figures(counts: Counts) -> dict[str, float]:
-    return {
-        "requests": counts.requests,
-        "new_tokens": counts.new_tokens,
-        "acceptance_length": round(counts.acceptance_length, DIGITS),
-        "acceptance_rate": round(counts.acceptance_rate, DIGITS),
-        "tokens_per_s": round(counts.tokens_per_s, DIGITS),
-        "decode_tokens_per_s": round(counts.decode_tokens_per_s, DIGITS),
-        "update_share": round(counts.update_share, DIGITS),
-    }
-
-
-def run_targets(run: Mapping[str, Any]) -> list[str]:
-    """The targets of a run that goes on. Raises ArtifactError."""
-    targets = run.get("targets", [])
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise ArtifactError(f"The run of the draft has targets={targets!r}: expected a list of names.")
-    return list(targets)
 
 
 def write(
@@ -123,23 +76,6 @@ def write(
     artifact.write(folder, text, png)
 
 
-def curve(run: Mapping[str, Any]) -> bytes | None:
-    """The figure of a run as PNG; None: no request was served, or the packages that draw are not installed."""
-    if not run["history"] or find_spec("matplotlib") is None or find_spec("rich") is None:
-        return None
-    from .plots import history_figure  # only now: it needs the optional packages
-
-    ends, lengths, speeds, served = [], [], [], 0
-    for requests, new_tokens, rounds, wall_time_s, _ in run["history"]:
-        served += requests
-        ends.append(served)
-        lengths.append(new_tokens / rounds if rounds else 0.0)
-        speeds.append(new_tokens / wall_time_s if wall_time_s else 0.0)
-    file = io.BytesIO()
-    history_figure(ends, lengths, speeds).savefig(file, format="png", dpi=100)
-    return file.getvalue()
-
-
 def model_card(
     artifact: Artifact, repo_id: str | None = None, data_statement: str | None = None, curve: bool = True
 ) -> str:
@@ -147,17 +83,17 @@ def model_card(
 
     Args:
         repo_id: where it will be on the Hub; None: in a folder.
-        data_statement: what its users say about the prompts that it was trained on.
+        data_statement: what its users say about what it was trained on; None: what its lineage says that they said.
         curve: whether the figure lies beside the card.
     """
     run, settings, base = artifact.run, artifact.settings, artifact.base
     title = f"Evolved draft of {_plain(base.name) or 'a model'}" if repo_id is None else repo_id.rpartition("/")[2]
-    usage_note, usage = _usage(run["targets"], repo_id)
+    usage_note, usage = _usage(run["targets"], base, repo_id)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         metadata=_metadata(run, base, title).to_yaml(),
         title=title,
         base=_base(base),
-        targets=", ".join(map(_code, run["targets"])) or "a model without a name",
+        targets=", ".join(map(_code, run["targets"])) or NO_NAME,
         lineage=_lineage(artifact.lineage),
         learner=_learner(settings),
         schedule=_schedule(settings),
@@ -166,26 +102,27 @@ def model_card(
         machine=_machine(run["machine"]),
         versions=_plain(", ".join(f"{name} {run['machine'][name]}" for name in PACKAGES)),
         measured=_measured(run, settings, curve),
-        data=NO_STATEMENT if data_statement is None else data_statement,
+        data=_data(artifact.lineage, data_statement),
         usage_note=usage_note,
         usage=usage,
     )
 
 
 def _metadata(run: Mapping[str, Any], base: Identity, title: str) -> ModelCardData:
-    """What the Hub reads. Only a base with a commit is known to be on the Hub: others are names of folders."""
-    on_hub = base.revision is not None and _is_repo_id(base.name)
+    """What the Hub reads."""
     results = None
-    if run["after"] is not None:
-        about = {"requests": run["after"]["requests"], "machine": _machine(run["machine"])}
+    if run["total"] is not None:
+        apart = is_told_apart(run)
+        figures, which = (run["after"], "last tenth of the requests") if apart else (run["total"], "all requests")
+        about = {"requests": figures["requests"], "machine": _machine(run["machine"])}
         results = [
             EvalResult(
                 task_type="text-generation",
                 dataset_type="served-prompts",
                 dataset_name=SERVED,
                 metric_type=name,
-                metric_name=f"{words}, last tenth of the requests",
-                metric_value=round(run["after"][name], 2),
+                metric_name=f"{words}, {which}",
+                metric_value=round(figures[name], 2),
                 metric_args=about,
             )
             for name, words in (
@@ -194,13 +131,18 @@ def _metadata(run: Mapping[str, Any], base: Identity, title: str) -> ModelCardDa
             )
         ]
     return ModelCardData(
-        base_model=base.name if on_hub else None,
+        base_model=base.name if _is_on_hub(base) else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=list(TAGS),
         model_name=title,
         eval_results=results,
     )
+
+
+def _is_on_hub(base: Identity) -> bool:
+    """Only a base with a commit is known to be there: others are names of folders."""
+    return base.revision is not None and _is_repo_id(base.name)
 
 
 def _is_repo_id(name: str) -> bool:
@@ -213,8 +155,7 @@ def _is_repo_id(name: str) -> bool:
 
 def _base(base: Identity) -> str:
     revision = "" if base.revision is None else f" at {_code(base.revision)}"
-    name = _code(base.name) if base.name else "a model without a name"
-    return f"{name}{revision}; fingerprints: weights {_code(base.weights)}, configuration {_code(base.config)}"
+    return f"{_named(base.name)}{revision}; fingerprints: weights {_code(base.weights)}, configuration {_code(base.config)}"
 
 
 def _lineage(lineage: Mapping[str, Any]) -> str:
@@ -226,10 +167,41 @@ def _lineage(lineage: Mapping[str, Any]) -> str:
     if "merged" in lineage:
         parts = (f"[{_lineage(part)}] × {part['weight']:.4g}" for part in lineage["merged"])
         told.append(f"merged: {' + '.join(parts)}")
+    told = (told or ["begun on the base draft"]) + _trained(lineage)
     if "distilled" in lineage:
         lower = lineage["distilled"]
         told.append(f"distilled to rank {lower['rank']}, which left out {lower['relative_error']:.1%} of the change")
-    return "; ".join(told) or "begun on the base draft"
+    return "; ".join(told)
+
+
+def _trained(lineage: Mapping[str, Any]) -> list[str]:
+    """What it was trained on beside what it served."""
+    told = []
+    if "warm_start" in lineage:
+        start = lineage["warm_start"]
+        sources = " and ".join(f"{start[kind]:,} {kind}" for kind in ("texts", "prompts") if start[kind])
+        told.append(f"trained offline on {sources} ({start['tokens']:,} tokens) for {_named(start['target'])}")
+    if "alignment" in lineage:
+        aligned = lineage["alignment"]
+        told.append(
+            f"aligned with {_named(aligned['target'])} while that was fine-tuned, on {aligned['tokens']:,} tokens of its training"
+        )
+    return told
+
+
+def _trained_in_all(lineage: Mapping[str, Any]) -> list[str]:
+    """The same, with what those that were merged into it were trained on."""
+    return _trained(lineage) + [told for part in lineage.get("merged", []) for told in _trained_in_all(part)]
+
+
+def _data(lineage: Mapping[str, Any], statement: str | None) -> str:
+    if statement is None:
+        statement = lineage.get("data_statement") or ""
+    told = statement.strip() or NO_STATEMENT
+    trained = _trained_in_all(lineage)
+    if trained:
+        told += f"\n\nIt was taught by other text than what it served, too: {'; '.join(trained)}."
+    return told
 
 
 def _learner(settings: OnlineSpecConfig) -> str:
@@ -244,13 +216,16 @@ def _learner(settings: OnlineSpecConfig) -> str:
 
 
 def _schedule(settings: OnlineSpecConfig) -> str:
-    every = f"every {settings.update_every} rounds"
-    if settings.update_every == "auto":
-        every = f"as far as it pays, at most {settings.update_budget:.0%} of the time"
-    return (
-        f"update_when={settings.update_when}, {every}; up to {settings.replay_passes} steps on remembered requests after "
-        f"each; lookahead {settings.lookahead}"
-    )
+    auto = settings.update_every == "auto"
+    when = f"once a request, or more often where it has over {settings.context_tokens} new tokens"
+    if settings.update_when == "round":
+        when = "after a round" if auto else f"every {settings.update_every} rounds"
+    if auto and settings.update_when != "idle":  # what is learned when idle is free
+        when += f", as far as it pays, at most {settings.update_budget:.0%} of the time"
+    replay = "no replay"
+    if settings.replay_tokens and settings.replay_passes:
+        replay = f"up to {settings.replay_passes} steps on remembered requests after each request"
+    return f"update_when={settings.update_when}: {when}; {replay}; lookahead {settings.lookahead}"
 
 
 def _served(run: Mapping[str, Any]) -> str:
@@ -284,7 +259,7 @@ def _measured(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -
         "| on what it served | requests | acceptance length | acceptance rate | net tokens/s | decode-only tokens/s | update share |",
         "|---|---|---|---|---|---|---|",
     ]
-    apart = before["requests"] + after["requests"] <= total["requests"]
+    apart = is_told_apart(run)
     if apart:
         rows += [_row("before: the first tenth of the requests", before), _row("after: the last tenth", after)]
     rows.append(_row("all", total))
@@ -315,12 +290,28 @@ def _row(name: str, figures: Mapping[str, float]) -> str:
     )
 
 
-def _usage(targets: Sequence[str], repo_id: str | None) -> tuple[str, str]:
-    """A sentence, and lines that run."""
-    target = targets[0] if targets else "NAME_OF_YOUR_TARGET"
-    note = "In the folder of this card:" if repo_id is None else "From the Hub, with a token where it is private:"
+def _usage(targets: Sequence[str], base: Identity, repo_id: str | None) -> tuple[str, str]:
+    """A sentence, and lines that run, once the names are filled in that only the reader knows."""
+    source = _quoted("." if repo_id is None else repo_id)
+    target = targets[0] if targets else ""
+    unknown = []
+    if base.name != EMBEDDED and not _is_on_hub(base):
+        source += f", base_model={_quoted(YOUR_BASE)}"
+        unknown.append(_to_fill_in(YOUR_BASE, base.name))
     lines = EMBEDDED_USAGE if target == EMBEDDED_TARGET else USAGE
-    return note, lines.format(target=_quoted(target), source=_quoted("." if repo_id is None else repo_id))
+    if target != EMBEDDED_TARGET and not (
+        "/" in target and _is_repo_id(target)
+    ):  # without "/": a folder's name, mostly
+        unknown.append(_to_fill_in(YOUR_TARGET, target))
+        target = YOUR_TARGET
+    note = "In the folder of this card" if repo_id is None else "From the Hub, with a token where it is private"
+    if unknown:
+        note += f". First fill in what is not known to be on the Hub: {' and '.join(unknown)}"
+    return note + ":", lines.format(target=_quoted(target), draft=source)
+
+
+def _to_fill_in(place: str, name: str) -> str:
+    return _code(place) + (f" (here it was {_code(name)})" if name else "")
 
 
 def _quoted(text: str) -> str:
@@ -334,3 +325,7 @@ def _plain(text: str) -> str:
 
 def _code(text: str) -> str:
     return f"`{_plain(text)}`"
+
+
+def _named(name: str | None) -> str:
+    return _code(name) if name else NO_NAME

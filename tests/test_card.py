@@ -23,10 +23,15 @@ from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, load_pair, 
 from hf_onlinespec.identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from hf_onlinespec.metrics import STRETCHES, Counts, DraftMetrics
 from hf_onlinespec.state import Saved
+from hf_onlinespec.warm_start import default_arguments, warm_start
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL: dict[str, Any] = {"rank": 2, "lookahead": 2, "update_every": 1, "memory_tokens": 0}
+WARM = {"target": "org/target", "texts": 0, "prompts": 12, "tokens": 4321}
+WARM_WORDS = "trained offline on 12 prompts (4,321 tokens) for `org/target`"
+ALIGNED = {"target": None, "updates": 3, "tokens": 1500}
+ALIGNED_WORDS = "aligned with a model without a name while that was fine-tuned, on 1,500 tokens of its training"
 BASE = Identity("org/base", "0123abcd", config="c0ffee", weights="beef", tokenizer=None)
 
 
@@ -160,6 +165,7 @@ def test_history_is_bounded() -> None:
 def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
     target.config._name_or_path = "org/target"
     draft = OnlineDraft(draft_model, OnlineSpecConfig(**SMALL))
+    draft.lineage |= {"warm_start": WARM, "data_statement": "Our orders."}
     prompt = torch.tensor([[3, 14, 15]])
     target.generate(prompt, max_new_tokens=4, do_sample=False, assistant_model=draft)
     draft.save_pretrained(tmp_path)
@@ -168,7 +174,8 @@ def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_mode
     target.generate(prompt, max_new_tokens=4, do_sample=False, assistant_model=again)
     run = again.artifact().run
     assert (run["requests"], run["new_tokens"], run["targets"]) == (2, 8, ["org/target"])
-    assert f"goes on from `{tmp_path.name}`" in model_card(again.artifact())
+    text = model_card(again.artifact())
+    assert WARM_WORDS in cells(text, "lineage")[0] and "## Data\n\nOur orders.\n" in text
 
 
 def test_learned_tokens_are_those_that_a_step_took(target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
@@ -260,6 +267,7 @@ def test_metadata() -> None:
     }
     assert results["tokens_per_s"].dataset_name == "the prompts that it served"
     assert results["tokens_per_s"].metric_args["requests"] == 2
+    assert all("last tenth of the requests" in result.metric_name for result in results.values())
 
 
 @pytest.mark.parametrize(
@@ -280,10 +288,21 @@ def test_no_request_yet(tmp_path: Path, draft_model: PreTrainedModel) -> None:
     assert CURVE not in text and not (tmp_path / CURVE).exists()
 
 
-def test_one_request_has_no_before() -> None:
-    text = model_card(artifact(1))
-    assert cells(text, "all")[0] == "1" and "| before" not in text and "“Before”" not in text
-    assert cells(model_card(artifact(2)), "before")[:2] == ["1", "0.50"]
+@pytest.mark.parametrize("requests", [1, 2, 19])
+def test_a_few_requests_have_no_before_and_after(requests: int) -> None:
+    made = artifact(requests)
+    text = model_card(made)
+    assert cells(text, "all")[0] == str(requests)
+    assert not any(words in text for words in ("| before", "| after", "“Before”", "tenth"))
+    for result in ModelCard(text).data.eval_results:
+        assert result.metric_name.endswith(", all requests") and result.metric_args["requests"] == requests
+        assert result.metric_value == round(made.run["total"][result.metric_type], 2)
+
+
+def test_requests_of_one_group_have_no_before_and_after() -> None:
+    run = artifact(20).run
+    run["before"] = run["after"] = run["total"]  # all of them in one stretch
+    assert "| before" not in model_card(artifact(run=run))
 
 
 def test_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +313,7 @@ def test_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / CURVE).read_bytes().startswith(PNG)
     assert f"]({CURVE})" in (tmp_path / CARD).read_text(encoding="utf-8")
     assert curve(artifact(3).run) != curve(made.run)
-    monkeypatch.setattr(card, "find_spec", lambda name: None)
+    monkeypatch.setattr("hf_onlinespec.run.find_spec", lambda name: None)
     card.write(made, tmp_path / "plain")
     assert not (tmp_path / "plain" / CURVE).exists()
     assert CURVE not in (tmp_path / "plain" / CARD).read_text(encoding="utf-8")
@@ -315,6 +334,41 @@ def test_lineage() -> None:
         assert cells(model_card(artifact(lineage=lineage)), "lineage") == [words]
 
 
+@pytest.mark.parametrize(
+    ("lineage", "row", "data"),
+    [
+        ({"warm_start": WARM}, f"begun on the base draft; {WARM_WORDS}", WARM_WORDS),
+        ({"alignment": ALIGNED}, f"begun on the base draft; {ALIGNED_WORDS}", ALIGNED_WORDS),
+        (
+            {"parent": {"source": "old", "revision": None}, "warm_start": WARM | {"texts": 3}, "alignment": ALIGNED},
+            f"goes on from `old`; {WARM_WORDS.replace('on 12', 'on 3 texts and 12')}; {ALIGNED_WORDS}",
+            f"{WARM_WORDS.replace('on 12', 'on 3 texts and 12')}; {ALIGNED_WORDS}",
+        ),
+        (
+            {"merged": [{"warm_start": WARM, "weight": 1.0}], "distilled": {"rank": 4, "relative_error": 0.5}},
+            f"merged: [begun on the base draft; {WARM_WORDS}] × 1; distilled to rank 4, which left out 50.0% of the change",
+            WARM_WORDS,
+        ),
+    ],
+)
+def test_training_beside_serving_is_told(lineage: dict[str, Any], row: str, data: str) -> None:
+    text = model_card(artifact(0, lineage=lineage))
+    assert cells(text, "lineage") == [row]
+    assert f"\n\nIt was taught by other text than what it served, too: {data}.\n" in text
+    assert "taught by other text" not in model_card(artifact(0))
+
+
+def test_a_real_warm_start_is_told(pair: EmbeddedPair) -> None:
+    draft = OnlineDraft(load_draft(), OnlineSpecConfig(rank=2))
+    args = default_arguments(draft, "unused")
+    args.max_steps = 1
+    warm_start(draft, pair.target, pair.tokenizer, ["set -e"], ["Create an order"], new_tokens=4, training_args=args)
+    (told,) = cells(model_card(draft.artifact()), "lineage")
+    tokens = draft.lineage["warm_start"]["tokens"]
+    assert tokens > 0
+    assert told.endswith(f"; trained offline on 1 texts and 1 prompts ({tokens} tokens) for `{EMBEDDED_TARGET}`")
+
+
 def test_lineage_of_a_merged_and_distilled_draft(draft_model: PreTrainedModel) -> None:
     one, other = (OnlineDraft(draft_model, OnlineSpecConfig(**SMALL | {"seed": seed})).artifact() for seed in (0, 1))
     small, _ = distil(combine([one, other], draft_model).artifact(), 2, draft_model)
@@ -332,6 +386,9 @@ def test_lineage_of_a_merged_and_distilled_draft(draft_model: PreTrainedModel) -
         {"run": run_record(served(2), []) | {"rounds": "many"}},
         {"lineage": {"merged": [{}]}},
         {"lineage": {"parent": "me/draft"}},
+        {"lineage": {"warm_start": {"texts": 1}}},
+        {"lineage": {"alignment": {"target": None, "tokens": "many"}}},
+        {"lineage": {"data_statement": 7}},
     ],
 )
 def test_odd_runs_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
@@ -343,21 +400,53 @@ def test_odd_runs_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
 def test_settings_are_told() -> None:
     settings = OnlineSpecConfig(learner="ensemble", experts=4, lr=0.5, update_every=7, target_modules=("q_proj",))
     text = model_card(artifact(settings=settings))
-    assert "ensemble of 4 × ogd, step size 0.5" in text and "on `q_proj`" in text and "every 7 rounds" in text
-    assert "at most 10% of the time" in model_card(artifact())
+    assert "ensemble of 4 × ogd, step size 0.5" in text and "on `q_proj`" in text
     assert "suffix memory of earlier text" in model_card(artifact())
     assert "suffix memory of earlier text" not in model_card(artifact(settings=OnlineSpecConfig(memory_tokens=0)))
+
+
+ONCE = "once a request, or more often where it has over 512 new tokens"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"update_when": "request", "update_every": 7}, f"request: {ONCE}"),
+        ({"update_when": "request"}, f"request: {ONCE}, as far as it pays, at most 10% of the time"),
+        ({"update_when": "idle", "update_every": 7}, f"idle: {ONCE}"),
+        ({"update_when": "idle"}, f"idle: {ONCE}"),
+        ({"update_when": "round", "update_every": 7}, "round: every 7 rounds"),
+        ({"update_when": "round"}, "round: after a round, as far as it pays, at most 10% of the time"),
+    ],
+)
+def test_schedule(settings: dict[str, Any], words: str) -> None:
+    for replay, told in (
+        ({"replay_passes": 3}, "up to 3 steps on remembered requests after each request"),
+        ({"replay_passes": 0}, "no replay"),
+        ({"replay_tokens": 0}, "no replay"),
+    ):
+        text = model_card(artifact(settings=OnlineSpecConfig(**settings, **replay, lookahead=4)))
+        assert cells(text, "when it learns") == [f"update_when={words}; {told}; lookahead 4"]
+
+
+def test_data_statement_of_the_lineage() -> None:
+    made = artifact(lineage={"data_statement": "Our orders."})
+    assert "## Data\n\nOur orders.\n" in model_card(made) and "said nothing" not in model_card(made)
+    assert "## Data\n\nOther words.\n" in model_card(made, data_statement="Other words.")
+    for nothing in (None, "", " \n"):
+        assert "Its users said nothing" in model_card(artifact(lineage={"data_statement": nothing}))
 
 
 def test_data_statement_and_what_users_have_to_know() -> None:
     text = " ".join(model_card(artifact(), data_statement="Notes of $5 orders, by **us**.").split())
     assert "## Data Notes of $5 orders, by **us**. " in text and "said nothing" not in text
-    assert "Its users said nothing about the prompts" in model_card(artifact())
+    assert "Its users said nothing about the text" in model_card(artifact())
     for words in (
         "is user data",
         "makes a repository private unless",
         "the replay and the suffix memory remember is not in these files",
         "begins with both empty",
+        "For a public version make a new repository: a private one that is made public later shows all its earlier commits",
         "PEFT warns",
         "`OnlineDraft.merge_and_export`",
         "no benchmark",
@@ -396,19 +485,58 @@ def test_lines_run_with_the_embedded_pair(
     assert torch.equal(found["out"], pair.target.generate(**question, max_new_tokens=64))
 
 
-def test_lines_run_with_another_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("repo_id", [None, "me/draft"])
+def test_lines_run_once_the_names_are_filled_in(
+    repo_id: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     own = load_pair()
-    own.target.save_pretrained("own_target")
-    own.tokenizer.save_pretrained("own_target")
-    own.target.config._name_or_path = "own_target"
-    draft = OnlineDraft(load_draft(), OnlineSpecConfig(rank=2))
+    for model, name in ((own.target, "own_target"), (own.draft, "own_base")):
+        model.save_pretrained(name)
+        own.tokenizer.save_pretrained(name)
+        model.config._name_or_path = name
+    draft = OnlineDraft(own.draft, OnlineSpecConfig(rank=2))
     inputs = own.tokenizer(prompts("orders")[0], return_tensors="pt")
     own.target.generate(**inputs, max_new_tokens=4, do_sample=False, assistant_model=draft)
-    card.write(draft.artifact(), tmp_path / "me" / "draft", "me/draft")
+    folder = tmp_path / "me" / "draft"
+    card.write(draft.artifact(), folder, repo_id)
+    text = (folder / CARD).read_text(encoding="utf-8")
+    assert (
+        "First fill in what is not known to be on the Hub: `NAME_OR_FOLDER_OF_ITS_BASE` (here it was `own_base`) and "
+        "`NAME_OR_FOLDER_OF_ITS_TARGET` (here it was `own_target`):\n\n```python\n"
+    ) in text
+    (tmp_path / "own_base").rename(tmp_path / "elsewhere")  # as on another machine
+    filled = lines(text).replace("NAME_OR_FOLDER_OF_ITS_BASE", str(tmp_path / "elsewhere"))
+    filled = filled.replace("NAME_OR_FOLDER_OF_ITS_TARGET", str(tmp_path / "own_target"))
+    monkeypatch.chdir(tmp_path if repo_id is not None else folder)
     found: dict[str, Any] = {}
-    exec(lines((tmp_path / "me" / "draft" / CARD).read_text(encoding="utf-8")), found)
-    assert found["target"].config._name_or_path == "own_target" and found["draft"].metrics.requests == 2
+    exec(filled, found)
+    assert found["target"].config._name_or_path == str(tmp_path / "own_target")
+    assert found["draft"].metrics.requests == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "places"),
+    [
+        (BASE, "org/target", []),
+        (replace(BASE, name=EMBEDDED, revision=None), EMBEDDED_TARGET, []),
+        (replace(BASE, revision=None), "org/target", ["base"]),
+        (replace(BASE, revision=None), EMBEDDED_TARGET, ["base"]),
+        (BASE, "folder", ["target"]),
+        (BASE, "/gone/folder", ["target"]),
+        (BASE, None, ["target"]),
+    ],
+)
+def test_only_unknown_names_have_to_be_filled_in(base: Identity, target: str | None, places: list[str]) -> None:
+    text = model_card(artifact(run=run_record(served(2), [] if target is None else [target]), base=base))
+    for place, line in (
+        ("base", 'from_pretrained(".", base_model="{}")'),
+        ("target", 'CausalLM.from_pretrained("{}")'),
+    ):
+        name = f"NAME_OR_FOLDER_OF_ITS_{place.upper()}"
+        assert (line.format(name) in lines(text)) == (place in places)
+        assert (f"`{name}`" in text) == (place in places)
+    assert ("First fill in" in text) == bool(places)
 
 
 if __name__ == "__main__":
