@@ -64,7 +64,12 @@ class DraftAlignment(TrainerCallback):
         check_vocabularies(model.config, self.draft.config)
         self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
         name = public_name(str(model.config._name_or_path)) or None
-        self.draft.lineage["alignment"] = {"target": name, "updates": self.updates, "tokens": self.tokens}
+        before = self.draft.lineage.get("alignment", {})  # of an earlier one, which goes on counting
+        self.draft.lineage["alignment"] = {
+            "target": name,
+            "updates": before.get("updates", 0),
+            "tokens": before.get("tokens", 0),
+        }
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,7 +104,9 @@ class DraftAlignment(TrainerCallback):
         self.updates += counts.updates
         self.tokens += counts.updates * sum(len(feedback.teacher) for feedback in heard)
         self.time_s += time.perf_counter() - started
-        draft.lineage["alignment"] |= {"updates": self.updates, "tokens": self.tokens}
+        taught = draft.lineage["alignment"]
+        taught["updates"] += counts.updates
+        taught["tokens"] += counts.updates * sum(len(feedback.teacher) for feedback in heard)
 
     @torch.no_grad()
     def _hear(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -48,7 +48,7 @@ FILES = (ADAPTER_CONFIG, ADAPTER, STATE, CARD, CURVE, CONFIG)  # in the order in
 CHECKED = (ADAPTER_CONFIG, ADAPTER, STATE)  # that resuming depends on
 NEXT = ".onlinespec_next"  # folder in which they are written aside
 LOCK = ".onlinespec_lock"  # file that a writer holds
-KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files"}
+KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files", "checksum"}
 READS = 50  # attempts, while somebody else writes
 
 
@@ -98,7 +98,7 @@ class Artifact:
         settle(folder)
 
     def _manifest(self, aside: Path) -> dict[str, Any]:
-        return {
+        manifest = {
             "format": FORMAT,
             "settings": self.settings.to_dict(),
             "base": asdict(self.base),
@@ -107,6 +107,7 @@ class Artifact:
             "run": self.run,
             "files": {name: checksum((aside / name).read_bytes()) for name in CHECKED},
         }
+        return manifest | {"checksum": own_checksum(manifest)}
 
     @classmethod
     def read(cls, folder: str | Path) -> Artifact:
@@ -202,7 +203,11 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path}: missing keys {sorted(KEYS - set(found))}, unknown keys {sorted(set(found) - KEYS)}."
         )
-    for name in KEYS - {"format"}:
+    if found["checksum"] != own_checksum(found):
+        raise ArtifactError(
+            f"{path}: damaged or changed since it was saved. Take an earlier copy; settings are changed by from_pretrained(config=...)."
+        )
+    for name in KEYS - {"format", "checksum"}:
         if not isinstance(found[name], dict):
             raise ArtifactError(f"{path}: {name} is {found[name]!r}: expected a JSON object.")
     return found
@@ -253,6 +258,12 @@ def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str,
 def checksum(data: bytes) -> str:
     """CRC-32 in hexadecimal digits: tells damage, not forgery."""
     return f"{zlib.crc32(data):08x}"
+
+
+def own_checksum(manifest: dict[str, Any]) -> str:
+    """Of what a manifest says, however it is laid out, without its own checksum."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return checksum(json.dumps(said, sort_keys=True, default=_plain).encode())
 
 
 @contextmanager

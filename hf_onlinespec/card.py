@@ -21,8 +21,6 @@ from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import ArtifactError
 from .identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from .run import curve, is_told_apart
-from .run import run_record as run_record  # others take these two from here
-from .run import run_targets as run_targets
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # the same as model_cards/template.md, which is not installed
 TAGS = ["hf_onlinespec", "speculative-decoding", "assisted-generation", "online-learning", "lora"]

@@ -23,6 +23,7 @@ from .export import merge_and_export
 from .feedback import Feedback
 from .hub import Push, known_parent
 from .loading import locate
+from .run import is_told_apart
 from .warm_start import read_corpus
 
 REFUSED = 1  # exit code: the audit speaks against a public push
@@ -100,7 +101,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         f"served: {run.get('requests', 0)} requests, {run.get('new_tokens', 0)} new tokens, {run.get('updates', 0)} updates"
     )
     if total:
-        for name, figures in (("all of it", total), ("first tenth", run["before"]), ("last tenth", run["after"])):
+        parts = {"all of it": total}
+        if is_told_apart(run):
+            parts |= {"first tenth": run["before"], "last tenth": run["after"]}
+        for name, figures in parts.items():
             print(
                 f"{name}: acceptance length {figures['acceptance_length']:.2f}, {figures['tokens_per_s']:.0f} tokens/s, "
                 f"{figures['decode_tokens_per_s']:.0f} without learning"

@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .artifact import Artifact
-from .card import run_targets
 from .config import ENSEMBLE, OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
 from .loading import check_base, load_base, locate
+from .run import run_targets
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 PARTS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}

@@ -26,7 +26,7 @@ from ._compat import max_positions, record_past
 from .adapters import GatedLora
 from .artifact import Artifact
 from .audit import check_privacy
-from .card import run_record, run_targets, write
+from .card import write
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .decoding import GenerateFn
@@ -40,6 +40,7 @@ from .loading import load
 from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
+from .run import run_record, run_targets
 from .state import Saved, copied
 
 logger = logging.getLogger(__name__)

@@ -102,11 +102,15 @@ def warm_start(
             f"Training came to numbers that are not finite; the draft is as it was. learning_rate={args.learning_rate}: take less."
         )
     draft.adopt(learned)
-    draft.lineage["warm_start"] = {
-        "target": public_name(str(target.config._name_or_path)) or None,
+    taught = {
         "texts": len(texts),
         "prompts": len(prompts),
         "tokens": sum(len(p.tokens) - p.start for p in passages),
+    }
+    before = draft.lineage.get("warm_start", {})  # of an earlier one, which goes on counting
+    draft.lineage["warm_start"] = {
+        "target": public_name(str(target.config._name_or_path)) or None,
+        **{name: n + before.get(name, 0) for name, n in taught.items()},
     }
     return draft
 

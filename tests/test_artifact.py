@@ -21,7 +21,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, NEXT, STATE, Artifact, checksum, inspect, settle
+from hf_onlinespec.artifact import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONFIG,
+    NEXT,
+    STATE,
+    Artifact,
+    checksum,
+    inspect,
+    own_checksum,
+    settle,
+)
 from hf_onlinespec.metrics import STRETCHES
 
 from .conftest import tiny_gpt2, tiny_llama
@@ -259,6 +270,7 @@ def test_a_pickle_with_the_right_checksum_is_not_run(
     damage_pickle(folder / name)
     manifest = json.loads((folder / CONFIG).read_text())
     manifest["files"][name] = checksum((folder / name).read_bytes())
+    manifest["checksum"] = own_checksum(manifest)
     (folder / CONFIG).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="safetensors"):
         OnlineDraft.from_pretrained(folder, tiny_llama(2))
@@ -286,6 +298,7 @@ def test_a_changed_manifest_is_told(change: Callable[[dict[str, Any]], object], 
     OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE)).save_pretrained(tmp_path)
     manifest = json.loads((tmp_path / CONFIG).read_text())
     change(manifest)
+    manifest["checksum"] = own_checksum(manifest)
     (tmp_path / CONFIG).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match=told.replace(".", r"\.")):
         OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
@@ -512,11 +525,12 @@ def test_an_artifact_is_a_copy(target: PreTrainedModel) -> None:
 
 def test_a_history_of_what_it_was_trained_on_survives(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
-    draft.lineage |= {"warm_start": {"texts": 3}, "parent": {"source": "me/draft", "revision": "abc"}}
+    taught = {"target": None, "texts": 3, "prompts": 0, "tokens": 90}
+    draft.lineage |= {"warm_start": taught, "parent": {"source": "me/draft", "revision": "abc"}}
     for _ in range(2):
         draft.save_pretrained(tmp_path)
         draft = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    assert draft.lineage["warm_start"] == {"texts": 3} and draft.lineage["parent"]["revision"] == "abc"
+    assert draft.lineage["warm_start"] == taught and draft.lineage["parent"]["revision"] == "abc"
 
 
 def test_the_same_base_with_other_words_around_it(tmp_path: Path) -> None:
@@ -580,3 +594,12 @@ def test_what_an_ensemble_says_of_itself_is_back(target: PreTrainedModel, tmp_pa
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
     assert len(again.metrics.expert_weights) == 4 and again.metrics.expert_weights == draft.metrics.expert_weights
     assert again.metrics.decisions.rollback == "why"
+
+
+def test_one_bit_of_a_number_in_the_settings(tmp_path: Path) -> None:
+    OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE)).save_pretrained(tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    assert '"lr": 0.002' in text
+    (tmp_path / CONFIG).write_text(text.replace('"lr": 0.002', '"lr": 0.006'))
+    with pytest.raises(ArtifactError, match="damaged or changed"):
+        OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
