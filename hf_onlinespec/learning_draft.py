@@ -1,0 +1,302 @@
+"""LearningDraft: a draft model that serves and learns, from call to call; the part of `OnlineDraft` that stays in the process."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ._compat import max_positions, record_past
+from .adapters import GatedLora
+from .checks import plain_draft
+from .config import ENSEMBLE, OnlineSpecConfig
+from .feedback import Feedback, Teacher, acceptance
+from .identity import Identity
+from .idle import IdleWorker
+from .learning import Learning, Segment
+from .memory_draft import MemoryDraft
+from .metrics import Counts
+from .preference import PREFERENCE_TOKENS
+
+logger = logging.getLogger(__name__)
+
+
+class LearningDraft(MemoryDraft):
+    """The adapter, its learner and its memory: how the draft serves, and how it learns.
+
+    Args:
+        model, config: see `OnlineDraft`.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
+        super().__init__(config)
+        with torch.inference_mode(False):
+            base = plain_draft(model)
+            self.identity = Identity.of(base)
+            self._lora = GatedLora(
+                base,
+                rank=self.settings.rank,
+                alpha=self.settings.alpha,
+                target_modules=self.settings.target_modules,
+                blocks=self.settings.experts if self.settings.learner == ENSEMBLE else 1,
+                seed=self.settings.seed,
+            )
+            self._learning = Learning(self._lora, self.settings)
+        self._adaptation, self._replay = self._learning.adaptation, self._learning.replay
+        self._positions = max_positions(self._lora.base.config)
+        self._learns = threading.RLock()  # held for one gradient step at a time
+        self._idle: IdleWorker[tuple[Feedback, float]] | None = None
+        if self.settings.update_when == "idle":
+            self._idle = IdleWorker(self._learn_when_idle)
+            weakref.finalize(self, self._idle.close)  # at the end of the process too
+
+    @property
+    def model(self) -> PeftModel:
+        """The PEFT model: the base draft's weights and the adapter. Its gate is shut outside our own calls."""
+        return self._lora.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base draft's model configuration, as `generate` expects of an assistant."""
+        return self._lora.base.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self._lora.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.params.device
+
+    @property
+    def positions(self) -> int:
+        """The longest context that the draft may see; beyond it the target goes on alone."""
+        return self._positions
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps that the adapter has taken."""
+        return self._adaptation.steps
+
+    @property
+    def learning_bytes(self) -> int:
+        """Memory that learning takes: adapter, gradients, moments, folded weights, and the requests that are remembered."""
+        return self._learning.nbytes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The evolved draft's forward, without gradients: arguments and output of the base model."""
+        with self.serving() as model:
+            return model(*args, **kwargs)
+
+    def fold(self) -> None:
+        """Brings the weights that draft up to date with what was learned."""
+        with self._learns, self.lock:
+            self._lora.fold()
+
+    @contextmanager
+    def serving(self, frozen: bool = False) -> Iterator[PreTrainedModel]:
+        """The model as it drafts now; a draft that has not learned yet runs at the speed of its base.
+
+        Args:
+            frozen: the original draft, whatever was learned.
+        """
+        if self._lora.folds and not self._adaptation.original_serves and not frozen:
+            if self._lora.stale:
+                self.fold()
+            with self.lock, torch.no_grad():
+                yield self._lora.served
+            return
+        with self._learns, torch.no_grad():  # learning switches the adapter on and off in this tree
+            if frozen or self._adaptation.original_serves:
+                yield self._lora.base
+            else:
+                weights = self._lora.weights
+                with self._lora.speaking(None if weights is None else weights[None]) as model:
+                    yield model
+
+    def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
+        """Model inputs for `tokens` (batch, n) behind `cached` tokens, with the padding of `mask` (batch, prompt)."""
+        return self._learning.reader.inputs(tokens, cached, mask)
+
+    def keep(self, n: int) -> dict[str, int]:
+        """Tells the model to compute logits for its last n positions only, where it can be told."""
+        return self._learning.reader.keep(n)
+
+    # Learning
+
+    def learn_segment(
+        self,
+        tokens: Tensor,
+        teachers: list[Teacher],
+        cache: Cache | None,
+        prefix: int,
+        mask: Tensor | None,
+        counts: Counts,
+        temperature: float = 1.0,
+        recalled: Sequence[float] | None = (),
+        preference: float = 0.0,
+    ) -> None:
+        """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
+
+        The first `prefix` tokens are read from the draft's own KV cache, detached: one forward and backward over the
+        rest, with nothing recomputed.
+
+        Args:
+            temperature: of the call that generated the tokens, 0 for greedy: the governor is told the acceptance there.
+            recalled: estimated acceptance of the memory's answers at the n tokens of one row; (): no memory; None: not asked.
+            preference: of the prompt for the learned draft.
+        """
+        segment = Segment(tokens, teachers, mask, temperature)
+        with self._learns:
+            governed = self.settings.update_every == "auto"
+            compare = governed and self.governor.compares(preference)
+            shown = self._learning.segment(segment, cache, prefix, counts, compare)
+            self._note()
+        if governed:
+            with self.lock:
+                self.governor.shadow(shown.learned, shown.original, recalled, True, preference)
+
+    def _note(self) -> None:
+        """What the learners say about themselves."""
+        adaptation, guard = self._adaptation, self._learning.guard
+        if adaptation.many:
+            self.metrics.expert_weights = tuple(adaptation.weights)
+        self.metrics.removed_experts = adaptation.removed
+        if guard.rollbacks > self.metrics.rollbacks:
+            self.metrics.rollbacks = guard.rollbacks
+            self.metrics.decisions.rollback = guard.reason
+            logger.info("%s", guard.reason)
+
+    @torch.no_grad()
+    def look(
+        self,
+        tokens: Tensor,
+        teachers: list[Teacher],
+        mask: Tensor | None,
+        temperature: float,
+        preference: float | None = None,
+    ) -> None:
+        """Tells the governor the acceptance of the learned and of the frozen draft, as `learn_segment` does."""
+        n = len(teachers[0])
+        if preference is None:
+            preference, _ = self.preference(tokens[:, :-n], mask)
+        inputs = self.inputs(tokens[:, :-1], 0, mask)
+        seen = []
+        for frozen in (False, True) if self._adaptation.steps else (True,):
+            with self.serving(frozen) as model:
+                logits = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
+            seen.append(acceptance(teachers, logits, temperature, self.settings.temperature))
+        with self.lock:
+            self.governor.shadow(seen[0].tolist(), seen[-1].tolist(), (), False, preference)
+
+    @torch.no_grad()
+    def preference(self, tokens: Tensor, mask: Tensor | None) -> tuple[float, dict[bool, DynamicCache]]:
+        """Log-likelihood per token of `tokens` (batch, L) under the learned draft minus that under the frozen one.
+
+        Of two drafts, the one that predicts a prompt better is the one that does better on its continuation: measured, see
+        benchmarks/LOG.md. At most `PREFERENCE_TOKENS` last tokens are read. Where that is all of them, the KV caches of the
+        learned (False) and of the frozen draft (True) come with it: each holds all tokens but the last.
+        """
+        length = tokens.shape[1]
+        tokens = tokens[:, -PREFERENCE_TOKENS:].to(self.device)
+        if self._adaptation.original_serves or tokens.shape[1] < 2:
+            return 0.0, {}
+        mask = None if mask is None else mask[:, length - tokens.shape[1] :]
+        weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
+        weight = (weight[:, 1:] * weight[:, :-1]).float()
+        found, caches = [], {frozen: DynamicCache(config=self.config) for frozen in (False, True)}
+        for frozen, cache in caches.items():
+            record_past(cache)
+            with self.serving(frozen) as model:
+                logits = model(past_key_values=cache, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
+            chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+            found.append(float((chosen * weight).sum() / weight.sum().clamp_min(1)))
+        difference = found[0] - found[1] if all(map(math.isfinite, found)) else 0.0
+        return difference, caches if length == tokens.shape[1] else {}
+
+    def end_request(self) -> None:
+        """Judges what the draft showed in a request that is over, or was broken off."""
+        with self._learns:
+            self._learning.end_request()
+            self._note()
+
+    def remember(self, feedback: Feedback) -> None:
+        """Keeps a finished request for the replay."""
+        with self._learns:
+            self.end_request()
+            self._learning.remember(feedback)
+            self.metrics.replay_bytes, self.metrics.replay_refused = self._replay.nbytes, self._replay.refused
+
+    def rehearse(self, counts: Counts, passes: int) -> None:
+        """The replay's gradient steps: each on a few remembered requests, in one padded batch.
+
+        With `update_every="auto"` no more than were worth their time of late.
+        """
+        if self.settings.update_every == "auto":
+            passes = min(passes, self._learning.passes.now)
+            self.metrics.decisions.replay_passes = self._learning.passes.now
+        for _ in range(passes):
+            with self._learns:
+                if not self._learning.rehearse(counts):
+                    return
+
+    # Learning while nothing is generated
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        if self._idle is None:
+            yield
+        else:
+            self.metrics.idle_failures = self._idle.failures
+            with self._idle.call():
+                yield
+
+    def learn_later(self, feedback: Feedback, temperature: float) -> None:
+        """Hands a finished request, generated at a temperature, to the worker that learns while nothing is generated."""
+        assert self._idle is not None
+        self._idle.add((feedback, temperature))
+
+    def catch_up(self, timeout_s: float | None = None) -> bool:
+        """Waits until everything that was handed to the worker is learned; False: the time was too short."""
+        if self._idle is None:
+            return True
+        done = self._idle.wait(timeout_s)
+        self.metrics.idle_failures = self._idle.failures
+        return done
+
+    def _learn_when_idle(self, item: tuple[Feedback, float]) -> Iterator[None]:
+        """The gradient steps of one request, one at a time: a call may come in after any of them."""
+        feedback, temperature = item
+        if self.settings.update_every == "auto":
+            started = time.perf_counter()
+            self.look(feedback.tokens[None], [feedback.teacher], None, temperature)
+            self.metrics.idle_time_s += time.perf_counter() - started
+            yield
+        for i in range(1 + self.settings.replay_passes):
+            started, counts = time.perf_counter(), Counts()
+            with self._learns:
+                if i == 0:
+                    segment = Segment(feedback.tokens[None], [feedback.teacher], None, temperature)
+                    self._learning.segment(segment, None, 0, counts)
+                    self._note()
+                    self.remember(feedback)
+                else:
+                    self._learning.rehearse(counts)
+                self.fold()
+            with self.lock:
+                self.metrics.idle_updates += counts.updates
+                self.metrics.learned_tokens += counts.learned_tokens
+                self.metrics.skipped_updates += counts.skipped_updates
+                self.metrics.idle_time_s += time.perf_counter() - started
+            yield
