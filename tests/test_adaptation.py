@@ -370,3 +370,4 @@ def test_a_divergence_is_counted_once() -> None:
     assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
     assert draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
     assert bool(torch.isfinite(draft._lora.params).all()) and draft.metrics.last.updates > 8
+    assert not draft._learning._spoilt  # the next request reads its own cache again

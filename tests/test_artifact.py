@@ -415,11 +415,31 @@ def test_what_was_complete_is_found_wherever_it_lies(moved: int, tmp_path: Path)
     assert Artifact.read(tmp_path / "a").state.values == found.state.values
 
 
+def test_a_save_that_fails_keeps_what_was_complete_aside(tmp_path: Path) -> None:
+    """Killed while its files were moved; then the disk is full: the complete set is not thrown away for the new one."""
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.save_pretrained(tmp_path / "a")
+    draft._lora.move(torch.ones_like(draft._lora.params))
+    draft.save_pretrained(tmp_path / "b")
+    (tmp_path / "b").rename(tmp_path / "a" / NEXT)
+    (tmp_path / "a" / NEXT / ADAPTER).replace(tmp_path / "a" / ADAPTER)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(ArtifactError, match="could not be saved"):
+            draft.save_pretrained(tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found = OnlineDraft.from_pretrained(tmp_path / "a", tiny_llama(2))
+    assert torch.equal(found._lora.params, draft._lora.params)
+
+
 def test_what_was_not_complete_is_forgotten(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
     (tmp_path / NEXT).mkdir()
     (tmp_path / NEXT / ADAPTER).write_bytes(b"half of")
+    settle(tmp_path)
     assert OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)).metrics.requests == 0
     draft.save_pretrained(tmp_path)
     assert not (tmp_path / NEXT).exists()

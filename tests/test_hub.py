@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,29 @@ def test_requests_that_teach_nothing_cause_no_push(
 ) -> None:
     draft.push_to_hub(REPO, checkpoint_every=1)
     assert draft.checkpoints is not None
+    before = len(hub.repos[REPO].commits)
     target.generate(TOKENS[:1], max_new_tokens=4, assistant_model=draft, onlinespec=False)
     assert draft.checkpoints.wait(20) and draft.checkpoints.pushed == 0
+    assert len(hub.repos[REPO].commits) == before
     draft.checkpoints.close()
+
+
+def test_a_push_that_comes_in_between(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    """After the question what the repository holds, and before the commit."""
+    draft.push_to_hub(REPO)
+    held, told = hub.hold("POST", "/preupload/"), []
+
+    def push() -> None:
+        try:
+            draft.push_to_hub(REPO, message="too late")
+        except HubError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    assert held.reached.wait(20)
+    between = hub.push(REPO, {"notes.txt": b"somebody else's"})
+    held.release.set()
+    thread.join(20)
+    assert len(told) == 1 and "not pushed" in told[0]
+    assert hub.repos[REPO].head.sha == between.sha
