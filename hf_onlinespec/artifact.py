@@ -178,6 +178,11 @@ def is_artifact(folder: Path) -> bool:
     return (folder / NEXT / CONFIG).is_file() or (folder / CONFIG).is_file()
 
 
+def inspect(folder: str | Path) -> dict[str, Any]:
+    """The readable part of an artifact, checked in form: settings, base, lineage, what was measured."""
+    return _manifest_of(Path(folder))
+
+
 def _path(folder: Path, name: str) -> Path:
     """Where a file is: aside, if a complete set lies there that was not moved to the end."""
     aside = folder / NEXT

@@ -461,12 +461,12 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
     assert report["killed_inside_a_save"] > 0  # else it was no test
 
 
-def test_an_artifact_is_read_without_a_model(tmp_path: Path) -> None:
+def test_inspect_reads_without_a_model(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
-    found = Artifact.read(tmp_path)
-    assert found.settings == draft.settings and found.base.weights == draft.identity.weights
-    assert found.versions["torch"] == torch.__version__
+    found = inspect(tmp_path)
+    assert found["settings"] == draft.settings.to_dict() and found["base"]["weights"] == draft.identity.weights
+    assert found["versions"]["torch"] == torch.__version__
 
 
 def test_a_history_stays_bounded(target: PreTrainedModel) -> None:
