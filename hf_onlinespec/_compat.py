@@ -5,6 +5,7 @@ Checked on transformers 5.18.0, 5.20.2 and 5.23.0, and peft 0.21.2. A release th
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -91,8 +92,8 @@ STATELESS = (
 
 
 def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The members of the list that are known to be pure functions."""
-    return LogitsProcessorList([p for p in processors if type(p) in STATELESS])
+    """Copies of the list's members that are known to be pure functions: what they keep for the size of the first scores is theirs."""
+    return LogitsProcessorList([copy.copy(p) for p in processors if type(p) in STATELESS])
 
 
 def adds_virtual_tokens(model: PreTrainedModel) -> bool:
@@ -157,6 +158,11 @@ def disable_lora(layer: LoraLayer, disabled: bool) -> None:
 def embedding_scale(layer: LoraEmbedding) -> Any:
     """The factor some models (Gemma) apply inside their embedding; None for the others."""
     return layer._get_embed_scale()
+
+
+def unpadded_size(config: PretrainedConfig) -> int | None:
+    """How many logits a forward returns that leaves out padded rows of its head (Inkling); None: all of them."""
+    return vars(config).get("unpadded_vocab_size")
 
 
 def commit_hash(config: PretrainedConfig) -> str | None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .checks import check_vocabularies
 from .draft import OnlineDraft
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
 from .identity import public_name
 from .metrics import Counts
+from .vocabulary import check_vocabularies
 
 IGNORED = -100  # the label of a token that is not trained on
 
@@ -40,7 +40,7 @@ class DraftAlignment(TrainerCallback):
 
     Raises:
         ConfigError: a number is below 1.
-        DraftError, in training: the target's forward gives no logits of the draft's vocabulary at all positions.
+        DraftError, in training: target and draft have different tokenizers, or the target gives no logits at all positions.
 
     Example:
         >>> trainer = Trainer(model=target, ..., callbacks=[DraftAlignment(draft)])          # doctest: +SKIP
@@ -61,7 +61,7 @@ class DraftAlignment(TrainerCallback):
     ) -> None:
         self._stop()
         model = kwargs["model"]
-        check_vocabularies(model.config, self.draft.config)
+        check_vocabularies(model, self.draft.model)
         self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
         name = public_name(str(model.config._name_or_path)) or None
         before = self.draft.lineage.get("alignment", {})  # of an earlier one, which goes on counting
@@ -115,10 +115,10 @@ class DraftAlignment(TrainerCallback):
             return
         self._listens = False
         tokens = args[0] if args else kwargs.get("input_ids")
-        vocabulary = self.draft.config.get_text_config().vocab_size
         logits = output.get("logits") if isinstance(output, dict) else None
-        if tokens is None or logits is None or logits.shape != (*tokens.shape, vocabulary):
+        if tokens is None or logits is None or logits.shape[:-1] != tokens.shape:
             seen = "none" if logits is None else tuple(logits.shape)
+            vocabulary = "vocabulary" if logits is None else logits.shape[-1]
             raise DraftError(
                 f"{type(model).__name__} gave logits {seen} in training: expected (batch, length, {vocabulary}), one for every "
                 "token of input_ids, as transformers' causal models give them. Leave out what replaces or skips them."
@@ -150,5 +150,9 @@ class DraftAlignment(TrainerCallback):
         end = int(at[-1]) + 1
         begin = max(0, end - min(self.max_tokens, draft.positions))
         first = max(int(at[0]), begin + 1)
-        teacher = Teacher.from_logits(logits[first - 1 : end - 1].detach(), settings.temperature, settings.top_k)
-        return Feedback(tokens[begin:end].to(draft.device), teacher.to(draft.device))
+        said = logits[first - 1 : end - 1].detach()
+        teacher = Teacher.from_logits(said, settings.temperature, settings.top_k, draft.vocabulary.size)
+        if not teacher.teaches:
+            return None
+        read = draft.vocabulary.readable(tokens[begin:end])
+        return Feedback(read.to(draft.device), teacher.to(draft.device))

@@ -154,7 +154,7 @@ def audit(
     """
     if not repeats or any(not is_count(r) for r in repeats):
         raise ConfigError(f"repeats={repeats!r}: expected whole numbers of at least 1.")
-    vocabulary = draft.config.get_text_config().vocab_size
+    vocabulary = draft.vocabulary.size
     secrets = make_canaries(vocabulary, canaries, seed)
     if own is None:
         with draft._learns:
@@ -205,7 +205,7 @@ def loss_gap(draft: OnlineDraft, own: Sequence[Feedback], held_out: Sequence[Fee
     for texts in (own, held_out):
         rows = []
         for text in texts:
-            check_text(draft, text, draft.config.get_text_config().vocab_size)
+            check_text(draft, text, draft.vocabulary.size)
             n = len(text.teacher)
             rows.append([-float(read(draft, text.tokens[None], n, frozen)[0].mean()) for frozen in (True, False)])
         losses.append(torch.tensor(rows, dtype=torch.float64))  # (texts, original and evolved)

@@ -112,7 +112,7 @@ def plant(draft: OnlineDraft, canaries: Sequence[Canary], repeats: int = 1) -> N
     """
     texts = [written(canary.tokens, len(canary.secret)) for canary in canaries]
     for text in texts:
-        check_text(draft, text, draft.config.get_text_config().vocab_size)
+        check_text(draft, text, draft.vocabulary.size)
     for _ in range(repeats):
         learn(draft, texts)
 
@@ -171,7 +171,7 @@ def read(draft: OnlineDraft, tokens: Tensor, n: int, frozen: bool) -> tuple[Tens
     """Log-likelihoods (rows, n) of the last n tokens of every row of `tokens` (rows, L), and whether each is the likeliest."""
     if tokens.shape[1] > draft.positions:
         raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.positions}.")
-    size = max(1, MOST_LOGITS // ((n + 1) * draft.config.get_text_config().vocab_size))
+    size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
     chosen, best = [], []
     for part in tokens.to(draft.device).split(size):
         with draft.serving(frozen) as model:

@@ -27,6 +27,7 @@ from .preference import PREFERENCE_TOKENS
 from .proposal import Proposal, Round
 from .recall import Recall
 from .sampling import draw
+from .vocabulary import Vocabulary, widened
 
 if TYPE_CHECKING:
     from .memory_draft import MemoryDraft
@@ -42,7 +43,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             applied to the draft too, so that q is warped as p is.
         attention_mask: (batch, prompt) with zeros where the prompt is padded on the left; None: no padding.
         learn: False: this request is only drafted, nothing is recorded, remembered or learned.
-        vocab_size: of the target.
+        vocabulary: of the target; None: the draft's own. Ids that the draft does not have too are never drafted by it, and it
+            reads another token in the place of one that it has no embedding for.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         logits_processor: LogitsProcessorList,
         attention_mask: Tensor | None = None,
         learn: bool = True,
-        vocab_size: int | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.counts = Counts()
         self._draft, self._neural, self._learn = draft, draft.neural, learn
@@ -69,12 +71,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if attention_mask is not None and not bool((attention_mask == 1).all()):
             self._mask = attention_mask
             self._padding = int((attention_mask[0] == 0).sum())
-        self._vocab = vocab_size if vocab_size is not None else 0
+        self._vocabulary = vocabulary
+        self._common: int | None = None  # ids below it may be drafted by the neural draft
         if self._neural is not None:
+            self._vocabulary = self._vocabulary or self._neural.vocabulary
+            self._common = min(self._vocabulary.size, self._neural.vocabulary.size)
             self._cache = DynamicCache(config=self._neural.config)
             record_past(self._cache)
             self._mask = None if self._mask is None else self._mask.to(self._neural.device)
-            self._vocab = self._vocab or self._neural.config.get_text_config().vocab_size
             if learn:
                 self.recorder = FeedbackRecorder()
                 logits_processor.insert(0, self.recorder)
@@ -85,13 +89,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
         # The memory is asked what it would have said at every token where learning is affordable.
         auto = self._settings.update_every == "auto" and self._settings.update_when != "idle"
         self._asks_memory = learn and self._neural is not None and auto and self._affordable_steps() > 0
-        self._tokens: Tensor | None = None  # (batch, L) the request so far, on the draft's device
+        self._sequence: Tensor | None = None  # (batch, L) the request so far
+        self._tokens: Tensor | None = None  # the same as the draft reads it, on its device
         self._prompt = 0  # how much of it was there before
         self._seen = Seen()
         self._recall: Recall | None = None  # one row: the memory as this request sees it
         self._rounds = 0
         self._timed = False  # whether the loop tells times; transformers' own does not
-        self._lesson = Lesson(self._settings)
+        self._lesson = Lesson(self._settings, self._common)
 
     def propose(self, input_ids: Tensor, most: int) -> Proposal:
         """Drafts after `input_ids` (batch, L): at most `most` tokens, and no more than are expected to pay.
@@ -107,7 +112,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 asks = most >= HOPE_ROOM and self._governor.asks_prompt(asked, most)
                 self._serve(self._governor.preference.frozen_serves())
             if asks:
-                self._choose(input_ids)
+                self._choose(self._readable(input_ids))
         fixed = self._settings.lookahead
         if isinstance(fixed, int):
             return self._propose(input_ids, min(most, fixed), None)
@@ -121,7 +126,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         """A proposal by plan; None: of `most` tokens, by whoever is more likely to be right."""
         if self._tokens is None:
             self._prompt = input_ids.shape[1]
-        self._tokens = input_ids if self._neural is None else input_ids.to(self._neural.device)
+        self._take(input_ids)
         memory = self._draft.memory if recalls and input_ids.shape[0] == 1 else None
         if memory is not None:
             if self._recall is None:
@@ -143,6 +148,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             with serving as model, torch.inference_mode():
                 while len(round_.drafted) < most and not round_.ended:
                     found = None if recall is None or round_.context is None else recall.ask(round_.context)
+                    if found is not None and self._vocabulary is not None:
+                        found = found.below(self._vocabulary.size)  # the memory may know other targets
                     neural = model is not None and self._neural_speaks(round_, plan)
                     if found is not None and self._memory_speaks(round_, plan, found, neural):
                         self._recite(round_, found)
@@ -150,10 +157,22 @@ class OnlineCandidateGenerator(CandidateGenerator):
                         self._think(round_, model)
                     else:
                         break
-        return round_.proposal(self._vocab if self._sample else 0)
+        return round_.proposal(self._vocabulary.said if self._sample and self._vocabulary is not None else 0)
+
+    def _take(self, input_ids: Tensor) -> None:
+        """The request as it is now, (batch, L)."""
+        self._sequence = self._tokens = input_ids
+        if self._neural is not None:
+            self._tokens = self._readable(input_ids).to(self._neural.device)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
+        """`tokens` as the draft reads them."""
+        assert self._neural is not None and self._vocabulary is not None
+        own = self._neural.vocabulary
+        return own.readable(tokens) if self._vocabulary.read > own.size else tokens
 
     def _choose(self, tokens: Tensor) -> None:
-        """Once in a request: whether the learned or the original draft serves it."""
+        """Once in a request: whether the learned or the original draft serves it, by its prompt `tokens` as the draft reads it."""
         if self._neural is not None and self._preference is None and self._settings.update_every == "auto":
             started = time.perf_counter()
             self._preference, caches = self._neural.preference(tokens, self._mask)
@@ -196,12 +215,15 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def _think(self, round_: Round, model: PreTrainedModel) -> None:
         """One token of the neural draft's."""
-        assert self._neural is not None
+        assert self._neural is not None and self._vocabulary is not None
         started = time.perf_counter()
         prefix = round_.prefix  # the warpers may hold tensors on the target's device: theirs is the place to warp
-        scores = self._forward(model, prefix[:, self._cached :].to(self._neural.device))
+        scores = self._forward(model, self._readable(prefix[:, self._cached :]).to(self._neural.device))
+        common = scores.shape[-1]
         if self._warpers:
-            scores = self._warpers(prefix, scores.to(prefix.device))
+            # They index the target's vocabulary; what the draft does not propose is impossible before and after them.
+            scores = widened(scores.to(prefix.device), self._vocabulary.said, -torch.inf)
+            scores = self._warpers(prefix, scores)
         scores = scores.to(prefix.device)
         host = prefix.device.type == "cpu" and prefix.shape[0] == 1  # elsewhere, reading a value waits for the device
         law = None
@@ -215,7 +237,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 return
             if not host:
                 # Asking would wait for the device: the uniform law takes the place of none, what is drawn from q stays exact.
-                law = torch.where(torch.isfinite(law).all(-1, keepdim=True), law, 1 / law.shape[-1])
+                uniform = widened(law.new_full((common,), 1 / common), law.shape[-1], 0.0)
+                law = torch.where(torch.isfinite(law).all(-1, keepdim=True), law, uniform)
             token = draw(law)
         else:
             token = scores.argmax(-1, keepdim=True)
@@ -240,12 +263,12 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._cached = keep
 
     def _forward(self, model: PreTrainedModel, feed: Tensor) -> Tensor:
-        """The draft's logits (batch, vocab) after `feed` (batch, n), which joins the cache."""
+        """The draft's logits (batch, common ids) after `feed` (batch, n), which joins the cache."""
         assert self._neural is not None
         inputs = self._neural.inputs(feed, self._cached, self._mask)
         logits = model(past_key_values=self._cache, use_cache=True, **inputs, **self._neural.keep(1)).logits
         self._cached += feed.shape[1]
-        return logits[:, -1].float()
+        return logits[:, -1, : self._common].float()
 
     def observe(
         self, input_ids: Tensor, proposal: Proposal, overlaps: Sequence[float], draft_s: float, target_s: float
@@ -278,8 +301,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
         with self._draft.lock:
-            if self._recall is not None and self._learn and self._tokens is not None:
-                self._draft.metrics.memory_bytes = self._recall.remember(self._tokens)
+            if self._recall is not None and self._learn and self._sequence is not None:
+                self._draft.metrics.memory_bytes = self._recall.remember(self._sequence)
             unseen = self._governor.request_ended(self.counts.new_tokens, self._seen)
         if self._neural is None or self._tokens is None or not (self._lesson.waiting or self._lesson.kept):
             return
@@ -350,7 +373,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             return
         before = self._tokens.shape[1]
         n = input_ids.shape[1] - before
-        self._tokens = input_ids.to(self._tokens.device)
+        self._take(input_ids)
         self._rounds += 1
         if self.recorder is None or self._neural is None:
             return
@@ -371,22 +394,23 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if dropped or self._frozen:
             prefix = 0  # a sliding window has dropped the start, or the frozen draft read it: read everything anew
         recalled: list[float] | None = []
-        if self._recall is not None:
+        if self._recall is not None and self._sequence is not None:
             new = slice(self._lesson.end - len(teachers[0]) - self._prompt, self._lesson.end - self._prompt)
-            recalled = self._recall.read(self._tokens)[new] if self._asks_memory else None
+            recalled = self._recall.read(self._sequence)[new] if self._asks_memory else None
         self._choose(self._tokens[:, : self._prompt])
-        self._neural.learn_segment(
-            tokens,
-            teachers,
-            self._cache,
-            prefix,
-            self._mask,
-            self.counts,
-            temperature=self._temperature,
-            recalled=recalled,
-            preference=self._preference or 0.0,
-        )
-        self._neural.fold()
+        if any(teacher.teaches for teacher in teachers):
+            self._neural.learn_segment(
+                tokens,
+                teachers,
+                self._cache,
+                prefix,
+                self._mask,
+                self.counts,
+                temperature=self._temperature,
+                recalled=recalled,
+                preference=self._preference or 0.0,
+            )
+            self._neural.fold()
         self._lesson.keep(teachers)
         self._charge(started, before)
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraModel, PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ._compat import SAMPLING_MODES, LoraLayer, adds_virtual_tokens, is_stateful, is_static, rolls_back
 from .errors import DraftError, UnsupportedError
+from .vocabulary import check_vocabularies
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -26,23 +27,18 @@ def check_mode(generation_config: GenerationConfig, mode: Any) -> None:
         raise UnsupportedError(f"Generation mode {mode}: a learning draft serves greedy decoding and sampling only.")
 
 
-def check_vocabularies(target: PretrainedConfig, draft: PretrainedConfig) -> None:
-    """Refuses a draft with another tokenizer, as far as configurations can tell."""
-    sizes = [config.get_text_config().vocab_size for config in (target, draft)]
-    if sizes[0] != sizes[1]:
-        raise DraftError(
-            f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}. "
-            "Use a draft with the target's own tokenizer: other tokenizers are not supported yet."
-        )
-
-
 def check_call(
-    target: PreTrainedModel, draft: OnlineDraft | PreTrainedModel | None, generation_config: GenerationConfig
+    target: PreTrainedModel,
+    draft: OnlineDraft | PreTrainedModel | PeftModel | None,
+    generation_config: GenerationConfig,
+    tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
 ) -> None:
     """Refuses, before any work, what the loop does not take. Each error names the value and the way out.
 
     Args:
         draft: None: the suffix memory drafts alone.
+        tokenizer, assistant_tokenizer: of target and draft, where `generate` was given them.
     """
     check_mode(generation_config, generation_config.get_generation_mode(draft))
     name, config = type(target).__name__, generation_config
@@ -60,7 +56,8 @@ def check_call(
             "Call generate without onlinespec."
         )
     if draft is not None:
-        check_vocabularies(target.config, draft.config)
+        model = draft if isinstance(draft, PreTrainedModel | PeftModel) else draft.model
+        check_vocabularies(target, model, tokenizer, assistant_tokenizer)
     if config.num_return_sequences not in (None, 1):
         raise UnsupportedError(
             f"num_return_sequences={config.num_return_sequences}: not supported yet. Call generate once per sequence."

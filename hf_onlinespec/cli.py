@@ -31,7 +31,6 @@ from .bench import (
     own_arms,
     verdict,
 )
-from .checks import check_vocabularies
 from .cli_drafts import add_commands
 from .config import OnlineSpecConfig
 from .demo import Bench, Settings, choose_prompts, summarise
@@ -40,6 +39,7 @@ from .errors import ConfigError, MissingExtraError, OnlineSpecError
 from .machine import machine
 from .recording import Recording, record
 from .regret import evaluate
+from .vocabulary import check_vocabularies
 
 EVOLVED = "evolved"  # folder of the demo's evolved draft, beside its result
 FAILED, INTERRUPTED = 2, 130  # exit codes: a wrong argument or a missing package; Ctrl-C

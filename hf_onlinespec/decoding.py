@@ -29,6 +29,7 @@ from .candidates import OnlineCandidateGenerator, Proposal
 from .checks import check_call, check_inputs
 from .errors import UnsupportedError
 from .sampling import draw, speculative_sample
+from .vocabulary import Vocabulary, widened
 
 if TYPE_CHECKING:
     from .config import OnlineSpecConfig
@@ -46,6 +47,8 @@ def decode(
     draft: MemoryDraft,
     learn: bool = True,
     streamer: BaseStreamer | None = None,
+    tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generates with a learning draft; arguments and result are those of transformers' decoding methods.
@@ -55,7 +58,7 @@ def decode(
     Raises:
         UnsupportedError, DraftError: before any work is done; the draft's learned state is untouched.
     """
-    check_call(target, draft.neural, generation_config)
+    check_call(target, draft.neural, generation_config, tokenizer, assistant_tokenizer)
     check_inputs(input_ids, generation_config, model_kwargs)
     started = time.perf_counter()
     if draft.neural is not None:
@@ -66,8 +69,8 @@ def decode(
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-        vocab_size = target.config.get_text_config().vocab_size
-        candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn, vocab_size)
+        vocabulary = Vocabulary.of(target)
+        candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn, vocabulary)
         # In this loop the recorder hears a round at a time, instead of being called at every position.
         processors = LogitsProcessorList(p for p in processors if p is not candidates.recorder)
         try:
@@ -196,6 +199,8 @@ def accept(
         else:
             assert proposal.q is not None
             p, q = processed.softmax(-1), proposal.q[:, i]
+            # A law is 0 at ids that the other one has alone.
+            p, q = widened(p, q.shape[-1], 0.0), widened(q, p.shape[-1], 0.0)
             token, kept = speculative_sample(p, q, drafted)
             overlaps.append(torch.minimum(p, q).sum().item())
         tokens = torch.cat([tokens, token[:, None]], dim=-1)

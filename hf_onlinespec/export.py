@@ -19,6 +19,7 @@ from ._compat import LoraLayer, commit_hash
 from .artifact import read_json
 from .errors import ArtifactError, DraftError
 from .identity import TOKENIZER, tokenizer_file
+from .vocabulary import rows
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -105,9 +106,18 @@ def _plain(draft: OnlineDraft, dtype: torch.dtype | None) -> PreTrainedModel:
             weights[f"{layer}.{last}" if wrapped else key] = weight.to(own)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
+    said, read = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())
+    if said is not None and said == read:  # a head that was widened without the configuration
+        config.get_text_config().vocab_size = said
     with torch.device("meta"):
         model: PreTrainedModel = type(base)(config)
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise DraftError(
+            f"{type(base).__name__} has other weights than its configuration describes ({said} rows in its head, {read} in its "
+            f"embedding): {error}. Resize it with resize_token_embeddings, and learn anew."
+        ) from error
     if config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     model.generation_config = copy.deepcopy(base.generation_config)

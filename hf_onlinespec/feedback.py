@@ -8,7 +8,7 @@ logits after `tokens[: start + i]`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,11 +22,28 @@ class Teacher:
     log_probs: Tensor  # (n, V), or (n, k) most probable
     tokens: Tensor | None = None  # (n, k) their ids; None: the whole vocabulary in order
     log_tail: Tensor | None = None  # (n,) log of the mass outside the top k
+    # The law is over the token ids below this; None: over its own V, with a top k over all ids that the draft has.
+    vocabulary: int | None = None
+    # Whether some positions have no mass on these ids: -inf throughout. They are left out of every loss.
+    has_gaps: bool = False
 
     @classmethod
-    def from_logits(cls, logits: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Teacher:
-        """From raw target logits (n, V); the logits are copied, so the caller may overwrite them."""
-        whole = cls((logits.float() / temperature).log_softmax(-1))
+    def from_logits(
+        cls, logits: Tensor, temperature: float = 1.0, top_k: int | None = None, vocabulary: int | None = None
+    ) -> Teacher:
+        """From raw target logits (n, V); the logits are copied, so the caller may overwrite them.
+
+        Args:
+            vocabulary: only the ids below it count, and the law is normalised on them; None: all.
+        """
+        common = logits[..., :vocabulary]
+        log_probs, has_gaps = (common.float() / temperature).log_softmax(-1), False
+        if common.shape[-1] < logits.shape[-1]:
+            without_mass = common.amax(-1) == -torch.inf
+            has_gaps = bool(without_mass.any())
+            if has_gaps:  # the softmax made them NaN
+                log_probs = log_probs.masked_fill(without_mass[:, None], -torch.inf)
+        whole = cls(log_probs, vocabulary=common.shape[-1], has_gaps=has_gaps)
         return whole if top_k is None else whole.top(top_k)
 
     def top(self, k: int) -> Teacher:
@@ -37,16 +54,44 @@ class Teacher:
         log_tail = _outside(self.log_probs, index)
         if self.log_tail is not None:
             log_tail = torch.logaddexp(log_tail, self.log_tail)
-        return Teacher(values, index if self.tokens is None else self.tokens.gather(-1, index), log_tail)
+        tokens = index if self.tokens is None else self.tokens.gather(-1, index)
+        vocabulary = self.log_probs.shape[-1] if self.tokens is None else self.vocabulary
+        return replace(self, log_probs=values, tokens=tokens, log_tail=log_tail, vocabulary=vocabulary)
 
     def compare(self, logits: Tensor, temperature: float = 1.0, tail: bool = True) -> tuple[Tensor, Tensor]:
         """`(log_p, log_q)` over the same outcomes, from the draft's logits (n, V): what the losses take.
 
         `tail=False` leaves out the bucket of all other tokens: for a loss that asks for the most probable token.
+        Positions without mass on the teacher's ids are left out, so that there may be fewer than n.
         """
-        log_q = (logits.float() / temperature).log_softmax(-1)
+        log_p, log_q = self._compare(logits, temperature, tail)
+        if self.has_gaps:
+            mass = self.has_mass
+            return log_p[mass], log_q[mass]
+        return log_p, log_q
+
+    @property
+    def has_mass(self) -> Tensor:
+        """(n,) whether each position has mass on the teacher's ids."""
+        return self.log_probs.amax(-1) > -torch.inf
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any position has mass on the teacher's ids."""
+        return not self.has_gaps or bool(self.has_mass.any())
+
+    def common(self, logits: Tensor) -> Tensor:
+        """The draft's logits (..., V) at the teacher's ids."""
+        return logits[..., : self.log_probs.shape[-1] if self.tokens is None else self.vocabulary]
+
+    def _compare(self, logits: Tensor, temperature: float, tail: bool = True) -> tuple[Tensor, Tensor]:
+        """`compare` at all n positions."""
+        log_q = (self.common(logits).float() / temperature).log_softmax(-1)
         if self.tokens is None or self.log_tail is None:
-            return self.log_probs, log_q
+            log_p = self.log_probs
+            if log_q.shape[-1] < log_p.shape[-1]:  # a draft whose forward leaves out rows of its head
+                log_p = log_p[:, : log_q.shape[-1]].log_softmax(-1)
+            return log_p, log_q
         if not tail:
             return self.log_probs, log_q.gather(-1, self.tokens)
         log_p = torch.cat([self.log_probs, self.log_tail[:, None]], dim=-1)
@@ -60,7 +105,8 @@ class Teacher:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Teacher:
         tokens = None if self.tokens is None else change(self.tokens)
-        return Teacher(change(self.log_probs), tokens, None if self.log_tail is None else change(self.log_tail))
+        log_tail = None if self.log_tail is None else change(self.log_tail)
+        return replace(self, log_probs=change(self.log_probs), tokens=tokens, log_tail=log_tail)
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +127,8 @@ def concatenate(teachers: list[Teacher]) -> Teacher:
         torch.cat([t.log_probs for t in teachers]),
         None if first.tokens is None else torch.cat([t.tokens for t in teachers if t.tokens is not None]),
         None if first.log_tail is None else torch.cat([t.log_tail for t in teachers if t.log_tail is not None]),
+        first.vocabulary,
+        any(t.has_gaps for t in teachers),
     )
 
 
@@ -99,11 +147,12 @@ def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teac
             best = teacher.log_probs.argmax(-1)
             if teacher.tokens is not None:
                 best = teacher.tokens.gather(-1, best[:, None]).squeeze(-1)
-            parts.append((row.argmax(-1) == best).float())
+            found = (teacher.common(row).argmax(-1) == best).float()
         else:
-            log_p, log_q = teacher.compare(row, temperature)
+            log_p, log_q = teacher._compare(row, temperature)
             p = (log_p * (teacher_temperature / temperature)).softmax(-1)
-            parts.append(torch.minimum(p, log_q.exp()).sum(-1))
+            found = torch.minimum(p, log_q.exp()).sum(-1)
+        parts.append(torch.where(teacher.has_mass, found, 0.0) if teacher.has_gaps else found)
     return torch.cat(parts)
 
 

@@ -62,7 +62,11 @@ def enable() -> None:
                 raise DraftError(
                     f"assistant_model is a {type(assistant).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
                 )
-            check_call(self, assistant, config)
+            tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
+            check_call(self, assistant, config, *tokenizers)
+            # Vocabularies are compared here; transformers asks for two tokenizers wherever sizes differ, and refuses them otherwise.
+            ours = ("assistant_model", "assistant_tokenizer")
+            mode_kwargs = {name: value for name, value in mode_kwargs.items() if name not in ours}
         validate(self, mode, config, mode_kwargs)
 
     @functools.wraps(assisted)
@@ -100,7 +104,15 @@ def enable() -> None:
                 "memory_tokens=0 without assistant_model: nothing could draft. Pass a draft, or leave onlinespec out."
             )
         draft = online_memory(self, settings) if assistant_model is None else online_draft(assistant_model, settings)
-        return decode(*arguments, draft=draft, learn=wanted is not False, streamer=streamer, **model_kwargs)
+        return decode(
+            *arguments,
+            draft=draft,
+            learn=wanted is not False,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            assistant_tokenizer=assistant_tokenizer,
+            **model_kwargs,
+        )
 
     for (owner, name), wrapper in zip(
         WRAPPED, (get_generation_mode, _validate_generation_mode, _assisted_decoding), strict=True

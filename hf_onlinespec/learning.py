@@ -332,7 +332,7 @@ class Learning:
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request, unless its steps would be skipped."""
-        if not bool(feedback.teacher.log_probs.isnan().any()):
+        if feedback.teacher.teaches and not bool(feedback.teacher.log_probs.isnan().any()):
             self.replay.add(feedback, self.loss)
 
     def rehearse(self, counts: Counts) -> bool:

@@ -28,6 +28,7 @@ from .learning import Learning, Segment
 from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
+from .vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class LearningDraft(MemoryDraft):
         with torch.inference_mode(False):
             base = plain_draft(model)
             self.identity = Identity.of(base)
+            self.vocabulary = Vocabulary.of(base)
             self._lora = GatedLora(
                 base,
                 rank=self.settings.rank,

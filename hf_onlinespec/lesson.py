@@ -10,12 +10,16 @@ from .feedback import Feedback, Teacher, concatenate
 
 
 class Lesson:
-    """The feedback of one request, batch rows side by side."""
+    """The feedback of one request, batch rows side by side.
 
-    def __init__(self, settings: OnlineSpecConfig) -> None:
+    Args:
+        vocabulary: ids that target and draft have in common: the draft learns the target's law on these; None: all.
+    """
+
+    def __init__(self, settings: OnlineSpecConfig, vocabulary: int | None = None) -> None:
         self.waiting = 0  # tokens that are neither learned from nor put off
         self.end = 0  # how much of the request the draft can learn from
-        self._settings = settings
+        self._settings, self._vocabulary = settings, vocabulary
         self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits of the waiting tokens
         self._kept: list[list[Teacher]] = []  # per row: what the replay will be given
 
@@ -34,7 +38,8 @@ class Lesson:
         """The target's laws at the waiting tokens, one teacher per row; they are handed out once."""
         logits = torch.cat(self._segment, dim=1)
         self._segment, self.waiting = [], 0
-        return [Teacher.from_logits(row, self._settings.temperature, self._settings.top_k) for row in logits]
+        settings, ids = self._settings, self._vocabulary
+        return [Teacher.from_logits(row, settings.temperature, settings.top_k, ids) for row in logits]
 
     def put_off(self) -> None:
         """Leaves the waiting tokens to the replay."""

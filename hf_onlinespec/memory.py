@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import ConfigError
 
@@ -29,6 +29,17 @@ class Continuation:
     probs: tuple[float, ...]  # their shares; sum to 1
     length: int  # how many tokens of context matched
     support: int  # how many occurrences voted
+
+    def below(self, vocabulary: int) -> Continuation | None:
+        """The law on the token ids below `vocabulary`; None: it has none of them."""
+        if max(self.tokens) < vocabulary:
+            return self
+        kept = [(token, share) for token, share in zip(self.tokens, self.probs, strict=True) if token < vocabulary]
+        if not kept:
+            return None
+        tokens, shares = zip(*kept, strict=True)
+        total = sum(shares)
+        return replace(self, tokens=tokens, probs=tuple(share / total for share in shares))
 
 
 class SuffixMemory:

@@ -16,7 +16,7 @@ class Proposal:
     """What is committed to in one round; k may be 0."""
 
     tokens: Tensor  # (batch, k) drafted tokens
-    q: Tensor | None  # (batch, k, vocab) the law each was drawn from; None: greedy, no law needed
+    q: Tensor | None  # (batch, k, target's vocab) the law each was drawn from; None: greedy, no law needed
     drafted: tuple[Drafted, ...] = ()  # k times: where each came from
     neural_s: float = 0.0  # time that the neural draft took
 
@@ -45,7 +45,7 @@ class Round:
         return self._prefix
 
     def think(self, token: Tensor, known: int | None, law: Tensor | None, drafted: Drafted, chance: float) -> None:
-        """A token (batch, 1) of the neural draft's, and its law (batch, vocab); `known` where the host has it."""
+        """A token (batch, 1) of the neural draft's, and its law (batch, V), 0 at further ids; `known` where the host has it."""
         self._prefix = torch.cat([self.prefix, token], dim=-1)
         self.neural = True
         self._add(known, law, drafted, chance)
@@ -77,5 +77,5 @@ class Round:
                         law.probs, dtype=torch.float32, device=q.device
                     )
                 else:
-                    q[:, i] = law
+                    q[:, i, : law.shape[-1]] = law
         return Proposal(tokens, q, tuple(self.drafted), self.neural_s)

@@ -57,6 +57,7 @@ class Recording:
             "format": FORMAT,
             "temperature": json.dumps(self.temperature),
             "draft": self.draft,
+            "vocabulary": json.dumps(laws[0].vocabulary if laws else None),
             "domains": json.dumps([r.domain for r in self.requests]),
         }
         aside = path.with_name(path.name + ".part")
@@ -77,6 +78,10 @@ class Recording:
                     raise ConfigError(f"{path}: format {about.get('format')!r} is no recording of format {FORMAT}.")
                 t = {name: file.get_tensor(name) for name in TENSORS}
             domains, temperature = json.loads(about["domains"]), float(json.loads(about["temperature"]))
+            vocabulary = json.loads(
+                about.get("vocabulary", "null")
+            )  # older ones do not say how many ids the target had
+            vocabulary = None if vocabulary is None else int(vocabulary)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -91,7 +96,7 @@ class Recording:
         tokens = t["tokens"].split(t["lengths"].tolist())
         parts = [t[name].split(t["new"].tolist()) for name in TENSORS[3:]]
         requests = [
-            Recorded(domain, Feedback(text, Teacher(law, ids, tail)), log_p)
+            Recorded(domain, Feedback(text, Teacher(law, ids, tail, vocabulary)), log_p)
             for domain, text, law, ids, tail, log_p in zip(domains, tokens, *parts, strict=True)
         ]
         return cls(requests, temperature, about.get("draft", ""))

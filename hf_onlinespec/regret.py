@@ -235,7 +235,7 @@ def evaluate(
 
 def _fitting(requests: Sequence[Recorded], draft: OnlineDraft) -> list[Recorded]:
     """The requests on the draft's device. Raises ConfigError where the draft cannot read them."""
-    vocab = draft.config.get_text_config().vocab_size
+    vocab = draft.vocabulary.size
     for number, r in enumerate(requests, 1):
         most = int(r.feedback.tokens.max())
         if r.feedback.teacher.tokens is not None:

@@ -21,15 +21,16 @@ def draw(law: Tensor) -> Tensor:
 
 
 def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, bool]:
-    """A draw from p (batch, vocab) that reuses a draw from q where it can: `(token, whether it is the drafted one)`.
+    """Draws from p (batch, vocab) that reuse draws from q where they can: `(tokens, whether all are the drafted ones)`.
 
-    Keeps x ~ q with probability min(1, p(x)/q(x)), else draws from the residual (p − q)₊ (arXiv:2211.17192).
+    Keeps x ~ q with probability min(1, p(x)/q(x)), else draws from the residual (p − q)₊ (arXiv:2211.17192); row by row.
     """
     chosen = drafted[:, None]
     u = torch.rand(chosen.shape, device=p.device)
-    if bool((u * q.gather(-1, chosen) < p.gather(-1, chosen)).all()):
+    kept = (u * q.gather(-1, chosen) < p.gather(-1, chosen)).squeeze(-1)
+    if bool(kept.all()):
         return drafted, True
     residual = (p - q).clamp_min(0)
     # p = q up to rounding leaves nothing: then p itself is the law.
     empty = residual.sum(-1, keepdim=True) <= torch.finfo(p.dtype).tiny
-    return draw(torch.where(empty, p, residual)).squeeze(1), False
+    return torch.where(kept, drafted, draw(torch.where(empty, p, residual)).squeeze(1)), False

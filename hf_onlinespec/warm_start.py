@@ -19,13 +19,13 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from ._compat import max_positions
-from .checks import check_vocabularies
 from .config import ENSEMBLE
 from .draft import OnlineDraft
 from .errors import ConfigError
 from .feedback import Teacher
 from .identity import public_name
 from .losses import LOSSES
+from .vocabulary import check_vocabularies
 
 # Of the default arguments: the best of six settings on 60 prompts of the embedded pair.
 EPOCHS, BATCH, LEARNING_RATE = 8, 4, 2e-3
@@ -66,13 +66,13 @@ def warm_start(
 
     Raises:
         ConfigError: there is no text, a prompt is too long, the draft is an ensemble, or training came to no finite adapter.
-        DraftError: target and draft have different vocabularies.
+        DraftError: target and draft have different tokenizers, see `vocabulary.py`.
 
     Example:
         >>> draft = warm_start(OnlineDraft(model), target, tokenizer, prompts=prompts)     # doctest: +SKIP
         >>> draft.save_pretrained("warm-draft")                                            # doctest: +SKIP
     """
-    _check(draft, target, texts, prompts)
+    _check(draft, target, tokenizer, texts, prompts)
     max_length = min(max_length, draft.positions, max_positions(target.config))
     asked = [_tokens(tokenizer, prompt) for prompt in prompts]
     _check_prompts(asked, max_length - new_tokens, new_tokens)
@@ -220,13 +220,14 @@ class Student(nn.Module):
         with torch.no_grad():
             logits = target(**_on(inputs, target.device), use_cache=False).logits
             law = logits[learned.to(logits.device)].to(draft.device)  # (tokens, vocab)
+        inputs = inputs | {"input_ids": draft.vocabulary.readable(inputs["input_ids"])}
         own = {name: part.to(draft.device) for name, part in zip(self._names, self.parts, strict=True)}
         with draft._learns, draft._lora.speaking() as model:
             logits = functional_call(model, own, kwargs=_on(inputs, draft.device) | {"use_cache": False}).logits
-        teacher = Teacher.from_logits(law, settings.temperature, settings.top_k)
+        teacher = Teacher.from_logits(law, settings.temperature, settings.top_k, draft.vocabulary.size)
         said = logits[learned.to(logits.device)]
         losses = self._loss(*teacher.compare(said, settings.temperature, settings.loss != "cross_entropy"))
-        return {"loss": losses.mean()}
+        return {"loss": losses.sum() / max(1, len(losses))}
 
     def adapter(self) -> dict[str, Tensor]:
         """What was learned, by the names of PEFT's files."""
@@ -292,7 +293,13 @@ def _written(
                 yield Passage(prompt + row[:n], len(prompt))
 
 
-def _check(draft: OnlineDraft, target: PreTrainedModel, texts: Sequence[str], prompts: Sequence[str]) -> None:
+def _check(
+    draft: OnlineDraft,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    prompts: Sequence[str],
+) -> None:
     for name, given in (("texts", texts), ("prompts", prompts)):
         if isinstance(given, str):
             raise ConfigError(f"{name} is one text: expected a list of them, {name}=[...].")
@@ -302,7 +309,7 @@ def _check(draft: OnlineDraft, target: PreTrainedModel, texts: Sequence[str], pr
         raise ConfigError(
             "learner='ensemble': a warm start trains one adapter. Warm-start a draft with another learner."
         )
-    check_vocabularies(target.config, draft.config)
+    check_vocabularies(target, draft.model, tokenizer)
 
 
 def _check_prompts(prompts: list[list[int]], most: int, new_tokens: int) -> None:

@@ -137,8 +137,9 @@ def test_what_cannot_be_learned_from_is_refused(target, tmp_path) -> None:
     for name in ("every", "max_tokens"):
         with pytest.raises(ConfigError, match=f"{name}=0: expected a whole number"):
             DraftAlignment(make(), **{name: 0})
-    with pytest.raises(DraftError, match="64 tokens in its vocabulary and the draft 32"):
-        fine_tune(tiny_llama(1, vocab=64), tmp_path, [DraftAlignment(make())])
+    message = r"2048 tokens in its vocabulary \(config.vocab_size\) and the draft 32"
+    with pytest.raises(DraftError, match=message):
+        fine_tune(tiny_llama(1, vocab=2048), tmp_path, [DraftAlignment(make())])
     tokens = torch.stack([row["input_ids"] for row in data(4)])
     with pytest.raises(DraftError, match=r"logits \(4, 2, 32\) in training: expected \(batch, length, 32\)"):
         hear(DraftAlignment(make()), target.train(), input_ids=tokens, logits_to_keep=2)

@@ -303,21 +303,6 @@ def test_embeddings_instead_of_tokens(target, draft_model) -> None:
         )
 
 
-def test_vocabularies_of_different_size(target, prompt, letters) -> None:  # noqa: F811
-    other = tiny_llama(2, vocab=48)
-    with pytest.raises(DraftError, match=r"32 .* 48"):
-        target.generate(prompt, assistant_model=other, onlinespec=True, max_new_tokens=5)
-    with pytest.raises(DraftError, match=r"32 .* 48"):
-        target.generate(
-            prompt,
-            assistant_model=other,
-            onlinespec=True,
-            tokenizer=letters,
-            assistant_tokenizer=letters,
-            max_new_tokens=5,
-        )
-
-
 def tiny_bart() -> PreTrainedModel:
     size = {
         "d_model": 16,

@@ -233,8 +233,8 @@ def test_input_that_teaches_nothing_is_refused(target, tmp_path, given, says) ->
 def test_ensembles_and_other_vocabularies_are_refused(target) -> None:
     with pytest.raises(ConfigError, match="learner='ensemble'"):
         warm_start(make(learner="ensemble"), target, tokenizer, TEXTS)
-    with pytest.raises(DraftError, match="64 tokens in its vocabulary and the draft 32"):
-        warm_start(make(), tiny_llama(1, vocab=64), tokenizer, TEXTS)
+    with pytest.raises(DraftError, match=r"2048 tokens in its vocabulary \(config.vocab_size\) and the draft 32"):
+        warm_start(make(), tiny_llama(1, vocab=2048), tokenizer, TEXTS)
 
 
 def test_several_accelerators_are_refused(target, tmp_path, monkeypatch) -> None:
