@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +23,24 @@ def _moved(error: Exception) -> VersionError:
 
 try:
     # The client of the Hub lets errors of its HTTP library through, whose name has changed before.
+    from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook  # type: ignore[import-untyped]
     from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from peft.tuners.lora import Embedding as LoraEmbedding
     from peft.tuners.lora import LoraLayer
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_config_for_transformers,
+        get_model_conversion_mapping,
+    )
     from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+    from transformers.cache_utils import (
+        Cache,
+        DummyLayer,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        StaticCache,
+    )
     from transformers.generation import (
         CandidateGenerator,
         EpsilonLogitsWarper,
@@ -104,8 +117,27 @@ def adds_virtual_tokens(model: PreTrainedModel) -> bool:
 
 
 def rolls_back(config: PretrainedConfig) -> bool:
-    """Whether a model's cache is made of keys and values alone, which a rejected token leaves without a trace."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+    """Whether a model's cache is made of keys and values alone, which a rejected token leaves without a trace.
+
+    Last layers that share the keys of earlier ones (Gemma 3n) have none of their own.
+    """
+    layers = [type(layer) for layer in DynamicCache(config=config).layers]
+    while layers and layers[-1] is DummyLayer:
+        layers.pop()
+    return all(layer in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether `forward` names an argument for the KV cache; one that names no tokens either tells nothing."""
+    names = inspect.signature(model.forward).parameters
+    return "past_key_values" in names or "input_ids" not in names
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights elsewhere between two forwards."""
+    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    hooks += [part for hook in hooks if isinstance(hook, SequentialHook) for part in hook.hooks]
+    return any(isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks)
 
 
 def is_stateful(model: PreTrainedModel) -> bool:
@@ -134,7 +166,8 @@ def crop(cache: Cache, n: int) -> None:
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every filled layer, each (batch, heads, length, head_dim)."""
-    return [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
+    own = [layer for layer in cache.layers if type(layer) is not DummyLayer]
+    return [(layer.keys, layer.values) for layer in own if layer.is_initialized]
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -153,6 +186,21 @@ def keeps_logits(model: nn.Module) -> bool:
 def disable_lora(layer: LoraLayer, disabled: bool) -> None:
     """Switches one LoRA layer off or on, without PEFT's walk over all modules."""
     layer._disable_adapters = disabled
+
+
+def expert_names(model: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """The module names that PEFT would turn into the fused expert weights of this class, which were modules in transformers 4."""
+    found = set()
+    for name in names:
+        settings = LoraConfig(target_modules=[name], task_type="CAUSAL_LM")
+        try:
+            convert_peft_config_for_transformers(settings, model, get_model_conversion_mapping(model))
+        except ValueError:  # it wants all the names of one fused weight
+            found.add(name)
+        else:
+            if name not in settings.target_modules:
+                found.add(name)
+    return found
 
 
 def embedding_scale(layer: LoraEmbedding) -> Any:

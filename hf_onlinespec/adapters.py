@@ -9,7 +9,6 @@ holds is not touched at all.
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,56 +19,16 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from .errors import DraftError
+from .layers import ROWS, choose_layers, describe, follows_batch
+from .layers import adaptable_layers as adaptable_layers
+from .tree import borrow, is_plain
 
 ADAPTER = "default"
 # Adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small.
 FOLD_MOST = 64_000_000
-
-
-def borrow(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weights: same numbers in the same memory, own modules, hooks and flags.
-
-    A head that is tied to the embedding becomes a parameter of its own (over the same memory), so that both can carry
-    an adapter.
-    """
-    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        # Quantised weights are Parameter subclasses with state of their own: shared as they are.
-        shared[id(parameter)] = _frozen(parameter) if _is_plain(parameter) else parameter
-    tree = copy.deepcopy(model, shared)
-    head, embedding = tree.get_output_embeddings(), tree.get_input_embeddings()
-    if head is not None and embedding is not None and head.weight is embedding.weight:
-        head.weight = _frozen(head.weight)
-        tree.config.tie_word_embeddings = False
-    for module in tree.modules():
-        # A function put in place of `forward` (torch.compile) still runs the user's own module: ours go without it.
-        if inspect.isfunction(vars(module).get("forward")):
-            del module.forward
-    return tree.eval()
-
-
-def _frozen(parameter: Tensor) -> nn.Parameter:
-    data = parameter.detach()
-    # Weights that were made under inference_mode can take no part in autograd: these alone are copied.
-    return nn.Parameter(data.clone() if data.is_inference() else data, requires_grad=False)
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) is nn.Parameter and weight.is_floating_point()
-
-
-def adaptable_layers(model: PreTrainedModel) -> list[str]:
-    """Names of all layers that get an adapter by default: linear layers, the token embedding and the head."""
-    embedding = model.get_input_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) or (module is embedding and isinstance(module, nn.Embedding))
-    ]
 
 
 @dataclass(frozen=True)
@@ -92,6 +51,9 @@ class GatedLora:
         blocks: how many adapters of this rank stand side by side.
         seed: of the first values of A (B starts at zero, so a new adapter changes nothing).
 
+    Attributes:
+        left_out: layers that carry no adapter although they were asked for, or look as if they could, and why.
+
     Raises:
         DraftError: no layer can carry an adapter.
     """
@@ -107,12 +69,19 @@ class GatedLora:
         seed: int = 0,
     ) -> None:
         base = borrow(model)
-        names = list(target_modules) if target_modules is not None else adaptable_layers(base)
-        if not names:
+        names, self.left_out = choose_layers(base, target_modules)
+        if blocks > 1:
+            follow = follows_batch(base, names)
+            self.left_out |= {name: ROWS for name in names if name not in follow}
+            names = [name for name in names if name in follow]
+        if not names and (self.left_out or target_modules is None):
             raise DraftError(
-                f"{type(model).__name__} has no linear or embedding layer that LoRA can adapt. "
-                "Use a draft with torch.nn.Linear layers, or name its layers with target_modules=."
+                f"{type(model).__name__} has no linear or embedding layer that LoRA can adapt"
+                + (f": {describe(self.left_out)}. " if self.left_out else ". ")
+                + "Use a draft with torch.nn.Linear layers, or name its layers with target_modules=."
             )
+        if target_modules is not None and not self.left_out:
+            names = list(target_modules)  # as they were given; those that are not there are PEFT's to name
         settings = LoraConfig(
             r=blocks * rank, lora_alpha=alpha * blocks, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
         )
@@ -164,7 +133,7 @@ class GatedLora:
     def _foldable(self, model: PreTrainedModel) -> list[tuple[LoraLayer, nn.Parameter]] | None:
         """A third module tree, `self.served`, whose adapted layers get weights of their own; None: too large, or not float32."""
         weights = [layer.get_base_layer().weight for layer in self.layers]
-        if not all(_is_plain(weight) and weight.dtype == torch.float32 for weight in weights):
+        if not all(is_plain(weight) and weight.dtype == torch.float32 for weight in weights):
             return None
         if sum(weight.numel() for weight in weights) > FOLD_MOST:
             return None
@@ -313,16 +282,22 @@ class GatedLora:
             disable_lora(layer, not on or isinstance(layer, LoraEmbedding))
 
     def _linear_hook(self, module: nn.Module, args: tuple[Tensor], after_a: Tensor) -> Tensor:
-        if self._gate is None:
-            return after_a  # (batch, length, blocks · rank)
-        return after_a * self._gate[:, None].to(after_a.dtype)
+        return after_a if self._gate is None else after_a * self._gate_of(after_a)
+
+    def _gate_of(self, after_a: Tensor) -> Tensor:
+        """The gate for (batch, …, blocks · rank), or for (batch · length, …, blocks · rank): each sequence's own."""
+        assert self._gate is not None
+        gate = self._gate.to(after_a.dtype)
+        if len(gate) > 1 and len(after_a) > 1:  # else one side is the same for all
+            gate = gate.repeat_interleave(len(after_a) // len(gate), dim=0)
+        return gate.view(len(gate), *[1] * (after_a.dim() - 2), -1)
 
     def _embedding_hook(self, layer: LoraEmbedding, args: tuple[Tensor], output: Tensor) -> Tensor:
         if not self._open:
             return output
         after_a = F.embedding(args[0], layer.lora_embedding_A[ADAPTER].T)  # (batch, length, blocks · rank)
         if self._gate is not None:
-            after_a = after_a * self._gate[:, None]
+            after_a = after_a * self._gate_of(after_a)
         change = after_a @ layer.lora_embedding_B[ADAPTER].T * layer.scaling[ADAPTER]
         scale = embedding_scale(layer)
         return output + (change if scale is None else change * scale.to(change.dtype)).to(output.dtype)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import max_positions
-from .adapters import borrow
 from .draft import OnlineDraft
 from .embedded import load_draft
 from .errors import ConfigError
 from .metrics import Counts
+from .tree import borrow
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
 WARM_UPS = 2  # unmeasured prompts through every arm

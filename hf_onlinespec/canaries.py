@@ -10,7 +10,6 @@ random, the largest exposure that can be seen is log2(m + 1): it then means "at 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,11 +17,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
 from .metrics import Counts
+from .tree import copy_modules
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft  # which is audited before a public push
@@ -156,9 +156,9 @@ def twin(draft: OnlineDraft) -> OnlineDraft:
     with draft._learns, torch.inference_mode(False):
         base, artifact = draft._lora.base, draft.artifact()
         # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
-        shared: dict[int, object] = {id(t): t for t in (*base.parameters(), *base.buffers())}
-        shared |= {id(layer): layer.get_base_layer() for layer in draft._lora.layers}
-        plain = copy.deepcopy(base, shared)
+        instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in base.parameters()}
+        instead |= {id(layer): layer.get_base_layer() for layer in draft._lora.layers}
+        plain = copy_modules(base, instead)
         vars(plain).pop("peft_config", None)
         settings = replace(draft.settings, update_when="request", update_every=1, memory_tokens=0)
         copied = type(draft)(plain, settings)

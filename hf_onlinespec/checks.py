@@ -5,12 +5,23 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraModel, PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from ._compat import SAMPLING_MODES, LoraLayer, adds_virtual_tokens, is_stateful, is_static, rolls_back
+from ._compat import (
+    SAMPLING_MODES,
+    LoraLayer,
+    adds_virtual_tokens,
+    is_offloaded,
+    is_stateful,
+    is_static,
+    rolls_back,
+    takes_cache,
+)
 from .errors import DraftError, UnsupportedError
+from .tree import copy_modules
 from .vocabulary import check_vocabularies
 
 if TYPE_CHECKING:
@@ -125,6 +136,11 @@ def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         )
     if not rolls_back(model.config):
         raise DraftError(f"The draft {name} keeps more than keys and values in its cache. Use an attention-only draft.")
+    if not takes_cache(model):
+        raise DraftError(
+            f"The draft {name} takes no past_key_values: without a KV cache it cannot draft. Use another one."
+        )
+    _check_place(model)
     if model.get_output_embeddings() is None:
         raise DraftError(f"The draft {name} has no language-modelling head. Load it with AutoModelForCausalLM.")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
@@ -134,13 +150,54 @@ def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model
 
 
+def _check_place(model: PreTrainedModel) -> None:
+    """Refuses a draft whose weights are not all on one device."""
+    name = type(model).__name__
+    if is_offloaded(model):
+        raise DraftError(
+            f"The draft {name} is offloaded by accelerate, and learning has to hold its weights. "
+            "Load it onto one device, with device_map={'': 0} or without device_map."
+        )
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if "meta" in devices:
+        raise DraftError(
+            f"The draft {name} has weights on the device 'meta', which holds no numbers. Load its weights."
+        )
+    if len(devices) > 1:
+        raise DraftError(
+            f"The draft {name} is spread over {', '.join(devices)}: a draft has to fit on one device. "
+            "Load it with device_map={'': 0}, or use a smaller one."
+        )
+
+
+@torch.no_grad()
+def check_cache(model: PreTrainedModel) -> None:
+    """Refuses a draft that does not draft from a KV cache, tried on three tokens."""
+    name, cache = type(model).__name__, DynamicCache(config=model.config)
+    tokens = torch.ones(1, 3, dtype=torch.long, device=model.device)
+    try:
+        for part in (tokens[:, :1], tokens[:, 1:]):
+            model(input_ids=part, past_key_values=cache, use_cache=True)
+    except Exception as error:  # whatever a forward may raise here, it would raise at every request
+        raise DraftError(
+            f"The draft {name} cannot read two tokens behind its KV cache: {type(error).__name__}: {error}. "
+            "Use another draft."
+        ) from error
+    if cache.get_seq_length() != 3:
+        raise DraftError(
+            f"The draft {name} has {cache.get_seq_length()} entries in its KV cache after 3 tokens. "
+            "Use a draft that keeps one for every token."
+        )
+
+
 def _merged(model: PeftModel) -> PreTrainedModel:
     """A copy of the model with its adapter merged into the weights."""
     if not isinstance(model.base_model, LoraModel):
         raise DraftError(
             f"The draft's {model.peft_type} adapter cannot be merged. Use a LoRA adapter, or merge it yourself."
         )
-    model = copy.deepcopy(model)
+    # Weights of its own, because merging writes into them.
+    model = copy_modules(model, {id(parameter): copy.deepcopy(parameter) for parameter in model.parameters()})
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if head is not None and head.weight is embedding.weight:

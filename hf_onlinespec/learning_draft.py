@@ -19,11 +19,12 @@ from transformers.cache_utils import Cache
 
 from ._compat import max_positions, record_past
 from .adapters import GatedLora
-from .checks import plain_draft
+from .checks import check_cache, plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .feedback import Feedback, Teacher, acceptance
 from .identity import Identity
 from .idle import IdleWorker
+from .layers import describe
 from .learning import Learning, Segment
 from .memory_draft import MemoryDraft
 from .metrics import Counts
@@ -54,6 +55,7 @@ class LearningDraft(MemoryDraft):
                 blocks=self.settings.experts if self.settings.learner == ENSEMBLE else 1,
                 seed=self.settings.seed,
             )
+            check_cache(self._lora.base)
             self._learning = Learning(self._lora, self.settings)
         self._adaptation, self._replay = self._learning.adaptation, self._learning.replay
         self._positions = max_positions(self._lora.base.config)
@@ -62,6 +64,13 @@ class LearningDraft(MemoryDraft):
         if self.settings.update_when == "idle":
             self._idle = IdleWorker(self._learn_when_idle)
             weakref.finalize(self, self._idle.close)  # at the end of the process too
+
+    def __repr__(self) -> str:
+        left_out = self._lora.left_out
+        without = f", left out: {describe(left_out)}" if left_out else ""
+        return (
+            f"{type(self).__name__}({type(self._lora.base).__name__}, {len(self._lora.layers)} adapted layers{without})"
+        )
 
     @property
     def model(self) -> PeftModel:
