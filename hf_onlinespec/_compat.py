@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import VersionError
@@ -39,7 +40,10 @@ try:
         DynamicCache,
         DynamicLayer,
         DynamicSlidingWindowLayer,
-        StaticCache,
+        EncoderDecoderCache,
+        LinearAttentionCacheLayerMixin,
+        QuantizedLayer,
+        StaticLayer,
     )
     from transformers.generation import (
         CandidateGenerator,
@@ -58,7 +62,8 @@ try:
         TopPLogitsWarper,
         TypicalLogitsWarper,
     )
-    from transformers.generation.utils import GenerationMode
+    from transformers.generation.utils import GenerationMode, is_deepspeed_zero3_enabled, is_fsdp_managed_module
+    from transformers.utils import ModelOutput
 except ImportError as error:
     raise _moved(error) from error
 
@@ -150,8 +155,93 @@ def mask_length(generation_config: GenerationConfig) -> int | None:
     return generation_config.__dict__.get("_mask_length")
 
 
-def is_static(cache: Cache | None, generation_config: GenerationConfig) -> bool:
-    return isinstance(cache, StaticCache) or generation_config.cache_implementation is not None
+def rollback_obstacle(cache: Any) -> str:
+    """What keeps a cache from being rolled back, said of the model that it belongs to; "": nothing.
+
+    Judged by its layers. A layer of linear attention shows after the first forward only whether it keeps a recurrent state.
+    """
+    if not isinstance(cache, Cache):
+        return f"keeps a {type(cache).__name__} instead of a transformers Cache, which cannot be rolled back"
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    for part in (cache, *cache.layers):
+        name = type(part).__name__
+        if isinstance(part, StaticLayer):
+            return f"has a preallocated cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
+        if isinstance(part, QuantizedLayer) or "_quantized_keys" in vars(part):
+            return f"has a quantized cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
+        if isinstance(part, LinearAttentionCacheLayerMixin) and any(part.is_recurrent_states_initialized.values()):
+            return f"keeps a recurrent state ({name}), which cannot be rolled back"
+        stated = next((vars(c)["is_croppable"] for c in type(part).__mro__ if "is_croppable" in vars(c)), None)
+        if stated is False or not any("crop" in vars(c) for c in type(part).__mro__):
+            return f"has a cache ({name}) that cannot be rolled back"
+    return ""
+
+
+def forgets(cache: Cache, n: int) -> bool:
+    """Whether the last n tokens cannot be taken back, because a window has dropped what was before them."""
+    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    windows = (layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized)
+    return any(
+        layer.cumulative_length >= layer.sliding_window and layer.keys.shape[-2] < layer.sliding_window - 1 + n
+        for layer in windows
+    )
+
+
+def held_tokens(cache: Cache) -> int:
+    """Tokens that were read into a cache, those included that its windows have dropped."""
+    return int(cache.get_seq_length())
+
+
+def fresh_cache(config: PretrainedConfig) -> Cache:
+    """An empty cache, as `generate` makes it."""
+    return DynamicCache(config=config.get_text_config(decoder=True))
+
+
+def returned_cache(outputs: ModelOutput) -> Cache | None:
+    """The cache that a forward returned."""
+    cache = outputs.get("past_key_values")
+    return cache if isinstance(cache, Cache) else None
+
+
+# Families of transformers whose own `_update_model_kwargs_for_generation` is compared with plain decoding in the tests. The
+# others (talkers, streamed audio) take states out of their outputs that belong to the last token of a forward alone.
+CONTINUES = ("transformers.models.idefics.", "transformers.models.mllama.", "transformers.models.paligemma.")
+
+
+def continues_inputs(model: PreTrainedModel) -> bool:
+    """Whether a model has its own way to carry inputs from one forward to the next one."""
+    return _continuation(model) is not GenerationMixin._update_model_kwargs_for_generation
+
+
+def known_continuation(model: PreTrainedModel) -> bool:
+    """Whether that way, if it is one of transformers' classes, is known to allow for several tokens in a forward."""
+    module = f"{_continuation(model).__module__}."
+    ours = not continues_inputs(model) or not module.startswith("transformers.")
+    return ours or module.startswith(CONTINUES)
+
+
+def _continuation(model: PreTrainedModel) -> Any:
+    method = model._update_model_kwargs_for_generation
+    return method.__func__ if inspect.ismethod(method) else method
+
+
+def continue_inputs(model: PreTrainedModel, outputs: ModelOutput | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs for the forward after the next token, without the cache."""
+    inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
+    return {name: value for name, value in inputs.items() if name != "past_key_values"}
+
+
+def drops_cache(model: PreTrainedModel) -> bool:
+    """Whether the model is in training with gradient checkpointing, under which transformers reads without the cache."""
+    return any(module.training and vars(module).get("gradient_checkpointing") for module in model.modules())
+
+
+def needs_synced_gpus(model: PreTrainedModel) -> bool:
+    """Whether several processes hold one model, so that each has to run as many forwards as the longest of them."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return bool(sharded) and several and torch.distributed.get_world_size() > 1
 
 
 def record_past(cache: Cache) -> None:
@@ -170,12 +260,20 @@ def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in own if layer.is_initialized]
 
 
+NO_LIMIT = 2**31
+# Under which names configurations state the longest sequence; the first one found counts.
+_LONGEST = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+_GROWING = ("xglm",)  # their table of positions grows with the sequence
+
+
 def max_positions(config: PretrainedConfig) -> int:
-    """The longest sequence a model takes; models without a stated bound (ALiBi) take any."""
-    try:
-        return int(config.get_text_config().max_position_embeddings)
-    except AttributeError:
-        return 2**31
+    """The longest sequence a model is made for; models without a stated bound (ALiBi) take any."""
+    text = config.get_text_config(decoder=True)
+    if text.model_type in _GROWING:
+        return NO_LIMIT
+    stated = (vars(text).get(text.attribute_map.get(name, name)) for name in _LONGEST)
+    longest = next((int(n) for n in stated if n), NO_LIMIT)
+    return longest if longest > 0 else NO_LIMIT
 
 
 def keeps_logits(model: nn.Module) -> bool:

@@ -14,9 +14,14 @@ from ._compat import (
     SAMPLING_MODES,
     LoraLayer,
     adds_virtual_tokens,
+    drops_cache,
+    forgets,
+    held_tokens,
     is_offloaded,
     is_stateful,
-    is_static,
+    known_continuation,
+    mask_length,
+    rollback_obstacle,
     rolls_back,
     takes_cache,
 )
@@ -61,6 +66,16 @@ def check_call(
         raise UnsupportedError(
             f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."
         )
+    if not known_continuation(target):
+        raise UnsupportedError(
+            f"The target {name} carries a state of its own from token to token (_update_model_kwargs_for_generation), which a "
+            "forward over several tokens does not give. Call generate without onlinespec."
+        )
+    if drops_cache(target):
+        raise UnsupportedError(
+            f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "
+            "Call model.eval() or model.gradient_checkpointing_disable() first."
+        )
     if adds_virtual_tokens(target):
         raise UnsupportedError(
             f"The target {name} runs with prompt learning, whose virtual tokens are not supported yet. "
@@ -81,7 +96,7 @@ def check_call(
         raise UnsupportedError(
             f"assistant_ensemble_weight={config.assistant_ensemble_weight}: it would let the draft change what the model says. Leave it out."
         )
-    for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+    for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"):
         value = vars(config).get(other)
         if value:
             raise UnsupportedError(
@@ -94,7 +109,18 @@ def check_call(
             )
 
 
-def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def check_synced_gpus(synced_gpus: bool) -> None:
+    """Refuses one model in several processes: each would have to run as many forwards as the longest of them."""
+    if synced_gpus:
+        raise UnsupportedError(
+            "synced_gpus=True: under DeepSpeed ZeRO-3 or FSDP all processes have to run equally many forwards, and how many a "
+            "learning draft needs depends on its text. Call generate without onlinespec."
+        )
+
+
+def check_inputs(
+    target: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
     """Refuses inputs that the loop does not take."""
     if input_ids.shape[0] != 1:
         raise UnsupportedError(
@@ -102,19 +128,44 @@ def check_inputs(input_ids: Tensor, generation_config: GenerationConfig, model_k
         )
     if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedError("inputs_embeds are not supported: the draft needs tokens. Pass input_ids alone.")
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if model_kwargs.get(name) is not None:
-            raise UnsupportedError(
-                f"{name} are not supported yet. Leave them out, or call generate without onlinespec."
-            )
     cache = model_kwargs.get("past_key_values")
-    if not model_kwargs.get("use_cache", True) or cache is None:
-        raise UnsupportedError("use_cache=False: a round is rolled back in the KV cache. Use use_cache=True.")
-    if is_static(cache, generation_config):
+    name = type(target).__name__
+    if not model_kwargs.get("use_cache", True):
         raise UnsupportedError(
-            f"cache_implementation={generation_config.cache_implementation!r}, {type(cache).__name__}: "
-            "only the default dynamic cache can be rolled back. Leave it out."
+            f"use_cache=False ({_source_of_use_cache(target)}): a round is rolled back in the KV cache."
         )
+    if cache is None:
+        raise UnsupportedError(
+            f"The target {name} keeps a state of its own instead of a transformers Cache, which cannot be rolled back. "
+            "Call generate without onlinespec."
+        )
+    obstacle = rollback_obstacle(cache)
+    if obstacle:
+        asked = generation_config.cache_implementation
+        said = "past_key_values" if asked is None else f"cache_implementation={asked!r}"
+        raise UnsupportedError(f"{said}: the target {name} {obstacle}. Leave it out: the default cache can be.")
+    # A cache may hold the whole prompt. Its last token is read again then.
+    held = held_tokens(cache)
+    mask = model_kwargs.get("attention_mask")
+    covered = mask_length(generation_config) if mask is None else mask.shape[1]
+    surplus = held + 1 - (input_ids.shape[1] if covered == input_ids.shape[1] else held + input_ids.shape[1])
+    if surplus > 0 and forgets(cache, surplus):
+        raise UnsupportedError(
+            f"past_key_values holds {held} tokens, and {surplus} of them cannot be taken back: its sliding window has dropped "
+            "what came before. Pass a cache of the earlier tokens alone."
+        )
+
+
+def _source_of_use_cache(target: PreTrainedModel) -> str:
+    """Where use_cache=False came from, and the way out."""
+    if target.generation_config is not None and target.generation_config.use_cache is False:
+        return (
+            "from the model's generation_config, as it was saved. Pass use_cache=True, or set "
+            "model.generation_config.use_cache = True"
+        )
+    if vars(target.config.get_text_config(decoder=True)).get("use_cache") is False:
+        return "from the model's configuration, as it was saved. Pass use_cache=True"
+    return "from this call. Use use_cache=True"
 
 
 def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

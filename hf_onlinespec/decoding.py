@@ -24,11 +24,13 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import crop, mask_length, record_past
+from ._compat import needs_synced_gpus
 from .candidates import OnlineCandidateGenerator, Proposal
-from .checks import check_call, check_inputs
+from .checks import check_call, check_inputs, check_synced_gpus
 from .errors import UnsupportedError
+from .probe import why_plain
 from .sampling import draw, speculative_sample
+from .verifier import Verifier
 from .vocabulary import Vocabulary, widened
 
 if TYPE_CHECKING:
@@ -59,13 +61,14 @@ def decode(
         UnsupportedError, DraftError: before any work is done; the draft's learned state is untouched.
     """
     check_call(target, draft.neural, generation_config, tokenizer, assistant_tokenizer)
-    check_inputs(input_ids, generation_config, model_kwargs)
+    check_inputs(target, input_ids, generation_config, model_kwargs)
     started = time.perf_counter()
     if draft.neural is not None:
         draft.neural.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         processors = LogitsProcessorList(logits_processor)
-        verifier = Verifier(target, input_ids, generation_config, model_kwargs)
+        plain = why_plain(target, input_ids, generation_config, model_kwargs)
+        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain)
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
@@ -76,6 +79,10 @@ def decode(
         try:
             output = _loop(input_ids, verifier, candidates, processors, stopping_criteria, generation_config, streamer)
             candidates.finish()
+            reason = verifier.plain_because or verifier.limited_because
+            if reason:
+                with draft.lock:
+                    draft.metrics.decisions.drafting = reason
         finally:  # an interrupted call counts too: the draft may have learned in it
             if draft.neural is not None:
                 draft.neural.end_request()
@@ -105,7 +112,7 @@ def _loop(
     while not done:
         # 1. The draft commits. The last token of a round is the target's own, so one place is left for it.
         clock = time.perf_counter()
-        room = generation_config.max_length - input_ids.shape[1] - 1
+        room = min(generation_config.max_length - input_ids.shape[1] - 1, verifier.room(input_ids))
         proposal = candidates.propose(input_ids, max(0, room))
         draft_s = time.perf_counter() - clock
 
@@ -214,78 +221,6 @@ def accept(
     return Outcome(tokens, accepted, len(overlaps), overlaps, scores, done)
 
 
-class Verifier:
-    """The target with its KV cache: fed with what it has not seen, rolled back to what was kept."""
-
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        self._target = target
-        self._kwargs = dict(model_kwargs)
-        self.cache = self._kwargs.pop("past_key_values")
-        self._mask: Tensor | None = self._kwargs.pop("attention_mask", None)
-        self._positions: Tensor | None = self._kwargs.pop("position_ids", None)
-        record_past(self.cache)
-        self._cached = self.cache.get_seq_length()
-        # A cache from an earlier turn comes with all tokens, or with the new ones only: the mask covers all of them.
-        covered = self._mask.shape[1] if self._mask is not None else mask_length(generation_config)
-        self._hidden = 0 if covered == input_ids.shape[1] else self._cached  # tokens that are in the cache alone
-        if self._positions is not None and self._hidden and self._positions.shape[-1] == input_ids.shape[1]:
-            # The caller counted the new tokens only; what stands for the cached ones is never read.
-            unread = self._positions.new_zeros((*self._positions.shape[:-1], self._hidden))
-            self._positions = torch.cat([unread, self._positions], dim=-1)
-        self._first = True
-        self.keep(input_ids)
-
-    def verify(self, input_ids: Tensor, drafted: Tensor) -> Tensor:
-        """Raw logits (batch, k + 1, vocab) in float32 after `input_ids` and after each of the k drafted tokens."""
-        k = drafted.shape[1]
-        tokens = torch.cat([input_ids, drafted], dim=-1)
-        total = tokens.shape[1] + self._hidden
-        inputs = dict(self._kwargs)
-        if self._mask is not None:
-            self._mask = _extended(self._mask, total, step=0)
-            inputs["attention_mask"] = self._mask[:, :total]
-        if self._positions is not None:
-            self._positions = _extended(self._positions, total, step=1)
-            inputs["position_ids"] = self._positions[..., :total]
-        inputs = self._target.prepare_inputs_for_generation(
-            tokens,
-            next_sequence_length=total - self._cached,
-            past_key_values=self.cache,
-            is_first_iteration=self._first,
-            **inputs,
-        )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = k + 1
-        outputs = self._target(**inputs, return_dict=True)
-        self._cached, self._first = total, False
-        return outputs.logits[:, -k - 1 :].to(dtype=torch.float32, device=input_ids.device)
-
-    def keep(self, input_ids: Tensor) -> None:
-        """Rolls the cache back to all kept tokens but the last, as `generate` leaves it."""
-        length = input_ids.shape[1] + self._hidden - 1
-        if self._cached > length or not self._first:
-            crop(self.cache, max(0, self._cached - length))
-        self._cached = min(self._cached, length)
-
-
-def _extended(values: Tensor, length: int, step: int) -> Tensor:
-    """`values` (..., n) continued to `length`: by ones (a mask, step 0) or by counting on (positions, step 1)."""
-    missing = length - values.shape[-1]
-    if missing <= 0:
-        return values
-    if step == 0:
-        more = values.new_ones((*values.shape[:-1], missing))
-    else:
-        more = values[..., -1:] + torch.arange(1, missing + 1, device=values.device)
-    return torch.cat([values, more], dim=-1)
-
-
 class GenerateFn:
     """`generate(custom_generate=...)`: our loop, entered through transformers' public door."""
 
@@ -307,8 +242,10 @@ class GenerateFn:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         self._draft.check_setting(onlinespec)
+        # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
+        check_synced_gpus(bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model))
         check_call(model, self._draft, generation_config)
-        check_inputs(input_ids, generation_config, model_kwargs)
+        check_inputs(model, input_ids, generation_config, model_kwargs)
         if stop_strings is not None:
             if self._tokenizer is None:
                 raise UnsupportedError(
@@ -318,7 +255,6 @@ class GenerateFn:
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
         if self._streamer is not None:
             self._streamer.put(input_ids.cpu())  # as generate does with a streamer of its own
-        model_kwargs.pop("synced_gpus", None)
         return decode(
             model,
             input_ids,

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from ._compat import WRAPPED, GenerationMode, originals
-from .checks import check_call, check_inputs, check_mode
+from .checks import check_call, check_inputs, check_mode, check_synced_gpus
 from .config import OnlineSpecConfig
 from .decoding import decode
 from .draft import OnlineDraft, online_draft
@@ -62,6 +62,7 @@ def enable() -> None:
                 raise DraftError(
                     f"assistant_model is a {type(assistant).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
                 )
+            check_synced_gpus(bool(mode_kwargs.get("synced_gpus")))
             tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
             check_call(self, assistant, config, *tokenizers)
             # Vocabularies are compared here; transformers asks for two tokenizers wherever sizes differ, and refuses them otherwise.
@@ -96,7 +97,7 @@ def enable() -> None:
                 tokenizer=tokenizer,
                 **model_kwargs,
             )
-        check_inputs(input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
+        check_inputs(self, input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
         wanted = _wanted(generation_config)
         settings = wanted if isinstance(wanted, OnlineSpecConfig) else None
         if assistant_model is None and settings is not None and settings.memory_tokens == 0:

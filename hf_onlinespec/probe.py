@@ -1,0 +1,100 @@
+"""Whether a target computes in one forward over several tokens what it computes token by token, tried once for each model.
+
+Drafting rests on that. Transformers' common models are known to; a class from elsewhere, or a model with a module from elsewhere,
+is tried before its first round: logits of one forward over three tokens against three forwards, to rounding, and once more
+after two of the three were rolled back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from ._compat import fresh_cache
+from .verifier import TEXT, Verifier
+
+# Families whose classes are compared with plain decoding in tests/test_architectures.py.
+KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox
+gptj gpt_bigcode gpt_oss opt bloom falcon mpt starcoder2 stablelm olmo olmo2 olmo3 olmoe cohere cohere2 granite granitemoe glm
+glm4 smollm3 deepseek_v2 deepseek_v3 llama4 lfm2 codegen biogpt xglm persimmon nemotron exaone4 ernie4_5 seed_oss""".split()
+LIBRARIES = ("torch", "peft", "accelerate", "bitsandbytes")
+PROMPT_TOKENS = 128  # of the request's last tokens are read; chosen: as long as a usual question
+# Largest difference of two logits over the largest logit. Measured on 60 tiny models: 2e-6 in float32, where a fault gives 1e-2 or more.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+TOLERANCE_HALF = 0.1  # bfloat16 has 8 bits, and an expert's router may flip at a tie
+
+_tried: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def why_plain(
+    target: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> str:
+    """Why this request of a target is decoded without drafting; "": it is not.
+
+    Args:
+        input_ids: (1, L) the prompt, or its new part.
+    """
+    extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
+    if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
+        return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
+    if target.training:  # dropout: two forwards never agree
+        return ""
+    if target not in _tried:
+        _tried[target] = "" if _known(target) else _fault(target, input_ids, generation_config, model_kwargs)
+    return _tried[target]
+
+
+def _known(target: PreTrainedModel) -> bool:
+    return all(_known_module(type(module).__module__.split(".")) for module in target.modules())
+
+
+def _known_module(path: list[str]) -> bool:
+    if path[:2] == ["transformers", "models"]:
+        return path[2] in KNOWN
+    return path[0] in ("transformers", *LIBRARIES)
+
+
+def _fault(
+    target: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> str:
+    """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
+    extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
+    kept: dict[str, Any] = {n: model_kwargs[n] for n in ("use_cache", "logits_to_keep") if n in model_kwargs}
+    prompt = input_ids if extras else input_ids[:, -PROMPT_TOKENS:]
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not extras:
+        prompt = prompt[:, mask[:, -prompt.shape[1] :].bool()[0]]  # without padding
+
+    def verifier() -> Verifier:
+        kwargs = extras | kept | {"past_key_values": fresh_cache(target.config)}
+        return Verifier(target, prompt, config, kwargs)
+
+    config = GenerationConfig()
+    one, several = verifier(), verifier()
+    nothing = prompt[:, :0]
+    tokens, singles = prompt, list[Tensor]()
+    for _ in range(4):
+        logits = one.verify(tokens, nothing)[:, 0]  # (1, vocab)
+        singles.append(logits)
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=-1)
+        one.keep(tokens)
+    n = prompt.shape[1]
+    several.verify(prompt, nothing)
+    several.keep(tokens[:, : n + 1])
+    together = several.verify(tokens[:, : n + 1], tokens[:, n + 1 : n + 3])[0]  # (3, vocab)
+    several.keep(tokens[:, : n + 2])
+    again = several.verify(tokens[:, : n + 2], tokens[:, n + 2 : n + 3])[0]  # (2, vocab)
+    expected = torch.cat(singles[1:])  # (3, vocab)
+    for found, place, what in ((together, 0, "one forward over 3 tokens"), (again, 1, "a forward after a rollback")):
+        off = (found - expected[place:]).abs().amax(-1) / expected.abs().amax()
+        wrong = off > TOLERANCE.get(target.dtype, TOLERANCE_HALF)
+        if int(wrong.sum()) > 1 or not bool(off.isfinite().all()):
+            return (
+                f"the target {type(target).__name__} computes something else in {what} than token by token "
+                f"(logits off by {float(off.max()):.2g} of the largest)"
+            )
+    return ""

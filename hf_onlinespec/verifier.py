@@ -1,0 +1,190 @@
+"""The target with its KV cache: fed with what it has not seen, rolled back to what was kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ._compat import (
+    continue_inputs,
+    continues_inputs,
+    crop,
+    held_tokens,
+    mask_length,
+    record_past,
+    returned_cache,
+    rollback_obstacle,
+)
+from .errors import UnsupportedError
+from .positions import PositionLimits
+
+# Inputs with a column for each token. How they go on behind their last column: with ones, by counting, by repeating it, with zeros.
+COLUMNS = {
+    "attention_mask": "ones",
+    "position_ids": "count",
+    "token_type_ids": "repeat",
+    "mm_token_type_ids": "zeros",
+    "moe_mm_token_type_ids": "repeat",
+}
+# With these alone a request is text: a round may draft behind the prompt while it is read.
+TEXT = {*COLUMNS, "past_key_values", "use_cache", "logits_to_keep"}
+
+
+class Verifier:
+    """The target with its KV cache: fed with what it has not seen, rolled back to what was kept.
+
+    Args:
+        plain_because: why this target is decoded without drafting; "": it need not be.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        plain_because: str = "",
+    ) -> None:
+        self._target = target
+        self.plain_because = plain_because  # why rounds have no room
+        self._kwargs = dict(model_kwargs)
+        self.cache = self._kwargs.pop("past_key_values")
+        record_past(self.cache)
+        self._cached = held_tokens(self.cache)
+        mask = self._kwargs.get("attention_mask")
+        # A cache from an earlier turn comes with all tokens, or with the new ones only: the mask covers all of them.
+        covered = mask.shape[1] if mask is not None else mask_length(generation_config)
+        self._hidden = 0 if covered == input_ids.shape[1] else self._cached  # tokens that are in the cache alone
+        self._columns: dict[str, Tensor] = {}
+        for name in COLUMNS:
+            values = self._kwargs.pop(name, None)
+            if values is None:
+                continue
+            if self._hidden and name != "attention_mask" and values.shape[-1] == input_ids.shape[1]:
+                # The caller counted the new tokens only; what stands for the cached ones is never read.
+                values = torch.cat([values.new_zeros((*values.shape[:-1], self._hidden)), values], dim=-1)
+            self._columns[name] = values
+        self._limits = PositionLimits.of(target.config)
+        length = input_ids.shape[1] + self._hidden
+        self._ahead = 0  # how far the given positions are ahead of the tokens counted
+        positions = self._columns.get("position_ids")
+        if positions is not None and self._limits != PositionLimits():
+            self._ahead = int(positions[..., -1].max()) + 1 - length
+        # A target that keeps more between its forwards reads the prompt alone, as in plain decoding, and so does one that reads
+        # more than text.
+        self._continues = continues_inputs(target)
+        extras = {name for name, value in self._kwargs.items() if value is not None} - TEXT
+        self._prompt_alone = self._continues or bool(extras)
+        self._chunk = generation_config.prefill_chunk_size
+        self.limited_because = ""  # why the last round without room had none, where positions were the reason
+        self._first = True  # whether the prompt is still to be read
+        self._forwards = 0
+        self._unnamed = 0  # places in the cache that no token stands for (GIT's picture)
+        self._kept = length
+        self._outputs: ModelOutput | None = None  # of the last forward
+        self.keep(input_ids)
+
+    def room(self, input_ids: Tensor) -> int:
+        """Most tokens that may be drafted behind `input_ids`, so that the target computes what it computes in plain decoding."""
+        if self.plain_because or (self._first and self._prompt_alone):
+            return 0
+        length = input_ids.shape[1] + self._hidden + self._unnamed
+        room = self._limits.room((length, length + self._ahead), length - self._unnamed - self._cached)
+        if room == 0:
+            self.limited_because = self._limits.reason()
+        return room
+
+    def verify(self, input_ids: Tensor, drafted: Tensor) -> Tensor:
+        """Raw logits (batch, k + 1, vocab) in float32 after `input_ids` and after each of the k drafted tokens.
+
+        Raises:
+            UnsupportedError: the target's cache cannot be rolled back, or lost what the target had read.
+        """
+        k = drafted.shape[1]
+        tokens = torch.cat([input_ids, drafted], dim=-1)
+        end = tokens.shape[1] + self._hidden
+        if self._first and self._chunk:  # a long prompt is read in pieces, and the target is shown one at a time
+            tokens = tokens[:, self._cached - end :]
+            while tokens.shape[1] - k > self._chunk:
+                self._forward(tokens[:, : self._chunk], self._cached + self._chunk, 0)
+                tokens = tokens[:, self._chunk :]
+        logits = self._forward(tokens, end, k)
+        self._first = False
+        return logits.to(dtype=torch.float32, device=input_ids.device)
+
+    def _forward(self, tokens: Tensor, end: int, k: int) -> Tensor:
+        """One forward over what the target has not seen of `tokens`, up to the place `end`: its last k + 1 logits."""
+        inputs = dict(self._kwargs)
+        for name, values in self._columns.items():
+            self._columns[name] = _continued(values, end, COLUMNS[name])
+            inputs[name] = self._columns[name][..., :end]
+        inputs = self._target.prepare_inputs_for_generation(
+            tokens,
+            next_sequence_length=end - self._cached,
+            past_key_values=self.cache,
+            is_first_iteration=self._first,
+            **inputs,
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = k + 1
+        fed = inputs["input_ids"].shape[1]
+        if self._forwards == 1 and held_tokens(self.cache) + fed < end:
+            raise UnsupportedError(
+                f"The target {type(self._target).__name__} has {held_tokens(self.cache)} of {end - fed} tokens in its cache after "
+                "its first forward: it would go on without them. Call generate without onlinespec."
+            )
+        outputs = self._target(**inputs, return_dict=True)
+        self._take(outputs, end, fed)
+        return outputs.logits[:, -k - 1 :]
+
+    def _take(self, outputs: ModelOutput, end: int, fed: int) -> None:
+        """Takes over what a forward returned: a target may have begun its cache anew."""
+        self._cached, self._forwards = end, self._forwards + 1
+        if self._continues:
+            self._outputs = outputs
+        cache = returned_cache(outputs)
+        if cache is not None and cache is not self.cache:
+            self.cache = cache
+            record_past(cache)
+        held = held_tokens(self.cache)
+        if self._forwards == 1:
+            obstacle = rollback_obstacle(self.cache)
+            if obstacle:
+                raise UnsupportedError(
+                    f"The target {type(self._target).__name__} {obstacle}. Call generate without onlinespec."
+                )
+            self._unnamed = max(0, held - end)
+        if held < end and fed < end:
+            self.plain_because = f"the target {type(self._target).__name__} keeps {held} of {end} tokens in its cache"
+
+    def keep(self, input_ids: Tensor) -> None:
+        """Rolls the cache back to all kept tokens but the last, as `generate` leaves it."""
+        length = input_ids.shape[1] + self._hidden
+        if self._cached > length - 1 or not self._first:
+            crop(self.cache, max(0, self._cached - length + 1))
+        self._cached = min(self._cached, length - 1)
+        for kept in range(self._kept, length) if self._continues else ():
+            # Token by token, as plain decoding does: not all classes that override it heed the number of new tokens.
+            columns = {name: values[..., :kept] for name, values in self._columns.items()}
+            self._kwargs = continue_inputs(self._target, self._outputs, self._kwargs | columns)
+            self._columns = {name: self._kwargs.pop(name) for name in columns}
+        self._kept = length
+
+
+def _continued(values: Tensor, length: int, how: str) -> Tensor:
+    """`values` (..., n) continued to `length` columns, see COLUMNS."""
+    missing = length - values.shape[-1]
+    if missing <= 0:
+        return values
+    shape = (*values.shape[:-1], missing)
+    if how == "count":
+        more = values[..., -1:] + torch.arange(1, missing + 1, device=values.device)
+    elif how == "repeat":
+        more = values[..., -1:].expand(shape)
+    else:
+        more = values.new_ones(shape) if how == "ones" else values.new_zeros(shape)
+    return torch.cat([values, more], dim=-1)
