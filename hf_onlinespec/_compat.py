@@ -6,6 +6,7 @@ Checked on transformers 5.18.0, 5.20.2 and 5.23.0, and peft 0.21.2. A release th
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Collection
 from typing import Any
@@ -78,7 +79,57 @@ WRAPPED = (
     (GenerationConfig, "get_generation_mode"),
     (GenerationMixin, "_validate_generation_mode"),
     (GenerationMixin, "_assisted_decoding"),
+    (GenerationMixin, "_prepare_generation_config"),
 )
+
+# What `generate` fills in where the user has said nothing, see GenerationConfig._get_default_generation_params.
+ASSISTANT_DEFAULTS = {
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+}
+_GIVEN = "_onlinespec_given"  # in a configuration that `generate` has prepared: those of them that the user has set
+
+
+def note_given(
+    prepared: GenerationConfig, arguments: dict[str, Any], *configs: GenerationConfig | None
+) -> GenerationConfig:
+    """Notes in a prepared configuration what the user has set: a value that is the default cannot be told from it later.
+
+    Args:
+        arguments: of the call.
+        configs: of the call and of the model, before they were merged.
+    """
+    found = {}
+    for name in ASSISTANT_DEFAULTS:
+        values = [arguments.get(name)]
+        values += [given(config, name, prepared=False) for config in configs if config is not None]
+        set_ones = [value for value in values if value is not None]
+        if set_ones:
+            found[name] = set_ones[0]
+    if found:
+        vars(prepared)[_GIVEN] = found
+    return prepared
+
+
+@functools.cache
+def _fresh() -> dict[str, Any]:
+    """What a configuration holds that nobody has touched."""
+    return vars(GenerationConfig())
+
+
+def given(config: GenerationConfig, name: str, prepared: bool) -> Any:
+    """The value of one of ASSISTANT_DEFAULTS that the user has set; None: they have not.
+
+    Args:
+        prepared: whether `generate` has filled in its defaults. Without our hooks it has noted nothing: then a value that is the
+            default counts as not set.
+    """
+    noted = vars(config).get(_GIVEN, {})
+    if name in noted:
+        return noted[name]
+    value, unset = vars(config).get(name), ASSISTANT_DEFAULTS[name] if prepared else _fresh().get(name)
+    return None if type(value) is type(unset) and value == unset else value
 
 
 def originals() -> list[Any]:

@@ -21,6 +21,7 @@ from .acceptances import Drafted, Seen
 from .feedback import FeedbackRecorder
 from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
 from .lesson import Lesson
+from .lookahead import fixed_lookahead, replaced
 from .memory import Continuation
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
@@ -38,7 +39,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     Args:
         draft: who drafts and learns.
-        generation_config: of the call (sampling or greedy, end of sequence, longest length).
+        generation_config: of the call (sampling or greedy, end of sequence, longest length, `num_assistant_tokens`).
         logits_processor: the target's list. A `FeedbackRecorder` is put in front of it; its stateless members are
             applied to the draft too, so that q is warped as p is.
         attention_mask: (batch, prompt) with zeros where the prompt is padded on the left; None: no padding.
@@ -59,6 +60,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self.counts = Counts()
         self._draft, self._neural, self._learn = draft, draft.neural, learn
         self._governor, self._settings = draft.governor, draft.settings
+        drafts = None if self._neural is None else self._neural.generation_config
+        self._fixed = fixed_lookahead(generation_config, self._settings, drafts)  # None: "auto"
+        draft.warn_once(replaced(generation_config, drafts, self._fixed))
         self._sample = bool(generation_config.do_sample)
         self._temperature = float(generation_config.temperature or 1.0) if self._sample else 0.0
         self._max_length: int = generation_config.max_length
@@ -113,9 +117,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 self._serve(self._governor.preference.frozen_serves())
             if asks:
                 self._choose(self._readable(input_ids))
-        fixed = self._settings.lookahead
-        if isinstance(fixed, int):
-            return self._propose(input_ids, min(most, fixed), None)
+        if self._fixed is not None:
+            return self._propose(input_ids, min(most, self._fixed), None)
         plan = Plan(0, 1.0, 0.0)
         if most > 0:
             with self._draft.lock:
@@ -303,7 +306,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         with self._draft.lock:
             if self._recall is not None and self._learn and self._sequence is not None:
                 self._draft.metrics.memory_bytes = self._recall.remember(self._sequence)
-            unseen = self._governor.request_ended(self.counts.new_tokens, self._seen)
+            unseen = self._governor.request_ended(self.counts.new_tokens, self._seen, self._fixed)
         if self._neural is None or self._tokens is None or not (self._lesson.waiting or self._lesson.kept):
             return
         settings = self._settings
@@ -420,8 +423,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`(input_ids with the drafted tokens, log q)`, for transformers' assisted decoding."""
-        fixed = self._settings.lookahead
-        k = fixed if isinstance(fixed, int) else FIRST_LOOKAHEAD
+        k = FIRST_LOOKAHEAD if self._fixed is None else self._fixed
         k = max(0, min(k, self._max_length - input_ids.shape[1] - 1))
         with torch.inference_mode(False), torch.no_grad():
             proposal = self._propose(input_ids.clone(), k, None, recalls=False)

@@ -58,7 +58,9 @@ class OnlineSpecConfig:
         None, "keep only this many target probabilities per position, the rest as one tail mass; None: all of them"
     )
     lookahead: int | str = _setting(
-        "auto", "draft tokens proposed in one round; 'auto': as many as are expected to pay, none where none do"
+        "auto",
+        "draft tokens proposed in one round; 'auto': as many as are expected to pay, none where none do, unless "
+        "the draft's generation_config has num_assistant_tokens; that of a call goes before",
     )
     update_when: str = _setting(
         "request",

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import WRAPPED, GenerationMode, originals
+from ._compat import WRAPPED, GenerationMode, note_given, originals
 from .checks import check_call, check_inputs, check_mode, check_synced_gpus
 from .config import OnlineSpecConfig
 from .decoding import decode
@@ -45,7 +45,7 @@ def enable() -> None:
     if _originals:
         return
     _originals.extend(originals())
-    get_mode, validate, assisted = _originals
+    get_mode, validate, assisted, prepare = _originals
 
     @functools.wraps(get_mode)
     def get_generation_mode(self: GenerationConfig, assistant_model: Any = None) -> GenerationMode:
@@ -115,9 +115,15 @@ def enable() -> None:
             **model_kwargs,
         )
 
-    for (owner, name), wrapper in zip(
-        WRAPPED, (get_generation_mode, _validate_generation_mode, _assisted_decoding), strict=True
-    ):
+    @functools.wraps(prepare)
+    def _prepare_generation_config(
+        self: Any, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        config, model_kwargs = prepare(self, generation_config, *args, **kwargs)
+        return note_given(config, kwargs, generation_config, self.generation_config), model_kwargs
+
+    wrappers = (get_generation_mode, _validate_generation_mode, _assisted_decoding, _prepare_generation_config)
+    for (owner, name), wrapper in zip(WRAPPED, wrappers, strict=True):
         setattr(owner, name, wrapper)
     GenerationConfig.onlinespec = _OnlineSpecField()
 

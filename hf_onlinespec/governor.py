@@ -259,14 +259,14 @@ class Governor:
             self._draft.add(steps, draft_s / self._pace_s)
         self._pace_s *= min(max(ratio, 0.5), 2.0) ** PACE
 
-    def _report(self) -> None:
+    def _report(self, lookahead: int | str) -> None:
         """Says what holds now, and why."""
         self.decisions.acceptance = self.acceptances.rate
         if self._pace_s:
             self.decisions.draft_step = self._draft.step()
             self.decisions.verify_step = self._target.step(FIRST_LOOKAHEAD)
-        if self._fixed != "auto":
-            self.decisions.drafting = f"lookahead={self._fixed} was asked for"
+        if lookahead != "auto":
+            self.decisions.drafting = f"lookahead={lookahead} was asked for"
         elif not self._drafts:
             self.decisions.drafting = "no draft model: the memory drafts where it is expected to pay"
         elif self._pace_s:
@@ -328,9 +328,13 @@ class Governor:
             self._shown = True  # one request counts once
             self._see(statistics.mean(served), n, bucket)
 
-    def request_ended(self, new_tokens: int, seen: Seen | None = None) -> bool:
-        """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it."""
-        self._report()
+    def request_ended(self, new_tokens: int, seen: Seen | None = None, lookahead: int | None = None) -> bool:
+        """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it.
+
+        Args:
+            lookahead: that was fixed for this request; None: the settings'.
+        """
+        self._report(self._fixed if lookahead is None else lookahead)
         self._length += (0.2 if self._length else 1.0) * (new_tokens - self._length)
         self._shown = False
         if seen is not None and seen.positions >= LIVE_LEAST:

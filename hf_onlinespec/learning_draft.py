@@ -45,6 +45,7 @@ class LearningDraft(MemoryDraft):
         super().__init__(config)
         with torch.inference_mode(False):
             base = plain_draft(model)
+            self._source = weakref.ref(model)
             self.identity = Identity.of(base)
             self.vocabulary = Vocabulary.of(base)
             self._lora = GatedLora(
@@ -84,7 +85,9 @@ class LearningDraft(MemoryDraft):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        return self._lora.base.generation_config
+        """That of the user's model, as it is now."""
+        model = self._source()
+        return (self._lora.base if model is None else model).generation_config
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class MemoryDraft:
         self.governor = Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)
         self.metrics = DraftMetrics(decisions=self.governor.decisions)
         self.lock = threading.RLock()
+        self._warned: set[str] = set()
 
     @property
     def neural(self) -> OnlineDraft | None:
@@ -46,6 +48,14 @@ class MemoryDraft:
     def generating(self) -> Iterator[None]:
         """The time of one call of `generate`."""
         yield
+
+    def warn_once(self, message: str | None) -> None:
+        """Warns the user, of one thing a single time; None: nothing to say."""
+        with self.lock:
+            if message is None or message in self._warned:
+                return
+            self._warned.add(message)
+        warnings.warn(message, stacklevel=2)
 
     def check_setting(self, onlinespec: OnlineSpecConfig | bool | None) -> None:
         """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""

@@ -159,6 +159,7 @@ def test_disable_restores_transformers_exactly(target, draft_model, prompt) -> N
         GenerationConfig.get_generation_mode,
         GenerationMixin._validate_generation_mode,
         GenerationMixin._assisted_decoding,
+        GenerationMixin._prepare_generation_config,
     ]
     copy.deepcopy(GenerationConfig())  # the copy module leaves its __slotnames__ on the class
     names = {**vars(GenerationConfig)}, {**vars(GenerationMixin)}
@@ -168,6 +169,7 @@ def test_disable_restores_transformers_exactly(target, draft_model, prompt) -> N
             GenerationConfig.get_generation_mode,
             GenerationMixin._validate_generation_mode,
             GenerationMixin._assisted_decoding,
+            GenerationMixin._prepare_generation_config,
         ]
         assert all("__wrapped__" not in vars(f) and f.__module__.startswith("transformers.") for f in originals)
         assert [f.__wrapped__ for f in wrapped] == originals
