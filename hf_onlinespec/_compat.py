@@ -76,6 +76,7 @@ HUB_FAILURES = (HFValidationError, HTTPError, RevisionResolutionError, OSError, 
 
 # The methods that `enable()` wraps.
 WRAPPED = (
+    (GenerationMixin, "_extract_generation_mode_kwargs"),
     (GenerationConfig, "get_generation_mode"),
     (GenerationMixin, "_validate_generation_mode"),
     (GenerationMixin, "_assisted_decoding"),
@@ -181,6 +182,25 @@ def rolls_back(config: PretrainedConfig) -> bool:
     while layers and layers[-1] is DummyLayer:
         layers.pop()
     return all(layer in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def inner_model(model: Any) -> PreTrainedModel:
+    """The model that `generate` runs on: what is inside of a PeftModel, or of what torch.compile returns."""
+    while True:
+        compiled = vars(model).get("_modules", {}).get("_orig_mod")
+        if compiled is not None:
+            model = compiled
+        elif isinstance(model, PeftModel):
+            model = model.get_base_model()
+        else:
+            inner: PreTrainedModel = model
+            return inner
+
+
+def uncompiled(model: Any) -> PreTrainedModel | PeftModel:
+    """The model inside of what torch.compile returns; any other model is itself."""
+    inner: PreTrainedModel | PeftModel = vars(model).get("_modules", {}).get("_orig_mod", model)
+    return inner
 
 
 def takes_cache(model: nn.Module) -> bool:

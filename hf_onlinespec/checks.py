@@ -24,6 +24,7 @@ from ._compat import (
     rollback_obstacle,
     rolls_back,
     takes_cache,
+    uncompiled,
 )
 from .errors import DraftError, UnsupportedError
 from .tree import copy_modules
@@ -170,6 +171,8 @@ def _source_of_use_cache(target: PreTrainedModel) -> str:
 
 def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal language model to adapt; refuses what cannot draft."""
+    if isinstance(model, nn.Module):
+        model = uncompiled(model)
     if isinstance(model, PeftModel):
         model = _merged(model)
     if not isinstance(model, PreTrainedModel):

@@ -241,6 +241,7 @@ class GenerateFn:
         onlinespec: OnlineSpecConfig | bool | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
+        self._draft.begin_anew_if_changed()
         self._draft.check_setting(onlinespec)
         # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
         check_synced_gpus(bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 import uuid
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ._compat import inner_model
 from .artifact import Artifact
 from .audit import check_privacy
 from .card import write
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn
+from .errors import NotAModelError
 from .export import merge_and_export
 from .hub import Checkpoints, Push
 from .identity import public_name
@@ -54,8 +57,7 @@ class OnlineDraft(LearningDraft):
 
     def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
         super().__init__(model, config)
-        # Where it came from, see the model card; the number tells its pushes from those of others.
-        self.lineage: dict[str, Any] = {"draft": uuid.uuid4().hex}
+        self.lineage = _new_lineage()
         self.targets: list[str] = []  # names of the models that it has drafted for
         self.pushes = threading.RLock()  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
@@ -63,6 +65,41 @@ class OnlineDraft(LearningDraft):
     @property
     def neural(self) -> OnlineDraft:
         return self
+
+    if not TYPE_CHECKING:  # a type checker goes on finding names that are not there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise NotAModelError(
+                f"OnlineDraft has no {name!r}: it is not a model of transformers. If generate() asked for it as "
+                "assistant_model, call hf_onlinespec.enable() first, or pass custom_generate=draft.generate_fn()."
+            )
+
+    def begin_anew_if_changed(self, model: PreTrainedModel | PeftModel | None = None) -> None:
+        """Begins anew, with a warning, where the model that it was made from has other weights or layers by now.
+
+        The suffix memory and the counters stay. Called at every `generate`.
+
+        Args:
+            model: where the one that it was made from is gone, such as a PeftModel around it.
+
+        Raises:
+            DraftError: the model can no longer be a draft; what was learned is still there.
+        """
+        change = self._watch.change()
+        source = self._source()
+        source = model if source is None else source
+        if change is None or source is None:  # without the model nobody can have meant to change the draft
+            return
+        with self._learns, self.lock:
+            self._begin(source)
+            self.governor = self._new_governor()
+            self.metrics.decisions = self.governor.decisions
+            self.lineage = _new_lineage()
+        warnings.warn(
+            f"The draft {type(self._lora.base).__name__} was changed after it was wrapped ({change}): "
+            "what was learned does not belong to these weights, and learning begins anew.",
+            stacklevel=2,
+        )
 
     def generate_fn(
         self, streamer: BaseStreamer | None = None, tokenizer: PreTrainedTokenizerBase | None = None
@@ -209,6 +246,11 @@ class OnlineDraft(LearningDraft):
             self._learning.adopt(adapter)
 
 
+def _new_lineage() -> dict[str, Any]:
+    """Where a draft came from, see the model card; the number tells its pushes from those of others."""
+    return {"draft": uuid.uuid4().hex}
+
+
 _drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()
 
 
@@ -217,14 +259,20 @@ def online_draft(
 ) -> OnlineDraft:
     """The OnlineDraft that is kept with a model, made at the first call.
 
+    Args:
+        model: also inside of a `PeftModel`, or as torch.compile returns it: the draft is the same.
+
     Raises:
         ConfigError: the model's draft already learns with other settings.
     """
     if isinstance(model, OnlineDraft):
         draft = model
-    elif model in _drafts:
-        draft = _drafts[model]
+        draft.begin_anew_if_changed()
     else:
-        draft = _drafts.setdefault(model, OnlineDraft(model, config))  # another thread may have been faster
+        inner = inner_model(model)
+        if inner not in _drafts:
+            _drafts.setdefault(inner, OnlineDraft(model, config))  # another thread may have been faster
+        draft = _drafts[inner]
+        draft.begin_anew_if_changed(model)
     draft.check_setting(config)
     return draft

@@ -17,6 +17,14 @@ class UnsupportedError(OnlineSpecError, ValueError):
     """This call of `generate` asks for something the decoding loop does not take."""
 
 
+class CopyError(OnlineSpecError, TypeError):
+    """A live draft cannot be copied or pickled."""
+
+
+class NotAModelError(OnlineSpecError, AttributeError):
+    """A draft was used as one of transformers' own models."""
+
+
 class ArtifactError(OnlineSpecError, ValueError):
     """A saved draft is damaged, incomplete, of another format, or belongs to another base."""
 

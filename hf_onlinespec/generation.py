@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import WRAPPED, GenerationMode, note_given, originals
+from ._compat import WRAPPED, GenerationMode, note_given, originals, uncompiled
 from .checks import check_call, check_inputs, check_mode, check_synced_gpus
 from .config import OnlineSpecConfig
-from .decoding import decode
+from .decoding import GenerateFn, decode
 from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, DraftError, UnsupportedError
 from .memory_draft import online_memory
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
+
+
+class _CustomArguments(dict[str, Any]):
+    """What `generate` hands to a `custom_generate=` that is not ours."""
 
 
 class _OnlineSpecField:
@@ -45,7 +51,14 @@ def enable() -> None:
     if _originals:
         return
     _originals.extend(originals())
-    get_mode, validate, assisted, prepare = _originals
+    extract, get_mode, validate, assisted, prepare = _originals
+
+    @functools.wraps(extract)
+    def _extract_generation_mode_kwargs(self: Any, custom_generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = extract(self, custom_generate, *args, **kwargs)
+        return (
+            _CustomArguments(found) if callable(custom_generate) and type(custom_generate) is not GenerateFn else found
+        )
 
     @functools.wraps(get_mode)
     def get_generation_mode(self: GenerationConfig, assistant_model: Any = None) -> GenerationMode:
@@ -57,7 +70,16 @@ def enable() -> None:
     @functools.wraps(validate)
     def _validate_generation_mode(self: Any, mode: Any, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
         assistant = mode_kwargs.get("assistant_model")
+        if isinstance(mode_kwargs, _CustomArguments) and _wanted(config):
+            warnings.warn(
+                f"onlinespec={_wanted(config)!r} is ignored: custom_generate= decodes in its place. Leave one of the two out.",
+                stacklevel=4,
+            )
+        if isinstance(assistant, OnlineDraft):
+            assistant.begin_anew_if_changed()
         if mode == GenerationMode.ASSISTED_GENERATION and _is_ours(config, assistant):
+            if isinstance(assistant, nn.Module):
+                assistant = uncompiled(assistant)
             if assistant is not None and not isinstance(assistant, OnlineDraft | PreTrainedModel | PeftModel):
                 raise DraftError(
                     f"assistant_model is a {type(assistant).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
@@ -122,7 +144,13 @@ def enable() -> None:
         config, model_kwargs = prepare(self, generation_config, *args, **kwargs)
         return note_given(config, kwargs, generation_config, self.generation_config), model_kwargs
 
-    wrappers = (get_generation_mode, _validate_generation_mode, _assisted_decoding, _prepare_generation_config)
+    wrappers = (
+        _extract_generation_mode_kwargs,
+        get_generation_mode,
+        _validate_generation_mode,
+        _assisted_decoding,
+        _prepare_generation_config,
+    )
     for (owner, name), wrapper in zip(WRAPPED, wrappers, strict=True):
         setattr(owner, name, wrapper)
     GenerationConfig.onlinespec = _OnlineSpecField()

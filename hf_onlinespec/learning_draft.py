@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from peft import PeftModel
@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ._compat import max_positions, record_past
+from ._compat import max_positions, record_past, uncompiled
 from .adapters import GatedLora
 from .checks import check_cache, plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
+from .errors import CopyError
 from .feedback import Feedback, Teacher, acceptance
 from .identity import Identity
 from .idle import IdleWorker
@@ -30,6 +31,7 @@ from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
 from .vocabulary import Vocabulary
+from .watch import ModelWatch
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +45,19 @@ class LearningDraft(MemoryDraft):
 
     def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
         super().__init__(config)
+        self._learns = threading.RLock()  # held for one gradient step at a time
+        self._begin(model)
+        self._idle: IdleWorker[tuple[Feedback, float]] | None = None
+        if self.settings.update_when == "idle":
+            self._idle = IdleWorker(self._learn_when_idle)
+            weakref.finalize(self, self._idle.close)  # at the end of the process too
+
+    def _begin(self, model: PreTrainedModel | PeftModel) -> None:
+        """A new adapter on the model's weights as they are now."""
         with torch.inference_mode(False):
             base = plain_draft(model)
-            self._source = weakref.ref(model)
-            self.identity = Identity.of(base)
-            self.vocabulary = Vocabulary.of(base)
-            self._lora = GatedLora(
+            identity, vocabulary = Identity.of(base), Vocabulary.of(base)
+            lora = GatedLora(
                 base,
                 rank=self.settings.rank,
                 alpha=self.settings.alpha,
@@ -56,15 +65,18 @@ class LearningDraft(MemoryDraft):
                 blocks=self.settings.experts if self.settings.learner == ENSEMBLE else 1,
                 seed=self.settings.seed,
             )
-            check_cache(self._lora.base)
-            self._learning = Learning(self._lora, self.settings)
-        self._adaptation, self._replay = self._learning.adaptation, self._learning.replay
-        self._positions = max_positions(self._lora.base.config)
-        self._learns = threading.RLock()  # held for one gradient step at a time
-        self._idle: IdleWorker[tuple[Feedback, float]] | None = None
-        if self.settings.update_when == "idle":
-            self._idle = IdleWorker(self._learn_when_idle)
-            weakref.finalize(self, self._idle.close)  # at the end of the process too
+            check_cache(lora.base)
+            learning = Learning(lora, self.settings)
+        self.identity, self.vocabulary, self._lora, self._learning = identity, vocabulary, lora, learning
+        self._adaptation, self._replay = learning.adaptation, learning.replay
+        self._positions = max_positions(lora.base.config)
+        self._watch, self._source = ModelWatch(uncompiled(model)), weakref.ref(model)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CopyError(
+            f"An {type(self).__name__} is not copied or pickled: it shares its weights and learns on in this process. "
+            "Use draft.save_pretrained(folder), and OnlineDraft.from_pretrained(folder) for another one."
+        )
 
     def __repr__(self) -> str:
         left_out = self._lora.left_out

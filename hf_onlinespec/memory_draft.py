@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ._compat import inner_model
 from .config import OnlineSpecConfig
 from .errors import ConfigError
 from .governor import Governor
@@ -34,10 +36,13 @@ class MemoryDraft:
             raise ConfigError(f"config={config!r}: expected an OnlineSpecConfig.")
         size = self.settings.memory_tokens
         self.memory = SuffixMemory(size) if size else None
-        self.governor = Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)
+        self.governor = self._new_governor()
         self.metrics = DraftMetrics(decisions=self.governor.decisions)
         self.lock = threading.RLock()
         self._warned: set[str] = set()
+
+    def _new_governor(self) -> Governor:
+        return Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)
 
     @property
     def neural(self) -> OnlineDraft | None:
@@ -65,6 +70,11 @@ class MemoryDraft:
             raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
         own = self.settings.to_dict()
         changed = {k: v for k, v in onlinespec.to_dict().items() if v != own[k]}
+        if changed and self.neural is None:
+            raise ConfigError(
+                f"The memory that is kept with this target has other settings; asked for {changed}. "
+                "Pass onlinespec=True to go on with it, or begin anew with online_memory(target, config, anew=True)."
+            )
         if changed:
             raise ConfigError(
                 f"This draft already learns with other settings; asked for {changed}. "
@@ -75,14 +85,23 @@ class MemoryDraft:
 _memories: weakref.WeakKeyDictionary[nn.Module, MemoryDraft] = weakref.WeakKeyDictionary()
 
 
-def online_memory(target: PreTrainedModel, config: OnlineSpecConfig | None = None) -> MemoryDraft:
+def online_memory(
+    target: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None, anew: bool = False
+) -> MemoryDraft:
     """What drafts for a target without a draft model: its suffix memory, made at the first call and kept with the target.
+
+    Args:
+        target: a model, also inside of a `PeftModel` or as torch.compile returns it: the memory is the same.
+        anew: forget what is kept with the target, and begin with this config.
 
     Raises:
         ConfigError: it exists already with other settings.
     """
-    if target not in _memories:
-        _memories.setdefault(target, MemoryDraft(config))
-    memory = _memories[target]
+    inner = inner_model(target)
+    if anew:
+        _memories[inner] = MemoryDraft(config)
+    elif inner not in _memories:
+        _memories.setdefault(inner, MemoryDraft(config))
+    memory = _memories[inner]
     memory.check_setting(config)
     return memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -29,11 +30,13 @@ from hf_onlinespec import (
     UnsupportedError,
     VersionError,
     _compat,
+    disable,
+    enable,
     online_draft,
     online_memory,
 )
 
-from .conftest import tiny_llama
+from .conftest import tiny_gpt2, tiny_llama
 from .test_decoding import Heard, letters  # noqa: F401
 
 SMALL = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3)
@@ -337,3 +340,67 @@ def test_a_draft_that_is_no_model(target, prompt) -> None:
         OnlineDraft(torch.nn.Linear(2, 2))
     with pytest.raises(DraftError, match="Linear"):
         target.generate(prompt, assistant_model=torch.nn.Linear(2, 2), onlinespec=True, **GREEDY)
+
+
+def test_after_disable_a_draft_says_what_to_do(target, draft_model, prompt) -> None:
+    draft = OnlineDraft(draft_model)
+    for model in (target, tiny_gpt2(1)):  # transformers touches other attributes first where logits cannot be limited
+        disable()
+        try:
+            with pytest.raises(OnlineSpecError, match=r"enable\(\).*generate_fn\(\)"):
+                model.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=4)
+        finally:
+            enable()
+    target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=4)
+    assert draft.metrics.requests == 1
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_a_draft_is_saved_not_copied(draft_model, how) -> None:
+    with pytest.raises(TypeError, match=r"save_pretrained.*from_pretrained") as caught:
+        how(OnlineDraft(draft_model))
+    assert isinstance(caught.value, OnlineSpecError)
+
+
+def test_a_callable_of_somebody_else_ignores_onlinespec_with_a_warning(target, draft_model, prompt) -> None:
+    def echo(model, input_ids, **kwargs):
+        return input_ids
+
+    configured = GenerationConfig(onlinespec=True, max_new_tokens=4)
+    for arguments in ({"onlinespec": True, "max_new_tokens": 4}, {"generation_config": configured}):
+        with pytest.warns(UserWarning, match="onlinespec=True is ignored") as caught:
+            assert torch.equal(target.generate(prompt, custom_generate=echo, **arguments), prompt)
+        assert len(caught) == 1 and caught[0].filename == __file__
+    assert torch.equal(
+        target.generate(prompt, custom_generate=echo, max_new_tokens=4), prompt
+    )  # warnings are errors in tests
+    ours = OnlineDraft(draft_model).generate_fn()
+    target.generate(prompt, custom_generate=ours, onlinespec=True, max_new_tokens=4, do_sample=False)
+    target.generate(prompt, custom_generate=ours, generation_config=configured, do_sample=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore::DeprecationWarning")
+def test_wrappers_are_seen_through(target, draft_model, prompt) -> None:
+    """A memory and a draft belong to the model inside: it is where `generate` ends."""
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    compiled = torch.compile(target, backend="eager")
+    wrapped = get_peft_model(tiny_llama(1), settings).eval()
+    for outer, inner in ((compiled, target), (wrapped, wrapped.get_base_model())):
+        outer.generate(input_ids=prompt, onlinespec=True, do_sample=False, max_new_tokens=4)
+        assert online_memory(outer) is online_memory(inner)
+        assert online_memory(outer).metrics.requests == 1
+    compiled_draft = torch.compile(draft_model, backend="eager")
+    target.generate(prompt, assistant_model=compiled_draft, onlinespec=True, do_sample=False, max_new_tokens=4)
+    assert online_draft(compiled_draft) is online_draft(draft_model)
+    assert online_draft(draft_model).metrics.requests == 1
+
+
+def test_a_memory_with_other_settings_says_how_to_begin_anew(target, prompt) -> None:
+    target.generate(prompt, onlinespec=True, do_sample=False, max_new_tokens=4)
+    other = OnlineSpecConfig(memory_tokens=500)
+    with pytest.raises(ConfigError, match=r"memory that is kept with this target.*anew=True") as caught:
+        target.generate(prompt, onlinespec=other, do_sample=False, max_new_tokens=4)
+    assert "draft" not in str(caught.value)
+    assert online_memory(target, other, anew=True).metrics.requests == 0
+    target.generate(prompt, onlinespec=other, do_sample=False, max_new_tokens=4)
+    assert online_memory(target).metrics.requests == 1 and online_memory(target).settings == other
