@@ -7,6 +7,7 @@ that does better.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections import deque
@@ -23,7 +24,12 @@ from .learners import HEDGES, LEARNERS, Direction, Learner, State, adam, into_ba
 from .metrics import Counts
 from .state import Saved, are_numbers
 
+# Chosen: skipped steps in a row, on feedback that the original draft can learn from, after which an adapter of finite parameters
+# is to blame: at once if its loss is not finite in another forward either, later if nothing but its gradients are not.
+DIVERGED, STUCK = 4, 32
 COMPARED = 8  # updates over which a single row has to do better than the mixture to serve in its place
+
+logger = logging.getLogger(__name__)
 
 
 def step_sizes(settings: OnlineSpecConfig) -> list[float]:
@@ -63,6 +69,8 @@ class Adaptation:
     def __init__(self, lora: GatedLora, settings: OnlineSpecConfig) -> None:
         self.steps = 0  # gradient steps taken
         self.removed = 0  # experts that diverged
+        self._skipped = 0  # steps in a row that were not finite, and not on account of the feedback
+        self._warned = False  # whether the log has told of skipped steps since the last one that was taken
         self.many = settings.learner == ENSEMBLE
         self._lora, self._settings = lora, settings
         self._learner = make_learner(settings, lora.params.device)
@@ -78,6 +86,13 @@ class Adaptation:
         self._losses: deque[list[float]] = deque(maxlen=COMPARED)  # of every row
         self.serving = n + 1  # the row that serves: an expert, the original (n), the mixture (n + 1)
         self._serve()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the learners' and of Hedge's state."""
+        tensors = [*self.state.values(), *self.hedge_state.values(), *self._cap.saved().tensors.values()]
+        tensors += [] if self._starts is None else [self._starts]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def rows(self) -> Tensor | None:
@@ -105,14 +120,24 @@ class Adaptation:
         """Whether nothing of what was learned speaks."""
         return self.steps == 0 or (self.many and self.serving == self._experts)
 
-    def step(self, losses: Tensor, counts: Counts, sound: Callable[[], bool] = lambda: False) -> bool:
+    def step(
+        self,
+        losses: Tensor,
+        counts: Counts,
+        sound: Callable[[bool], bool] = lambda frozen: False,
+        earlier: Callable[[], Tensor | None] = lambda: None,
+    ) -> bool:
         """Backward, clip, step, for every expert from its own loss (experts,); whether a step was taken.
 
-        A loss or a gradient that is not finite skips the step and is counted. If the feedback is not to blame, an expert has
-        diverged, and begins anew as the original draft, or is removed from an ensemble: its numbers would spoil the others'.
+        All or nothing: what raises in here leaves parameters, moments and counters as they were. What is not finite skips the
+        step and is counted; everything that was learned stays, as long as the parameters themselves are finite. An expert whose
+        parameters are not, or that is found to blame for many skipped steps in a row, goes back to an earlier state; without
+        one it begins anew as the original draft, or is removed from an ensemble: its numbers would spoil the others'.
 
         Args:
-            sound: whether the original draft's loss on the same feedback is finite; asked only where it matters.
+            sound: whether a loss on the same feedback is finite in a forward of its own, the original draft's (True) or the
+                learned one's (False); asked only where it matters.
+            earlier: gives the newest earlier state (parameters,) of one expert; None: there is none.
         """
         lora = self._lora
         lora.grads.zero_()
@@ -122,21 +147,71 @@ class Adaptation:
             grads = lora.split(lora.grads)  # (experts, parameters)
             norms = grads.norm(dim=-1)
             if not bool((torch.isfinite(losses) & torch.isfinite(norms)).all()):
-                counts.skipped_updates += 1
-                if sound():
-                    self._remove(losses.detach())
+                self._skip(losses.detach(), counts, sound, earlier)
                 return False
             grads = grads * (self._settings.max_grad_norm / (norms + 1e-6)).clamp_max(1.0)[:, None]
-            updates, self.state = self._learner.update(self._cap(grads), self.state)
+            grads, norms = self._cap.shortened(grads)
+            updates, state = self._learner.update(grads, self.state)
+            if not _are_finite(updates, *state.values()):
+                self._skip_for_moments(counts)
+                return False
             alive = torch.tensor(self.alive, device=updates.device)[:, None]
-            lora.move(lora.join(updates * alive))
+            change = lora.join(updates * alive)
+            # From here on nothing is computed any more that could fail.
+            lora.move(change)
+            self.state = state
+            self._cap.note(norms)
         self.steps += 1
         counts.updates += 1
+        self._skipped, self._warned = 0, False
         return True
 
+    def _skip(
+        self, losses: Tensor, counts: Counts, sound: Callable[[bool], bool], earlier: Callable[[], Tensor | None]
+    ) -> None:
+        """A loss or a gradient was not finite: who is to blame, if anybody is, goes back."""
+        counts.skipped_updates += 1
+        norms = self._lora.split(self._lora.params).norm(dim=-1)
+        blamed = (~torch.isfinite(norms)).nonzero()[:, 0].tolist()
+        if not blamed:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "A loss or a gradient was not finite: the step was skipped, and what was learned stays. Further ones are "
+                    "counted in metrics.skipped_updates."
+                )
+            if not sound(True):
+                return
+            self._skipped += 1
+            if self._skipped < DIVERGED or (self._skipped < STUCK and sound(False)):
+                return
+            blamed = self._suspects(losses)
+        self._skipped = 0
+        for i in blamed:
+            state = earlier() if self.alive[i] else None
+            if state is None:
+                self._begin_anew([i])
+            else:
+                self.restore(state, i)
+
+    def _skip_for_moments(self, counts: Counts) -> None:
+        """A step was not finite though its gradient was: moments that are not finite begin anew, the parameters stay."""
+        counts.skipped_updates += 1
+        logger.warning("A step of the learner was not finite: it was skipped, and what was learned stays.")
+        rows = self._lora.split(self._lora.params)
+        for i in range(self._experts):
+            if not _are_finite(*(v[i] for v in self.state.values() if v.dim())):
+                self.state = {k: _without(v, i) for k, v in self.state.items()}
+                if self._starts is not None:
+                    self.state["moved"][i] = rows[i] - self._starts[i]
+
     def _remove(self, losses: Tensor) -> None:
-        """Takes out who has diverged: who holds or says what is not finite, else whoever has the largest loss."""
-        rows = self._lora.split(self._lora.params).clone()
+        """Takes out who has diverged."""
+        self._begin_anew(self._suspects(losses))
+
+    def _suspects(self, losses: Tensor) -> list[int]:
+        """Who holds or says what is not finite, else whoever has the largest loss."""
+        rows = self._lora.split(self._lora.params)
         gone = ~torch.isfinite(rows).all(dim=-1)
         if not bool(gone.any()):  # what is not a number times a gate of zero is none either: only then can losses tell
             gone = ~torch.isfinite(losses)
@@ -145,7 +220,17 @@ class Adaptation:
             size = rows.abs().amax(dim=-1) if bool(gone.all()) else losses
             gone = torch.zeros_like(gone)
             gone[torch.where(alive, size, -torch.inf).argmax()] = True
-        for i in gone.nonzero()[:, 0].tolist():
+        found: list[int] = gone.nonzero()[:, 0].tolist()
+        return found
+
+    def _begin_anew(self, experts: list[int]) -> None:
+        """As the original draft; of an ensemble they are removed."""
+        rows = self._lora.split(self._lora.params).clone()
+        for i in experts:
+            logger.warning(
+                "An adapter has diverged, and there is no earlier state of it: %s.",
+                "it is removed" if self.many else "it begins anew",
+            )
             self.removed += self.alive[i]
             self.alive[i] = not self.many
             rows[i] = 0.0 if self.many else self._fresh(rows[i])
@@ -257,9 +342,10 @@ class Adaptation:
         """A copy of the parameters (parameters,) of the expert that does best now, in bfloat16: half the memory."""
         return self._lora.split(self._lora.params)[self.leader].bfloat16()
 
-    def restore(self, params: Tensor) -> None:
-        """Puts a snapshot in place of the expert that does worst; it learns on from there, with new moments."""
-        at = min(range(self._experts), key=lambda i: self.weights[i] if self.alive[i] else -1.0) if self.many else 0
+    def restore(self, params: Tensor, at: int | None = None) -> None:
+        """Puts a snapshot in place of an expert; it learns on from there, with new moments. None: of the one that does worst."""
+        if at is None:
+            at = min(range(self._experts), key=lambda i: self.weights[i] if self.alive[i] else -1.0) if self.many else 0
         rows = self._lora.split(self._lora.params).clone()
         rows[at] = params.float()
         state = {k: _without(v, at) for k, v in self.state.items()}
@@ -280,6 +366,11 @@ class Adaptation:
             weights = list(self.weights)
             weights[at] = max(weights)
             self._weigh(weights)
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are finite, told by their sums: one pass over each, and one answer from the device."""
+    return bool(torch.isfinite(torch.stack([tensor.sum() for tensor in tensors])).all())
 
 
 def _without(values: Tensor, row: int) -> Tensor:

@@ -170,7 +170,9 @@ class GatedLora:
         with torch.no_grad():
             for layer, weight in self._folded:
                 torch.add(layer.get_base_layer().weight, self._change(layer), out=weight)
-        self._stale = False
+            # What is not finite is not served: it is folded again the next time, and until then speaks beside the weights.
+            sums = torch.stack([weight.sum() for _, weight in self._folded])
+            self._stale = not bool(torch.isfinite(sums).all())
 
     def _change(self, layer: LoraLayer) -> Tensor:
         """s · B (w ⊙ A) of one layer, laid out as its weights are."""

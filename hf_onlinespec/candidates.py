@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .acceptances import Drafted, Seen
+from .failures import Attempt
 from .feedback import FeedbackRecorder
 from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
 from .lesson import Lesson
@@ -59,6 +60,12 @@ class OnlineCandidateGenerator(CandidateGenerator):
     ) -> None:
         self.counts = Counts()
         self._draft, self._neural, self._learn = draft, draft.neural, learn
+        # What failed of late is left out of this request; what fails in it, of the rest of it.
+        self._failures = draft.failures
+        self._drafts = self._failures.drafting.begin()  # whether the draft model takes part
+        self._recalls = self._failures.memory.begin()  # whether the suffix memory does
+        self._studies = self._failures.learning.begin() and learn and draft.neural is not None
+        self._drafted = self._learned = False  # whether the draft model has drafted, and learned, in this request
         self._governor, self._settings = draft.governor, draft.settings
         drafts = None if self._neural is None else self._neural.generation_config
         self._fixed = fixed_lookahead(generation_config, self._settings, drafts)  # None: "auto"
@@ -83,8 +90,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._cache = DynamicCache(config=self._neural.config)
             record_past(self._cache)
             self._mask = None if self._mask is None else self._mask.to(self._neural.device)
-            if learn:
-                self.recorder = FeedbackRecorder()
+            if self._studies:
+                self.recorder = FeedbackRecorder(self._learning)
                 logits_processor.insert(0, self.recorder)
         self._preference: float | None = None  # how much the prompt speaks for the learned draft
         self._frozen = False  # whether the original draft serves this request
@@ -92,7 +99,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._began = True  # whether this round is the draft's first
         # The memory is asked what it would have said at every token where learning is affordable.
         auto = self._settings.update_every == "auto" and self._settings.update_when != "idle"
-        self._asks_memory = learn and self._neural is not None and auto and self._affordable_steps() > 0
+        self._asks_memory = self._studies and auto and self._affordable_steps() > 0
         self._sequence: Tensor | None = None  # (batch, L) the request so far
         self._tokens: Tensor | None = None  # the same as the draft reads it, on its device
         self._prompt = 0  # how much of it was there before
@@ -100,7 +107,43 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._recall: Recall | None = None  # one row: the memory as this request sees it
         self._rounds = 0
         self._timed = False  # whether the loop tells times; transformers' own does not
-        self._lesson = Lesson(self._settings, self._common)
+        self._lesson = self._begin_lesson()
+
+    # Beside decoding nothing may fail a call, see failures.py.
+
+    def _drafting(self) -> Attempt:
+        return self._failures.drafting.attempt(self._stop_drafting)
+
+    def _stop_drafting(self) -> None:
+        """The request goes on without the draft model, whose cache may hold anything now."""
+        self.counts.failed_drafts += 1
+        self._drafts, self._cached = False, 0
+        if self._neural is not None:
+            self._cache = DynamicCache(config=self._neural.config)
+
+    def _recalling(self) -> Attempt:
+        return self._failures.memory.attempt(self._stop_recalling)
+
+    def _stop_recalling(self) -> None:
+        self._recalls, self._recall = False, None
+
+    def _learning(self) -> Attempt:
+        return self._failures.learning.attempt(self._stop_learning)
+
+    def _stop_learning(self) -> None:
+        """Nothing more of this request is learned, and what was recorded for it goes."""
+        self.counts.failed_updates += 1
+        self._studies = self._asks_memory = False
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder, self._lesson = None, self._begin_lesson()
+
+    def _begin_lesson(self) -> Lesson:
+        lesson = Lesson(self._settings, self._common, self._temperature)
+        if self._neural is not None:
+            with self._draft.lock:
+                self._neural.requests.add(lesson)
+        return lesson
 
     def propose(self, input_ids: Tensor, most: int) -> Proposal:
         """Drafts after `input_ids` (batch, L): at most `most` tokens, and no more than are expected to pay.
@@ -109,7 +152,16 @@ class OnlineCandidateGenerator(CandidateGenerator):
         and from q before the draw: every drawn token is submitted. A round ends behind an end of sequence.
         """
         self._timed = True
-        sees = self._neural is not None and input_ids.shape[1] < self._neural.positions
+        proposal = Proposal(input_ids[:, :0], None)
+        with self._drafting():
+            proposal = self._planned(input_ids, most)
+        if self._tokens is None:
+            with self._learning():
+                self._see(input_ids)
+        return proposal
+
+    def _planned(self, input_ids: Tensor, most: int) -> Proposal:
+        sees = self._neural is not None and self._drafts and input_ids.shape[1] < self._neural.positions
         if self._tokens is None and sees and self._settings.update_every == "auto":
             with self._draft.lock:
                 asked = min(input_ids.shape[1], PREFERENCE_TOKENS)
@@ -125,24 +177,28 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 plan = self._governor.plan(sees, self._seen, most, input_ids.shape[1] - self._cached)
         return self._propose(input_ids, most, plan)
 
-    def _propose(self, input_ids: Tensor, most: int, plan: Plan | None, recalls: bool = True) -> Proposal:
-        """A proposal by plan; None: of `most` tokens, by whoever is more likely to be right."""
+    def _see(self, input_ids: Tensor) -> None:
         if self._tokens is None:
             self._prompt = input_ids.shape[1]
         self._take(input_ids)
-        memory = self._draft.memory if recalls and input_ids.shape[0] == 1 else None
+
+    def _propose(self, input_ids: Tensor, most: int, plan: Plan | None, recalls: bool = True) -> Proposal:
+        """A proposal by plan; None: of `most` tokens, by whoever is more likely to be right."""
+        self._see(input_ids)
+        memory = self._draft.memory if recalls and self._recalls and input_ids.shape[0] == 1 else None
         if memory is not None:
-            if self._recall is None:
-                asks = self._governor.acceptances if self._asks_memory else None
-                size = min(self._max_length + 1, self._settings.memory_tokens)
-                self._recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, asks)
-            self._recall.read(input_ids)
+            with self._recalling():
+                if self._recall is None:
+                    asks = self._governor.acceptances if self._asks_memory else None
+                    size = min(self._max_length + 1, self._settings.memory_tokens)
+                    self._recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, asks)
+                self._recall.read(input_ids)
         if self._cached:  # in silent rounds too: no rejected token may outlive them
             self._rewind(input_ids.shape[1])
         recall = None if memory is None else self._recall
         round_ = Round(input_ids, None if recall is None else recall.context, self._eos)
         serving: AbstractContextManager[PreTrainedModel | None] = nullcontext()
-        wanted = self._neural is not None and (plan is None or plan.lookahead > 0)
+        wanted = self._neural is not None and self._drafts and (plan is None or plan.lookahead > 0)
         if self._neural is not None and wanted:
             serving = self._neural.serving(self._frozen)
         self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
@@ -150,7 +206,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
             # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
             with serving as model, torch.inference_mode():
                 while len(round_.drafted) < most and not round_.ended:
-                    found = None if recall is None or round_.context is None else recall.ask(round_.context)
+                    found = None
+                    if recall is not None and round_.context is not None and self._recalls:
+                        with self._recalling():
+                            found = recall.ask(round_.context)
                     if found is not None and self._vocabulary is not None:
                         found = found.below(self._vocabulary.size)  # the memory may know other targets
                     neural = model is not None and self._neural_speaks(round_, plan)
@@ -253,6 +312,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             key, chance = acceptances.confident(most_probable, self._frozen)
             known = int(token)
         round_.think(token, known, law, Drafted("neural", len(round_.drafted), key), chance)
+        self._drafted = True
         seconds = time.perf_counter() - started
         if self._began and not round_.neural_s:  # it has read the prompt
             with self._draft.lock:
@@ -273,6 +333,12 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._cached += feed.shape[1]
         return logits[:, -1, : self._common].float()
 
+    def hear(self, logits: Tensor) -> None:
+        """Keeps the target's raw logits (batch, k + 1, vocab) of a round, if they are learned from."""
+        if self.recorder is not None:
+            with self._learning():
+                self.recorder.hear(logits)
+
     def observe(
         self, input_ids: Tensor, proposal: Proposal, overlaps: Sequence[float], draft_s: float, target_s: float
     ) -> None:
@@ -286,9 +352,13 @@ class OnlineCandidateGenerator(CandidateGenerator):
         neural_s = proposal.neural_s
         if target_s:
             target_s += draft_s - neural_s  # the memory's time belongs to every round
-        with self._draft.lock:
+        with self._failures.records.attempt(), self._draft.lock:
             self._governor.observe(proposal.drafted, overlaps, 0.0 if self._began else neural_s, target_s, self._seen)
-        self._record(input_ids)
+        with self._learning():
+            self._record(input_ids)
+            self._learn_of_round()
+
+    def _learn_of_round(self) -> None:
         settings = self._settings
         full = self._lesson.waiting >= settings.context_tokens  # full target laws are kept for so many tokens at most
         due = full
@@ -303,10 +373,36 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def finish(self) -> None:
         """Ends the request: remembers it, learns from what is left of it and rehearses, as far as that is worth it."""
-        with self._draft.lock:
-            if self._recall is not None and self._learn and self._sequence is not None:
+        failures, unseen = self._failures, False
+        if self._recall is not None and self._learn and self._sequence is not None:
+            with self._recalling(), self._draft.lock:
                 self._draft.metrics.memory_bytes = self._recall.remember(self._sequence)
+                failures.memory.worked()
+        with failures.records.attempt(), self._draft.lock:
             unseen = self._governor.request_ended(self.counts.new_tokens, self._seen, self._fixed)
+        with self._learning():
+            self._learn_of_request(unseen)
+        decisions = self._governor.decisions
+        if self._drafted and not self.counts.failed_drafts and failures.drafting.worked():
+            decisions.drafting = f"drafting works again after: {failures.drafting.reason}"
+        if self._learned and not self.counts.failed_updates and failures.learning.worked():
+            decisions.learning = f"learning works again after: {failures.learning.reason}"
+
+    def close(self, started: float) -> None:
+        """The end of the call, finished or broken off; `started`: when it began."""
+        if self._neural is not None:
+            with self._learning():
+                self._neural.end_request()
+        self.counts.wall_time_s = time.perf_counter() - started
+        with self._failures.records.attempt(), self._draft.lock:
+            self._draft.metrics.close(self.counts)
+            decisions = self._governor.decisions
+            if self._failures.learning.failing:
+                decisions.learning = self._failures.learning.reason
+            if self._failures.drafting.failing:
+                decisions.drafting = self._failures.drafting.reason
+
+    def _learn_of_request(self, unseen: bool) -> None:
         if self._neural is None or self._tokens is None or not (self._lesson.waiting or self._lesson.kept):
             return
         settings = self._settings
@@ -315,6 +411,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._lesson.put_off()
             for feedback in self._lesson.feedback(self._tokens, self._mask):
                 self._neural.learn_later(feedback, self._temperature)
+            self._learned = True
             return
         if settings.update_every == "auto" and self._timed:
             steps = self._worthwhile_steps()
@@ -326,13 +423,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._update()
         elif self._keeps:
             self._lesson.put_off()
-        started = time.perf_counter()
-        for feedback in self._lesson.feedback(self._tokens, self._mask):
-            self._neural.remember(feedback)
-        before = self.counts.updates
-        self._neural.rehearse(self.counts, steps - 1)
-        self._neural.fold()
-        self._charge(started, before)
+        started, before = time.perf_counter(), self.counts.updates
+        try:
+            for feedback in self._lesson.feedback(self._tokens, self._mask):
+                self._neural.remember(feedback)
+            self._neural.rehearse(self.counts, steps - 1)
+            self._neural.fold()
+        finally:
+            self._charge(started, before)
 
     @property
     def _keeps(self) -> bool:
@@ -390,6 +488,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if not self._lesson.waiting or self._tokens is None or self._neural is None:
             return
         started, before = time.perf_counter(), self.counts.updates
+        try:
+            self._step()
+        finally:  # a step that fails takes its time, too
+            self._charge(started, before)
+        self._learned = True
+
+    def _step(self) -> None:
+        assert self._tokens is not None and self._neural is not None
         teachers = self._lesson.teachers()
         tokens = self._tokens[:, : self._lesson.end]
         prefix = min(self._cached, tokens.shape[1] - 1 - len(teachers[0]))
@@ -397,7 +503,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if dropped or self._frozen:
             prefix = 0  # a sliding window has dropped the start, or the frozen draft read it: read everything anew
         recalled: list[float] | None = []
-        if self._recall is not None and self._sequence is not None:
+        if not self._recalls:
+            recalled = None
+        elif self._recall is not None and self._sequence is not None:
             new = slice(self._lesson.end - len(teachers[0]) - self._prompt, self._lesson.end - self._prompt)
             recalled = self._recall.read(self._sequence)[new] if self._asks_memory else None
         self._choose(self._tokens[:, : self._prompt])
@@ -415,7 +523,6 @@ class OnlineCandidateGenerator(CandidateGenerator):
             )
             self._neural.fold()
         self._lesson.keep(teachers)
-        self._charge(started, before)
 
     # The protocol of transformers' own loop. It tells no times and has no end of request: the lookahead is a number, the
     # memory is not asked, and the draft learns every `update_every` rounds whatever `update_when` says; whoever made the
@@ -425,7 +532,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         """`(input_ids with the drafted tokens, log q)`, for transformers' assisted decoding."""
         k = FIRST_LOOKAHEAD if self._fixed is None else self._fixed
         k = max(0, min(k, self._max_length - input_ids.shape[1] - 1))
-        with torch.inference_mode(False), torch.no_grad():
+        proposal = Proposal(input_ids[:, :0], None)
+        with torch.inference_mode(False), torch.no_grad(), self._drafting():
             proposal = self._propose(input_ids.clone(), k, None, recalls=False)
         candidates = torch.cat([input_ids, proposal.tokens], dim=-1)
         return candidates, None if proposal.q is None else proposal.q.log()
@@ -433,7 +541,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Learns from a round of transformers' loop; the raw logits come from the recorder, not from `scores`."""
         every = self._settings.update_every
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._learning():
             self._record(input_ids.clone())
             if self._rounds % (every if isinstance(every, int) else 1) == 0:
                 self._update()

@@ -64,7 +64,8 @@ def decode(
     check_inputs(target, input_ids, generation_config, model_kwargs)
     started = time.perf_counter()
     if draft.neural is not None:
-        draft.neural.serves(target)
+        with draft.failures.records.attempt():
+            draft.neural.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         processors = LogitsProcessorList(logits_processor)
         plain = why_plain(target, input_ids, generation_config, model_kwargs)
@@ -84,11 +85,7 @@ def decode(
                 with draft.lock:
                     draft.metrics.decisions.drafting = reason
         finally:  # an interrupted call counts too: the draft may have learned in it
-            if draft.neural is not None:
-                draft.neural.end_request()
-            candidates.counts.wall_time_s = time.perf_counter() - started
-            with draft.lock:
-                draft.metrics.close(candidates.counts)
+            candidates.close(started)
     return output
 
 
@@ -119,8 +116,7 @@ def _loop(
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
         logits = verifier.verify(input_ids, proposal.tokens)  # (batch, k + 1, vocab)
-        if candidates.recorder is not None:
-            candidates.recorder.hear(logits)
+        candidates.hear(logits)
         if keep_logits:
             raw = logits.clone()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import uuid
 import warnings
 import weakref
@@ -27,6 +26,7 @@ from .config import OnlineSpecConfig
 from .decoding import GenerateFn
 from .errors import NotAModelError
 from .export import merge_and_export
+from .forks import Lock
 from .hub import Checkpoints, Push
 from .identity import public_name
 from .learning_draft import LearningDraft
@@ -59,7 +59,7 @@ class OnlineDraft(LearningDraft):
         super().__init__(model, config)
         self.lineage = _new_lineage()
         self.targets: list[str] = []  # names of the models that it has drafted for
-        self.pushes = threading.RLock()  # held for one push at a time
+        self.pushes = Lock(waits=False)  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
 
     @property
@@ -126,7 +126,8 @@ class OnlineDraft(LearningDraft):
         finally:
             checkpoints = self.checkpoints
             if checkpoints is not None:
-                checkpoints.request_done()
+                with self.failures.records.attempt():
+                    checkpoints.request_done()
 
     # Saving and loading
 

@@ -7,12 +7,25 @@ logits after `tokens[: start + i]`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+
+# Logits that are compared at once, 64 MB in float32; more of them are taken in parts. Chosen: no part of the embedded pair's or of
+# a small draft's request is that large, so that nothing is computed twice there.
+MOST_LOGITS = 2**24
+
+
+def parts(n: int, vocabulary: int) -> list[slice]:
+    """n positions in parts of at most `MOST_LOGITS` logits."""
+    size = max(1, MOST_LOGITS // vocabulary)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 @dataclass(frozen=True)
@@ -26,37 +39,70 @@ class Teacher:
     vocabulary: int | None = None
     # Whether some positions have no mass on these ids: -inf throughout. They are left out of every loss.
     has_gaps: bool = False
+    # The distribution of the call is p^power, normalised: 1 where the call's temperature is the one of the distributions.
+    power: float = 1.0
+    log_tail_power: Tensor | None = None  # (n,) log Σ p^power outside the top k; None: power is 1
 
     @classmethod
     def from_logits(
-        cls, logits: Tensor, temperature: float = 1.0, top_k: int | None = None, vocabulary: int | None = None
+        cls,
+        logits: Tensor,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        vocabulary: int | None = None,
+        call_temperature: float = 0.0,
     ) -> Teacher:
         """From raw target logits (n, V); the logits are copied, so the caller may overwrite them.
 
         Args:
+            temperature: that softens the distributions, for the loss.
             vocabulary: only the ids below it count, and the law is normalised on them; None: all.
+            call_temperature: that the tokens were sampled at, 0: greedy. Acceptance is told there.
         """
         common = logits[..., :vocabulary]
-        log_probs, has_gaps = (common.float() / temperature).log_softmax(-1), False
+        scaled = common.float() if temperature == 1 else common.float() / temperature
+        log_probs, has_gaps = scaled.log_softmax(-1), False
         if common.shape[-1] < logits.shape[-1]:
             without_mass = common.amax(-1) == -torch.inf
             has_gaps = bool(without_mass.any())
             if has_gaps:  # the softmax made them NaN
                 log_probs = log_probs.masked_fill(without_mass[:, None], -torch.inf)
-        whole = cls(log_probs, vocabulary=common.shape[-1], has_gaps=has_gaps)
+        power = temperature / call_temperature if call_temperature else 1.0
+        whole = cls(log_probs, vocabulary=common.shape[-1], has_gaps=has_gaps, power=power)
         return whole if top_k is None else whole.top(top_k)
 
     def top(self, k: int) -> Teacher:
         """The same with at most k tokens per position."""
-        if self.log_probs.shape[-1] <= k:
+        n, size = self.log_probs.shape
+        if size <= k:
             return self
+        if n * size > MOST_LOGITS and n > 1:
+            return concatenate([self.rows(part).top(k) for part in parts(n, size)])
         values, index = self.log_probs.topk(k, dim=-1)
-        log_tail = _outside(self.log_probs, index)
+        log_tail, log_tail_power = _outside(self.log_probs, index), None
         if self.log_tail is not None:
             log_tail = torch.logaddexp(log_tail, self.log_tail)
+        if self.power != 1:
+            log_tail_power = _outside(self.log_probs * self.power, index)
+            if self.log_tail_power is not None:
+                log_tail_power = torch.logaddexp(log_tail_power, self.log_tail_power)
         tokens = index if self.tokens is None else self.tokens.gather(-1, index)
-        vocabulary = self.log_probs.shape[-1] if self.tokens is None else self.vocabulary
-        return replace(self, log_probs=values, tokens=tokens, log_tail=log_tail, vocabulary=vocabulary)
+        return replace(
+            self,
+            log_probs=values,
+            tokens=tokens,
+            log_tail=log_tail,
+            vocabulary=size if self.tokens is None else self.vocabulary,
+            log_tail_power=log_tail_power,
+        )
+
+    def rows(self, part: slice) -> Teacher:
+        """The same at some of the positions."""
+        return self._map(lambda tensor: tensor[part])
+
+    def for_the_loss(self) -> Teacher:
+        """The same without what only the acceptance in its own call needs."""
+        return replace(self, power=1.0, log_tail_power=None)
 
     def compare(self, logits: Tensor, temperature: float = 1.0, tail: bool = True) -> tuple[Tensor, Tensor]:
         """`(log_p, log_q)` over the same outcomes, from the draft's logits (n, V): what the losses take.
@@ -97,6 +143,24 @@ class Teacher:
         log_p = torch.cat([self.log_probs, self.log_tail[:, None]], dim=-1)
         return log_p, torch.cat([log_q.gather(-1, self.tokens), _outside(log_q, self.tokens)[:, None]], dim=-1)
 
+    def compare_at(self, logits: Tensor, temperature: float, recorded_at: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`(log_p, log_q)` at the temperature of a call, from the draft's logits (n, V).
+
+        p^(recorded_at / temperature), normalised. Of the top k that takes Σ p^power over all other tokens: at the temperature of
+        its own call a teacher knows it; at another one they are taken to be equally likely.
+        """
+        log_p, log_q = self._compare(logits, temperature)
+        power = recorded_at / temperature
+        if power == 1:
+            return log_p, log_q
+        log_p = log_p * power
+        if self.log_tail is not None and self.tokens is not None:
+            if self.log_tail_power is not None and math.isclose(self.power, power):
+                log_p[..., -1] = self.log_tail_power
+            else:
+                log_p[..., -1] += (1 - power) * math.log(max(1, self.common(logits).shape[-1] - self.tokens.shape[-1]))
+        return log_p.log_softmax(-1), log_q
+
     def __len__(self) -> int:
         return self.log_probs.shape[0]
 
@@ -104,13 +168,15 @@ class Teacher:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Teacher:
-        tokens = None if self.tokens is None else change(self.tokens)
-        log_tail = None if self.log_tail is None else change(self.log_tail)
-        return replace(self, log_probs=change(self.log_probs), tokens=tokens, log_tail=log_tail)
+        optional = (None if t is None else change(t) for t in (self.tokens, self.log_tail, self.log_tail_power))
+        tokens, log_tail, log_tail_power = optional
+        probs = change(self.log_probs)
+        return replace(self, log_probs=probs, tokens=tokens, log_tail=log_tail, log_tail_power=log_tail_power)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.log_probs, self.tokens, self.log_tail) if t is not None)
+        tensors = (self.log_probs, self.tokens, self.log_tail, self.log_tail_power)
+        return sum(t.nbytes for t in tensors if t is not None)
 
 
 def _outside(log_probs: Tensor, tokens: Tensor) -> Tensor:
@@ -129,6 +195,10 @@ def concatenate(teachers: list[Teacher]) -> Teacher:
         None if first.log_tail is None else torch.cat([t.log_tail for t in teachers if t.log_tail is not None]),
         first.vocabulary,
         any(t.has_gaps for t in teachers),
+        first.power,
+        None
+        if first.log_tail_power is None
+        else torch.cat([t.log_tail_power for t in teachers if t.log_tail_power is not None]),
     )
 
 
@@ -141,19 +211,21 @@ def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teac
     Args:
         teacher_temperature: at which the teachers were recorded.
     """
-    parts = []
+    found = []
     for teacher, row in zip(teachers, logits, strict=True):
         if temperature == 0:
             best = teacher.log_probs.argmax(-1)
             if teacher.tokens is not None:
                 best = teacher.tokens.gather(-1, best[:, None]).squeeze(-1)
-            found = (teacher.common(row).argmax(-1) == best).float()
-        else:
-            log_p, log_q = teacher._compare(row, temperature)
-            p = (log_p * (teacher_temperature / temperature)).softmax(-1)
-            found = torch.minimum(p, log_q.exp()).sum(-1)
-        parts.append(torch.where(teacher.has_mass, found, 0.0) if teacher.has_gaps else found)
-    return torch.cat(parts)
+            agrees = (teacher.common(row).argmax(-1) == best).float()
+            found.append(torch.where(teacher.has_mass, agrees, 0.0) if teacher.has_gaps else agrees)
+            continue
+        for part in parts(*row.shape):
+            there = teacher.rows(part)
+            log_p, log_q = there.compare_at(row[part], temperature, teacher_temperature)
+            accepted = torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
+            found.append(torch.where(there.has_mass, accepted, 0.0) if there.has_gaps else accepted)
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -172,15 +244,25 @@ class FeedbackRecorder(LogitsProcessor):
     """A logits processor that looks and changes nothing: it keeps the target's raw logits of every call.
 
     It must come first in the list, before any processor alters the scores.
+
+    Args:
+        attempt: makes the `with` block of every copy that is made in a foreign loop, which must not fail for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attempt: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.rows: list[Tensor] = []  # each (batch, V)
+        self._attempt, self._closed = attempt, False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # A copy: processors behind this one may write into the same memory.
-        self.rows.append(scores.clone())
+        if not self._closed:
+            # A copy: processors behind this one may write into the same memory.
+            with self._attempt():
+                self.rows.append(scores.clone())
         return scores
+
+    def close(self) -> None:
+        """Keeps nothing any more: nobody will take it."""
+        self.rows, self._closed = [], True
 
     def take(self, n: int) -> Tensor:
         """The first n rows since the last call, (batch, n, V); those behind them are dropped as off the kept path."""

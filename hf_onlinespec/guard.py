@@ -43,16 +43,24 @@ class GradientCap:
         self._norms: deque[Tensor] = deque(maxlen=CAP_WINDOW)
 
     def __call__(self, grads: Tensor) -> Tensor:
-        if self._most is None:
-            return grads
-        norms = grads.norm(dim=-1)  # (experts,)
-        if len(self._norms) >= KNOWN_GRADIENTS:
+        grads, norms = self.shortened(grads)
+        self.note(norms)
+        return grads
+
+    def shortened(self, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients as long as they may be, and their lengths (experts,)."""
+        norms = grads.norm(dim=-1)
+        if self._most is not None and len(self._norms) >= KNOWN_GRADIENTS:
             most = self._most * torch.stack(list(self._norms)).median(dim=0).values
             # After gradients of nothing, a first one is not unusual.
             shorter = torch.where(most > 0, (most / norms.clamp_min(1e-30)).clamp_max(1.0), 1.0)
             grads, norms = grads * shorter[:, None], norms * shorter
-        self._norms.append(norms)
-        return grads
+        return grads, norms
+
+    def note(self, norms: Tensor) -> None:
+        """Takes in the lengths (experts,) of gradients that were stepped along."""
+        if self._most is not None:
+            self._norms.append(norms)
 
     def saved(self) -> Saved:
         return Saved({"norms": torch.stack(list(self._norms))} if self._norms else {})
@@ -126,6 +134,22 @@ class Guard:
                 self._forget(range(len(self.states)))
         self._settle(statistics.mean(learned))
         return None
+
+    def go_back(self) -> Tensor | None:
+        """The newest earlier state, for an adapter that has diverged; None: there is none. A state is handed out once."""
+        kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
+        self.states, self._candidate = [], None
+        self._tried, self._trials, self._wait = [], 0, TRY_EVERY
+        self._latest.clear()
+        found = None
+        while kept and found is None:
+            newest = kept.pop()
+            found = newest if bool(torch.isfinite(newest.float().norm())) else None
+        self.states = kept
+        if found is not None:
+            self.rollbacks += 1
+            self.reason = "the adapter was not finite any more: it learns on from its newest earlier state"
+        return found
 
     def _settle(self, acceptance: float) -> None:
         first = self._spread == 0.0

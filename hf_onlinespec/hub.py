@@ -18,6 +18,7 @@ from . import card
 from ._compat import HUB_FAILURES
 from .artifact import CONFIG, FILES, Artifact, read_json
 from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError
+from .forks import renew_in_child
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -179,6 +180,11 @@ class Checkpoints:
         self._busy, self._closed = False, False
         self._change = threading.Condition()
         self._start()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """In a forked child, which has no thread yet."""
+        self._change, self._busy = threading.Condition(), False
 
     def _start(self) -> None:
         self._busy = False

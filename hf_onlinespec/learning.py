@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
@@ -18,7 +21,7 @@ from .adaptation import Adaptation
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
 from .errors import ArtifactError
-from .feedback import Feedback, Teacher, acceptance, concatenate
+from .feedback import Feedback, Teacher, acceptance, concatenate, parts
 from .guard import Guard
 from .losses import LOSSES
 from .metrics import Counts
@@ -26,6 +29,8 @@ from .replay import Passes, Replay
 from .state import Saved
 
 JUDGED_TOKENS = 32  # of a request, that tell how experts and adapter do
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Segment:
     teachers: list[Teacher]  # of the last n tokens of every row
     mask: Tensor | None  # (batch, prompt) with zeros where the prompt is padded on the left
     temperature: float  # of the call that generated the tokens, 0 for greedy
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + sum(teacher.nbytes for teacher in self.teachers)
 
     @property
     def sound(self) -> bool:
@@ -112,17 +121,18 @@ class Learning:
         self._loss = LOSSES[settings.loss]
         self.loss = math.inf  # on the latest segment, before it was learned
         self._waiting: _Waiting | None = None
-        self._spoilt = False  # whether the request's cache was read by an adapter that has diverged
+        self._spoilt = False  # whether the request's cache may hold what is not finite
         # What the steps since the last request moved, and the seconds they took: on new tokens, on remembered ones.
         self._moved: dict[str, tuple[Tensor, float, int]] = {}
         self._tail = settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
 
     @property
     def nbytes(self) -> int:
-        """Adapter, gradients, folded weights, the learner's state, earlier states, and the requests that are remembered."""
-        state = sum(tensor.nbytes for tensor in self.adaptation.state.values())
-        state += sum(moved.nbytes for moved, _, _ in self._moved.values())
-        return self._lora.nbytes + state + self.guard.nbytes + self.replay.nbytes
+        """Adapter, gradients, folded weights, the learner's state, earlier states, and the requests that are remembered or wait."""
+        state = sum(moved.nbytes for moved, _, _ in self._moved.values())
+        waiting = self._waiting
+        state += 0 if waiting is None else waiting.segment.nbytes
+        return self._lora.nbytes + state + self.adaptation.nbytes + self.guard.nbytes + self.replay.nbytes
 
     def segment(
         self, segment: Segment, cache: Cache | None, prefix: int, counts: Counts, compare: bool = False
@@ -163,29 +173,36 @@ class Learning:
                 shown = Shown(accepted[0], original)
             else:
                 shown = Shown(accepted[self.adaptation.serving], accepted[self._lora.blocks])
-        before, removed = counts.updates, self.adaptation.removed
-        self._step(losses, counts, "new", started, lambda: self._is_learnable(segment))
+        before, skipped = counts.updates, counts.skipped_updates
+        self._step(losses, counts, "new", started, lambda frozen: self._is_learnable(segment, frozen))
         if counts.updates > before:
             counts.learned_tokens += batch * n
-        self._spoilt |= self.adaptation.removed > removed
-        if segment.sound:
+        if counts.skipped_updates > skipped:
+            self._spoilt = True  # the request's cache may hold what is not finite
+        elif segment.sound:
             self._watch(segment, accepted, shown)
         return shown
 
     @torch.no_grad()
-    def _is_learnable(self, segment: Segment) -> bool:
-        """Whether the original draft's loss is finite: then the feedback is not to blame."""
-        logits = self._logits(self._lora.base, segment)
+    def _is_learnable(self, segment: Segment, frozen: bool) -> bool:
+        """Whether the loss of the original or of the learned draft is finite, in a forward of its own. Experts are not asked."""
+        if self.adaptation.many and not frozen:
+            return False
+        with nullcontext(self._lora.base) if frozen else self._lora.speaking() as model:
+            logits = self._logits(model, segment)
         return bool(torch.isfinite(self._losses(segment.teachers, logits)).all())
 
-    def _step(self, losses: Tensor, counts: Counts, kind: str, started: float, sound: Callable[[], bool]) -> None:
+    def _step(self, losses: Tensor, counts: Counts, kind: str, started: float, sound: Callable[[bool], bool]) -> None:
         """A gradient step, and what the steps before it brought for a request that they did not know."""
         if self._settings.update_every != "auto":
-            self.adaptation.step(losses, counts, sound)
+            self.adaptation.step(losses, counts, sound, self._go_back)
             return
         before = self._lora.params.clone()
-        taken = self.adaptation.step(losses, counts, sound)
-        if kind == "new" and "new" in self._moved and taken:
+        taken = self.adaptation.step(losses, counts, sound, self._go_back)
+        if not taken:
+            self._moved = {}
+            return
+        if kind == "new" and "new" in self._moved:
             brought = {
                 name: (-float(self._lora.grads @ moved.float()) / n, seconds / n)
                 for name, (moved, seconds, n) in self._moved.items()
@@ -197,6 +214,13 @@ class Learning:
         moved, seconds, n = self._moved.get(kind, (torch.zeros_like(before), 0.0, 0))
         moved = (moved.float() + self._lora.params - before).bfloat16()
         self._moved[kind] = (moved, seconds + time.perf_counter() - started, n + 1)
+
+    def _go_back(self) -> Tensor | None:
+        state = self.guard.go_back()
+        if state is not None:
+            self._waiting, self._moved = None, {}
+            logger.warning("%s", self.guard.reason)
+        return state
 
     def _watch(self, segment: Segment, accepted: list[list[float]], shown: Shown) -> None:
         """Judges experts and adapter by what they did, a whole request at a time: small segments of one wait for the others."""
@@ -254,7 +278,7 @@ class Learning:
                 found = self._accepts(model, segment)
             return [a if math.isfinite(a) else 0.0 for a in found]
         finally:
-            self._lora.put(self._lora.split(before))
+            self._lora.params.copy_(before)  # no new memory: there may be none
 
     def _logits(self, model: Callable[..., Any], segment: Segment) -> Tensor:
         """Logits (batch, n, vocab) at the taught tokens."""
@@ -272,12 +296,24 @@ class Learning:
 
     def _losses(self, teachers: Sequence[Teacher], logits: Sequence[Tensor] | Tensor) -> Tensor:
         """The loss at every taught position, of rows of logits (n, vocab)."""
-        return torch.cat(
-            [
-                self._loss(*teacher.compare(row[-len(teacher) :], self._settings.temperature, self._tail))
-                for teacher, row in zip(teachers, logits, strict=True)
-            ]
-        )
+        found = []
+        for teacher, row in zip(teachers, logits, strict=True):
+            row = row[-len(teacher) :]
+            pieces = parts(*row.shape)
+            if len(pieces) == 1 or not row.requires_grad:
+                found += [self._loss_at(teacher.rows(part), row[part]) for part in pieces]
+                continue
+            # Log-probabilities of all positions at once would take several times the memory of the logits.
+            split = row.split([part.stop - part.start for part in pieces])
+            for part, piece in zip(pieces, split, strict=True):
+                loss = checkpoint(
+                    self._loss_at, teacher.rows(part), piece, use_reentrant=False, preserve_rng_state=False
+                )
+                found.append(loss)
+        return torch.cat(found)
+
+    def _loss_at(self, teacher: Teacher, logits: Tensor) -> Tensor:
+        return self._loss(*teacher.compare(logits, self._settings.temperature, self._tail))
 
     # Saving
 
@@ -356,12 +392,15 @@ class Learning:
         with torch.enable_grad(), self._lora.speaking(gates if self.adaptation.many else None) as model:
             rows = self._request_losses(model, requests, experts)
             losses = torch.stack([torch.cat(row).mean() for row in rows])
-        self._step(losses, counts, kind, started, lambda: self._all_learnable(requests))
+        self._step(losses, counts, kind, started, lambda frozen: self._all_learnable(requests, frozen))
         return [float(loss.detach().mean()) for loss in rows[self.adaptation.leader]]
 
     @torch.no_grad()
-    def _all_learnable(self, requests: list[Feedback]) -> bool:
-        losses = self._request_losses(self._lora.base, requests, 1)[0]
+    def _all_learnable(self, requests: list[Feedback], frozen: bool) -> bool:
+        if self.adaptation.many and not frozen:
+            return False
+        with nullcontext(self._lora.base) if frozen else self._lora.speaking() as model:
+            losses = self._request_losses(model, requests, 1)[0]
         return bool(torch.isfinite(torch.cat(losses)).all())
 
     def _request_losses(self, model: Callable[..., Any], requests: list[Feedback], experts: int) -> list[list[Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,12 @@ from .checks import check_cache, plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import CopyError
 from .feedback import Feedback, Teacher, acceptance
+from .forks import Lock
 from .identity import Identity
 from .idle import IdleWorker
 from .layers import describe
 from .learning import Learning, Segment
+from .lesson import Lesson
 from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
@@ -45,11 +46,13 @@ class LearningDraft(MemoryDraft):
 
     def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
         super().__init__(config)
-        self._learns = threading.RLock()  # held for one gradient step at a time
+        # Held for one gradient step at a time. `lock` may be taken while it is held, not the other way round.
+        self._learns = Lock()
+        self.requests = weakref.WeakSet[Lesson]()  # feedback of those in progress
         self._begin(model)
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
-            self._idle = IdleWorker(self._learn_when_idle)
+            self._idle = IdleWorker(self._learn_when_idle, self.metrics, lambda item: item[0].nbytes)
             weakref.finalize(self, self._idle.close)  # at the end of the process too
 
     def _begin(self, model: PreTrainedModel | PeftModel) -> None:
@@ -117,8 +120,16 @@ class LearningDraft(MemoryDraft):
 
     @property
     def learning_bytes(self) -> int:
-        """Memory that learning takes: adapter, gradients, moments, folded weights, and the requests that are remembered."""
-        return self._learning.nbytes
+        """Memory that learning holds now.
+
+        The adapter, its gradients, moments, folded weights and earlier states; what the replay remembers; what was recorded in
+        requests that are in progress: up to `context_tokens` target distributions over the whole vocabulary each, 4 bytes per
+        token of the vocabulary, or `top_k` of them; requests that wait to be judged, or to be learned when idle. A gradient step
+        takes more for its own time: what a forward and a backward of the draft over the new tokens take.
+        """
+        with self.lock:
+            recorded = sum(request.nbytes for request in list(self.requests))
+        return self._learning.nbytes + recorded + (0 if self._idle is None else self._idle.nbytes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""
@@ -140,9 +151,10 @@ class LearningDraft(MemoryDraft):
         if self._lora.folds and not self._adaptation.original_serves and not frozen:
             if self._lora.stale:
                 self.fold()
-            with self.lock, torch.no_grad():
-                yield self._lora.served
-            return
+            if not self._lora.stale:
+                with self.lock, torch.no_grad():
+                    yield self._lora.served
+                return
         with self._learns, torch.no_grad():  # learning switches the adapter on and off in this tree
             if frozen or self._adaptation.original_serves:
                 yield self._lora.base
@@ -284,7 +296,6 @@ class LearningDraft(MemoryDraft):
         if self._idle is None:
             yield
         else:
-            self.metrics.idle_failures = self._idle.failures
             with self._idle.call():
                 yield
 
@@ -294,12 +305,12 @@ class LearningDraft(MemoryDraft):
         self._idle.add((feedback, temperature))
 
     def catch_up(self, timeout_s: float | None = None) -> bool:
-        """Waits until everything that was handed to the worker is learned; False: the time was too short."""
-        if self._idle is None:
-            return True
-        done = self._idle.wait(timeout_s)
-        self.metrics.idle_failures = self._idle.failures
-        return done
+        """Waits until everything that was handed to the worker is learned, and whether it was.
+
+        What waits after a failure is tried at once. False: the time was too short, or some of what was handed over since the last
+        call is lost, because there was no room (`metrics.idle_dropped`) or learning from it raised (`metrics.idle_failures`).
+        """
+        return self._idle is None or self._idle.wait(timeout_s)
 
     def _learn_when_idle(self, item: tuple[Feedback, float]) -> Iterator[None]:
         """The gradient steps of one request, one at a time: a call may come in after any of them."""

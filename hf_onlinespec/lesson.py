@@ -14,12 +14,13 @@ class Lesson:
 
     Args:
         vocabulary: ids that target and draft have in common: the draft learns the target's law on these; None: all.
+        temperature: of the call, 0 for greedy.
     """
 
-    def __init__(self, settings: OnlineSpecConfig, vocabulary: int | None = None) -> None:
+    def __init__(self, settings: OnlineSpecConfig, vocabulary: int | None = None, temperature: float = 0.0) -> None:
         self.waiting = 0  # tokens that are neither learned from nor put off
         self.end = 0  # how much of the request the draft can learn from
-        self._settings, self._vocabulary = settings, vocabulary
+        self._settings, self._vocabulary, self._temperature = settings, vocabulary, temperature
         self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits of the waiting tokens
         self._kept: list[list[Teacher]] = []  # per row: what the replay will be given
 
@@ -27,6 +28,12 @@ class Lesson:
     def kept(self) -> bool:
         """Whether the replay will be given anything."""
         return bool(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was recorded and not handed out, and of what is kept for the replay."""
+        kept = sum(teacher.nbytes for row in self._kept for teacher in row)
+        return kept + sum(logits.nbytes for logits in self._segment)
 
     def record(self, logits: Tensor, end: int) -> None:
         """The target's raw logits (batch, n, vocab) for the last n of the first `end` tokens."""
@@ -38,8 +45,8 @@ class Lesson:
         """The target's laws at the waiting tokens, one teacher per row; they are handed out once."""
         logits = torch.cat(self._segment, dim=1)
         self._segment, self.waiting = [], 0
-        settings, ids = self._settings, self._vocabulary
-        return [Teacher.from_logits(row, settings.temperature, settings.top_k, ids) for row in logits]
+        settings, ids, call = self._settings, self._vocabulary, self._temperature
+        return [Teacher.from_logits(row, settings.temperature, settings.top_k, ids, call) for row in logits]
 
     def put_off(self) -> None:
         """Leaves the waiting tokens to the replay."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from transformers import PreTrainedModel
 from ._compat import inner_model
 from .config import OnlineSpecConfig
 from .errors import ConfigError
+from .failures import Failures
+from .forks import Lock
 from .governor import Governor
 from .memory import SuffixMemory
 from .metrics import DraftMetrics
@@ -38,7 +39,8 @@ class MemoryDraft:
         self.memory = SuffixMemory(size) if size else None
         self.governor = self._new_governor()
         self.metrics = DraftMetrics(decisions=self.governor.decisions)
-        self.lock = threading.RLock()
+        self.failures = Failures()
+        self.lock = Lock(order=1)
         self._warned: set[str] = set()
 
     def _new_governor(self) -> Governor:

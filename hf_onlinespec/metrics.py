@@ -9,7 +9,7 @@ update_share        learning time over wall time
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .errors import ArtifactError
@@ -35,11 +35,13 @@ class Counts:
     overlap: float = 0.0  # sum of Σ min(p, q) over the verified positions
     updates: int = 0  # gradient steps taken, replay included
     learned_tokens: int = 0  # new tokens that a gradient step took; what only the replay took is not among them
-    skipped_updates: int = 0  # steps left out because loss or gradient was not finite
+    skipped_updates: int = 0  # steps left out because something was not finite: a loss, a gradient, a moment
     wall_time_s: float = 0.0  # inside generate's decoding loop, learning included
     draft_time_s: float = 0.0
     target_time_s: float = 0.0
     update_time_s: float = 0.0
+    failed_updates: int = 0  # times that learning raised, see failures.py; the call went on without it
+    failed_drafts: int = 0  # times that drafting raised; the call went on without the draft model
 
     @property
     def acceptance_length(self) -> float:
@@ -97,7 +99,8 @@ class DraftMetrics(Counts):
     memory_bytes: int = 0  # of the suffix memory
     idle_updates: int = 0  # gradient steps taken while nothing was generated; not among `updates`
     idle_time_s: float = 0.0  # time of these; in no speed
-    idle_failures: int = 0  # steps that raised; learning when idle stops at the first
+    idle_failures: int = 0  # times that learning when idle raised
+    idle_dropped: int = 0  # requests that were handed over for that and not learned: no room was left, or it raised
     decisions: Decisions = field(default_factory=Decisions)  # what the governor decided, and why
     expert_weights: tuple[float, ...] = (
         1.0,
@@ -132,12 +135,15 @@ class DraftMetrics(Counts):
         """The counters, and their history."""
         names = (*(f.name for f in fields(Counts)), *KEPT)
         values = {name: getattr(self, name) for name in names}
-        return Saved(values=values | {"history": [list(asdict(stretch).values()) for stretch in self.history]})
+        history = [[getattr(stretch, f.name) for f in HISTORY] for stretch in self.history]
+        return Saved(values=values | {"history": history})
 
     def resume(self, saved: Saved) -> None:
         """The inverse of `saved`."""
         kinds = {f.name: type(f.default) for f in fields(DraftMetrics)}
         for name in (*(f.name for f in fields(Counts)), *KEPT):
+            if name in ADDED and name not in saved.values:
+                continue
             value = saved.value(name, kinds[name])
             if not 0 <= value < float("inf"):
                 raise ArtifactError(f"The saved counters have {name}={value!r}: expected a number of at least 0.")
@@ -145,11 +151,21 @@ class DraftMetrics(Counts):
         self.history = [_counts(values) for values in saved.value("history", list)]
 
 
-KEPT = ("replay_refused", "idle_updates", "idle_time_s", "idle_failures", "removed_experts", "rollbacks")
+KEPT = (
+    "replay_refused",
+    "idle_updates",
+    "idle_time_s",
+    "idle_failures",
+    "idle_dropped",
+    "removed_experts",
+    "rollbacks",
+)
+ADDED = ("failed_updates", "failed_drafts", "idle_dropped")  # counters that drafts saved before they were counted lack
+HISTORY = [f for f in fields(Counts) if f.name not in ADDED]  # of a stretch in a file
 
 
 def _counts(values: Any) -> Counts:
-    kinds = [type(f.default) for f in fields(Counts)]
+    kinds = [type(f.default) for f in HISTORY]
     if not isinstance(values, list) or list(map(type, values)) != kinds:
         raise ArtifactError(f"The saved history has {values!r}: expected {len(kinds)} numbers.")
-    return Counts(*values)
+    return Counts(**{f.name: value for f, value in zip(HISTORY, values, strict=True)})

@@ -22,6 +22,7 @@ from .feedback import Feedback, Teacher
 
 FORMAT = "1"
 TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")
+TAIL_POWER = "log_tail_power"  # at temperatures other than 0 and 1; recordings made before 2026-11-26 lack it
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Recording:
             "vocabulary": json.dumps(laws[0].vocabulary if laws else None),
             "domains": json.dumps([r.domain for r in self.requests]),
         }
+        powers = [law.log_tail_power for law in laws if law.log_tail_power is not None]
+        if powers:
+            tensors[TAIL_POWER] = torch.cat(powers)
         aside = path.with_name(path.name + ".part")
         save_file(tensors, aside, metadata=about)
         aside.replace(path)
@@ -77,6 +81,8 @@ class Recording:
                 if about.get("format") != FORMAT:
                     raise ConfigError(f"{path}: format {about.get('format')!r} is no recording of format {FORMAT}.")
                 t = {name: file.get_tensor(name) for name in TENSORS}
+                if TAIL_POWER in file.keys():
+                    t[TAIL_POWER] = file.get_tensor(TAIL_POWER)
             domains, temperature = json.loads(about["domains"]), float(json.loads(about["temperature"]))
             vocabulary = json.loads(
                 about.get("vocabulary", "null")
@@ -91,15 +97,30 @@ class Recording:
         n = len(domains)
         whole = len(t["lengths"]) == len(t["new"]) == n and n > 0
         rows = int(t["new"].sum())
-        if not whole or len(t["tokens"]) != int(t["lengths"].sum()) or any(len(t[k]) != rows for k in TENSORS[3:]):
+        if (
+            not whole
+            or len(t["tokens"]) != int(t["lengths"].sum())
+            or any(len(v) != rows for k, v in t.items() if k not in TENSORS[:3])
+        ):
             raise ConfigError(f"{path}: the parts of the recording do not fit together. Record the stream anew.")
         tokens = t["tokens"].split(t["lengths"].tolist())
         parts = [t[name].split(t["new"].tolist()) for name in TENSORS[3:]]
+        powers: list[Tensor | None] = [None] * n
+        if TAIL_POWER in t and temperature:
+            powers = list(t[TAIL_POWER].split(t["new"].tolist()))
         requests = [
-            Recorded(domain, Feedback(text, Teacher(law, ids, tail, vocabulary)), log_p)
-            for domain, text, law, ids, tail, log_p in zip(domains, tokens, *parts, strict=True)
+            Recorded(
+                domain,
+                Feedback(text, Teacher(law, ids, tail, vocabulary, False, _power(power, temperature), power)),
+                log_p,
+            )
+            for domain, text, power, law, ids, tail, log_p in zip(domains, tokens, powers, *parts, strict=True)
         ]
         return cls(requests, temperature, about.get("draft", ""))
+
+
+def _power(log_tail_power: Tensor | None, temperature: float) -> float:
+    return 1.0 if log_tail_power is None else 1 / temperature
 
 
 @torch.no_grad()
@@ -135,5 +156,7 @@ def record(
         chosen = tokens[-len(logits) :, None]
         log_p = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, chosen).squeeze(-1)
         k = min(top_k, logits.shape[-1] - 1)
-        feedback = Feedback(tokens.cpu(), Teacher.from_logits(logits, 1.0, k).to(torch.device("cpu")))
+        feedback = Feedback(
+            tokens.cpu(), Teacher.from_logits(logits, 1.0, k, call_temperature=temperature).to(torch.device("cpu"))
+        )
         yield Recorded(prompt.domain, feedback, log_p.cpu())

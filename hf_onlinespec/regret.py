@@ -286,8 +286,7 @@ def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float
     curve.tv.append(1 - float(acceptance([law], logits[None], temperature).mean()))
     kl = float("inf")
     if temperature:
-        log_p, log_q = law.compare(logits, temperature)
-        kl = float(LOSSES["forward_kl"]((log_p / temperature).log_softmax(-1), log_q).mean())
+        kl = float(LOSSES["forward_kl"](*law.compare_at(logits, temperature)).mean())
     curve.kl.append(kl)
     curve.rounds.append(expected_rounds(kept_chances(request, logits, temperature), lookahead))
 

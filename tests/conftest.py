@@ -5,6 +5,7 @@ Tiny random models for exactness, the embedded pair for learning, a Hub in memor
 
 from __future__ import annotations
 
+import logging as logging_of_python
 import os
 import time
 import warnings
@@ -22,6 +23,10 @@ from transformers.utils import logging
 
 from hf_onlinespec.embedded import EmbeddedPair, load_pair
 from tests.loopback_hub import LoopbackHub
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "failures: what fails beside decoding is meant to, see failures.py")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,6 +49,26 @@ def process_settings() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_hidden_failures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What fails beside decoding costs no answer, and would hide in a test that looks at answers: marked `failures`, it may."""
+    told = _Told()
+    log = logging_of_python.getLogger("hf_onlinespec.failures")
+    log.addHandler(told)
+    yield
+    log.removeHandler(told)
+    assert not told.texts or request.node.get_closest_marker("failures"), told.texts
+
+
+class _Told(logging_of_python.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging_of_python.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging_of_python.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def tiny_llama(seed: int, vocab: int = 32, layers: int = 1, hidden: int = 16, **kwargs: object) -> LlamaForCausalLM:

@@ -1,6 +1,7 @@
 """One learner or several: every expert learns as it would alone, the weights follow acceptance, who diverges goes."""
 
 import itertools
+import logging
 import math
 
 import pytest
@@ -368,6 +369,134 @@ def test_a_divergence_is_counted_once() -> None:
     draft._lora.move(torch.zeros_like(draft._lora.params))
     expected = target.generate(prompt, max_new_tokens=16, do_sample=False)
     assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
-    assert draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
+    assert draft.metrics.rollbacks + draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
     assert bool(torch.isfinite(draft._lora.params).all()) and draft.metrics.last.updates > 8
     assert not draft._learning._spoilt  # the next request reads its own cache again
+
+
+def guarded(learner: str = "optimistic", **settings: object) -> OnlineDraft:
+    """A draft that has learned for a while, with an earlier state."""
+    config = OnlineSpecConfig(learner=learner, **(SMALL | {"snapshots": 2, "replay_passes": 0} | settings))
+    draft = OnlineDraft(tiny_llama(2), config)
+    for seed in range(4):
+        teach(draft, 2, seed)
+        draft.remember(feedback())
+    assert draft._learning.guard.nbytes > 0
+    return draft
+
+
+def held(draft: OnlineDraft) -> list[torch.Tensor]:
+    adaptation = draft._adaptation
+    return [
+        draft._lora.params.clone(),
+        *(v.clone() for v in adaptation.state.values()),
+        torch.tensor(adaptation.weights),
+    ]
+
+
+@pytest.mark.parametrize("learner", ["optimistic", "heavy_ball", "ensemble"])
+@pytest.mark.parametrize("where", ["the loss", "one row's loss", "the gradient", "the replay"])
+def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, where, monkeypatch, caplog) -> None:
+    draft = guarded(learner)
+    before = held(draft)
+    losses, counts = draft._learning._losses, Counts()
+
+    def spoilt(teachers, logits):
+        """The first loss that has a gradient is not finite, or its gradient is not."""
+        found = losses(teachers, logits)
+        if not found.requires_grad:
+            return found
+        monkeypatch.undo()
+        if where == "the gradient":
+            return found + (0 * found).sqrt()  # finite; its derivative is not
+        return found * (torch.nan if where != "one row's loss" else torch.inf)
+
+    monkeypatch.setattr(draft._learning, "_losses", spoilt)
+    tokens, logits = lesson(7)
+    with caplog.at_level(logging.WARNING, "hf_onlinespec"):
+        if where == "the replay":
+            draft.rehearse(counts, 1)
+        else:
+            draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, counts)
+    assert all(torch.equal(a, b) for a, b in zip(before, held(draft), strict=True)), "what was learned stays"
+    assert counts.skipped_updates == 1 and counts.updates == 0 and "skipped" in caplog.text
+    assert draft._adaptation.removed == draft._learning.guard.rollbacks == 0
+    assert teach(draft, 2, 8).updates == 2 and not torch.equal(before[0], draft._lora.params)
+
+
+@pytest.mark.parametrize("learner", ["optimistic", "ensemble"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_parameters_that_are_not_finite_go_back_to_the_newest_earlier_state(learner: str, bad: float, caplog) -> None:
+    draft = guarded(learner)
+    earlier, at = draft._learning.guard._candidate.clone(), 1 if learner == "ensemble" else 0
+    rows = draft._lora.split(draft._lora.params).clone()
+    others = [row.clone() for i, row in enumerate(rows) if i != at]
+    rows[at] = bad
+    draft._lora.put(rows)
+    with caplog.at_level(logging.WARNING, "hf_onlinespec"):
+        counts = teach(draft, 1)
+    now = draft._lora.split(draft._lora.params)
+    torch.testing.assert_close(now[at], earlier.float(), atol=0, rtol=0)
+    assert all(
+        torch.equal(row, other) for row, other in zip([r for i, r in enumerate(now) if i != at], others, strict=True)
+    )
+    assert counts.skipped_updates == 1 and draft.metrics.rollbacks == 1 and draft.metrics.removed_experts == 0
+    assert "earlier state" in caplog.text and "earlier state" in draft.metrics.decisions.rollback
+    assert teach(draft, 4).updates == 4 and bool(torch.isfinite(draft._lora.params).all())
+
+
+def test_a_state_to_go_back_to_is_used_once() -> None:
+    """One that is no better leads to an older one, and without any the draft begins anew."""
+    draft = guarded()
+    guard = draft._learning.guard
+    guard.states = [torch.full_like(guard._candidate, 0.25), torch.full_like(guard._candidate, torch.nan)]
+    for expected in (guard._candidate.clone(), guard.states[0].clone()):
+        draft._lora.params.fill_(torch.nan)
+        teach(draft, 1)
+        assert torch.equal(draft._lora.params, expected.float())
+    draft._lora.params.fill_(torch.nan)
+    teach(draft, 1)
+    assert draft.metrics.removed_experts == 1 and draft.metrics.rollbacks == 2
+    tokens, _ = lesson()
+    with torch.no_grad():
+        torch.testing.assert_close(draft(tokens).logits, tiny_llama(2)(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learner", ["optimistic", "heavy_ball", "ensemble"])
+@pytest.mark.parametrize("radius", [None, 5.0])
+def test_moments_that_are_not_finite_begin_anew_and_the_parameters_stay(learner: str, radius: float | None) -> None:
+    draft = guarded(learner, radius=radius)
+    before = draft._lora.params.clone()
+    key = "m"
+    draft._adaptation.state[key][0, 3] = torch.nan
+    counts = teach(draft, 1)
+    assert torch.equal(draft._lora.params, before) and counts.skipped_updates == 1
+    counts = teach(draft, 3)
+    assert counts.updates == 3 and bool(torch.isfinite(draft._lora.params).all())
+    assert all(bool(torch.isfinite(v).all()) for v in draft._adaptation.state.values())
+    assert (draft._lora.params - before).abs().max() < 10 * draft.settings.lr * draft.settings.expert_ratio * 3
+
+
+def test_weights_that_are_folded_to_nan_are_not_served(monkeypatch) -> None:
+    draft = guarded()
+    teach(draft, 1)
+    tokens, _ = lesson()
+    with torch.no_grad(), draft._lora.speaking() as model:
+        expected = model(tokens).logits
+    change = draft._lora._change
+    with monkeypatch.context() as patch:
+        patch.setattr(draft._lora, "_change", lambda layer: change(layer) * torch.nan)
+        torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not draft._lora.stale
+
+
+def test_a_request_that_is_not_finite_is_no_evidence() -> None:
+    """Neither for the weights of experts nor for the guard."""
+    draft = guarded("ensemble")
+    draft.end_request()
+    weights, latest = list(draft._adaptation.weights), list(draft._learning.guard._latest)
+    draft._learning._loss = lambda p, q: (p.exp() * (p - q)).sum(-1) * torch.nan
+    teach(draft, 1)
+    draft.end_request()
+    assert draft._adaptation.weights == weights and list(draft._learning.guard._latest) == latest

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hf_onlinespec import FeedbackRecorder
+from hf_onlinespec import FeedbackRecorder, OnlineSpecConfig
 from hf_onlinespec.feedback import Teacher, acceptance, concatenate
+from hf_onlinespec.lesson import Lesson
 
 
 def test_recorder_returns_the_very_scores() -> None:
@@ -76,3 +77,55 @@ def test_a_round_is_heard_at_once_and_copied() -> None:
     assert torch.equal(recorder.take(2), expected[:, :2])
     recorder.hear(expected)
     assert recorder.take(4).shape == (1, 4, 8)  # what was not taken of the last round is gone
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.5, 0.8, 1.5])
+@pytest.mark.parametrize("recorded", [1.0, 0.7])
+def test_a_top_k_teacher_knows_its_tail_at_the_temperature_of_the_call(temperature: float, recorded: float) -> None:
+    """A flat distribution over 4,096 tokens: most of what it says is not among the 64 that are kept."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(16, 4096, generator=generator)
+    other = logits + 0.6 * torch.randn(16, 4096, generator=generator)
+    lesson = Lesson(OnlineSpecConfig(temperature=recorded, top_k=64), temperature=temperature)
+    lesson.record(logits[None], 16)
+    teachers = lesson.teachers()
+    assert teachers[0].log_probs.shape == (16, 64)
+    expected = torch.minimum((logits / temperature).softmax(-1), (other / temperature).softmax(-1)).sum(-1).mean()
+    found = acceptance(teachers, other[None], temperature, recorded).mean()
+    itself = acceptance(teachers, logits[None], temperature, recorded).mean()
+    assert itself.item() == pytest.approx(1.0, abs=1e-4)
+    # Of the tail only the mass is compared: never too little, and not much too much where the tail is not everything.
+    assert expected - 1e-4 <= found <= expected + (0.06 if temperature <= 0.5 else 0.5)
+    twice = acceptance([teachers[0].top(32)], logits[None], temperature, recorded).mean()
+    assert twice.item() == pytest.approx(1.0, abs=1e-4)
+    joined = concatenate([teachers[0].rows(slice(0, 5)), teachers[0].rows(slice(5, 16))])
+    assert torch.equal(
+        acceptance([joined], other[None], temperature, recorded),
+        acceptance(teachers, other[None], temperature, recorded),
+    )
+
+
+def test_the_tail_of_another_call_is_taken_to_be_flat() -> None:
+    """Of a teacher that was made for no call, or for another one: exact where the tail is flat."""
+    logits = torch.cat([torch.linspace(6, 3, 8), torch.zeros(56)]).expand(3, 64)
+    teacher = Teacher.from_logits(logits, top_k=8)
+    for temperature in (0.5, 0.8, 2.0):
+        assert acceptance([teacher], logits[None], temperature).mean().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_large_vocabularies_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_onlinespec import feedback
+
+    logits, other = 3 * torch.randn(9, 32), 3 * torch.randn(9, 32)
+    whole = (
+        Teacher.from_logits(logits, 1.0, 5, call_temperature=0.8),
+        acceptance([Teacher.from_logits(logits)], other[None], 0.8),
+    )
+    monkeypatch.setattr(feedback, "MOST_LOGITS", 4 * 32)
+    assert feedback.parts(9, 32) == [slice(0, 4), slice(4, 8), slice(8, 9)] and len(feedback.parts(3, 10**9)) == 3
+    small = (
+        Teacher.from_logits(logits, 1.0, 5, call_temperature=0.8),
+        acceptance([Teacher.from_logits(logits)], other[None], 0.8),
+    )
+    assert torch.equal(whole[1], small[1]) and torch.equal(whole[0].log_tail_power, small[0].log_tail_power)
+    assert torch.equal(whole[0].tokens, small[0].tokens) and torch.equal(whole[0].log_tail, small[0].log_tail)

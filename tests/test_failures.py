@@ -1,0 +1,287 @@
+"""Whatever fails beside decoding costs no answer, changes nothing that was learned, is counted and told, and is tried again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec.adapters import GatedLora
+from hf_onlinespec.draft import OnlineDraft as Draft
+from hf_onlinespec.feedback import FeedbackRecorder
+from hf_onlinespec.governor import Governor
+from hf_onlinespec.guard import Guard
+from hf_onlinespec.learning import Learning
+from hf_onlinespec.learning_draft import LearningDraft
+from hf_onlinespec.memory import SuffixMemory
+from hf_onlinespec.metrics import DraftMetrics
+from hf_onlinespec.replay import Replay
+
+from .conftest import tiny_llama
+
+pytestmark = pytest.mark.failures  # they are what is tested here
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+SMALL: dict[str, Any] = {"rank": 4, "alpha": 4.0, "lookahead": 3, "update_every": 1, "lr": 1e-2}
+
+
+def draft_of(**settings: Any) -> OnlineDraft:
+    return OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(SMALL | settings)))
+
+
+def answer(target: PreTrainedModel, prompt: torch.Tensor, **arguments: Any) -> Any:
+    """What `generate` gives, or what it raises."""
+    try:
+        return target.generate(prompt, **(GREEDY | arguments))
+    except Exception as error:
+        return error
+
+
+def answers(target: PreTrainedModel, prompt: torch.Tensor, times: int = 1, **arguments: Any) -> None:
+    """As many requests that are answered as plain `generate` answers them."""
+    for start in range(times):
+        inputs = (prompt + start) % 32
+        found = answer(target, inputs, **arguments)
+        assert isinstance(found, torch.Tensor), repr(found)
+        assert torch.equal(found, target.generate(inputs, **GREEDY))
+
+
+def runs_out(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("out of memory: simulated")
+
+
+def learned_state(draft: OnlineDraft) -> dict[str, torch.Tensor]:
+    adaptation = draft._adaptation
+    state = {"params": draft._lora.params, "steps": torch.tensor(adaptation.steps)}
+    state |= {f"learner.{k}": v for k, v in adaptation.state.items()}
+    state |= {f"hedge.{k}": v for k, v in adaptation.hedge_state.items()} | {"w": torch.tensor(adaptation.weights)}
+    state |= adaptation._cap.saved().tensors
+    return {k: v.clone() for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("where", "when", "learner"),
+    [
+        ("backward", "round", "optimistic"),
+        ("backward", "request", "ensemble"),
+        ("loss", "request", "optimistic"),
+        ("learner", "request", "ensemble"),
+        ("join", "request", "optimistic"),
+    ],
+)
+def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypatch, learner, where, when) -> None:
+    draft = draft_of(learner=learner, update_when=when, replay_passes=0)
+    answers(target, prompt, 2, assistant_model=draft)
+    before, updates = learned_state(draft), draft.metrics.updates
+    adaptation = draft._adaptation
+    with monkeypatch.context() as patch:
+        if where == "backward":
+            patch.setattr(torch.Tensor, "backward", runs_out)
+        elif where == "loss":
+            patch.setattr(draft._learning, "_losses", runs_out)
+        elif where == "learner":
+            patch.setattr(adaptation, "_learner", adaptation._learner._replace(update=runs_out))
+        else:
+            patch.setattr(GatedLora, "join", runs_out)
+        answers(target, prompt, 1, assistant_model=draft)
+    after = learned_state(draft)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert draft.metrics.updates == updates and draft.metrics.failed_updates == draft.metrics.last.failed_updates == 1
+    assert "OutOfMemoryError" in draft.metrics.decisions.learning
+    with torch.no_grad():  # no gate is left open
+        assert torch.equal(draft.model(prompt).logits, tiny_llama(2)(prompt).logits)
+    answers(target, prompt, 4, assistant_model=draft)  # one is left out, then it learns on
+    assert draft.metrics.updates > updates and draft.metrics.failed_updates == 1
+    assert "works again" in draft.metrics.decisions.learning
+
+
+PLACES: dict[str, tuple[type, str, dict[str, Any]]] = {
+    "scoring": (Learning, "_acceptance", {}),
+    "folding": (GatedLora, "fold", {}),
+    "the guard": (Guard, "watch", {}),
+    "the guard's trial": (Learning, "_would", {"snapshots": 2}),
+    "the end of the request": (LearningDraft, "end_request", {}),
+    "the replay": (Replay, "add", {}),
+    "the replay's steps": (Learning, "rehearse", {}),
+    "the prompt's preference": (LearningDraft, "preference", {"update_every": "auto", "lookahead": "auto"}),
+    "a look": (LearningDraft, "look", {"update_every": "auto", "lookahead": "auto"}),
+    "recording": (FeedbackRecorder, "take", {}),
+    "the copy of the logits": (FeedbackRecorder, "hear", {}),
+    "what is handed over": (LearningDraft, "learn_later", {"update_when": "idle"}),
+    "the memory's answer": (SuffixMemory, "continuation", {}),
+    "the memory's tokens": (SuffixMemory, "extend", {}),
+    "the governor": (Governor, "observe", {}),
+    "the governor's end of a request": (Governor, "request_ended", {}),
+    "the plan": (Governor, "plan", {"lookahead": "auto"}),
+    "the counters": (DraftMetrics, "close", {}),
+    "the target's name": (Draft, "serves", {}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_beside_decoding_fails_a_call(target, prompt, monkeypatch, place: str) -> None:
+    owner, name, settings = PLACES[place]
+    draft = draft_of(**settings)
+    answers(target, prompt, 2, assistant_model=draft)
+    raised = []
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raised.append(name)
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken)
+        if place == "the guard's trial":
+            draft._learning.guard._wait = 0
+            draft._learning.guard.states = [draft._adaptation.best()]
+        answers(target, prompt, 2, assistant_model=draft)
+    assert raised or settings.get("update_every") == "auto", "the place was not reached"
+    answers(target, prompt, 1, assistant_model=draft)
+    with torch.no_grad():
+        assert torch.equal(draft.model(prompt).logits, tiny_llama(2)(prompt).logits)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("lookahead", [3, "auto"])
+def test_a_draft_whose_forward_fails_is_out_for_the_request(
+    target, prompt, monkeypatch, sample: bool, lookahead: int | str
+) -> None:
+    """In the middle of a request, and from its first token on: the target goes on alone, and the next ones are drafted again."""
+    draft = draft_of(lookahead=lookahead, memory_tokens=0, update_when="round")
+    answers(target, prompt, 4, assistant_model=draft)
+    drafted, calls = draft.metrics.drafted_tokens, []
+    forward = type(draft._lora.base).forward
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not target:
+            calls.append(None)
+            if len(calls) > at:
+                raise torch.OutOfMemoryError("out of memory: simulated")
+        return forward(self, *args, **kwargs)
+
+    for at in (0, 4):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(draft._lora.base), "forward", fails)
+            if sample:
+                found = answer(target, prompt, assistant_model=draft, do_sample=True)
+                assert isinstance(found, torch.Tensor) and found.shape == (1, prompt.shape[1] + 8), repr(found)
+            else:
+                answers(target, prompt, 1, assistant_model=draft)
+        assert len(calls) > at or lookahead == "auto"
+        assert draft.metrics.last.new_tokens == 8
+        answers(target, prompt, 4, assistant_model=draft)
+    assert draft.metrics.failed_drafts in (1, 2) or lookahead == "auto"
+    assert draft.metrics.drafted_tokens > drafted or lookahead == "auto"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_who_wants_to_stop_is_not_held_up(target, prompt, monkeypatch, stop: type[BaseException]) -> None:
+    draft = draft_of()
+
+    def stops(*_: Any, **__: Any) -> Any:
+        raise stop
+
+    monkeypatch.setattr(torch.Tensor, "backward", stops)
+    with pytest.raises(stop):
+        target.generate(prompt, assistant_model=draft, **GREEDY)
+
+
+def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monkeypatch, caplog) -> None:
+    """While it is left out, nothing is recorded for it."""
+    draft, tries, kept = draft_of(), [], []
+
+    def fails(*_: Any, **__: Any) -> Any:
+        tries.append(draft.metrics.requests)
+        runs_out()
+
+    hear = FeedbackRecorder.hear
+    monkeypatch.setattr(torch.Tensor, "backward", fails)
+    monkeypatch.setattr(
+        FeedbackRecorder, "hear", lambda self, logits: (kept.append(draft.metrics.requests), hear(self, logits))[1]
+    )
+    with caplog.at_level(logging.WARNING, "hf_onlinespec"):
+        answers(target, prompt, 30, assistant_model=draft)
+    assert tries == [0, 2, 5, 10, 19] and sorted(set(kept)) == tries
+    assert draft.metrics.failed_updates == 5 and len(caplog.records) == 1
+    assert "OutOfMemoryError" in caplog.text and "OutOfMemoryError" in draft.metrics.decisions.learning
+
+
+def test_what_failed_holds_no_memory(target, prompt, monkeypatch) -> None:
+    """The frames of an error keep every tensor that was made in them."""
+    import weakref
+
+    draft, made = draft_of(), []
+    losses = Learning._losses
+
+    def watched(self: Learning, *args: Any) -> torch.Tensor:
+        found = losses(self, *args)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Learning, "_losses", watched)
+    monkeypatch.setattr(torch.Tensor, "backward", runs_out)
+    answers(target, prompt, 1, assistant_model=draft)
+    assert made and all(found() is None for found in made)
+
+
+def test_the_memory_alone_survives_what_fails_in_it(target, prompt, monkeypatch) -> None:
+    for name in ("extend", "continuation", "close"):
+        monkeypatch.setattr(SuffixMemory, name, runs_out)
+        answers(target, prompt, 3, onlinespec=True)
+        monkeypatch.undo()
+    answers(target, prompt, 3, onlinespec=True)
+    assert online_memory(target).metrics.requests == 12
+
+
+def test_a_checkpoint_thread_that_cannot_start_costs_no_answer(target, prompt) -> None:
+    draft = draft_of()
+
+    class Broken:
+        def request_done(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+        def close(self, *_: Any) -> None: ...
+
+    draft.checkpoints = Broken()  # type: ignore[assignment]
+    answers(target, prompt, 2, assistant_model=draft)
+
+
+def test_transformers_own_loop_survives_it_too(target, prompt, monkeypatch) -> None:
+    from transformers import LogitsProcessorList
+
+    from hf_onlinespec import OnlineCandidateGenerator
+
+    draft = draft_of(memory_tokens=0)
+    config = draft.generation_config.__class__(do_sample=False, max_length=40)
+    processors = LogitsProcessorList()
+    candidates = OnlineCandidateGenerator(draft, config, processors)
+    steps: list[Callable[[], Any]] = [
+        lambda: candidates.get_candidates(prompt),
+        lambda: [processor(prompt, torch.randn(1, 32)) for processor in list(processors)],
+        lambda: candidates.update_candidate_strategy(torch.cat([prompt, prompt[:, :1]], 1), torch.randn(1, 1, 32), 0),
+    ]
+    monkeypatch.setattr(torch.Tensor, "backward", runs_out)
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            pytest.fail(f"raised {error!r}")
+    assert candidates.counts.updates == 0
+
+
+def test_counters_saved_before_failures_were_counted_are_read() -> None:
+    metrics = DraftMetrics(requests=3, new_tokens=7)
+    metrics.close(metrics.last)
+    saved = metrics.saved()
+    assert all(len(row) == 14 for row in saved.values["history"]), "as every version has written it"
+    for name in ("failed_updates", "failed_drafts", "idle_dropped"):
+        saved.values.pop(name, None)
+    again = DraftMetrics()
+    again.resume(saved)
+    assert again.requests == metrics.requests and again.new_tokens == 7
