@@ -116,8 +116,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def _own_models(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[Any, Any, Any]:
-    """Target, draft and tokenizer of `bench`; whatever can be refused is refused before weights are read."""
+def _own_models(
+    arguments: argparse.Namespace, prompts: Sequence[Prompt], compares: bool = False
+) -> tuple[Any, Any, Any]:
+    """Target, draft and tokenizer of `bench` and `record`; whatever can be refused is refused before weights are read.
+
+    Args:
+        compares: whether transformers' own assisted generation is measured too.
+    """
     names = {"--target": arguments.target, "--draft": arguments.draft}
     if sum(name is not None for name in names.values()) != (0 if arguments.embedded else 2):
         raise ConfigError("Give both --target and --draft, or --embedded alone.")
@@ -133,6 +139,12 @@ def _own_models(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> tup
     logging.disable_progress_bar()
     config, other = (loaded(AutoConfig, option, name) for option, name in names.items())
     check_vocabularies(config, other)
+    sizes = [c.get_text_config().vocab_size for c in (config, other)]
+    if compares and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}: our loop takes that, but transformers' "
+            "assisted generation, which is measured beside it, does not. Take a draft of the target's size."
+        )
     tokenizer = loaded(AutoTokenizer, "--target", names["--target"])
     check_lengths(prompts, tokenizer, config)
     models = (loaded(AutoModelForCausalLM, option, name, dtype=dtype) for option, name in names.items())
@@ -152,7 +164,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         if value is not None and not least <= value < float("inf"):
             raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
     prompts = load_prompts(arguments.prompts, arguments.limit, arguments.new_tokens)
-    target, draft, tokenizer = _own_models(arguments, prompts)
+    target, draft, tokenizer = _own_models(arguments, prompts, compares=True)
     runner = Runner(target, tokenizer, arguments.temperature, arguments.seed)
     calibration = calibrate_own(runner, draft, prompts)
     print(calibration, flush=True)

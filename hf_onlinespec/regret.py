@@ -279,6 +279,7 @@ def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float
     with draft.serving(frozen) as model:
         logits = model(tokens[:, :-1], use_cache=False, **draft.keep(n)).logits[0, -n:]
     law = request.feedback.teacher
+    logits = law.common(logits)
     settings = draft.settings
     tail = settings.loss != "cross_entropy"
     curve.losses.append(float(LOSSES[settings.loss](*law.compare(logits, settings.temperature, tail)).mean()))

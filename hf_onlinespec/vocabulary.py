@@ -25,8 +25,8 @@ from ._compat import LoraLayer, commit_hash, unpadded_size
 from .errors import DraftError
 from .identity import tokenizer_file
 
-# Without tokenizers, sizes that differ by more are taken for two tokenizers. Chosen: paddings are multiples of at most 512,
-# and no released pair of one tokenizer is known to us that is further apart.
+# Without tokenizers, sizes that differ by more are taken for those of two tokenizers. Chosen, with room: the models of one
+# family differ by its padding (128 ids in Qwen2.5) and by tokens that were added.
 MAX_PADDING = 1024
 
 

@@ -207,11 +207,13 @@ def test_bad_prompts(content: bytes | None, message: str, tmp_path: Path, refuse
 
 def test_bad_models(tmp_path: Path, refused: Any) -> None:
     file = str(write(tmp_path / "mine.jsonl", ["one"]))
-    for name, vocab in (("target", 32), ("draft", 2048)):
+    for name, vocab in (("target", 32), ("draft", 2048), ("near", 33)):
         LlamaConfig(vocab_size=vocab).save_pretrained(tmp_path / name)
     target, draft, none = (str(tmp_path / name) for name in ("target", "draft", "none"))
     words = refused("--target", target, "--draft", draft, "--prompts", file)
     assert "The target has 32 tokens in its vocabulary (config.vocab_size) and the draft 2048" in words
+    words = refused("--target", target, "--draft", str(tmp_path / "near"), "--prompts", file)
+    assert "transformers' assisted generation, which is measured beside it, does not" in words
     assert f"--draft {none}: cannot be loaded" in refused("--target", target, "--draft", none, "--prompts", file)
     lost = refused("--target", target, "--draft", target, "--prompts", file, "--device", "nowhere")
     assert "--device nowhere: torch cannot use it here" in lost

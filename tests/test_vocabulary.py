@@ -11,14 +11,24 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
     TrainingArguments,
 )
 
-from hf_onlinespec import DraftError, OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec import (
+    ConfigError,
+    DraftError,
+    OnlineCandidateGenerator,
+    OnlineDraft,
+    OnlineSpecConfig,
+    online_memory,
+)
 from hf_onlinespec.decoding import accept
 from hf_onlinespec.proposal import Proposal
 
@@ -384,3 +394,79 @@ def test_the_memory_alone_serves_a_head_wider_than_the_configuration_says() -> N
         target.generate(prompt, onlinespec=True, do_sample=True, max_new_tokens=24)
         assert torch.equal(target.generate(prompt, **GREEDY), target.generate(prompt, onlinespec=True, **GREEDY))
     assert online_memory(target).metrics.accepted_tokens > 0
+
+
+@pytest.mark.parametrize(("own", "other"), SIZES)
+def test_the_callable_for_custom_generate_takes_two_sizes(own: int, other: int) -> None:
+    target, draft = tiny_llama(1, vocab=own, layers=2), learning(tiny_llama(2, vocab=other))
+    prompt = prompt_of(9, own)
+    out = target.generate(prompt, custom_generate=draft.generate_fn(), **GREEDY)
+    assert torch.equal(out, target.generate(prompt, **GREEDY)) and draft.metrics.updates > 0
+
+
+@torch.no_grad()
+def test_a_draft_without_a_law_proposes_common_ids_on_any_device() -> None:
+    """Where asking would wait for the device (here: in a batch), the uniform law takes the place of none; what is drawn is read on."""
+    from hf_onlinespec.vocabulary import Vocabulary
+
+    draft = learning(tiny_llama(2, vocab=32))
+    draft._lora.move(torch.full_like(draft._lora.params, torch.nan))
+    draft._adaptation.steps = 1
+    vocabulary = Vocabulary(said=64, read=64, source="test")
+    processors = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
+    config = draft.generation_config.__class__(do_sample=True, max_length=64)
+    candidates = OnlineCandidateGenerator(draft, config, processors, learn=False, vocabulary=vocabulary)
+    proposal = candidates.propose(torch.tensor([[40, 3], [5, 60]]), 8)
+    assert proposal.tokens.shape == (2, 4) and int(proposal.tokens.max()) < 32
+    assert proposal.q is not None and proposal.q.shape == (2, 4, 64)
+    torch.testing.assert_close(proposal.q[..., :32], torch.full((2, 4, 32), 1 / 32))
+
+
+@pytest.mark.parametrize("kind", ["target", "draft"])
+def test_a_recording_of_a_smaller_target_trains_a_larger_draft(kind: str, tmp_path: Path) -> None:
+    """The law of the recording is on the target's ids, also behind the file; ids that the draft lacks are refused by name."""
+    from hf_onlinespec.bench import Prompt
+    from hf_onlinespec.recording import Recording, record
+    from hf_onlinespec.regret import evaluate
+
+    own, other = (32, 40) if kind == "draft" else (40, 32)
+    target = tiny_llama(1, vocab=own, layers=2)
+
+    class Letters:
+        pad_token_id = eos_token_id = 0
+
+        def __call__(self, text: str, return_tensors: str) -> BatchEncoding:
+            tokens = torch.tensor([[ord(c) - 97 for c in text]])
+            return BatchEncoding({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+
+    prompts = [Prompt(text, "one", 6) for text in ("abcdef", "fedcba")]
+    Recording(list(record(target, Letters(), prompts, 0.8, top_k=5)), 0.8).save(tmp_path / "stream")
+    recording = Recording.load(tmp_path / "stream")
+    assert recording.requests[0].feedback.teacher.vocabulary == own
+    settings = OnlineSpecConfig(rank=4, alpha=4.0)
+    if kind == "target":
+        with pytest.raises(ConfigError, match="the draft knows 32"):
+            evaluate(recording, lambda: tiny_llama(2, vocab=other), settings, epochs=1)
+        return
+    report = evaluate(recording, lambda: tiny_llama(2, vocab=other), settings, epochs=1)
+    model = tiny_llama(2, vocab=other)
+    request = recording.requests[0].feedback
+    logits = model(request.tokens[None, :-1]).logits[0, -6:, :own].log_softmax(-1)  # of the ids that the target has
+    log_q = logits.gather(-1, request.teacher.tokens)
+    tail = logits.exp().sum(-1) - log_q.exp().sum(-1)
+    log_p = torch.cat([request.teacher.log_probs, request.teacher.log_tail[:, None]], dim=-1)
+    loss = (log_p.exp() * (log_p - torch.cat([log_q, tail.log()[:, None]], dim=-1))).sum(-1).mean()
+    assert report.frozen.losses[0] == pytest.approx(float(loss.detach()), abs=1e-4)
+
+
+def test_an_export_of_a_widened_draft_is_the_draft(tmp_path: Path) -> None:
+    draft = learning(widened_head(tiny_llama(2), 40))
+    draft.merge_and_export(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = prompt_of(9, 40)
+    assert again.config.vocab_size == 40
+    torch.testing.assert_close(again(tokens).logits, draft(tokens).logits)
+    model = tiny_llama(2)
+    model.lm_head = nn.Linear(16, 40, bias=False)
+    with pytest.raises(DraftError, match="40 rows in its head, 32 in its embedding"):
+        learning(model).merge_and_export(tmp_path / "none")
