@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, brief
 from .learners import HEDGES, LEARNERS
 from .losses import LOSSES
 from .replay import SAMPLING
@@ -15,6 +15,27 @@ UPDATE_WHEN = ("round", "request", "idle")
 ENSEMBLE = "ensemble"  # the learner that is many
 AUTO = ("lookahead", "update_every")  # settings that may be "auto"
 OPTIONAL = ("radius", "hedge_rate", "gradient_cap")  # numbers that may be None
+# Whole numbers, from least to most. The upper bounds are chosen: far beyond what helps, and so that settings which somebody else
+# wrote cannot take a machine's memory before anything else about them was looked at.
+WHOLE = {
+    "rank": (1, 16_384),  # above the width of any draft: from there on an adapter is the whole matrix
+    "experts": (1, 64),
+    "snapshots": (0, 64),  # copies of the adapter in half precision
+    "lookahead": (0, 4_096),
+    "update_every": (1, 10**9),
+    "replay_passes": (0, 10_000),
+    "replay_batch": (1, 4_096),
+    "replay_tokens": (0, 2**31),  # taken as they come
+    "replay_top_k": (1, 2**22),  # above any vocabulary
+    "memory_tokens": (0, 2**25),  # taken at once: 16 to 20 bytes each, 0.7 GB
+    "context_tokens": (1, 2**24),
+    "seed": (0, 2**63 - 1),
+    "top_k": (1, 2**22),
+}
+MOST_RANK = 16_384  # of all experts together
+LEAST, MOST = 1e-30, 1e12  # of the other numbers: their products and powers stay finite
+MOST_RATIO = 1e4  # of the step sizes of two experts
+MOST_NAMES, LONGEST_NAME = 20_000, 1_000  # of adapted layers
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -92,24 +113,14 @@ class OnlineSpecConfig:
         self._one_of("loss", LOSSES)
         self._one_of("update_when", UPDATE_WHEN)
         self._one_of("preconditioner", ("adam", "none"))
-        for name, least in (
-            ("rank", 1),
-            ("experts", 1),
-            ("snapshots", 0),
-            ("lookahead", 0),
-            ("update_every", 1),
-            ("replay_passes", 0),
-            ("replay_batch", 1),
-            ("replay_tokens", 0),
-            ("replay_top_k", 1),
-            ("memory_tokens", 0),
-            ("context_tokens", 1),
-            ("seed", 0),
-        ):
-            if not (name in AUTO and getattr(self, name) == "auto"):
-                self._whole(name, least)
-        if self.top_k is not None:
-            self._whole("top_k", 1)
+        for name, (least, most) in WHOLE.items():
+            value = getattr(self, name)
+            if not (name in AUTO and value == "auto") and not (name == "top_k" and value is None):
+                self._whole(name, least, most)
+        if self.learner == ENSEMBLE and self.rank * self.experts > MOST_RANK:
+            raise ConfigError(
+                f"experts={self.experts} of rank={self.rank}: expected at most {MOST_RANK:,} ranks together. Take fewer or smaller ones."
+            )
         for name in (
             "lr",
             "max_grad_norm",
@@ -124,30 +135,42 @@ class OnlineSpecConfig:
             value = getattr(self, name)
             if value is None and name in OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ConfigError(f"{name}={value!r}: expected a finite number above 0.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not LEAST <= value <= MOST:
+                raise ConfigError(
+                    f"{name}={brief(value)}: expected a finite number above 0, from {LEAST:g} to {MOST:g}."
+                )
+        if self.expert_ratio > MOST_RATIO:
+            raise ConfigError(f"expert_ratio={self.expert_ratio!r}: expected at most {MOST_RATIO:g}.")
         memory = self.hint_memory
         if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 <= memory < 1:
-            raise ConfigError(f"hint_memory={memory!r}: expected a number of at least 0 and below 1.")
+            raise ConfigError(f"hint_memory={brief(memory)}: expected a number of at least 0 and below 1.")
         if self.update_budget > 1:
             raise ConfigError(
                 f"update_budget={self.update_budget!r}: expected a share of the time, above 0 and at most 1."
             )
         if self.target_modules is not None:
             names = self.target_modules
-            if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-                raise ConfigError(f"target_modules={names!r}: expected a non-empty list of layer names, or None.")
+            listed = isinstance(names, list | tuple) and 0 < len(names) <= MOST_NAMES
+            if not listed or not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in names):
+                raise ConfigError(f"target_modules={brief(names)}: expected a non-empty list of layer names, or None.")
             object.__setattr__(self, "target_modules", tuple(names))
 
     def _one_of(self, name: str, allowed: Any) -> None:
         if getattr(self, name) not in list(allowed):
-            raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {sorted(allowed)}.")
+            raise ConfigError(f"{name}={brief(getattr(self, name))}: expected one of {sorted(allowed)}.")
 
-    def _whole(self, name: str, least: int) -> None:
+    def _whole(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             or_auto = ", or 'auto'" if name in AUTO else ""
-            raise ConfigError(f"{name}={value!r}: expected a whole number, at least {least}{or_auto}.")
+            raise ConfigError(
+                f"{name}={brief(value)}: expected a whole number, at least {least} and at most {most:,}{or_auto}."
+            )
+
+    @property
+    def blocks(self) -> int:
+        """How many adapters of this rank stand side by side."""
+        return self.experts if self.learner == ENSEMBLE else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -159,10 +182,12 @@ class OnlineSpecConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OnlineSpecConfig:
         """The inverse of `to_dict`. Raises ConfigError on keys that do not exist."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"Settings of {brief(values)}: expected a JSON object.")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"Unknown settings {unknown}. Known settings: {sorted(known)}.")
+            raise ConfigError(f"Unknown settings {brief(unknown)}. Known settings: {sorted(known)}.")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -170,4 +195,16 @@ class OnlineSpecConfig:
 
     @classmethod
     def from_json(cls, text: str) -> OnlineSpecConfig:
-        return cls.from_dict(json.loads(text))
+        """The inverse of `to_json`. Raises ConfigError."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"Settings that are no JSON ({error}).") from error
+
+
+def one_expert(settings: OnlineSpecConfig) -> OnlineSpecConfig:
+    """Settings under which what an ensemble serves is learned on as one adapter; those of a single learner stay as they are."""
+    if settings.learner != ENSEMBLE:
+        return settings
+    rank, alpha = settings.blocks * settings.rank, settings.blocks * settings.alpha
+    return replace(settings, learner=settings.expert_learner, rank=rank, alpha=alpha)

@@ -43,3 +43,15 @@ class MissingExtraError(OnlineSpecError, ImportError):
 
 class VersionError(OnlineSpecError, ImportError):
     """The installed transformers or peft has moved something that hf_onlinespec relies on."""
+
+
+LONGEST = 300  # characters of a value in a message
+
+
+def brief(value: object) -> str:
+    """A value as it stands in a message: whole where it is short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes; nested too deep
+        return f"a {type(value).__name__} that is too large to be written"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ._compat import HUB_FAILURES
-from .artifact import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, Artifact, is_artifact, read_json, read_tensors
-from .config import ENSEMBLE, OnlineSpecConfig
+from .adapters import adaptable_layers
+from .artifact import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CHECKED,
+    CONFIG,
+    PREFIX,
+    Artifact,
+    Outline,
+    check_shapes,
+    is_artifact,
+    read_json,
+    read_tensors,
+)
+from .checks import plain_draft
+from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .embedded import load_draft
-from .errors import ArtifactError, ConfigError, DraftError, HubError
+from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
+from .files import TensorHeader, read_header
 from .identity import EMBEDDED, Identity, public_name
+from .lora_options import check_options
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -40,18 +60,32 @@ def load(
     origin = locate(source, revision, token)
     if origin.evolved:
         assert origin.folder is not None
+        outline = Outline.read(origin.folder)
+        lies_at = str(outline.adapter_config.get("base_model_name_or_path") or "")
+        base = plain_draft(load_base(base_model, outline.base, lies_at, token))
+        check_base(outline.base, Identity.of(base), force)
+        # Only what fits may be made: the settings come from elsewhere, too.
+        check_layers(_shapes(outline.adapter), outline.adapter_config["target_modules"], outline.settings, base)
         artifact = Artifact.read(origin.folder)
-        lies_at = str(artifact.adapter_config.get("base_model_name_or_path", ""))
-        draft = make(load_base(base_model, artifact.base, lies_at, token), config or artifact.settings)
-        check_base(artifact.base, draft.identity, force)
-        draft.resume(artifact)
+        settings = config if config is not None else artifact.settings
+        if not artifact.has_state:
+            settings = one_expert(artifact.settings) if config is None else _as_adapter(config, artifact.adapter_config)
+        draft = make(base, settings)
+        if artifact.has_state:
+            draft.resume(artifact)
+        else:
+            draft.adopt(artifact.adapter)
         draft.lineage = {**artifact.lineage, "draft": draft.lineage["draft"]}
         if origin.revision is None:
             return draft  # a folder is where it was kept, not where it came from
     elif origin.folder is not None:
-        adapter, settings = read_plain_adapter(origin.folder, config)
-        named = str(read_json(origin.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
-        draft = make(load_base(base_model, None, named, token), settings)
+        about = read_plain_options(origin.folder)
+        settings = _as_adapter(config if config is not None else OnlineSpecConfig(), about)
+        settings = replace(settings, target_modules=tuple(about["target_modules"]))
+        named, at = (str(about.get(name) or "") for name in ("base_model_name_or_path", "revision"))
+        base = plain_draft(load_base(base_model, None, named, token, at or None))
+        adapter = read_plain_adapter(origin.folder, settings, base)
+        draft = make(base, settings)
         draft.adopt(adapter)
     else:
         base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
@@ -88,8 +122,7 @@ def locate(source: str | Path, revision: str | None = None, token: str | None = 
     if folder.is_dir():
         if revision is not None:
             raise ConfigError(f"revision={revision!r}: {source} is a folder of this machine. Leave it out.")
-        holds = is_artifact(folder) or (folder / ADAPTER_CONFIG).is_file()
-        return Origin(str(source), folder if holds else None, None)
+        return Origin(str(source), folder if _holds_adapter(folder) else None, None)
     if folder.is_absolute() or folder.is_file():
         raise DraftError(f"{source}: no such folder. Expected one that save_pretrained wrote, or a name on the Hub.")
     try:
@@ -101,48 +134,137 @@ def locate(source: str | Path, revision: str | None = None, token: str | None = 
             f"{source}: not downloaded ({type(error).__name__}: {error}). "
             "For a private repository give a token (hf auth login); without a network name a local folder."
         ) from error
-    holds = is_artifact(found) or (found / ADAPTER_CONFIG).is_file()
-    return Origin(str(source), found if holds else None, found.name)
+    return Origin(str(source), found if _holds_adapter(found) else None, found.name)
 
 
-def read_plain_adapter(folder: Path, config: OnlineSpecConfig | None) -> tuple[dict[str, Tensor], OnlineSpecConfig]:
-    """An ordinary LoRA adapter, and the settings under which it goes on learning.
+def _holds_adapter(folder: Path) -> bool:
+    return is_artifact(folder) or os.path.lexists(folder / ADAPTER_CONFIG)
+
+
+def read_plain_options(folder: Path) -> dict[str, Any]:
+    """The options of an ordinary LoRA adapter.
 
     Raises:
-        ArtifactError: it is no LoRA adapter in safetensors, or of a kind that cannot be split and folded.
+        ArtifactError: it is no LoRA adapter in safetensors, or has an option under which PEFT would serve another model than we do.
     """
     about = read_json(folder / ADAPTER_CONFIG)
-    if not (folder / ADAPTER).is_file():
+    check_options(about, folder / ADAPTER_CONFIG)
+    if not os.path.lexists(folder / ADAPTER):
         raise ArtifactError(
             f"{folder}: no {ADAPTER}; adapters in another format are not read. Save it with safetensors."
         )
-    odd = [
-        name
-        for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
-        if about.get(name)
-    ]
-    names = about.get("target_modules")
-    sized = isinstance(about.get("r"), int) and isinstance(about.get("lora_alpha"), int | float)
-    if (
-        about.get("peft_type") != "LORA"
-        or not sized
-        or odd
-        or about.get("bias", "none") != "none"
-        or not isinstance(names, list)
-    ):
+    return about
+
+
+def read_plain_adapter(folder: Path, settings: OnlineSpecConfig, base: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of an ordinary LoRA adapter for this base.
+
+    Args:
+        settings: with the adapter's rank and layers.
+
+    Raises:
+        ArtifactError: they do not fit, or change more than LoRA does.
+    """
+    header, _ = read_header(folder / ADAPTER)
+    # Where embedding and head carry an adapter, PEFT writes their base weights beside it.
+    parts = {name: tensor for name, tensor in header.items() if ".base_layer." not in name}
+    check_shapes(parts, settings.rank, folder / ADAPTER)
+    check_layers(_shapes(parts), settings.target_modules or (), settings, base)
+    own = {f"{PREFIX}{name}": weight for name, weight in base.state_dict().items()}
+    beside = {name: name.replace(".base_layer.", ".") for name in header if name not in parts}
+    for name, of in beside.items():
+        if of not in own or header[name].shape != own[of].shape:
+            raise _other_weights(folder, name)
+    tensors = read_tensors(folder / ADAPTER)
+    for name, of in beside.items():
+        if not _are_alike(tensors[name], own[of]):
+            raise _other_weights(folder, name)
+    return {name: tensors[name] for name in parts}
+
+
+def _other_weights(folder: Path, name: str) -> ArtifactError:
+    return ArtifactError(
+        f"{folder / ADAPTER}: {brief(name)} is not the weight of this base: the adapter changes more than LoRA does, or belongs to "
+        "another base. Merge it into its base with merge_and_unload, and begin a new draft with that."
+    )
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two copies of a weight are one, perhaps in two precisions."""
+    if not (one.is_floating_point() and other.is_floating_point()):
+        return False
+    lower = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.to(lower), other.to("cpu", lower))
+
+
+def check_layers(
+    shapes: Mapping[str, Sequence[int]], target_modules: Sequence[str], settings: OnlineSpecConfig, base: PreTrainedModel
+) -> None:
+    """Raises ArtifactError unless an adapter has its two parts, of the right width, on just the layers that PEFT and we adapt.
+
+    Args:
+        shapes: of the adapter's parts, by PEFT's names.
+        target_modules: the layers by PEFT's options; those of `settings` are ours.
+    """
+    modules = dict(base.named_modules())
+    ours = adaptable_layers(base) if settings.target_modules is None else matching(modules, settings.target_modules)
+    wanted: dict[str, tuple[str, int, int | None]] = {}  # part: layer, dimension, width
+    for layer in ours:
+        widths = _widths(modules[layer])
+        kind = "lora_embedding_{}" if isinstance(modules[layer], nn.Embedding) else "lora_{}.weight"
+        for part, dimension, width in zip("AB", (1, 0), widths, strict=True):
+            wanted[f"{PREFIX}{layer}.{kind.format(part)}"] = (layer, dimension, width)
+    odd = sorted(set(wanted) ^ set(shapes))
+    if odd:
         raise ArtifactError(
-            f"{folder}: a {about.get('peft_type')} adapter with {odd or 'target_modules=' + repr(names)}: expected plain LoRA "
-            "with a list of target_modules. Merge it into the base with merge_and_unload, and begin a new draft with that."
+            f"The adapter and this base with these settings do not fit: {len(odd)} tensors differ, {brief(odd[0])} for one."
         )
-    settings = config if config is not None else OnlineSpecConfig()
+    if sorted(matching(modules, target_modules)) != sorted(ours):
+        raise ArtifactError(
+            f"{ADAPTER_CONFIG} has target_modules={brief(list(target_modules))}: PEFT would adapt other layers of this base than "
+            f"{ADAPTER} holds, and serve another model than we do. Take an earlier copy, or save the draft anew."
+        )
+    for name, (layer, dimension, width) in wanted.items():
+        if width is not None and shapes[name][dimension] != width:
+            raise ArtifactError(
+                f"The adapter has for {brief(name)}: {tuple(shapes[name])}, expected {width} in dimension {dimension}, as {layer} of "
+                "this base. It belongs to another base."
+            )
+
+
+def matching(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
+    """The modules that PEFT adapts for a list of target_modules: by their whole names, or the last parts of them."""
+    wanted = set(names)
+
+    def ends(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in wanted for i in range(len(parts)))
+
+    return [name for name in modules if name and ends(name)]
+
+
+def _widths(layer: nn.Module) -> tuple[int | None, int | None]:
+    """How many numbers go into a layer, and come out; None: PEFT knows this kind of layer, and we do not."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return None, None
+
+
+def _shapes(adapter: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in adapter.items()}
+
+
+def _as_adapter(settings: OnlineSpecConfig, about: Mapping[str, Any]) -> OnlineSpecConfig:
+    """Settings with the size of an adapter that begins anew. Raises ConfigError."""
     if settings.learner == ENSEMBLE:
         raise ConfigError(
             "learner='ensemble': an ordinary adapter holds one expert. Use another learner to go on with it."
         )
-    settings = replace(settings, rank=about["r"], alpha=about["lora_alpha"], target_modules=tuple(names))
-    tensors = read_tensors(folder / ADAPTER)
-    # Where embedding and head carry an adapter, PEFT writes their base weights beside it: the base has these.
-    return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}, settings
+    return replace(settings, rank=about["r"], alpha=about["lora_alpha"])
 
 
 def load_base(
@@ -150,11 +272,13 @@ def load_base(
     expected: Identity | None = None,
     lies_at: str = "",
     token: str | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """The base draft: a model as it is, or loaded by name; None: the one that the adapter was made for.
 
     Args:
         lies_at: where the adapter says that it is: a folder of the machine that made it, or a name.
+        revision: of `lies_at`, where nothing is expected.
     """
     if isinstance(base_model, str | Path):
         return load_model(str(base_model), None, token)
@@ -162,20 +286,26 @@ def load_base(
         return base_model
     if EMBEDDED in (lies_at, "" if expected is None else expected.name):
         return load_draft()
-    if expected is not None and not Path(lies_at).is_dir():
+    if expected is not None and not os.path.isdir(lies_at):
         lies_at = expected.name
     if not lies_at:
         raise DraftError("It is not known which base the adapter belongs to: pass base_model=, a model or its name.")
-    return load_model(lies_at, None if expected is None else expected.revision, token)
+    return load_model(lies_at, revision if expected is None else expected.revision, token)
 
 
 def load_model(name: str, revision: str | None, token: str | None) -> PreTrainedModel:
-    """A causal language model from a folder or from the Hub. Raises DraftError."""
+    """A causal language model from a folder or from the Hub, whose own code is never run. Raises DraftError."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, token=token).eval()
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision, token=token, trust_remote_code=False).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise DraftError(
+                f"{brief(name)}: the model brings code of its own, and is loaded with trust_remote_code=False: an adapter names it, "
+                "and may not make us run code. If you trust that code, load the model yourself with trust_remote_code=True, and "
+                "give it as base_model=."
+            ) from error
         raise DraftError(
-            f"{name!r}: no causal language model can be loaded from there ({error}). Expected an evolved draft, an adapter or "
+            f"{brief(name)}: no causal language model can be loaded from there ({error}). Expected an evolved draft, an adapter or "
             "a causal language model: a folder or a name on the Hub. The base of an adapter may be given as base_model=."
         ) from error
 
