@@ -18,15 +18,16 @@ from torch import Tensor
 
 from .adapters import GatedLora
 from .config import ENSEMBLE, OnlineSpecConfig
-from .errors import ArtifactError
+from .errors import ArtifactError, brief
 from .guard import GradientCap
 from .learners import HEDGES, LEARNERS, Direction, Learner, State, adam, into_ball, optimistic, plain
 from .metrics import Counts
-from .state import Saved, are_numbers
+from .state import MOST_COUNT, Saved, are_numbers
 
 # Chosen: skipped steps in a row, on feedback that the original draft can learn from, after which an adapter of finite parameters
 # is to blame: at once if its loss is not finite in another forward either, later if nothing but its gradients are not.
 DIVERGED, STUCK = 4, 32
+LARGEST_LOSS = 2.0  # 1 − acceptance, and some rounding
 COMPARED = 8  # updates over which a single row has to do better than the mixture to serve in its place
 
 logger = logging.getLogger(__name__)
@@ -322,16 +323,23 @@ class Adaptation:
             state["hint"] = last(state)
         self.state = state
         self.hedge_state = {k: hedge.tensor(k, v) for k, v in self.hedge_state.items()}
+        for name, tensor in self.hedge_state.items():
+            if not bool((tensor.abs() <= MOST_COUNT).all()) or (name == "round" and float(tensor) < 0):
+                raise ArtifactError(f"The saved state of the experts has {name}={brief(tensor.tolist())}.")
         self._cap.resume(saved.part("cap"), self._lora.params.new_zeros(self._experts))
         if self._starts is not None:
             self._starts = saved.part("ball").tensor("starts", self._starts)
-        self.steps, self.removed = saved.value("steps", int), saved.value("removed", int)
+        self.steps, self.removed = saved.count("steps"), saved.count("removed")
         n = self._experts
         alive, losses, serving = saved.value("alive", list), saved.value("losses", list), saved.value("serving", int)
         weights = saved.numbers("weights", n + 1)
+        if not all(0 <= weight <= 1 + 1e-6 for weight in weights):
+            raise ArtifactError(f"The saved state of the experts has weights={brief(weights)}: expected shares of one.")
         whole = len(alive) == n and all(isinstance(ok, bool) for ok in alive) and 0 <= serving <= n + 1
-        if not whole or not all(are_numbers(row) and len(row) == n + 2 for row in losses):
-            raise ArtifactError(f"The saved state of the experts does not fit together: alive={alive!r}, expected {n}.")
+        if not whole or not all(are_numbers(row, LARGEST_LOSS) and len(row) == n + 2 for row in losses):
+            raise ArtifactError(
+                f"The saved state of the experts does not fit together: alive={brief(alive)}, expected {n}; losses={brief(losses)}."
+            )
         self.alive, self.weights, self.serving = alive, weights, serving
         self._losses.extend(losses)
         self._serve()

@@ -39,7 +39,7 @@ class DraftAlignment(TrainerCallback):
         time_s: seconds they took.
 
     Raises:
-        ConfigError: a number is below 1.
+        ConfigError: a number is below 1; in training: it runs in several processes.
         DraftError, in training: target and draft have different tokenizers, or the target gives no logits at all positions.
 
     Example:
@@ -60,6 +60,11 @@ class DraftAlignment(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop()
+        if args.world_size > 1:
+            raise ConfigError(
+                f"Training runs in {args.world_size} processes: each would teach a draft of its own, and only the first one's would be "
+                "saved. Align the draft in a run of one process."
+            )
         model = kwargs["model"]
         check_vocabularies(model, self.draft.model)
         self._hook = model.register_forward_hook(self._hear, with_kwargs=True)

@@ -229,7 +229,9 @@ def check_shapes(adapter: Mapping[str, TensorHeader], rank: int, path: Path) -> 
                 f"{path}: {brief(name)} is {tensor.dtype} {brief(tensor.shape)}: expected a part of a LoRA of rank {rank}."
             )
     for a, b in PARTS.items():
-        lone = {n.removesuffix(a) for n in adapter if n.endswith(a)} ^ {n.removesuffix(b) for n in adapter if n.endswith(b)}
+        lone = {n.removesuffix(a) for n in adapter if n.endswith(a)} ^ {
+            n.removesuffix(b) for n in adapter if n.endswith(b)
+        }
         if lone:
             raise ArtifactError(f"{path}: {brief(sorted(lone)[0])} has one part of a LoRA without the other.")
 
@@ -316,7 +318,9 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: lists files that do not belong to it: {brief(odd)}.")
     for name in CHECKED:
         if name not in found["files"] and (name != STATE or os.path.lexists(path.parent / name)):
-            raise ArtifactError(f"{path}: {name} is not among the files that it lists. Save or download the draft anew.")
+            raise ArtifactError(
+                f"{path}: {name} is not among the files that it lists. Save or download the draft anew."
+            )
     for name in ("files", "versions"):
         if not all(isinstance(text, str) for text in found[name].values()):
             raise ArtifactError(f"{path}: {name} is {brief(found[name])}: expected text by name.")

@@ -7,25 +7,28 @@ holds no text of a prompt.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .artifact import CONFIG, CURVE, Artifact
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import ArtifactError
 from .identity import EMBEDDED, EMBEDDED_TARGET, Identity
+from .lineage import check_lineage, check_run
+from .public import NOT_TOLD, is_repo_id
 from .run import curve, is_told_apart
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # the same as model_cards/template.md, which is not installed
 TAGS = ["hf_onlinespec", "speculative-decoding", "assisted-generation", "online-learning", "lora"]
 PACKAGES = ("hf_onlinespec", "torch", "transformers", "peft")
 SERVED = "the prompts that it served"
+NO_STATE = " Neither is what the learner needs to go on: a draft that is loaded again begins to learn anew, from the adapter that lies here."
+LONGEST = 200  # characters of a name
 NO_STATEMENT = "Its users said nothing about the text that it was trained on. Take it for private."
 NO_REQUEST = "It has served no request yet: there are no figures."
 NO_NAME = "a model without a name"
@@ -64,18 +67,23 @@ def write(
         ArtifactError: the folder cannot be written, or the artifact's run or lineage is not of the form that a card tells.
     """
     try:
-        png = curve(artifact.run) if draw else None
-        text = model_card(artifact, repo_id, data_statement, curve=png is not None)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # it may come from a file that others wrote
+        check_run(artifact.run, CONFIG)
+        check_lineage(artifact.lineage, CONFIG)
+    except ArtifactError as error:
         raise ArtifactError(
-            f"No card can be made of the draft's run and lineage ({type(error).__name__}: {error}). See them in "
-            f"{CONFIG}, and model_cards/schema.json for what is expected."
+            f"No card can be made of the draft's run and lineage ({error}). See model_cards/schema.json for what is expected."
         ) from error
+    png = curve(artifact.run) if draw else None
+    text = model_card(artifact, repo_id, data_statement, png is not None, artifact.has_state)
     artifact.write(folder, text, png)
 
 
 def model_card(
-    artifact: Artifact, repo_id: str | None = None, data_statement: str | None = None, curve: bool = True
+    artifact: Artifact,
+    repo_id: str | None = None,
+    data_statement: str | None = None,
+    curve: bool = True,
+    state: bool = True,
 ) -> str:
     """The model card of an evolved draft: a README.md with its metadata, every number from the artifact's run.
 
@@ -83,13 +91,15 @@ def model_card(
         repo_id: where it will be on the Hub; None: in a folder.
         data_statement: what its users say about what it was trained on; None: what its lineage says that they said.
         curve: whether the figure lies beside the card.
+        state: whether what learning needs to go on does.
     """
     run, settings, base = artifact.run, artifact.settings, artifact.base
     title = f"Evolved draft of {_plain(base.name) or 'a model'}" if repo_id is None else repo_id.rpartition("/")[2]
+    license = artifact.lineage.get("license")
     usage_note, usage = _usage(run["targets"], base, repo_id)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        metadata=_metadata(run, base, title).to_yaml(),
-        title=title,
+        metadata=_metadata(run, base, title, license).to_yaml(),
+        title=_escaped(title),
         base=_base(base),
         targets=", ".join(map(_code, run["targets"])) or NO_NAME,
         lineage=_lineage(artifact.lineage),
@@ -97,16 +107,20 @@ def model_card(
         schedule=_schedule(settings),
         served=_served(run),
         steps=_steps(run),
-        machine=_machine(run["machine"]),
-        versions=_plain(", ".join(f"{name} {run['machine'][name]}" for name in PACKAGES)),
+        machine=_escaped(_machine(run["machine"])),
+        versions=_escaped(_plain(", ".join(f"{name} {run['machine'][name]}" for name in PACKAGES))),
         measured=_measured(run, settings, curve),
         data=_data(artifact.lineage, data_statement),
+        state="" if state else NO_STATE,
+        license=f"The licence of the adapter is {_code(license)}."
+        if license
+        else "No licence of the adapter is stated.",
         usage_note=usage_note,
         usage=usage,
     )
 
 
-def _metadata(run: Mapping[str, Any], base: Identity, title: str) -> ModelCardData:
+def _metadata(run: Mapping[str, Any], base: Identity, title: str, license: str | None) -> ModelCardData:
     """What the Hub reads."""
     results = None
     if run["total"] is not None:
@@ -131,6 +145,7 @@ def _metadata(run: Mapping[str, Any], base: Identity, title: str) -> ModelCardDa
     return ModelCardData(
         base_model=base.name if _is_on_hub(base) else None,
         library_name="peft",
+        license=license,
         pipeline_tag="text-generation",
         tags=list(TAGS),
         model_name=title,
@@ -140,15 +155,7 @@ def _metadata(run: Mapping[str, Any], base: Identity, title: str) -> ModelCardDa
 
 def _is_on_hub(base: Identity) -> bool:
     """Only a base with a commit is known to be there: others are names of folders."""
-    return base.revision is not None and _is_repo_id(base.name)
-
-
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return base.revision is not None and is_repo_id(base.name)
 
 
 def _base(base: Identity) -> str:
@@ -159,7 +166,7 @@ def _base(base: Identity) -> str:
 def _lineage(lineage: Mapping[str, Any]) -> str:
     """Where it came from, those that were merged into it with their own."""
     told = []
-    if "parent" in lineage:
+    if lineage.get("parent") is not None:
         source, revision = lineage["parent"]["source"], lineage["parent"]["revision"]
         told.append(f"goes on from {_code(source)}" + ("" if revision is None else f" at {_code(revision)}"))
     if "merged" in lineage:
@@ -195,7 +202,7 @@ def _trained_in_all(lineage: Mapping[str, Any]) -> list[str]:
 def _data(lineage: Mapping[str, Any], statement: str | None) -> str:
     if statement is None:
         statement = lineage.get("data_statement") or ""
-    told = statement.strip() or NO_STATEMENT
+    told = _quote(statement) if statement.strip() else NO_STATEMENT
     trained = _trained_in_all(lineage)
     if trained:
         told += f"\n\nIt was taught by other text than what it served, too: {'; '.join(trained)}."
@@ -245,6 +252,8 @@ def _steps(run: Mapping[str, Any]) -> str:
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
+    if machine["cpu"] == NOT_TOLD:
+        return NOT_TOLD
     gpu = "" if machine["gpu"] is None else f", {machine['gpu']}"
     return _plain(f"{machine['cpu']}, cores: {machine['cores']}, threads of torch: {machine['threads']}{gpu}")
 
@@ -297,9 +306,7 @@ def _usage(targets: Sequence[str], base: Identity, repo_id: str | None) -> tuple
         source += f", base_model={_quoted(YOUR_BASE)}"
         unknown.append(_to_fill_in(YOUR_BASE, base.name))
     lines = EMBEDDED_USAGE if target == EMBEDDED_TARGET else USAGE
-    if target != EMBEDDED_TARGET and not (
-        "/" in target and _is_repo_id(target)
-    ):  # without "/": a folder's name, mostly
+    if target != EMBEDDED_TARGET and not ("/" in target and is_repo_id(target)):  # without "/": a folder's name, mostly
         unknown.append(_to_fill_in(YOUR_TARGET, target))
         target = YOUR_TARGET
     note = "In the folder of this card" if repo_id is None else "From the Hub, with a token where it is private"
@@ -317,8 +324,21 @@ def _quoted(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that cannot break a line or a table."""
-    return " ".join(text.replace("`", "").replace("|", "/").split())
+    """Text that cannot break a line or a table; what is not seen is left out."""
+    seen = "".join(c for c in text if c.isprintable() or c.isspace())
+    plain = " ".join(seen.replace("`", "").replace("|", "/").split())
+    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]}…"
+
+
+def _escaped(text: str) -> str:
+    """Text as it is, in Markdown and HTML."""
+    return re.sub(r"([\\`*\[\]<>&])", r"\\\1", text)
+
+
+def _quote(text: str) -> str:
+    """A statement as a quotation: whoever made it, it can be taken for nothing that the card says itself."""
+    lines = ("".join(c for c in line if c.isprintable()) for line in text.strip().splitlines())
+    return "\n".join(f"> {_escaped(line)}".rstrip() for line in lines)
 
 
 def _code(text: str) -> str:

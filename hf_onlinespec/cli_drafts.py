@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from .artifact import ADAPTER, STATE, Artifact
 from .audit import audit, check_privacy
 from .bench import loaded
 from .canaries import written
-from .combining import combine, distil, read
+from .combining import combine, distil, no_evolved_draft, read
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft
-from .errors import ArtifactError, ConfigError
+from .errors import ArtifactError, ConfigError, OnlineSpecError
 from .export import merge_and_export
 from .feedback import Feedback
 from .hub import Push, known_parent
@@ -27,6 +28,15 @@ from .run import is_told_apart
 from .warm_start import read_corpus
 
 REFUSED = 1  # exit code: the audit speaks against a public push
+# What an error calls by the name of an argument in Python, and what it is here; by the name of the option in the parser.
+OPTIONS = {
+    "public": (("with private=True", "without --public"), ("private=False", "--public")),
+    "data_statement": (("data_statement=", "--data-statement"), ("a data_statement", "a --data-statement")),
+    "skip_audit": (("skip_audit=True", "--skip-audit"),),
+    "force": (("force=True", "--force"),),
+    "base": (("base_model=", "--base"),),
+    "license": (("license=", "--license "),),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -34,7 +44,7 @@ def add_commands(commands: Any) -> None:
     inspect = commands.add_parser("inspect", help="what an evolved draft is, and what it measured")
     inspect.add_argument("source", metavar="FOLDER_OR_REPO")
     inspect.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=_by_options(_inspect))
 
     push = commands.add_parser(
         "push",
@@ -50,13 +60,16 @@ def add_commands(commands: Any) -> None:
     push.add_argument("--tag", metavar="NAME", help="a name for this state")
     push.add_argument("--force", action="store_true", help="over another's commit")
     push.add_argument("--skip-audit", action="store_true", help="for text that is public anyway")
-    push.set_defaults(run=_push)
+    push.add_argument("--with-state", action="store_true", help="also what learning needs to go on (private: always)")
+    push.add_argument("--license", metavar="NAME", help="of the adapter, as the Hub names it")
+    push.add_argument("--base", metavar="NAME_OR_PATH", help="the base draft, for the audit (default: its own)")
+    push.set_defaults(run=_by_options(_push))
 
     pull = commands.add_parser("pull", help="download an evolved draft into a folder")
     pull.add_argument("repo", metavar="USER/NAME")
     pull.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, or one with an earlier state")
     pull.add_argument("--revision", metavar="REV", help="branch, tag or commit")
-    pull.set_defaults(run=_pull)
+    pull.set_defaults(run=_by_options(_pull))
 
     merge = commands.add_parser(
         "merge",
@@ -70,7 +83,7 @@ def add_commands(commands: Any) -> None:
     merge.add_argument("--rank", type=int, metavar="R", help="distil to this rank")
     merge.add_argument("--base", metavar="NAME_OR_PATH", help="the base draft (default: the one they were made for)")
     merge.add_argument("--export", action="store_true", help="write a plain causal language model")
-    merge.set_defaults(run=_merge)
+    merge.set_defaults(run=_by_options(_merge))
 
     audits = commands.add_parser(
         "audit",
@@ -85,17 +98,44 @@ def add_commands(commands: Any) -> None:
     audits.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="for the texts (default: the base's)")
     audits.add_argument("--base", metavar="NAME_OR_PATH", help="the base draft (default: the one that it was made for)")
     audits.add_argument("--seed", type=int, default=0, help="chooses the canaries (default: %(default)s)")
-    audits.set_defaults(run=_audit)
+    audits.set_defaults(run=_by_options(_audit))
+
+
+def _by_options(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command whose errors name its options instead of Python's arguments."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            return command(arguments)
+        except OnlineSpecError as error:
+            raise type(error)(in_options(str(error), set(vars(arguments)))) from error
+
+    return run
+
+
+def in_options(message: str, known: set[str]) -> str:
+    """A message in the words of the command line.
+
+    Args:
+        known: the options that the command has.
+    """
+    for name in sorted(known & set(OPTIONS)):
+        for argument, option in OPTIONS[name]:
+            message = message.replace(argument, option)
+    return message
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    artifact = read(arguments.source, arguments.revision)
+    origin = locate(arguments.source, arguments.revision)
+    if origin.folder is None or not origin.evolved:
+        raise no_evolved_draft(arguments.source)
+    artifact = Artifact.read(origin.folder)
     default = OnlineSpecConfig().to_dict()
     changed = {k: v for k, v in artifact.settings.to_dict().items() if v != default[k]}
     run, total = artifact.run, artifact.run.get("total")
     print(f"base: {artifact.base}")
     print(f"learner: {artifact.settings.learner}; settings that are not the defaults: {changed or 'none'}")
-    print(f"came from: {artifact.lineage.get('parent') or 'a new adapter'}")
+    print(f"came from: {_came_from(artifact)}")
     print(f"targets: {', '.join(run.get('targets', [])) or 'none yet'}")
     print(
         f"served: {run.get('requests', 0)} requests, {run.get('new_tokens', 0)} new tokens, {run.get('updates', 0)} updates"
@@ -109,9 +149,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 f"{name}: acceptance length {figures['acceptance_length']:.2f}, {figures['tokens_per_s']:.0f} tokens/s, "
                 f"{figures['decode_tokens_per_s']:.0f} without learning"
             )
-    sizes = {ADAPTER: artifact.adapter, STATE: artifact.state.tensors}
+    sizes = {ADAPTER: artifact.adapter} | ({STATE: artifact.state.tensors} if artifact.has_state else {})
     print(", ".join(f"{name}: {sum(t.nbytes for t in found.values()):,} bytes" for name, found in sizes.items()))
     return 0
+
+
+def _came_from(artifact: Artifact) -> str:
+    parent = artifact.lineage.get("parent")
+    if parent is not None:
+        return str(parent["source"]) + ("" if parent["revision"] is None else f" at {parent['revision']}")
+    return f"{len(artifact.lineage['merged'])} drafts, merged" if artifact.lineage.get("merged") else "a new adapter"
 
 
 def _push(arguments: argparse.Namespace) -> int:
@@ -123,13 +170,13 @@ def _push(arguments: argparse.Namespace) -> int:
         tag=arguments.tag,
         force=arguments.force,
         skip_audit=arguments.skip_audit,
+        with_state=True if arguments.with_state else None,
+        license=arguments.license,
     )
     options.check(None)
     artifact = Artifact.read(arguments.folder)
-    if options.data_statement:
-        artifact.lineage["data_statement"] = options.data_statement
     if arguments.public and not arguments.skip_audit:
-        check_privacy(OnlineDraft.from_pretrained(arguments.folder))
+        check_privacy(OnlineDraft.from_pretrained(arguments.folder, base_model=arguments.base))
     commit = options.commit(artifact, known_parent(artifact.lineage, arguments.repo))
     print(f"Pushed: {arguments.repo} at {commit}")
     options.name_it(commit)
@@ -139,7 +186,7 @@ def _push(arguments: argparse.Namespace) -> int:
 def _pull(arguments: argparse.Namespace) -> int:
     origin = locate(arguments.repo, arguments.revision)
     if origin.folder is None or not origin.evolved:
-        raise ArtifactError(f"{arguments.repo}: no evolved draft there.")
+        raise no_evolved_draft(arguments.repo)
     artifact = Artifact.read(origin.folder)
     artifact = replace(artifact, lineage=artifact.lineage | origin.lineage() | {"draft": uuid.uuid4().hex})
     card.write(artifact, arguments.folder, arguments.repo)

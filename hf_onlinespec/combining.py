@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .artifact import Artifact
+from .artifact import PARTS, PREFIX, Artifact
+from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
-from .loading import check_base, load_base, locate
+from .identity import Identity
+from .loading import check_base, check_layers, load_base, locate
 from .run import run_targets
 
-PREFIX = "base_model.model."  # of every name in PEFT's files
-PARTS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 NOTHING = 1e-7  # singular values below this share of the largest are rounding
 
 
@@ -57,13 +57,17 @@ def read(source: str | Path, revision: str | None = None, token: str | None = No
     """
     origin = locate(source, revision, token)
     if origin.folder is None or not origin.evolved:
-        raise ArtifactError(
-            f"{source}: no evolved draft. Expected what save_pretrained or push_to_hub wrote; an ordinary adapter becomes one by "
-            "OnlineDraft.from_pretrained and save_pretrained."
-        )
+        raise no_evolved_draft(source)
     artifact = Artifact.read(origin.folder)
     lineage = {key: value for key, value in artifact.lineage.items() if key != "draft"}
     return replace(artifact, lineage=lineage | origin.lineage())
+
+
+def no_evolved_draft(source: str | Path) -> ArtifactError:
+    return ArtifactError(
+        f"{source}: no evolved draft. Expected what save_pretrained or push_to_hub wrote; an ordinary adapter becomes one by "
+        "OnlineDraft.from_pretrained and save_pretrained."
+    )
 
 
 def combine(
@@ -168,16 +172,17 @@ def _share(part: float, whole: float) -> float:
 
 def _changes(artifact: Artifact) -> dict[str, Factors]:
     """What an adapter changes, by the name of the layer. Raises ArtifactError where that is not finite."""
-    odd = [name for name, tensor in artifact.adapter.items() if not bool(torch.isfinite(tensor).all())]
-    if odd:
-        raise ArtifactError(
-            f"{odd[0]} of an adapter is not finite: it has diverged. Take an earlier copy of the draft."
-        )
     scale = artifact.adapter_config["lora_alpha"] / artifact.adapter_config["r"]
-    return {
+    changes = {
         layer: Factors(artifact.adapter[a].cpu().float(), artifact.adapter[b].cpu().float() * scale)
         for layer, (a, b) in _layers(artifact.adapter).items()
     }
+    for layer, factors in changes.items():
+        if not bool(torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
+            raise ArtifactError(
+                f"The change of {layer} by an adapter is not finite: it has diverged. Take an earlier copy of the draft."
+            )
+    return changes
 
 
 def _layers(adapter: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
@@ -210,8 +215,12 @@ def _begin(
         settings, rank=rank, alpha=scale * rank, target_modules=None if everywhere else tuple(sorted(layers))
     )
     lies_at = str(first.adapter_config.get("base_model_name_or_path", ""))
-    draft = OnlineDraft(load_base(base_model, first.base, lies_at), settings)
-    check_base(first.base, draft.identity, force=False)
+    base = plain_draft(load_base(base_model, first.base, lies_at))
+    check_base(first.base, Identity.of(base), force=False)
+    for artifact in artifacts:
+        shapes = {name: tuple(tensor.shape) for name, tensor in artifact.adapter.items()}
+        check_layers(shapes, artifact.adapter_config["target_modules"], artifact.settings, base)
+    draft = OnlineDraft(base, settings)
     draft.targets = list(dict.fromkeys(name for artifact in artifacts for name in run_targets(artifact.run)))
     return draft
 

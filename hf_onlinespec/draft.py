@@ -174,6 +174,8 @@ class OnlineDraft(LearningDraft):
         tag: str | None = None,
         force: bool = False,
         skip_audit: bool = False,
+        with_state: bool | None = None,
+        license: str | None = None,
     ) -> str:
         """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash.
 
@@ -186,12 +188,16 @@ class OnlineDraft(LearningDraft):
             tag: a name for this state, a milestone.
             force: push over another's commit.
             skip_audit: push publicly without the privacy audit, for text that is public anyway.
+            with_state: also send what learning needs to go on (moments, earlier states of the adapter) and what was noted on the
+                way (machine, names of folders). None: in a private push. Without it `from_pretrained` begins learning anew, from
+                the adapter that was sent.
+            license: of the adapter, as the Hub names it ("apache-2.0"), for the card. None: what was stated before, if anything.
 
         Raises:
             HubError: not pushed; the draft is as it was, and `save_pretrained` needs no network.
             PrivacyError: a public push without a statement, or one that would show what was in users' text.
         """
-        options = Push(repo_id, private, data_statement, token, message, tag, force, skip_audit)
+        options = Push(repo_id, private, data_statement, token, message, tag, force, skip_audit, with_state, license)
         options.check(checkpoint_every)
         artifact = self.artifact()  # taken before the audit: whatever is sent, the audit has seen
         if not private and not skip_audit:

@@ -40,7 +40,8 @@ FLAGS = int(vars(os).get("O_CLOEXEC", 0)) | int(vars(os).get("O_BINARY", 0)) | N
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = frozenset(DTYPE_BYTES)
-DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
+DTYPE_BYTES |= {"F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1}
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ def _check_regular(path: Path, found: os.stat_result, most_bytes: int) -> None:
             f"{path}: {found.st_size:,} bytes, expected at most {most_bytes:,}. It is not the file of a draft: save or download "
             "the draft anew."
         )
+
+
+def check_regular(path: Path) -> None:
+    """Raises ArtifactError, or OSError, for what is no regular file, nor a link to one: opening it may block for ever."""
+    _check_regular(path, path.stat(), MOST_INTEGER)
 
 
 def _unreadable(path: Path, error: Exception) -> ArtifactError:
@@ -223,7 +229,7 @@ def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str,
     _, about = _header(io.BytesIO(data), len(data), path)
     try:
         return load(data), about
-    except (SafetensorError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a dtype that torch does not know
         raise _unsound(path, error) from error
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError
+from .errors import ArtifactError, brief
 from .state import Saved, are_numbers
 
 CAP_WINDOW = 64  # gradients whose median is usual
@@ -26,6 +26,7 @@ TRY_EVERY = 8  # requests after a trial before the next one, where nothing is su
 LEAST_TRIAL, LONGEST_TRIAL = 6, 8  # requests
 CERTAIN = 2.0  # standard errors by which an earlier state has to lead
 LEAVES = 0.1  # acceptance by which a level is left, at least
+LARGEST_LEAD = 2.0  # of one state's acceptance over another's, and some rounding
 WORSE = 0.02  # acceptance below the original draft's that raises suspicion
 
 
@@ -115,7 +116,7 @@ class Guard:
             silent: gives parameters that change nothing, worth a trial too; None: none.
             acceptance: what other parameters would have reached on the same tokens.
         """
-        if not self._size or not learned:
+        if not self._size or not learned or not math.isfinite(statistics.mean(learned)):
             return None
         self._latest.append((statistics.mean(learned), None if original is None else statistics.mean(original)))
         self._wait -= 1
@@ -240,22 +241,30 @@ class Guard:
         }
         return Saved(tensors, values)
 
-    def resume(self, saved: Saved, like: Tensor) -> None:
-        """The inverse of `saved`; states have the shape and dtype of `like`."""
-        self.states = [saved.tensor(f"states.{i}", like) for i in range(saved.value("states", int))]
+    def resume(self, saved: Saved, like: Tensor, silent: bool = True) -> None:
+        """The inverse of `saved`; states have the shape and dtype of `like`.
+
+        Args:
+            silent: whether an adapter that says nothing may be among what is tried.
+        """
+        self.states = [saved.tensor(f"states.{i}", like) for i in range(saved.count("states"))]
         self._candidate = saved.tensor("candidate", like) if "candidate" in saved.tensors else None
-        self.rollbacks, self.reason = saved.value("rollbacks", int), saved.value("reason", str)
-        self._age, self._wait, self._trials = (saved.value(name, int) for name in ("age", "wait", "trials"))
+        self.rollbacks, self.reason = saved.count("rollbacks"), saved.value("reason", str)
+        self._age, self._trials, self._wait = saved.count("age"), saved.count("trials"), saved.value("wait", int)
         self._level, self._spread = saved.value("level", float), saved.value("spread", float)
         latest, tried = saved.value("latest", list), saved.value("tried", list)
+        if not are_numbers([self._wait, self._level, self._spread]) or len(tried) > len(self.states) + 1:
+            raise ArtifactError(f"The saved state of the guard does not fit together: tried={brief(tried)}.")
         try:
             for a, b in latest:
-                if not are_numbers([a] if b is None else [a, b]):
-                    raise ValueError(f"latest={latest!r}")
+                if not are_numbers([a] if b is None else [a, b], LARGEST_LEAD):
+                    raise ValueError(f"latest={brief(latest)}")
                 self._latest.append((a, b))
             for at, leads in tried:
-                if not are_numbers(leads) or not (at is None or 0 <= at < len(self.states)):
-                    raise ValueError(f"tried={tried!r}")
+                if not are_numbers(leads, LARGEST_LEAD) or not (
+                    (at is None and silent) or (type(at) is int and 0 <= at < len(self.states))
+                ):
+                    raise ValueError(f"tried={brief(tried)}")
                 self._tried.append((None if at is None else self.states[at], leads))
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"The saved state of the guard does not fit together ({error}).") from error

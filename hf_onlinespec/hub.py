@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import threading
 import weakref
@@ -12,18 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from . import card
 from ._compat import HUB_FAILURES
-from .artifact import CONFIG, FILES, Artifact, read_json
-from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError
+from .artifact import CONFIG, FILES, STATE, Artifact, read_json
+from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief
 from .forks import renew_in_child
+from .public import public_version
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
 
 TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")  # as the Hub names licences
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0  # between two attempts of a checkpoint: doubled each time
 
 _log = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ class Push:
     tag: str | None = None
     force: bool = False  # also over a commit that the draft does not go on from
     skip_audit: bool = False  # of a public push
+    with_state: bool | None = None  # whether what learning needs to go on is sent, too; None: only in a private push
+    license: str | None = None  # of the adapter, as the Hub names it; None: what was stated before, if anything was
 
     def check(self, checkpoint_every: int | None) -> None:
         """Refuses what is not well-formed, before anything is sent. Raises ConfigError, PrivacyError."""
@@ -54,6 +59,10 @@ class Push:
             )
         if self.data_statement is not None and not isinstance(self.data_statement, str):
             raise ConfigError(f"data_statement={self.data_statement!r}: expected text, or None.")
+        if self.license is not None and not (isinstance(self.license, str) and LICENSE.fullmatch(self.license)):
+            raise ConfigError(
+                f"license={brief(self.license)}: expected the Hub's name of a licence, such as 'apache-2.0' or 'other', or None."
+            )
         if self.private:
             return
         if not (self.data_statement or "").strip():
@@ -79,12 +88,17 @@ class Push:
         """
         with draft.pushes:
             artifact = draft.artifact() if artifact is None else artifact
-            if self.data_statement:
-                draft.lineage["data_statement"] = artifact.lineage["data_statement"] = self.data_statement
             commit = self.commit(artifact, known_parent(draft.lineage, self.repo_id))
-            draft.lineage["parent"] = {"source": self.repo_id, "revision": commit}
+            # Only now: of a push that failed nothing is left.
+            draft.lineage |= self.stated | {"parent": {"source": self.repo_id, "revision": commit}}
         self.name_it(commit)
         return commit
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """What the push says about the draft, as its lineage keeps it."""
+        said = {"data_statement": self.data_statement, "license": self.license}
+        return {name: text for name, text in said.items() if text}
 
     def name_it(self, commit: str) -> None:
         """Gives a commit the tag. Raises HubError where it cannot be given; the commit stays."""
@@ -101,10 +115,12 @@ class Push:
         """Sends an artifact that goes on from a commit of the repository, or from none of it. Raises as `send`."""
         # The base by its public name: folders of this machine are nobody's business.
         shared = dict(artifact.adapter_config) | {"base_model_name_or_path": artifact.base.name}
-        artifact = replace(artifact, adapter_config=shared)
+        artifact = replace(artifact, adapter_config=shared, lineage=artifact.lineage | self.stated)
+        if not (self.private if self.with_state is None else self.with_state):
+            artifact = public_version(artifact)
         api, repo_id = HfApi(token=self.token), self.repo_id
         with told(repo_id), tempfile.TemporaryDirectory(prefix="onlinespec-") as folder:
-            card.write(artifact, folder, repo_id, self.data_statement)
+            card.write(artifact, folder, repo_id)
             api.create_repo(repo_id, private=self.private, exist_ok=True)
             info = api.model_info(repo_id, timeout=TIMEOUT_S)
             if self.private and not info.private:
@@ -116,7 +132,8 @@ class Push:
                     f"{repo_id} is there already, and private. Push to a new repository: whoever makes that one public shows all "
                     "its earlier commits, which no audit has seen."
                 )
-            holds = any(file.rfilename == CONFIG for file in info.siblings or [])
+            there = {file.rfilename for file in info.siblings or []}
+            holds = CONFIG in there
             if holds and not self.force and info.sha != parent and not _is_own(api, repo_id, info.sha, artifact):
                 raise HubError(
                     f"{repo_id} holds an evolved draft of commit {info.sha}, and this one goes on from "
@@ -124,9 +141,10 @@ class Push:
                     "repository, or use force=True."
                 )
             files = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
+            stale = [CommitOperationDelete(STATE)] if STATE in there and not artifact.has_state else []
             commit = api.create_commit(
                 repo_id,
-                [CommitOperationAdd(file.name, file) for file in files],
+                [*(CommitOperationAdd(file.name, file) for file in files), *stale],
                 commit_message=self.message or f"Evolved draft after {artifact.run['new_tokens']} new tokens",
                 parent_commit=info.sha,
             )

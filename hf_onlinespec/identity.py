@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from transformers import PreTrainedModel
 
 from ._compat import commit_hash
 from .embedded import FOLDER
-from .errors import ArtifactError
+from .errors import ArtifactError, brief
 
 # The names of the draft and of the target that ship with the package, on any machine.
 EMBEDDED = "hf_onlinespec:embedded_pair/draft"
 EMBEDDED_TARGET = "hf_onlinespec:embedded_pair/target"
+LONGEST_NAME = 1_000  # characters; chosen
 SAMPLED = 256  # numbers of every weight that make its fingerprint
 # What the same model may carry under several values.
 VOLATILE = (
@@ -73,10 +75,12 @@ class Identity:
         """The inverse of `dataclasses.asdict`. Raises ArtifactError."""
         names = {"name", "revision", "config", "weights", "tokenizer"}
         if not isinstance(values, dict) or set(values) != names:
-            raise ArtifactError(f"The identity of the base is {values!r}: expected {sorted(names)}.")
+            raise ArtifactError(f"The identity of the base is {brief(values)}: expected {sorted(names)}.")
         for key, value in values.items():
             if not (isinstance(value, str) or (value is None and key in ("revision", "tokenizer"))):
-                raise ArtifactError(f"The identity of the base has {key}={value!r}: expected text.")
+                raise ArtifactError(f"The identity of the base has {key}={brief(value)}: expected text.")
+            if len(value or "") > LONGEST_NAME:
+                raise ArtifactError(f"The identity of the base has {key}={brief(value)}: expected a name.")
         return cls(**values)
 
     def is_same(self, other: Identity) -> bool:
@@ -92,7 +96,7 @@ class Identity:
 
 def public_name(name: str) -> str:
     """A model's name without the folders of this machine."""
-    if name and (Path(name).exists() or Path(name).is_absolute()):
+    if name and (os.path.exists(name) or os.path.isabs(name)):
         folder = Path(name).resolve()
         embedded = {(FOLDER / "draft").resolve(): EMBEDDED, (FOLDER / "target").resolve(): EMBEDDED_TARGET}
         return embedded.get(folder, folder.name)

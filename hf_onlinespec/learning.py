@@ -340,7 +340,7 @@ class Learning:
                 part.copy_(experts.tensor(name, part))
         self._lora.put(self._lora.split(params))
         self.adaptation.resume(saved.part("adaptation"))
-        self.guard.resume(saved.part("guard"), self.adaptation.best())
+        self.guard.resume(saved.part("guard"), self.adaptation.best(), silent=not self.adaptation.many)
         self.replay.resume_random(saved.part("replay"))
         loss = saved.part("learning").values.get("loss")
         self.loss = math.inf if loss is None else saved.part("learning").value("loss", float)

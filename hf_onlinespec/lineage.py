@@ -46,7 +46,9 @@ def check_run(run: Mapping[str, Any], where: str | Path) -> None:
         for name in parts:
             _check(_part(run, name, f"{where}: run"), FIGURES, f"{where}: run: {name}", least=-MOST)
     history = run.get("history")
-    whole = isinstance(history, list) and all(isinstance(stretch, list) and len(stretch) == STRETCH for stretch in history)
+    whole = isinstance(history, list) and all(
+        isinstance(stretch, list) and len(stretch) == STRETCH for stretch in history
+    )
     if not whole or not all(_is(number, NUMBER) for stretch in history or [] for number in stretch):
         raise ArtifactError(f"{where}: run has history={brief(history)}: expected stretches of {STRETCH} numbers.")
 
@@ -54,18 +56,17 @@ def check_run(run: Mapping[str, Any], where: str | Path) -> None:
 def check_lineage(lineage: Mapping[str, Any], where: str | Path) -> None:
     """Raises ArtifactError where a lineage is not of the form that a card tells; that of what was merged into it, too."""
     where = f"{where}: lineage"
-    for name, kinds in {"draft": TEXT, "data_statement": (str, *NOTHING), "license": (str, *NOTHING)}.items():
+    for name in ("draft", "data_statement", "license"):
         if name in lineage:
-            _check(lineage, {name: kinds}, where)
+            _check(lineage, {name: TEXT if name == "draft" else (str, *NOTHING)}, where)
     if lineage.get("parent") is not None:
         _check(_part(lineage, "parent", where), {"source": TEXT, "revision": (str, *NOTHING)}, f"{where}: parent")
     for name, counts in TAUGHT.items():
         if name in lineage:
-            kinds = {count: (int,) for count in counts} | {"target": (str, *NOTHING)}
-            _check(_part(lineage, name, where), kinds, f"{where}: {name}")
+            part = _part(lineage, name, where)
+            _check(part, {"target": (str, *NOTHING), **{count: (int,) for count in counts}}, f"{where}: {name}")
     if "distilled" in lineage:
-        kinds = {"rank": (int,), "relative_error": NUMBER}
-        _check(_part(lineage, "distilled", where), kinds, f"{where}: distilled")
+        _check(_part(lineage, "distilled", where), {"rank": (int,), "relative_error": NUMBER}, f"{where}: distilled")
     merged = lineage.get("merged", [])
     if not isinstance(merged, list) or not all(isinstance(part, Mapping) for part in merged):
         raise ArtifactError(f"{where} has merged={brief(merged)}: expected lineages.")

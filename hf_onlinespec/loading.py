@@ -198,7 +198,10 @@ def _are_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def check_layers(
-    shapes: Mapping[str, Sequence[int]], target_modules: Sequence[str], settings: OnlineSpecConfig, base: PreTrainedModel
+    shapes: Mapping[str, Sequence[int]],
+    target_modules: Sequence[str],
+    settings: OnlineSpecConfig,
+    base: PreTrainedModel,
 ) -> None:
     """Raises ArtifactError unless an adapter has its two parts, of the right width, on just the layers that PEFT and we adapt.
 
@@ -296,7 +299,9 @@ def load_base(
 def load_model(name: str, revision: str | None, token: str | None) -> PreTrainedModel:
     """A causal language model from a folder or from the Hub, whose own code is never run. Raises DraftError."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, token=token, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, token=token, trust_remote_code=False
+        ).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise DraftError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import MOST_RANK
+from .config import MOST, MOST_RANK
 from .errors import ArtifactError, brief
 
 # Where it comes from, how it was trained or first filled, and how a layout that PEFT sets by the layer's type was stored.
@@ -54,8 +54,11 @@ def check_options(about: dict[str, Any], path: Path) -> None:
         raise _refused(path, f"task_type={brief(about['task_type'])}", "a draft is a causal language model")
     for name in sorted(set(about) - WITHOUT_EFFECT - READ):
         if not _is_empty(about[name]):
-            raise _refused(path, f"{brief(name)[1:-1]}={brief(about[name])}", "a draft adapts nothing else than LoRA does")
-    if type(rank) is not int or not 1 <= rank <= MOST_RANK or type(alpha) not in (int, float) or not 0 < alpha < 1e12:
+            raise _refused(
+                path, f"{brief(name)[1:-1]}={brief(about[name])}", "a draft adapts nothing else than LoRA does"
+            )
+    whole = type(rank) is int and 1 <= rank <= MOST_RANK
+    if not whole or not isinstance(alpha, int | float) or not MOST >= alpha > 0 or isinstance(alpha, bool):
         raise ArtifactError(
             f"{path}: r={brief(rank)}, lora_alpha={brief(alpha)}: expected the size of a LoRA, a rank of at most {MOST_RANK:,}."
         )

@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .errors import ArtifactError
+from .errors import ArtifactError, brief
 from .state import Saved
 
+LARGEST = 1e15  # of any counter that is saved: seconds, tokens, requests
 STRETCHES = 64  # of a draft's life that are told apart
 
 
@@ -145,10 +146,13 @@ class DraftMetrics(Counts):
             if name in ADDED and name not in saved.values:
                 continue
             value = saved.value(name, kinds[name])
-            if not 0 <= value < float("inf"):
-                raise ArtifactError(f"The saved counters have {name}={value!r}: expected a number of at least 0.")
+            if not 0 <= value <= LARGEST:
+                raise ArtifactError(f"The saved counters have {name}={brief(value)}: expected a number of at least 0.")
             setattr(self, name, value)
-        self.history = [_counts(values) for values in saved.value("history", list)]
+        history = saved.value("history", list)
+        if len(history) > STRETCHES:
+            raise ArtifactError(f"The saved history has {len(history)} stretches: expected at most {STRETCHES}.")
+        self.history = [_counts(values) for values in history]
 
 
 KEPT = (
@@ -166,6 +170,7 @@ HISTORY = [f for f in fields(Counts) if f.name not in ADDED]  # of a stretch in 
 
 def _counts(values: Any) -> Counts:
     kinds = [type(f.default) for f in HISTORY]
-    if not isinstance(values, list) or list(map(type, values)) != kinds:
-        raise ArtifactError(f"The saved history has {values!r}: expected {len(kinds)} numbers.")
+    whole = isinstance(values, list) and list(map(type, values)) == kinds
+    if not whole or not all(0 <= value <= LARGEST for value in values):
+        raise ArtifactError(f"The saved history has {brief(values)}: expected {len(kinds)} numbers.")
     return Counts(**{f.name: value for f, value in zip(HISTORY, values, strict=True)})

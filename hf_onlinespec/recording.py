@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ConfigError
 from .feedback import Feedback, Teacher
+from .files import check_regular
 
 FORMAT = "1"
 TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")
@@ -65,8 +66,12 @@ class Recording:
         if powers:
             tensors[TAIL_POWER] = torch.cat(powers)
         aside = path.with_name(path.name + ".part")
-        save_file(tensors, aside, metadata=about)
-        aside.replace(path)
+        aside.unlink(missing_ok=True)  # what a process that was killed has left, and no link is followed
+        try:
+            save_file(tensors, aside, metadata=about)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Recording:
@@ -76,6 +81,7 @@ class Recording:
             ConfigError: the file cannot be read, or holds something else.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != FORMAT:
@@ -88,7 +94,7 @@ class Recording:
                 about.get("vocabulary", "null")
             )  # older ones do not say how many ids the target had
             vocabulary = None if vocabulary is None else int(vocabulary)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{path}: not a recording ({error}). Make one with hf-onlinespec record.") from error

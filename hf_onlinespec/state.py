@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError
+from .errors import ArtifactError, brief
+
+MOST_COUNT = 2**53  # of anything that is counted: a float holds it exactly
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Saved:
         """The inverse of `joined` for one name."""
         values = self.values.get(name, {})
         if not isinstance(values, dict):
-            raise ArtifactError(f"The saved state of {name!r} is {values!r}: expected a JSON object.")
+            raise ArtifactError(f"The saved state of {name!r} is {brief(values)}: expected a JSON object.")
         return Saved(under(self.tensors, name), values)
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
@@ -54,20 +55,27 @@ class Saved:
         allowed = kind if isinstance(kind, tuple) else (kind,)
         # An int is not taken for a float, nor a bool for an int.
         if not isinstance(found, kind) or (isinstance(found, bool) and bool not in allowed):
-            raise ArtifactError(f"The saved state has {name}={found!r}: expected {kind}.")
+            raise ArtifactError(f"The saved state has {name}={brief(found)}: expected {kind}.")
+        return found
+
+    def count(self, name: str) -> int:
+        """A saved number of something. Raises ArtifactError."""
+        found: int = self.value(name, int)
+        if not 0 <= found <= MOST_COUNT:
+            raise ArtifactError(f"The saved state has {name}={brief(found)}: expected a number of at least 0.")
         return found
 
     def numbers(self, name: str, n: int | None = None) -> list[float]:
         """A saved list of n finite numbers; None: of any length. Raises ArtifactError."""
         found = self.value(name, list)
         if not are_numbers(found) or (n is not None and len(found) != n):
-            raise ArtifactError(f"The saved state has {name}={found!r}: expected {n or 'some'} finite numbers.")
+            raise ArtifactError(f"The saved state has {name}={brief(found)}: expected {n or 'some'} finite numbers.")
         return list(found)
 
 
-def are_numbers(values: Any) -> bool:
-    """Whether this is a list of finite numbers."""
-    return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+def are_numbers(values: Any, most: float = 1e15) -> bool:
+    """Whether this is a list of numbers, none of them larger than `most`."""
+    return isinstance(values, list) and all(type(v) in (int, float) and abs(v) <= most for v in values)
 
 
 def under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

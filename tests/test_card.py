@@ -176,7 +176,7 @@ def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_mode
     run = again.artifact().run
     assert (run["requests"], run["new_tokens"], run["targets"]) == (2, 8, ["org/target"])
     text = model_card(again.artifact())
-    assert WARM_WORDS in cells(text, "lineage")[0] and "## Data\n\nOur orders.\n" in text
+    assert WARM_WORDS in cells(text, "lineage")[0] and "## Data\n\n> Our orders.\n" in text
 
 
 def test_learned_tokens_are_those_that_a_step_took(target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
@@ -432,15 +432,15 @@ def test_schedule(settings: dict[str, Any], words: str) -> None:
 
 def test_data_statement_of_the_lineage() -> None:
     made = artifact(lineage={"data_statement": "Our orders."})
-    assert "## Data\n\nOur orders.\n" in model_card(made) and "said nothing" not in model_card(made)
-    assert "## Data\n\nOther words.\n" in model_card(made, data_statement="Other words.")
+    assert "## Data\n\n> Our orders.\n" in model_card(made) and "said nothing" not in model_card(made)
+    assert "## Data\n\n> Other words.\n" in model_card(made, data_statement="Other words.")
     for nothing in (None, "", " \n"):
         assert "Its users said nothing" in model_card(artifact(lineage={"data_statement": nothing}))
 
 
 def test_data_statement_and_what_users_have_to_know() -> None:
     text = " ".join(model_card(artifact(), data_statement="Notes of $5 orders, by **us**.").split())
-    assert "## Data Notes of $5 orders, by **us**. " in text and "said nothing" not in text
+    assert r"## Data > Notes of $5 orders, by \*\*us\*\*. " in text and "said nothing" not in text
     assert "Its users said nothing about the text" in model_card(artifact())
     for words in (
         "is user data",

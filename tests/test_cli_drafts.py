@@ -67,7 +67,8 @@ def test_push_and_pull(hub: LoopbackHub, saved: Path, tmp_path: Path, capsys: py
 def test_a_public_push_is_refused_without_a_statement(
     hub: LoopbackHub, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "data_statement" in refused(capsys, "push", saved, REPO, "--public")
+    told = refused(capsys, "push", saved, REPO, "--public")
+    assert "--data-statement" in told and "--public" in told and "=" not in told
     assert not hub.requests
 
 
