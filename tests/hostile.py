@@ -143,7 +143,7 @@ def _twist(value: Any, rng: random.Random) -> Any:
         holder[f"{key}2"] = holder.pop(key)
     elif what == 2:
         deep: Any = holder[key]
-        for _ in range(rng.choice((3, 90, 400, 900))):
+        for _ in range(rng.choice((3, 45, 200))):
             deep = {"merged": [deep], "weight": 1.0}
         holder[key] = deep
     elif what == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
