@@ -58,7 +58,7 @@ def test_changed_folders_serve_correctly_or_are_refused(target: PreTrainedModel,
         (tmp_path / learner).mkdir()
         trials.append(Trial(tmp_path / learner, lambda: tiny_llama(2), target, learner))
     ended = Counter(trials[number % 2].case(SEED * 1_000_000 + number).partition(": ")[2] for number in range(CASES))
-    assert ended["served"] >= 10 and ended["ArtifactError"] >= 40, ended  # else it was no test
+    assert ended["served"] >= 5 and ended["ArtifactError"] >= 40, ended  # else it was no test
 
 
 # What lies in the place of a file
