@@ -75,7 +75,7 @@ def check_call(
     if drops_cache(target):
         raise UnsupportedError(
             f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "
-            "Call model.eval() or model.gradient_checkpointing_disable() first."
+            "Call model.eval() first, or switch gradient checkpointing off."
         )
     if adds_virtual_tokens(target):
         raise UnsupportedError(

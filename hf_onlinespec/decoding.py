@@ -68,7 +68,7 @@ def decode(
             draft.neural.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         processors = LogitsProcessorList(logits_processor)
-        plain = why_plain(target, input_ids, generation_config, model_kwargs)
+        plain = why_plain(target, input_ids, model_kwargs)
         verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain)
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")

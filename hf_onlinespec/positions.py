@@ -28,9 +28,7 @@ class PositionLimits:
     table: int = NO_LIMIT  # rows of its table of positions
     switches: tuple[int, ...] = ()  # a forward that reaches beyond one of these takes other frequencies
     trained: int = NO_LIMIT  # from here on, each forward takes frequencies of its own
-    selected: int = (
-        NO_LIMIT  # beyond so many keys, a forward over several tokens attends to others than one over a single token
-    )
+    selected: int = NO_LIMIT  # beyond so many keys, a forward over several tokens attends to other keys
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> PositionLimits:

@@ -30,9 +30,7 @@ TOLERANCE_HALF = 0.1  # bfloat16 has 8 bits, and an expert's router may flip at 
 _tried: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-def why_plain(
-    target: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> str:
+def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """Why this request of a target is decoded without drafting; "": it is not.
 
     Args:
@@ -44,7 +42,7 @@ def why_plain(
     if target.training:  # dropout: two forwards never agree
         return ""
     if target not in _tried:
-        _tried[target] = "" if _known(target) else _fault(target, input_ids, generation_config, model_kwargs)
+        _tried[target] = "" if _known(target) else _tried_out(target, input_ids, model_kwargs)
     return _tried[target]
 
 
@@ -58,9 +56,14 @@ def _known_module(path: list[str]) -> bool:
     return path[0] in ("transformers", *LIBRARIES)
 
 
-def _fault(
-    target: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> str:
+def _tried_out(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+    try:
+        return _fault(target, input_ids, model_kwargs)
+    except Exception as error:  # a class from elsewhere may raise anything, and may yet decode token by token
+        return f"the target {type(target).__name__} was tried with several tokens at once, and failed: {error!r}"
+
+
+def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
     extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
     kept: dict[str, Any] = {n: model_kwargs[n] for n in ("use_cache", "logits_to_keep") if n in model_kwargs}
@@ -71,9 +74,8 @@ def _fault(
 
     def verifier() -> Verifier:
         kwargs = extras | kept | {"past_key_values": fresh_cache(target.config)}
-        return Verifier(target, prompt, config, kwargs)
+        return Verifier(target, prompt, GenerationConfig(), kwargs)
 
-    config = GenerationConfig()
     one, several = verifier(), verifier()
     nothing = prompt[:, :0]
     tokens, singles = prompt, list[Tensor]()

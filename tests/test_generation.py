@@ -15,9 +15,11 @@ from transformers import (
     BartForConditionalGeneration,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    StoppingCriteriaList,
 )
 
 import hf_onlinespec
@@ -235,6 +237,11 @@ BAD_CALLS = {
     "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
     "assistant_ensemble_weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight=0.5"),
     "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+    "speculation_type": ({"speculation_type": "dflash"}, "speculation_type=dflash"),
+    "synced_gpus": ({"synced_gpus": True}, "synced_gpus=True"),
+    "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "CONTRASTIVE"),
+    "decoding by layers": ({"dola_layers": "low"}, "DOLA"),
+    "constraints": ({"force_words_ids": [[3]]}, "CONSTRAINED"),
     "use_cache": ({"use_cache": False}, "use_cache"),
     "static cache": ({"cache_implementation": "static"}, "static"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
@@ -404,3 +411,15 @@ def test_a_memory_with_other_settings_says_how_to_begin_anew(target, prompt) -> 
     assert online_memory(target, other, anew=True).metrics.requests == 0
     target.generate(prompt, onlinespec=other, do_sample=False, max_new_tokens=4)
     assert online_memory(target).metrics.requests == 1 and online_memory(target).settings == other
+
+
+def test_the_other_entry_refuses_one_model_in_several_processes_too(target, draft_model, prompt, monkeypatch) -> None:
+    """generate() keeps its synced_gpus from custom_generate: what it would have been is found out, and a direct call says it."""
+    fn = OnlineDraft(draft_model, SMALL).generate_fn()
+    plain = target.generate(prompt, **GREEDY)
+    assert torch.equal(plain, target.generate(prompt, custom_generate=fn, **GREEDY))
+    with pytest.raises(UnsupportedError, match="synced_gpus=True"):
+        fn(target, prompt, LogitsProcessorList(), StoppingCriteriaList(), target.generation_config, synced_gpus=True)
+    monkeypatch.setattr("hf_onlinespec.decoding.needs_synced_gpus", lambda model: model is target)
+    with pytest.raises(UnsupportedError, match="synced_gpus=True"):
+        target.generate(prompt, custom_generate=fn, **GREEDY)

@@ -1,0 +1,149 @@
+"""A class from elsewhere is tried before its first round, and drafted for only where several tokens at once give what single ones give."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.utils import ModelOutput
+
+from hf_onlinespec import OnlineSpecConfig, online_memory
+
+from .conftest import tiny_llama
+
+FIXED = OnlineSpecConfig(lookahead=4, update_every=1)
+
+
+class Sound(LlamaForCausalLM):
+    """Llama by another name."""
+
+
+class LengthDependent(LlamaForCausalLM):
+    """Keys depend on the length of the sequence that a forward reaches to."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> ModelOutput:
+        if position_ids is None:
+            before = kwargs["past_key_values"].get_seq_length()
+            position_ids = torch.arange(before, before + input_ids.shape[1])[None]
+        stretched = position_ids * (1 + position_ids.max() // 2)
+        return super().forward(input_ids, position_ids=stretched, **kwargs)
+
+
+class LooksAhead(LlamaForCausalLM):
+    """Each place hears of the mean of all tokens of its forward."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        outputs = super().forward(input_ids, **kwargs)
+        outputs.logits = outputs.logits + outputs.logits.mean(1, keepdim=True)
+        return outputs
+
+
+class Remembers(LlamaForCausalLM):
+    """Keeps a state in the model, which a rejected token changes for good."""
+
+    state = 0.0
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        if kwargs["past_key_values"].get_seq_length() == 0:
+            self.state = 0.0
+        outputs = super().forward(input_ids, **kwargs)
+        sums = self.state + input_ids.float().cumsum(-1)[0, -outputs.logits.shape[1] :]
+        self.state += float(input_ids.sum())
+        outputs.logits[..., ::2] += 4 * torch.sin(sums)[:, None]
+        return outputs
+
+
+class Raises(LlamaForCausalLM):
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        if kwargs["next_sequence_length"] not in (1, input_ids.shape[1]):
+            raise NotImplementedError("one token at a time")
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+def model(cls: type[LlamaForCausalLM]) -> LlamaForCausalLM:
+    target = tiny_llama(1, layers=2)
+    target.__class__ = cls
+    return target
+
+
+@pytest.mark.parametrize("cls", [LengthDependent, LooksAhead, Remembers, Raises])
+def test_what_depends_on_how_many_tokens_a_forward_reads_is_decoded_plain(cls, prompt) -> None:
+    target = model(cls)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
+    metrics = online_memory(target).metrics
+    assert metrics.drafted_tokens == 0 and cls.__name__ in metrics.decisions.drafting
+
+
+def test_a_module_from_elsewhere_is_found_inside_a_known_class(target, prompt) -> None:
+    class Later(nn.Module):
+        """The norm at the end, with the number of tokens added."""
+
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.norm(hidden) + hidden.shape[1] * torch.linspace(-1, 1, hidden.shape[-1])
+
+    target.model.norm = Later(target.model.norm)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
+
+
+def forwards(target: nn.Module) -> list[int]:
+    read: list[int] = []
+    target.register_forward_pre_hook(lambda *_: read.append(1))
+    return read
+
+
+def test_a_sound_class_from_elsewhere_is_tried_once_and_drafted_for(prompt) -> None:
+    target = model(Sound)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    read, counts = forwards(target), []
+    for _ in range(3):
+        read.clear()
+        assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
+        counts.append(len(read) - online_memory(target).metrics.last.rounds)
+    assert counts == [7, 0, 0]
+    assert online_memory(target).metrics.last.acceptance_length > 4
+
+
+def test_a_known_class_pays_nothing(target, prompt) -> None:
+    read = forwards(target)
+    target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED)
+    assert len(read) == online_memory(target).metrics.last.rounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_and_routers_at_a_tie_raise_no_alarm(dtype) -> None:
+    class Routed(Qwen3MoeForCausalLM):
+        """Mixture of experts by another name."""
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = Qwen3MoeConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_experts=8,
+            num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, initializer_range=0.3, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+        target = Routed(config).eval().to(dtype)
+        target.generation_config.eos_token_id = None
+        prompt = torch.randint(3, 64, (1, 9))
+        target.generate(prompt, do_sample=False, max_new_tokens=4, onlinespec=True)
+        assert "Routed" not in online_memory(target).metrics.decisions.drafting
+
+
+def test_trying_draws_no_random_number_and_leaves_the_request_alone(prompt) -> None:
+    texts = []
+    for cls in (LlamaForCausalLM, Sound):
+        target = copy.deepcopy(model(cls))
+        torch.manual_seed(5)
+        texts.append(target.generate(prompt, do_sample=True, max_new_tokens=24, onlinespec=FIXED))
+    assert torch.equal(*texts)
