@@ -17,10 +17,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from ._compat import fresh_cache
 from .verifier import TEXT, Verifier
 
-# Families whose classes are compared with plain decoding in tests/test_architectures.py.
+# Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.
 KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox
 gptj gpt_bigcode gpt_oss opt bloom falcon mpt starcoder2 stablelm olmo olmo2 olmo3 olmoe cohere cohere2 granite granitemoe glm
-glm4 smollm3 deepseek_v2 deepseek_v3 llama4 lfm2 codegen biogpt xglm persimmon nemotron exaone4 ernie4_5 seed_oss""".split()
+glm4 smollm3 deepseek_v2 deepseek_v3 llama4 lfm2 codegen biogpt xglm persimmon nemotron exaone4 ernie4_5 seed_oss
+llava paligemma qwen2_vl idefics mllama git clip siglip""".split()
 LIBRARIES = ("torch", "peft", "accelerate", "bitsandbytes")
 PROMPT_TOKENS = 128  # of the request's last tokens are read; chosen: as long as a usual question
 # Largest difference of two logits over the largest logit. Measured on 60 tiny models: 2e-6 in float32, where a fault gives 1e-2 or more.
