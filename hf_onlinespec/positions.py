@@ -4,7 +4,7 @@ Most targets have no limit: a rotary model goes on past `max_position_embeddings
 
 - a table of absolute positions (GPT-2, OPT, GPT-J) ends: a forward beyond it fails,
 - long RoPE (Phi-3) takes other frequencies for every position of a forward that reaches beyond the length that it was first
-  trained with: drafted tokens must not reach there before a kept one does,
+  trained with, and reads everything anew: drafted tokens must not reach there before a kept one does,
 - dynamic RoPE takes frequencies from the length of each forward, beyond the length that it was trained with,
 - sparse attention (DeepSeek-V3.2) of transformers selects its keys otherwise in a forward over several tokens, once there are
   more of them than it selects.
@@ -40,15 +40,16 @@ class PositionLimits:
             return cls(table=max_positions(text), selected=selected)
         # One set of parameters, or one for each type of layer (Gemma-3).
         kinds: list[Mapping[str, Any]] = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]
-        trained, switches = NO_LIMIT, set[int]()
+        trained = NO_LIMIT
+        # Phi-3 drops its cache at the length that its configuration states, whatever its RoPE.
+        stated = [vars(text).get("original_max_position_embeddings")]
         for kind in kinds:
             name = str(kind.get("rope_type"))
             if "dynamic" in name:
                 trained = max_positions(text)
             elif name == "longrope":
-                for stated in (kind.get("original_max_position_embeddings"), _original(text)):
-                    if stated:
-                        switches.add(int(stated))
+                stated.append(kind.get("original_max_position_embeddings"))
+        switches = {int(length) for length in stated if length}
         return cls(switches=tuple(sorted(switches)), trained=trained, selected=selected)
 
     def room(self, lengths: tuple[int, ...], unread: int) -> int:
@@ -73,7 +74,7 @@ class PositionLimits:
     def reason(self) -> str:
         """Why a round had no room."""
         if self.switches:
-            return f"the target's long RoPE changes its frequencies at {self.switches[0]} tokens: no round crosses it"
+            return f"the target's positions change at {self.switches[0]} tokens: no round crosses that"
         if self.trained < NO_LIMIT:
             return f"the target's dynamic RoPE depends on the length of each forward beyond {self.trained} tokens"
         if self.selected < NO_LIMIT:
@@ -85,8 +86,3 @@ def _selected(config: PretrainedConfig) -> int:
     """Keys up to which attention is dense, or, for Moshi, as far as transformers' windows agree for any number of tokens."""
     name = "sliding_window" if config.model_type == "moshi" else "index_topk"
     return int(vars(config).get(name) or NO_LIMIT)
-
-
-def _original(config: PretrainedConfig) -> int | None:
-    """Phi-3 drops its cache at the length that its configuration, not its RoPE, states."""
-    return vars(config).get("original_max_position_embeddings")

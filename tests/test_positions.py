@@ -12,6 +12,7 @@ from transformers import (
     BioGptConfig,
     CodeGenConfig,
     CTRLConfig,
+    DeepseekV32Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTBigCodeConfig,
@@ -48,6 +49,10 @@ def made(config: PretrainedConfig) -> PreTrainedModel:
 def longrope(kind: str) -> PreTrainedModel:
     """Trained with 16 positions first, then with 64."""
     trained: dict[str, Any] = dict(max_position_embeddings=64, original_max_position_embeddings=16)
+    if kind == "phi3 with a window":
+        return made(Phi3Config(**SIZES, **trained, rope_parameters=LONG, sliding_window=8))
+    if kind == "phi3 without long rope":  # drops its cache all the same
+        return made(Phi3Config(**SIZES, **trained, sliding_window=8))
     if kind == "phi3":
         return made(Phi3Config(**SIZES, **trained, rope_parameters=LONG))
     if kind == "phimoe":
@@ -77,6 +82,31 @@ def test_no_round_crosses_the_length_at_which_long_rope_changes(kind, n) -> None
         assert plain.past_key_values.get_seq_length() == ours.past_key_values.get_seq_length()
     # Behind the crossing it is drafted again: 20 tokens in far fewer rounds.
     assert online_memory(target).metrics.last.rounds < 14
+
+
+@pytest.mark.parametrize("kind", ["phi3 with a window", "phi3 without long rope"])
+def test_a_cache_that_is_dropped_at_the_crossing_keeps_what_a_round_takes_back(kind) -> None:
+    """The memory is wrong now and then: a round in the second half has to be rolled back in the new cache."""
+    target = longrope(kind)
+    for n in (10, 11, 12):
+        plain = target.generate(prompt(n), do_sample=False, max_new_tokens=30)
+        for _ in range(2):
+            assert torch.equal(plain, target.generate(prompt(n), do_sample=False, max_new_tokens=30, onlinespec=FIXED))
+    metrics = online_memory(target).metrics
+    assert metrics.accepted_tokens < metrics.drafted_tokens
+
+
+def test_sparse_attention_is_dense_for_as_long_as_it_is_drafted_for() -> None:
+    """DeepSeek-V3.2 attends to the 16 likeliest keys."""
+    latent = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    experts = dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16)
+    indexed = dict(index_topk=16, index_n_heads=2, index_head_dim=16, first_k_dense_replace=1)
+    target = made(DeepseekV32Config(**SIZES, **latent, **experts, **indexed, max_position_embeddings=64))
+    plain = target.generate(prompt(8), do_sample=False, max_new_tokens=30)
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(prompt(8), do_sample=False, max_new_tokens=30, onlinespec=FIXED))
+    last = online_memory(target).metrics.last
+    assert 0 < last.accepted_tokens < 8 and "selects keys" in online_memory(target).metrics.decisions.drafting
 
 
 def test_a_neural_draft_is_kept_from_the_crossing_too() -> None:
