@@ -337,6 +337,21 @@ _LONGEST = ("max_position_embeddings", "n_positions", "max_target_positions", "m
 _GROWING = ("xglm",)  # their table of positions grows with the sequence
 
 
+def copied_prefix(cache: Cache, length: int, config: PretrainedConfig) -> DynamicCache:
+    """The first `length` tokens of a cache as one of its own, which gradients may run through.
+
+    Drafting fills its cache under inference_mode. Tensors of that kind cannot take part in autograd: what is still one of them
+    after it was taken over is copied. (`update` has copied it already where it concatenates, as it does in the versions above.)
+    """
+    taken = DynamicCache(config=config)
+    for index, (keys, values) in enumerate(cache_tensors(cache)):
+        taken.update(keys[..., :length, :].detach(), values[..., :length, :].detach(), index)
+    for layer in taken.layers:
+        if layer.is_initialized and (layer.keys.is_inference() or layer.values.is_inference()):
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    return taken
+
+
 def max_positions(config: PretrainedConfig) -> int:
     """The longest sequence a model is made for; models without a stated bound (ALiBi) take any."""
     text = config.get_text_config(decoder=True)

@@ -68,20 +68,25 @@ class Adaptation:
     """
 
     def __init__(self, lora: GatedLora, settings: OnlineSpecConfig) -> None:
-        self.steps = 0  # gradient steps taken
         self.removed = 0  # experts that diverged
-        self._skipped = 0  # steps in a row that were not finite, and not on account of the feedback
-        self._warned = False  # whether the log has told of skipped steps since the last one that was taken
         self.many = settings.learner == ENSEMBLE
         self._lora, self._settings = lora, settings
         self._learner = make_learner(settings, lora.params.device)
-        self.state: State = self._learner.init(lora.split(lora.params))
-        self._cap = GradientCap(settings.gradient_cap)
-        # Where each expert's ball is centred.
-        self._starts = None if settings.radius is None else lora.split(lora.params).clone()
-        n = self._experts = lora.blocks
-        self.alive = [True] * n
+        self._experts = lora.blocks
         self._hedge = HEDGES[settings.hedge](settings.hedge_rate)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Learning begins with the parameters as they are: nothing is known of them yet."""
+        n, rows = self._experts, self._lora.split(self._lora.params)
+        self.steps = 0  # gradient steps taken
+        self._skipped = 0  # steps in a row that were not finite, and not on account of the feedback
+        self._warned = False  # whether the log has told of skipped steps since the last one that was taken
+        self.state: State = self._learner.init(rows)
+        self._cap = GradientCap(self._settings.gradient_cap)
+        # Where each expert's ball is centred.
+        self._starts = None if self._settings.radius is None else rows.clone()
+        self.alive = [True] * n
         self.hedge_state = self._hedge.init(n + 1)
         self.weights = [1 / (n + 1)] * (n + 1)  # of the experts and of the original draft in the mixture
         self._losses: deque[list[float]] = deque(maxlen=COMPARED)  # of every row
@@ -283,10 +288,8 @@ class Adaptation:
     def adopt(self, params: Tensor) -> None:
         """Takes parameters (parameters,) that were learned elsewhere: they serve, and learning goes on from there, with new moments."""
         self._lora.put(self._lora.split(params))
-        self.state = self._learner.init(self._lora.split(params))
-        self.steps = max(self.steps, 1)
-        if self._starts is not None:
-            self._starts = self._lora.split(params).clone()
+        self._begin()
+        self.steps = 1  # with none, the original draft would serve
 
     # Saving
 
@@ -326,6 +329,7 @@ class Adaptation:
         for name, tensor in self.hedge_state.items():
             if not bool((tensor.abs() <= MOST_COUNT).all()) or (name == "round" and float(tensor) < 0):
                 raise ArtifactError(f"The saved state of the experts has {name}={brief(tensor.tolist())}.")
+        self._cap = GradientCap(self._settings.gradient_cap)
         self._cap.resume(saved.part("cap"), self._lora.params.new_zeros(self._experts))
         if self._starts is not None:
             self._starts = saved.part("ball").tensor("starts", self._starts)
@@ -341,7 +345,7 @@ class Adaptation:
                 f"The saved state of the experts does not fit together: alive={brief(alive)}, expected {n}; losses={brief(losses)}."
             )
         self.alive, self.weights, self.serving = alive, weights, serving
-        self._losses.extend(losses)
+        self._losses = deque(losses, maxlen=COMPARED)
         self._serve()
 
     # Snapshots

@@ -24,6 +24,7 @@ from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from .errors import DraftError
 from .layers import ROWS, choose_layers, describe, follows_batch
 from .layers import adaptable_layers as adaptable_layers
+from .sampling import seeded
 from .tree import borrow, is_plain
 
 ADAPTER = "default"
@@ -85,8 +86,7 @@ class GatedLora:
         settings = LoraConfig(
             r=blocks * rank, lora_alpha=alpha * blocks, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
         )
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            torch.manual_seed(seed)
+        with seeded(base, seed), warnings.catch_warnings():
             # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.
             warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out).*")
             try:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 
 from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .acceptances import Drafted, Seen
+from .clock import finished
 from .failures import Attempt
 from .feedback import FeedbackRecorder
 from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
@@ -107,6 +108,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._recall: Recall | None = None  # one row: the memory as this request sees it
         self._rounds = 0
         self._timed = False  # whether the loop tells times; transformers' own does not
+        self._waits = False  # whether anything is decided by them: only then is an accelerator waited for
         self._lesson = self._begin_lesson()
 
     # Beside decoding nothing may fail a call, see failures.py.
@@ -151,7 +153,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         Token by token, the memory or the neural draft speaks. Who does, and whether to go on, is decided from the prefix
         and from q before the draw: every drawn token is submitted. A round ends behind an end of sequence.
         """
-        self._timed = True
+        self._timed, self._waits = True, self._fixed is None or self._settings.update_every == "auto"
         proposal = Proposal(input_ids[:, :0], None)
         with self._drafting():
             proposal = self._planned(input_ids, most)
@@ -219,6 +221,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
                         self._think(round_, model)
                     else:
                         break
+            if self._neural is not None and round_.neural and self._waits and not self._began:
+                # What was queued is a part of the draft's time, and would count as the target's.
+                waits = time.perf_counter()
+                round_.neural_s += finished(self._neural.device) - waits
         return round_.proposal(self._vocabulary.said if self._sample and self._vocabulary is not None else 0)
 
     def _take(self, input_ids: Tensor) -> None:
@@ -313,11 +319,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
             known = int(token)
         round_.think(token, known, law, Drafted("neural", len(round_.drafted), key), chance)
         self._drafted = True
-        seconds = time.perf_counter() - started
-        if self._began and not round_.neural_s:  # it has read the prompt
+        if self._began and not round_.neural_s and self._waits:  # it has read the prompt
+            seconds = finished(self._neural.device) - started
             with self._draft.lock:
                 self._governor.read(self._cached, seconds)
-        round_.neural_s += seconds
+        round_.neural_s += time.perf_counter() - started
 
     def _rewind(self, length: int) -> None:
         """Rolls the draft's cache back to what was kept."""
@@ -462,7 +468,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             return self._governor.effort.affordable_steps()
 
     def _charge(self, started: float, updates_before: int) -> None:
-        seconds = time.perf_counter() - started
+        assert self._neural is not None
+        seconds = (finished(self._neural.device) if self._waits else time.perf_counter()) - started
         self.counts.update_time_s += seconds
         if self._timed:
             with self._draft.lock:

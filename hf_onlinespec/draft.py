@@ -31,6 +31,7 @@ from .hub import Checkpoints, Push
 from .identity import public_name
 from .learning_draft import LearningDraft
 from .loading import load
+from .preference import Preference
 from .run import run_record, run_targets
 from .state import Saved, copied
 
@@ -251,6 +252,8 @@ class OnlineDraft(LearningDraft):
         """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew."""
         with self._learns, self.lock, torch.inference_mode(False):
             self._learning.adopt(adapter)
+            self.governor.preference = Preference()  # which of the two serves was found out with the one before
+            self._note()
 
 
 def _new_lineage() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from ._compat import cache_tensors, keeps_logits
+from ._compat import copied_prefix, keeps_logits
 from .adaptation import Adaptation
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
@@ -154,10 +154,10 @@ class Learning:
             with torch.no_grad():
                 original = self._accepts(self._lora.base, segment)
         started = time.perf_counter()
-        past = DynamicCache(config=self._lora.base.config)
+        config = self._lora.base.config
+        past = DynamicCache(config=config)
         if cache is not None and prefix > 0:
-            for index, (keys, values) in enumerate(cache_tensors(cache)):
-                past.update(keys[..., :prefix, :].detach(), values[..., :prefix, :].detach(), index)
+            past = copied_prefix(cache, prefix, config)
         copies = 1 if rows is None else len(rows)
         tokens = segment.tokens.repeat(copies, 1)
         mask = None if segment.mask is None else segment.mask.repeat(copies, 1)
@@ -334,6 +334,7 @@ class Learning:
     def resume(self, adapter: Mapping[str, Tensor], saved: Saved) -> None:
         """The inverse of `saved`, for the served adapter that was written beside it."""
         params = self._params(adapter)
+        self._forget()
         if self.adaptation.many:
             experts = saved.part("experts")
             for name, part in self._lora.outputs(params).items():
@@ -348,7 +349,15 @@ class Learning:
     def adopt(self, adapter: Mapping[str, Tensor]) -> None:
         """Goes on from an adapter that was trained elsewhere, with a new state."""
         self.adaptation.adopt(self._params(adapter))
-        self._moved = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was known of the adapter that another one replaces: its earlier states, what waits to be judged, what steps brought."""
+        rollbacks = self.guard.rollbacks
+        self.guard = Guard(self._settings.snapshots)
+        self.guard.rollbacks = rollbacks  # they go on counting
+        self.passes = Passes(self._settings.replay_passes)
+        self._waiting, self._moved, self._spoilt, self.loss = None, {}, False, math.inf
 
     def _params(self, adapter: Mapping[str, Tensor]) -> Tensor:
         """A flat vector like the adapter's parameters from tensors by PEFT's names. Raises ArtifactError."""

@@ -70,6 +70,8 @@ class LearningDraft(MemoryDraft):
             )
             check_cache(lora.base)
             learning = Learning(lora, self.settings)
+            # The counters go on where a draft begins anew.
+            learning.guard.rollbacks, learning.adaptation.removed = self.metrics.rollbacks, self.metrics.removed_experts
         self.identity, self.vocabulary, self._lora, self._learning = identity, vocabulary, lora, learning
         self._adaptation, self._replay = learning.adaptation, learning.replay
         self._positions = max_positions(lora.base.config)

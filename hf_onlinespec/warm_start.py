@@ -25,6 +25,7 @@ from .errors import ConfigError
 from .feedback import Teacher
 from .identity import public_name
 from .losses import LOSSES
+from .sampling import seeded
 from .vocabulary import check_vocabularies
 
 # Of the default arguments: the best of six settings on 60 prompts of the embedded pair.
@@ -280,8 +281,7 @@ def _written(
     ends = target.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
     size = args.per_device_train_batch_size
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
+    with seeded(target, args.seed):
         for at in range(0, len(prompts), size):
             batch = prompts[at : at + size]
             longest = max(map(len, batch))
