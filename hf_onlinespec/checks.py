@@ -33,6 +33,8 @@ from .vocabulary import check_vocabularies
 if TYPE_CHECKING:
     from .draft import OnlineDraft
 
+PICTURES = ("mm_encoder_outputs", "pixel_values", "input_features", "input_values")  # and how the names of their like begin
+
 
 def check_mode(generation_config: GenerationConfig, mode: Any) -> None:
     """Refuses every way of decoding but greedy and sampling."""
@@ -145,6 +147,12 @@ def check_inputs(
         asked = generation_config.cache_implementation
         said = "past_key_values" if asked is None else f"cache_implementation={asked!r}"
         raise UnsupportedError(f"{said}: the target {name} {obstacle}. Leave it out: the default cache can be.")
+    size = generation_config.prefill_chunk_size
+    pictures = [key for key, value in model_kwargs.items() if key.startswith(PICTURES) and value is not None]
+    if size and pictures and input_ids.shape[1] > size:
+        raise UnsupportedError(
+            f"prefill_chunk_size={size}: {', '.join(pictures)} cannot be read in pieces. Leave prefill_chunk_size out."
+        )
     # A cache may hold the whole prompt. Its last token is read again then.
     held = held_tokens(cache)
     mask = model_kwargs.get("attention_mask")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ._compat import fresh_cache
-from .verifier import TEXT, Verifier
+from .verifier import COLUMNS, TEXT, Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.
 KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox
@@ -66,17 +66,20 @@ def _tried_out(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[st
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
-    extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
-    kept: dict[str, Any] = {n: model_kwargs[n] for n in ("use_cache", "logits_to_keep") if n in model_kwargs}
-    prompt = input_ids if extras else input_ids[:, -PROMPT_TOKENS:]
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and not extras:
-        prompt = prompt[:, mask[:, -prompt.shape[1] :].bool()[0]]  # without padding
+    names = {name for name, value in model_kwargs.items() if value is not None} - {"past_key_values"}
+    prompt = input_ids
+    if not names - TEXT:  # text: the last of it, without padding
+        prompt = input_ids[:, -PROMPT_TOKENS:]
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            prompt = prompt[:, mask[0, -prompt.shape[1] :].bool()]
+        names -= set(COLUMNS)
+    kept = {name: model_kwargs[name] for name in names}
 
     def verifier() -> Verifier:
-        kwargs = extras | kept | {"past_key_values": fresh_cache(target.config)}
-        return Verifier(target, prompt, GenerationConfig(), kwargs)
+        return Verifier(target, prompt, config, kept | {"past_key_values": fresh_cache(target.config)})
 
+    config = GenerationConfig()
     one, several = verifier(), verifier()
     nothing = prompt[:, :0]
     tokens, singles = prompt, list[Tensor]()

@@ -131,7 +131,8 @@ class Verifier:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = k + 1
-        fed = inputs["input_ids"].shape[1]
+        read = inputs.get("input_ids")
+        fed = end - self._cached if read is None else read.shape[1]
         if self._forwards == 1 and held_tokens(self.cache) + fed < end:
             raise UnsupportedError(
                 f"The target {type(self._target).__name__} has {held_tokens(self.cache)} of {end - fed} tokens in its cache after "

@@ -423,3 +423,26 @@ def test_the_other_entry_refuses_one_model_in_several_processes_too(target, draf
     monkeypatch.setattr("hf_onlinespec.decoding.needs_synced_gpus", lambda model: model is target)
     with pytest.raises(UnsupportedError, match="synced_gpus=True"):
         target.generate(prompt, custom_generate=fn, **GREEDY)
+
+
+# How each setting of `generate` is met, beside those that transformers turns into processors and criteria.
+PROCESSORS_AND_CRITERIA = """max_length max_new_tokens min_length min_new_tokens max_time stop_strings temperature top_k top_p min_p
+top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size bad_words_ids
+renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+begin_suppress_tokens sequence_bias watermarking_config encoder_no_repeat_ngram_size pad_token_id bos_token_id eos_token_id
+decoder_start_token_id""".split()
+BEFORE_THE_LOOP = ["token_healing", "is_assistant"]  # generate() has seen to it
+IN_THE_LOOP = """do_sample use_cache cache_implementation cache_config output_scores output_logits return_dict_in_generate
+prefill_chunk_size num_assistant_tokens""".split()
+REFUSED = """num_beams use_mtp guidance_scale num_return_sequences output_attentions output_hidden_states prompt_lookup_num_tokens
+assistant_early_exit assistant_ensemble_weight speculation_type penalty_alpha dola_layers num_beam_groups constraints
+force_words_ids""".split()
+WITHOUT_MEANING_HERE = """early_stopping length_penalty diversity_penalty low_memory max_cache_len compile_config disable_compile
+continuous_batching_config max_matching_ngram_size assistant_lookbehind target_lookbehind num_assistant_tokens_schedule
+assistant_confidence_threshold transformers_version""".split()  # of beams, static caches, compiled or other drafting
+
+
+def test_no_setting_of_generate_is_dropped_unseen() -> None:
+    """A setting that a later transformers adds has to be put in its place."""
+    known = {*PROCESSORS_AND_CRITERIA, *BEFORE_THE_LOOP, *IN_THE_LOOP, *REFUSED, *WITHOUT_MEANING_HERE}
+    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} - known == set()

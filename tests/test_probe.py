@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from hf_onlinespec import OnlineSpecConfig, online_memory
 
 from .conftest import tiny_llama
+from .test_verifier import gemma3, paligemma, qwen2_vl
 
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)
 
@@ -138,6 +139,20 @@ def test_rounding_and_routers_at_a_tie_raise_no_alarm(dtype) -> None:
         prompt = torch.randint(3, 64, (1, 9))
         target.generate(prompt, do_sample=False, max_new_tokens=4, onlinespec=True)
         assert "Routed" not in online_memory(target).metrics.decisions.drafting
+
+
+@pytest.mark.parametrize("make", [paligemma, qwen2_vl, gemma3], ids=lambda make: make.__name__)
+def test_a_model_from_elsewhere_that_reads_pictures_is_tried_with_them(make) -> None:
+    target, inputs = make()
+
+    class Elsewhere(type(target)):  # type: ignore[misc]
+        """Known by another name."""
+
+    target.__class__ = Elsewhere
+    plain = target.generate(**inputs, do_sample=False, max_new_tokens=12)
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(**inputs, do_sample=False, max_new_tokens=12, onlinespec=FIXED))
+    assert online_memory(target).metrics.last.accepted_tokens > 0
 
 
 def test_trying_draws_no_random_number_and_leaves_the_request_alone(prompt) -> None:

@@ -24,11 +24,13 @@ from transformers import (
     MiniMaxConfig,
     MistralConfig,
     MllamaConfig,
+    MoshiForConditionalGeneration,
     MptConfig,
     PaliGemmaConfig,
     PretrainedConfig,
     PreTrainedModel,
     QuantizedCache,
+    Qwen2_5OmniTalkerForConditionalGeneration,
     Qwen2VLConfig,
     ReformerConfig,
     StaticCache,
@@ -321,6 +323,16 @@ def test_what_a_class_carries_from_token_to_token_is_carried_here_too(target, pr
     assert "Counts" in online_memory(counting).metrics.decisions.drafting
 
 
+@pytest.mark.parametrize("kind", [MoshiForConditionalGeneration, Qwen2_5OmniTalkerForConditionalGeneration])
+def test_what_talkers_carry_from_token_to_token_is_refused_by_name(target, prompt, kind) -> None:
+    class Talker(type(target)):  # type: ignore[misc]
+        _update_model_kwargs_for_generation = kind._update_model_kwargs_for_generation
+
+    target.__class__ = Talker
+    with pytest.raises(UnsupportedError, match="Talker carries a state of its own"):
+        target.generate(prompt, max_new_tokens=5, onlinespec=True)
+
+
 # Prompts in pieces
 
 
@@ -336,3 +348,9 @@ def test_a_prompt_is_read_in_pieces_where_it_is_asked_for(target, prompt, size) 
         read.clear()
         assert torch.equal(plain, target.generate(prompt, **call, onlinespec=FIXED))
     assert sum(read[: -(-6 // size)]) >= 6 and max(read) <= max(size + 4, 5)
+
+
+def test_a_picture_is_not_read_in_pieces() -> None:
+    target, inputs = llava()
+    with pytest.raises(UnsupportedError, match="cannot be read in pieces"):
+        target.generate(**inputs, max_new_tokens=4, prefill_chunk_size=3, onlinespec=True)
