@@ -68,6 +68,7 @@ class DraftAlignment(TrainerCallback):
         model = kwargs["model"]
         check_vocabularies(model, self.draft.model)
         self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
+        self.draft.keep_at_hand(model)
         name = public_name(str(model.config._name_or_path)) or None
         before = self.draft.lineage.get("alignment", {})  # of an earlier one, which goes on counting
         self.draft.lineage["alignment"] = {
@@ -105,6 +106,9 @@ class DraftAlignment(TrainerCallback):
     def _learn(self, heard: list[Feedback]) -> None:
         draft, started, counts = self.draft, time.perf_counter(), Counts()
         with draft._learns:
+            for feedback in heard:  # for the privacy audit
+                draft._learning.texts.grow([feedback.tokens])
+                draft._learning.texts.finish(feedback.tokens, len(feedback.teacher))
             draft._learning.learn_from(heard, counts)
         self.updates += counts.updates
         self.tokens += counts.updates * sum(len(feedback.teacher) for feedback in heard)

@@ -1,18 +1,24 @@
-"""The privacy audit: secrets planted in a copy of an evolved draft, and the text it learned from beside text it never saw."""
+"""The privacy audit: what comes out of an evolved draft, and what its settings retain of secrets that are planted in a copy.
+
+A public push is decided by the adapter itself: by what comes out of the texts that it learned from (`memorization.py`), and, where
+one prompt stood in its stream more than once, by canaries that are planted as often (`canaries.py`). Where none repeats, the
+rows of canaries tell what the settings would retain of a secret: they do not decide.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read, twin
+from .canaries import REFERENCES, Canary, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read, twin
 from .errors import ConfigError, PrivacyError
 from .feedback import Feedback
+from .memorization import History, examine, history, learned_settings
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft  # which is audited before a public push
@@ -27,6 +33,10 @@ MOST_BITS = 3.0
 # right answer in ten more than a coin gives. Measured, as above: 0.68, 0.54, 0.50.
 MOST_AUC = 0.6
 SURE = 2.0
+CANARIES = 8  # of a check
+MOST_REPEATS = (
+    16  # that canaries are planted, at most: from there on all of them come out (benchmarks/results/audit.md)
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +79,22 @@ class AuditReport:
     gap: LossGap | None  # None: no held-out text
     seen: int | None  # tokens of the vocabulary whose embedding the adapter changes; None: it leaves embeddings alone
     vocabulary: int
+    history: History = field(default_factory=History)  # what it learned from, and what comes out
+    compared: bool = False  # whether what the target says by itself was known
+
+    @property
+    def judged(self) -> int:
+        """Canaries that were written up to so many times decide: as often as a prompt stood in its stream, from twice on."""
+        return self.history.repeats if self.history.repeats > 1 else 0
 
     def refusals(self) -> list[str]:
         """Why the draft should not be public; none: nothing that was looked at speaks against it."""
-        found = []
-        once = min(p.repeats for p in self.probed if p.repeats)
+        found = self.history.reasons()
         for p in self.probed:
-            if p.repeats == once and p.bits > MOST_BITS:
+            if 0 < p.repeats <= self.judged and (p.bits > MOST_BITS or p.extracted):
                 found.append(
-                    f"A secret that the target writes {times(once)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits, "
+                    f"One prompt stood {times(self.history.repeats)} in its stream, and under the settings with which it learned a "
+                    f"secret that the target writes {times(p.repeats)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits, "
                     f"{f'{p.behind} more requests later' if p.behind else 'right away'} (more than {MOST_BITS:g}; chance: 1.4); "
                     f"{p.extracted} of {len(p.exposures)} are written out to the last token."
                 )
@@ -99,8 +116,19 @@ class AuditReport:
                 f"| {times(p.repeats)} | {p.behind} | {p.bits:.2f} | {largest:.2f} | {p.extracted} of {len(p.exposures)} |"
             )
         lines += ["", f"Exposure: 1.44 bits by chance, at most {self.most_bits:.2f} can be seen."]
+        if self.judged:
+            lines.append(f"One prompt stood {times(self.judged)} in its stream: rows of up to so many times decide.")
+        else:
+            lines.append(
+                "No prompt stood in its stream twice: these rows tell what its settings retain, and do not decide."
+            )
         if not any(p.behind for p in self.probed):
             lines.append("No other requests were at hand: what they would have changed was not measured.")
+        h = self.history
+        lines.append(
+            f"Texts that it learned from: {h.texts}; not examined: {h.unexamined}; memorised: {h.memorised}"
+            + ("." if self.compared else ", beside the original draft alone: the target was not at hand.")
+        )
         if self.gap is None:
             lines.append("No held-out text was at hand: own and unseen text were not compared.")
         else:
@@ -123,7 +151,13 @@ class AuditReport:
         if refusals:
             lines += ["A public push is refused:", "", *(f"- {reason}" for reason in refusals)]
         else:
-            lines.append("Nothing that was looked at speaks against a public push.")
+            lines.append(
+                f"A public push is not refused: nothing comes out of the {h.texts} texts that it learned from."
+            )
+            if any(p.extracted for p in self.probed):
+                lines.append(
+                    "With these settings it would give away secrets as in the rows above, if its stream held such."
+                )
         return "\n".join(lines) + "\n"
 
 
@@ -175,20 +209,46 @@ def audit(
         plant(copied, secrets, min(repeats))
         learn(copied, behind)
         probed.append(Probed(min(repeats), len(behind), probe(copied, secrets, seed=seed)))
-    return AuditReport(probed, math.log2(REFERENCES + 1), gap, _seen(draft), vocabulary)
+    examine(draft)
+    known = history(draft)
+    if known.repeats > 1 and draft.steps:
+        probed += _as_it_learned(draft, known, secrets, seed)
+    compared = draft.target_at_hand is not None
+    return AuditReport(probed, math.log2(REFERENCES + 1), gap, _seen(draft), vocabulary, known, compared)
 
 
+def _as_it_learned(draft: OnlineDraft, known: History, secrets: Sequence[Canary], seed: int) -> list[Probed]:
+    """Canaries planted as often as a prompt stood in the stream, under every setting that ever learned."""
+    found, often = [], min(known.repeats, MOST_REPEATS)
+    for learned in known.settings:
+        copied = twin(draft, learned_settings(draft, learned))
+        plant(copied, secrets, often)
+        found.append(Probed(often, 0, probe(copied, secrets, seed=seed)))
+    return found
+
+
+@torch.inference_mode(False)
 def check_privacy(draft: OnlineDraft) -> None:
-    """Raises PrivacyError where a public push would give away too much. A draft that never learned has nothing to give."""
-    if draft._adaptation.steps == 0:
+    """Raises PrivacyError where a public push would give away too much, or where that cannot be told.
+
+    A draft that never learned has nothing to give. The adapter is judged, not its present settings: see `memorization.py`.
+    """
+    if draft.steps == 0:
         return
-    refusals = audit(draft, repeats=(1,)).refusals()
+    examine(draft)
+    known = history(draft)
+    refusals = known.reasons()
+    if not refusals and known.repeats > 1:
+        vocabulary = draft.config.get_text_config().vocab_size
+        secrets = make_canaries(vocabulary, CANARIES)
+        probed = _as_it_learned(draft, known, secrets, seed=0)
+        refusals = AuditReport(probed, math.log2(REFERENCES + 1), None, None, vocabulary, known).refusals()
     if refusals:
         raise PrivacyError(
             "The privacy audit speaks against a public push:\n"
             + "\n".join(f"- {reason}" for reason in refusals)
-            + "\nPush it privately, or with skip_audit=True if nothing that it learned from is private. Learning with replay_passes=0 and a "
-            "smaller lr retains less. `hf-onlinespec audit` tells more."
+            + "\nPush it privately, or with skip_audit=True if nothing that it learned from is private. Loading it with other settings "
+            "changes nothing of what it has learned. `hf-onlinespec audit` tells more."
         )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .config import OnlineSpecConfig
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
 from .metrics import Counts
@@ -148,10 +149,13 @@ def probe(
     return found
 
 
-def twin(draft: OnlineDraft) -> OnlineDraft:
+def twin(draft: OnlineDraft, learning: OnlineSpecConfig | None = None) -> OnlineDraft:
     """A copy that learns on by itself, over the same base weights: always, after every request, whatever time it takes.
 
     It remembers no requests, as a draft that was saved and loaded again.
+
+    Args:
+        learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
     """
     with draft._learns, torch.inference_mode(False):
         base, artifact = draft._lora.base, draft.artifact()
@@ -160,9 +164,12 @@ def twin(draft: OnlineDraft) -> OnlineDraft:
         instead |= {id(layer): layer.get_base_layer() for layer in draft._lora.layers}
         plain = copy_modules(base, instead)
         vars(plain).pop("peft_config", None)
-        settings = replace(draft.settings, update_when="request", update_every=1, memory_tokens=0)
+        settings = replace(learning or draft.settings, update_when="request", update_every=1, memory_tokens=0)
         copied = type(draft)(plain, settings)
-        copied._learning.resume(artifact.adapter, artifact.state)
+        if learning is None:
+            copied._learning.resume(artifact.adapter, artifact.state)
+        else:
+            copied._learning.adopt(artifact.adapter)
     return copied
 
 

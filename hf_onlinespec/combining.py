@@ -26,6 +26,7 @@ from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
 from .identity import Identity
 from .loading import check_base, check_layers, load_base, locate
+from .memorization import KEY, merged_history
 from .run import run_targets
 
 NOTHING = 1e-7  # singular values below this share of the largest are rounding
@@ -113,6 +114,7 @@ def combine(
         joined[layer] = Factors(torch.cat([p.a for p, _ in parts]), torch.cat([w * p.b for p, w in parts], dim=1))
     _adopt(draft, joined)
     draft.lineage |= {"merged": [{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)]}
+    draft.lineage[KEY] = merged_history([artifact.lineage for artifact in artifacts], weights)
     return draft
 
 
@@ -148,6 +150,7 @@ def distil(
     error = _share(math.hypot(*lost.values()), math.hypot(*whole.values()))
     own = draft.lineage["draft"]
     draft.lineage = {**artifact.lineage, "draft": own, "distilled": {"rank": rank, "relative_error": error}}
+    draft.lineage[KEY] = merged_history([artifact.lineage], [1.0])
     return draft, Distilled(rank, error, {layer: _share(lost[layer], whole[layer]) for layer in changes})
 
 

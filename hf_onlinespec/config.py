@@ -27,6 +27,7 @@ WHOLE = {
     "replay_batch": (1, 4_096),
     "replay_tokens": (0, 2**31),  # taken as they come
     "replay_top_k": (1, 2**22),  # above any vocabulary
+    "audit_tokens": (0, 2**31),  # taken as they come
     "memory_tokens": (0, 2**25),  # taken at once: 16 to 20 bytes each, 0.7 GB
     "context_tokens": (1, 2**24),
     "seed": (0, 2**63 - 1),
@@ -101,6 +102,11 @@ class OnlineSpecConfig:
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
     memory_tokens: int = _setting(
         65_536, "tokens of prompts and outputs that the suffix memory holds, 16 to 20 bytes each; 0: no suffix memory"
+    )
+    audit_tokens: int = _setting(
+        131_072,
+        "tokens of what was learned from that stay in the process, 4 bytes each and never saved, so that a public push can be "
+        "judged; 0: none, and it is refused",
     )
     context_tokens: int = _setting(512, "most prompt tokens kept with a request for learning")
     seed: int = _setting(0, "seed of the adapter's first values and of the replay's choices")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +32,12 @@ from .hub import Checkpoints, Push
 from .identity import public_name
 from .learning_draft import LearningDraft
 from .loading import load
+from .memorization import ELSEWHERE, KEY, SAVE_S, Examined, examine, history, loaded_history
 from .preference import Preference
 from .run import run_record, run_targets
 from .state import Saved, copied
+
+logger = logging.getLogger(__name__)
 
 LAST_WAIT_S = 5.0  # for a push that is under way when the draft goes, or the process ends
 
@@ -60,6 +64,8 @@ class OnlineDraft(LearningDraft):
         super().__init__(model, config)
         self.lineage = _new_lineage()
         self.targets: list[str] = []  # names of the models that it has drafted for
+        self.examined: Examined | None = None  # what came out of what it learned from, when that was last looked at
+        self._target: weakref.ref[PreTrainedModel] | None = None
         self.pushes = Lock(waits=False)  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
 
@@ -95,7 +101,7 @@ class OnlineDraft(LearningDraft):
             self._begin(source)
             self.governor = self._new_governor()
             self.metrics.decisions = self.governor.decisions
-            self.lineage = _new_lineage()
+            self.lineage, self.examined = _new_lineage(), None
         warnings.warn(
             f"The draft {type(self._lora.base).__name__} was changed after it was wrapped ({change}): "
             "what was learned does not belong to these weights, and learning begins anew.",
@@ -114,10 +120,20 @@ class OnlineDraft(LearningDraft):
 
     def serves(self, target: PreTrainedModel) -> None:
         """Notes the name of a model that it drafts for, without the folders of this machine; a model may have none."""
+        self.keep_at_hand(target)
         name = public_name(str(target.config._name_or_path))
         with self.lock:
             if name and name not in self.targets:
                 self.targets.append(name)
+
+    def keep_at_hand(self, target: PreTrainedModel) -> None:
+        """Notes a target, weakly: the privacy audit asks what it says by itself."""
+        self._target = weakref.ref(target)
+
+    @property
+    def target_at_hand(self) -> PreTrainedModel | None:
+        """The target that it last learned from, if that is still there."""
+        return None if self._target is None else self._target()
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -145,7 +161,7 @@ class OnlineDraft(LearningDraft):
                 adapter=copied(self._lora.named(self._lora.served_params())),
                 state=Saved(copied(state.tensors), state.values | {"metrics": counters.values}),
                 run=run_record(self.metrics, self.targets),
-                lineage=copy.deepcopy(self.lineage),
+                lineage=copy.deepcopy(self.lineage) | {KEY: history(self).to_dict()},
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -155,9 +171,19 @@ class OnlineDraft(LearningDraft):
         `memory_tokens=0` and numbers instead of "auto", a draft that is loaded again learns on as if it had never stopped; one
         that learns when idle, if `catch_up` was called before.
 
+        What it learned from since it was loaded is examined first, for a later public push, for at most twenty seconds:
+        whether any of it comes out. Numbers of that are saved, no text; with `audit_tokens=0` nothing is examined.
+
         Raises:
             ArtifactError: the folder cannot be written; what it held is still there.
         """
+        if self.steps:
+            try:
+                examine(self, SAVE_S)
+            except Exception:  # a save that is lost would be worse
+                logger.exception(
+                    "What the draft learned from was not examined: a public push of what is saved will be refused."
+                )
         write(self.artifact(), folder, draw=False)
 
     def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -200,9 +226,10 @@ class OnlineDraft(LearningDraft):
         """
         options = Push(repo_id, private, data_statement, token, message, tag, force, skip_audit, with_state, license)
         options.check(checkpoint_every)
-        artifact = self.artifact()  # taken before the audit: whatever is sent, the audit has seen
-        if not private and not skip_audit:
-            check_privacy(self)
+        with self._learns:  # whatever is sent, the audit has seen
+            if not private and not skip_audit:
+                check_privacy(self)
+            artifact = self.artifact()
         commit = options.send(self, artifact)
         if checkpoint_every is not None:
             if self.checkpoints is not None:
@@ -246,14 +273,28 @@ class OnlineDraft(LearningDraft):
             self._replay.refused = self.metrics.replay_refused
             self.targets = run_targets(artifact.run)
             self.metrics.decisions.rollback = self._learning.guard.reason
+            self.lineage[KEY] = loaded_history(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
             self._note()
 
-    def adopt(self, adapter: Mapping[str, Tensor]) -> None:
-        """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew."""
+    def adopt(self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] | None = None) -> None:
+        """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.
+
+        Args:
+            texts: (L,) tokens each, what it was trained on, for the privacy audit; None: not known, and it cannot be public.
+        """
         with self._learns, self.lock, torch.inference_mode(False):
             self._learning.adopt(adapter)
             self.governor.preference = Preference()  # which of the two serves was found out with the one before
             self._note()
+            if texts is None:
+                self.lineage[KEY] = history(self).plus(ELSEWHERE).to_dict()
+                return
+            for text in texts:
+                self._learning.texts.grow([text])
+
+
+def _scale(settings: OnlineSpecConfig) -> float:
+    return settings.alpha / settings.rank
 
 
 def _new_lineage() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .errors import ArtifactError
 from .feedback import Feedback, Teacher, acceptance, concatenate, parts
 from .guard import Guard
 from .losses import LOSSES
+from .memorization import LearnedTexts
 from .metrics import Counts
 from .replay import Passes, Replay
 from .state import Saved
@@ -45,6 +46,13 @@ class Segment:
     @property
     def nbytes(self) -> int:
         return self.tokens.nbytes + sum(teacher.nbytes for teacher in self.teachers)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The tokens (L,) of every row, without padding."""
+        if self.mask is None:
+            return list(self.tokens)
+        return [row[int((mask == 0).sum()) :] for row, mask in zip(self.tokens, self.mask, strict=True)]
 
     @property
     def sound(self) -> bool:
@@ -116,6 +124,7 @@ class Learning:
         self.replay = Replay(settings.replay_tokens, settings.replay_top_k, settings.seed, settings.replay_sampling)
         self.guard = Guard(settings.snapshots)
         self.passes = Passes(settings.replay_passes)
+        self.texts = LearnedTexts(settings.audit_tokens)
         self.reader = Reader(lora)
         self._lora, self._settings = lora, settings
         self._loss = LOSSES[settings.loss]
@@ -132,7 +141,14 @@ class Learning:
         state = sum(moved.nbytes for moved, _, _ in self._moved.values())
         waiting = self._waiting
         state += 0 if waiting is None else waiting.segment.nbytes
-        return self._lora.nbytes + state + self.adaptation.nbytes + self.guard.nbytes + self.replay.nbytes
+        return (
+            self._lora.nbytes
+            + state
+            + self.adaptation.nbytes
+            + self.guard.nbytes
+            + self.replay.nbytes
+            + self.texts.nbytes
+        )
 
     def segment(
         self, segment: Segment, cache: Cache | None, prefix: int, counts: Counts, compare: bool = False
@@ -146,6 +162,7 @@ class Learning:
             compare: whether the original draft should be looked at too, in a forward of its own; an ensemble always does.
         """
         n, batch = len(segment.teachers[0]), segment.tokens.shape[0]
+        self.texts.grow(segment.rows)
         rows = self.adaptation.rows
         original = None
         if rows is not None or self._spoilt:
@@ -377,6 +394,7 @@ class Learning:
 
     def remember(self, feedback: Feedback) -> None:
         """Keeps a finished request, unless its steps would be skipped."""
+        self.texts.finish(feedback.tokens, len(feedback.teacher))
         if feedback.teacher.teaches and not bool(feedback.teacher.log_probs.isnan().any()):
             self.replay.add(feedback, self.loss)
 

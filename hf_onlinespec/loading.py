@@ -38,6 +38,7 @@ from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from .files import TensorHeader, read_header
 from .identity import EMBEDDED, Identity, public_name
 from .lora_options import check_options
+from .memorization import KEY, loaded_history
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -76,6 +77,8 @@ def load(
         else:
             draft.adopt(artifact.adapter)
         draft.lineage = {**artifact.lineage, "draft": draft.lineage["draft"]}
+        about, now = artifact.adapter_config, draft.settings
+        draft.lineage[KEY] = loaded_history(artifact.lineage, about["lora_alpha"] / about["r"], now.alpha / now.rank)
         if origin.revision is None:
             return draft  # a folder is where it was kept, not where it came from
     elif origin.folder is not None:

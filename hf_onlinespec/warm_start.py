@@ -7,6 +7,7 @@ serves, learns on, and is saved as ever.
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def warm_start(
         raise ConfigError(
             f"Training came to numbers that are not finite; the draft is as it was. learning_rate={args.learning_rate}: take less."
         )
-    draft.adopt(learned)
+    draft.adopt(learned, _sample(draft, passages))
+    draft.keep_at_hand(target)
     taught = {
         "texts": len(texts),
         "prompts": len(prompts),
@@ -185,6 +187,17 @@ def _item(line: str, where: str) -> tuple[str, str]:
     if len(keys) != 1 or not isinstance(item[keys[0]], str) or not item[keys[0]]:
         raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
     return keys[0], item[keys[0]]
+
+
+def _sample(draft: OnlineDraft, passages: Sequence[Passage]) -> list[Tensor]:
+    """What the privacy audit will look at: passages at random, of at most half of the tokens that it keeps."""
+    found, room = [], draft.settings.audit_tokens // 2
+    for passage in random.Random(draft.settings.seed).sample(passages, len(passages)):
+        room -= len(passage.tokens)
+        if room < 0:
+            break
+        found.append(torch.tensor(passage.tokens))
+    return found
 
 
 class Student(nn.Module):

@@ -1,0 +1,391 @@
+"""What a draft has learned from, and what of it comes out again: the record that decides on a public push.
+
+While a draft learns, the texts of the requests stay in its process (`LearnedTexts`, tokens alone, never saved). At a save and
+before a public push they are cut into short windows, and the adapter itself is asked (`examine`): given the beginning of a window
+and nothing else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the original
+draft, and the target without the request around it: what either says by itself is no secret of a user. A text of which
+`GAIN_BITS` come out is memorised.
+What is kept is numbers (`History`): requests, how many were examined, how many came out, how often one prompt stood in the
+stream, the settings of learning. They travel in the lineage: through saving, loading with other settings, merging, distilling.
+A prompt that repeats is judged more strictly, by canaries planted as often, under every setting that ever learned.
+Whatever has no such record (adapters from elsewhere, fine-tuned ones, older artifacts, texts that were not examined) is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .config import OnlineSpecConfig
+
+if TYPE_CHECKING:
+    from .draft import OnlineDraft
+
+logger = logging.getLogger(__name__)
+
+KEY = "privacy"  # of the record in the lineage
+WINDOW, STRIDE = 24, 4  # tokens of a window, and between the beginnings of two; chosen
+LEAST_GIVEN, LEAST_END = 3, 3  # tokens of a window that are given, and that come out, at least; chosen
+# The end is among the likeliest continuations: the product of its tokens' ranks is an upper bound of how many of the likelier
+# kind there are along it. 16 leaves some room over "the ten likeliest". Chosen.
+MOST_RANKS = 16
+# How much likelier the end has to be than for whoever never saw it. By chance 2^-GAIN_BITS per window (Markov's inequality);
+# measured on the embedded pair, see benchmarks/results/audit.md.
+GAIN_BITS = 20.0
+SAVE_S = 20.0  # seconds that a save may spend on it; chosen: forty requests of the embedded pair take 8
+MOST_LOGITS = 2**25  # in one forward
+GROUP = 16  # texts that are examined together
+LARGE = 1e6  # in place of infinity, so that differences of sums stay numbers
+MOST_SETTINGS = 8  # that a history tells apart
+LEARNING = (
+    "learner", "preconditioner", "lr", "hint_memory", "radius", "max_grad_norm", "gradient_cap", "loss", "temperature", "top_k",
+    "replay_passes", "replay_batch", "replay_tokens", "replay_top_k",
+)  # fmt: skip
+# Why a draft cannot be judged.
+OLDER = "it comes from a version that kept no record of what it learned from"
+ELSEWHERE = "its adapter was trained elsewhere"
+AMPLIFIED = "its adapter was scaled up: what was hidden under the old scale may come out under the new one"
+CONFUSED = "the record of what it learned from cannot be read"
+CROWDED = "it learned with more settings than a record tells apart"
+
+
+class LearnedTexts:
+    """The texts that a draft has learned from in this process, each once, as tokens; the oldest leave beyond `max_tokens`.
+
+    Not safe with several threads by itself: the caller holds the draft's lock.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.tokens = 0
+        self.dropped = 0  # texts that have left, or were not taken
+        self.repeats = 0  # how often the most frequent prompt stood in the stream
+        self._texts: dict[bytes, None] = {}  # int32 tokens, the newest last
+        self._prompts: dict[bytes, int] = {}
+        self._growing: list[bytes] = []  # rows of the request at hand
+
+    def grow(self, rows: Sequence[Tensor]) -> None:
+        """Notes the rows of one request as they are now: each takes the place of its own beginning."""
+        found = [_bytes(row) for row in rows]
+        for before in self._growing:
+            if before not in found and any(now.startswith(before) for now in found):
+                self._drop(before)
+        self._growing = [self._add(text) for text in found]
+
+    def finish(self, tokens: Tensor, written: int) -> None:
+        """Notes a finished request (L,), of which the target wrote the last tokens, and counts its prompt."""
+        text = _bytes(tokens)
+        if not any(grown.endswith(text) for grown in self._growing):  # the replay keeps less of a long prompt
+            self._add(text)
+        prompt = hashlib.sha256(_bytes(tokens[: len(tokens) - written])).digest()[:8]
+        self._prompts[prompt] = self._prompts.get(prompt, 0) + 1
+        self.repeats = max(self.repeats, self._prompts[prompt])
+
+    def _add(self, text: bytes) -> bytes:
+        if text not in self._texts:
+            self._texts[text] = None
+            self.tokens += len(text) // 4
+            while self.tokens > self.max_tokens:
+                self._drop(next(iter(self._texts)))
+                self.dropped += 1
+        return text
+
+    def _drop(self, text: bytes) -> None:
+        if text in self._texts:
+            del self._texts[text]
+            self.tokens -= len(text) // 4
+
+    @property
+    def texts(self) -> list[Tensor]:
+        """The texts, each (L,)."""
+        return [torch.frombuffer(bytearray(text), dtype=torch.int32).long() for text in self._texts]
+
+    @property
+    def seen(self) -> int:
+        """How many texts were learned from, those that have left included."""
+        return len(self._texts) + self.dropped
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.tokens + 8 * len(self._prompts)
+
+
+def _bytes(tokens: Tensor) -> bytes:
+    return tokens.detach().to("cpu", torch.int32).contiguous().numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What came out of some texts, when the adapter had taken so many steps."""
+
+    steps: int
+    seen: int  # texts learned from by then
+    texts: int  # that were examined
+    memorised: int  # of which a part came out
+
+
+@dataclass(frozen=True)
+class History:
+    """What a draft has learned from, in numbers."""
+
+    texts: int = 0
+    unexamined: int = 0  # of which it is not known whether they come out
+    memorised: int = 0
+    repeats: int = 1  # how often the most frequent prompt stood in the stream
+    settings: tuple[dict[str, Any], ...] = ()  # of learning, every one that was in use
+    unknown: tuple[str, ...] = ()  # why it cannot be judged
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"settings": list(self.settings), "unknown": list(self.unknown)}
+
+    @classmethod
+    def of(cls, lineage: Mapping[str, Any]) -> History | None:
+        """From a lineage; None: it has none. One that is malformed counts as unknown."""
+        found = lineage.get(KEY)
+        if found is None:
+            return None
+        counts = ("texts", "unexamined", "memorised", "repeats")
+        try:
+            if any(type(found[name]) is not int or not 0 <= found[name] < 2**63 for name in counts):
+                return cls(unknown=(CONFUSED,))
+            learned = tuple({name: one[name] for name in LEARNING} for one in found["settings"])
+            if not all(isinstance(reason, str) for reason in found["unknown"]):
+                return cls(unknown=(CONFUSED,))
+            unknown = tuple(found["unknown"])
+        except (KeyError, TypeError):
+            return cls(unknown=(CONFUSED,))
+        return cls(**{name: found[name] for name in counts}, settings=learned, unknown=unknown)
+
+    def plus(self, *reasons: str) -> History:
+        """The same with more reasons why it cannot be judged."""
+        return replace(self, unknown=tuple(dict.fromkeys((*self.unknown, *reasons))))
+
+    def joined(self, other: History) -> History:
+        """Of a draft that learned from what both learned from."""
+        both = [*self.settings, *other.settings]
+        settings = [one for n, one in enumerate(both) if one not in both[:n]]
+        found = History(
+            self.texts + other.texts,
+            self.unexamined + other.unexamined,
+            self.memorised + other.memorised,
+            max(self.repeats, other.repeats),
+            tuple(settings[:MOST_SETTINGS]),
+            self.unknown,
+        )
+        return found.plus(*other.unknown, *([CROWDED] if len(settings) > MOST_SETTINGS else []))
+
+    def reasons(self) -> list[str]:
+        """Why it should not be public, as far as the numbers tell."""
+        found = []
+        if self.memorised:
+            found.append(
+                f"It has memorised {self.memorised} of the {self.texts} texts that it learned from: given the beginning of a part "
+                f"of them, it writes the end, at least 2^{GAIN_BITS:g} times as likely as whoever never saw the text."
+            )
+        if self.unexamined:
+            found.append(
+                f"It cannot be judged: of the {self.texts} texts that it learned from, {self.unexamined} were not examined while "
+                "they were at hand (they are never saved). `check_privacy(draft)` before saving examines all of them; "
+                "`audit_tokens` says how many stay at hand."
+            )
+        return found + [f"It cannot be judged: {reason}." for reason in self.unknown]
+
+
+def history(draft: OnlineDraft) -> History:
+    """What a draft has learned from, here and before."""
+    with draft._learns:
+        texts, before, done = draft._learning.texts, History.of(draft.lineage), draft.examined
+        if before is None:
+            before = History(unknown=(OLDER,) if draft.steps and not texts.seen else ())
+        if not texts.seen or not draft.steps:
+            return before
+        known = done is not None and (done.steps, done.seen) == (draft.steps, texts.seen)
+        settings = draft.settings.to_dict()
+        here = History(
+            texts.seen,
+            texts.seen - (done.texts if known and done is not None else 0),
+            done.memorised if known and done is not None else 0,
+            max(1, texts.repeats),
+            ({name: settings[name] for name in LEARNING},),
+        )
+        return before.joined(here)
+
+
+def loaded_history(lineage: Mapping[str, Any], then: float, now: float) -> dict[str, Any]:
+    """The record of a draft that goes on from an artifact of this lineage.
+
+    Args:
+        then, now: alpha over rank of the artifact, and of the draft.
+    """
+    found = History.of(lineage) or History(unknown=(OLDER,))
+    return (found.plus(AMPLIFIED) if now > then * (1 + 1e-6) else found).to_dict()
+
+
+def merged_history(lineages: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+    """The record of a draft that was combined from others."""
+    found = History()
+    for lineage in lineages:
+        found = found.joined(History.of(lineage) or History(unknown=(OLDER,)))
+    return (found.plus(AMPLIFIED) if sum(map(abs, weights)) > 1 + 1e-6 else found).to_dict()
+
+
+def learned_settings(draft: OnlineDraft, learned: Mapping[str, Any]) -> OnlineSpecConfig:
+    """A draft's settings with those of learning that a record holds. Raises ConfigError where they are none."""
+    return OnlineSpecConfig.from_dict(draft.settings.to_dict() | dict(learned))
+
+
+Reader = Callable[[Tensor], Tensor]  # logits (rows, L, vocab) of tokens (rows, L)
+
+
+@torch.no_grad()
+def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
+    """Looks which of the texts that a draft has learned from come out of it, the newest first, and notes it with the draft.
+
+    Args:
+        seconds: after which it stops; what is left counts as not examined.
+    """
+    started = time.perf_counter()
+    with draft._learns:
+        steps, seen, texts = draft.steps, draft._learning.texts.seen, draft._learning.texts.texts[::-1]
+    done = draft.examined
+    if done is not None and (done.steps, done.seen, done.texts) == (steps, seen, len(texts)):
+        return done
+    examined, memorised = 0, 0
+    known: set[tuple[int, ...]] = set()  # windows that were looked at: those of a system prompt once
+    with _publics(draft) as publics:
+        for at in range(0, len(texts), GROUP):
+            if time.perf_counter() - started > seconds:
+                break
+            group = texts[at : at + GROUP]
+            windows = [(n, window) for n, text in enumerate(group) for window in _windows(draft, text)]
+            windows = [(n, window) for n, window in windows if window not in known]
+            known.update(window for _, window in windows)
+            if windows:
+                out = _come_out(draft, publics, [window for _, window in windows])
+                memorised += len({n for (n, _), comes in zip(windows, out.tolist(), strict=True) if comes})
+            examined += len(group)
+    draft.examined = Examined(steps, seen, examined, memorised)
+    return draft.examined
+
+
+@contextmanager
+def _publics(draft: OnlineDraft) -> Iterator[list[Reader]]:
+    """Who never saw the text: the original draft, and the target, where it is at hand."""
+    target = draft.target_at_hand
+    readers = [_reader(draft, frozen=True)]
+    if target is None:
+        yield readers
+        return
+    modes = [(module, module.training) for module in target.modules()]
+    target.eval()  # one that is trained may have dropout
+    try:
+        if _speaks_alone(target):
+            readers.append(partial(_said_by, target))
+        yield readers
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _said_by(target: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = target(input_ids=tokens.to(target.device), use_cache=False).logits
+    return logits
+
+
+def _speaks_alone(target: PreTrainedModel) -> bool:
+    """Whether a target takes tokens and nothing else. Without it the original draft alone is compared with: more is refused."""
+    try:
+        return _said_by(target, torch.zeros(1, 2, dtype=torch.long)).dim() == 3
+    except Exception as error:  # whatever another class of models asks for
+        logger.info(
+            "The target says nothing to tokens alone (%s): its word does not excuse what the draft writes.", error
+        )
+        return False
+
+
+def _reader(draft: OnlineDraft, frozen: bool) -> Reader:
+    def read(tokens: Tensor) -> Tensor:
+        with draft.serving(frozen) as model:
+            logits: Tensor = model(input_ids=tokens.to(draft.device), use_cache=False).logits
+            return logits
+
+    return read
+
+
+def _windows(draft: OnlineDraft, text: Tensor) -> list[tuple[int, ...]]:
+    """A text (L,) in overlapping windows, without those that the draft has no tokens for."""
+    vocabulary = draft.config.get_text_config().vocab_size
+    size = min(WINDOW, draft.positions)
+    tokens = text.tolist()
+    begins = range(0, max(1, len(tokens) - LEAST_GIVEN - LEAST_END + 1), STRIDE)
+    found = (tuple(tokens[begin : begin + size]) for begin in begins)
+    return [window for window in found if max(window, default=vocabulary) < vocabulary]
+
+
+def _come_out(draft: OnlineDraft, publics: Sequence[Reader], windows: Sequence[tuple[int, ...]]) -> Tensor:
+    """Whether the end of each window (n,) comes out of the evolved draft, and of nobody else."""
+    lengths = torch.tensor([len(window) for window in windows])
+    rows = torch.zeros(len(windows), int(lengths.max()), dtype=torch.long)
+    for row, window in zip(rows, windows, strict=True):
+        row[: len(window)] = torch.tensor(window)
+    if rows.shape[1] < LEAST_GIVEN + LEAST_END:
+        return torch.zeros(len(windows), dtype=torch.bool)
+    vocabulary = draft.config.get_text_config().vocab_size
+    evolved, ranks = _read(_reader(draft, frozen=False), rows, vocabulary)
+    padding = torch.arange(1, rows.shape[1]) >= lengths[:, None]
+    ranks = ranks.masked_fill(padding, torch.inf)
+    public = torch.full_like(evolved, -torch.inf)
+    left = torch.arange(len(rows))  # windows of which something comes out as yet
+    for reader in publics:
+        public[left] = torch.maximum(public[left], _read(reader, rows[left], vocabulary)[0])
+        left = left[_best_gain((evolved - public)[left], ranks[left]) >= GAIN_BITS]
+        if not len(left):
+            break
+    found = torch.zeros(len(windows), dtype=torch.bool)
+    found[left] = True
+    return found
+
+
+def _read(reader: Reader, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Log-likelihood in bits (n, L - 1) of every token but the first of each row (n, L), and the logarithm of its rank."""
+    likely, ranks = [], []
+    for part in rows.split(max(1, MOST_LOGITS // (rows.shape[1] * vocabulary))):
+        logits = reader(part[:, :-1]).float()
+        law = logits.log_softmax(-1)
+        said = part[:, 1:, None].to(law.device)
+        known = said < law.shape[-1]  # of two vocabularies, one may be larger
+        own = law.gather(-1, said.clamp_max(law.shape[-1] - 1)).masked_fill(~known, -torch.inf)
+        likely.append((own.squeeze(-1).double() / math.log(2)).cpu())
+        ranks.append(((law > own).sum(-1) + 1).double().log2().cpu())
+    return torch.cat(likely), torch.cat(ranks)
+
+
+def _best_gain(gains: Tensor, ranks: Tensor) -> Tensor:
+    """Of the parts of each row that are among the likeliest continuations, the largest sum of gains (n,).
+
+    What is given before a part is at most half as long again as the part, and four tokens: a secret's first half, and some.
+
+    Args:
+        gains, ranks: (n, L - 1) in bits.
+    """
+    none = torch.zeros(len(gains), 1, dtype=gains.dtype)
+    gained = torch.cat([none, gains.nan_to_num(0.0, LARGE, -LARGE).cumsum(1)], dim=1)  # (n, L)
+    ranked = torch.cat([none, ranks.clamp_max(LARGE).cumsum(1)], dim=1)
+    places = torch.arange(gained.shape[1])
+    length = places[None] - places[:, None]  # (begin, end)
+    given = places[:, None] + 1
+    allowed = (length >= LEAST_END) & (given >= LEAST_GIVEN) & (given <= 1.5 * length + 4)
+    likely = ranked[:, None] - ranked[:, :, None] <= math.log2(MOST_RANKS)
+    sums = (gained[:, None] - gained[:, :, None]).masked_fill(~(allowed & likely), -torch.inf)
+    return sums.flatten(1).amax(1)
