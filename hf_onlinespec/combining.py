@@ -114,6 +114,8 @@ def combine(
         joined[layer] = Factors(torch.cat([p.a for p, _ in parts]), torch.cat([w * p.b for p, w in parts], dim=1))
     _adopt(draft, joined)
     draft.lineage |= {"merged": [{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)]}
+    for part in draft.lineage["merged"]:
+        part.pop(KEY, None)  # of all together:
     draft.lineage[KEY] = merged_history([artifact.lineage for artifact in artifacts], weights)
     return draft
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError, audit
 from hf_onlinespec.audit import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed, check_privacy, loss_gap
 from hf_onlinespec.canaries import Canary, Exposure, learn, make_canaries, plant, probe, twin, written
-from hf_onlinespec.embedded import load_draft, load_pair, prompts
+from hf_onlinespec.embedded import load_draft
 from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.memorization import History
 
 from .conftest import tiny_gpt2, tiny_llama
 
@@ -252,23 +253,41 @@ def test_it_counts_the_tokens_that_can_be_read_off() -> None:
     assert audit.audit(blind, 1, (1,)).seen is None
 
 
-def report(once: float = 1.0, behind: float | None = None, gap: LossGap | None = None) -> AuditReport:
+def report(
+    once: float = 1.0, behind: float | None = None, gap: LossGap | None = None, stood: int = 1, **history: Any
+) -> AuditReport:
+    """Of a draft in whose stream the most frequent prompt stood so often."""
     rows = [(0, 0, 1.4), (1, 0, once), (16, 0, 8.0), *([] if behind is None else [(1, 40, behind)])]
     probed = [Probed(repeats, after, [Exposure(bits, bits > 7)] * 2) for repeats, after, bits in rows]
-    return AuditReport(probed, 8.0, gap, 12, 100)
+    return AuditReport(probed, 8.0, gap, 12, 100, History(repeats=stood, **history))
 
 
 def test_refusals_on_both_sides_of_the_thresholds() -> None:
     gap = LossGap((2.0, 1.0), (2.0, 1.5), (50, 50), 0.5, 0.1, MOST_AUC, 0.05)
-    for calm in (report(), report(MOST_BITS, MOST_BITS, gap), report(gap=replace(gap, auc=0.9, auc_error=0.3))):
-        assert calm.refusals() == [] and "speaks against" in calm.text() and "is refused" not in calm.text()
-    (one,) = report(MOST_BITS + 0.1).refusals()
-    assert "once" in one and "right away" in one and "3.1 of at most 8.0 bits" in one
-    assert len(report(1.0, 7.5).refusals()) == 1 and "40 more requests later" in report(1.0, 7.5).refusals()[0]
+    for calm in (
+        report(MOST_BITS, MOST_BITS, gap, stood=4),
+        report(8.0, 8.0),
+        report(gap=replace(gap, auc=0.9, auc_error=0.3)),
+    ):
+        assert calm.refusals() == [] and "is not refused" in calm.text()
+    (one,) = report(MOST_BITS + 0.1, stood=2).refusals()
+    assert "stood 2 times" in one and "once" in one and "right away" in one and "3.1 of at most 8.0 bits" in one
+    (later,) = report(1.0, 7.5, stood=4).refusals()
+    assert "40 more requests later" in later
     (told,) = report(gap=replace(gap, auc=MOST_AUC + 0.02)).refusals()
     assert "0.62" in told
-    assert len(report(8.0, 8.0, replace(gap, auc=0.9)).refusals()) == 3
-    assert all(reason in report(8.0).text() for reason in report(8.0).refusals())
+    assert len(report(8.0, 8.0, replace(gap, auc=0.9), stood=16).refusals()) == 4
+    assert all(reason in report(8.0, stood=2).text() for reason in report(8.0, stood=2).refusals())
+
+
+def test_a_row_that_its_stream_really_had_is_never_passed_over() -> None:
+    """8 of 8 at 16 times refuses a stream that repeats so often; under it nothing claims that all is well."""
+    rows = report(stood=16)
+    assert "| 16 times | 0 | 8.00 | 8.00 | 2 of 2 |" in rows.text() and "A public push is refused" in rows.text()
+    passed = report(stood=1)
+    assert "speaks against" not in passed.text() and "would give away secrets as in the rows above" in passed.text()
+    (reason,) = report(texts=5, memorised=2).refusals()
+    assert "memorised 2 of the 5" in reason and reason in report(texts=5, memorised=2).text()
 
 
 def test_the_report_says_what_was_not_done() -> None:
@@ -282,12 +301,10 @@ def test_a_public_push_is_refused_for_what_was_memorised() -> None:
     """The embedded draft with the default settings writes out what the target wrote once; a draft that never learned may go."""
     draft = OnlineDraft(load_draft(), OnlineSpecConfig(update_every=1, memory_tokens=0))
     check_privacy(draft)
-    pair = load_pair()
-    for text in prompts("orders")[:4]:
-        pair.target.generate(**pair.tokenizer(text, return_tensors="pt"), max_new_tokens=16, assistant_model=draft)
-    with pytest.raises(PrivacyError, match="once is exposed by") as error:
+    plant(draft, make_canaries(2048, 2))
+    with pytest.raises(PrivacyError, match="memorised 2 of the 2 texts") as error:
         check_privacy(draft)
-    assert "skip_audit=True" in str(error.value)
+    assert "skip_audit=True" in str(error.value) and "replay_passes" not in str(error.value)
 
 
 # What is refused

@@ -1,0 +1,269 @@
+"""What comes out of the texts that a draft has learned from, and the record of it that every draft carries along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError, cli
+from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
+from hf_onlinespec.audit import check_privacy
+from hf_onlinespec.canaries import learn, make_canaries, plant, probe, written
+from hf_onlinespec.combining import combine, distil
+from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
+from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.metrics import Counts
+from hf_onlinespec.warm_start import warm_start
+
+from .conftest import tiny_llama
+
+FIXED = OnlineSpecConfig(lookahead=4, update_every=1, memory_tokens=0)
+SMALL = replace(FIXED, rank=8, alpha=8.0)
+GENTLE = replace(FIXED, lr=1e-6, replay_passes=0)  # settings under which nothing is retained
+TINY = replace(FIXED, rank=4, alpha=4.0, lr=1e-2)
+SECRETS = make_canaries(2048, 2, seed=1)
+
+
+def refusal(draft: OnlineDraft) -> str:
+    """Why it may not be public; "": it may."""
+    try:
+        check_privacy(draft)
+    except PrivacyError as error:
+        return str(error)
+    return ""
+
+
+def with_secrets(settings: OnlineSpecConfig = FIXED, times: int = 1) -> OnlineDraft:
+    """The embedded draft, after the target has written secrets so often."""
+    draft = OnlineDraft(load_draft(), settings)
+    plant(draft, SECRETS, times)
+    return draft
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved draft that writes secrets out."""
+    draft = with_secrets(times=4)
+    assert all(e.extracted for e in probe(draft, SECRETS))
+    folder = tmp_path_factory.mktemp("leaky")
+    draft.save_pretrained(folder)
+    return folder
+
+
+def reloaded(folder: Path) -> OnlineDraft:
+    return OnlineDraft.from_pretrained(folder, config=GENTLE)
+
+
+def resumed(folder: Path) -> OnlineDraft:
+    draft = OnlineDraft.from_pretrained(folder, config=GENTLE)
+    learn(draft, [written(torch.arange(n, n + 16), 8) for n in (100, 200)])
+    return draft
+
+
+def resumed_by_hand(folder: Path) -> OnlineDraft:
+    draft = OnlineDraft(load_draft(), GENTLE)
+    draft.resume(OnlineDraft.from_pretrained(folder).artifact())
+    return draft
+
+
+def saved_again(folder: Path) -> OnlineDraft:
+    reloaded(folder).save_pretrained(folder / "again")
+    return OnlineDraft.from_pretrained(folder / "again")
+
+
+def merged(folder: Path) -> OnlineDraft:
+    other = OnlineDraft(load_draft(), SMALL)
+    draft = OnlineDraft.from_pretrained(folder)
+    return combine([draft.artifact(), other.artifact()], load_draft(), [0.9, 0.1], config=GENTLE)
+
+
+def distilled(folder: Path) -> OnlineDraft:
+    return distil(OnlineDraft.from_pretrained(folder).artifact(), 30, load_draft(), config=GENTLE)[0]
+
+
+def adopted(folder: Path) -> OnlineDraft:
+    plain = folder / "plain"
+    plain.mkdir(exist_ok=True)
+    for name in (ADAPTER, ADAPTER_CONFIG):
+        (plain / name).write_bytes((folder / name).read_bytes())
+    return OnlineDraft.from_pretrained(plain, config=GENTLE)
+
+
+def fine_tuned(folder: Path) -> OnlineDraft:
+    model = PeftModel.from_pretrained(load_draft(), folder, is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1.01
+    model.save_pretrained(folder / "tuned", save_embedding_layers=False)
+    return OnlineDraft.from_pretrained(folder / "tuned", base_model=load_draft(), config=GENTLE)
+
+
+WAYS: list[Callable[[Path], OnlineDraft]] = [
+    reloaded, resumed, resumed_by_hand, saved_again, merged, distilled, adopted, fine_tuned,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("way", WAYS, ids=[way.__name__ for way in WAYS])
+def test_what_was_memorised_is_refused_whatever_becomes_of_the_adapter(
+    way: Callable[[Path], OnlineDraft], leaky: Path
+) -> None:
+    draft = way(leaky)
+    assert draft.settings.lr == GENTLE.lr or way in (saved_again,)
+    found = refusal(draft)
+    assert ("trained elsewhere" if way in (adopted, fine_tuned) else "memorised 2 of") in found
+
+
+def test_a_draft_whose_replay_is_emptied_is_judged_all_the_same() -> None:
+    draft = with_secrets(times=4)
+    draft._replay.recent.clear()
+    assert any(e.extracted for e in probe(draft, SECRETS))
+    assert "memorised 2 of the 2" in refusal(draft)
+
+
+def test_ordinary_requests_pass_also_when_loaded_again(pair: EmbeddedPair, tmp_path: Path) -> None:
+    """Default settings of learning on a domain that the draft does not know."""
+    draft = OnlineDraft(load_draft(), SMALL)
+    for text in prompts("orders")[:3]:
+        pair.target.generate(**pair.tokenizer(text, return_tensors="pt"), max_new_tokens=16, assistant_model=draft)
+    assert draft.steps == 9
+    draft.save_pretrained(tmp_path)
+    assert refusal(draft) == ""
+    assert refusal(OnlineDraft.from_pretrained(tmp_path)) == ""
+
+
+def test_a_warm_start_passes(pair: EmbeddedPair, tmp_path: Path) -> None:
+    draft = OnlineDraft(load_draft(), SMALL)
+    warm_start(draft, pair.target, pair.tokenizer, prompts=prompts("orders")[:2], new_tokens=8)
+    assert draft.steps == 1
+    draft.save_pretrained(tmp_path)
+    assert refusal(OnlineDraft.from_pretrained(tmp_path)) == ""
+
+
+# What cannot be judged
+
+
+def test_an_adapter_without_a_record_is_refused_in_words(leaky: Path) -> None:
+    artifact = OnlineDraft.from_pretrained(leaky).artifact()
+    for lineage, words in (({}, "kept no record"), ({"privacy": {"texts": "many"}}, "cannot be read")):
+        draft = OnlineDraft(load_draft(), GENTLE)
+        draft.resume(replace(artifact, lineage=lineage))
+        assert words in refusal(draft)
+
+
+@pytest.mark.parametrize("way", ["a larger alpha", "a larger weight"])
+def test_a_louder_adapter_is_not_judged_by_the_quiet_one(way: str) -> None:
+    draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-5))
+    learn(draft, [written(torch.arange(12), 8)])
+    assert refusal(draft) == ""
+    loud = OnlineDraft(tiny_llama(2), replace(TINY, alpha=400.0))
+    loud.resume(draft.artifact())
+    if way == "a larger weight":
+        loud = combine([draft.artifact()], tiny_llama(2), [100.0])
+    assert "scaled up" in refusal(loud)
+    assert refusal(combine([draft.artifact()], tiny_llama(2), [0.5])) == ""
+
+
+def test_what_is_no_longer_at_hand_cannot_be_judged(tmp_path: Path) -> None:
+    for room, left in ((0, 3), (24, 1), (10_000, 0)):
+        draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-6, audit_tokens=room))
+        learn(draft, [written(torch.arange(n, n + 12), 8) for n in range(3)])
+        draft.save_pretrained(tmp_path / str(room))
+        for one in (draft, OnlineDraft.from_pretrained(tmp_path / str(room), base_model=tiny_llama(2))):
+            assert ("" if left == 0 else f"of the 3 texts that it learned from, {left} were not examined") in refusal(
+                one
+            )
+            assert bool(refusal(one)) == (left > 0)
+
+
+def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-6))
+    learn(draft, [written(torch.arange(12), 8)])
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("hf_onlinespec.memorization._come_out", fail)
+    draft.save_pretrained(tmp_path)
+    assert "1 were not examined" in refusal(OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2)))
+
+
+# Prompts that repeat
+
+
+def test_a_prompt_that_repeats_is_judged_by_the_settings_that_learned(tmp_path: Path) -> None:
+    """Nothing of it comes out, but a secret in its place would have."""
+    same = written(torch.arange(12), 8)
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    learn(draft, [same] * 16)
+    draft.lineage["privacy"] = {}  # as if the record of before were lost
+    assert "cannot be read" in refusal(draft)
+    del draft.lineage["privacy"]
+    draft.save_pretrained(tmp_path)
+    again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2), config=replace(TINY, lr=1e-6))
+    record = again.lineage["privacy"]
+    assert record["repeats"] == 16 and [one["lr"] for one in record["settings"]] == [TINY.lr]
+    assert refusal(again)
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_the_audit_says_what_a_push_would(times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the settings that it was saved with retain nothing."""
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    draft = OnlineDraft.from_pretrained(tmp_path / "base", config=TINY if times > 1 else replace(TINY, lr=1e-6))
+    plant(draft, make_canaries(32, 2, seed=1), times)
+    draft.save_pretrained(tmp_path / "first")
+    again = OnlineDraft.from_pretrained(tmp_path / "first", config=replace(TINY, lr=1e-6))
+    again.save_pretrained(tmp_path / "gentle")
+    code = cli.main(["audit", str(tmp_path / "gentle"), "--canaries", "1"])
+    out = capsys.readouterr().out
+    assert "speaks against" not in out
+    assert code == bool(refusal(again)) == ("A public push is refused" in out) == (times > 1)
+
+
+# The texts, and the record
+
+
+def rows(*texts: list[int]) -> list[Tensor]:
+    return [torch.tensor(text) for text in texts]
+
+
+def test_a_request_that_grows_is_one_text() -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    texts = draft._learning.texts
+    texts.grow(rows([1, 2], [7, 8]))
+    texts.grow(rows([1, 2, 3], [7, 8, 9]))
+    texts.finish(torch.tensor([1, 2, 3]), 2)
+    texts.finish(torch.tensor([8, 9]), 1)  # the replay keeps less of a long prompt
+    assert [text.tolist() for text in texts.texts] == [[1, 2, 3], [7, 8, 9]]
+    texts.grow(rows([1, 2, 4]))
+    texts.finish(torch.tensor([1, 2, 4]), 2)
+    assert (texts.seen, texts.tokens, texts.repeats) == (3, 9, 2)  # the prompt [1] stood twice
+    assert draft.learning_bytes > OnlineDraft(tiny_llama(2), TINY).learning_bytes
+
+
+def test_padding_is_no_text() -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    tokens, mask = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    teachers = [Teacher(torch.zeros(1, 32).log_softmax(-1))] * 2
+    draft.learn_segment(tokens, teachers, None, 0, mask, Counts())
+    assert [text.tolist() for text in draft._learning.texts.texts] == [[5, 6, 7], [1, 2, 3, 4, 5]]
+
+
+def test_numbers_are_saved_and_no_text(leaky: Path) -> None:
+    record = json.loads((leaky / CONFIG).read_text())["lineage"]["privacy"]
+    assert {key: record[key] for key in ("texts", "unexamined", "memorised", "repeats", "unknown")} == {
+        "texts": 2,
+        "unexamined": 0,
+        "memorised": 2,
+        "repeats": 4,
+        "unknown": [],
+    }
+    assert set(record) - {"settings"} == {"texts", "unexamined", "memorised", "repeats", "unknown"}
