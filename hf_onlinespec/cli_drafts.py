@@ -133,10 +133,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     default = OnlineSpecConfig().to_dict()
     changed = {k: v for k, v in artifact.settings.to_dict().items() if v != default[k]}
     run, total = artifact.run, artifact.run.get("total")
-    print(f"base: {artifact.base}")
+    print(f"base: {printable(str(artifact.base))}")
     print(f"learner: {artifact.settings.learner}; settings that are not the defaults: {changed or 'none'}")
-    print(f"came from: {_came_from(artifact)}")
-    print(f"targets: {', '.join(run.get('targets', [])) or 'none yet'}")
+    print(f"came from: {printable(_came_from(artifact))}")
+    print(f"targets: {printable(', '.join(run['targets'])) or 'none yet'}")
     print(
         f"served: {run.get('requests', 0)} requests, {run.get('new_tokens', 0)} new tokens, {run.get('updates', 0)} updates"
     )
@@ -152,6 +152,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     sizes = {ADAPTER: artifact.adapter} | ({STATE: artifact.state.tensors} if artifact.has_state else {})
     print(", ".join(f"{name}: {sum(t.nbytes for t in found.values()):,} bytes" for name, found in sizes.items()))
     return 0
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, without what a terminal would take for a command."""
+    return "".join(c for c in text if c.isprintable())
 
 
 def _came_from(artifact: Artifact) -> str:

@@ -143,3 +143,12 @@ def test_what_cannot_be_learned_from_is_refused(target, tmp_path) -> None:
     tokens = torch.stack([row["input_ids"] for row in data(4)])
     with pytest.raises(DraftError, match=r"logits \(4, 2, 32\) in training: expected \(batch, length, 32\)"):
         hear(DraftAlignment(make()), target.train(), input_ids=tokens, logits_to_keep=2)
+
+
+def test_several_processes_are_refused(target, tmp_path, monkeypatch) -> None:
+    """Each would teach its own draft, and only the first one's would be saved."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ConfigError, match="2 processes"):
+        DraftAlignment(make()).on_train_begin(
+            TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl(), model=target
+        )

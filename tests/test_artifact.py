@@ -623,3 +623,35 @@ def test_one_bit_of_a_number_in_the_settings(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(text.replace('"lr": 0.002', '"lr": 0.006'))
     with pytest.raises(ArtifactError, match="damaged or changed"):
         OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
+
+
+@pytest.mark.parametrize("name", ["save_file", "checksum"])
+def test_a_save_that_fails_leaves_none_of_its_parts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it would keep a full disk full."""
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    draft._lora.move(torch.ones_like(draft._lora.params))
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"hf_onlinespec.artifact.{name}", full)
+    with pytest.raises(ArtifactError, match="No space left"):
+        draft.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(before)
+    assert all((tmp_path / file).read_bytes() == data for file, data in before.items())
+
+
+def test_a_draft_without_its_state_takes_the_place_of_one_with_it(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from hf_onlinespec.state import Saved
+
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.save_pretrained(tmp_path)
+    draft._lora.move(torch.ones_like(draft._lora.params))
+    replace(draft.artifact(), state=Saved()).write(tmp_path)
+    assert not (tmp_path / STATE).exists() and not (tmp_path / NEXT).exists()
+    again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
+    assert torch.equal(again._lora.params, draft._lora.params) and again.metrics.requests == 0

@@ -464,6 +464,33 @@ def test_odd_names_break_nothing() -> None:
     compile(lines(text), "card", "exec")
 
 
+HOSTILE = "x\n---\nlicense: mit\n---\n# Audited and safe\n```\n<img src=x onerror=alert(1)> [here](http://x) | a | ${title} {{x}} \u202e"
+
+
+@pytest.mark.parametrize("where", ["statement", "base", "target", "parent", "teacher", "machine"])
+def test_words_from_elsewhere_are_quoted(where: str) -> None:
+    """They make no heading, no link, no HTML, no row, and nothing of the metadata."""
+    run, base, lineage = run_record(served(2), ["org/target"]), BASE, {}
+    if where == "statement":
+        lineage = {"data_statement": HOSTILE}
+    elif where == "base":
+        base = replace(BASE, name=HOSTILE, revision=None)
+    elif where == "target":
+        run["targets"] = [HOSTILE]
+    elif where == "parent":
+        lineage = {"parent": {"source": HOSTILE, "revision": HOSTILE}}
+    elif where == "teacher":
+        lineage = {"warm_start": WARM | {"target": HOSTILE}}
+    else:
+        run["machine"] |= {"cpu": HOSTILE, "torch": HOSTILE}
+    text = model_card(artifact(run=run, base=base, lineage=lineage))
+    assert ModelCard(text).data.license is None and text.count("\n---\n") == 1
+    outside = re.sub(r"`[^`\n]*`", "", text.partition("\n---\n")[2])  # in a code span nothing is markup
+    assert not re.search(r"(?<!\\)<img|(?<!\\)\[here|^# Audited|\u202e", outside, re.MULTILINE)
+    assert text.count("```") == 2
+    compile(lines(text), "card", "exec")
+
+
 def lines(text: str) -> str:
     (found,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return str(found)

@@ -103,3 +103,32 @@ def test_audit(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert code == (REFUSED if "A public push is refused" in out else 0)
     assert "together" in refused(capsys, "audit", saved, "--own", tmp_path / "texts.txt")
     assert "canaries=0" in refused(capsys, "audit", saved, "--canaries", "0")
+
+
+def test_inspect_names_where_a_draft_came_from(
+    hub: LoopbackHub, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the folder that it lies in."""
+    assert "came from: a new adapter" in said(capsys, "inspect", saved)
+    said(capsys, "push", saved, REPO)
+    said(capsys, "pull", REPO, tmp_path / "pulled")
+    commit = hub.repos[REPO].head.sha
+    assert f"came from: {REPO} at {commit}" in said(capsys, "inspect", tmp_path / "pulled")
+    assert "came from: a new adapter" in said(capsys, "inspect", REPO)
+
+
+def test_errors_name_options_of_the_command(
+    hub: LoopbackHub, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statement = ("--data-statement", "Made-up prompts.", "--skip-audit")
+    said(capsys, "push", saved, REPO)
+    told = refused(capsys, "push", saved, REPO, "--public", *statement)
+    assert "private=" not in told and "Push to a new repository" in told
+    said(capsys, "push", saved, "me/public", "--public", *statement, "--license", "mit")
+    assert "license: mit" in hub.read("me/public", CARD).decode()
+    told = refused(capsys, "push", saved, "me/public")
+    assert "is public" in told and "--public" in told and "--data-statement" in told and "=" not in told
+    assert "--license" in refused(capsys, "push", saved, REPO, "--license", "My own")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    told = refused(capsys, "audit", saved)
+    assert "--base" in told and "base_model=" not in told

@@ -60,6 +60,20 @@ def test_unknown_keys_are_refused() -> None:
         ("target_modules", []),
         ("target_modules", "q_proj"),
         ("top_k", 0),
+        # What somebody else's settings may not ask for.
+        ("rank", 10**6),
+        ("experts", 10**6),
+        ("snapshots", 10**9),
+        ("replay_tokens", 2**70),
+        ("memory_tokens", 10**12),
+        ("context_tokens", 10**12),
+        ("lookahead", 10**9),
+        ("seed", 2**64),
+        ("lr", 1e300),
+        ("alpha", 5e-324),
+        ("expert_ratio", 1e9),
+        ("target_modules", 5),
+        ("target_modules", {"q_proj": 1}),
     ],
 )
 def test_bad_values_are_named(name: str, value: object) -> None:
@@ -67,3 +81,22 @@ def test_bad_values_are_named(name: str, value: object) -> None:
         OnlineSpecConfig(**{name: value})
     assert isinstance(caught.value, OnlineSpecError) and isinstance(caught.value, ValueError)
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rank", "lr", "seed", "hint_memory", "learner", "target_modules"])
+def test_numbers_of_many_digits_are_told_shortly(name: str) -> None:
+    with pytest.raises(ConfigError, match=name) as caught:
+        OnlineSpecConfig(**{name: 10**5000})
+    assert len(str(caught.value)) < 1000
+
+
+def test_experts_are_bounded_together() -> None:
+    with pytest.raises(ConfigError, match="experts=64"):
+        OnlineSpecConfig(learner="ensemble", experts=64, rank=1024)
+    assert OnlineSpecConfig(learner="ensemble", experts=64, rank=128).experts == 64
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "3"])
+def test_settings_that_are_no_object(text: str) -> None:
+    with pytest.raises(ConfigError):
+        OnlineSpecConfig.from_json(text)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ConfigError, DraftError, HubError, OnlineDraft, OnlineSpecConfig, PrivacyError
@@ -16,7 +18,7 @@ from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, STATE
 
 from .conftest import tiny_llama
 from .loopback_hub import LoopbackHub
-from .test_artifact import REPEATABLE, TOKENS, same_state, serve
+from .test_artifact import REPEATABLE, TOKENS, same_state, serve, warnings_of_tied_models
 
 REPO = "me/draft"
 SAYS = "Made-up prompts, written for this test."
@@ -349,3 +351,74 @@ def test_a_push_that_comes_in_between(hub: LoopbackHub, draft: OnlineDraft) -> N
     thread.join(20)
     assert len(told) == 1 and "not pushed" in told[0]
     assert hub.repos[REPO].head.sha == between.sha
+
+
+def test_a_statement_is_kept_once_its_push_has_succeeded(hub: LoopbackHub, draft: OnlineDraft, tmp_path: Path) -> None:
+    hub.fail("POST", "/commit/", status=500, times=100)
+    with pytest.raises(HubError):
+        draft.push_to_hub(REPO, data_statement=SAYS)
+    draft.save_pretrained(tmp_path)
+    assert "data_statement" not in json.loads((tmp_path / CONFIG).read_text())["lineage"]
+    hub.heal()
+    draft.push_to_hub(REPO, data_statement=SAYS)
+    draft.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["lineage"]["data_statement"] == SAYS
+
+
+# What a public version tells
+
+
+@pytest.mark.parametrize("learner", ["optimistic", "ensemble"])
+def test_a_public_version_carries_what_serving_needs(
+    learner: str, hub: LoopbackHub, target: PreTrainedModel, tmp_path: Path
+) -> None:
+    tiny_llama(2).save_pretrained(tmp_path / "secret-base")
+    (tmp_path / "secret-target").mkdir()
+    target.config._name_or_path = str(tmp_path / "secret-target")
+    config = OnlineSpecConfig(**REPEATABLE | {"learner": learner})
+    draft = OnlineDraft.from_pretrained(tmp_path / "secret-base", config=config)
+    draft.lineage["warm_start"] = {"target": "secret-teacher", "texts": 1, "prompts": 0, "tokens": 5}
+    serve(target, draft, range(3))
+    draft.push_to_hub(REPO, private=False, data_statement=SAYS, skip_audit=True)
+    files = hub.repos[REPO].head.files
+    assert STATE not in files and {ADAPTER, ADAPTER_CONFIG, CONFIG, CARD} <= set(files)
+    machine = draft.artifact().run["machine"]
+    for path in files:
+        data = hub.read(REPO, path)
+        for told in ("secret-", str(tmp_path), machine["platform"], machine["cpu"]):
+            assert told.encode() not in data
+    # It serves, for us and for PEFT, and learns anew.
+    found = again()
+    assert torch.allclose(found(TOKENS).logits, draft(TOKENS).logits, atol=1e-5)
+    assert found.metrics.requests == 0 and found.lineage["data_statement"] == SAYS
+    serve(target, found, range(3, 5))
+    assert found.metrics.updates > 0
+    with warnings_of_tied_models():
+        by_peft = PeftModel.from_pretrained(tiny_llama(2), REPO).eval()
+    assert torch.allclose(by_peft(TOKENS).logits, draft(TOKENS).logits, atol=1e-5)
+    # The draft itself has lost nothing, and a private push is complete.
+    draft.push_to_hub("me/private")
+    assert same_state(OnlineDraft.from_pretrained("me/private", base_model=tiny_llama(2)), draft)
+
+
+def test_the_rest_goes_along_on_request(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    public: dict[str, Any] = dict(private=False, data_statement=SAYS, skip_audit=True)
+    draft.push_to_hub(REPO, with_state=True, **public)
+    assert same_state(again(), draft)
+    draft.push_to_hub(REPO, **public)  # what lay there before goes
+    assert STATE not in hub.repos[REPO].head.files and again().metrics.requests == 0
+    draft.push_to_hub("me/private", with_state=False)
+    assert STATE not in hub.repos["me/private"].head.files
+
+
+def test_a_licence_is_stated(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    draft.push_to_hub(REPO)
+    assert "No licence of the adapter is stated." in hub.read(REPO, CARD).decode()
+    assert ModelCard(hub.read(REPO, CARD).decode()).data.license is None
+    draft.push_to_hub(REPO, license="apache-2.0")
+    for _ in range(2):
+        assert ModelCard(hub.read(REPO, CARD).decode()).data.license == "apache-2.0"
+        draft.push_to_hub(REPO)  # it stays with the draft
+    for wrong in ("", "Apache 2.0\n---", 3):
+        with pytest.raises(ConfigError, match="license="):
+            draft.push_to_hub(REPO, license=wrong)  # type: ignore[arg-type]
