@@ -33,7 +33,8 @@ from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, NEXT, STATE,
 from hf_onlinespec.cli_drafts import add_commands
 from hf_onlinespec.combining import combine, read
 
-MOST_S, MOST_BYTES = 10, 1 << 30  # of one case
+MOST_S, MOST_BYTES = 10, 1 << 30  # of one case: of the processor, and of memory
+BLOCKED_S = 60  # by the clock: on a busy machine a case may have to wait
 NEW_TOKENS = 5
 REFUSALS = (ArtifactError, DraftError, HubError)
 FILES = (ADAPTER_CONFIG, ADAPTER, STATE, CONFIG)
@@ -360,15 +361,16 @@ class Trial:
         change(at, rng)
         if rng.random() < 0.9:
             forge(at)
-        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            with time_limit(MOST_S), memory_limit(MOST_BYTES):
+            with time_limit(BLOCKED_S), memory_limit(MOST_BYTES):
                 ended = self._use(at)
         finally:
             for path in (at, at.with_name(f"{at.name}-out")):
                 shutil.rmtree(path, ignore_errors=True)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        assert time.monotonic() - started < MOST_S and grown < MOST_BYTES, f"{grown} bytes"
+        spent = time.process_time() - started
+        assert spent < MOST_S and grown < MOST_BYTES, f"{spent} s, {grown} bytes"
         assert (self.folder / "victim").read_text() == "mine", "another's file was changed"
         assert (self.folder / "other" / CONFIG).is_file(), "another's file was moved"
         return f"{change.__name__}: {ended}"
@@ -406,7 +408,7 @@ class Trial:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TooLong in what blocks."""
+    """Raises TooLong in what blocks, by the clock."""
 
     def ring(*_: Any) -> None:
         raise TooLong(f"more than {seconds} s")
@@ -461,6 +463,8 @@ def main(arguments: list[str] | None = None) -> int:
             (Path(folder) / learner).mkdir()
             trials.append(Trial(Path(folder) / learner, lambda: tiny_llama(2), tiny_llama(1, layers=2), learner))
         for number in range(options.cases):
+            if number and number % 100 == 0:
+                print(f"after {number}: {dict(ended)}, {len(wrong)} otherwise", flush=True)
             seed = options.seed * 1_000_000 + number
             try:
                 ended[trials[number % 2].case(seed)] += 1

@@ -38,7 +38,7 @@ def saved(folder: Path, seed: int = 2, **settings: Any) -> Path:
 def ending(use: Callable[[], object]) -> str:
     """How something ends within some seconds and some memory: "done", "refused", or the name of another exception."""
     try:
-        with time_limit(8), memory_limit(MOST_BYTES):
+        with time_limit(20), memory_limit(MOST_BYTES):
             use()
     except ArtifactError:
         return "refused"
