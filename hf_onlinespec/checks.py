@@ -33,7 +33,12 @@ from .vocabulary import check_vocabularies
 if TYPE_CHECKING:
     from .draft import OnlineDraft
 
-PICTURES = ("mm_encoder_outputs", "pixel_values", "input_features", "input_values")  # and how the names of their like begin
+PICTURES = (
+    "mm_encoder_outputs",
+    "pixel_values",
+    "input_features",
+    "input_values",
+)  # and how the names of their like begin
 
 
 def check_mode(generation_config: GenerationConfig, mode: Any) -> None:

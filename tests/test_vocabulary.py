@@ -101,23 +101,34 @@ def words(n: int, odd: dict[int, str] | None = None) -> PreTrainedTokenizerFast:
 # Exact
 
 
-@pytest.mark.parametrize(("own", "other"), SIZES)
-@pytest.mark.parametrize("learner", ["optimistic", "ensemble"])
+@pytest.mark.parametrize(
+    ("own", "other", "learner"), [(*SIZES[0], "optimistic"), (*SIZES[1], "optimistic"), (*SIZES[0], "ensemble")]
+)
 def test_greedy_text_is_plain_text_while_the_draft_learns(own: int, other: int, learner: str) -> None:
     target, draft = (
         tiny_llama(1, vocab=own, layers=2),
         learning(tiny_llama(2, vocab=other), learner=learner, update_when="round", update_every=3),
     )
     said: set[int] = set()
-    for seed in range(3):
+    for seed in range(2):
         prompt = prompt_of(9, own, seed)  # tokens that the draft cannot read among them
         plain = target.generate(prompt, **GREEDY)
         assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))
         said |= set(plain[0, 9:].tolist())
     assert own < other or max(said) >= other  # the target's argmax was outside of what the draft knows
     metrics = draft.metrics
-    assert metrics.updates > 6 and metrics.skipped_updates == 0
+    assert metrics.updates > 4 and metrics.skipped_updates == 0
     assert metrics.drafted_tokens > 2 * metrics.rounds  # it went on drafting behind tokens that it does not know
+
+
+@pytest.mark.parametrize(("own", "other"), [(152_064, 151_936), (151_936, 152_064)])
+def test_the_two_sizes_of_qwen(own: int, other: int) -> None:
+    target, draft = tiny_llama(1, vocab=own, hidden=4), learning(tiny_llama(2, vocab=other, hidden=4))
+    prompt = torch.tensor([[5, 17, own - 1]])
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=4)
+    assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=4))
+    out = target.generate(prompt, assistant_model=draft, do_sample=True, max_new_tokens=4, top_k=20)
+    assert out.shape == (1, 7) and draft.metrics.updates >= 2 and draft.metrics.skipped_updates == 0
 
 
 @pytest.mark.parametrize("wide", ["target", "draft", "both"])
@@ -213,7 +224,7 @@ def test_the_accept_test_keeps_the_law_over_other_supports(own: int, other: int)
     assert kept > least - 0.01  # a drafted token that is rejected may be drawn again
 
 
-@pytest.mark.parametrize(("own", "other"), [(6, 4), (4, 6)])
+@pytest.mark.parametrize(("own", "other"), [(5, 4), (4, 5)])
 def test_law_of_generated_sequences_with_vocabularies_of_two_sizes(own: int, other: int) -> None:
     """All pairs of tokens are enumerated; the draft learns, and the prompt has a token that it cannot read."""
     flat = {"initializer_range": 0.2}
@@ -226,12 +237,12 @@ def test_law_of_generated_sequences_with_vocabularies_of_two_sizes(own: int, oth
     law = logits.double().softmax(-1).gather(-1, sequences[..., None]).squeeze(-1).prod(-1)
     torch.manual_seed(11)
     counts = torch.zeros(own**2, dtype=torch.long)
-    for _ in range(120):
+    for _ in range(80):
         out = target.generate(prompt, assistant_model=draft, do_sample=True, max_new_tokens=2, top_k=0)
         counts[out[0, 2] * own + out[0, 3]] += 1
     statistic, freedom = chi_square(counts, law)
     assert statistic < quantile(freedom), f"chi square {statistic:.1f} at {freedom} degrees of freedom"
-    assert draft.metrics.updates >= 120 and draft.metrics.skipped_updates == 0
+    assert draft.metrics.updates >= 80 and draft.metrics.skipped_updates == 0
 
 
 def test_a_memory_that_knows_another_target_proposes_what_this_one_can_read() -> None:
@@ -258,7 +269,7 @@ def test_the_draft_learns_the_law_on_the_common_ids(own: int, other: int, settin
     with torch.no_grad():
         wanted = target(prompt).logits[0, -1, : min(own, other)].softmax(-1)
         before = draft(prompt).logits[0, -1, : min(own, other)].softmax(-1)
-        for _ in range(12):
+        for _ in range(9):
             target.generate(prompt, assistant_model=draft, do_sample=True, max_new_tokens=3, top_k=0)
             assert draft.catch_up(60)
         after = draft(prompt).logits[0, -1, : min(own, other)].softmax(-1)
@@ -300,7 +311,7 @@ def test_a_warm_start_teaches_the_common_ids(own: int, other: int, tmp_path: Pat
     target, draft = tiny_llama(1, vocab=own, layers=2), learning(tiny_llama(2, vocab=other))
     texts = ["".join(chr(97 + (7 * i + j) % own) for i in range(12)) for j in range(4)]
     quiet = dict(save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True)
-    args = TrainingArguments(output_dir=str(tmp_path), num_train_epochs=12, learning_rate=1e-2, **quiet)
+    args = TrainingArguments(output_dir=str(tmp_path), num_train_epochs=6, learning_rate=1e-2, **quiet)
     tokens = prompt_of(12, min(own, other))
     wanted, before = (m(tokens).logits[..., : min(own, other)].softmax(-1) for m in (target, draft))
 
