@@ -80,7 +80,7 @@ class Verifier:
         extras = {name for name, value in self._kwargs.items() if value is not None} - TEXT
         self._prompt_alone = self._continues or bool(extras)
         self._chunk = generation_config.prefill_chunk_size
-        self.limited_because = ""  # why the last round without room had none, where positions were the reason
+        self.limited_because = ""  # why the last round had no room, where positions are the reason
         self._first = True  # whether the prompt is still to be read
         self._forwards = 0
         self._unnamed = 0  # places in the cache that no token stands for (GIT's picture)
@@ -94,8 +94,7 @@ class Verifier:
             return 0
         length = input_ids.shape[1] + self._hidden + self._unnamed
         room = self._limits.room((length, length + self._ahead), length - self._unnamed - self._cached)
-        if room == 0:
-            self.limited_because = self._limits.reason()
+        self.limited_because = self._limits.reason() if room == 0 else ""
         return room
 
     def verify(self, input_ids: Tensor, drafted: Tensor) -> Tensor:
