@@ -385,7 +385,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 self._draft.metrics.memory_bytes = self._recall.remember(self._sequence)
                 failures.memory.worked()
         with failures.records.attempt(), self._draft.lock:
-            unseen = self._governor.request_ended(self.counts.new_tokens, self._seen, self._fixed)
+            steps = 0 if self._neural is None else self._neural.steps
+            unseen = self._governor.request_ended(self.counts.new_tokens, self._seen, self._fixed, steps)
         with self._learning():
             self._learn_of_request(unseen)
         decisions = self._governor.decisions

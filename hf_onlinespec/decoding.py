@@ -86,6 +86,7 @@ def decode(
                     draft.metrics.decisions.drafting = reason
         finally:  # an interrupted call counts too: the draft may have learned in it
             candidates.close(started)
+    draft.warn_once(draft.governor.fit.message)
     return output
 
 

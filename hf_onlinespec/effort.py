@@ -133,3 +133,11 @@ class Effort:
         part.effort = self._decisions.effort = 1.0
         self._decisions.learning = f"{reason}: full effort"
         part.begin()
+
+    def rest(self, reason: str) -> None:
+        """The least effort: there is nothing to learn."""
+        for part in self._parts.values():
+            part.begin()
+            part.effort, part.window_size = LEAST_EFFORT, 2 * FIRST_WINDOW
+        self._decisions.effort = LEAST_EFFORT
+        self._decisions.learning = f"{reason}: effort {LEAST_EFFORT:.3g}"

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from .acceptances import MAX_LOOKAHEAD, Acceptances, Drafted, Seen
 from .effort import Effort
 from .estimates import Times, Verification
+from .fit import Fit
 from .memory import Continuation
 from .metrics import Decisions
 from .preference import Preference
@@ -84,6 +85,7 @@ class Governor:
         self._unseen = 0  # requests since the neural draft's acceptance was last seen
         self._shown = False  # whether it was shown since the last request
         self.preference = Preference()
+        self.fit = Fit()
         self._lows = {frozen: 0 for frozen in (False, True)}  # requests of low acceptance since one of a better one
 
     # Drafting
@@ -322,21 +324,31 @@ class Governor:
                 self.effort.compared(_beside(learned, recalled) / _beside(frozen, recalled), bucket)
         elif bucket:
             return  # what would have served was not looked at
+        self.fit.note(max(sum(learned), sum(frozen or ())), n)
         served = frozen if bucket and frozen is not None else learned
         self.acceptances.shown(served, bucket)
         if self._unseen and not self._shown:
             self._shown = True  # one request counts once
             self._see(statistics.mean(served), n, bucket)
 
-    def request_ended(self, new_tokens: int, seen: Seen | None = None, lookahead: int | None = None) -> bool:
+    def request_ended(
+        self, new_tokens: int, seen: Seen | None = None, lookahead: int | None = None, steps: int = 0
+    ) -> bool:
         """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it.
 
         Args:
             lookahead: that was fixed for this request; None: the settings'.
+            steps: gradient steps that the draft has taken before this request is learned from.
         """
         self._report(self._fixed if lookahead is None else lookahead)
         self._length += (0.2 if self._length else 1.0) * (new_tokens - self._length)
         self._shown = False
+        if seen is not None:
+            self.fit.note(seen.acceptance, seen.positions)
+        settled = self.fit.message
+        self.fit.request_ended(steps)
+        if self.fit.message != settled:
+            self.effort.rest("the draft does not fit the target")
         if seen is not None and seen.positions >= LIVE_LEAST:
             self._unseen = 0
             self._see(seen.acceptance / seen.positions, seen.positions, seen.frozen)
@@ -345,7 +357,9 @@ class Governor:
         self.acceptances.request_ended()
         # At once, while the stream may have changed; then now and then.
         unseen = 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
-        return unseen and new_tokens >= LIVE_LEAST and self.effort.looks()
+        if new_tokens < LIVE_LEAST or not self._unseen:
+            return False
+        return (unseen and self.effort.looks()) or self.fit.wants_look()
 
     def _see(self, acceptance: float, positions: int, frozen: bool) -> None:
         """Takes in the acceptance of a request, known from so many positions."""
@@ -354,6 +368,8 @@ class Governor:
             self._lows[frozen] = self._lows[frozen] + 1 if self.acceptances.known else LOW_REQUESTS
         elif self.acceptances.usual(frozen) > 1.5 * LOW_ACCEPTANCE:
             self._lows[frozen] = 0
+        if low and self.fit.message is not None:
+            return  # nothing was learned before, with all effort
         if self.acceptances.request(acceptance, positions, frozen):
             self.effort.wake("acceptance has fallen, the stream has changed", frozen)
         elif low and self._lows[frozen] == LOW_REQUESTS:
