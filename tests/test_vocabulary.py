@@ -453,7 +453,6 @@ def test_a_recording_of_a_smaller_target_trains_a_larger_draft(kind: str, tmp_pa
     prompts = [Prompt(text, "one", 6) for text in ("abcdef", "fedcba")]
     Recording(list(record(target, Letters(), prompts, 0.8, top_k=5)), 0.8).save(tmp_path / "stream")
     recording = Recording.load(tmp_path / "stream")
-    assert recording.requests[0].feedback.teacher.vocabulary == own
     settings = OnlineSpecConfig(rank=4, alpha=4.0)
     if kind == "target":
         with pytest.raises(ConfigError, match="the draft knows 32"):
