@@ -81,7 +81,8 @@ class DraftAlignment(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._heard = []
-        self._listens = (state.global_step + 1) % self.every == 0
+        due = (state.global_step + 1) % self.every == 0
+        self._listens = due and self.draft.failures.learning.begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._listens = False
@@ -105,11 +106,13 @@ class DraftAlignment(TrainerCallback):
 
     def _learn(self, heard: list[Feedback]) -> None:
         draft, started, counts = self.draft, time.perf_counter(), Counts()
-        with draft._learns:
+        with draft.failures.learning.attempt(), draft._learns:  # a step that fails is no reason to end a training
             for feedback in heard:  # for the privacy audit
                 draft._learning.texts.grow([feedback.tokens])
                 draft._learning.texts.finish(feedback.tokens, len(feedback.teacher))
             draft._learning.learn_from(heard, counts)
+        if counts.updates:
+            draft.failures.learning.worked()
         self.updates += counts.updates
         self.tokens += counts.updates * sum(len(feedback.teacher) for feedback in heard)
         self.time_s += time.perf_counter() - started

@@ -61,6 +61,26 @@ def test_the_target_is_trained_to_the_same_bit(tmp_path, learner) -> None:
     assert not torch.equal(trained[0]["lm_head.weight"], start.lm_head.weight)
 
 
+@pytest.mark.failures
+def test_a_step_of_the_draft_that_fails_does_not_end_the_training(target, tmp_path, monkeypatch) -> None:
+    draft = make()
+    alignment, failed = DraftAlignment(draft), []
+    learn_from = draft._learning.learn_from
+
+    def fails_at_first(*arguments: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("simulated")
+        return learn_from(*arguments)
+
+    monkeypatch.setattr(draft._learning, "learn_from", fails_at_first)
+    try:
+        fine_tune(target, tmp_path, [alignment], max_steps=6)
+    except torch.OutOfMemoryError as error:
+        pytest.fail(f"the training ended with {error!r}")
+    assert failed and alignment.updates == 4, "one step fails, one is left out"
+
+
 def test_an_aligned_draft_follows_the_target(target, tmp_path) -> None:
     drafts = {"aligned": make(), "alone": make()}
     fine_tune(target, tmp_path, [DraftAlignment(drafts["aligned"])], max_steps=60)
