@@ -1,4 +1,4 @@
-"""What a draft gives away after a stream of an unseen domain, by settings of learning.
+"""What settings of learning retain of secrets after a stream of an unseen domain; what the gate says: `memorization.py`.
 
     python benchmarks/audit.py
     python benchmarks/audit.py --settings default "no replay" --seeds 2
@@ -54,6 +54,7 @@ def main() -> None:
         for name in args.settings:
             config = OnlineSpecConfig(**({"update_every": 1, "memory_tokens": 0, "seed": seed} | SETTINGS[name]))
             draft = OnlineDraft(load_draft(), config)
+            draft.serves(source.target)
             learn(draft, seen)
             started = time.process_time()
             report = audit(draft, own=seen, held_out=apart, behind=behind, seed=seed)
@@ -67,6 +68,7 @@ def main() -> None:
             print(
                 f"{name}, seed {seed}: gap {gap.gap:.3f} ± {gap.error:.3f} nats per token beside {gained:.2f} gained on held-out "
                 f"text, AUC {gap.auc:.3f}; {report.seen} of {report.vocabulary} tokens can be read off; "
+                f"memorised {report.history.memorised} of {report.history.texts} texts; "
                 f"refused for {len(report.refusals())} reasons; {spent:.1f} s of CPU",
                 flush=True,
             )
