@@ -36,6 +36,7 @@ from .errors import ArtifactError, ConfigError, OnlineSpecError, brief
 from .files import (
     FLOATS,
     MOST_JSON_BYTES,
+    MOST_TENSOR_BYTES,
     TensorHeader,
     exclusive,
     is_file,
@@ -212,11 +213,11 @@ def _outline(folder: Path, manifest: dict[str, Any], about_adapter: bytes) -> Ou
             f"{path}: r={rank}, lora_alpha={alpha}; by the settings of the draft they are {blocks * settings.rank} and "
             f"{blocks * settings.alpha}: PEFT would serve another model than we do. Take an earlier copy, or save the draft anew."
         )
-    adapter, _ = read_header(_found(folder, ADAPTER))
+    adapter = header_of(folder, ADAPTER)
     check_shapes(adapter, rank, folder / ADAPTER)
     if STATE in manifest["files"]:
         allowed = (STATE_PARTS + settings.snapshots) * sum(4 * math.prod(t.shape) for t in adapter.values())
-        read_header(_found(folder, STATE), allowed + STATE_REST_BYTES)
+        header_of(folder, STATE, allowed + STATE_REST_BYTES)
     return Outline(settings, Identity.from_dict(manifest["base"]), adapter_config, adapter)
 
 
@@ -284,11 +285,13 @@ def _path(folder: Path, name: str) -> Path:
     return aside / name if _is_complete(folder) and is_file(aside / name) else folder / name
 
 
-def _found(folder: Path, name: str) -> Path:
-    """The same, of a file that is there. Raises ArtifactError."""
+def header_of(folder: Path, name: str, most_bytes: int = MOST_TENSOR_BYTES) -> dict[str, TensorHeader]:
+    """What a safetensors file says about its tensors. Raises ArtifactError."""
     for path in (_path(folder, name), folder / name):  # it may have been moved into place just now
-        if os.path.lexists(path):
-            return path
+        try:
+            return read_header(path, most_bytes)
+        except FileNotFoundError:
+            continue
     raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.")
 
 

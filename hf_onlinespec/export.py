@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import LoraLayer, commit_hash
-from .artifact import read_json
+from .artifact import header_of, read_json
 from .errors import ArtifactError, DraftError
-from .files import MOST_INTEGER, read_header
+from .files import MOST_INTEGER
 from .identity import TOKENIZER, tokenizer_file
 from .vocabulary import rows
 
@@ -197,5 +197,5 @@ def check_export(folder: str | Path, target: PretrainedConfig) -> list[str]:
 def _tensor_names(folder: Path) -> list[str]:
     names: list[str] = []
     for path in sorted(folder.glob("*.safetensors")):
-        names += read_header(path, MOST_INTEGER)[0]
+        names += header_of(folder, path.name, MOST_INTEGER)
     return names

@@ -206,10 +206,10 @@ def _check_values(found: Any) -> None:
 # Tensors
 
 
-def read_header(path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> tuple[dict[str, TensorHeader], dict[str, str]]:
-    """The shapes of a safetensors file's tensors, and its text, without the tensors. Raises as `plain_file`."""
+def read_header(path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> dict[str, TensorHeader]:
+    """The shapes of a safetensors file's tensors, without the tensors. Raises as `plain_file`."""
     with plain_file(path, most_bytes) as (file, size):
-        return _header(file, size, path)
+        return _header(file, size, path)[0]
 
 
 def read_tensor_file(path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> bytes:

@@ -27,6 +27,7 @@ from .artifact import (
     Artifact,
     Outline,
     check_shapes,
+    header_of,
     is_artifact,
     read_json,
     read_tensors,
@@ -35,7 +36,7 @@ from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .embedded import load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
-from .files import TensorHeader, read_header
+from .files import TensorHeader
 from .identity import EMBEDDED, Identity, public_name
 from .lora_options import check_options
 from .memorization import KEY, loaded_history
@@ -168,7 +169,7 @@ def read_plain_adapter(folder: Path, settings: OnlineSpecConfig, base: PreTraine
     Raises:
         ArtifactError: they do not fit, or change more than LoRA does.
     """
-    header, _ = read_header(folder / ADAPTER)
+    header = header_of(folder, ADAPTER)
     # Where embedding and head carry an adapter, PEFT writes their base weights beside it.
     parts = {name: tensor for name, tensor in header.items() if ".base_layer." not in name}
     check_shapes(parts, settings.rank, folder / ADAPTER)

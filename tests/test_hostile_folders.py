@@ -96,12 +96,16 @@ def holes(path: Path) -> None:
     os.truncate(path, 1 << 36)
 
 
+def nowhere(path: Path) -> None:
+    path.symlink_to("/nowhere")
+
+
 def circle(path: Path) -> None:
     path.symlink_to(path.name)
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("make", [pipe, endless, holes, circle, Path.mkdir])
+@pytest.mark.parametrize("make", [pipe, endless, holes, nowhere, circle, Path.mkdir])
 def test_what_is_no_file_of_a_draft_is_refused_at_once(make: Callable[[Path], None], name: str, tmp_path: Path) -> None:
     (saved(tmp_path) / name).unlink()
     make(tmp_path / name)
