@@ -34,10 +34,9 @@ try:
         convert_peft_config_for_transformers,
         get_model_conversion_mapping,
     )
-    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel, cache_utils
     from transformers.cache_utils import (
         Cache,
-        DummyLayer,
         DynamicCache,
         DynamicLayer,
         DynamicSlidingWindowLayer,
@@ -173,13 +172,17 @@ def adds_virtual_tokens(model: PreTrainedModel) -> bool:
     return isinstance(owner, PeftModel) and bool(owner.active_peft_config.is_prompt_learning)
 
 
+# The place in a cache of a layer that shares the keys of an earlier one; transformers 5.20 has no such class yet.
+KEYLESS = tuple(vars(cache_utils)[name] for name in ("DummyLayer",) if name in vars(cache_utils))
+
+
 def rolls_back(config: PretrainedConfig) -> bool:
     """Whether a model's cache is made of keys and values alone, which a rejected token leaves without a trace.
 
     Last layers that share the keys of earlier ones (Gemma 3n) have none of their own.
     """
     layers = [type(layer) for layer in DynamicCache(config=config).layers]
-    while layers and layers[-1] is DummyLayer:
+    while layers and layers[-1] in KEYLESS:
         layers.pop()
     return all(layer in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
@@ -327,7 +330,7 @@ def crop(cache: Cache, n: int) -> None:
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every filled layer, each (batch, heads, length, head_dim)."""
-    own = [layer for layer in cache.layers if type(layer) is not DummyLayer]
+    own = [layer for layer in cache.layers if type(layer) not in KEYLESS]
     return [(layer.keys, layer.values) for layer in own if layer.is_initialized]
 
 
