@@ -1,6 +1,6 @@
 """What a draft costs whose every learning step runs out of memory: beside the suffix memory alone, and beside plain `generate`.
 
-    python benchmarks/failing_updates.py --prompts 30 --seeds 2
+    python benchmarks/failing_updates.py --prompts 10 --seeds 2      # of each domain of the stream
 
 The backward pass of every step raises torch.OutOfMemoryError. Each request goes to all arms, in another order every time; answers
 have to be those of plain `generate`, and the speed of the draft that cannot learn is held against the memory alone.
@@ -43,7 +43,7 @@ def out_of_memory() -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stream", choices=sorted(STREAMS), default="drift")
-    parser.add_argument("--prompts", type=int, default=30)
+    parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--update-every", default="auto", help="'auto', or a number: then every request tries to learn")
