@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import logging
 import random
 import string
 import sys
@@ -47,7 +48,7 @@ from transformers import (
     WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, OnlineSpecError, online_draft, online_memory
 from hf_onlinespec.adapters import GatedLora
@@ -308,7 +309,10 @@ def _settings(rng: random.Random) -> OnlineSpecConfig:
     """Every field has a chance to differ from its default."""
 
     def some(default: Any, *others: Any) -> Any:
-        return rng.choice(others) if rng.random() < 0.4 else default
+        return one(*others) if rng.random() < 0.4 else default
+
+    def one(*values: Any) -> Any:
+        return rng.choice(values)
 
     return OnlineSpecConfig(
         learner=some("optimistic", *LEARNERS, "ensemble", "ensemble"),
@@ -326,14 +330,12 @@ def _settings(rng: random.Random) -> OnlineSpecConfig:
         gradient_cap=some(3.0, None, 1.0),
         rank=some(4, 1, 8),
         alpha=some(8.0, 1.0, 32.0),
-        loss=rng.choice(list(LOSSES)),
+        loss=one(*LOSSES),
         temperature=some(1.0, 0.5, 2.0),
         top_k=some(None, 1, 4, VOCAB),
-        lookahead=rng.choice(["auto", 0, 1, 2, 4, 4, 9]),
-        update_when=rng.choice(
-            ["round", "round", "request", "request", "request", "idle"] if rng.random() < 0.5 else ["round", "request"]
-        ),
-        update_every=rng.choice(["auto", 1, 1, 2, 3]),
+        lookahead=one("auto", 0, 1, 2, 4, 4, 9),
+        update_when=one("round", "request", "request", some("round", "idle")),
+        update_every=one("auto", 1, 1, 2, 3),
         update_budget=some(0.1, 0.01, 1.0),
         replay_passes=some(1, 0, 2),
         replay_batch=some(2, 1, 4),
@@ -583,7 +585,7 @@ def _in_config(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def failing(case: Case, target: PreTrainedModel, draft_class: type | None) -> Iterator[None]:
+def failing(case: Case, target: PreTrainedModel, draft_class: Any) -> Iterator[None]:
     """The case's failure, at its n-th call; after that one all goes well."""
     if case.failure is None:
         yield
@@ -723,7 +725,12 @@ def _could_be(request: Request, case: Case, target: PreTrainedModel, ours: Answe
 
 def run_case(seed: int, number: int) -> tuple[Case, list[str]]:
     """A case and how each of its requests went."""
-    case = draw_case(seed, number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of lengths that cannot be, and of failures: both are asked for
+        return _run(draw_case(seed, number))
+
+
+def _run(case: Case) -> tuple[Case, list[str]]:
     # The memory hangs on the target, and what is learned on the draft: copies, so that a case stands alone.
     target = copy.deepcopy(_model(case.target, 1))
     found: list[str] = []
@@ -740,9 +747,9 @@ def run_case(seed: int, number: int) -> tuple[Case, list[str]]:
     except OnlineSpecError as error:
         return case, [f"a refusal without reason: {type(error).__name__}: {error}"]
     for request in case.requests:
-        torch.manual_seed(number)
+        torch.manual_seed(case.number)
         plain = ask(target, request, case)
-        torch.manual_seed(number)
+        torch.manual_seed(case.number)
         with drawn_clock(case), failing(case, target, None if model is None else type(model)):
             answer = ask(target, request, case, **ours)
         found.append(differ(case, request, target, plain, answer))
@@ -836,10 +843,10 @@ def main() -> int:
 
 
 def quiet() -> None:
-    """One thread, and no words of transformers about what is asked of it on purpose."""
+    """One thread, and no words about what is asked for on purpose."""
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("hf_onlinespec").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
