@@ -266,6 +266,9 @@ REFUSALS = (
     ("cache", ("static cache", "quantized cache")),
     ("recurrent state", ("stateful",)),
     ("memory_tokens=0 without", ("nothing drafts",)),
+    # Failures of a draft's forward while it is made; later ones cost no request anything.
+    ("cannot read two tokens", ("failing draft",)),
+    ("cannot read two sequences", ("failing draft",)),
 )
 
 
@@ -295,6 +298,8 @@ def draw_case(seed: int, number: int) -> Case:
             rng.choice([1, 1, 2, 3, 5, 8]),
             rng.choice(["memory", "runtime", "value"]),
         )
+        if failure[0] == "draft":
+            reasons.add("failing draft")
     prompts = [_prompt(rng) for _ in range(2)]
     requests = []
     for _ in range(rng.choice([2, 2, 3])):

@@ -350,7 +350,9 @@ def copied_prefix(cache: Cache, length: int, config: PretrainedConfig) -> Dynami
     for index, (keys, values) in enumerate(cache_tensors(cache)):
         taken.update(keys[..., :length, :].detach(), values[..., :length, :].detach(), index)
     for layer in taken.layers:
-        if layer.is_initialized and (layer.keys.is_inference() or layer.values.is_inference()):
+        if type(layer) in KEYLESS or not layer.is_initialized:
+            continue
+        if layer.keys.is_inference() or layer.values.is_inference():
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     return taken
 

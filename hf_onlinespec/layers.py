@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._compat import expert_names
+from .errors import DraftError
 from .tree import is_plain
 
 FORWARD = "its forward is not W x"
@@ -90,6 +91,9 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
 
     Tried on two sequences together and alone. Experts that see a selection of the tokens are not among them, nor is what
     was not called.
+
+    Raises:
+        DraftError: the model's forward does.
     """
     vocab = model.config.get_text_config().vocab_size
     tokens = torch.arange(1, 7, device=model.device).remainder(vocab).view(2, 3)
@@ -102,6 +106,11 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
             handles.append(modules[name].register_forward_pre_hook(_collector(seen[name][-1])))
         try:
             model(input_ids=batch, use_cache=False)
+        except Exception as error:  # as in checks.check_cache: whatever it raises here, it would raise at every step
+            raise DraftError(
+                f"The draft {type(model).__name__} cannot read two sequences, which the experts of an ensemble need: "
+                f"{type(error).__name__}: {error}. Use another draft or another learner."
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
