@@ -519,6 +519,8 @@ FAILURES: dict[str, tuple[Any, str] | None] = {
 RAISED = {"memory": torch.OutOfMemoryError, "runtime": RuntimeError, "value": ValueError}
 
 
+CALLERS = (ZeroDivisionError, KeyboardInterrupt)  # raised by the caller's own processors and streamers
+
 # Running
 
 
@@ -663,6 +665,10 @@ def differ(case: Case, request: Request, target: PreTrainedModel, plain: Answer,
             if words in str(ours.error) and request.reasons.intersection(reasons):
                 return f"refused: {words}"
         return f"a refusal without reason: {_name(ours.error)}"
+    if request.arguments["do_sample"] and isinstance(ours.error, CALLERS):  # plain's own text may have ended before
+        return f"raised: {type(ours.error).__name__}"
+    if request.arguments["do_sample"] and isinstance(plain.error, CALLERS) and ours.error is None:
+        return _could_be(request, case, target, ours)
     if plain.error is not None or ours.error is not None:
         if type(plain.error) is type(ours.error):
             return f"raised: {type(ours.error).__name__}"
