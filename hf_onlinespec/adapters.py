@@ -92,8 +92,10 @@ class GatedLora:
             try:
                 self.model: PeftModel = get_peft_model(base, settings)
             except ValueError as error:
+                some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise DraftError(
-                    f"No adapter fits {type(model).__name__} with target_modules={names}: {error}"
+                    f"No adapter fits {type(model).__name__} with the layers {some}: {(str(error).splitlines() or [''])[0][:200]} "
+                    "Name layers that the model's text goes through with target_modules=."
                 ) from error
         self.base: PreTrainedModel = self.model.get_base_model()
         self.base.eval()

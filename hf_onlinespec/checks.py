@@ -245,6 +245,10 @@ def check_cache(model: PreTrainedModel) -> None:
     try:
         for part in (tokens[:, :1], tokens[:, 1:]):
             model(input_ids=part, past_key_values=cache, use_cache=True)
+    except torch.OutOfMemoryError as error:
+        raise DraftError(
+            f"There is too little memory for the draft {name} beside the target ({error}). Free some, or use a smaller draft."
+        ) from error
     except Exception as error:  # whatever a forward may raise here, it would raise at every request
         raise DraftError(
             f"The draft {name} cannot read two tokens behind its KV cache: {type(error).__name__}: {error}. "
