@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_two_commands_that_ci_runs() -> None:
     lines = README.splitlines()
     assert 'pip install -e ".[demo]" && hf-onlinespec demo' in lines
-    assert 'pip install -e ".[test]" && pytest' in lines
+    assert 'pip install -e ".[test]" && pytest -n 2' in lines
 
 
 def test_the_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
