@@ -269,6 +269,7 @@ REFUSALS = (
     # Failures of a draft's forward while it is made; later ones cost no request anything.
     ("cannot read two tokens", ("failing draft",)),
     ("cannot read two sequences", ("failing draft",)),
+    ("too little memory for the draft", ("failing draft",)),
 )
 
 

@@ -27,6 +27,7 @@ def fuzz() -> Iterator[ModuleType]:
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.failures
 def test_random_calls_equal_plain_generate(fuzz: ModuleType) -> None:
     report = fuzz.fuzz(CASES, SEED, say=lambda words: None)
     assert report.unexplained == []
