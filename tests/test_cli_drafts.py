@@ -121,6 +121,8 @@ def test_errors_name_options_of_the_command(
     hub: LoopbackHub, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     statement = ("--data-statement", "Made-up prompts.", "--skip-audit")
+    told = refused(capsys, "push", saved, "me/public", "--public")
+    assert "--data-statement" in told and "data_statement=" not in told
     said(capsys, "push", saved, REPO)
     told = refused(capsys, "push", saved, REPO, "--public", *statement)
     assert "private=" not in told and "Push to a new repository" in told
