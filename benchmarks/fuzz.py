@@ -668,8 +668,12 @@ def differ(case: Case, request: Request, target: PreTrainedModel, plain: Answer,
         return f"a refusal without reason: {_name(ours.error)}"
     if request.arguments["do_sample"] and isinstance(ours.error, CALLERS):  # plain's own text may have ended before
         return f"raised: {type(ours.error).__name__}"
-    if request.arguments["do_sample"] and isinstance(plain.error, CALLERS) and ours.error is None:
+    # Plain's own text may have gone on to where the caller's processor fails, or the table of positions ends.
+    if request.arguments["do_sample"] and isinstance(plain.error, (*CALLERS, IndexError)) and ours.error is None:
         return _could_be(request, case, target, ours)
+    # Two things of the caller's fail: processors see all tokens of a round before the streamer is given the first.
+    if isinstance(plain.error, CALLERS) and isinstance(ours.error, CALLERS):
+        return f"raised: {type(ours.error).__name__}"
     if plain.error is not None or ours.error is not None:
         if type(plain.error) is type(ours.error):
             return f"raised: {type(ours.error).__name__}"

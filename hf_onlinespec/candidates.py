@@ -397,6 +397,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def close(self, started: float) -> None:
         """The end of the call, finished or broken off; `started`: when it began."""
+        if self.recorder is not None:
+            self.recorder.close()
         if self._neural is not None:
             with self._learning():
                 self._neural.end_request()

@@ -98,6 +98,9 @@ class OnlineDraft(LearningDraft):
         if change is None or source is None:  # without the model nobody can have meant to change the draft
             return
         with self._learns, self.lock:
+            change = self._watch.change()  # another thread may have been faster
+            if change is None:
+                return
             self._begin(source)
             self.governor = self._new_governor()
             self.metrics.decisions = self.governor.decisions

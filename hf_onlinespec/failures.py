@@ -8,6 +8,7 @@ with every failure: memory that has run out is not asked for again at once, and 
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
@@ -69,8 +70,12 @@ class Backoff:
         """
         return Attempt(self, after)
 
-    def failed(self, error: Exception) -> None:
-        """Counts a failure, tells it in the log once for each type of error, and lets go of what the error holds."""
+    def failed(self, error: Exception, callers: BaseException | None = None) -> None:
+        """Counts a failure, tells it in the log once for each type of error, and lets go of what the error holds.
+
+        Args:
+            callers: an exception that was being handled before, which is left as it is.
+        """
         self.failures += 1
         self._pause = min(2 * self._pause or FIRST_PAUSE, LONGEST_PAUSE)
         self._left = self._pause
@@ -82,7 +87,7 @@ class Backoff:
         if type(error) not in self._logged:
             self._logged.add(type(error))
             logger.warning("%s. Told once for each type of error.", self.reason, exc_info=error)
-        _release(error)
+        _release(error, callers)
 
 
 class Attempt:
@@ -90,16 +95,17 @@ class Attempt:
 
     def __init__(self, backoff: Backoff, after: Callable[[], None] | None) -> None:
         self._backoff, self._after = backoff, after
+        self._callers: BaseException | None = None  # being handled when the block was entered
 
     def __enter__(self) -> None:
-        return None
+        self._callers = sys.exc_info()[1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        self._backoff.failed(error)
+        self._backoff.failed(error, self._callers)
         if self._after is not None:
             self._after()
         return True
@@ -115,10 +121,16 @@ class Failures:
         self.records = Backoff("A counter, a name or a checkpoint", "the answer does not need it")
 
 
-def _release(error: BaseException) -> None:
-    """Frees the tensors that the frames of an error keep alive: after running out of memory they are what is missing."""
+def _release(error: BaseException, callers: BaseException | None) -> None:
+    """Frees the tensors that the frames of an error keep alive: after running out of memory they are what is missing.
+
+    Args:
+        callers: what the caller of `generate` was handling already, whose frames are not ours.
+    """
     link: BaseException | None = error
-    while link is not None:
+    seen = {id(callers)}
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
         traceback.clear_frames(link.__traceback__)
         link = link.__context__
     if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_initialized():

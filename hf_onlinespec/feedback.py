@@ -263,6 +263,7 @@ class FeedbackRecorder(LogitsProcessor):
     def close(self) -> None:
         """Keeps nothing any more: nobody will take it."""
         self.rows, self._closed = [], True
+        self._attempt = nullcontext  # whoever made it refers to it, and can go now
 
     def take(self, n: int) -> Tensor:
         """The first n rows since the last call, (batch, n, V); those behind them are dropped as off the kept path."""

@@ -171,7 +171,7 @@ class Verifier:
             # Token by token, as plain decoding does: not all classes that override it heed the number of new tokens.
             columns = {name: values[..., :kept] for name, values in self._columns.items()}
             self._kwargs = continue_inputs(self._target, self._outputs, self._kwargs | columns)
-            self._columns = {name: self._kwargs.pop(name) for name in columns}
+            self._columns = {name: self._kwargs.pop(name) for name in columns if name in self._kwargs}
         self._kept = length
 
 

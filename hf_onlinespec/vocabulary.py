@@ -54,7 +54,10 @@ class Vocabulary:
         stated = int(text.vocab_size)
         said, read, source = unpadded_size(text) or stated, stated, "config.vocab_size"
         if isinstance(model, PreTrainedModel):
-            head, embedding = rows(model.get_output_embeddings()), rows(model.get_input_embeddings())
+            try:
+                head, embedding = rows(model.get_output_embeddings()), rows(model.get_input_embeddings())
+            except (NotImplementedError, AttributeError):  # transformers does not find them in this class
+                head = embedding = None
             read = read if embedding is None else embedding
             said = said if head is None else min(head, unpadded_size(text) or head)
             if min(said, read) != stated:
