@@ -68,7 +68,6 @@ class DraftAlignment(TrainerCallback):
         model = kwargs["model"]
         check_vocabularies(model, self.draft.model)
         self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
-        self.draft.keep_at_hand(model)
         name = public_name(str(model.config._name_or_path)) or None
         before = self.draft.lineage.get("alignment", {})  # of an earlier one, which goes on counting
         self.draft.lineage["alignment"] = {

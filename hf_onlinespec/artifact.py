@@ -125,6 +125,11 @@ class Artifact:
         manifest = aside / (CONFIG + ".part")
         text = _json(self._manifest(aside))
         parse_json(text.encode(), manifest)  # what could not be read again is not written
+        if len(text.encode()) > MOST_JSON_BYTES:
+            raise ArtifactError(
+                f"The draft's lineage and run take {len(text.encode()):,} bytes, and {MOST_JSON_BYTES:,} can be read again. It was "
+                "merged too often: begin a new draft with merge_and_export."
+            )
         manifest.write_text(text, encoding="utf-8")
         manifest.replace(aside / CONFIG)
 

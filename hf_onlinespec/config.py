@@ -23,8 +23,8 @@ WHOLE = {
     "snapshots": (0, 64),  # copies of the adapter in half precision
     "lookahead": (0, 4_096),
     "update_every": (1, 10**9),
-    "replay_passes": (0, 10_000),
-    "replay_batch": (1, 4_096),
+    "replay_passes": (0, 64),
+    "replay_batch": (1, 1_024),
     "replay_tokens": (0, 2**31),  # taken as they come
     "replay_top_k": (1, 2**22),  # above any vocabulary
     "audit_tokens": (0, 2**31),  # taken as they come

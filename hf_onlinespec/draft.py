@@ -8,7 +8,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,6 +64,7 @@ class OnlineDraft(LearningDraft):
         super().__init__(model, config)
         self.lineage = _new_lineage()
         self.targets: list[str] = []  # names of the models that it has drafted for
+        self.loaded_rollbacks = 0  # of the guard, before it was loaded
         self.examined: Examined | None = None  # what came out of what it learned from, when that was last looked at
         self._target: weakref.ref[PreTrainedModel] | None = None
         self.pushes = Lock(waits=False)  # held for one push at a time
@@ -180,14 +181,17 @@ class OnlineDraft(LearningDraft):
         Raises:
             ArtifactError: the folder cannot be written; what it held is still there.
         """
-        if self.steps:
-            try:
-                examine(self, SAVE_S)
-            except Exception:  # a save that is lost would be worse
-                logger.exception(
-                    "What the draft learned from was not examined: a public push of what is saved will be refused."
-                )
-        write(self.artifact(), folder, draw=False)
+        # No step comes in between: what is saved is what was examined.
+        with nullcontext() if self._idle is None else self._idle.call():
+            if self.steps:
+                try:
+                    examine(self, SAVE_S)
+                except Exception:  # a save that is lost would be worse
+                    logger.exception(
+                        "What the draft learned from was not examined: a public push of what is saved will be refused."
+                    )
+            artifact = self.artifact()
+        write(artifact, folder, draw=False)
 
     def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes a plain causal language model that serves as `assistant_model` without this package, see `export.py`."""
@@ -275,15 +279,19 @@ class OnlineDraft(LearningDraft):
             self.metrics.resume(artifact.state.part("metrics"))
             self._replay.refused = self.metrics.replay_refused
             self.targets = run_targets(artifact.run)
+            self.loaded_rollbacks = self._learning.guard.rollbacks
             self.metrics.decisions.rollback = self._learning.guard.reason
             self.lineage[KEY] = loaded_history(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
             self._note()
 
-    def adopt(self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] | None = None) -> None:
+    def adopt(
+        self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] | None = None, n_texts: int | None = None
+    ) -> None:
         """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.
 
         Args:
             texts: (L,) tokens each, what it was trained on, for the privacy audit; None: not known, and it cannot be public.
+            n_texts: how many there were, where `texts` is a part of them: the others cannot be judged; None: no more.
         """
         with self._learns, self.lock, torch.inference_mode(False):
             self._learning.adopt(adapter)
@@ -294,6 +302,7 @@ class OnlineDraft(LearningDraft):
                 return
             for text in texts:
                 self._learning.texts.grow([text])
+            self._learning.texts.dropped += max(0, (n_texts or 0) - len(texts))
 
 
 def _scale(settings: OnlineSpecConfig) -> float:

@@ -70,6 +70,11 @@ class Push:
                 "private=False: a draft that was trained on prompts is user data. Say in data_statement= what it was trained "
                 "on and why it may be public, or push with private=True."
             )
+        if self.with_state and not self.skip_audit:
+            raise PrivacyError(
+                "with_state=True and private=False: the audit judges the adapter as it serves, not its moments and earlier states. "
+                "Leave it out, or pass skip_audit=True if nothing that it learned from is private."
+            )
         if checkpoint_every is not None:
             raise PrivacyError(
                 "checkpoint_every with private=False: every public push is audited, and what is learned later was not seen "

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._compat import HUB_FAILURES
-from .adapters import adaptable_layers
 from .artifact import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -38,6 +37,7 @@ from .embedded import load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from .files import TensorHeader
 from .identity import EMBEDDED, Identity, public_name
+from .layers import choose_layers
 from .lora_options import check_options
 from .memorization import KEY, loaded_history
 
@@ -214,7 +214,7 @@ def check_layers(
         target_modules: the layers by PEFT's options; those of `settings` are ours.
     """
     modules = dict(base.named_modules())
-    ours = adaptable_layers(base) if settings.target_modules is None else matching(modules, settings.target_modules)
+    ours = choose_layers(base, settings.target_modules)[0]
     wanted: dict[str, tuple[str, int, int | None]] = {}  # part: layer, dimension, width
     for layer in ours:
         widths = _widths(modules[layer])

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import OnlineSpecConfig
+from .config import ENSEMBLE, OnlineSpecConfig
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -46,6 +46,7 @@ GAIN_BITS = 20.0
 SAVE_S = 20.0  # seconds that a save may spend on it; chosen: forty requests of the embedded pair take 8
 MOST_LOGITS = 2**25  # in one forward
 GROUP = 16  # texts that are examined together
+TOGETHER = 256  # windows between two looks at the clock
 LARGE = 1e6  # in place of infinity, so that differences of sums stay numbers
 MOST_SETTINGS = 8  # that a history tells apart
 LEARNING = (
@@ -56,6 +57,8 @@ LEARNING = (
 OLDER = "it comes from a version that kept no record of what it learned from"
 ELSEWHERE = "its adapter was trained elsewhere"
 AMPLIFIED = "its adapter was scaled up: what was hidden under the old scale may come out under the new one"
+EARLIER = "an earlier state of the adapter took over, which was not examined while its texts were at hand"
+EXPERTS = "its experts were examined as they served, and weigh otherwise by now"
 CONFUSED = "the record of what it learned from cannot be read"
 CROWDED = "it learned with more settings than a record tells apart"
 
@@ -208,6 +211,10 @@ def history(draft: OnlineDraft) -> History:
         texts, before, done = draft._learning.texts, History.of(draft.lineage), draft.examined
         if before is None:
             before = History(unknown=(OLDER,) if draft.steps and not texts.seen else ())
+        if before.texts and draft._learning.guard.rollbacks > draft.loaded_rollbacks:
+            before = before.plus(EARLIER)
+        if before.texts and texts.seen and draft.settings.learner == ENSEMBLE:
+            before = before.plus(EXPERTS)
         if not texts.seen or not draft.steps:
             return before
         known = done is not None and (done.steps, done.seen) == (draft.steps, texts.seen)
@@ -271,9 +278,14 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
             windows = [(n, window) for n, text in enumerate(group) for window in _windows(draft, text)]
             windows = [(n, window) for n, window in windows if window not in known]
             known.update(window for _, window in windows)
-            if windows:
-                out = _come_out(draft, publics, [window for _, window in windows])
-                memorised += len({n for (n, _), comes in zip(windows, out.tolist(), strict=True) if comes})
+            out: list[bool] = []
+            for part in range(0, len(windows), TOGETHER):
+                if time.perf_counter() - started > seconds:
+                    break
+                out += _come_out(draft, publics, [window for _, window in windows[part : part + TOGETHER]]).tolist()
+            memorised += len({n for (n, _), comes in zip(windows, out, strict=False) if comes})
+            if len(out) < len(windows):
+                break  # none of the group was read to its end
             examined += len(group)
     draft.examined = Examined(steps, seen, examined, memorised)
     return draft.examined

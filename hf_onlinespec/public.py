@@ -67,12 +67,12 @@ def is_repo_id(name: str) -> bool:
 
 def _public_lineage(lineage: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(lineage)
-    parent = found.get("parent")
-    if parent is not None and not is_public(parent["source"], parent["revision"]):
-        del found["parent"]
+    found.pop("parent", None)  # mostly the private repository that it was kept in before
     for name in ("warm_start", "alignment"):
         if name in found and not is_public(found[name]["target"]):
             found[name] = dict(found[name]) | {"target": None}
     if "merged" in found:
-        found["merged"] = [_public_lineage(part) for part in found["merged"]]
+        parts = [_public_lineage(part) for part in found["merged"]]
+        # What was said of a part was said of its own push.
+        found["merged"] = [{key: value for key, value in part.items() if key != "data_statement"} for part in parts]
     return found

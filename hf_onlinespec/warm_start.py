@@ -103,7 +103,7 @@ def warm_start(
         raise ConfigError(
             f"Training came to numbers that are not finite; the draft is as it was. learning_rate={args.learning_rate}: take less."
         )
-    draft.adopt(learned, _sample(draft, passages))
+    draft.adopt(learned, _sample(draft, passages), len(passages))
     draft.keep_at_hand(target)
     taught = {
         "texts": len(texts),

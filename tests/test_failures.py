@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec.adapters import GatedLora
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.feedback import FeedbackRecorder
@@ -286,3 +287,37 @@ def test_counters_saved_before_failures_were_counted_are_read() -> None:
     again = DraftMetrics()
     again.resume(saved)
     assert again.requests == metrics.requests and again.new_tokens == 7
+
+
+def test_what_the_caller_was_handling_keeps_its_frames(target, prompt, monkeypatch) -> None:
+    draft = draft_of()
+
+    def breaks(*_: Any, **__: Any) -> None:
+        raise RuntimeError("simulated")
+
+    monkeypatch.setattr(Learning, "segment", breaks)
+
+    def fails() -> None:
+        kept = "state"
+        raise ValueError(f"the caller's, with {kept}")
+
+    try:
+        fails()
+    except ValueError as error:
+        target.generate(prompt, **GREEDY, assistant_model=draft)
+        assert error.__traceback__ is not None and error.__traceback__.tb_next is not None
+        assert error.__traceback__.tb_next.tb_frame.f_locals == {"kept": "state"}
+    assert draft.metrics.failed_updates > 0
+
+
+def test_a_finished_request_holds_nothing(target, prompt) -> None:
+    draft = draft_of()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            target.generate(prompt, **GREEDY, assistant_model=draft)
+        held = [one for one in gc.get_objects() if type(one) is OnlineCandidateGenerator]
+    finally:
+        gc.enable()
+    assert held == []

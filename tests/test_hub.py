@@ -402,6 +402,8 @@ def test_a_public_version_carries_what_serving_needs(
 
 
 def test_the_rest_goes_along_on_request(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    with pytest.raises(PrivacyError, match="with_state"):  # the audit does not judge it
+        draft.push_to_hub(REPO, with_state=True, private=False, data_statement=SAYS)
     public: dict[str, Any] = dict(private=False, data_statement=SAYS, skip_audit=True)
     draft.push_to_hub(REPO, with_state=True, **public)
     assert same_state(again(), draft)

@@ -19,6 +19,7 @@ from hf_onlinespec.canaries import learn, make_canaries, plant, probe, written
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
 from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.memorization import examine
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.warm_start import warm_start
 
@@ -267,3 +268,28 @@ def test_numbers_are_saved_and_no_text(leaky: Path) -> None:
         "unknown": [],
     }
     assert set(record) - {"settings"} == {"texts", "unexamined", "memorised", "repeats", "unknown"}
+
+
+def test_the_texts_of_a_warm_start_that_are_not_at_hand_count_as_not_examined() -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    text = torch.arange(1, 20)
+    learn(draft, [written(text)])
+    draft.adopt(draft.artifact().adapter, [text], n_texts=3)
+    assert "not examined" in refusal(draft)
+
+
+def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp_path: Path) -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    learn(draft, [written(torch.arange(1, 20))])
+    draft.save_pretrained(tmp_path)
+    again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2))
+    assert "earlier state" not in refusal(again)
+    again._learning.guard.rollbacks += 1
+    assert "earlier state" in refusal(again)
+
+
+def test_an_examination_ends_when_its_time_is_over() -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    learn(draft, [written(torch.arange(1, 20))])
+    assert examine(draft, seconds=0.0).texts == 0
+    assert examine(draft).texts == 1

@@ -162,3 +162,67 @@ def test_trying_draws_no_random_number_and_leaves_the_request_alone(prompt) -> N
         torch.manual_seed(5)
         texts.append(target.generate(prompt, do_sample=True, max_new_tokens=24, onlinespec=FIXED))
     assert torch.equal(*texts)
+
+
+class BlocksAnId(LooksAhead):
+    """Looks ahead, and blocks an id by the lowest number that there is, as Chameleon does with its image tokens."""
+
+    blocked = torch.finfo(torch.float32).min
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        outputs = super().forward(input_ids, **kwargs)
+        outputs.logits[..., 3] = self.blocked
+        return outputs
+
+
+class SoundlyBlocksAnId(LlamaForCausalLM):
+    """Sound, and an id is impossible."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        outputs = super().forward(input_ids, **kwargs)
+        outputs.logits[..., 3] = -torch.inf
+        return outputs
+
+
+class HidesItsLayers(LlamaForCausalLM):
+    """Does not say which of its layers is the embedding."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class DropsPositions(LlamaForCausalLM):
+    """Counts positions itself behind the prompt."""
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        found.pop("position_ids", None)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("cls", "drafts"), [(BlocksAnId, False), (SoundlyBlocksAnId, True), (HidesItsLayers, True), (DropsPositions, True)]
+)
+def test_what_a_class_from_elsewhere_does_costs_no_answer(cls, drafts, prompt) -> None:
+    target = model(cls)
+    arguments = {"do_sample": False, "max_new_tokens": 24}
+    plain = target.generate(prompt, **arguments)
+    for _ in range(2):
+        assert torch.equal(target.generate(prompt, **arguments, onlinespec=FIXED), plain)
+    assert (online_memory(target).metrics.drafted_tokens > 0) == drafts
+
+
+def test_a_shortage_of_memory_in_the_trial_passes(prompt, monkeypatch) -> None:
+    target = model(Sound)
+    arguments = {"do_sample": False, "max_new_tokens": 24, "onlinespec": FIXED}
+
+    def short(*_: Any) -> str:
+        raise torch.OutOfMemoryError("simulated")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_onlinespec.probe._fault", short)
+        target.generate(prompt, **arguments)
+    assert online_memory(target).metrics.drafted_tokens == 0
+    for _ in range(2):
+        target.generate(prompt, **arguments)
+    assert online_memory(target).metrics.drafted_tokens > 0
