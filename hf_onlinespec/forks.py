@@ -92,5 +92,5 @@ def _in_child() -> None:
             owner.renew()
 
 
-if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+if "register_at_fork" in vars(os):  # there is no fork on Windows
     os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
