@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._draft, self._neural, self._learn = draft, draft.neural, learn
         # What failed of late is left out of this request; what fails in it, of the rest of it.
         self._failures = draft.failures
+        self._proposes = self._failures.proposing.begin()  # whether anything is drafted
         self._drafts = self._failures.drafting.begin()  # whether the draft model takes part
         self._recalls = self._failures.memory.begin()  # whether the suffix memory does
         self._studies = self._failures.learning.begin() and learn and draft.neural is not None
@@ -113,6 +114,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     # Beside decoding nothing may fail a call, see failures.py.
 
+    def _proposing(self) -> Attempt:
+        return self._failures.proposing.attempt(self._stop_proposing)
+
+    def _stop_proposing(self) -> None:
+        """The request goes on plain: what failed is neither the draft model's nor the memory's."""
+        self.counts.failed_drafts += 1
+        self._proposes = False
+
     def _drafting(self) -> Attempt:
         return self._failures.drafting.attempt(self._stop_drafting)
 
@@ -127,6 +136,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         return self._failures.memory.attempt(self._stop_recalling)
 
     def _stop_recalling(self) -> None:
+        """The request goes on without the suffix memory."""
+        self.counts.failed_drafts += 1
         self._recalls, self._recall = False, None
 
     def _learning(self) -> Attempt:
@@ -154,13 +165,20 @@ class OnlineCandidateGenerator(CandidateGenerator):
         and from q before the draw: every drawn token is submitted. A round ends behind an end of sequence.
         """
         self._timed, self._waits = True, self._fixed is None or self._settings.update_every == "auto"
-        proposal = Proposal(input_ids[:, :0], None)
-        with self._drafting():
-            proposal = self._planned(input_ids, most)
+        proposal = self._attempted(input_ids, lambda: self._planned(input_ids, most))
         if self._tokens is None:
             with self._learning():
                 self._see(input_ids)
         return proposal
+
+    def _attempted(self, input_ids: Tensor, make: Callable[[], Proposal]) -> Proposal:
+        """What `make` drafts; nothing where something failed in it: what there is of such a round may be half of it."""
+        failed = self.counts.failed_drafts
+        proposal = nothing = Proposal(input_ids[:, :0], None)
+        if self._proposes:
+            with self._proposing():
+                proposal = make()
+        return nothing if self.counts.failed_drafts > failed else proposal
 
     def _planned(self, input_ids: Tensor, most: int) -> Proposal:
         sees = self._neural is not None and self._drafts and input_ids.shape[1] < self._neural.positions
@@ -170,7 +188,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 asks = most >= HOPE_ROOM and self._governor.asks_prompt(asked, most)
                 self._serve(self._governor.preference.frozen_serves())
             if asks:
-                self._choose(self._readable(input_ids))
+                with self._drafting():
+                    self._choose(self._readable(input_ids))
         if self._fixed is not None:
             return self._propose(input_ids, min(most, self._fixed), None)
         plan = Plan(0, 1.0, 0.0)
@@ -186,6 +205,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def _propose(self, input_ids: Tensor, most: int, plan: Plan | None, recalls: bool = True) -> Proposal:
         """A proposal by plan; None: of `most` tokens, by whoever is more likely to be right."""
+        failed = self.counts.failed_drafts
         self._see(input_ids)
         memory = self._draft.memory if recalls and self._recalls and input_ids.shape[0] == 1 else None
         if memory is not None:
@@ -196,7 +216,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
                     self._recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, asks)
                 self._recall.read(input_ids)
         if self._cached:  # in silent rounds too: no rejected token may outlive them
-            self._rewind(input_ids.shape[1])
+            with self._drafting():
+                self._rewind(input_ids.shape[1])
         recall = None if memory is None else self._recall
         round_ = Round(input_ids, None if recall is None else recall.context, self._eos)
         serving: AbstractContextManager[PreTrainedModel | None] = nullcontext()
@@ -206,25 +227,18 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._began = self._cached == 0  # a round that reads the prompt tells nothing about the cost of a step
         if most > 0 and (wanted or recall is not None):
             # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
-            with serving as model, torch.inference_mode():
+            with self._drafting(), serving as model, torch.inference_mode():
                 while len(round_.drafted) < most and not round_.ended:
-                    found = None
-                    if recall is not None and round_.context is not None and self._recalls:
-                        with self._recalling():
-                            found = recall.ask(round_.context)
-                    if found is not None and self._vocabulary is not None:
-                        found = found.below(self._vocabulary.size)  # the memory may know other targets
                     neural = model is not None and self._neural_speaks(round_, plan)
-                    if found is not None and self._memory_speaks(round_, plan, found, neural):
-                        self._recite(round_, found)
-                    elif model is not None and neural:
-                        self._think(round_, model)
-                    else:
+                    if recall is not None and round_.context is not None and self._recite(round_, plan, recall, neural):
+                        continue
+                    if model is None or not neural or self.counts.failed_drafts > failed:
                         break
-            if self._neural is not None and round_.neural and self._waits and not self._began:
-                # What was queued is a part of the draft's time, and would count as the target's.
-                waits = time.perf_counter()
-                round_.neural_s += finished(self._neural.device) - waits
+                    self._think(round_, model)
+                if self._neural is not None and round_.neural and self._waits and not self._began:
+                    # What was queued is a part of the draft's time, and would count as the target's.
+                    waits = time.perf_counter()
+                    round_.neural_s += finished(self._neural.device) - waits
         return round_.proposal(self._vocabulary.said if self._sample and self._vocabulary is not None else 0)
 
     def _take(self, input_ids: Tensor) -> None:
@@ -273,13 +287,22 @@ class OnlineCandidateGenerator(CandidateGenerator):
             plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
         )
 
-    def _recite(self, round_: Round, found: Continuation) -> None:
-        """One token of the memory's."""
-        place = 0
-        if self._sample and len(found.tokens) > 1:
-            place = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
-        key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.trust)
-        round_.recite(found.tokens[place], found, Drafted("memory", len(round_.drafted), key), chance)
+    def _recite(self, round_: Round, plan: Plan | None, recall: Recall, neural: bool) -> bool:
+        """One token of the memory's; False: it has none, or is not the one to speak."""
+        with self._recalling():
+            assert round_.context is not None
+            found = recall.ask(round_.context)
+            if found is not None and self._vocabulary is not None:
+                found = found.below(self._vocabulary.size)  # the memory may know other targets
+            if found is None or not self._memory_speaks(round_, plan, found, neural):
+                return False
+            place = 0
+            if self._sample and len(found.tokens) > 1:
+                place = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
+            key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.trust)
+            round_.recite(found.tokens[place], found, Drafted("memory", len(round_.drafted), key), chance)
+            return True
+        return False
 
     def _think(self, round_: Round, model: PreTrainedModel) -> None:
         """One token of the neural draft's."""
@@ -383,15 +406,19 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if self._recall is not None and self._learn and self._sequence is not None:
             with self._recalling(), self._draft.lock:
                 self._draft.metrics.memory_bytes = self._recall.remember(self._sequence)
-                failures.memory.worked()
         with failures.records.attempt(), self._draft.lock:
             steps = 0 if self._neural is None else self._neural.steps
             unseen = self._governor.request_ended(self.counts.new_tokens, self._seen, self._fixed, steps)
         with self._learning():
             self._learn_of_request(unseen)
         decisions = self._governor.decisions
-        if self._drafted and not self.counts.failed_drafts and failures.drafting.worked():
-            decisions.drafting = f"drafting works again after: {failures.drafting.reason}"
+        for worked, what in (
+            (self._proposes, failures.proposing),
+            (self._drafted and self._drafts, failures.drafting),
+            (self._recall is not None, failures.memory),
+        ):
+            if worked and what.worked():
+                decisions.drafting = f"drafting works again after: {what.reason}"
         if self._learned and not self.counts.failed_updates and failures.learning.worked():
             decisions.learning = f"learning works again after: {failures.learning.reason}"
 
@@ -408,8 +435,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
             decisions = self._governor.decisions
             if self._failures.learning.failing:
                 decisions.learning = self._failures.learning.reason
-            if self._failures.drafting.failing:
-                decisions.drafting = self._failures.drafting.reason
+            for what in (self._failures.memory, self._failures.drafting, self._failures.proposing):
+                if what.failing:
+                    decisions.drafting = what.reason
 
     def _learn_of_request(self, unseen: bool) -> None:
         if self._neural is None or self._tokens is None or not (self._lesson.waiting or self._lesson.kept):
@@ -542,9 +570,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         """`(input_ids with the drafted tokens, log q)`, for transformers' assisted decoding."""
         k = FIRST_LOOKAHEAD if self._fixed is None else self._fixed
         k = max(0, min(k, self._max_length - input_ids.shape[1] - 1))
-        proposal = Proposal(input_ids[:, :0], None)
-        with torch.inference_mode(False), torch.no_grad(), self._drafting():
-            proposal = self._propose(input_ids.clone(), k, None, recalls=False)
+        with torch.inference_mode(False), torch.no_grad():
+            tokens = input_ids.clone()
+            proposal = self._attempted(tokens, lambda: self._propose(tokens, k, None, recalls=False))
         candidates = torch.cat([input_ids, proposal.tokens], dim=-1)
         return candidates, None if proposal.q is None else proposal.q.log()
 

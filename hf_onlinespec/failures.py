@@ -115,6 +115,7 @@ class Failures:
     """All that may fail beside decoding, of one draft."""
 
     def __init__(self) -> None:
+        self.proposing = Backoff("Deciding who drafts", "the target goes on alone")
         self.drafting = Backoff("Drafting", "the target goes on without the draft model")
         self.learning = Backoff("Learning", "the draft stays as it is")
         self.memory = Backoff("The suffix memory", "drafting goes on without it")

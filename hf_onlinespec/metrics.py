@@ -42,7 +42,9 @@ class Counts:
     target_time_s: float = 0.0
     update_time_s: float = 0.0
     failed_updates: int = 0  # times that learning raised, see failures.py; the call went on without it
-    failed_drafts: int = 0  # times that drafting raised; the call went on without the draft model
+    failed_drafts: int = (
+        0  # times that drafting raised; the call went on without what raised: draft model, memory or both
+    )
 
     @property
     def acceptance_length(self) -> float:

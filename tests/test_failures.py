@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec.acceptances import Acceptances
 from hf_onlinespec.adapters import GatedLora
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.feedback import FeedbackRecorder
@@ -21,6 +22,7 @@ from hf_onlinespec.learning import Learning
 from hf_onlinespec.learning_draft import LearningDraft
 from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.metrics import DraftMetrics
+from hf_onlinespec.proposal import Round
 from hf_onlinespec.replay import Replay
 
 from .conftest import tiny_llama
@@ -212,6 +214,52 @@ def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monk
     assert tries == [0, 2, 5, 10, 19] and sorted(set(kept)) == tries
     assert draft.metrics.failed_updates == 5 and len(caplog.records) == 1
     assert "OutOfMemoryError" in caplog.text and "OutOfMemoryError" in draft.metrics.decisions.learning
+
+
+# What is called while the memory drafts, and with which settings; the last two serve both who draft.
+ON_THE_WAY: dict[str, tuple[type, str, dict[str, Any] | None]] = {
+    "its answer is looked up": (SuffixMemory, "continuation", None),
+    "its answer is priced": (Governor, "memory_pays", None),
+    "its answer is priced, beside a model": (Acceptances, "memory", {}),
+    "its answer is taken": (Round, "recite", None),
+    "its answer is taken, beside a model": (Round, "recite", {}),
+    "the round is planned": (Governor, "plan", None),
+    "the round is closed": (Round, "proposal", None),
+    "the round is closed, with a model": (Round, "proposal", {}),
+}
+
+
+@pytest.mark.parametrize("where", ON_THE_WAY)
+def test_what_fails_while_the_memory_drafts_is_out_for_the_request(
+    target, prompt, monkeypatch, caplog, where: str
+) -> None:
+    """Not for a round: it is tried again after 1, 2, 4 … requests, whoever else drafts goes on, and it is told once."""
+    owner, name, settings = ON_THE_WAY[where]
+    draft = None if settings is None else draft_of(**settings)
+    way = {"onlinespec": True} if draft is None else {"assistant_model": draft}
+    tries: list[int] = []
+
+    def fails(*_: Any, **__: Any) -> Any:
+        tries.append(request)
+        raise RuntimeError("on purpose")
+
+    metrics = (online_memory(target) if draft is None else draft).metrics
+    prompt = prompt[:, :3].repeat(1, 4)  # the memory has something to say
+    plain = target.generate(prompt, **GREEDY)
+    with caplog.at_level(logging.WARNING, "hf_onlinespec"):
+        for request in range(6):  # noqa: B007 (`fails` notes it)
+            monkeypatch.setattr(owner, name, fails)
+            found = answer(target, prompt, **way)
+            monkeypatch.undo()
+            assert isinstance(found, torch.Tensor) and torch.equal(found, plain), repr(found)
+    assert tries == [0, 2, 5]
+    assert metrics.failed_drafts == 3 and "on purpose" in metrics.decisions.drafting
+    assert len([record for record in caplog.records if "on purpose" in record.message]) == 1
+    if draft is not None and "closed" not in where:
+        assert metrics.drafted_tokens > 6
+    for _ in range(5):
+        assert torch.equal(answer(target, prompt, **way), plain)
+    assert metrics.failed_drafts == 3 and "works again" in metrics.decisions.drafting
 
 
 def test_what_failed_holds_no_memory(target, prompt, monkeypatch) -> None:
