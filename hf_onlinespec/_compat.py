@@ -334,6 +334,27 @@ def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in own if layer.is_initialized]
 
 
+def matmul_dtypes(device: str) -> set[torch.dtype | str]:
+    """In what a device multiplies matrices of float32 now: "tf32", and what autocast makes of them, among others.
+
+    A setting for another device counts too, where it does not say for which it is.
+    """
+    if torch.is_autocast_enabled(device):
+        return {torch.get_autocast_dtype(device)}
+    backends: Any = torch.backends
+    settings = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
+    settings = {backends.fp32_precision if setting == "none" else setting for setting in settings}
+    if device == "cuda":  # convolutions are TF32 by default
+        settings.add(backends.cudnn.conv.fp32_precision)
+    names: dict[str, torch.dtype | str] = {"tf32": "tf32", "bf16": torch.bfloat16}
+    return {names.get(setting, torch.float32) for setting in settings}
+
+
+def doubles(values: Tensor) -> Tensor:
+    """In float64, on the CPU: not every device has it (MPS)."""
+    return values.detach().cpu().double()
+
+
 NO_LIMIT = 2**31
 # Under which names configurations state the longest sequence; the first one found counts.
 _LONGEST = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ._compat import doubles
 from .config import OnlineSpecConfig
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
@@ -183,7 +184,7 @@ def read(draft: OnlineDraft, tokens: Tensor, n: int, frozen: bool) -> tuple[Tens
     for part in tokens.to(draft.device).split(size):
         with draft.serving(frozen) as model:
             logits = model(use_cache=False, **draft.inputs(part[:, :-1], 0, None), **draft.keep(n)).logits[:, -n:]
-        chosen.append(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1).double().cpu())
+        chosen.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
         best.append((logits.argmax(-1) == part[:, -n:]).cpu())
     found = torch.cat(chosen)
     if not bool(torch.isfinite(found).all()):

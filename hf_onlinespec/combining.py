@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ._compat import doubles
 from .artifact import PARTS, PREFIX, Artifact
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
@@ -162,8 +163,8 @@ def nearest(factors: Factors, rank: int) -> tuple[Factors, float, float]:
     From the thin factors, in float64: with b = Q₁R₁ and aᵀ = Q₂R₂, b a = Q₁ (R₁R₂ᵀ) Q₂ᵀ, and the small matrix in the middle has its
     singular values. A dense (d_out, d_in) is never made. Each factor gets the root of the singular values.
     """
-    q1, r1 = torch.linalg.qr(factors.b.double())  # (d_out, m), (m, r)
-    q2, r2 = torch.linalg.qr(factors.a.double().T)  # (d_in, n), (n, r)
+    q1, r1 = torch.linalg.qr(doubles(factors.b))  # (d_out, m), (m, r)
+    q2, r2 = torch.linalg.qr(doubles(factors.a).T)  # (d_in, n), (n, r)
     u, values, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
     kept = min(rank, int((values > NOTHING * values[0]).sum()))
     root = values[:kept].sqrt()

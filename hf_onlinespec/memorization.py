@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ._compat import doubles
 from .config import ENSEMBLE, OnlineSpecConfig
 
 if TYPE_CHECKING:
@@ -378,8 +379,8 @@ def _read(reader: Reader, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor
         said = part[:, 1:, None].to(law.device)
         known = said < law.shape[-1]  # of two vocabularies, one may be larger
         own = law.gather(-1, said.clamp_max(law.shape[-1] - 1)).masked_fill(~known, -torch.inf)
-        likely.append((own.squeeze(-1).double() / math.log(2)).cpu())
-        ranks.append(((law > own).sum(-1) + 1).double().log2().cpu())
+        likely.append(doubles(own.squeeze(-1)) / math.log(2))
+        ranks.append(doubles((law > own).sum(-1) + 1).log2())
     return torch.cat(likely), torch.cat(ranks)
 
 

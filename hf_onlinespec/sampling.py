@@ -19,7 +19,7 @@ def draw(law: Tensor) -> Tensor:
     total = cumulated[:, -1:]
     if not bool((total > 0).all()):
         return torch.multinomial(law, 1)  # not a law: its error is the one that `generate` raises
-    u = torch.rand(law.shape[0], 1, dtype=torch.float64)
+    u = torch.rand(law.shape[0], 1, dtype=torch.float64, device=law.device)
     return torch.searchsorted(cumulated, u * total, right=True).clamp_max(law.shape[-1] - 1)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -226,3 +228,43 @@ def test_a_shortage_of_memory_in_the_trial_passes(prompt, monkeypatch) -> None:
     for _ in range(2):
         target.generate(prompt, **arguments)
     assert online_memory(target).metrics.drafted_tokens > 0
+
+
+class RoundsLikeTF32(LlamaForCausalLM):
+    """Sums in another order where a forward reads another number of tokens, of products that have 10 bits."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        outputs = super().forward(input_ids, **kwargs)
+        signs = 1 - 2 * (torch.arange(outputs.logits.shape[-1]) % 2)
+        outputs.logits = outputs.logits + outputs.logits.abs().max() * 2e-3 * signs * (input_ids.shape[1] % 2)
+        return outputs
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    """The settings of how matrices are multiplied are the process's: the other tests get theirs back."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "none"
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "tf32 on CUDA": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "tf32 on CUDA, as of old": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "tf32 everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("setting", [None, *SETTINGS])
+def test_the_tolerance_is_that_of_the_precision_in_use(setting: str | None, prompt, matmul_precision) -> None:
+    target, faulty = model(RoundsLikeTF32), model(LooksAhead)
+    context = None if setting is None else SETTINGS[setting]()
+    with context or contextlib.nullcontext():
+        for one in (target, faulty):
+            one.generate(prompt, do_sample=False, max_new_tokens=8, onlinespec=FIXED)
+    assert (online_memory(target).metrics.drafted_tokens > 0) == (setting is not None)
+    assert online_memory(faulty).metrics.drafted_tokens == 0

@@ -18,14 +18,14 @@ def test_drawn_tokens_follow_the_law_whatever_its_sum() -> None:
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, u: float) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, u, dtype=dtype))
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: torch.full(size, u, dtype=dtype))
     law = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     assert draw(law).item() == (1 if u == 0 else 2)
 
 
 def test_small_weights_behind_large_ones_are_not_rounded_away(monkeypatch) -> None:
     law = torch.cat([torch.tensor([1.0]), torch.full((1000,), 1e-9)])[None]  # in float32 the sum would stay 1
-    monkeypatch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, 1 - 1e-10, dtype=dtype))
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: torch.full(size, 1 - 1e-10, dtype=dtype))
     assert draw(law).item() > 500
 
 

@@ -13,10 +13,15 @@ from .base import State
 
 
 class Hedge(NamedTuple):
-    """`state = init(n)` for n experts; `weights, state = update(losses, state)`, both (n,) in float64, weights sum to one."""
+    """`state = init(n)` for n experts; `weights, state = update(losses, state)`, both (n,) in float64 on the CPU, weights sum to one."""
 
     init: Callable[[int], State]
     update: Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+def _zeros(*shape: int) -> Tensor:
+    """On the CPU, whatever the default is: not every device has float64 (MPS)."""
+    return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
 def hedge(rate: float | None = None, discount: float = 1.0, share: float = 0.0, bound: float = 1.0) -> Hedge:
@@ -38,14 +43,14 @@ def hedge(rate: float | None = None, discount: float = 1.0, share: float = 0.0, 
 
     def init(n: int) -> State:
         # The scores are −Σ ℓ, and a bonus for what was shared; ε enters when the weights are made, so it may change.
-        return {"scores": torch.zeros(n, dtype=torch.float64), "round": torch.zeros((), dtype=torch.float64)}
+        return {"scores": _zeros(n), "round": _zeros()}
 
     def update(losses: Tensor, state: State) -> tuple[Tensor, State]:
         n = len(losses)
         t = state["round"] + 1
         horizon = min(2.0 ** math.ceil(math.log2(t.item() + 1)), memory)
         epsilon = rate if rate is not None else math.sqrt(8 * math.log(max(n, 2)) / horizon) / bound
-        clipped = losses.double().nan_to_num(bound, bound, bound).clamp(0, bound)
+        clipped = losses.cpu().double().nan_to_num(bound, bound, bound).clamp(0, bound)
         scores = discount * state["scores"] - clipped
         weights = (epsilon * scores).softmax(-1)
         if share:
@@ -60,10 +65,10 @@ def last_chunk(rate: float = 10.0) -> Hedge:
     """A softmax of the last losses alone: what the released code of arXiv:2603.12617 runs. A baseline."""
 
     def update(losses: Tensor, state: State) -> tuple[Tensor, State]:
-        scores = -losses.double().nan_to_num(1.0, 1.0, 1.0)
+        scores = -losses.cpu().double().nan_to_num(1.0, 1.0, 1.0)
         return (rate * scores).softmax(-1), {"scores": scores}
 
-    return Hedge(lambda n: {"scores": torch.zeros(n, dtype=torch.float64)}, update)
+    return Hedge(lambda n: {"scores": _zeros(n)}, update)
 
 
 # By name, with a step size or the one of theory (None).
