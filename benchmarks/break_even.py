@@ -22,8 +22,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.cli import machine
 from hf_onlinespec.embedded import load_draft, load_pair
+from hf_onlinespec.machine import machine
 
 POSITIONS = tuple(range(1, 10))
 LOOKAHEADS = tuple(range(1, 9))

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.cli import machine
 from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.machine import machine
 from hf_onlinespec.memory import REACH, SuffixMemory
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.preference import Preference

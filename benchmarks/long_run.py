@@ -20,8 +20,8 @@ import torch
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.cli import machine
 from hf_onlinespec.embedded import DOMAINS, load_pair, prompts
+from hf_onlinespec.machine import machine
 
 PLAIN_EVERY = 10
 

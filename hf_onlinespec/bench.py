@@ -333,17 +333,6 @@ def _text(line: str, where: str) -> tuple[str, str]:
     return text, str(item.get("domain", ""))
 
 
-def loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:
-    """`kind.from_pretrained(name)`, with an error that names the option."""
-    try:
-        return kind.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{option} {name}: cannot be loaded. Give a folder, or a name on the Hub. ({reason})"
-        ) from error
-
-
 def check_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, target: PretrainedConfig) -> None:
     """Raises ConfigError where a prompt is empty for the tokenizer, or leaves no room for the new tokens."""
     for at, prompt in enumerate(prompts, 1):

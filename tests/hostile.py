@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from hf_onlinespec import ArtifactError, DraftError, HubError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec import card as cards
 from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, NEXT, STATE, Artifact, checksum, own_checksum
-from hf_onlinespec.cli_drafts import add_commands
+from hf_onlinespec.cli.drafts import run_inspect
 from hf_onlinespec.combining import combine, read
 
 MOST_S, MOST_BYTES = 10, 1 << 30  # of one case: of the processor, and of memory
@@ -392,11 +392,8 @@ class Trial:
         OnlineDraft.from_pretrained(at, self.base())
 
     def _inspect(self, at: Path) -> None:
-        parser = argparse.ArgumentParser()
-        add_commands(parser.add_subparsers())
-        arguments = parser.parse_args(["inspect", str(at)])
         with quiet():
-            arguments.run(arguments)
+            run_inspect(str(at))
 
     def _merge(self, at: Path) -> None:
         draft = combine([read(at), read(self.folder / "other")], self.base())

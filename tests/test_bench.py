@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from hf_onlinespec import bench, cli
+from hf_onlinespec import bench
 from hf_onlinespec.bench import PLAIN, Record, Runner, by_arm, speed_ratio, totals, verdict
+from hf_onlinespec.cli import measure
 from hf_onlinespec.embedded import EmbeddedPair, prompts
+from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama
 
@@ -133,9 +135,9 @@ def test_the_last_line_comes_from_the_rows(
         seen.extend(records)
         return verdict(records)
 
-    monkeypatch.setattr(cli, "verdict", listening)
+    monkeypatch.setattr(measure, "verdict", listening)
     file = write(tmp_path / "mine.jsonl", prompts("orders")[:4])
-    assert cli.main(["bench", "--embedded", "--prompts", str(file), "--new-tokens", "6", "--limit", "3"]) == 0
+    assert main(["bench", "--embedded", "--prompts", str(file), "--new-tokens", "6", "--limit", "3"]) == 0
 
     assert [(r.request, r.arm) for r in seen] == [(i, arm) for i in range(3) for arm in bench.OWN_ARMS]
     assert all(r.domain == "mine" and 1 <= r.new_tokens <= 6 for r in seen)
@@ -176,7 +178,7 @@ def test_own_models_and_an_interrupt(
     models = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft"), "--device", "cpu"]
     file = str(write(tmp_path / "mine.jsonl", ["one", "two", "three"]))
     sampled = ["--temperature", "0.9", "--dtype", "float32", "--new-tokens", "4"]
-    assert cli.main(["bench", *models, "--prompts", file, *sampled]) == 130
+    assert main(["bench", *models, "--prompts", file, *sampled]) == 130
     printed = capsys.readouterr().out
     assert "Interrupted: only the finished prompts count." in printed
     assert printed.splitlines()[-1].startswith("On these 2 prompts, ")
@@ -214,7 +216,7 @@ def test_bad_models(tmp_path: Path, refused: Any) -> None:
     assert "The target has 32 tokens in its vocabulary (config.vocab_size) and the draft 2048" in words
     words = refused("--target", target, "--draft", str(tmp_path / "near"), "--prompts", file)
     assert "transformers' assisted generation, which is measured beside it, does not" in words
-    assert f"--draft {none}: cannot be loaded" in refused("--target", target, "--draft", none, "--prompts", file)
+    assert f"--draft {none}: no such folder" in refused("--target", target, "--draft", none, "--prompts", file)
     lost = refused("--target", target, "--draft", target, "--prompts", file, "--device", "nowhere")
     assert "--device nowhere: torch cannot use it here" in lost
     for models in ([], ["--target", target], ["--embedded", "--draft", draft]):
@@ -238,7 +240,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
 
     def run(*arguments: str) -> str:
-        assert cli.main(["bench", *arguments]) == 2
+        assert main(["bench", *arguments]) == 2
         printed, errors = capsys.readouterr()
         assert not printed and errors.startswith("hf-onlinespec: error: ")
         return errors

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig, cli
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import ADAPTER, CARD, CONFIG
-from hf_onlinespec.cli_drafts import REFUSED
+from hf_onlinespec.cli.common import FAILED, FOUND
+from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama
 from .loopback_hub import LoopbackHub
@@ -30,12 +31,12 @@ def saved(tmp_path: Path, target: PreTrainedModel) -> Path:
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert cli.main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+    assert main([str(a) for a in arguments]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert cli.main([str(a) for a in arguments]) == cli.FAILED
+    assert main([str(a) for a in arguments]) == FAILED
     return capsys.readouterr().err
 
 
@@ -97,10 +98,10 @@ def test_merges_that_make_no_sense(saved: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_audit(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.main(["audit", str(saved), "--canaries", "2"])
+    code = main(["audit", str(saved), "--canaries", "2"])
     out = capsys.readouterr().out
     assert "| once | 0 |" in out and "No held-out text was at hand" in out
-    assert code == (REFUSED if "A public push is refused" in out else 0)
+    assert code == (FOUND if "A public push is refused" in out else 0)
     assert "together" in refused(capsys, "audit", saved, "--own", tmp_path / "texts.txt")
     assert "canaries=0" in refused(capsys, "audit", saved, "--canaries", "0")
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_onlinespec import ConfigError, OnlineSpecConfig
 from hf_onlinespec.bench import Prompt
-from hf_onlinespec.cli import main
 from hf_onlinespec.embedded import load_draft, load_pair, prompts
 from hf_onlinespec.recording import Recording, record
 from hf_onlinespec.regret import Curve, RegretReport, evaluate, expected_rounds, kept_chances
+from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama
 

@@ -1,0 +1,224 @@
+"""What the commands share: exit codes, errors as one line, the best device and dtype, models loaded by an option."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import ConfigError, MissingExtraError, OnlineSpecError
+
+FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
+AUTO = "auto"  # of --dtype
+PACKAGES = {"demo": ("matplotlib", "rich"), "cli": ("rich",)}  # by extra: what a command may need
+
+
+def explain(error: Exception) -> str | None:
+    """An error in one line for the user; None: it is a fault of ours, and its traceback is wanted."""
+    if isinstance(error, OnlineSpecError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        reason = str(error).partition("\n")[0] or "the machine has no memory left"
+        return f"out of memory ({reason}). Use a smaller --dtype or model, or shorter prompts and answers."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return None
+
+
+def check_extra(command: str, extra: str) -> None:
+    """Raises MissingExtraError where a package is missing that the command needs."""
+    missing = [name for name in PACKAGES[extra] if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f'The {command} needs {" and ".join(missing)}: run pip install "hf_onlinespec[{extra}]" and try again.'
+        )
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Makes a folder, and raises ConfigError where that or writing into it is impossible: before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}: the folder cannot be made ({error.strerror}). Name another one.") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option}: the folder cannot be written ({error.strerror}). Name another one.") from error
+
+
+def quiet_libraries() -> None:
+    """Switches off what transformers and the Hub's client remark on: the commands say themselves what matters."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
+def best_device(wanted: str | None = None) -> torch.device:
+    """The device of `--device`; without it an accelerator where there is one, else the CPU. Raises ConfigError."""
+    if wanted is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without it
+        raise ConfigError(f"--device {wanted}: torch cannot use it here. Use cpu, for one.") from error
+    return device
+
+
+def best_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype | str:
+    """The dtype of `--dtype`; for "auto" the checkpoint's own, with two exceptions.
+
+    float16 becomes float32 on a CPU, most of which have no arithmetic for it. A checkpoint that states none is read in
+    bfloat16 on an accelerator and in float32 on a CPU; a quantized one decides itself ("auto").
+    """
+    if wanted != AUTO:
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    if "quantization_config" in vars(config):
+        return AUTO
+    stated = config.get_text_config().dtype or config.dtype
+    on_cpu = device.type == "cpu"
+    if stated is None:
+        return torch.float32 if on_cpu else torch.bfloat16
+    stated = getattr(torch, stated) if isinstance(stated, str) else stated
+    return torch.float32 if on_cpu and stated == torch.float16 else stated
+
+
+def load_config(option: str, name: str) -> PretrainedConfig:
+    """The configuration of a model. Raises ConfigError in one line, named after the option."""
+    config: PretrainedConfig = _loaded(AutoConfig, option, name)
+    return config
+
+
+def load_tokenizer(option: str, name: str) -> Any:
+    """The tokenizer of a model. Raises ConfigError in one line, named after the option."""
+    return _loaded(AutoTokenizer, option, name)
+
+
+def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the device and in the dtype that are best or were asked for.
+
+    Args:
+        option: as it stands in errors, such as "--draft".
+        dtype: of `--dtype`.
+        device: None: the best one.
+
+    Raises:
+        ConfigError: it cannot be loaded; one line that says why, and for want of memory how much was needed.
+    """
+    device = best_device() if device is None else device
+    config = load_config(option, name)
+    chosen = best_dtype(dtype, config, device)
+    if device.type == "cpu":
+        needed, free = _needed_bytes(config, chosen), psutil.virtual_memory().available
+        if needed > free:  # Linux may end the process without a word
+            print(f"hf-onlinespec: warning: {_memory(option, name, needed, free, chosen)}", file=sys.stderr, flush=True)
+    try:
+        model = _loaded(AutoModelForCausalLM, option, name, dtype=chosen)
+        placed: PreTrainedModel = model.to(device).eval()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        needed = _needed_bytes(config, chosen)
+        raise ConfigError(_memory(option, name, needed, _free_bytes(device), chosen)) from error
+    return placed
+
+
+def _loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(f"{option} {name}: {why_not_loaded(error, name)}") from error
+
+
+def why_not_loaded(error: BaseException, name: str) -> str:
+    """Why a model could not be loaded, in one line: above all whether its name is wrong or the network is missing."""
+    causes = list(_causes(error))
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(GatedRepoError):
+        return "access to this model is restricted. Ask for it on its page of the Hub, then log in: hf auth login."
+    if caused_by(RepositoryNotFoundError):
+        return "the Hub has no model of this name, or it is private (then log in: hf auth login)."
+    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+            why = "HF_HUB_OFFLINE is set"
+        else:
+            why = "no network: the Hub cannot be reached"
+        return f"{why}, and no such model is in this machine's cache or folder. Give the folder of a model."
+    if caused_by(HFValidationError):
+        return "no such folder, and no name that a model on the Hub can have."
+    reason = str(error).strip().partition("\n")[0]
+    where = "the folder holds no model that can be loaded" if Path(name).is_dir() else "cannot be loaded"
+    return f"{where} ({reason})."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch reports the CPU's as a plain RuntimeError: "[enforce fail …] DefaultCPUAllocator: can't allocate memory".
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _needed_bytes(config: PretrainedConfig, dtype: torch.dtype | str) -> int:
+    """Of the weights; 0 where that is not known before they are read: quantized ones."""
+    if not isinstance(dtype, torch.dtype):
+        return 0
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def _memory(option: str, name: str, needed: int, free: int | None, dtype: torch.dtype | str) -> str:
+    has = "" if free is None else f", and {_gigabytes(free)} are free"
+    words = f"{option} {name}: its weights need {_gigabytes(needed)} in {str(dtype).removeprefix('torch.')}{has}."
+    if isinstance(dtype, torch.dtype) and dtype.itemsize > 2:
+        half = needed // dtype.itemsize * 2
+        fits = "" if free is None else ", which would do" if half < free else ", still too much"
+        return f"{words} With --dtype bfloat16 they need {_gigabytes(half)}{fits}."
+    return f"{words} No smaller dtype would do: take a smaller or a quantized model, or another --device."
+
+
+def _gigabytes(n: int) -> str:
+    return f"{n / 1e9:.1f} GB"
+
+
+def finite(value: Any) -> Any:
+    """The same with null where JSON has no number: infinity."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,214 @@
+"""The commands for evolved drafts: inspect, push, pull, merge, audit."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ParamSpec
+
+from .. import card
+from ..artifact import ADAPTER, STATE, Artifact
+from ..audit import audit, check_privacy
+from ..canaries import written
+from ..combining import combine, distil, no_evolved_draft, read
+from ..config import OnlineSpecConfig
+from ..draft import OnlineDraft
+from ..errors import ArtifactError, ConfigError, OnlineSpecError
+from ..export import merge_and_export
+from ..feedback import Feedback
+from ..hub import Push, known_parent
+from ..loading import locate
+from ..run import is_told_apart
+from ..warm_start import read_corpus
+from .common import FOUND, load_tokenizer, quiet_libraries
+
+P = ParamSpec("P")
+
+# What an error calls by the name of an argument in Python, and what it is here; by the name of the option in the parser.
+OPTIONS = {
+    "public": (("with private=True", "without --public"), ("private=False", "--public")),
+    "data_statement": (("data_statement=", "--data-statement"), ("a data_statement", "a --data-statement")),
+    "skip_audit": (("skip_audit=True", "--skip-audit"),),
+    "force": (("force=True", "--force"),),
+    "base": (("base_model=", "--base"),),
+    "license": (("license=", "--license "),),
+}
+
+
+def in_own_options(command: Callable[P, int]) -> Callable[P, int]:
+    """A command whose errors name its options instead of Python's"""
+    known = set(inspect.signature(command).parameters)
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        quiet_libraries()
+        try:
+            return command(*args, **kwargs)
+        except OnlineSpecError as error:
+            raise type(error)(in_options(str(error), known)) from error
+
+    return run
+
+
+def in_options(message: str, known: set[str]) -> str:
+    """A message in the words of the command line.
+
+    Args:
+        known: the options that the command has.
+    """
+    for name in sorted(known & set(OPTIONS)):
+        for argument, option in OPTIONS[name]:
+            message = message.replace(argument, option)
+    return message
+
+
+@in_own_options
+def run_inspect(source: str, revision: str | None = None) -> int:
+    """Prints what an evolved draft is, and what it measured."""
+    origin = locate(source, revision)
+    if origin.folder is None or not origin.evolved:
+        raise no_evolved_draft(source)
+    artifact = Artifact.read(origin.folder)
+    default = OnlineSpecConfig().to_dict()
+    changed = {k: v for k, v in artifact.settings.to_dict().items() if v != default[k]}
+    run, total = artifact.run, artifact.run.get("total")
+    print(f"base: {printable(str(artifact.base))}")
+    print(f"learner: {artifact.settings.learner}; settings that are not the defaults: {changed or 'none'}")
+    print(f"came from: {printable(_came_from(artifact))}")
+    print(f"targets: {printable(', '.join(run['targets'])) or 'none yet'}")
+    print(
+        f"served: {run.get('requests', 0)} requests, {run.get('new_tokens', 0)} new tokens, {run.get('updates', 0)} updates"
+    )
+    if total:
+        parts = {"all of it": total}
+        if is_told_apart(run):
+            parts |= {"first tenth": run["before"], "last tenth": run["after"]}
+        for name, figures in parts.items():
+            print(
+                f"{name}: acceptance length {figures['acceptance_length']:.2f}, {figures['tokens_per_s']:.0f} tokens/s, "
+                f"{figures['decode_tokens_per_s']:.0f} without learning"
+            )
+    sizes = {ADAPTER: artifact.adapter} | ({STATE: artifact.state.tensors} if artifact.has_state else {})
+    print(", ".join(f"{name}: {sum(t.nbytes for t in found.values()):,} bytes" for name, found in sizes.items()))
+    return 0
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, without what a terminal would take for a command."""
+    return "".join(c for c in text if c.isprintable())
+
+
+def _came_from(artifact: Artifact) -> str:
+    parent = artifact.lineage.get("parent")
+    if parent is not None:
+        return str(parent["source"]) + ("" if parent["revision"] is None else f" at {parent['revision']}")
+    return f"{len(artifact.lineage['merged'])} drafts, merged" if artifact.lineage.get("merged") else "a new adapter"
+
+
+@in_own_options
+def run_push(
+    folder: Path,
+    repo: str,
+    public: bool,
+    data_statement: str | None,
+    message: str | None,
+    tag: str | None,
+    force: bool,
+    skip_audit: bool,
+    with_state: bool,
+    license: str | None,
+    base: str | None,
+) -> int:
+    """Pushes a saved draft to the Hub."""
+    options = Push(
+        repo,
+        private=not public,
+        data_statement=data_statement,
+        message=message,
+        tag=tag,
+        force=force,
+        skip_audit=skip_audit,
+        with_state=True if with_state else None,
+        license=license,
+    )
+    options.check(None)
+    artifact = Artifact.read(folder)
+    if public and not skip_audit:
+        check_privacy(OnlineDraft.from_pretrained(folder, base_model=base))
+    commit = options.commit(artifact, known_parent(artifact.lineage, repo))
+    print(f"Pushed: {repo} at {commit}")
+    options.name_it(commit)
+    return 0
+
+
+@in_own_options
+def run_pull(repo: str, folder: Path, revision: str | None) -> int:
+    """Downloads an evolved draft into a folder."""
+    origin = locate(repo, revision)
+    if origin.folder is None or not origin.evolved:
+        raise no_evolved_draft(repo)
+    artifact = Artifact.read(origin.folder)
+    artifact = replace(artifact, lineage=artifact.lineage | origin.lineage() | {"draft": uuid.uuid4().hex})
+    card.write(artifact, folder, repo)
+    print(f"Written: {folder}, {repo} at {origin.revision}")
+    return 0
+
+
+@in_own_options
+def run_merge(
+    sources: Sequence[str],
+    out: Path,
+    weights: Sequence[float] | None,
+    rank: int | None,
+    base: str | None,
+    export: bool,
+) -> int:
+    """Combines, distils or exports evolved drafts."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"--out {out}: not empty. Name a new folder.")
+    artifacts = [read(source) for source in sources]
+    if len(artifacts) == 1 and rank is None and weights is None and export:
+        draft = OnlineDraft.from_pretrained(sources[0], base_model=base)
+    elif len(artifacts) == 1 and rank is None and weights is None:
+        raise ConfigError(f"One draft, {sources[0]}, and nothing to do with it: give another one, --rank or --export.")
+    else:
+        draft = combine(artifacts, base, weights)
+    if rank is not None:
+        draft, distilled = distil(draft.artifact(), rank, base)
+        print(f"Distilled to rank {distilled.rank}: {distilled.error:.1%} of the change is left out.")
+    if export:
+        merge_and_export(draft, out)
+    else:
+        card.write(draft.artifact(), out)
+    print(f"Written: {out}")
+    return 0
+
+
+@in_own_options
+def run_audit(
+    source: str,
+    canaries: int,
+    own: Path | None,
+    held_out: Path | None,
+    tokenizer: str | None,
+    base: str | None,
+    seed: int,
+) -> int:
+    """Prints what an evolved draft gives away; the exit code says whether a public push would be refused."""
+    if (own is None) != (held_out is None):
+        raise ConfigError("Give --own and --held-out together: the one is compared with the other.")
+    corpora = {name: read_corpus(path) for name, path in (("own", own), ("held_out", held_out)) if path}
+    draft = OnlineDraft.from_pretrained(source, base_model=base)
+    texts: dict[str, list[Feedback]] = {}
+    if corpora:
+        tokenize = load_tokenizer("--tokenizer", tokenizer or str(draft.config._name_or_path))
+        for name, parts in corpora.items():
+            tokens = [tokenize(text, return_tensors="pt").input_ids[0, : draft.positions] for p in parts for text in p]
+            texts[name] = [written(one) for one in tokens if len(one) > 1]
+    report = audit(draft, canaries, own=texts.get("own"), held_out=texts.get("held_out"), seed=seed)
+    print(report.text(), end="")
+    return FOUND if report.refusals() else 0

@@ -1,0 +1,231 @@
+"""The commands that measure: `demo` and `bench` show what a learning draft gains and costs, `record` and `regret` why."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import card
+from ..bench import (
+    OWN_ARMS,
+    Prompt,
+    Record,
+    Runner,
+    by_arm,
+    calibrate_own,
+    check_lengths,
+    load_prompts,
+    own_arms,
+    verdict,
+)
+from ..config import OnlineSpecConfig
+from ..demo import Bench, Settings, choose_prompts, summarise
+from ..embedded import FOLDER
+from ..errors import ConfigError
+from ..machine import machine
+from ..recording import Recording, record
+from ..regret import evaluate
+from ..vocabulary import check_vocabularies
+from .common import (
+    AUTO,
+    INTERRUPTED,
+    best_device,
+    check_extra,
+    check_folder,
+    finite,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+)
+
+EVOLVED = "evolved"  # folder of the demo's evolved draft, beside its result
+
+
+def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
+    """Measures the embedded pair; writes demo.json, demo.png and the evolved draft into `out`."""
+    check_extra("demo", "demo")
+    from .. import plots  # only now: it needs the optional packages
+
+    check_folder(out, f"--out {out}")
+    quiet_libraries()
+    torch.set_num_threads(settings.threads)
+
+    stream, spare = choose_prompts(settings)
+    bench = Bench(settings)
+    bench.warm_up(spare)
+    calibration = bench.calibrate(spare)
+    print(calibration, file=sys.stderr if as_json else sys.stdout, flush=True)
+    bench.load_arms(calibration.chosen)
+    records: list[Record] = []
+    interrupted = False
+    try:
+        with plots.progress(len(stream), live=sys.stdout.isatty() and not as_json) as show:
+            for request in stream:
+                records += bench.measure(request)
+                show(records)
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        interrupted = True
+
+    result = {
+        "settings": asdict(settings),
+        "machine": machine(),
+        "calibration": asdict(calibration),
+        "interrupted": interrupted,
+        "requests": [asdict(record) for record in records],
+        "summary": summarise(records),
+    }
+    text = json.dumps(result, indent=2, allow_nan=False)
+    (out / "demo.json").write_text(text + "\n", encoding="utf-8")
+    plots.stream_figure(records).savefig(out / "demo.png", dpi=150)
+    card.write(bench.evolved.artifact(), out / EVOLVED)
+    if as_json:
+        print(text)
+    else:
+        print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}; the evolved draft, with its card: {out / EVOLVED}")
+        plots.report(result)
+    return INTERRUPTED if interrupted else 0
+
+
+@dataclass(frozen=True)
+class OwnModels:
+    """The user's target and draft, as the options of `bench` and `record` name them."""
+
+    target: str | None
+    draft: str | None
+    embedded: bool
+    dtype: str = AUTO
+    device: str | None = None
+
+    def load(
+        self, prompts: Sequence[Prompt], compares: bool = False
+    ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+        """Target, draft and tokenizer; whatever can be refused is refused before weights are read. Raises ConfigError.
+
+        Args:
+            compares: whether transformers' own assisted generation is measured too.
+        """
+        names, dtype = {"--target": self.target or "", "--draft": self.draft or ""}, self.dtype
+        if sum(name is not None for name in (self.target, self.draft)) != (0 if self.embedded else 2):
+            raise ConfigError("Give both --target and --draft, or --embedded alone.")
+        if self.embedded:
+            names = {"--target": str(FOLDER / "target"), "--draft": str(FOLDER / "draft")}
+            dtype = "float32" if dtype == AUTO else dtype  # it is stored in half of its precision
+        device = best_device(self.device)
+        quiet_libraries()
+        config, other = (load_config(option, name) for option, name in names.items())
+        check_vocabularies(config, other)
+        sizes = [c.get_text_config().vocab_size for c in (config, other)]
+        if compares and sizes[0] != sizes[1]:
+            raise ConfigError(
+                f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}: our loop takes that, but transformers' "
+                "assisted generation, which is measured beside it, does not. Take a draft of the target's size."
+            )
+        tokenizer = load_tokenizer("--target", names["--target"])
+        check_lengths(prompts, tokenizer, config)
+        target, draft = (load_model(option, name, dtype, device) for option, name in names.items())
+        return target, draft, tokenizer
+
+
+def run_bench(
+    models: OwnModels, prompts_file: Path, new_tokens: int, limit: int | None, temperature: float, seed: int
+) -> int:
+    """Measures the user's models on their prompts."""
+    check_extra("bench", "demo")
+    from .. import plots  # only now: it needs the optional packages
+
+    for option, value, least in (
+        ("--new-tokens", new_tokens, 1),
+        ("--limit", limit, 1),
+        ("--temperature", temperature, 0),
+    ):
+        if value is not None and not least <= value < float("inf"):
+            raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+    prompts = load_prompts(prompts_file, limit, new_tokens)
+    target, draft, tokenizer = models.load(prompts, compares=True)
+    runner = Runner(target, tokenizer, temperature, seed)
+    calibration = calibrate_own(runner, draft, prompts)
+    print(calibration, flush=True)
+    arms = own_arms(draft, calibration.chosen)
+    records: list[Record] = []
+    interrupted = False
+    try:
+        for number, prompt in enumerate(prompts):
+            records += runner.measure(number, 1, prompt, arms)
+            if (number + 1) % plots.PROGRESS_EVERY == 0:
+                print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        interrupted = True
+        print("Interrupted: only the finished prompts count.")
+    plots.comparison({OWN_ARMS[arm]: some for arm, some in by_arm(records).items()})
+    print(verdict(records))
+    return INTERRUPTED if interrupted else 0
+
+
+def run_record(
+    models: OwnModels, prompts_file: Path, out: Path, new_tokens: int, limit: int | None, temperature: float, seed: int
+) -> int:
+    """Records what the user's target says to their prompts."""
+    if new_tokens < 1 or not 0 <= temperature < float("inf"):
+        raise ConfigError(
+            f"--new-tokens {new_tokens}, --temperature {temperature}: expected at least 1 and at least 0."
+        )
+    check_folder(out.parent, f"--out {out}")
+    prompts = load_prompts(prompts_file, limit, new_tokens)
+    target, _, tokenizer = models.load(prompts)
+    found = []
+    for recorded in record(target, tokenizer, prompts, temperature, seed):
+        found.append(recorded)
+        if len(found) % 10 == 0:
+            print(f"{len(found)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+    Recording(found, temperature, models.draft or "").save(out)
+    print(f"Written: {out}. It holds your prompts and the answers as tokens.")
+    return 0
+
+
+def run_regret(
+    run_file: Path, draft: str | None, settings_json: str, lookahead: int, out: Path, dtype: str, device: str | None
+) -> int:
+    """Replays a recording; writes regret.json and regret.png into `out`."""
+    check_extra("regret", "demo")
+    from .. import plots  # only now: it needs the optional packages
+
+    recording = Recording.load(run_file)
+    try:
+        settings = json.loads(settings_json)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config {settings_json}: it is no JSON ({error.msg}).") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {settings_json}: expected a JSON object of settings.")
+    config = OnlineSpecConfig.from_dict(settings)
+    check_folder(out, f"--out {out}")
+    place = best_device(device)
+    quiet_libraries()
+    name = draft or recording.draft or str(FOLDER / "draft")
+    if name == str(FOLDER / "draft") and dtype == AUTO:
+        dtype = "float32"  # it is stored in half of its precision
+
+    def model() -> PreTrainedModel:
+        return load_model("--draft", name, dtype, place)
+
+    def show(text: str) -> None:
+        print(f"{text} …", file=sys.stderr, flush=True)
+
+    report = evaluate(recording, model, config, lookahead, show=show)
+    plots.regret_figure(report).savefig(out / "regret.png", dpi=150)
+    (out / "regret.json").write_text(
+        json.dumps(finite(asdict(report)), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    print(report.text())
+    print(f"Written: {out / 'regret.json'}, {out / 'regret.png'}")
+    return 0

@@ -1,0 +1,454 @@
+"""The command line `hf-onlinespec`: options and help. It stands outside the package, so that `--help` imports nothing heavy.
+
+A command imports `hf_onlinespec` in its body and returns its exit code; what it raises becomes one line here.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout, nothing else has looked at the version
+    print(
+        "hf-onlinespec: error: Python {}.{} is too old: 3.10 or later is needed.".format(*sys.version_info[:2]),
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+try:
+    import typer
+except ImportError:
+    print("hf-onlinespec: error: the command line needs typer: run pip install typer and try again.", file=sys.stderr)
+    sys.exit(2)
+
+P = ParamSpec("P")
+FAILED, INTERRUPTED = 2, 130
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 something was found that should not be there (audit: a public push would be refused); "
+    "2 a wrong argument, a missing package, or an error told in one line; 130 interrupted (Ctrl-C)."
+)
+MODELS, RUN, OUTPUT = "Models", "Run", "Output"  # panels of the help
+
+app = typer.Typer(
+    help="Faster generate() with a draft that learns from use; the text stays the target's.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        app(args=_one_by_one(arguments, "--weights"), prog_name="hf-onlinespec")
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else FAILED
+    return 0
+
+
+def _one_by_one(arguments: list[str], option: str) -> list[str]:
+    """The same with `--weights 0.25 0.75` as `--weights 0.25 --weights 0.75`: typer takes one value after an option."""
+    found: list[str] = []
+    listing = False
+    for argument in arguments:
+        if listing and found[-1] != option and _is_number(argument):
+            found.append(option)
+        found.append(argument)
+        listing = argument == option or (listing and _is_number(argument))
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
+    """A command that ends the process with its exit code, and whose errors are one line on stderr."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("\nhf-onlinespec: interrupted; no result was completed.", file=sys.stderr)
+            code = INTERRUPTED
+        except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = 0
+        except Exception as error:
+            line = _explained(error)
+            if line is None:
+                raise
+            print(f"hf-onlinespec: error: {line}", file=sys.stderr)
+            code = FAILED
+        raise typer.Exit(code)
+
+    return run
+
+
+def _explained(error: Exception) -> str | None:
+    if isinstance(error, ImportError):  # above all a missing package, or versions of packages that do not fit
+        return " ".join(str(error).split())
+    from hf_onlinespec.cli.common import explain
+
+    return explain(error)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        names = ("hf_onlinespec", "torch", "transformers", "peft")
+        own, *others = (f"{name} {metadata.version(name)}" for name in names)
+        print(f"{own} (Python {sys.version.split()[0]}, {', '.join(others)})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+class Domain(str, Enum):
+    """Domains of the embedded pair that its draft was not trained on."""
+
+    orders = "orders"
+    sql = "sql"
+
+
+class Dtype(str, Enum):
+    """What `--dtype` takes."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Precision of the models; auto: as stored (float16 becomes float32 on a CPU).", rich_help_panel=MODELS
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where the models run, such as cuda or cpu.",
+        show_default="an accelerator where there is one",
+        rich_help_panel=MODELS,
+    ),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME_OR_PATH",
+        help="The model to be accelerated: a folder or a name on the Hub.",
+        rich_help_panel=MODELS,
+    ),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME_OR_PATH",
+        help="A smaller one with the same tokenizer: a folder or a name on the Hub.",
+        rich_help_panel=MODELS,
+    ),
+]
+EmbeddedOption = Annotated[
+    bool, typer.Option("--embedded", help="Use the pair that ships with the package.", rich_help_panel=MODELS)
+]
+PromptsOption = Annotated[
+    Path,
+    typer.Option(metavar="FILE", help='Lines of JSON, {"prompt": "..."}, in their order.', rich_help_panel=RUN),
+]
+NewTokensOption = Annotated[
+    int, typer.Option(metavar="N", help="Most tokens generated per prompt.", rich_help_panel=RUN)
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Use the first N prompts only.", show_default="all", rich_help_panel=RUN),
+]
+TemperatureOption = Annotated[float, typer.Option(metavar="T", help="0: greedy decoding.", rich_help_panel=RUN)]
+SeedOption = Annotated[int, typer.Option(help="Seeds the sampling.", rich_help_panel=RUN)]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME_OR_PATH", help="The base draft.", show_default="the one that it was made for"),
+]
+
+
+@app.command()
+@reports_errors
+def demo(
+    prompts: Annotated[
+        int, typer.Option(metavar="N", help="Prompts in each of the three segments.", rich_help_panel=RUN)
+    ] = 30,
+    domain: Annotated[
+        Domain, typer.Option(help="Domain of the middle segment, new to the draft.", rich_help_panel=RUN)
+    ] = Domain.orders,
+    new_tokens: NewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    seed: Annotated[int, typer.Option(help="Chooses the prompts and seeds the sampling.", rich_help_panel=RUN)] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of what is written.", rich_help_panel=OUTPUT)] = Path(
+        "demo-out"
+    ),
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON instead of tables.", rich_help_panel=OUTPUT)
+    ] = False,
+    threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch.", rich_help_panel=RUN)] = min(
+        2, os.cpu_count() or 1
+    ),
+) -> int:
+    """Measure plain, assisted and learning generation on the embedded pair.
+
+    Streams prompts of one domain, of a second one and of the first again through four ways of generating: plain,
+    transformers' assisted generation with its best number of draft tokens, ours with a frozen draft, and ours learning.
+    No network, about three minutes on two cores.
+
+    Example: `hf-onlinespec demo --prompts 10 --domain sql`
+    """
+    from hf_onlinespec.cli.measure import Settings, run_demo
+
+    return run_demo(Settings(prompts, domain.value, new_tokens, temperature, seed, threads), out, json)
+
+
+@app.command()
+@reports_errors
+def bench(
+    prompts: PromptsOption,
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    embedded: EmbeddedOption = False,
+    new_tokens: NewTokensOption = 64,
+    limit: LimitOption = None,
+    temperature: TemperatureOption = 0.0,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> int:
+    """Measure whether a learning draft pays for your own models and prompts.
+
+    Sends your prompts through three ways of generating, request by request: plain, transformers' assisted generation with
+    its best number of draft tokens, and ours learning. The last line says whether it pays.
+
+    Example: `hf-onlinespec bench --target ./target --draft ./draft --prompts mine.jsonl`
+    """
+    from hf_onlinespec.cli.measure import OwnModels, run_bench
+
+    models = OwnModels(target, draft, embedded, dtype.value, device)
+    return run_bench(models, prompts, new_tokens, limit, temperature, seed)
+
+
+@app.command()
+@reports_errors
+def record(
+    prompts: PromptsOption,
+    out: Annotated[
+        Path, typer.Option(metavar="RUN", help="The recording: a .safetensors file.", rich_help_panel=OUTPUT)
+    ],
+    target: TargetOption = None,
+    draft: DraftOption = None,
+    embedded: EmbeddedOption = False,
+    new_tokens: NewTokensOption = 64,
+    limit: LimitOption = None,
+    temperature: TemperatureOption = 0.0,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> int:
+    """Record what a target says to your prompts, for `regret`.
+
+    Writes the target's answers and laws to a file, so that learning can be replayed without the target.
+
+    Example: `hf-onlinespec record --target ./target --draft ./draft --prompts mine.jsonl --out run.safetensors`
+    """
+    from hf_onlinespec.cli.measure import OwnModels, run_record
+
+    models = OwnModels(target, draft, embedded, dtype.value, device)
+    return run_record(models, prompts, out, new_tokens, limit, temperature, seed)
+
+
+@app.command()
+@reports_errors
+def regret(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN", help="A recording made by hf-onlinespec record.")],
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="The draft.",
+            show_default="the one that was recorded for",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    config: Annotated[
+        str, typer.Option(metavar="JSON", help='Settings of the draft, such as {"lr": 1e-3}.', rich_help_panel=RUN)
+    ] = "{}",
+    lookahead: Annotated[int, typer.Option(metavar="K", help="Drafted tokens.", rich_help_panel=RUN)] = 5,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of regret.json and regret.png.", rich_help_panel=OUTPUT)
+    ] = Path("regret-out"),
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+) -> int:
+    """Show what learning lost against hindsight on a recorded stream, and what theory promises.
+
+    Replays a recorded stream through a learning draft, and through the best adapters in hindsight, for the whole stream
+    and for each of its segments (runs of one domain).
+
+    Example: `hf-onlinespec regret run.safetensors --out regret-out`
+    """
+    from hf_onlinespec.cli.measure import run_regret
+
+    return run_regret(run_file, draft, config, lookahead, out, dtype.value, device)
+
+
+@app.command()
+@reports_errors
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="FOLDER_OR_REPO", help="A saved draft.")],
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")] = None,
+) -> int:
+    """Show what an evolved draft is, and what it measured.
+
+    Example: `hf-onlinespec inspect demo-out/evolved`
+    """
+    from hf_onlinespec.cli.drafts import run_inspect
+
+    return run_inspect(source, revision)
+
+
+@app.command()
+@reports_errors
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What save_pretrained wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to.")],
+    public: Annotated[bool, typer.Option("--public", help="Make it public.")] = False,
+    data_statement: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What it was trained on, and why it may be public.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    tag: Annotated[str | None, typer.Option(metavar="NAME", help="A name for this state.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Over another's commit.")] = False,
+    skip_audit: Annotated[bool, typer.Option("--skip-audit", help="For text that is public anyway.")] = False,
+    with_state: Annotated[
+        bool, typer.Option("--with-state", help="Also what learning needs to go on (private: always).")
+    ] = False,
+    license: Annotated[str | None, typer.Option(metavar="NAME", help="Of the adapter, as the Hub names it.")] = None,
+    base: BaseOption = None,
+) -> int:
+    """Push a saved draft to the Hub.
+
+    Sends a folder in one commit. Repositories are private unless --public is given, which needs a data statement and passes
+    the privacy audit first.
+
+    Example: `hf-onlinespec push demo-out/evolved me/my-draft --tag first`
+    """
+    from hf_onlinespec.cli.drafts import run_push
+
+    return run_push(
+        folder,
+        repo,
+        public=public,
+        data_statement=data_statement,
+        message=message,
+        tag=tag,
+        force=force,
+        skip_audit=skip_audit,
+        with_state=with_state,
+        license=license,
+        base=base,
+    )
+
+
+@app.command()
+@reports_errors
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="A draft on the Hub.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new one, or one with an earlier state.")],
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit.")] = None,
+) -> int:
+    """Download an evolved draft into a folder.
+
+    Example: `hf-onlinespec pull me/my-draft ./my-draft`
+    """
+    from hf_onlinespec.cli.drafts import run_pull
+
+    return run_pull(repo, folder, revision)
+
+
+@app.command()
+@reports_errors
+def merge(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FOLDER_OR_REPO...", help="One draft, or several of one base.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder.")],
+    weights: Annotated[
+        list[float] | None,
+        typer.Option(metavar="W...", help="One for each draft.", show_default="their mean"),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Distil to this rank.")] = None,
+    base: BaseOption = None,
+    export: Annotated[bool, typer.Option("--export", help="Write a plain causal language model.")] = False,
+) -> int:
+    """Combine evolved drafts, distil them to a rank, or merge them into a plain model.
+
+    Combines drafts of one base exactly: the rank of the result is the sum of theirs. --rank distils it, --export writes a
+    plain causal language model for transformers, vLLM or SGLang instead of an adapter.
+
+    Example: `hf-onlinespec merge ./a ./b --weights 0.25 0.75 --out ./both`
+    """
+    from hf_onlinespec.cli.drafts import run_merge
+
+    return run_merge(sources, out, weights or None, rank, base, export)
+
+
+@app.command()
+@reports_errors
+def audit(
+    source: Annotated[str, typer.Argument(metavar="FOLDER_OR_REPO", help="A saved draft.")],
+    canaries: Annotated[int, typer.Option(metavar="N", help="How many secrets are planted.")] = 8,
+    own: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts of its stream: .txt, or .jsonl with text lines.")
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts of the same kind that it never saw.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_PATH", help="For the texts.", show_default="the base's")
+    ] = None,
+    base: BaseOption = None,
+    seed: Annotated[int, typer.Option(help="Chooses the canaries.")] = 0,
+) -> int:
+    """Show what an evolved draft gives away of the text it learned from.
+
+    Plants canaries, secrets drawn at random, in a copy of the draft and probes how exposed they are; with texts it also
+    compares the draft's own stream with text that it never saw. Exit code 1: a public push would be refused.
+
+    Example: `hf-onlinespec audit demo-out/evolved --canaries 8`
+    """
+    from hf_onlinespec.cli.drafts import run_audit
+
+    return run_audit(source, canaries, own, held_out, tokenizer, base, seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
