@@ -101,8 +101,14 @@ def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
 
 
 def _explained(error: Exception) -> str | None:
-    if isinstance(error, ImportError):  # above all a missing package, or versions of packages that do not fit
-        return " ".join(str(error).split())
+    if isinstance(
+        error, ImportError
+    ):  # a missing package, or one whose version does not fit: then the package is not there
+        line = " ".join(str(error).split())
+        if type(error).__module__ == "hf_onlinespec.errors":
+            return line
+        needed = [text for text in metadata.requires("hf_onlinespec") or () if "extra ==" not in text]
+        return f"{line.rstrip('.')}. hf_onlinespec needs {', '.join(needed)}."
     from hf_onlinespec.cli.common import explain
 
     return explain(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -35,7 +35,7 @@ def explain(error: Exception) -> str | None:
     """An error in one line for the user; None: it is a fault of ours, and its traceback is wanted."""
     if isinstance(error, OnlineSpecError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         reason = str(error).partition("\n")[0] or "the machine has no memory left"
         return f"out of memory ({reason}). Use a smaller --dtype or model, or shorter prompts and answers."
     if isinstance(error, OSError) and error.strerror:
@@ -137,7 +137,7 @@ def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device |
         model = _loaded(AutoModelForCausalLM, option, name, dtype=chosen)
         placed: PreTrainedModel = model.to(device).eval()
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         needed = _needed_bytes(config, chosen)
         raise ConfigError(_memory(option, name, needed, _free_bytes(device), chosen)) from error
@@ -163,10 +163,7 @@ def why_not_loaded(error: BaseException, name: str) -> str:
     if caused_by(RepositoryNotFoundError):
         return "the Hub has no model of this name, or it is private (then log in: hf auth login)."
     if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            why = "HF_HUB_OFFLINE is set"
-        else:
-            why = "no network: the Hub cannot be reached"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network: the Hub cannot be reached"
         return f"{why}, and no such model is in this machine's cache or folder. Give the folder of a model."
     if caused_by(HFValidationError):
         return "no such folder, and no name that a model on the Hub can have."
@@ -181,7 +178,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of an accelerator did not suffice."""
     # torch reports the CPU's as a plain RuntimeError: "[enforce fail …] DefaultCPUAllocator: can't allocate memory".
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
@@ -202,17 +200,17 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _memory(option: str, name: str, needed: int, free: int | None, dtype: torch.dtype | str) -> str:
-    has = "" if free is None else f", and {_gigabytes(free)} are free"
-    words = f"{option} {name}: its weights need {_gigabytes(needed)} in {str(dtype).removeprefix('torch.')}{has}."
+    has = "" if free is None else f", and {_size(free)} are free"
+    words = f"{option} {name}: its weights need {_size(needed)} in {str(dtype).removeprefix('torch.')}{has}."
     if isinstance(dtype, torch.dtype) and dtype.itemsize > 2:
         half = needed // dtype.itemsize * 2
         fits = "" if free is None else ", which would do" if half < free else ", still too much"
-        return f"{words} With --dtype bfloat16 they need {_gigabytes(half)}{fits}."
+        return f"{words} With --dtype bfloat16 they need {_size(half)}{fits}."
     return f"{words} No smaller dtype would do: take a smaller or a quantized model, or another --device."
 
 
-def _gigabytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
+def _size(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def finite(value: Any) -> Any:

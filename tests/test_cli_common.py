@@ -1,0 +1,226 @@
+"""The command line's frame: what `--help` imports, exit codes, errors in one line, the best device and dtype."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import hf_onlinespec_cli
+from hf_onlinespec import OnlineDraft
+from hf_onlinespec.cli import common
+from hf_onlinespec.cli.common import best_device, best_dtype, check_folder, load_model
+from hf_onlinespec.embedded import DOMAINS, HOME_DOMAIN
+from hf_onlinespec.errors import ConfigError
+from hf_onlinespec_cli import main
+
+from .conftest import tiny_llama
+from .loopback_hub import LoopbackHub
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.usefixtures("process_settings")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, without a terminal."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=ROOT)
+
+
+def one_line(errors: str) -> str:
+    """What a command said, which must be one line of error."""
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("hf-onlinespec: error: "), errors
+    return lines[0]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """The help of every command, too."""
+    code = (
+        "import sys; from hf_onlinespec_cli import main\n"
+        "names = 'demo bench record regret inspect push pull merge audit'.split()\n"
+        "assert [main([*some, '--help']) for some in ([], *([name] for name in names))] == [0] * 10\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub', 'hf_onlinespec'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "Exit codes: 0 success" in done.stdout and "130 interrupted" in " ".join(done.stdout.split())
+    assert done.stdout.count("Example: ") == 9
+
+
+def test_the_package_runs_as_a_module_and_tells_its_version() -> None:
+    done = run("-m", "hf_onlinespec", "--version")
+    assert done.returncode == 0
+    assert re.match(rf"hf_onlinespec \d+\.\d+\.\d+ .*torch {re.escape(torch.__version__)}", done.stdout)
+
+
+def test_choices_are_those_of_the_package() -> None:
+    """They are written twice, because the help must not import the package."""
+    assert [domain.value for domain in hf_onlinespec_cli.Domain] == [name for name in DOMAINS if name != HOME_DOMAIN]
+    assert all(isinstance(vars(torch).get(d.value), torch.dtype) for d in hf_onlinespec_cli.Dtype if d.value != "auto")
+    assert (hf_onlinespec_cli.FAILED, hf_onlinespec_cli.INTERRUPTED) == (common.FAILED, common.INTERRUPTED)
+
+
+def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["demoo"], ["demo", "--promts", "3"], ["merge"], ["regret", "run", "--dtype", "int8"]):
+        assert main(arguments) == 2, arguments
+    assert "Did you mean" in capsys.readouterr().err
+
+
+def test_an_old_python_is_refused_in_one_line() -> None:
+    code = "import sys; sys.version_info = (3, 9, 7, 'final', 0); import hf_onlinespec_cli"
+    done = run("-c", code)
+    assert done.returncode == 2
+    assert "Python 3.9 is too old" in one_line(done.stderr)
+
+
+def test_other_versions_of_transformers_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text('__version__ = "4.40.0"')
+    done = run("-m", "hf_onlinespec_cli", "inspect", "x", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 2
+    assert "transformers" in one_line(done.stderr) and ">=" in done.stderr
+
+
+def test_an_interrupt_anywhere_exits_with_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OnlineDraft, "from_pretrained", interrupted)
+    assert main(["audit", "somewhere"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_model_that_the_hub_does_not_have(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["regret", str(ROOT / "none"), "--draft", "nobody/nothing"]) == 2  # the recording is read first
+    assert "none" in one_line(capsys.readouterr().err)
+    with pytest.raises(ConfigError, match=r"--draft nobody/nothing: the Hub has no model of this name"):
+        load_model("--draft", "nobody/nothing")
+
+
+def test_no_network_is_told_from_a_wrong_name(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+    with pytest.raises(ConfigError, match=r"--target nobody/nothing: no network: the Hub cannot be reached") as told:
+        load_model("--target", "nobody/nothing")
+    assert "\n" not in str(told.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        load_model("--target", "nobody/nothing")
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--target .*: the folder holds no model that can be loaded"):
+        load_model("--target", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--target .*none: no such folder"):
+        load_model("--target", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError(), torch.OutOfMemoryError()],
+)
+def test_too_little_memory_names_what_was_needed(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(1)
+    model.save_pretrained(tmp_path)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(ConfigError) as told:
+        load_model("--target", str(tmp_path), device=torch.device("cpu"))
+    assert f"its weights need {weights * 4 / 1e6:.1f} MB in float32" in str(told.value)
+    assert f"With --dtype bfloat16 they need {weights * 2 / 1e6:.1f} MB, which would do." in str(told.value)
+    with pytest.raises(ConfigError, match="No smaller dtype would do"):
+        load_model("--target", str(tmp_path), "bfloat16", torch.device("cpu"))
+
+
+def test_a_warning_before_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Linux ends a process that takes too much, and then it says nothing any more."""
+    tiny_llama(1).save_pretrained(tmp_path)
+    free = type(common.psutil.virtual_memory())
+    monkeypatch.setattr(common.psutil, "virtual_memory", lambda: free(*(0 for _ in free._fields)))
+    load_model("--target", str(tmp_path), device=torch.device("cpu"))
+    assert "and 0.0 MB are free" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_later_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
+
+    monkeypatch.setattr(OnlineDraft, "from_pretrained", fails)
+    assert main(["audit", "somewhere"]) == 2
+    assert "out of memory" in one_line(capsys.readouterr().err)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(OnlineDraft, "from_pretrained", fails)
+    with pytest.raises(ZeroDivisionError):
+        main(["audit", "somewhere"])
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out: the folder cannot be made"):
+        check_folder(tmp_path / "file" / "folder", "--out")
+    with pytest.raises(ConfigError, match=r"--out: the folder cannot be written"):
+        check_folder(Path("/proc"), "--out")
+    check_folder(tmp_path / "new" / "folder", "--out")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_the_dtype_is_the_checkpoints_own() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for stated, on_cpu, on_gpu in (
+        ("float32", torch.float32, torch.float32),
+        ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ("float16", torch.float32, torch.float16),
+        (None, torch.float32, torch.bfloat16),
+    ):
+        config = LlamaConfig(dtype=stated)
+        assert (best_dtype("auto", config, cpu), best_dtype("auto", config, gpu)) == (on_cpu, on_gpu)
+        assert best_dtype("float16", config, cpu) == torch.float16
+    quantized = LlamaConfig(dtype="float16", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert best_dtype("auto", quantized, cpu) == "auto"
+
+
+def test_the_device_is_an_accelerator_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    assert best_device() == torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert best_device() == torch.device("cpu") == best_device("cpu")
+    with pytest.raises(ConfigError, match="--device nowhere: torch cannot use it here"):
+        best_device("nowhere")
+
+
+def test_weights_are_taken_in_a_row() -> None:
+    spread = hf_onlinespec_cli._one_by_one
+    assert spread(["a", "--weights", "0.25", "0.75", "--out", "x"], "--weights") == [
+        "a", "--weights", "0.25", "--weights", "0.75", "--out", "x",
+    ]  # fmt: skip
+    assert spread(["--weights", "1", "a", "0.5"], "--weights") == ["--weights", "1", "a", "0.5"]
