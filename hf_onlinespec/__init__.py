@@ -5,6 +5,7 @@ Importing it teaches `generate` one argument:
     out = target.generate(**inputs, assistant_model=draft, onlinespec=True)
 """
 
+from .attachment import attach, attached, detach
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft
@@ -45,6 +46,9 @@ __all__ = [
     "PrivacyError",
     "UnsupportedError",
     "VersionError",
+    "attach",
+    "attached",
+    "detach",
     "disable",
     "enable",
     "online_draft",

@@ -80,6 +80,7 @@ WRAPPED = (
     (GenerationMixin, "_validate_generation_mode"),
     (GenerationMixin, "_assisted_decoding"),
     (GenerationMixin, "_prepare_generation_config"),
+    (GenerationMixin, "generate"),
 )
 
 # What `generate` fills in where the user has said nothing, see GenerationConfig._get_default_generation_params.
@@ -163,6 +164,16 @@ STATELESS = (
 def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
     """Copies of the list's members that are known to be pure functions: what they keep for the size of the first scores is theirs."""
     return LogitsProcessorList([copy.copy(p) for p in processors if type(p) in STATELESS])
+
+
+def has_own_sampling(model: PreTrainedModel) -> bool:
+    """Whether a class has its own loop in the place of greedy decoding and sampling, as some for speech have."""
+    return type(model)._sample is not GenerationMixin._sample
+
+
+def sample(model: PreTrainedModel, *arguments: Any, **model_kwargs: Any) -> Any:
+    """Greedy decoding or sampling without a draft, as `generate` calls it; arguments and result are its own."""
+    return type(model)._sample(model, *arguments, **model_kwargs)
 
 
 def adds_virtual_tokens(model: PreTrainedModel) -> bool:

@@ -65,20 +65,8 @@ def check_call(
         tokenizer, assistant_tokenizer: of target and draft, where `generate` was given them.
     """
     check_mode(generation_config, generation_config.get_generation_mode(draft))
+    check_target(target)
     name, config = type(target).__name__, generation_config
-    if target.config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"The target {name} is an encoder–decoder, which is not supported yet. Call generate without onlinespec."
-        )
-    if is_stateful(target):
-        raise UnsupportedError(
-            f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."
-        )
-    if not known_continuation(target):
-        raise UnsupportedError(
-            f"The target {name} carries a state of its own from token to token (_update_model_kwargs_for_generation), which a "
-            "forward over several tokens does not give. Call generate without onlinespec."
-        )
     if drops_cache(target):
         raise UnsupportedError(
             f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "
@@ -115,6 +103,24 @@ def check_call(
             raise UnsupportedError(
                 f"{output}=True is not supported with a learning draft. Run a forward on the result instead."
             )
+
+
+def check_target(target: PreTrainedModel) -> None:
+    """Refuses targets that the loop can never serve."""
+    name = type(target).__name__
+    if target.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"The target {name} is an encoder–decoder, which is not supported yet. Call generate without onlinespec."
+        )
+    if is_stateful(target):
+        raise UnsupportedError(
+            f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."
+        )
+    if not known_continuation(target):
+        raise UnsupportedError(
+            f"The target {name} carries a state of its own from token to token (_update_model_kwargs_for_generation), which a "
+            "forward over several tokens does not give. Call generate without onlinespec."
+        )
 
 
 def check_synced_gpus(synced_gpus: bool) -> None:

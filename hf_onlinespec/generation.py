@@ -10,12 +10,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import WRAPPED, GenerationMode, note_given, originals, uncompiled
+from ._compat import WRAPPED, GenerationMode, note_given, originals, sample, uncompiled
+from .attachment import anything_attached, call_of, call_with, calling
 from .checks import check_call, check_inputs, check_mode, check_synced_gpus
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn, decode
 from .draft import OnlineDraft, online_draft
-from .errors import ConfigError, DraftError, UnsupportedError
+from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError
 from .memory_draft import online_memory
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
@@ -51,20 +52,26 @@ def enable() -> None:
     if _originals:
         return
     _originals.extend(originals())
-    extract, get_mode, validate, assisted, prepare = _originals
+    extract, get_mode, validate, assisted, prepare, generate = _originals
 
     @functools.wraps(extract)
     def _extract_generation_mode_kwargs(self: Any, custom_generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = extract(self, custom_generate, *args, **kwargs)
-        return (
-            _CustomArguments(found) if callable(custom_generate) and type(custom_generate) is not GenerateFn else found
-        )
+        call = call_of(self)
+        others = callable(custom_generate) and type(custom_generate) is not GenerateFn
+        if call is not None:
+            call.begin(
+                found, chosen="assistant_model" in found or type(custom_generate) is GenerateFn, elsewhere=others
+            )
+        return _CustomArguments(found) if others else found
 
     @functools.wraps(get_mode)
     def get_generation_mode(self: GenerationConfig, assistant_model: Any = None) -> GenerationMode:
-        if not _is_ours(self, assistant_model):
+        call = call_with(self)
+        if _is_ours(self, assistant_model):
+            check_mode(self, get_mode(self))
+        elif call is None or not call.accepts():
             return get_mode(self, assistant_model)
-        check_mode(self, get_mode(self))
         return GenerationMode.ASSISTED_GENERATION
 
     @functools.wraps(validate)
@@ -77,6 +84,9 @@ def enable() -> None:
             )
         if isinstance(assistant, OnlineDraft):
             assistant.begin_anew_if_changed()
+        call = call_of(self)
+        if call is not None and assistant is None and _wanted(config):
+            assistant = call.attachment.draft
         if mode == GenerationMode.ASSISTED_GENERATION and _is_ours(config, assistant):
             if isinstance(assistant, nn.Module):
                 assistant = uncompiled(assistant)
@@ -108,20 +118,39 @@ def enable() -> None:
         **model_kwargs: Any,
     ) -> Any:
         arguments = (self, input_ids, logits_processor, stopping_criteria, generation_config)
+        call = call_of(self)
+        common = {
+            "streamer": streamer,
+            "tokenizer": tokenizer,
+            "assistant_tokenizer": assistant_tokenizer,
+            **model_kwargs,
+        }
+        if call is not None and call.served:
+            try:
+                draft = call.attachment.drafts_for(self)
+                check_inputs(self, input_ids, generation_config, model_kwargs)
+            except OnlineSpecError as reason:
+                call.reason = reason
+                given = {name: value for name, value in common.items() if value is not None or name in model_kwargs}
+                return sample(*arguments, synced_gpus=synced_gpus, **given)
+            try:
+                return decode(*arguments, draft=draft, **common)
+            except UnsupportedError as reason:  # the target's first forwards have shown it
+                call.attachment.never = call.reason = reason
+                raise
         if not _is_ours(generation_config, assistant_model):
             return assisted(
                 *arguments,
                 synced_gpus=synced_gpus,
-                streamer=streamer,
                 inputs_tensor=inputs_tensor,
                 assistant_model=assistant_model,
-                assistant_tokenizer=assistant_tokenizer,
-                tokenizer=tokenizer,
-                **model_kwargs,
+                **common,
             )
         check_inputs(self, input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
         wanted = _wanted(generation_config)
         settings = wanted if isinstance(wanted, OnlineSpecConfig) else None
+        if assistant_model is None and call is not None:
+            assistant_model = call.attachment.draft
         if assistant_model is None and settings is not None and settings.memory_tokens == 0:
             raise UnsupportedError(
                 "memory_tokens=0 without assistant_model: nothing could draft. Pass a draft, or leave onlinespec out."
@@ -131,10 +160,7 @@ def enable() -> None:
             *arguments,
             draft=draft,
             learn=wanted is not False,
-            streamer=streamer,
-            tokenizer=tokenizer,
-            assistant_tokenizer=assistant_tokenizer,
-            **model_kwargs,
+            **common,
         )
 
     @functools.wraps(prepare)
@@ -142,7 +168,30 @@ def enable() -> None:
         self: Any, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> Any:
         config, model_kwargs = prepare(self, generation_config, *args, **kwargs)
-        return note_given(config, kwargs, generation_config, self.generation_config), model_kwargs
+        config = note_given(config, kwargs, generation_config, self.generation_config)
+        call = call_of(self)
+        if call is not None and not call.explicit:
+            call.explicit = _says(kwargs.get("onlinespec"), generation_config, self.generation_config)
+            if not call.explicit:
+                config.onlinespec = None  # what was saved with the model does not go before what was attached
+                call.config = config
+        return config, model_kwargs
+
+    @functools.wraps(generate)
+    def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not anything_attached():
+            return generate(self, *args, **kwargs)
+        with calling(self) as call:
+            try:
+                output = generate(self, *args, **kwargs)
+            except UnsupportedError as error:
+                if call is None or call.reason is not error or not call.can_begin_anew(kwargs):
+                    raise
+                with calling(self):
+                    output = generate(self, *args, **kwargs)
+        if call is not None:
+            call.finish()
+        return output
 
     wrappers = (
         _extract_generation_mode_kwargs,
@@ -150,6 +199,7 @@ def enable() -> None:
         _validate_generation_mode,
         _assisted_decoding,
         _prepare_generation_config,
+        _generate,
     )
     for (owner, name), wrapper in zip(WRAPPED, wrappers, strict=True):
         setattr(owner, name, wrapper)
@@ -157,13 +207,20 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Restores transformers exactly as it was. Drafts keep what they learned."""
+    """Restores transformers exactly as it was. Drafts keep what they learned; what is attached rests until `enable()`."""
     if not _originals:
         return
     for (owner, name), original in zip(WRAPPED, _originals, strict=True):
         setattr(owner, name, original)
     del GenerationConfig.onlinespec
     _originals.clear()
+
+
+def _says(argument: Any, config: GenerationConfig | None, saved: GenerationConfig) -> bool:
+    """Whether a call itself says something about drafting: in an argument, or in a configuration that is no copy of the model's."""
+    if argument is not None:
+        return True
+    return config is not None and _wanted(config) not in (None, _wanted(saved))
 
 
 def _wanted(config: GenerationConfig) -> OnlineSpecConfig | bool | None:

@@ -107,3 +107,8 @@ def online_memory(
     memory = _memories[inner]
     memory.check_setting(config)
     return memory
+
+
+def keep_memory(target: PreTrainedModel, memory: MemoryDraft) -> None:
+    """Keeps this memory with a target, in the place of the one that was kept with it."""
+    _memories[target] = memory

@@ -1,0 +1,266 @@
+"""Attaching a draft to a model: from then on every `generate` on it speculates and learns, whoever calls it.
+
+Nothing is written into the model: what is attached is kept beside it, so a copy of the model, pickled or saved, has none of it.
+`enable()` wraps `generate`, which looks up here what is attached; a `Call` is that one call of `generate`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from ._compat import has_own_sampling, inner_model, uncompiled
+from .checks import check_call, check_synced_gpus, check_target
+from .config import OnlineSpecConfig
+from .draft import OnlineDraft, online_draft
+from .errors import DraftError, OnlineSpecError, UnsupportedError
+from .memory_draft import MemoryDraft, keep_memory, online_memory
+from .vocabulary import check_vocabularies
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Attachment:
+    """What drafts for an attached model."""
+
+    draft: OnlineDraft | None  # None: the suffix memory that is kept with the model
+    never: OnlineSpecError | None = None  # why no call can be served, where that was found out in a call
+    warned: set[str] = field(default_factory=set)  # reasons for plain decoding that the user has heard
+
+    def drafts_for(self, target: PreTrainedModel) -> MemoryDraft:
+        """What drafts. Raises DraftError where the draft's model was changed into one that cannot."""
+        return online_memory(target) if self.draft is None else online_draft(self.draft)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of `generate` on an attached model, from its beginning to its end."""
+
+    attachment: Attachment
+    target: PreTrainedModel
+    explicit: bool = False  # whether the call itself says who drafts, or that nobody does
+    arguments: dict[str, Any] | None = (
+        None  # for its decoding loop, such as streamer and tokenizer; None: it never came near one
+    )
+    config: GenerationConfig | None = None  # as `generate` has prepared it; None: what is attached is not asked for
+    served: bool | None = None  # None: not decided yet
+    reason: OnlineSpecError | None = None  # why it is not served
+
+    def begin(self, arguments: dict[str, Any], chosen: bool, elsewhere: bool) -> None:
+        """Notes what `generate` was given.
+
+        Args:
+            chosen: whether the call has a draft of its own.
+            elsewhere: whether a `custom_generate=` of somebody else's decodes.
+        """
+        self.arguments, self.explicit = dict(arguments), chosen
+        if elsewhere:
+            self.reason = _elsewhere()
+
+    def accepts(self) -> bool:
+        """Whether our loop takes the call, as far as that can be told from its configuration; the answer stays the same."""
+        if self.served is None:
+            self.served = False  # the checks ask the configuration for its mode: that is the plain one
+            try:
+                self._check()
+                self.served = True
+            except OnlineSpecError as reason:
+                self.reason = reason
+        return self.served
+
+    def _check(self) -> None:
+        assert self.config is not None
+        if self.reason is not None or self.attachment.never is not None:
+            raise self.reason or self.attachment.never  # type: ignore[misc]
+        arguments = self.arguments or {}
+        check_synced_gpus(bool(arguments.get("synced_gpus")))
+        draft = self.attachment.drafts_for(self.target)
+        check_call(self.target, draft.neural, self.config, arguments.get("tokenizer"))
+
+    def can_begin_anew(self, arguments: dict[str, Any]) -> bool:
+        """Whether nothing of the caller's was used up, so that the same call can be made once more."""
+        return "streamer" not in (self.arguments or {}) and arguments.get("past_key_values") is None
+
+    def finish(self) -> None:
+        """Warns the user, once per reason, that a call ran as if nothing were attached."""
+        if self.arguments is None:
+            self.reason = _elsewhere()
+        if self.reason is None or self.explicit:
+            return
+        text = str(self.reason)
+        kind = re.sub(r"\d+", "#", text)  # a batch of 2 and one of 3 are one reason
+        if kind in self.attachment.warned:
+            return
+        self.attachment.warned.add(kind)
+        message = f"This call of generate ran without the attached draft: {text} Later calls like it are not mentioned."
+        try:
+            warnings.warn(message, stacklevel=3)
+        except UserWarning:  # where warnings are errors; the answer is there
+            logger.warning("%s", message)
+
+
+def _elsewhere() -> UnsupportedError:
+    return UnsupportedError("custom_generate= or cache_implementation='paged' decodes in its place. Leave it out.")
+
+
+_attached: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+# The call of `generate` that runs in this thread, if it is one on an attached model.
+_current: ContextVar[Call | None] = ContextVar("hf_onlinespec_call", default=None)
+
+
+def attach(
+    target: PreTrainedModel | PeftModel,
+    draft: PreTrainedModel | PeftModel | MemoryDraft | str | Path | None = None,
+    config: OnlineSpecConfig | dict[str, Any] | None = None,
+) -> MemoryDraft:
+    """From now on every `generate` on this model speculates and learns, whoever calls it; returns what drafts.
+
+    A call that the decoding loop does not take (beam search, a batch, …) runs as if nothing were attached, and a warning says
+    why, once per reason. `onlinespec=` or `assistant_model=` in a call goes before: `onlinespec=True` uses the attached draft
+    and raises where it cannot serve, `onlinespec=False` decodes plainly. What stands in the model's own `generation_config` does not.
+    Attaching again replaces what was attached; `disable()` suspends it until `enable()`.
+
+    Args:
+        target: a model, also inside of a `PeftModel` or as torch.compile returns it. A copy of it is not attached.
+        draft: a causal language model, an `OnlineDraft`, the folder or name on the Hub of one, or what `attach` returned before;
+            None: no draft model, the target's suffix memory drafts.
+        config: how to draft and to learn; None: the defaults, or those of a draft that exists already.
+
+    Raises:
+        UnsupportedError: the target can never be served, or `disable()` was called.
+        DraftError: the draft does not fit the target.
+        ConfigError: the draft, or the target's memory, exists already with other settings.
+
+    Example:
+        >>> draft = hf_onlinespec.attach(target)                               # doctest: +SKIP
+        >>> pipe = pipeline("text-generation", target, tokenizer=tokenizer)    # doctest: +SKIP
+        >>> pipe("Once upon a time"); draft.metrics.acceptance_length          # doctest: +SKIP
+    """
+    inner = _generating(target)
+    if "onlinespec" not in vars(GenerationConfig):
+        raise UnsupportedError(
+            "attach: hf_onlinespec is disabled, so that generate cannot see a draft. Call enable() first."
+        )
+    check_target(inner)
+    if has_own_sampling(inner):
+        raise UnsupportedError(
+            f"The target {type(inner).__name__} decodes in a way of its own (_sample), which a draft cannot speed up. "
+            "Attach to another model."
+        )
+    settings = OnlineSpecConfig.from_dict(config) if isinstance(config, dict) else config
+    saved = inner.generation_config.onlinespec
+    if settings is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, MemoryDraft):
+        settings = saved
+    if isinstance(draft, str | Path):
+        draft = OnlineDraft.from_pretrained(draft, config=settings)
+    neural: OnlineDraft | None = None
+    if draft is None or (isinstance(draft, MemoryDraft) and draft.neural is None):
+        _keep(inner, draft, settings)
+    elif isinstance(draft, OnlineDraft | nn.Module):
+        model = draft if isinstance(draft, OnlineDraft) else uncompiled(draft)
+        if isinstance(model, PreTrainedModel | PeftModel):
+            check_vocabularies(inner, model)  # before an adapter is made for nothing
+        neural = online_draft(draft, settings)
+        check_vocabularies(inner, neural.model)
+    else:
+        raise DraftError(
+            f"draft is a {type(draft).__name__}: expected a transformers model, a PeftModel, an OnlineDraft, or the folder or name of one."
+        )
+    before = _attached.get(inner)
+    if before is None or before.draft is not neural:
+        _attached[inner] = Attachment(neural)
+    return _attached[inner].drafts_for(inner)
+
+
+def _keep(target: PreTrainedModel, memory: MemoryDraft | None, settings: OnlineSpecConfig | None) -> None:
+    """Keeps a suffix memory with the target that is to draft for it: the given one, or its own."""
+    if memory is None:
+        if settings is None or settings.memory_tokens:
+            memory = online_memory(target, settings)
+    else:
+        memory.check_setting(settings)
+        keep_memory(target, memory)
+    if memory is None or memory.memory is None:
+        raise UnsupportedError("memory_tokens=0 without a draft: nothing could draft. Pass a draft, or another config.")
+
+
+def detach(target: PreTrainedModel | PeftModel) -> MemoryDraft | None:
+    """Makes `generate` on this model plain again; returns what was attached, None where nothing was.
+
+    The draft keeps what it learned. Calls that are running in other threads end as they began.
+    """
+    inner = _generating(target)
+    attachment = _attached.pop(inner, None)
+    if attachment is None:
+        return None
+    return online_memory(inner) if attachment.draft is None else attachment.draft
+
+
+@contextmanager
+def attached(
+    target: PreTrainedModel | PeftModel,
+    draft: PreTrainedModel | PeftModel | MemoryDraft | str | Path | None = None,
+    config: OnlineSpecConfig | dict[str, Any] | None = None,
+) -> Iterator[MemoryDraft]:
+    """Attaches for the time of a `with` block; afterwards what was attached before is attached again. Arguments as of `attach`."""
+    inner = _generating(target)
+    before = _attached.get(inner)
+    try:
+        yield attach(target, draft, config)
+    finally:
+        if before is None:
+            _attached.pop(inner, None)
+        else:
+            _attached[inner] = before
+
+
+def _generating(target: Any) -> PreTrainedModel:
+    """The model that `generate` runs on."""
+    inner = inner_model(target) if isinstance(target, nn.Module) else target
+    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
+        raise UnsupportedError(
+            f"target is a {type(target).__name__}: expected a transformers model with `generate`, such as AutoModelForCausalLM loads."
+        )
+    return inner
+
+
+def anything_attached() -> bool:
+    """Whether any model of this process has something attached."""
+    return bool(_attached)
+
+
+def call_of(model: Any) -> Call | None:
+    """The call of `generate` on this model that runs in this thread, if the model is attached."""
+    call = _current.get()
+    return call if call is not None and call.target is model else None
+
+
+def call_with(config: GenerationConfig) -> Call | None:
+    """The same, by the configuration that `generate` has prepared."""
+    call = _current.get()
+    return call if call is not None and call.config is config else None
+
+
+@contextmanager
+def calling(model: PreTrainedModel) -> Iterator[Call | None]:
+    """The time of one call of `generate`; None: nothing is attached to this model."""
+    attachment = _attached.get(model)
+    call = None if attachment is None else Call(attachment, model)
+    token = _current.set(call)
+    try:
+        yield call
+    finally:
+        _current.reset(token)

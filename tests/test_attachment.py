@@ -1,0 +1,501 @@
+"""Attaching: every `generate` on a model is served, whoever calls it, and a call that cannot be served runs as if nothing were attached."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+import hf_onlinespec
+from hf_onlinespec import (
+    ConfigError,
+    DraftError,
+    OnlineDraft,
+    OnlineSpecConfig,
+    UnsupportedError,
+    attach,
+    attached,
+    detach,
+    online_draft,
+    online_memory,
+)
+from hf_onlinespec.embedded import EmbeddedPair, load_draft
+
+from .architectures import ARCHITECTURES, PLAIN, SERVED, Architecture
+from .conftest import tiny_llama
+from .test_architectures import agree, plain_answers, serve
+from .test_generation import tiny_bart, tiny_mamba
+
+FIXED = OnlineSpecConfig(lookahead=3)
+SMALL = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3)
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
+
+
+def test_every_call_is_served_until_it_is_detached(target, prompt) -> None:
+    plain = target.generate(prompt, **GREEDY)
+    memory = attach(target, config=FIXED)
+    for calls in (1, 2):
+        assert torch.equal(plain, target.generate(prompt, **GREEDY))
+        assert memory.metrics.requests == calls
+    assert memory.metrics.last.acceptance_length > 3 and memory is online_memory(target)
+    assert detach(target) is memory and detach(target) is None
+    assert torch.equal(plain, target.generate(prompt, **GREEDY)) and memory.metrics.requests == 2
+
+
+def test_a_draft_learns_from_every_call(target, draft_model, prompt) -> None:
+    plain = target.generate(prompt, **GREEDY)
+    draft = attach(target, draft_model, SMALL)
+    assert draft is online_draft(draft_model) and draft.settings == SMALL
+    assert torch.equal(plain, target.generate(prompt, **GREEDY)) and draft.metrics.updates > 0
+    ours = OnlineDraft(tiny_llama(3), SMALL)
+    assert attach(target, ours) is ours  # replaces the other one
+    assert torch.equal(plain, target.generate(prompt, **GREEDY))
+    assert (draft.metrics.requests, ours.metrics.requests) == (1, 1)
+
+
+def test_settings_may_be_a_dict_or_stand_with_the_model(target, draft_model, prompt) -> None:
+    assert attach(target, config={"lookahead": 3}).settings == FIXED
+    with pytest.raises(ConfigError, match="'lr_rate'"):
+        attach(target, config={"lr_rate": 1.0})
+    other = tiny_llama(3)
+    other.generation_config.onlinespec = SMALL
+    assert attach(other, draft_model).settings == SMALL
+    assert attach(other, OnlineDraft(draft_model, FIXED)).settings == FIXED
+
+
+def test_for_a_block(target, draft_model, prompt) -> None:
+    memory = attach(target, config=FIXED)
+    with attached(target, draft_model, SMALL) as draft:
+        target.generate(prompt, **GREEDY)
+        with pytest.raises(ZeroDivisionError), attached(target, OnlineDraft(tiny_llama(3), SMALL)) as inner:
+            target.generate(prompt, **GREEDY)
+            1 / 0  # noqa: B018
+        target.generate(prompt, **GREEDY)
+    target.generate(prompt, **GREEDY)  # the memory is attached again
+    assert [d.metrics.requests for d in (memory, draft, inner)] == [1, 2, 1]
+    detach(target)
+    with attached(target, draft_model):
+        detach(target)
+    assert detach(target) is None
+
+
+def test_what_a_call_says_itself_goes_before(target, draft_model, prompt) -> None:
+    plain = target.generate(prompt, **GREEDY)
+    draft, other = attach(target, draft_model, SMALL), tiny_llama(3)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        target.generate(prompt, onlinespec=False, **GREEDY)
+        target.generate(prompt, generation_config=GenerationConfig(onlinespec=False, pad_token_id=0, **GREEDY))
+        target.generate(prompt, assistant_model=other, **GREEDY)  # of transformers, which does not learn
+        assert draft.metrics.requests == 0
+        target.generate(prompt, assistant_model=other, onlinespec=True, **GREEDY)
+        target.generate(prompt, custom_generate=OnlineDraft(other, SMALL).generate_fn(), **GREEDY)
+        assert draft.metrics.requests == 0 and online_draft(other).metrics.requests == 1
+        assert torch.equal(plain, target.generate(prompt, onlinespec=True, **GREEDY))  # the attached one
+        assert draft.metrics.requests == 1
+    assert heard == []
+    with pytest.raises(UnsupportedError, match="num_beams=2"):
+        target.generate(prompt, onlinespec=True, num_beams=2, **GREEDY)
+    with pytest.raises(UnsupportedError, match="batch of 2"):
+        target.generate(prompt.repeat(2, 1), onlinespec=True, **GREEDY)
+    with pytest.raises(ConfigError, match="lookahead"):
+        target.generate(prompt, onlinespec=OnlineSpecConfig(rank=4, alpha=4.0, lookahead=7), **GREEDY)
+    assert draft.metrics.requests == 1
+
+
+@pytest.mark.parametrize("saved", [True, False, OnlineSpecConfig(lookahead=5)], ids=["true", "false", "settings"])
+def test_what_is_saved_with_the_model_does_not_go_before(target, draft_model, prompt, saved) -> None:
+    """A pipeline passes a copy of the model's configuration with each call: that is no word of the caller's either."""
+    plain = target.generate(prompt, **GREEDY)
+    target.generation_config.onlinespec = saved
+    draft = attach(target, OnlineDraft(draft_model, SMALL))
+    copied = copy.deepcopy(target.generation_config)
+    copied.update(**GREEDY)
+    for call in ({"generation_config": copied}, GREEDY):
+        assert torch.equal(plain, target.generate(prompt, **call))
+    assert draft.metrics.requests == 2
+    with pytest.warns(UserWarning, match="num_beams=2"):
+        target.generate(prompt, num_beams=2, **GREEDY)
+    other = tiny_llama(3)
+    if saved is True:  # a draft of the caller's learns as it did
+        target.generate(prompt, assistant_model=other, **GREEDY)
+        assert online_draft(other).metrics.requests == 1
+
+
+def echo(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    return input_ids
+
+
+RUN_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
+    "num_beams": ({"num_beams": 2}, "num_beams=2"),
+    "sampled beams": ({"num_beams": 2, "do_sample": True}, "num_beams=2"),
+    "num_return_sequences": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+    "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
+    "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+    "use_cache": ({"use_cache": False}, "use_cache=False"),
+    "static cache": ({"cache_implementation": "static", "disable_compile": True}, "static"),
+    "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
+    "batch": ({"inputs": torch.tensor([[3, 14, 15], [9, 2, 6]])}, "batch of 2"),
+    "sampled batch": ({"inputs": torch.tensor([[3, 14, 15], [9, 2, 6]]), "do_sample": True}, "batch of 2"),
+    "embeddings": ({"inputs": None, "inputs_embeds": torch.randn(1, 3, 16)}, "inputs_embeds"),
+    "another loop": ({"custom_generate": echo}, "custom_generate"),
+}
+
+
+@pytest.mark.parametrize(("call", "said"), RUN_PLAIN.values(), ids=RUN_PLAIN)
+def test_a_call_that_cannot_be_served_runs_as_if_nothing_were_attached(prompt, call, said) -> None:
+    """Same tokens and random draws; told once, with the reason, at the line that called."""
+    target = tiny_llama(1, layers=2, attn_implementation="eager")
+    call = {"inputs": prompt} | GREEDY | call
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(3)
+        out = target.generate(**call)
+        return out if isinstance(out, Tensor) else out.sequences, torch.rand(1)
+
+    plain = run()
+    with_draft = said in ("num_beams=2", "batch of 2")  # the others are alike
+    draft = attach(target, tiny_llama(2) if with_draft else None, SMALL if with_draft else FIXED)
+    with pytest.warns(UserWarning, match=f"without the attached draft: .*{said}") as heard:
+        ours = run(), run()
+    assert len(heard) == 1 and heard[0].filename == __file__
+    assert all(torch.equal(a, b) for found in ours for a, b in zip(plain, found, strict=True))
+    assert draft.metrics.requests == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the next call is served, and says nothing
+        target.generate(prompt, **GREEDY)
+    assert draft.metrics.requests == 1
+
+
+def test_each_reason_is_told_once_and_again_after_attaching_another_draft(target, prompt) -> None:
+    attach(target)
+    for n, heard in ((2, 1), (3, 0)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            target.generate(prompt.repeat(n, 1), **GREEDY)
+        assert len(told) == heard
+    attach(target)  # the same: nothing is told twice
+    target.generate(prompt.repeat(4, 1), **GREEDY)
+    attach(target, tiny_llama(2))
+    with pytest.warns(UserWarning, match="batch of 4"):
+        target.generate(prompt.repeat(4, 1), **GREEDY)
+
+
+def test_where_warnings_are_errors_the_answer_is_there(target, prompt, caplog) -> None:
+    plain = target.generate(prompt.repeat(2, 1), **GREEDY)
+    attach(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(plain, target.generate(prompt.repeat(2, 1), **GREEDY))
+    assert "batch of 2" in caplog.text
+
+
+def test_an_errant_call_raises_what_it_raised_before(target, prompt) -> None:
+    attach(target)
+    with pytest.raises(ValueError, match="no_such_argument"):
+        target.generate(prompt, no_such_argument=1)
+    with pytest.raises(ValueError, match="max_length"):
+        target.generate(prompt, do_sample=False, max_length=3)
+    target.generate(prompt, **GREEDY)
+    assert online_memory(target).metrics.requests == 1
+
+
+def test_a_cache_from_an_earlier_turn_is_served_and_one_that_cannot_be_is_not(target, prompt) -> None:
+    def turns(cache: Any) -> list[Tensor]:
+        first = target.generate(prompt, past_key_values=cache, **GREEDY)
+        more = torch.cat([first, prompt], dim=-1)
+        return [first, target.generate(more, past_key_values=cache, **GREEDY)]
+
+    plain = turns(DynamicCache(config=target.config))
+    memory = attach(target, config=FIXED)
+    assert all(map(torch.equal, plain, turns(DynamicCache(config=target.config))))
+    assert memory.metrics.requests == 2
+    with pytest.warns(UserWarning, match="past_key_values: .*preallocated"):
+        static = turns(StaticCache(config=target.config, max_cache_len=64))
+    assert all(map(torch.equal, plain, static)) and memory.metrics.requests == 2
+
+
+def test_one_model_in_several_processes_runs_plain(target, prompt) -> None:
+    plain = target.generate(prompt, **GREEDY)
+    attach(target, config=FIXED)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.warns(UserWarning, match="synced_gpus=True"):
+            assert torch.equal(plain, target.generate(prompt, synced_gpus=True, **GREEDY))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Wrappers, copies, threads
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore::DeprecationWarning")
+def test_wrappers_are_seen_through(prompt) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    inner = tiny_llama(1, layers=2)
+    bound = inner.generate  # fetched before
+    wrapped = get_peft_model(inner, settings).eval()
+    compiled = torch.compile(wrapped, backend="eager")
+    plain = wrapped.generate(input_ids=prompt, **GREEDY)
+    memory = attach(compiled, config=FIXED)
+    for generate in (bound, inner.generate, wrapped.generate, compiled.generate, wrapped.base_model.generate):
+        assert torch.equal(plain, generate(input_ids=prompt, **GREEDY))
+    assert memory.metrics.requests == 5
+    assert detach(inner) is memory
+    assert torch.equal(plain, bound(prompt, **GREEDY)) and memory.metrics.requests == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
+def test_prompt_learning_around_an_attached_model_runs_plain(target, prompt) -> None:
+    tuned = get_peft_model(target, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    plain = tuned.generate(input_ids=prompt, **GREEDY)
+    attach(target, config=FIXED)
+    with pytest.warns(UserWarning, match="virtual tokens"):
+        assert torch.equal(plain, tuned.generate(input_ids=prompt, **GREEDY))
+
+
+def test_a_copy_is_not_attached_and_nothing_of_ours_is_saved(target, prompt, tmp_path) -> None:
+    target.save_pretrained(tmp_path / "before")
+    plain = target.generate(prompt, **GREEDY)
+    memory = attach(target, config=FIXED)
+    file = io.BytesIO()
+    torch.save(target, file)
+    file.seek(0)
+    target.save_pretrained(tmp_path / "after")
+    copies = [copy.deepcopy(target), copy.copy(target), pickle.loads(pickle.dumps(target))]
+    copies += [torch.load(file, weights_only=False), AutoModelForCausalLM.from_pretrained(tmp_path / "after")]
+    for other in copies:
+        assert torch.equal(plain, other.generate(prompt, pad_token_id=0, **GREEDY))
+    assert memory.metrics.requests == 0
+    names = {path.name for path in (tmp_path / "before").iterdir()}
+    assert names == {path.name for path in (tmp_path / "after").iterdir()}
+    for name in names:
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+def test_models_go_and_what_was_attached_goes_with_them(prompt) -> None:
+    """Also where the target is its own draft: the two share weights."""
+    target = tiny_llama(1, layers=2)
+    draft = attach(target, target, SMALL)
+    target.generate(prompt, **GREEDY)
+    gone = weakref.ref(target), weakref.ref(draft)
+    del target, draft
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
+
+
+def test_threads_on_attached_and_unattached_models(prompt) -> None:
+    """Six at once; every one gets its answer, and only the attached models' drafts hear of it."""
+    models = [tiny_llama(seed, layers=2) for seed in (1, 2, 3)]
+    prompts = [torch.tensor([[3, 14, 15, 9, 2, 6 + n]]) for n in range(6)]
+    plain = [[model.generate(p, **GREEDY) for p in prompts] for model in models]
+    drafts = [attach(models[0], tiny_llama(4), SMALL), attach(models[1], config=FIXED)]
+    wrong: list[tuple[int, int]] = []
+
+    def work(n: int) -> None:
+        for turn in range(3):
+            i = (n + turn) % 3
+            if not torch.equal(plain[i][n], models[i].generate(prompts[n], **GREEDY)):
+                wrong.append((i, n))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and [d.metrics.requests for d in drafts] == [6, 6]
+
+
+def test_a_model_that_generates_inside_of_a_call_is_served_by_what_is_attached_to_itself(target, prompt) -> None:
+    inner, alone = tiny_llama(2), tiny_llama(3)
+    expected = [model.generate(prompt, **GREEDY) for model in (target, inner, alone)]
+    drafts = [attach(target, config=FIXED), attach(inner, config=FIXED)]
+    found: list[Tensor] = []
+
+    def ask(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if not found:
+            found.extend([inner.generate(prompt, **GREEDY), alone.generate(prompt, **GREEDY)])
+        return torch.zeros(1, dtype=torch.bool)
+
+    out = target.generate(prompt, stopping_criteria=[ask], **GREEDY)
+    assert all(map(torch.equal, expected, [out, *found]))
+    assert [d.metrics.requests for d in drafts] == [1, 1]
+
+
+def test_disabled(target, prompt) -> None:
+    """What is attached rests, and goes on; nothing can be attached meanwhile."""
+    memory = attach(target, config=FIXED)
+    with attached(target, tiny_llama(2)):
+        hf_onlinespec.disable()
+        try:
+            target.generate(prompt, **GREEDY)
+            with pytest.raises(UnsupportedError, match=r"enable\(\)"):
+                attach(tiny_llama(3))
+        finally:
+            hf_onlinespec.enable()
+    target.generate(prompt, **GREEDY)
+    assert memory.metrics.requests == 1
+
+
+# What cannot be attached
+
+
+def test_targets_that_can_never_be_served_are_refused_at_once(draft_model) -> None:
+    for model, said in ((tiny_bart(), "encoder"), (tiny_mamba(), "recurrent state")):
+        with pytest.raises(UnsupportedError, match=said):
+            attach(model, draft_model)
+    for thing in (torch.nn.Linear(2, 2), "name", None, tiny_llama(1).model):
+        with pytest.raises(UnsupportedError, match=f"target is a {type(thing).__name__}"):
+            attach(thing)  # type: ignore[arg-type]
+
+    class Speaks(type(draft_model)):  # type: ignore[misc]
+        def _sample(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._sample(*args, **kwargs)
+
+    draft_model.__class__ = Speaks
+    with pytest.raises(UnsupportedError, match="Speaks decodes in a way of its own"):
+        attach(draft_model)
+
+
+def test_drafts_that_do_not_fit_are_refused_at_once(target, prompt) -> None:
+    with pytest.raises(DraftError, match="2000"):
+        attach(target, tiny_llama(2, vocab=2000))
+    with pytest.raises(DraftError, match="Linear"):
+        attach(target, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(DraftError, match="draft is a int"):
+        attach(target, 3)  # type: ignore[arg-type]
+    with pytest.raises(DraftError, match="no such folder"):
+        attach(target, "/no/such/folder")
+    with pytest.raises(UnsupportedError, match="memory_tokens=0"):
+        attach(target, config=OnlineSpecConfig(memory_tokens=0))
+    with pytest.raises(ConfigError, match="anew=True"):
+        attach(target, config=FIXED), attach(target, config=SMALL)
+    detach(target)
+    assert torch.equal(target.generate(prompt, **GREEDY), target.generate(prompt, onlinespec=False, **GREEDY))
+
+
+def test_the_folder_of_a_draft_and_what_attach_returned(target, draft_model, prompt, tmp_path) -> None:
+    plain = target.generate(prompt, **GREEDY)
+    first = attach(target, draft_model, SMALL)
+    target.generate(prompt, **GREEDY)
+    first.save_pretrained(tmp_path / "evolved")
+    draft_model.save_pretrained(tmp_path / "base")
+    # The base has no name that could be found: an evolved draft needs it, see OnlineDraft.from_pretrained.
+    assert torch.equal(plain, target.generate(prompt, **GREEDY))
+    second = attach(target, tmp_path / "base", SMALL)
+    assert torch.equal(plain, target.generate(prompt, **GREEDY))
+    assert (first.metrics.requests, second.metrics.requests) == (2, 1)
+    memory = attach(target)
+    other = tiny_llama(1, layers=2)
+    assert attach(other, memory) is memory is online_memory(other)
+    assert torch.equal(plain, other.generate(prompt, **GREEDY)) and memory.metrics.requests == 1
+
+
+# Targets that show only in a call that they cannot be served
+
+
+def test_a_target_that_loses_its_cache_is_decoded_plainly(target, prompt) -> None:
+    def drop(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, dict(kwargs, past_key_values=None, use_cache=False)
+
+    target.model.register_forward_pre_hook(drop, with_kwargs=True)
+    plain = target.generate(prompt, **GREEDY)
+    memory = attach(target, config=FIXED)
+    with pytest.warns(UserWarning, match="first forward") as heard:
+        assert torch.equal(plain, target.generate(prompt, **GREEDY))
+        assert torch.equal(plain, target.generate(prompt, **GREEDY))
+    assert len(heard) == 1
+    with pytest.raises(UnsupportedError, match="first forward"):
+        target.generate(prompt, onlinespec=True, **GREEDY)
+    assert memory.metrics.new_tokens <= 2
+
+
+def attached_answers(row: Architecture) -> str:
+    """How an attached model of that class answers, in words."""
+    model = row.build()
+    answers = plain_answers(model)
+    try:
+        attach(model, config=FIXED)
+    except UnsupportedError as error:
+        return str(error)
+    for _ in range(2):
+        found, _ = serve(model, answers)
+        if found != SERVED:
+            return found
+    return SERVED
+
+
+# Reformer's hashes are drawn at random: two plain calls differ.
+BUILT = [row for row in ARCHITECTURES if not row.reason and row.name != "reformer"]
+ONE_OF_EACH = ("llama", "minimax", "qwen3_next", "deepseek_v32")  # served, no Cache, recurrent, served without drafting
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("row", [row for row in BUILT if row.name in ONE_OF_EACH], ids=lambda row: row.name)
+def test_no_class_answers_otherwise_when_attached(row: Architecture) -> None:
+    """Refused when attached, or answers as it did: never an error in a call."""
+    found = attached_answers(row)
+    assert found == SERVED or (row.target != PLAIN and agree(row.target, found))
+
+
+@pytest.mark.all_architectures
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("row", [row for row in BUILT if row.name not in ONE_OF_EACH], ids=lambda row: row.name)
+def test_no_class_at_all_answers_otherwise_when_attached(row: Architecture) -> None:
+    found = attached_answers(row)
+    assert found == SERVED or (row.target != PLAIN and agree(row.target, found))
+
+
+# Others that call `generate`
+
+
+PROMPT = "<|endoftext|>Show the files in a folder"
+
+
+def test_a_pipeline(pair: EmbeddedPair) -> None:
+    texts = [PROMPT, "<|endoftext|>List all orders"]
+    pipe = pipeline("text-generation", model=pair.target, tokenizer=pair.tokenizer)
+    call: dict[str, Any] = dict(max_new_tokens=16, do_sample=False)
+    plain = [pipe(text, **call) for text in texts]
+    together = pipe(texts, batch_size=2, **call)
+    with attached(pair.target, OnlineDraft(load_draft())) as draft:
+        assert [pipe(text, **call) for text in texts] == plain
+        assert draft.metrics.requests == 2 and draft.metrics.rounds < draft.metrics.new_tokens
+        with pytest.warns(UserWarning, match="batch of 2"):
+            assert pipe(texts, batch_size=2, **call) == together
+
+
+def test_a_streamer_in_a_thread(pair: EmbeddedPair) -> None:
+    inputs = pair.tokenizer(PROMPT, return_tensors="pt")
+
+    def stream() -> str:
+        streamer = TextIteratorStreamer(pair.tokenizer, skip_prompt=True, timeout=60)
+        call: dict[str, Any] = dict(inputs, streamer=streamer, max_new_tokens=16, do_sample=False)
+        thread = threading.Thread(target=pair.target.generate, kwargs=call)
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        return text
+
+    plain = stream()
+    with attached(pair.target, OnlineDraft(load_draft())) as draft:
+        assert stream() == plain != ""
+        assert draft.metrics.requests == 1 and draft.metrics.rounds < draft.metrics.new_tokens
