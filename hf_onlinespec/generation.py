@@ -80,7 +80,7 @@ def enable() -> None:
         if isinstance(mode_kwargs, _CustomArguments) and _wanted(config):
             warnings.warn(
                 f"onlinespec={_wanted(config)!r} is ignored: custom_generate= decodes in its place. Leave one of the two out.",
-                stacklevel=4,
+                stacklevel=5,
             )
         if isinstance(assistant, OnlineDraft):
             assistant.begin_anew_if_changed()
