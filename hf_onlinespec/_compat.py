@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -359,6 +359,16 @@ def matmul_dtypes(device: str) -> set[torch.dtype | str]:
         settings.add(backends.cudnn.conv.fp32_precision)
     names: dict[str, torch.dtype | str] = {"tf32": "tf32", "bf16": torch.bfloat16}
     return {names.get(setting, torch.float32) for setting in settings}
+
+
+def opening_tokens(config: PretrainedConfig, tokens: Sequence[int]) -> list[int]:
+    """The token that a text (L,) opens with, if it is the one that opens every text of this model, or none.
+
+    A part of a text that is read on its own is given it: models that were trained with it (Gemma, Llama 3) compute something else
+    without. Of the models that name one some (Qwen 2) never see it: so the text decides.
+    """
+    opening = config.get_text_config(decoder=True).bos_token_id
+    return [opening] if isinstance(opening, int) and len(tokens) and int(tokens[0]) == opening else []
 
 
 def doubles(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ._compat import opening_tokens
 from .draft import OnlineDraft
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
@@ -160,10 +161,12 @@ class DraftAlignment(TrainerCallback):
             return None
         end = int(at[-1]) + 1
         begin = max(0, end - min(self.max_tokens, draft.positions))
+        opening = opening_tokens(draft.config, tokens[:1].tolist()) if begin else []
+        begin += len(opening)
         first = max(int(at[0]), begin + 1)
         said = logits[first - 1 : end - 1].detach()
         teacher = Teacher.from_logits(said, settings.temperature, settings.top_k, draft.vocabulary.size)
         if not teacher.teaches:
             return None
-        read = draft.vocabulary.readable(tokens[begin:end])
+        read = draft.vocabulary.readable(torch.cat([tokens[: len(opening)], tokens[begin:end]]))
         return Feedback(read.to(draft.device), teacher.to(draft.device))

@@ -152,7 +152,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self.recorder, self._lesson = None, self._begin_lesson()
 
     def _begin_lesson(self) -> Lesson:
-        lesson = Lesson(self._settings, self._common, self._temperature)
+        config = None if self._neural is None else self._neural.config
+        lesson = Lesson(self._settings, self._common, self._temperature, config)
         if self._neural is not None:
             with self._draft.lock:
                 self._neural.requests.add(lesson)

@@ -245,7 +245,7 @@ class LearningDraft(MemoryDraft):
         """Log-likelihood per token of `tokens` (batch, L) under the learned draft minus that under the frozen one.
 
         Of two drafts, the one that predicts a prompt better is the one that does better on its continuation: measured, see
-        benchmarks/LOG.md. At most `PREFERENCE_TOKENS` last tokens are read. Where that is all of them, the KV caches of the
+        benchmarks/LOG.md. At most `PREFERENCE_TOKENS` last tokens are read, by both without the token that opens the text. Where that is all of them, the KV caches of the
         learned (False) and of the frozen draft (True) come with it: each holds all tokens but the last.
         """
         length = tokens.shape[1]

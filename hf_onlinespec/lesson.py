@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from ._compat import opening_tokens
 from .config import OnlineSpecConfig
 from .feedback import Feedback, Teacher, concatenate
 
@@ -15,12 +17,20 @@ class Lesson:
     Args:
         vocabulary: ids that target and draft have in common: the draft learns the target's law on these; None: all.
         temperature: of the call, 0 for greedy.
+        config: of the draft model.
     """
 
-    def __init__(self, settings: OnlineSpecConfig, vocabulary: int | None = None, temperature: float = 0.0) -> None:
+    def __init__(
+        self,
+        settings: OnlineSpecConfig,
+        vocabulary: int | None = None,
+        temperature: float = 0.0,
+        config: PretrainedConfig | None = None,
+    ) -> None:
         self.waiting = 0  # tokens that are neither learned from nor put off
         self.end = 0  # how much of the request the draft can learn from
         self._settings, self._vocabulary, self._temperature = settings, vocabulary, temperature
+        self._config = config
         self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits of the waiting tokens
         self._kept: list[list[Teacher]] = []  # per row: what the replay will be given
 
@@ -62,12 +72,16 @@ class Lesson:
     def feedback(self, tokens: Tensor, mask: Tensor | None) -> list[Feedback]:
         """The request as the replay keeps it, one per row of `tokens` (batch, L), without padding.
 
-        At most `context_tokens` of its prompt.
+        At most `context_tokens` of its prompt, behind the token that opens it where the model has one.
         """
         found = []
         for row, laws in enumerate(self._kept):
             new = sum(map(len, laws))
             padding = 0 if mask is None else int((mask[row] == 0).sum())
             start = max(padding, self.end - new - self._settings.context_tokens)
-            found.append(Feedback(tokens[row, start : self.end].clone(), concatenate(laws)))
+            kept = tokens[row, start : self.end].clone()
+            if start > padding and self._config is not None:
+                opening = opening_tokens(self._config, tokens[row, padding : padding + 1].tolist())
+                kept = torch.cat([kept.new_tensor(opening), kept])
+            found.append(Feedback(kept, concatenate(laws)))
         return found

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import doubles
+from ._compat import doubles, opening_tokens
 from .config import ENSEMBLE, OnlineSpecConfig
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class LearnedTexts:
     def finish(self, tokens: Tensor, written: int) -> None:
         """Notes a finished request (L,), of which the target wrote the last tokens, and counts its prompt."""
         text = _bytes(tokens)
-        if not any(grown.endswith(text) for grown in self._growing):  # the replay keeps less of a long prompt
+        # The replay keeps less of a long prompt: its end, and the token that opens it.
+        if not any(grown.endswith(text) or grown.endswith(text[4:]) for grown in self._growing):
             self._add(text)
         prompt = hashlib.sha256(_bytes(tokens[: len(tokens) - written])).digest()[:8]
         self._prompts[prompt] = self._prompts.get(prompt, 0) + 1
@@ -337,12 +338,17 @@ def _reader(draft: OnlineDraft, frozen: bool) -> Reader:
 
 
 def _windows(draft: OnlineDraft, text: Tensor) -> list[tuple[int, ...]]:
-    """A text (L,) in overlapping windows, without those that the draft has no tokens for."""
-    vocabulary = draft.config.get_text_config().vocab_size
-    size = min(WINDOW, draft.positions)
+    """A text (L,) in overlapping windows, without those that the draft has no tokens for.
+
+    Where a text opens with the token that opens every text, so does every window: some models say nothing sensible without it.
+    """
+    config = draft.config.get_text_config()
+    vocabulary = config.vocab_size
     tokens = text.tolist()
+    opening = opening_tokens(config, tokens)
+    size = min(WINDOW, draft.positions - len(opening))
     begins = range(0, max(1, len(tokens) - LEAST_GIVEN - LEAST_END + 1), STRIDE)
-    found = (tuple(tokens[begin : begin + size]) for begin in begins)
+    found = (((*opening,) if begin else ()) + tuple(tokens[begin : begin + size]) for begin in begins)
     return [window for window in found if max(window, default=vocabulary) < vocabulary]
 
 

@@ -17,9 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
-from ._compat import max_positions
+from ._compat import max_positions, opening_tokens
 from .config import ENSEMBLE
 from .draft import OnlineDraft
 from .errors import ConfigError
@@ -60,7 +67,8 @@ def warm_start(
     its adapter with a new state of the learner. Until then the draft serves as before.
 
     Args:
-        texts: tokenised as they are; one that is longer than `max_length` is cut into pieces that are read on their own.
+        texts: tokenised as they are; one that is longer than `max_length` is cut into pieces that are read on their own, each behind
+            the token that opens the text, where the model has one.
         prompts: the target writes up to `new_tokens` tokens after each.
         temperature: of these continuations; 0: greedy. Take the one at which the draft will serve.
         max_length: tokens of a piece, prompt and continuation included; no more than both models take.
@@ -87,7 +95,7 @@ def warm_start(
         was_training = target.training
         target.eval()
         try:
-            passages = [p for text in texts for p in _pieces(_tokens(tokenizer, text), max_length)]
+            passages = [p for text in texts for p in _pieces(_tokens(tokenizer, text), max_length, draft.config)]
             passages += _written(target, asked, new_tokens, temperature, args)
             if not passages:
                 raise ConfigError(f"None of {len(texts)} texts has two tokens. A draft learns to tell the next one.")
@@ -277,10 +285,12 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text).input_ids)
 
 
-def _pieces(tokens: list[int], length: int) -> list[Passage]:
-    """A text in pieces of at most `length` tokens; a single token that is left teaches nothing."""
-    cut = (tokens[at : at + length] for at in range(0, len(tokens), length))
-    return [Passage(piece, 1) for piece in cut if len(piece) > 1]
+def _pieces(tokens: list[int], length: int, config: PretrainedConfig) -> list[Passage]:
+    """A text in pieces of at most `length` tokens; each opens as the text does, and one with nothing to tell teaches nothing."""
+    opening = opening_tokens(config, tokens) if length > 2 else []
+    n, tokens = len(opening), tokens[len(opening) :]
+    cut = (opening + tokens[at : at + length - n] for at in range(0, len(tokens), length - n))
+    return [Passage(piece, 1) for piece in cut if len(piece) > max(1, n)]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from hf_onlinespec import FeedbackRecorder, OnlineSpecConfig
 from hf_onlinespec.feedback import Teacher, acceptance, concatenate
@@ -129,3 +130,20 @@ def test_large_vocabularies_are_compared_in_parts(monkeypatch: pytest.MonkeyPatc
     )
     assert torch.equal(whole[1], small[1]) and torch.equal(whole[0].log_tail_power, small[0].log_tail_power)
     assert torch.equal(whole[0].tokens, small[0].tokens) and torch.equal(whole[0].log_tail, small[0].log_tail)
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_what_is_kept_of_a_long_prompt_opens_as_it_did(opens: bool) -> None:
+    settings, config = OnlineSpecConfig(context_tokens=2), LlamaConfig(bos_token_id=9 if opens else 3)
+    lesson = Lesson(settings, config=config)
+    tokens = torch.tensor([[9, 1, 2, 3, 4, 5, 6], [0, 0, 9, 3, 4, 5, 6], [0, 0, 0, 9, 4, 5, 6]])
+    lesson.record(torch.randn(3, 2, 16), 7)
+    lesson.put_off()
+    kept = lesson.feedback(tokens, (tokens != 0).long())
+    opening = [9] if opens else []
+    assert [feedback.tokens.tolist() for feedback in kept] == [
+        [*opening, 3, 4, 5, 6],
+        [*opening, 3, 4, 5, 6],
+        [9, 4, 5, 6],  # all of it
+    ]
+    assert all(len(feedback.teacher) == 2 for feedback in kept)

@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError, cli
 from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
@@ -293,3 +295,23 @@ def test_an_examination_ends_when_its_time_is_over() -> None:
     learn(draft, [written(torch.arange(1, 20))])
     assert examine(draft, seconds=0.0).texts == 0
     assert examine(draft).texts == 1
+
+
+class NeedsOpening(LlamaForCausalLM):
+    """Says the same to everything that does not open with token 1, as a model may that never saw a text without it."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        outputs = super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+        outputs.logits = outputs.logits * (input_ids[:, :1, None] == 1)
+        return outputs
+
+
+def test_a_text_is_examined_behind_the_token_that_opens_it() -> None:
+    """What stands late in it comes out in no window that lacks this token."""
+    model = tiny_llama(2, bos_token_id=1)
+    model.__class__ = NeedsOpening
+    draft = OnlineDraft(model, replace(TINY, lr=3e-2, replay_passes=0))
+    text = torch.randint(3, 32, (44,))
+    text[0] = 1
+    learn(draft, [written(text, 12)] * 40)
+    assert examine(draft).memorised == 1

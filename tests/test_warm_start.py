@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import LlamaConfig, TrainingArguments
 
 from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import inspect
@@ -33,6 +33,9 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
     quiet = dict(save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True)
     quiet |= dict(per_device_train_batch_size=2, learning_rate=1e-2, num_train_epochs=4)
     return TrainingArguments(output_dir=str(folder), **(quiet | settings))
+
+
+CONFIG = LlamaConfig(bos_token_id=None)
 
 
 def make(seed: int = 2, **settings: Any) -> OnlineDraft:
@@ -134,8 +137,28 @@ def test_prompts_are_written_on_by_the_target_in_batches_as_one_by_one(tmp_path)
 
 
 def test_long_texts_are_read_in_pieces() -> None:
-    assert _pieces(list(range(7)), 3) == [Passage([0, 1, 2], 1), Passage([3, 4, 5], 1)]
-    assert _pieces([5], 3) == []
+    assert _pieces(list(range(7)), 3, CONFIG) == [Passage([0, 1, 2], 1), Passage([3, 4, 5], 1)]
+    assert _pieces([5], 3, CONFIG) == []
+
+
+def test_every_piece_opens_as_its_text_does() -> None:
+    """With the token that opens all texts of a model, if this text has it."""
+    opens = LlamaConfig(bos_token_id=9)
+    assert _pieces([9, 1, 2, 3, 4], 3, opens) == [Passage([9, 1, 2], 1), Passage([9, 3, 4], 1)]
+    assert _pieces([9, 1, 2], 3, opens) == [Passage([9, 1, 2], 1)]
+    assert _pieces([5, 1, 2, 3, 4], 3, opens) == [Passage([5, 1, 2], 1), Passage([3, 4], 1)]
+
+
+def test_the_target_tells_a_piece_what_it_says_behind_the_opening(tmp_path) -> None:
+    seen: list[list[int]] = []
+    target = tiny_llama(1, layers=2)
+    target.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    draft = OnlineDraft(tiny_llama(2, bos_token_id=1), OnlineSpecConfig(rank=4, alpha=4.0))
+    args = arguments(tmp_path, num_train_epochs=1)
+    warm_start(draft, target, tokenizer, ["abcdefghijkl"], max_length=6, training_args=args)
+    assert len(seen) == 3 and all(row[0] == 1 for row in seen)
 
 
 def test_pieces_are_no_longer_than_the_models_take(tmp_path) -> None:
