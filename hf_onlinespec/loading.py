@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -134,10 +142,7 @@ def locate(source: str | Path, revision: str | None = None, token: str | None = 
     except HFValidationError as error:
         raise DraftError(f"{source}: neither a folder nor a name on the Hub ({error}).") from error
     except HUB_FAILURES as error:
-        raise HubError(
-            f"{source}: not downloaded ({type(error).__name__}: {error}). "
-            "For a private repository give a token (hf auth login); without a network name a local folder."
-        ) from error
+        raise HubError(f"{source}: not downloaded: {why_not_loaded(error, str(source))}") from error
     return Origin(str(source), found if _holds_adapter(found) else None, found.name)
 
 
@@ -314,7 +319,7 @@ def load_model(name: str, revision: str | None, token: str | None) -> PreTrained
                 "give it as base_model=."
             ) from error
         raise DraftError(
-            f"{brief(name)}: no causal language model can be loaded from there ({error}). Expected an evolved draft, an adapter or "
+            f"{brief(name)}: {why_not_loaded(error, name)} Expected an evolved draft, an adapter or "
             "a causal language model: a folder or a name on the Hub. The base of an adapter may be given as base_model=."
         ) from error
 
@@ -326,3 +331,36 @@ def check_base(expected: Identity, found: Identity, force: bool) -> None:
             f"The adapter was made for another base.\n  made for: {expected}\n  given:    {found}\n"
             "Give the right one as base_model=, or force=True if you know that they are alike."
         )
+
+
+def why_not_loaded(error: BaseException, name: str) -> str:
+    """Why a model could not be loaded, in one line: above all whether its name is wrong or the network is missing."""
+    causes = list(_causes(error))
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(GatedRepoError):
+        return (
+            "access to this model is restricted. Ask for it on its page of the Hub, then give a token: hf auth login."
+        )
+    if caused_by(RepositoryNotFoundError):
+        return "the Hub has no model of this name, or it is private (then give a token: hf auth login)."
+    if caused_by(RevisionNotFoundError):
+        return "the Hub has no such revision of it."
+    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network: the Hub cannot be reached"
+        return f"{why}, and no such model is in this machine's cache or folder. Give the folder of a model."
+    if caused_by(HFValidationError):
+        return "no such folder, and no name that a model on the Hub can have."
+    reason = str(error).strip().partition("\n")[0]
+    if caused_by(HfHubHTTPError):
+        return f"the Hub refused ({reason}). A private repository needs a token: hf auth login."
+    where = "the folder holds no model that can be loaded" if Path(name).is_dir() else "cannot be loaded"
+    return f"{where} ({reason})."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
@@ -135,3 +136,13 @@ def test_errors_name_options_of_the_command(
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     told = refused(capsys, "audit", saved)
     assert "--base" in told and "base_model=" not in told
+
+
+def test_a_draft_that_the_hub_does_not_have_is_one_line(
+    hub: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = refused(capsys, "inspect", "nobody/nothing")
+    assert "nobody/nothing" in told and "the Hub has no model of this name" in told and told.count("\n") == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    told = refused(capsys, "pull", "nobody/nothing", "folder")
+    assert "HF_HUB_OFFLINE is set" in told and told.count("\n") == 1

@@ -5,26 +5,18 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import ConfigError, MissingExtraError, OnlineSpecError
+from ..loading import why_not_loaded
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype
@@ -149,33 +141,6 @@ def _loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:
         return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ConfigError(f"{option} {name}: {why_not_loaded(error, name)}") from error
-
-
-def why_not_loaded(error: BaseException, name: str) -> str:
-    """Why a model could not be loaded, in one line: above all whether its name is wrong or the network is missing."""
-    causes = list(_causes(error))
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(GatedRepoError):
-        return "access to this model is restricted. Ask for it on its page of the Hub, then log in: hf auth login."
-    if caused_by(RepositoryNotFoundError):
-        return "the Hub has no model of this name, or it is private (then log in: hf auth login)."
-    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network: the Hub cannot be reached"
-        return f"{why}, and no such model is in this machine's cache or folder. Give the folder of a model."
-    if caused_by(HFValidationError):
-        return "no such folder, and no name that a model on the Hub can have."
-    reason = str(error).strip().partition("\n")[0]
-    where = "the folder holds no model that can be loaded" if Path(name).is_dir() else "cannot be loaded"
-    return f"{where} ({reason})."
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
