@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec._compat import CACHE
 from hf_onlinespec.embedded import load_draft, load_pair
 from hf_onlinespec.machine import machine
 
@@ -34,12 +35,12 @@ def forward_times_s(model: PreTrainedModel, context: int, repeats: int) -> dict[
     """Median seconds of a forward over 1 to 9 positions behind `context` cached tokens; the numbers take turns."""
     tokens = torch.randint(1, model.config.vocab_size, (1, context + POSITIONS[-1]))
     cache = DynamicCache(config=model.config)
-    model(tokens[:, :context], past_key_values=cache, use_cache=True)
+    model(tokens[:, :context], **{CACHE: cache}, use_cache=True)
     times: dict[int, list[float]] = {n: [] for n in POSITIONS}
     for _ in range(repeats):
         for n in POSITIONS:
             started = time.perf_counter()
-            model(tokens[:, context : context + n], past_key_values=cache, use_cache=True, logits_to_keep=n)
+            model(tokens[:, context : context + n], **{CACHE: cache}, use_cache=True, logits_to_keep=n)
             times[n].append(time.perf_counter() - started)
             cache.crop(-n)
     return {n: statistics.median(some) for n, some in times.items()}

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec._compat import CACHE
 from hf_onlinespec.embedded import load_draft, load_pair
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
@@ -100,7 +101,7 @@ def main() -> None:
         teacher = [Teacher.from_logits(torch.randn(new, vocab))]
         cache = DynamicCache(config=draft.config)
         with draft.serving() as model:
-            model(tokens[:, :prompt], past_key_values=cache)
+            model(tokens[:, :prompt], **{CACHE: cache})
 
         def step(
             prefix: int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ try:
         CandidateGenerator,
         EpsilonLogitsWarper,
         EtaLogitsWarper,
+        GenerateDecoderOnlyOutput,
         LogitsProcessorList,
         MinLengthLogitsProcessor,
         MinNewTokensLengthLogitsProcessor,
@@ -72,6 +73,9 @@ __all__ = ["CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
 # What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none; RuntimeError comes out
 # of the upload of large files, ValueError of an answer that is no JSON.
 HUB_FAILURES = (HFValidationError, HTTPError, RevisionResolutionError, OSError, RuntimeError, ValueError)
+
+# What the KV cache is called in inputs and outputs: from transformers 5.24 on "cache", where `generate` renames what callers say.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 # The methods that `enable()` wraps.
 WRAPPED = (
@@ -217,10 +221,21 @@ def uncompiled(model: Any) -> PreTrainedModel | PeftModel:
     return inner
 
 
+def frames_of_generate() -> int:
+    """How many frames of decorators lie between a caller of `generate` and its body."""
+    return sum(1 for _ in _unwrapped(GenerationMixin.generate)) - 1
+
+
+def _unwrapped(function: Any) -> Iterator[Any]:
+    while function is not None:
+        yield function
+        function = vars(function).get("__wrapped__")
+
+
 def takes_cache(model: nn.Module) -> bool:
     """Whether `forward` names an argument for the KV cache; one that names no tokens either tells nothing."""
     names = inspect.signature(model.forward).parameters
-    return "past_key_values" in names or "input_ids" not in names
+    return CACHE in names or "input_ids" not in names
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -285,7 +300,7 @@ def fresh_cache(config: PretrainedConfig) -> Cache:
 
 def returned_cache(outputs: ModelOutput) -> Cache | None:
     """The cache that a forward returned."""
-    cache = outputs.get("past_key_values")
+    cache = outputs.get(CACHE)
     return cache if isinstance(cache, Cache) else None
 
 
@@ -314,7 +329,7 @@ def _continuation(model: PreTrainedModel) -> Any:
 def continue_inputs(model: PreTrainedModel, outputs: ModelOutput | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs for the forward after the next token, without the cache."""
     inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
-    return {name: value for name, value in inputs.items() if name != "past_key_values"}
+    return {name: value for name, value in inputs.items() if name != CACHE}
 
 
 def drops_cache(model: PreTrainedModel) -> bool:

@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from ._compat import has_own_sampling, inner_model, uncompiled
+from ._compat import CACHE, has_own_sampling, inner_model, uncompiled
 from .checks import check_call, check_synced_gpus, check_target
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft
@@ -92,7 +92,8 @@ class Call:
 
     def can_begin_anew(self, arguments: dict[str, Any]) -> bool:
         """Whether nothing of the caller's was used up, so that the same call can be made once more."""
-        return "streamer" not in (self.arguments or {}) and arguments.get("past_key_values") is None
+        caches = {arguments.get(name) for name in (CACHE, "past_key_values")}  # newer transformers take either name
+        return "streamer" not in (self.arguments or {}) and caches == {None}
 
     def finish(self) -> None:
         """Warns the user, once per reason, that a call ran as if nothing were attached."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from ._compat import CandidateGenerator, cache_tensors, crop, record_past, stateless
+from ._compat import CACHE, CandidateGenerator, cache_tensors, crop, record_past, stateless
 from .acceptances import Drafted, Seen
 from .clock import finished
 from .failures import Attempt
@@ -359,7 +359,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         """The draft's logits (batch, common ids) after `feed` (batch, n), which joins the cache."""
         assert self._neural is not None
         inputs = self._neural.inputs(feed, self._cached, self._mask)
-        logits = model(past_key_values=self._cache, use_cache=True, **inputs, **self._neural.keep(1)).logits
+        logits = model(**{CACHE: self._cache}, use_cache=True, **inputs, **self._neural.keep(1)).logits
         self._cached += feed.shape[1]
         return logits[:, -1, : self._common].float()
 

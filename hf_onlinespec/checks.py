@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ._compat import (
+    CACHE,
     SAMPLING_MODES,
     LoraLayer,
     adds_virtual_tokens,
@@ -142,7 +143,7 @@ def check_inputs(
         )
     if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedError("inputs_embeds are not supported: the draft needs tokens. Pass input_ids alone.")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     name = type(target).__name__
     if not model_kwargs.get("use_cache", True):
         raise UnsupportedError(
@@ -156,7 +157,7 @@ def check_inputs(
     obstacle = rollback_obstacle(cache)
     if obstacle:
         asked = generation_config.cache_implementation
-        said = "past_key_values" if asked is None else f"cache_implementation={asked!r}"
+        said = CACHE if asked is None else f"cache_implementation={asked!r}"
         raise UnsupportedError(f"{said}: the target {name} {obstacle}. Leave it out: the default cache can be.")
     size = generation_config.prefill_chunk_size
     pictures = [key for key, value in model_kwargs.items() if key.startswith(PICTURES) and value is not None]
@@ -171,7 +172,7 @@ def check_inputs(
     surplus = held + 1 - (input_ids.shape[1] if covered == input_ids.shape[1] else held + input_ids.shape[1])
     if surplus > 0 and forgets(cache, surplus):
         raise UnsupportedError(
-            f"past_key_values holds {held} tokens, and {surplus} of them cannot be taken back: its sliding window has dropped "
+            f"{CACHE} holds {held} tokens, and {surplus} of them cannot be taken back: its sliding window has dropped "
             "what came before. Pass a cache of the earlier tokens alone."
         )
 
@@ -210,9 +211,7 @@ def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if not rolls_back(model.config):
         raise DraftError(f"The draft {name} keeps more than keys and values in its cache. Use an attention-only draft.")
     if not takes_cache(model):
-        raise DraftError(
-            f"The draft {name} takes no past_key_values: without a KV cache it cannot draft. Use another one."
-        )
+        raise DraftError(f"The draft {name} takes no {CACHE}: without a KV cache it cannot draft. Use another one.")
     _check_place(model)
     if model.get_output_embeddings() is None:
         raise DraftError(f"The draft {name} has no language-modelling head. Load it with AutoModelForCausalLM.")
@@ -250,7 +249,7 @@ def check_cache(model: PreTrainedModel) -> None:
     tokens = torch.ones(1, 3, dtype=torch.long, device=model.device)
     try:
         for part in (tokens[:, :1], tokens[:, 1:]):
-            model(input_ids=part, past_key_values=cache, use_cache=True)
+            model(input_ids=part, **{CACHE: cache}, use_cache=True)
     except torch.OutOfMemoryError as error:
         raise DraftError(
             f"There is too little memory for the draft {name} beside the target ({error}). Free some, or use a smaller draft."

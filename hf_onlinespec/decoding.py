@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import needs_synced_gpus
+from ._compat import CACHE, needs_synced_gpus
 from .candidates import OnlineCandidateGenerator, Proposal
 from .checks import check_call, check_inputs, check_synced_gpus
 from .errors import UnsupportedError
@@ -158,7 +158,7 @@ def _loop(
         sequences=input_ids,
         scores=scores,
         logits=raw_logits if keep_logits else None,
-        past_key_values=verifier.cache,
+        **{CACHE: verifier.cache},
     )
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import WRAPPED, GenerationMode, note_given, originals, sample, uncompiled
+from ._compat import WRAPPED, GenerationMode, frames_of_generate, note_given, originals, sample, uncompiled
 from .attachment import anything_attached, call_of, call_with, calling
 from .checks import check_call, check_inputs, check_mode, check_synced_gpus
 from .config import OnlineSpecConfig
@@ -80,7 +80,7 @@ def enable() -> None:
         if isinstance(mode_kwargs, _CustomArguments) and _wanted(config):
             warnings.warn(
                 f"onlinespec={_wanted(config)!r} is ignored: custom_generate= decodes in its place. Leave one of the two out.",
-                stacklevel=5,
+                stacklevel=3 + frames_of_generate(),
             )
         if isinstance(assistant, OnlineDraft):
             assistant.begin_anew_if_changed()

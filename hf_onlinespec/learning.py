@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from ._compat import copied_prefix, keeps_logits
+from ._compat import CACHE, copied_prefix, keeps_logits
 from .adaptation import Adaptation
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
@@ -181,7 +181,7 @@ class Learning:
         gates = None if rows is None else rows.repeat_interleave(batch, dim=0)
         inputs = self.reader.inputs(tokens[:, prefix:-1], prefix, mask)
         with torch.enable_grad(), self._lora.speaking(gates) as model:
-            logits = model(past_key_values=past, use_cache=True, **inputs, **self.reader.keep(n)).logits[:, -n:]
+            logits = model(**{CACHE: past}, use_cache=True, **inputs, **self.reader.keep(n)).logits[:, -n:]
             logits = logits.unflatten(0, (copies, batch))  # (rows, batch, n, vocab)
             accepted = [self._acceptance(segment, row).tolist() for row in logits.detach()]
             losses = torch.stack([self._losses(segment.teachers, row).mean() for row in logits[: self._lora.blocks]])

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ._compat import max_positions, record_past, uncompiled
+from ._compat import CACHE, max_positions, record_past, uncompiled
 from .adapters import GatedLora
 from .checks import check_cache, plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
@@ -259,7 +259,7 @@ class LearningDraft(MemoryDraft):
         for frozen, cache in caches.items():
             record_past(cache)
             with self.serving(frozen) as model:
-                logits = model(past_key_values=cache, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
+                logits = model(**{CACHE: cache}, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
             chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
             found.append(float((chosen * weight).sum() / weight.sum().clamp_min(1)))
         difference = found[0] - found[1] if all(map(math.isfinite, found)) else 0.0

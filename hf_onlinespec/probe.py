@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import fresh_cache, matmul_dtypes
+from ._compat import CACHE, fresh_cache, matmul_dtypes
 from .verifier import COLUMNS, TEXT, Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.
@@ -76,7 +76,7 @@ def _tolerance(target: PreTrainedModel) -> float:
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
-    names = {name for name, value in model_kwargs.items() if value is not None} - {"past_key_values"}
+    names = {name for name, value in model_kwargs.items() if value is not None} - {CACHE}
     prompt = input_ids
     if (
         not names - TEXT
@@ -89,7 +89,7 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
     kept = {name: model_kwargs[name] for name in names}
 
     def verifier() -> Verifier:
-        return Verifier(target, prompt, config, kept | {"past_key_values": fresh_cache(target.config)})
+        return Verifier(target, prompt, config, kept | {CACHE: fresh_cache(target.config)})
 
     config, tolerance = GenerationConfig(), _tolerance(target)
     one, several = verifier(), verifier()

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ._compat import (
+    CACHE,
     continue_inputs,
     continues_inputs,
     crop,
@@ -31,7 +32,7 @@ COLUMNS = {
     "moe_mm_token_type_ids": "repeat",
 }
 # With these alone a request is text: a round may draft behind the prompt while it is read.
-TEXT = {*COLUMNS, "past_key_values", "use_cache", "logits_to_keep"}
+TEXT = {*COLUMNS, CACHE, "use_cache", "logits_to_keep"}
 
 
 class Verifier:
@@ -52,7 +53,7 @@ class Verifier:
         self._target = target
         self.plain_because = plain_because  # why rounds have no room
         self._kwargs = dict(model_kwargs)
-        self.cache = self._kwargs.pop("past_key_values")
+        self.cache = self._kwargs.pop(CACHE)
         record_past(self.cache)
         self._cached = held_tokens(self.cache)
         mask = self._kwargs.get("attention_mask")
@@ -124,9 +125,9 @@ class Verifier:
         inputs = self._target.prepare_inputs_for_generation(
             tokens,
             next_sequence_length=end - self._cached,
-            past_key_values=self.cache,
             is_first_iteration=self._first,
             **inputs,
+            **{CACHE: self.cache},
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = k + 1

@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_onlinespec._compat import CACHE
+
 TABLE_OF = "5.23"  # the release of transformers whose classes are listed
 SERVED = "served"
 PLAIN = "served without drafting"  # equal, but no round has room
@@ -259,7 +261,7 @@ ARCHITECTURES = [
     _row("olmo3", "rope", "sliding", every_run=True),
     _row("olmo_hybrid", "rope", "full, linear", target="recurrent state", draft="recurrent state"),
     _row("olmoe", "rope", "full"),
-    _row("openai-gpt", "learned", "full", draft="takes no past_key_values", every_run=True),
+    _row("openai-gpt", "learned", "full", draft=f"takes no {CACHE}", every_run=True),
     _row("opt", "learned", "full", every_run=True),
     _row("opt projected", "learned", "full", word_embed_proj_dim=16),
     _row("pegasus", "sinusoidal", "full", every_run=True),
@@ -287,7 +289,7 @@ ARCHITECTURES = [
     _row("qwen4_exp", "rope", "indexed, linear", target="recurrent state", draft="recurrent state", text_config=text("qwen4_exp_text", layer_types=["linear_attention", "full_attention"], hc_count=2, hc_lowrank=8, ngram_vocab_size_base=64, make_ngram_vocab_size_divisible_by=8, heads_per_ngram=2, split_ngram_parts=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2, ple_embed_dim=8, ple_layer_ids=[1], eos_token_id=2)),
     _row("qwen4_exp_text", "rope", "indexed, linear", target="recurrent state", draft="recurrent state", every_run=True, layer_types=["linear_attention", "full_attention"], hc_count=2, hc_lowrank=8, ngram_vocab_size_base=64, make_ngram_vocab_size_divisible_by=8, heads_per_ngram=2, split_ngram_parts=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2, ple_embed_dim=8, ple_layer_ids=[1], eos_token_id=2),
     _row("recurrent_gemma", "rope", "linear, sliding", target="recurrent state", draft="recurrent state", every_run=True, num_hidden_layers=3, attention_window_size=WINDOW, lru_width=32),
-    _row("reformer", "axial", "no transformers cache", target="instead of a transformers Cache", draft="takes no past_key_values", every_run=True, axial_pos_embds_dim=(16, 16), axial_pos_shape=(8, 16), attention_head_size=8, attn_layers=("local", "lsh"), feed_forward_size=32, local_attn_chunk_length=8, lsh_attn_chunk_length=8, num_buckets=4, max_position_embeddings=128),
+    _row("reformer", "axial", "no transformers cache", target="instead of a transformers Cache", draft=f"takes no {CACHE}", every_run=True, axial_pos_embds_dim=(16, 16), axial_pos_shape=(8, 16), attention_head_size=8, attn_layers=("local", "lsh"), feed_forward_size=32, local_attn_chunk_length=8, lsh_attn_chunk_length=8, num_buckets=4, max_position_embeddings=128),
     _row("rembert", "learned", "full"),
     _row("roberta", "learned", "full", every_run=True),
     _row("roberta-prelayernorm", "learned", "full"),
@@ -304,10 +306,10 @@ ARCHITECTURES = [
     _row("vaultgemma", "rope", "full, sliding"),
     _row("whisper", "learned", "full", every_run=True),
     _row("xglm", "sinusoidal", "full", every_run=True),
-    _row("xlm", "learned", "full", target="served without drafting", draft="takes no past_key_values", causal=True, embed_init_std=0.3, mask_token_id=5),
+    _row("xlm", "learned", "full", target="served without drafting", draft=f"takes no {CACHE}", causal=True, embed_init_std=0.3, mask_token_id=5),
     _row("xlm-roberta", "learned", "full"),
     _row("xlm-roberta-xl", "learned", "full"),
-    _row("xlnet", "relative", "no transformers cache", target="instead of a transformers Cache", draft="takes no past_key_values", every_run=True, d_inner=64, d_head=8),
+    _row("xlnet", "relative", "no transformers cache", target="instead of a transformers Cache", draft=f"takes no {CACHE}", every_run=True, d_inner=64, d_head=8),
     _row("xlstm", "none", "no transformers cache", target="recurrent state", draft="recurrent state", every_run=True, num_heads=2, hidden_size=128, chunk_size=8),
     _row("xmod", "learned", "full", default_language="en_XX"),
     _row("youtu", "rope", "full", num_key_value_heads=4),

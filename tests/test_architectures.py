@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, OnlineSpecError, UnsupportedError, online_memory
+from hf_onlinespec._compat import CACHE
 from tests.architectures import ARCHITECTURES, LIMIT, PLAIN, SERVED, TABLE_OF, VOCAB, WINDOW, Architecture
 from tests.conftest import tiny_llama
 
@@ -180,7 +181,7 @@ def run(row: Architecture) -> Found:
 
 def layers_of(out: Any) -> str:
     """The kinds of layers in the cache that a call returned."""
-    cache = out.get("past_key_values")
+    cache = out.get(CACHE)
     if not isinstance(cache, Cache):
         return "no transformers cache"
     kinds = {type(layer) for layer in cache.layers}

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec._compat import CACHE
 from hf_onlinespec.candidates import OnlineCandidateGenerator, Proposal
 
 from .conftest import tiny_gpt2, tiny_llama
@@ -263,7 +264,7 @@ def test_cache_returned_and_reused_in_the_next_turn(target, draft, prompt, whole
         second = target.generate(
             turn if whole else turn[:, cached:],
             attention_mask=torch.ones_like(turn),
-            past_key_values=first.past_key_values,
+            **{CACHE: first.past_key_values},
             do_sample=False,
             max_new_tokens=12,
             return_dict_in_generate=True,
@@ -287,7 +288,7 @@ def test_positions_given_for_the_new_tokens_of_a_second_turn(target, draft, prom
                 turn[:, cached:],
                 attention_mask=torch.ones_like(turn),
                 position_ids=torch.arange(cached, turn.shape[1])[None],
-                past_key_values=first.past_key_values,
+                **{CACHE: first.past_key_values},
                 do_sample=False,
                 max_new_tokens=12,
                 assistant_model=assistant,

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec._compat import CACHE
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.governor import Plan
 from hf_onlinespec.metrics import Counts
@@ -49,7 +50,7 @@ def step_taken(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor,
     before = draft._lora.params.clone()
     cache = DynamicCache(config=draft.config)
     with torch.no_grad(), draft.serving() as model:
-        model(tokens[:, :prefix] if prefix else tokens[:, :1], past_key_values=cache, use_cache=True)
+        model(tokens[:, :prefix] if prefix else tokens[:, :1], **{CACHE: cache}, use_cache=True)
     draft.learn_segment(tokens, [Teacher.from_logits(logits_p)], cache, prefix, None, Counts())
     return (before - draft._lora.params) / 0.1
 

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec._compat import CACHE
 
 from .conftest import tiny_llama
 
@@ -128,7 +129,7 @@ def test_a_padded_prompt_and_a_second_turn_cross_as_plain_decoding_does() -> Non
             prompt(8), do_sample=False, max_new_tokens=4, return_dict_in_generate=True, use_cache=True
         )
         turn = torch.cat([first.sequences, prompt(2)], dim=-1)
-        second = target.generate(turn, past_key_values=first.past_key_values, do_sample=False, max_new_tokens=16, **arm)
+        second = target.generate(turn, **{CACHE: first.past_key_values}, do_sample=False, max_new_tokens=16, **arm)
         if not arm:
             expected = out, second
         assert torch.equal(out, expected[0]) and torch.equal(second, expected[1])

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineSpecConfig, online_memory
+from hf_onlinespec._compat import CACHE
 
 from .conftest import tiny_llama
 from .test_verifier import gemma3, paligemma, qwen2_vl
@@ -30,7 +31,7 @@ class LengthDependent(LlamaForCausalLM):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         if position_ids is None:
-            before = kwargs["past_key_values"].get_seq_length()
+            before = kwargs[CACHE].get_seq_length()
             position_ids = torch.arange(before, before + input_ids.shape[1])[None]
         stretched = position_ids * (1 + position_ids.max() // 2)
         return super().forward(input_ids, position_ids=stretched, **kwargs)
@@ -51,7 +52,7 @@ class Remembers(LlamaForCausalLM):
     state = 0.0
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
-        if kwargs["past_key_values"].get_seq_length() == 0:
+        if kwargs[CACHE].get_seq_length() == 0:
             self.state = 0.0
         outputs = super().forward(input_ids, **kwargs)
         sums = self.state + input_ids.float().cumsum(-1)[0, -outputs.logits.shape[1] :]
