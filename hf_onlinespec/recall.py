@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -78,3 +79,15 @@ class Recall:
             finally:  # whatever interrupts it, the next request is another sequence
                 self._memory.close()
             return self._memory.nbytes
+
+
+@dataclass
+class MemoryInRequest:
+    """Whether one request is served by the suffix memory."""
+
+    usable: bool  # False: it has failed, or is left out after a failure
+    recall: Recall | None = None  # None: there is no memory, or it was not asked yet
+
+    def stop(self) -> None:
+        """The request goes on without it."""
+        self.usable, self.recall = False, None

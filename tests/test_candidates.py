@@ -53,7 +53,7 @@ def test_rejected_tokens_leave_nothing_behind_in_silent_rounds(draft_model: PreT
     assert torch.equal(proposal.tokens, expected)
     tokens = torch.cat([prefix, proposal.tokens[:, :5]], dim=-1)
     fresh = draft_model(tokens, use_cache=True).past_key_values
-    for ours, theirs in zip(candidates._cache.layers, fresh.layers, strict=True):
+    for ours, theirs in zip(candidates._model.cache.layers, fresh.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-4)
 
@@ -113,7 +113,7 @@ def test_inside_transformers_own_loop(
         assert torch.equal(out, target.generate(prompt, do_sample=False, max_new_tokens=30))
     with torch.inference_mode():
         target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=10)
-    rows = sum(len(teacher) for teacher in made[0]._lesson._kept[0])
+    rows = sum(len(teacher) for teacher in made[0]._schedule._lesson._kept[0])
     assert rows == 30  # one row per emitted token, none from behind a rejection
 
 
@@ -139,6 +139,6 @@ def test_the_memory_s_time_belongs_to_the_round(draft_model: PreTrainedModel, mo
     monkeypatch.setattr(
         draft.governor, "observe", lambda drafted, overlaps, draft_s, target_s, seen: told.append((draft_s, target_s))
     )
-    candidates._began = False
+    candidates._model.began = False
     candidates.observe(torch.tensor([[1, 2]]), proposal, [], draft_s=0.5, target_s=1.0)
     assert told == [(0.2, pytest.approx(1.3))]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.causal_lm import RequestModel
 from hf_onlinespec.learning_draft import LearningDraft
 
 from .conftest import tiny_llama
@@ -28,13 +29,13 @@ class Queue:
         monkeypatch.setattr(LearningDraft, "device", property(lambda draft: FakeDevice("cpu")))
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        forward = OnlineCandidateGenerator._forward
+        forward = RequestModel.logits
 
-        def queues(candidates: OnlineCandidateGenerator, *args: Any) -> torch.Tensor:
+        def queues(model: RequestModel, *args: Any) -> torch.Tensor:
             self.queued += 1.0
-            return forward(candidates, *args)
+            return forward(model, *args)
 
-        monkeypatch.setattr(OnlineCandidateGenerator, "_forward", queues)
+        monkeypatch.setattr(RequestModel, "logits", queues)
 
     def synchronize(self, device: object = None) -> None:
         self.waited += 1

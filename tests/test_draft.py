@@ -290,10 +290,9 @@ def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch,
     monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room, unread: Plan(4, 1.0, 0.0))
     config = draft.generation_config.__class__(do_sample=False, max_length=64)
     candidates = OnlineCandidateGenerator(draft, config, LogitsProcessorList())
-    fed, forward = [], candidates._forward
-    monkeypatch.setattr(
-        candidates, "_forward", lambda model, feed: (fed.append(feed.shape[1]), forward(model, feed))[1]
-    )
+    model = candidates._model
+    fed, forward = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda served, feed: (fed.append(feed.shape[1]), forward(served, feed))[1])
     drafted = candidates.propose(prompt, 40).tokens
     assert fed == [1, 1, 1, 1]
     with draft.serving(preference < 0) as model:
