@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -34,22 +34,11 @@ try:
         convert_peft_config_for_transformers,
         get_model_conversion_mapping,
     )
-    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel, cache_utils
-    from transformers.cache_utils import (
-        Cache,
-        DynamicCache,
-        DynamicLayer,
-        DynamicSlidingWindowLayer,
-        EncoderDecoderCache,
-        LinearAttentionCacheLayerMixin,
-        QuantizedLayer,
-        StaticLayer,
-    )
+    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.generation import (
         CandidateGenerator,
         EpsilonLogitsWarper,
         EtaLogitsWarper,
-        GenerateDecoderOnlyOutput,
         LogitsProcessorList,
         MinLengthLogitsProcessor,
         MinNewTokensLengthLogitsProcessor,
@@ -65,17 +54,30 @@ try:
     )
     from transformers.generation.utils import GenerationMode, is_deepspeed_zero3_enabled, is_fsdp_managed_module
     from transformers.utils import ModelOutput
+
+    from ._caches import (
+        CACHE,
+        cache_tensors,
+        copied_prefix,
+        crop,
+        forgets,
+        fresh_cache,
+        held_tokens,
+        record_past,
+        returned_cache,
+        rollback_obstacle,
+        rolls_back,
+    )
 except ImportError as error:
     raise _moved(error) from error
 
-__all__ = ["CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
+__all__ = ["CACHE", "CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
+__all__ += ["cache_tensors", "copied_prefix", "crop", "forgets", "fresh_cache", "held_tokens"]
+__all__ += ["record_past", "returned_cache", "rollback_obstacle", "rolls_back"]
 
 # What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none; RuntimeError comes out
 # of the upload of large files, ValueError of an answer that is no JSON.
 HUB_FAILURES = (HFValidationError, HTTPError, RevisionResolutionError, OSError, RuntimeError, ValueError)
-
-# What the KV cache is called in inputs and outputs: from transformers 5.24 on "cache", where `generate` renames what callers say.
-CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 # The methods that `enable()` wraps.
 WRAPPED = (
@@ -187,21 +189,6 @@ def adds_virtual_tokens(model: PreTrainedModel) -> bool:
     return isinstance(owner, PeftModel) and bool(owner.active_peft_config.is_prompt_learning)
 
 
-# The place in a cache of a layer that shares the keys of an earlier one; transformers 5.20 has no such class yet.
-KEYLESS = tuple(vars(cache_utils)[name] for name in ("DummyLayer",) if name in vars(cache_utils))
-
-
-def rolls_back(config: PretrainedConfig) -> bool:
-    """Whether a model's cache is made of keys and values alone, which a rejected token leaves without a trace.
-
-    Last layers that share the keys of earlier ones (Gemma 3n) have none of their own.
-    """
-    layers = [type(layer) for layer in DynamicCache(config=config).layers]
-    while layers and layers[-1] in KEYLESS:
-        layers.pop()
-    return all(layer in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
 def inner_model(model: Any) -> PreTrainedModel:
     """The model that `generate` runs on: what is inside of a PeftModel, or of what torch.compile returns."""
     while True:
@@ -238,9 +225,29 @@ def takes_cache(model: nn.Module) -> bool:
     return CACHE in names or "input_ids" not in names
 
 
+# Where accelerate keeps its hook of a module, and what it put in the place of `forward`.
+_HOOK = "_hf_hook"
+_HOOKED = (_HOOK, "_old_forward", "forward")
+_COMPILED = "_compiled_call_impl"  # what `module.compile()` made of the module's own forward
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """What belongs to a module itself: without what compiling made of it, and without a hook of somebody else's.
+
+    Accelerate's own hooks go along; a function put in place of `forward` (torch.compile) still runs the user's own module.
+    """
+    hook = vars(module).get(_HOOK)
+    foreign = hook is not None and not type(hook).__module__.startswith("accelerate.")
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not (name == _COMPILED or (foreign and name in _HOOKED) or (name == "forward" and inspect.isfunction(value)))
+    }
+
+
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights elsewhere between two forwards."""
-    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    hooks = [vars(module).get(_HOOK) for module in model.modules()]
     hooks += [part for hook in hooks if isinstance(hook, SequentialHook) for part in hook.hooks]
     return any(isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks)
 
@@ -253,55 +260,6 @@ def is_stateful(model: PreTrainedModel) -> bool:
 def mask_length(generation_config: GenerationConfig) -> int | None:
     """Length of an all-ones attention mask that `generate` dropped, prefix in the cache included; None if none was."""
     return generation_config.__dict__.get("_mask_length")
-
-
-def rollback_obstacle(cache: Any) -> str:
-    """What keeps a cache from being rolled back, said of the model that it belongs to; "": nothing.
-
-    Judged by its layers. A layer of linear attention shows after the first forward only whether it keeps a recurrent state.
-    """
-    if not isinstance(cache, Cache):
-        return f"keeps a {type(cache).__name__} instead of a transformers Cache, which cannot be rolled back"
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    for part in (cache, *cache.layers):
-        name = type(part).__name__
-        if isinstance(part, StaticLayer):
-            return f"has a preallocated cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
-        if isinstance(part, QuantizedLayer) or "_quantized_keys" in vars(part):
-            return f"has a quantized cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
-        if isinstance(part, LinearAttentionCacheLayerMixin) and any(part.is_recurrent_states_initialized.values()):
-            return f"keeps a recurrent state ({name}), which cannot be rolled back"
-        stated = next((vars(c)["is_croppable"] for c in type(part).__mro__ if "is_croppable" in vars(c)), None)
-        if stated is False or not any("crop" in vars(c) for c in type(part).__mro__):
-            return f"has a cache ({name}) that cannot be rolled back"
-    return ""
-
-
-def forgets(cache: Cache, n: int) -> bool:
-    """Whether the last n tokens cannot be taken back, because a window has dropped what was before them."""
-    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
-    windows = (layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized)
-    return any(
-        layer.cumulative_length >= layer.sliding_window and layer.keys.shape[-2] < layer.sliding_window - 1 + n
-        for layer in windows
-    )
-
-
-def held_tokens(cache: Cache) -> int:
-    """Tokens that were read into a cache, those included that its windows have dropped."""
-    return int(cache.get_seq_length())
-
-
-def fresh_cache(config: PretrainedConfig) -> Cache:
-    """An empty cache, as `generate` makes it."""
-    return DynamicCache(config=config.get_text_config(decoder=True))
-
-
-def returned_cache(outputs: ModelOutput) -> Cache | None:
-    """The cache that a forward returned."""
-    cache = outputs.get(CACHE)
-    return cache if isinstance(cache, Cache) else None
 
 
 # Families of transformers whose own `_update_model_kwargs_for_generation` is compared with plain decoding in the tests. The
@@ -344,22 +302,6 @@ def needs_synced_gpus(model: PreTrainedModel) -> bool:
     return bool(sharded) and several and torch.distributed.get_world_size() > 1
 
 
-def record_past(cache: Cache) -> None:
-    """Sliding-window layers keep what a later `crop` may need."""
-    cache.activate_past_recording()
-
-
-def crop(cache: Cache, n: int) -> None:
-    """Removes the last n tokens. Called with 0 too: that trims sliding-window layers back to their window."""
-    cache.crop(-n)
-
-
-def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every filled layer, each (batch, heads, length, head_dim)."""
-    own = [layer for layer in cache.layers if type(layer) not in KEYLESS]
-    return [(layer.keys, layer.values) for layer in own if layer.is_initialized]
-
-
 def matmul_dtypes(device: str) -> set[torch.dtype | str]:
     """In what a device multiplies matrices of float32 now: "tf32", and what autocast makes of them, among others.
 
@@ -376,16 +318,6 @@ def matmul_dtypes(device: str) -> set[torch.dtype | str]:
     return {names.get(setting, torch.float32) for setting in settings}
 
 
-def opening_tokens(config: PretrainedConfig, tokens: Sequence[int]) -> list[int]:
-    """The token that a text (L,) opens with, if it is the one that opens every text of this model, or none.
-
-    A part of a text that is read on its own is given it: models that were trained with it (Gemma, Llama 3) compute something else
-    without. Of the models that name one some (Qwen 2) never see it: so the text decides.
-    """
-    opening = config.get_text_config(decoder=True).bos_token_id
-    return [opening] if isinstance(opening, int) and len(tokens) and int(tokens[0]) == opening else []
-
-
 def doubles(values: Tensor) -> Tensor:
     """In float64, on the CPU: not every device has it (MPS)."""
     return values.detach().cpu().double()
@@ -395,23 +327,6 @@ NO_LIMIT = 2**31
 # Under which names configurations state the longest sequence; the first one found counts.
 _LONGEST = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 _GROWING = ("xglm",)  # their table of positions grows with the sequence
-
-
-def copied_prefix(cache: Cache, length: int, config: PretrainedConfig) -> DynamicCache:
-    """The first `length` tokens of a cache as one of its own, which gradients may run through.
-
-    Drafting fills its cache under inference_mode. Tensors of that kind cannot take part in autograd: what is still one of them
-    after it was taken over is copied. (`update` has copied it already where it concatenates, as it does in the versions above.)
-    """
-    taken = DynamicCache(config=config)
-    for index, (keys, values) in enumerate(cache_tensors(cache)):
-        taken.update(keys[..., :length, :].detach(), values[..., :length, :].detach(), index)
-    for layer in taken.layers:
-        if type(layer) in KEYLESS or not layer.is_initialized:
-            continue
-        if layer.keys.is_inference() or layer.values.is_inference():
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-    return taken
 
 
 def max_positions(config: PretrainedConfig) -> int:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._compat import opening_tokens
 from .draft import OnlineDraft
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
 from .identity import public_name
 from .metrics import Counts
+from .opening import opening_tokens
 from .vocabulary import check_vocabularies
 
 IGNORED = -100  # the label of a token that is not trained on

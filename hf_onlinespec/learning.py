@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,73 +20,18 @@ from .adaptation import Adaptation
 from .adapters import GatedLora
 from .config import OnlineSpecConfig
 from .errors import ArtifactError
-from .feedback import Feedback, Teacher, acceptance, concatenate, parts
+from .feedback import Feedback, Teacher, acceptance, parts
 from .guard import Guard
 from .losses import LOSSES
 from .memorization import LearnedTexts
 from .metrics import Counts
 from .replay import Passes, Replay
+from .segment import Pending, Segment, Shown
 from .state import Saved
 
 JUDGED_TOKENS = 32  # of a request, that tell how experts and adapter do
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """New tokens that the target has spoken about, one teacher per row."""
-
-    tokens: Tensor  # (batch, L)
-    teachers: list[Teacher]  # of the last n tokens of every row
-    mask: Tensor | None  # (batch, prompt) with zeros where the prompt is padded on the left
-    temperature: float  # of the call that generated the tokens, 0 for greedy
-
-    @property
-    def nbytes(self) -> int:
-        return self.tokens.nbytes + sum(teacher.nbytes for teacher in self.teachers)
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """The tokens (L,) of every row, without padding."""
-        if self.mask is None:
-            return list(self.tokens)
-        return [row[int((mask == 0).sum()) :] for row, mask in zip(self.tokens, self.mask, strict=True)]
-
-    @property
-    def sound(self) -> bool:
-        """Whether the target has said something everywhere."""
-        return not any(bool((t.log_probs.isnan() | t.log_probs.isposinf()).any()) for t in self.teachers)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Acceptance at new tokens (batch · n,), before anything was learned from them."""
-
-    learned: list[float]  # of what serves
-    original: list[float] | None  # of the original draft; None: it was not looked at
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """What is not judged yet of one request."""
-
-    segment: Segment
-    accepted: list[list[float]]  # by row of the batched forward
-    shown: Shown
-
-    def goes_on(self, segment: Segment) -> bool:
-        """Whether a segment is the next one of the same request."""
-        before, new = self.segment.tokens, len(segment.teachers[0])
-        return segment.tokens.shape[1] - new == before.shape[1] and torch.equal(segment.tokens[:, :-new], before)
-
-    def joined(self, segment: Segment, accepted: list[list[float]], shown: Shown) -> _Waiting:
-        teachers = [concatenate([a, b]) for a, b in zip(self.segment.teachers, segment.teachers, strict=True)]
-        rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
-        both = self.shown.original is not None and shown.original is not None
-        original = [*(self.shown.original or []), *(shown.original or [])] if both else None
-        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature)
-        return _Waiting(whole, rows, Shown(self.shown.learned + shown.learned, original))
 
 
 class Reader:
@@ -129,7 +73,7 @@ class Learning:
         self._lora, self._settings = lora, settings
         self._loss = LOSSES[settings.loss]
         self.loss = math.inf  # on the latest segment, before it was learned
-        self._waiting: _Waiting | None = None
+        self._waiting: Pending | None = None
         self._spoilt = False  # whether the request's cache may hold what is not finite
         # What the steps since the last request moved, and the seconds they took: on new tokens, on remembered ones.
         self._moved: dict[str, tuple[Tensor, float, int]] = {}
@@ -248,7 +192,7 @@ class Learning:
             waiting = waiting.joined(segment, accepted, shown)
         else:
             self._judge()
-            waiting = _Waiting(segment, accepted, shown)
+            waiting = Pending(segment, accepted, shown)
         self._waiting = waiting
         if len(waiting.shown.learned) >= JUDGED_TOKENS:
             self._judge()

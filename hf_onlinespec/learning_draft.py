@@ -26,11 +26,12 @@ from .forks import Lock
 from .identity import Identity
 from .idle import IdleWorker
 from .layers import describe
-from .learning import Learning, Segment
+from .learning import Learning
 from .lesson import Lesson
 from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
+from .segment import Segment
 from .vocabulary import Vocabulary
 from .watch import ModelWatch
 

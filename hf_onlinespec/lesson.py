@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ._compat import opening_tokens
 from .config import OnlineSpecConfig
 from .feedback import Feedback, Teacher, concatenate
+from .opening import opening_tokens
 
 
 class Lesson:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import doubles, opening_tokens
+from ._compat import doubles
 from .config import ENSEMBLE, OnlineSpecConfig
+from .opening import opening_tokens
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft

@@ -19,10 +19,10 @@ from .config import OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ConfigError
 from .feedback import Feedback, acceptance
-from .learning import Segment
 from .losses import LOSSES
 from .metrics import Counts
 from .recording import Recorded, Recording
+from .segment import Segment
 
 COMPARATOR_LR = 1e-3  # of Adam, whatever the learner's is
 EPOCHS = 30  # of a comparator's training, at most

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import MethodType
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from ._compat import module_state
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -95,13 +96,7 @@ def _twin(value: Any, twins: dict[int, Any]) -> Any:
 def _module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
     own: nn.Module = module.__class__.__new__(module.__class__)
     twins[id(module)] = own
-    foreign = _is_foreign(vars(module).get("_hf_hook"))
-    for name, value in vars(module).items():
-        if name == "_compiled_call_impl" or (foreign and name in ("_hf_hook", "_old_forward", "forward")):
-            continue
-        # A function put in place of `forward` (torch.compile) still runs the user's own module: ours go without it.
-        if name == "forward" and inspect.isfunction(value):
-            continue
+    for name, value in module_state(module).items():
         if "_hooks" in name and isinstance(value, dict):
             vars(own)[name] = type(value)((key, hook) for key, hook in value.items() if _computes_weight(hook))
         else:
@@ -111,8 +106,3 @@ def _module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
 
 def _computes_weight(hook: Any) -> bool:
     return type(hook).__module__.startswith(WEIGHT_HOOKS)
-
-
-def _is_foreign(hook: Any) -> bool:
-    """Whether accelerate's way into a module was used for a hook that is not accelerate's own."""
-    return hook is not None and not type(hook).__module__.startswith("accelerate.")

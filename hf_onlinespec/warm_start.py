@@ -26,13 +26,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from ._compat import max_positions, opening_tokens
+from ._compat import max_positions
 from .config import ENSEMBLE
 from .draft import OnlineDraft
 from .errors import ConfigError
 from .feedback import Teacher
 from .identity import public_name
 from .losses import LOSSES
+from .opening import opening_tokens
 from .sampling import seeded
 from .vocabulary import check_vocabularies
 

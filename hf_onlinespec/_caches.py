@@ -1,0 +1,118 @@
+"""Transformers' caches: what can be rolled back, and how. The part of `_compat.py` that knows their layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig, cache_utils
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+    QuantizedLayer,
+    StaticLayer,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
+
+# What the KV cache is called in inputs and outputs: from transformers 5.24 on "cache", where `generate` renames what callers say.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
+# The place in a cache of a layer that shares the keys of an earlier one; transformers 5.20 has no such class yet.
+KEYLESS = tuple(vars(cache_utils)[name] for name in ("DummyLayer",) if name in vars(cache_utils))
+
+
+def rolls_back(config: PretrainedConfig) -> bool:
+    """Whether a model's cache is made of keys and values alone, which a rejected token leaves without a trace.
+
+    Last layers that share the keys of earlier ones (Gemma 3n) have none of their own.
+    """
+    layers = [type(layer) for layer in DynamicCache(config=config).layers]
+    while layers and layers[-1] in KEYLESS:
+        layers.pop()
+    return all(layer in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def rollback_obstacle(cache: Any) -> str:
+    """What keeps a cache from being rolled back, said of the model that it belongs to; "": nothing.
+
+    Judged by its layers. A layer of linear attention shows after the first forward only whether it keeps a recurrent state.
+    """
+    if not isinstance(cache, Cache):
+        return f"keeps a {type(cache).__name__} instead of a transformers Cache, which cannot be rolled back"
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    for part in (cache, *cache.layers):
+        name = type(part).__name__
+        if isinstance(part, StaticLayer):
+            return f"has a preallocated cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
+        if isinstance(part, QuantizedLayer) or "_quantized_keys" in vars(part):
+            return f"has a quantized cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
+        if isinstance(part, LinearAttentionCacheLayerMixin) and any(part.is_recurrent_states_initialized.values()):
+            return f"keeps a recurrent state ({name}), which cannot be rolled back"
+        stated = next((vars(c)["is_croppable"] for c in type(part).__mro__ if "is_croppable" in vars(c)), None)
+        if stated is False or not any("crop" in vars(c) for c in type(part).__mro__):
+            return f"has a cache ({name}) that cannot be rolled back"
+    return ""
+
+
+def forgets(cache: Cache, n: int) -> bool:
+    """Whether the last n tokens cannot be taken back, because a window has dropped what was before them."""
+    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    windows = (layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized)
+    return any(
+        layer.cumulative_length >= layer.sliding_window and layer.keys.shape[-2] < layer.sliding_window - 1 + n
+        for layer in windows
+    )
+
+
+def held_tokens(cache: Cache) -> int:
+    """Tokens that were read into a cache, those included that its windows have dropped."""
+    return int(cache.get_seq_length())
+
+
+def fresh_cache(config: PretrainedConfig) -> Cache:
+    """An empty cache, as `generate` makes it."""
+    return DynamicCache(config=config.get_text_config(decoder=True))
+
+
+def returned_cache(outputs: ModelOutput) -> Cache | None:
+    """The cache that a forward returned."""
+    cache = outputs.get(CACHE)
+    return cache if isinstance(cache, Cache) else None
+
+
+def record_past(cache: Cache) -> None:
+    """Sliding-window layers keep what a later `crop` may need."""
+    cache.activate_past_recording()
+
+
+def crop(cache: Cache, n: int) -> None:
+    """Removes the last n tokens. Called with 0 too: that trims sliding-window layers back to their window."""
+    cache.crop(-n)
+
+
+def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every filled layer, each (batch, heads, length, head_dim)."""
+    own = [layer for layer in cache.layers if type(layer) not in KEYLESS]
+    return [(layer.keys, layer.values) for layer in own if layer.is_initialized]
+
+
+def copied_prefix(cache: Cache, length: int, config: PretrainedConfig) -> DynamicCache:
+    """The first `length` tokens of a cache as one of its own, which gradients may run through.
+
+    Drafting fills its cache under inference_mode. Tensors of that kind cannot take part in autograd: what is still one of them
+    after it was taken over is copied. (`update` has copied it already where it concatenates, as it does in the versions above.)
+    """
+    taken = DynamicCache(config=config)
+    for index, (keys, values) in enumerate(cache_tensors(cache)):
+        taken.update(keys[..., :length, :].detach(), values[..., :length, :].detach(), index)
+    for layer in taken.layers:
+        if type(layer) in KEYLESS or not layer.is_initialized:
+            continue
+        if layer.keys.is_inference() or layer.values.is_inference():
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    return taken

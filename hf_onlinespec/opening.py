@@ -1,0 +1,17 @@
+"""The token that opens every text of some models (BOS): what is read on its own is given it where the whole text has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+
+def opening_tokens(config: PretrainedConfig, tokens: Sequence[int]) -> list[int]:
+    """The token that a text (L,) opens with, if it is the one that opens every text of this model, or none.
+
+    A part of a text that is read on its own is given it: models that were trained with it (Gemma, Llama 3) compute something else
+    without. Of the models that name one some (Qwen 2) never see it: so the text decides.
+    """
+    opening = config.get_text_config(decoder=True).bos_token_id
+    return [opening] if isinstance(opening, int) and len(tokens) and int(tokens[0]) == opening else []

@@ -1,0 +1,66 @@
+"""New tokens that a target has spoken about, and what of a request waits to be judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .feedback import Teacher, concatenate
+
+
+@dataclass(frozen=True)
+class Segment:
+    """New tokens that the target has spoken about, one teacher per row."""
+
+    tokens: Tensor  # (batch, L)
+    teachers: list[Teacher]  # of the last n tokens of every row
+    mask: Tensor | None  # (batch, prompt) with zeros where the prompt is padded on the left
+    temperature: float  # of the call that generated the tokens, 0 for greedy
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + sum(teacher.nbytes for teacher in self.teachers)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The tokens (L,) of every row, without padding."""
+        if self.mask is None:
+            return list(self.tokens)
+        return [row[int((mask == 0).sum()) :] for row, mask in zip(self.tokens, self.mask, strict=True)]
+
+    @property
+    def sound(self) -> bool:
+        """Whether the target has said something everywhere."""
+        return not any(bool((t.log_probs.isnan() | t.log_probs.isposinf()).any()) for t in self.teachers)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Acceptance at new tokens (batch · n,), before anything was learned from them."""
+
+    learned: list[float]  # of what serves
+    original: list[float] | None  # of the original draft; None: it was not looked at
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is not judged yet of one request."""
+
+    segment: Segment
+    accepted: list[list[float]]  # by row of the batched forward
+    shown: Shown
+
+    def goes_on(self, segment: Segment) -> bool:
+        """Whether a segment is the next one of the same request."""
+        before, new = self.segment.tokens, len(segment.teachers[0])
+        return segment.tokens.shape[1] - new == before.shape[1] and torch.equal(segment.tokens[:, :-new], before)
+
+    def joined(self, segment: Segment, accepted: list[list[float]], shown: Shown) -> Pending:
+        teachers = [concatenate([a, b]) for a, b in zip(self.segment.teachers, segment.teachers, strict=True)]
+        rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
+        both = self.shown.original is not None and shown.original is not None
+        original = [*(self.shown.original or []), *(shown.original or [])] if both else None
+        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature)
+        return Pending(whole, rows, Shown(self.shown.learned + shown.learned, original))
