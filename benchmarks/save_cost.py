@@ -10,33 +10,27 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import ADAPTER, STATE
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is not installed
+
+from tests.tiny_models import tiny_llama
+
 
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    shape = dict(intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048)
+    return tiny_llama(0, vocab=8192, layers=8, hidden=512, **shape)
 
 
 def main() -> None:

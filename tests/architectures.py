@@ -6,11 +6,9 @@ One row for each model type of the mapping, and one for each variant whose posit
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -20,6 +18,7 @@ from transformers import (
 )
 
 from hf_onlinespec._compat import CACHE
+from tests.tiny_models import random_model
 
 TABLE_OF = "5.23"  # the release of transformers whose classes are listed
 SERVED = "served"
@@ -71,12 +70,8 @@ class Architecture:
         return CONFIG_MAPPING[self.model_type](**tiny(self.model_type, **self.arguments))
 
     def build(self, seed: int = 0) -> PreTrainedModel:
-        torch.manual_seed(seed)
         auto = AutoModelForImageTextToText if self.positions == "mrope, images" else AutoModelForCausalLM
-        model = auto.from_config(copy.deepcopy(self.config())).float().eval()
-        # An end of sequence would end most requests early; a random model writes anything.
-        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-        return model
+        return random_model(self.config(), seed, auto)
 
 
 def tiny(model_type: str, **arguments: Any) -> dict[str, Any]:

@@ -17,12 +17,15 @@ import pytest
 import torch
 from huggingface_hub import close_session, constants, file_download, hf_api
 from huggingface_hub.utils import _http
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import hub as transformers_hub
 from transformers.utils import logging
 
 from hf_onlinespec.embedded import EmbeddedPair, load_pair
 from tests.loopback_hub import LoopbackHub
+from tests.tiny_models import tiny_gpt2, tiny_llama
+
+__all__ = ["tiny_gpt2", "tiny_llama"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,44 +72,6 @@ class _Told(logging_of_python.Handler):
 
     def emit(self, record: logging_of_python.LogRecord) -> None:
         self.texts.append(record.getMessage())
-
-
-def tiny_llama(seed: int, vocab: int = 32, layers: int = 1, hidden: int = 16, **kwargs: object) -> LlamaForCausalLM:
-    """A random Llama whose logits are spread enough for sampling to matter."""
-    torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        initializer_range=0.6,
-    )
-    model = LlamaForCausalLM(LlamaConfig(**(settings | kwargs))).eval()
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def tiny_gpt2(seed: int, vocab: int = 32) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=vocab,
-        n_positions=64,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        initializer_range=0.6,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = GPT2LMHeadModel(config).eval()
-    model.generation_config.pad_token_id = 0
-    return model
 
 
 @pytest.fixture

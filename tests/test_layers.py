@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV3Config,
     FalconConfig,
     Glm4MoeConfig,
@@ -25,9 +24,9 @@ from transformers import (
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapters import GatedLora
 
-from .conftest import tiny_llama
+from .tiny_models import SPOKEN, random_model, tiny_llama
 
-SMALL = dict(
+SMALL = (SPOKEN | {"pad_token_id": 0}) | dict(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=32,
@@ -35,10 +34,6 @@ SMALL = dict(
     num_attention_heads=2,
     num_key_value_heads=2,
     max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=None,
-    initializer_range=0.6,
 )
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16)
 MLA = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8)
@@ -62,8 +57,7 @@ TOKENS = torch.tensor([[1, 5, 9, 2, 30, 7], [4, 4, 8, 11, 3, 0]])
 
 
 def model_of(name: str) -> PreTrainedModel:
-    torch.manual_seed(2)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()
+    return random_model(CONFIGS[name], 2)
 
 
 def fault(model: PreTrainedModel, learner: str) -> str:
