@@ -1,8 +1,8 @@
 """The privacy audit: what comes out of an evolved draft, and what its settings retain of secrets that are planted in a copy.
 
 A public push is decided by the adapter itself: by what comes out of the texts that it learned from (`memorization.py`), and, where
-one prompt stood in its stream more than once, by canaries that are planted as often (`canaries.py`). Where none repeats, the
-rows of canaries tell what the settings would retain of a secret: they do not decide.
+one prompt makes much of its stream, by canaries that are planted as often (`canaries.py`) under every setting that it learned with.
+The other rows of canaries tell what its present settings would retain of a secret: they do not decide.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .canaries import REFERENCES, Canary, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read, twin
+from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read, twin
 from .errors import ConfigError, PrivacyError
 from .feedback import Feedback
-from .memorization import History, examine, history, learned_settings
+from .memorization import ONE_ADAPTER, History, examine, history, learned_settings
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft  # which is audited before a public push
@@ -81,22 +81,18 @@ class AuditReport:
     vocabulary: int
     history: History = field(default_factory=History)  # what it learned from, and what comes out
     compared: bool = False  # whether what the target says by itself was known
-
-    @property
-    def judged(self) -> int:
-        """Canaries that were written up to so many times decide: as often as a prompt stood in its stream, from twice on."""
-        return self.history.repeats if self.history.repeats > 1 else 0
+    as_it_learned: list[Probed] = field(default_factory=list)  # where one prompt makes much of its stream
 
     def refusals(self) -> list[str]:
         """Why the draft should not be public; none: nothing that was looked at speaks against it."""
         found = self.history.reasons()
-        for p in self.probed:
-            if 0 < p.repeats <= self.judged and (p.bits > MOST_BITS or p.extracted):
+        for p in self.as_it_learned:
+            if p.bits > MOST_BITS or p.extracted:
                 found.append(
-                    f"One prompt stood {times(self.history.repeats)} in its stream, and under the settings with which it learned a "
-                    f"secret that the target writes {times(p.repeats)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits, "
-                    f"{f'{p.behind} more requests later' if p.behind else 'right away'} (more than {MOST_BITS:g}; chance: 1.4); "
-                    f"{p.extracted} of {len(p.exposures)} are written out to the last token."
+                    f"One prompt stood {times(self.history.repeats)} in its stream, among {self.history.texts} texts: too much of it to "
+                    f"judge by what comes out alone. Under settings with which it learned, a secret that the target writes "
+                    f"{times(p.repeats)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits (more than {MOST_BITS:g}; "
+                    f"chance: 1.4); {p.extracted} of {len(p.exposures)} are written out to the last token."
                 )
         gap = self.gap
         if gap is not None and gap.auc > MOST_AUC and gap.auc - 0.5 > SURE * gap.auc_error:
@@ -110,18 +106,20 @@ class AuditReport:
         """The report in Markdown."""
         lines = ["| canaries written | other requests behind | mean exposure, bits | largest | written out |"]
         lines += ["|---|---|---|---|---|"]
-        for p in self.probed:
+        named = [(times(p.repeats), p) for p in self.probed]
+        for name, p in named + [(f"{times(p.repeats)}, as it learned", p) for p in self.as_it_learned]:
             largest = max(e.bits for e in p.exposures)
             lines.append(
-                f"| {times(p.repeats)} | {p.behind} | {p.bits:.2f} | {largest:.2f} | {p.extracted} of {len(p.exposures)} |"
+                f"| {name} | {p.behind} | {p.bits:.2f} | {largest:.2f} | {p.extracted} of {len(p.exposures)} |"
             )
         lines += ["", f"Exposure: 1.44 bits by chance, at most {self.most_bits:.2f} can be seen."]
-        if self.judged:
-            lines.append(f"One prompt stood {times(self.judged)} in its stream: rows of up to so many times decide.")
-        else:
+        if self.as_it_learned:
             lines.append(
-                "No prompt stood in its stream twice: these rows tell what its settings retain, and do not decide."
+                f'One prompt stood {times(self.history.repeats)} in its stream, among {self.history.texts} texts: the rows "as it '
+                'learned" decide.'
             )
+        else:
+            lines.append("These rows tell what its settings retain, and do not decide.")
         if not any(p.behind for p in self.probed):
             lines.append("No other requests were at hand: what they would have changed was not measured.")
         h = self.history
@@ -210,21 +208,29 @@ def audit(
         learn(copied, behind)
         probed.append(Probed(min(repeats), len(behind), probe(copied, secrets, seed=seed)))
     examine(draft)
-    known = history(draft)
-    if known.repeats > 1 and draft.steps:
-        probed += _as_it_learned(draft, known, secrets, seed)
+    known, decisive = _as_it_learned(draft, history(draft))
     compared = draft.target_at_hand is not None
-    return AuditReport(probed, math.log2(REFERENCES + 1), gap, _seen(draft), vocabulary, known, compared)
+    return AuditReport(probed, math.log2(REFERENCES + 1), gap, _seen(draft), vocabulary, known, compared, decisive)
 
 
-def _as_it_learned(draft: OnlineDraft, known: History, secrets: Sequence[Canary], seed: int) -> list[Probed]:
-    """Canaries planted as often as a prompt stood in the stream, under every setting that ever learned."""
-    found, often = [], min(known.repeats, MOST_REPEATS)
+def _as_it_learned(draft: OnlineDraft, known: History) -> tuple[History, list[Probed]]:
+    """Canaries planted as often as the main prompt stood in the stream, under every setting that ever learned; none without one.
+
+    Where that cannot be done, the history says so.
+    """
+    found: list[Probed] = []
+    if not known.has_main_prompt or not draft.steps:
+        return known, found
+    often, secrets = min(known.repeats, MOST_REPEATS), make_canaries(draft.vocabulary.size, CANARIES)
     for learned in known.settings:
-        copied = twin(draft, learned_settings(draft, learned))
+        settings = learned_settings(draft, learned)
+        if settings is None:
+            known = known.plus(ONE_ADAPTER)
+            continue
+        copied = twin(draft, settings)
         plant(copied, secrets, often)
-        found.append(Probed(often, 0, probe(copied, secrets, seed=seed)))
-    return found
+        found.append(Probed(often, 0, probe(copied, secrets)))
+    return known, found
 
 
 @torch.inference_mode(False)
@@ -238,11 +244,10 @@ def check_privacy(draft: OnlineDraft) -> None:
     examine(draft)
     known = history(draft)
     refusals = known.reasons()
-    if not refusals and known.repeats > 1:
-        vocabulary = draft.config.get_text_config().vocab_size
-        secrets = make_canaries(vocabulary, CANARIES)
-        probed = _as_it_learned(draft, known, secrets, seed=0)
-        refusals = AuditReport(probed, math.log2(REFERENCES + 1), None, None, vocabulary, known).refusals()
+    if not refusals:
+        known, decisive = _as_it_learned(draft, known)
+        most, vocabulary = math.log2(REFERENCES + 1), draft.vocabulary.size
+        refusals = AuditReport([], most, None, None, vocabulary, known, as_it_learned=decisive).refusals()
     if refusals:
         raise PrivacyError(
             "The privacy audit speaks against a public push:\n"

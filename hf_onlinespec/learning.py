@@ -22,8 +22,8 @@ from .config import OnlineSpecConfig
 from .errors import ArtifactError
 from .feedback import Feedback, Teacher, acceptance, parts
 from .guard import Guard
+from .learned_texts import LearnedTexts
 from .losses import LOSSES
-from .memorization import LearnedTexts
 from .metrics import Counts
 from .replay import Passes, Replay
 from .segment import Pending, Segment, Shown

@@ -26,6 +26,7 @@ from .forks import Lock
 from .identity import Identity
 from .idle import IdleWorker
 from .layers import describe
+from .learned_texts import Learned
 from .learning import Learning
 from .lesson import Lesson
 from .memory_draft import MemoryDraft
@@ -133,6 +134,13 @@ class LearningDraft(MemoryDraft):
         with self.lock:
             recorded = sum(request.nbytes for request in list(self.requests))
         return self._learning.nbytes + recorded + (0 if self._idle is None else self._idle.nbytes)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[Learned]:
+        """What it has learned from in this process; no gradient step is taken inside of the context."""
+        with self._learns:
+            texts, guard = self._learning.texts, self._learning.guard
+            yield Learned(self.steps, guard.rollbacks, texts.seen, texts.repeats, tuple(texts.texts))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""

@@ -1,19 +1,18 @@
-"""What a draft has learned from, and what of it comes out again: the record that decides on a public push.
+"""What of the texts that a draft has learned from comes out of it again: the record that decides on a public push.
 
-While a draft learns, the texts of the requests stay in its process (`LearnedTexts`, tokens alone, never saved). At a save and
-before a public push they are cut into short windows, and the adapter itself is asked (`examine`): given the beginning of a window
-and nothing else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the original
-draft, and the target without the request around it: what either says by itself is no secret of a user. A text of which
-`GAIN_BITS` come out is memorised.
+While a draft learns, the texts of the requests stay in its process (`learned_texts.py`), never saved. At a save and before a public
+push they are cut into short windows, and the adapter itself is asked (`examine`): given the beginning of a window and nothing
+else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the original draft, and the
+target without the request around it: what either says by itself is no secret of a user. A text of which `GAIN_BITS` come out is
+memorised; one whose prompt stood more than `FEW` times, if `OFTEN_BITS` do.
 What is kept is numbers (`History`): requests, how many were examined, how many came out, how often one prompt stood in the
 stream, the settings of learning. They travel in the lineage: through saving, loading with other settings, merging, distilling.
-A prompt that repeats is judged more strictly, by canaries planted as often, under every setting that ever learned.
+Where one prompt makes much of the stream, canaries planted as often decide too (`audit.py`): under every setting that ever learned.
 Whatever has no such record (adapters from elsewhere, fine-tuned ones, older artifacts, texts that were not examined) is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -28,7 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ._compat import doubles
-from .config import ENSEMBLE, OnlineSpecConfig
+from .config import ENSEMBLE, OnlineSpecConfig, one_expert
+from .errors import ConfigError
+from .learned_texts import FEW, LearnedText
 from .opening import opening_tokens
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ MOST_RANKS = 64
 # How much likelier the end has to be than for whoever never saw it. By chance 2^-GAIN_BITS per window (Markov's inequality);
 # measured on the embedded pair: at most 15.3 in 20 streams without secrets (benchmarks/results/audit.md).
 GAIN_BITS = 20.0
+# The same of a text whose prompt stands often: a secret of three digits. By chance in 2 % of such texts, of twenty windows each.
+OFTEN_BITS = 10.0
+MOST_SHARE = 0.1  # of the texts: a prompt that stands often, and more often than that, makes much of the stream; chosen
 SAVE_S = 20.0  # seconds that a save may spend on it; chosen: forty requests of the embedded pair take 8
 MOST_LOGITS = 2**25  # in one forward
 GROUP = 16  # texts that are examined together
@@ -63,72 +67,7 @@ EARLIER = "an earlier state of the adapter took over, which was not examined whi
 EXPERTS = "its experts were examined as they served, and weigh otherwise by now"
 CONFUSED = "the record of what it learned from cannot be read"
 CROWDED = "it learned with more settings than a record tells apart"
-
-
-class LearnedTexts:
-    """The texts that a draft has learned from in this process, each once, as tokens; the oldest leave beyond `max_tokens`.
-
-    Not safe with several threads by itself: the caller holds the draft's lock.
-    """
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.tokens = 0
-        self.dropped = 0  # texts that have left, or were not taken
-        self.repeats = 0  # how often the most frequent prompt stood in the stream
-        self._texts: dict[bytes, None] = {}  # int32 tokens, the newest last
-        self._prompts: dict[bytes, int] = {}
-        self._growing: list[bytes] = []  # rows of the request at hand
-
-    def grow(self, rows: Sequence[Tensor]) -> None:
-        """Notes the rows of one request as they are now: each takes the place of its own beginning."""
-        found = [_bytes(row) for row in rows]
-        for before in self._growing:
-            if before not in found and any(now.startswith(before) for now in found):
-                self._drop(before)
-        self._growing = [self._add(text) for text in found]
-
-    def finish(self, tokens: Tensor, written: int) -> None:
-        """Notes a finished request (L,), of which the target wrote the last tokens, and counts its prompt."""
-        text = _bytes(tokens)
-        # The replay keeps less of a long prompt: its end, and the token that opens it.
-        if not any(grown.endswith(text) or grown.endswith(text[4:]) for grown in self._growing):
-            self._add(text)
-        prompt = hashlib.sha256(_bytes(tokens[: len(tokens) - written])).digest()[:8]
-        self._prompts[prompt] = self._prompts.get(prompt, 0) + 1
-        self.repeats = max(self.repeats, self._prompts[prompt])
-
-    def _add(self, text: bytes) -> bytes:
-        if text not in self._texts:
-            self._texts[text] = None
-            self.tokens += len(text) // 4
-            while self.tokens > self.max_tokens:
-                self._drop(next(iter(self._texts)))
-                self.dropped += 1
-        return text
-
-    def _drop(self, text: bytes) -> None:
-        if text in self._texts:
-            del self._texts[text]
-            self.tokens -= len(text) // 4
-
-    @property
-    def texts(self) -> list[Tensor]:
-        """The texts, each (L,)."""
-        return [torch.frombuffer(bytearray(text), dtype=torch.int32).long() for text in self._texts]
-
-    @property
-    def seen(self) -> int:
-        """How many texts were learned from, those that have left included."""
-        return len(self._texts) + self.dropped
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * self.tokens + 8 * len(self._prompts)
-
-
-def _bytes(tokens: Tensor) -> bytes:
-    return tokens.detach().to("cpu", torch.int32).contiguous().numpy().tobytes()
+ONE_ADAPTER = "it learned with other experts than its adapter has now, so that canaries cannot be planted as it learned"
 
 
 @dataclass(frozen=True)
@@ -137,6 +76,7 @@ class Examined:
 
     steps: int
     seen: int  # texts learned from by then
+    often: int  # of those at hand, whose prompt stood often
     texts: int  # that were examined
     memorised: int  # of which a part came out
 
@@ -148,7 +88,7 @@ class History:
     texts: int = 0
     unexamined: int = 0  # of which it is not known whether they come out
     memorised: int = 0
-    repeats: int = 1  # how often the most frequent prompt stood in the stream
+    repeats: int = 0  # how often the most frequent prompt stood in the stream, at most
     settings: tuple[dict[str, Any], ...] = ()  # of learning, every one that was in use
     unknown: tuple[str, ...] = ()  # why it cannot be judged
 
@@ -166,10 +106,12 @@ class History:
             if any(type(found[name]) is not int or not 0 <= found[name] < 2**63 for name in counts):
                 return cls(unknown=(CONFUSED,))
             learned = tuple({name: one[name] for name in LEARNING} for one in found["settings"])
+            for one in learned:
+                OnlineSpecConfig.from_dict(one)
             if not all(isinstance(reason, str) for reason in found["unknown"]):
                 return cls(unknown=(CONFUSED,))
             unknown = tuple(found["unknown"])
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ConfigError):
             return cls(unknown=(CONFUSED,))
         return cls(**{name: found[name] for name in counts}, settings=learned, unknown=unknown)
 
@@ -178,18 +120,23 @@ class History:
         return replace(self, unknown=tuple(dict.fromkeys((*self.unknown, *reasons))))
 
     def joined(self, other: History) -> History:
-        """Of a draft that learned from what both learned from."""
+        """Of a draft that learned from what both learned from. One prompt may have stood in both streams."""
         both = [*self.settings, *other.settings]
         settings = [one for n, one in enumerate(both) if one not in both[:n]]
         found = History(
             self.texts + other.texts,
             self.unexamined + other.unexamined,
             self.memorised + other.memorised,
-            max(self.repeats, other.repeats),
+            self.repeats + other.repeats,
             tuple(settings[:MOST_SETTINGS]),
             self.unknown,
         )
         return found.plus(*other.unknown, *([CROWDED] if len(settings) > MOST_SETTINGS else []))
+
+    @property
+    def has_main_prompt(self) -> bool:
+        """Whether one prompt makes much of the stream: then the adapter tells more of it than its own text shows."""
+        return self.repeats > max(FEW, MOST_SHARE * self.texts)
 
     def reasons(self) -> list[str]:
         """Why it should not be public, as far as the numbers tell."""
@@ -197,7 +144,8 @@ class History:
         if self.memorised:
             found.append(
                 f"It has memorised {self.memorised} of the {self.texts} texts that it learned from: given the beginning of a part "
-                f"of them, it writes the end, at least 2^{GAIN_BITS:g} times as likely as whoever never saw the text."
+                f"of them, it writes the end, at least 2^{GAIN_BITS:g} times as likely as whoever never saw the text "
+                f"(2^{OFTEN_BITS:g} where its prompt stood more than {FEW} times)."
             )
         if self.unexamined:
             found.append(
@@ -210,26 +158,27 @@ class History:
 
 def history(draft: OnlineDraft) -> History:
     """What a draft has learned from, here and before."""
-    with draft._learns:
-        texts, before, done = draft._learning.texts, History.of(draft.lineage), draft.examined
-        if before is None:
-            before = History(unknown=(OLDER,) if draft.steps and not texts.seen else ())
-        if before.texts and draft._learning.guard.rollbacks > draft.loaded_rollbacks:
-            before = before.plus(EARLIER)
-        if before.texts and texts.seen and draft.settings.learner == ENSEMBLE:
-            before = before.plus(EXPERTS)
-        if not texts.seen or not draft.steps:
-            return before
-        known = done is not None and (done.steps, done.seen) == (draft.steps, texts.seen)
-        settings = draft.settings.to_dict()
-        here = History(
-            texts.seen,
-            texts.seen - (done.texts if known and done is not None else 0),
-            done.memorised if known and done is not None else 0,
-            max(1, texts.repeats),
-            ({name: settings[name] for name in LEARNING},),
-        )
-        return before.joined(here)
+    with draft.at_rest() as here:
+        before, done = History.of(draft.lineage), draft.examined
+        went_back = here.rollbacks > draft.loaded_rollbacks
+    if before is None:
+        before = History(unknown=(OLDER,) if here.steps and not here.seen else ())
+    if before.texts and went_back:
+        before = before.plus(EARLIER)
+    if before.texts and here.seen and draft.settings.learner == ENSEMBLE:
+        before = before.plus(EXPERTS)
+    if not here.seen or not here.steps:
+        return before
+    known = done is not None and (done.steps, done.seen, done.often) == (here.steps, here.seen, here.often)
+    settings = draft.settings.to_dict()
+    own = History(
+        here.seen,
+        here.seen - (done.texts if known and done is not None else 0),
+        done.memorised if known and done is not None else 0,
+        max(1, here.repeats),
+        ({name: settings[name] for name in LEARNING},),
+    )
+    return before.joined(own)
 
 
 def loaded_history(lineage: Mapping[str, Any], then: float, now: float) -> dict[str, Any]:
@@ -250,9 +199,12 @@ def merged_history(lineages: Sequence[Mapping[str, Any]], weights: Sequence[floa
     return (found.plus(AMPLIFIED) if sum(map(abs, weights)) > 1 + 1e-6 else found).to_dict()
 
 
-def learned_settings(draft: OnlineDraft, learned: Mapping[str, Any]) -> OnlineSpecConfig:
-    """A draft's settings with those of learning that a record holds. Raises ConfigError where they are none."""
-    return OnlineSpecConfig.from_dict(draft.settings.to_dict() | dict(learned))
+def learned_settings(draft: OnlineDraft, learned: Mapping[str, Any]) -> OnlineSpecConfig | None:
+    """A draft's settings with those of learning that a record holds; None: the adapter has not the experts that they ask for."""
+    many = draft.settings.learner == ENSEMBLE
+    if learned["learner"] == ENSEMBLE:
+        return replace(draft.settings, **learned) if many else None
+    return replace(one_expert(draft.settings), **learned)
 
 
 Reader = Callable[[Tensor], Tensor]  # logits (rows, L, vocab) of tokens (rows, L)
@@ -260,17 +212,20 @@ Reader = Callable[[Tensor], Tensor]  # logits (rows, L, vocab) of tokens (rows, 
 
 @torch.no_grad()
 def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
-    """Looks which of the texts that a draft has learned from come out of it, the newest first, and notes it with the draft.
+    """Looks which of the texts that a draft has learned from come out of it, and notes it with the draft.
+
+    Those whose prompt stands often come first, then the newest.
 
     Args:
         seconds: after which it stops; what is left counts as not examined.
     """
     started = time.perf_counter()
-    with draft._learns:
-        steps, seen, texts = draft.steps, draft._learning.texts.seen, draft._learning.texts.texts[::-1]
-    done = draft.examined
-    if done is not None and (done.steps, done.seen, done.texts) == (steps, seen, len(texts)):
+    with draft.at_rest() as here:
+        done = draft.examined
+    state = (here.steps, here.seen, here.often)
+    if done is not None and (done.steps, done.seen, done.often, done.texts) == (*state, len(here.texts)):
         return done
+    texts = sorted(here.texts[::-1], key=lambda text: not text.stands_often)
     examined, memorised = 0, 0
     known: set[tuple[int, ...]] = set()  # windows that were looked at: those of a system prompt once
     with _publics(draft) as publics:
@@ -278,20 +233,26 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
             if time.perf_counter() - started > seconds:
                 break
             group = texts[at : at + GROUP]
-            windows = [(n, window) for n, text in enumerate(group) for window in _windows(draft, text)]
+            windows = [(n, window) for n, text in enumerate(group) for window in _windows(draft, text.tokens)]
             windows = [(n, window) for n, window in windows if window not in known]
             known.update(window for _, window in windows)
             out: list[bool] = []
             for part in range(0, len(windows), TOGETHER):
                 if time.perf_counter() - started > seconds:
                     break
-                out += _come_out(draft, publics, [window for _, window in windows[part : part + TOGETHER]]).tolist()
+                some = windows[part : part + TOGETHER]
+                bits = [_bits(group[n]) for n, _ in some]
+                out += _come_out(draft, publics, [window for _, window in some], bits).tolist()
             memorised += len({n for (n, _), comes in zip(windows, out, strict=False) if comes})
             if len(out) < len(windows):
                 break  # none of the group was read to its end
             examined += len(group)
-    draft.examined = Examined(steps, seen, examined, memorised)
+    draft.examined = Examined(*state, examined, memorised)
     return draft.examined
+
+
+def _bits(text: LearnedText) -> float:
+    return OFTEN_BITS if text.stands_often else GAIN_BITS
 
 
 @contextmanager
@@ -353,8 +314,10 @@ def _windows(draft: OnlineDraft, text: Tensor) -> list[tuple[int, ...]]:
     return [window for window in found if max(window, default=vocabulary) < vocabulary]
 
 
-def _come_out(draft: OnlineDraft, publics: Sequence[Reader], windows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Whether the end of each window (n,) comes out of the evolved draft, and of nobody else."""
+def _come_out(
+    draft: OnlineDraft, publics: Sequence[Reader], windows: Sequence[tuple[int, ...]], bits: Sequence[float]
+) -> Tensor:
+    """Whether the end of each window (n,) comes out of the evolved draft, by so many bits likelier than of everybody else."""
     lengths = torch.tensor([len(window) for window in windows])
     rows = torch.zeros(len(windows), int(lengths.max()), dtype=torch.long)
     for row, window in zip(rows, windows, strict=True):
@@ -366,10 +329,11 @@ def _come_out(draft: OnlineDraft, publics: Sequence[Reader], windows: Sequence[t
     padding = torch.arange(1, rows.shape[1]) >= lengths[:, None]
     ranks = ranks.masked_fill(padding, torch.inf)
     public = torch.full_like(evolved, -torch.inf)
+    least = torch.tensor(bits, dtype=evolved.dtype)
     left = torch.arange(len(rows))  # windows of which something comes out as yet
     for reader in publics:
         public[left] = torch.maximum(public[left], _read(reader, rows[left], vocabulary)[0])
-        left = left[_best_gain((evolved - public)[left], ranks[left]) >= GAIN_BITS]
+        left = left[_best_gain((evolved - public)[left], ranks[left]) >= least[left]]
         if not len(left):
             break
     found = torch.zeros(len(windows), dtype=torch.bool)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from hf_onlinespec import ConfigError, DraftError, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import ConfigError, DraftError, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.alignment import DraftAlignment
 from hf_onlinespec.artifact import inspect
+from hf_onlinespec.audit import check_privacy
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.losses import LOSSES
 
@@ -25,11 +26,11 @@ def data(n: int = 24, length: int = 12) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def fine_tune(target: PreTrainedModel, folder: Path, callbacks: list[Any], **settings: Any) -> None:
+def fine_tune(target: PreTrainedModel, folder: Path, callbacks: list[Any], texts: int = 24, **settings: Any) -> None:
     quiet: dict[str, Any] = dict(save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
     quiet |= dict(dataloader_pin_memory=False, per_device_train_batch_size=4, learning_rate=1e-2, max_steps=6)
     args = TrainingArguments(output_dir=str(folder), **(quiet | settings))
-    Trainer(target, args, train_dataset=data(), eval_dataset=data(8), callbacks=callbacks).train()
+    Trainer(target, args, train_dataset=data(texts), eval_dataset=data(8), callbacks=callbacks).train()
 
 
 def make(**settings: Any) -> OnlineDraft:
@@ -140,6 +141,17 @@ def test_it_reads_no_more_tokens_than_it_was_told(target) -> None:
     assert lengths == {48: [12] * 4, 47: [12] * 3, 24: [12] * 2, 5: [5]}
     (cut,) = hear(DraftAlignment(make(), max_tokens=5), target, input_ids=tokens[:1])
     assert torch.equal(cut.tokens, tokens[0, 7:]) and len(cut.teacher) == 4
+
+
+def test_a_target_that_was_trained_on_a_text_is_no_excuse_for_the_draft_that_learned_it(target, tmp_path) -> None:
+    """Both say it by heart; a target that never saw it would not."""
+    draft = make()
+    fine_tune(target, tmp_path, [DraftAlignment(draft)], texts=4, max_steps=60)
+    text = data(4)[0]["input_ids"][None]
+    with torch.no_grad():
+        assert float(target(input_ids=text, labels=text).loss) < 0.5, "the target has learned it by heart"
+    with pytest.raises(PrivacyError, match="memorised 4 of the 4"):  # two, if the target were an excuse
+        check_privacy(draft)
 
 
 def test_the_draft_lies_beside_every_checkpoint(target, tmp_path) -> None:

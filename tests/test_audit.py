@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from torch import Tensor
 from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError, audit
 from hf_onlinespec.audit import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed, check_privacy, loss_gap
 from hf_onlinespec.canaries import Canary, Exposure, learn, make_canaries, plant, probe, twin, written
+from hf_onlinespec.card import write
 from hf_onlinespec.embedded import load_draft
 from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.memorization import History
+from hf_onlinespec.memorization import History, examine
+from hf_onlinespec.public import public_version
 
 from .conftest import tiny_gpt2, tiny_llama
 
@@ -253,45 +256,40 @@ def test_it_counts_the_tokens_that_can_be_read_off() -> None:
     assert audit.audit(blind, 1, (1,)).seen is None
 
 
-def report(
-    once: float = 1.0, behind: float | None = None, gap: LossGap | None = None, stood: int = 1, **history: Any
-) -> AuditReport:
-    """Of a draft in whose stream the most frequent prompt stood so often."""
-    rows = [(0, 0, 1.4), (1, 0, once), (16, 0, 8.0), *([] if behind is None else [(1, 40, behind)])]
+def report(gap: LossGap | None = None, bits: float | None = None, behind: bool = False, **history: Any) -> AuditReport:
+    """Of a draft whose present settings give everything away; with `bits`, so much is exposed as it learned."""
+    rows = [(0, 0, 1.4), (1, 0, 8.0), (16, 0, 8.0), *([(1, 40, 8.0)] if behind else [])]
     probed = [Probed(repeats, after, [Exposure(bits, bits > 7)] * 2) for repeats, after, bits in rows]
-    return AuditReport(probed, 8.0, gap, 12, 100, History(repeats=stood, **history))
+    decisive = [] if bits is None else [Probed(5, 0, [Exposure(bits, bits > 7)] * 2)]
+    return AuditReport(probed, 8.0, gap, 12, 100, History(**history), as_it_learned=decisive)
 
 
 def test_refusals_on_both_sides_of_the_thresholds() -> None:
     gap = LossGap((2.0, 1.0), (2.0, 1.5), (50, 50), 0.5, 0.1, MOST_AUC, 0.05)
-    for calm in (
-        report(MOST_BITS, MOST_BITS, gap, stood=4),
-        report(8.0, 8.0),
-        report(gap=replace(gap, auc=0.9, auc_error=0.3)),
-    ):
+    for calm in (report(gap, MOST_BITS), report(), report(replace(gap, auc=0.9, auc_error=0.3))):
         assert calm.refusals() == [] and "is not refused" in calm.text()
-    (one,) = report(MOST_BITS + 0.1, stood=2).refusals()
-    assert "stood 2 times" in one and "once" in one and "right away" in one and "3.1 of at most 8.0 bits" in one
-    (later,) = report(1.0, 7.5, stood=4).refusals()
-    assert "40 more requests later" in later
+    (one,) = report(bits=MOST_BITS + 0.1, repeats=20, texts=3).refusals()
+    assert "stood 20 times" in one and "among 3 texts" in one and "writes 5 times" in one
+    assert "3.1 of at most 8.0 bits" in one and "0 of 2 are written out" in one
     (told,) = report(gap=replace(gap, auc=MOST_AUC + 0.02)).refusals()
     assert "0.62" in told
-    assert len(report(8.0, 8.0, replace(gap, auc=0.9), stood=16).refusals()) == 4
-    assert all(reason in report(8.0, stood=2).text() for reason in report(8.0, stood=2).refusals())
+    both = report(replace(gap, auc=0.9), 8.0, repeats=20, texts=3, memorised=2)
+    assert len(both.refusals()) == 3 and all(reason in both.text() for reason in both.refusals())
 
 
-def test_a_row_that_its_stream_really_had_is_never_passed_over() -> None:
-    """8 of 8 at 16 times refuses a stream that repeats so often; under it nothing claims that all is well."""
-    rows = report(stood=16)
-    assert "| 16 times | 0 | 8.00 | 8.00 | 2 of 2 |" in rows.text() and "A public push is refused" in rows.text()
-    passed = report(stood=1)
-    assert "speaks against" not in passed.text() and "would give away secrets as in the rows above" in passed.text()
+def test_rows_say_whether_they_decide() -> None:
+    """Under rows of the present settings nothing claims that all is well."""
+    rows = report(bits=8.0, repeats=20).text()
+    assert "| 5 times, as it learned | 0 | 8.00 | 8.00 | 2 of 2 |" in rows and "A public push is refused" in rows
+    passed = report().text()
+    assert "| 16 times | 0 | 8.00 | 8.00 | 2 of 2 |" in passed and "as it learned" not in passed
+    assert "speaks against" not in passed and "would give away secrets as in the rows above" in passed
     (reason,) = report(texts=5, memorised=2).refusals()
     assert "memorised 2 of the 5" in reason and reason in report(texts=5, memorised=2).text()
 
 
 def test_the_report_says_what_was_not_done() -> None:
-    bare, full = report().text(), report(1.0, 1.0, LossGap((2, 1), (2, 1.5), (3, 4), 0.5, 0.1, 0.6, 0.2)).text()
+    bare, full = report().text(), report(LossGap((2, 1), (2, 1.5), (3, 4), 0.5, 0.1, 0.6, 0.2), behind=True).text()
     assert "not compared" in bare and "not measured" in bare and "12 of 100" in bare
     assert "not compared" not in full and "not measured" not in full and "| held out | 4 | 2.000 | 1.500 |" in full
     assert "| 16 times | 0 | 8.00 | 8.00 | 2 of 2 |" in full
@@ -305,6 +303,35 @@ def test_a_public_push_is_refused_for_what_was_memorised() -> None:
     with pytest.raises(PrivacyError, match="of the 2 texts that it learned from") as error:
         check_privacy(draft)
     assert "skip_audit=True" in str(error.value) and "replay_passes" not in str(error.value)
+
+
+# A draft that has learned with other experts than it has now
+
+
+def test_a_public_ensemble_that_canaries_cannot_judge_is_refused_in_words(tmp_path: Path) -> None:
+    """What is public is the one adapter that the ensemble serves: its experts are gone."""
+    base = tiny_llama(2)
+    draft = OnlineDraft(base, replace(FIXED, learner="ensemble", lr=1e-6, replay_passes=0))
+    learn(draft, texts(1, seed=0) * 5)
+    examine(draft)
+    whole = audit.audit(draft, 1, (1,))
+    assert [p.repeats for p in whole.as_it_learned] == [5] and "cannot be judged" not in whole.text()
+    write(public_version(draft.artifact()), tmp_path / "public", draw=False)
+    public = OnlineDraft.from_pretrained(tmp_path / "public", base_model=base)
+    report = audit.audit(public, 1, (1,))
+    assert "cannot be judged: it learned with other experts" in report.text() and report.as_it_learned == []
+    with pytest.raises(PrivacyError, match="cannot be judged: it learned with other experts"):
+        check_privacy(public)
+
+
+def test_what_an_ensemble_goes_on_with_is_judged_as_it_was_learned() -> None:
+    """By one learner, into one adapter of the rank of all experts."""
+    one = OnlineDraft(tiny_llama(2), replace(FIXED, rank=12, alpha=12.0, lr=1e-6, replay_passes=0))
+    learn(one, texts(1, seed=0) * 5)
+    many = OnlineDraft(tiny_llama(2), replace(FIXED, learner="ensemble", replay_passes=0))
+    learn(many, texts(1, seed=1))
+    many.lineage["privacy"] = one.artifact().lineage["privacy"] | {"unexamined": 0}
+    assert [p.repeats for p in audit.audit(many, 1, (1,)).as_it_learned] == [6, 6]
 
 
 # What is refused

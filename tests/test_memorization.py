@@ -6,13 +6,10 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError, cli
 from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
@@ -20,9 +17,6 @@ from hf_onlinespec.audit import check_privacy
 from hf_onlinespec.canaries import learn, make_canaries, plant, probe, written
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
-from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.memorization import examine
-from hf_onlinespec.metrics import Counts
 from hf_onlinespec.warm_start import warm_start
 
 from .conftest import tiny_llama
@@ -43,20 +37,20 @@ def refusal(draft: OnlineDraft) -> str:
     return ""
 
 
-def with_secrets(settings: OnlineSpecConfig = FIXED, times: int = 1) -> OnlineDraft:
-    """The embedded draft, after the target has written secrets so often."""
-    draft = OnlineDraft(load_draft(), settings)
-    plant(draft, SECRETS, times)
+@pytest.fixture(scope="module")
+def writes_secrets() -> OnlineDraft:
+    """The embedded draft with the defaults of learning, after the target has written secrets four times."""
+    draft = OnlineDraft(load_draft(), FIXED)
+    plant(draft, SECRETS, 4)
+    assert all(e.extracted for e in probe(draft, SECRETS))
     return draft
 
 
 @pytest.fixture(scope="module")
-def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved draft that writes secrets out."""
-    draft = with_secrets(times=4)
-    assert all(e.extracted for e in probe(draft, SECRETS))
+def leaky(writes_secrets: OnlineDraft, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, saved."""
     folder = tmp_path_factory.mktemp("leaky")
-    draft.save_pretrained(folder)
+    writes_secrets.save_pretrained(folder)
     return folder
 
 
@@ -124,17 +118,18 @@ def test_what_was_memorised_is_refused_whatever_becomes_of_the_adapter(
     assert ("trained elsewhere" if way in (adopted, fine_tuned) else "memorised 2 of") in found
 
 
-def test_a_draft_whose_replay_is_emptied_is_judged_all_the_same() -> None:
-    draft = with_secrets(times=4)
-    draft._replay.recent.clear()
-    assert any(e.extracted for e in probe(draft, SECRETS))
-    assert "memorised 2 of the 2" in refusal(draft)
+def test_a_draft_whose_replay_is_emptied_is_judged_all_the_same(writes_secrets: OnlineDraft) -> None:
+    writes_secrets._replay.recent.clear()
+    assert "memorised 2 of the 2" in refusal(writes_secrets)
 
 
-def test_ordinary_requests_pass_also_when_loaded_again(pair: EmbeddedPair, tmp_path: Path) -> None:
+def test_ordinary_requests_pass_also_where_one_stands_twice_and_when_loaded_again(
+    pair: EmbeddedPair, tmp_path: Path
+) -> None:
     """Default settings of learning on a domain that the draft does not know."""
     draft = OnlineDraft(load_draft(), SMALL)
-    for text in prompts("orders")[:3]:
+    first, second = prompts("orders")[:2]
+    for text in (first, second, first):
         pair.target.generate(**pair.tokenizer(text, return_tensors="pt"), max_new_tokens=16, assistant_model=draft)
     assert draft.steps == 9
     draft.save_pretrained(tmp_path)
@@ -155,7 +150,14 @@ def test_a_warm_start_passes(pair: EmbeddedPair, tmp_path: Path) -> None:
 
 def test_an_adapter_without_a_record_is_refused_in_words(leaky: Path) -> None:
     artifact = OnlineDraft.from_pretrained(leaky).artifact()
-    for lineage, words in (({}, "kept no record"), ({"privacy": {"texts": "many"}}, "cannot be read")):
+    record = artifact.lineage["privacy"]
+    odd = {"privacy": record | {"settings": [record["settings"][0] | {"lr": "large"}]}}
+    for lineage, words in (
+        ({}, "kept no record"),
+        ({"privacy": {}}, "cannot be read"),
+        ({"privacy": {"texts": "many"}}, "cannot be read"),
+        (odd, "cannot be read"),
+    ):
         draft = OnlineDraft(load_draft(), GENTLE)
         draft.resume(replace(artifact, lineage=lineage))
         assert words in refusal(draft)
@@ -201,19 +203,57 @@ def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: 
 # Prompts that repeat
 
 
-def test_a_prompt_that_repeats_is_judged_by_the_settings_that_learned(tmp_path: Path) -> None:
-    """Nothing of it comes out, but a secret in its place would have."""
-    same = written(torch.arange(12), 8)
-    draft = OnlineDraft(tiny_llama(2), TINY)
-    learn(draft, [same] * 16)
-    draft.lineage["privacy"] = {}  # as if the record of before were lost
-    assert "cannot be read" in refusal(draft)
-    del draft.lineage["privacy"]
+SAME = written(torch.arange(8), 3)  # a text of which little comes out: three tokens were written
+
+
+def stream_of_one_prompt(times: int, lr: float, replay_passes: int = 0) -> OnlineDraft:
+    draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=lr, replay_passes=replay_passes))
+    learn(draft, [SAME] * times)
+    return draft
+
+
+def test_secrets_that_repeat_are_refused_under_settings_that_retain_little() -> None:
+    """What canaries do not tell that are planted once: it has seen each secret sixteen times, and writes some out."""
+    secrets = make_canaries(2048, 3, seed=1)
+    draft = OnlineDraft(load_draft(), replace(FIXED, lr=2e-4, replay_passes=0))
+    plant(draft, secrets, 16)
+    assert any(e.extracted for e in probe(draft, secrets))
+    assert "memorised 3 of the 3" in refusal(draft)
+
+
+def test_a_prompt_that_makes_much_of_the_stream_is_judged_by_the_settings_that_learned(tmp_path: Path) -> None:
+    """Nothing of it comes out, but of a secret in its place more would have."""
+    draft = stream_of_one_prompt(4, lr=1e-3)
+    assert refusal(draft) == ""
+    learn(draft, [SAME])
     draft.save_pretrained(tmp_path)
     again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2), config=replace(TINY, lr=1e-6))
     record = again.lineage["privacy"]
-    assert record["repeats"] == 16 and [one["lr"] for one in record["settings"]] == [TINY.lr]
-    assert refusal(again)
+    assert record["repeats"] == 5 and [one["lr"] for one in record["settings"]] == [1e-3]
+    assert "stood 5 times in its stream, among 1 texts" in refusal(again)
+
+
+def test_a_prompt_that_stands_often_among_many_is_judged_by_its_own_text() -> None:
+    """More strictly than others: 14 bits of it come out."""
+    draft = stream_of_one_prompt(4, lr=3e-3, replay_passes=2)
+    # As if loaded, after a hundred others.
+    draft.lineage["privacy"] = draft.artifact().lineage["privacy"] | {"texts": 100, "unexamined": 0, "repeats": 1}
+    assert refusal(draft) == ""
+    learn(draft, [SAME])
+    assert "memorised 1 of the 101" in refusal(draft)
+
+
+@pytest.mark.parametrize("way", ["merged", "went on"])
+def test_one_prompt_in_two_streams_stood_in_them_together(way: str, tmp_path: Path) -> None:
+    draft = stream_of_one_prompt(3, lr=1e-3)
+    assert refusal(draft) == ""
+    if way == "merged":
+        both = combine([draft.artifact(), draft.artifact()], tiny_llama(2))
+    else:
+        draft.save_pretrained(tmp_path)
+        both = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2))
+        learn(both, [SAME] * 3)
+    assert "stood 6 times" in refusal(both)
 
 
 @pytest.mark.parametrize("times", [1, 4])
@@ -231,33 +271,7 @@ def test_the_audit_says_what_a_push_would(times: int, tmp_path: Path, capsys: py
     assert code == bool(refusal(again)) == ("A public push is refused" in out) == (times > 1)
 
 
-# The texts, and the record
-
-
-def rows(*texts: list[int]) -> list[Tensor]:
-    return [torch.tensor(text) for text in texts]
-
-
-def test_a_request_that_grows_is_one_text() -> None:
-    draft = OnlineDraft(tiny_llama(2), TINY)
-    texts = draft._learning.texts
-    texts.grow(rows([1, 2], [7, 8]))
-    texts.grow(rows([1, 2, 3], [7, 8, 9]))
-    texts.finish(torch.tensor([1, 2, 3]), 2)
-    texts.finish(torch.tensor([8, 9]), 1)  # the replay keeps less of a long prompt
-    assert [text.tolist() for text in texts.texts] == [[1, 2, 3], [7, 8, 9]]
-    texts.grow(rows([1, 2, 4]))
-    texts.finish(torch.tensor([1, 2, 4]), 2)
-    assert (texts.seen, texts.tokens, texts.repeats) == (3, 9, 2)  # the prompt [1] stood twice
-    assert draft.learning_bytes > OnlineDraft(tiny_llama(2), TINY).learning_bytes
-
-
-def test_padding_is_no_text() -> None:
-    draft = OnlineDraft(tiny_llama(2), TINY)
-    tokens, mask = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    teachers = [Teacher(torch.zeros(1, 32).log_softmax(-1))] * 2
-    draft.learn_segment(tokens, teachers, None, 0, mask, Counts())
-    assert [text.tolist() for text in draft._learning.texts.texts] == [[5, 6, 7], [1, 2, 3, 4, 5]]
+# The record
 
 
 def test_numbers_are_saved_and_no_text(leaky: Path) -> None:
@@ -288,30 +302,3 @@ def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp
     assert "earlier state" not in refusal(again)
     again._learning.guard.rollbacks += 1
     assert "earlier state" in refusal(again)
-
-
-def test_an_examination_ends_when_its_time_is_over() -> None:
-    draft = OnlineDraft(tiny_llama(2), TINY)
-    learn(draft, [written(torch.arange(1, 20))])
-    assert examine(draft, seconds=0.0).texts == 0
-    assert examine(draft).texts == 1
-
-
-class NeedsOpening(LlamaForCausalLM):
-    """Says the same to everything that does not open with token 1, as a model may that never saw a text without it."""
-
-    def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
-        outputs = super().forward(input_ids, past_key_values=past_key_values, **kwargs)
-        outputs.logits = outputs.logits * (input_ids[:, :1, None] == 1)
-        return outputs
-
-
-def test_a_text_is_examined_behind_the_token_that_opens_it() -> None:
-    """What stands late in it comes out in no window that lacks this token."""
-    model = tiny_llama(2, bos_token_id=1)
-    model.__class__ = NeedsOpening
-    draft = OnlineDraft(model, replace(TINY, lr=3e-2, replay_passes=0))
-    text = torch.randint(3, 32, (44,))
-    text[0] = 1
-    learn(draft, [written(text, 12)] * 40)
-    assert examine(draft).memorised == 1

@@ -1,0 +1,139 @@
+"""The texts that a draft has learned from: which of them are kept, how often their prompts stood, and what they take."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.canaries import learn, written
+from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.learned_texts import LearnedTexts
+from hf_onlinespec.memorization import examine
+from hf_onlinespec.metrics import Counts
+
+from .conftest import tiny_llama
+
+TINY = OnlineSpecConfig(lookahead=4, update_every=1, memory_tokens=0, rank=4, alpha=4.0, lr=1e-2)
+
+
+def rows(*texts: list[int]) -> list[Tensor]:
+    return [torch.tensor(text) for text in texts]
+
+
+def found(texts: LearnedTexts) -> list[list[int]]:
+    return [text.tokens.tolist() for text in texts.texts]
+
+
+def test_a_request_that_grows_is_one_text() -> None:
+    texts = LearnedTexts(100)
+    texts.grow(rows([1, 2], [7, 8]))
+    texts.grow(rows([1, 2, 3], [7, 8, 9]))
+    assert [text.times for text in texts.texts] == [0, 0]
+    texts.finish(torch.tensor([1, 2, 3]), 2)
+    texts.finish(torch.tensor([8, 9]), 1)  # the replay keeps less of a long prompt
+    assert found(texts) == [[1, 2, 3], [7, 8, 9]]
+    texts.grow(rows([1, 2, 4]))
+    texts.finish(torch.tensor([1, 2, 4]), 2)
+    assert (texts.seen, texts.tokens, texts.repeats) == (3, 9, 2)
+    assert [text.times for text in texts.texts] == [2, 1, 2]  # the prompt [1] stood twice
+
+
+def test_of_two_prompts_of_one_text_the_more_frequent_counts() -> None:
+    texts = LearnedTexts(100)
+    for written_tokens in (2, 2, 1):
+        texts.finish(torch.tensor([1, 2, 3]), written_tokens)
+    assert found(texts) == [[1, 2, 3]] and texts.texts[0].times == 2
+
+
+def test_padding_is_no_text() -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    tokens, mask = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    teachers = [Teacher(torch.zeros(1, 32).log_softmax(-1))] * 2
+    draft.learn_segment(tokens, teachers, None, 0, mask, Counts())
+    with draft.at_rest() as learned:
+        assert [text.tokens.tolist() for text in learned.texts] == [[5, 6, 7], [1, 2, 3, 4, 5]]
+        assert (learned.steps, learned.seen, learned.repeats, learned.often) == (1, 2, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_too_many_prompts_none_is_counted_less_often_than_it_stood(seed: int) -> None:
+    rng, texts, truth = random.Random(seed), LearnedTexts(10_000, max_prompts=8), Counter[int]()
+    for at in range(400):
+        prompt = 0 if at % 20 == 0 else rng.choice((at, rng.randrange(1, 40)))
+        truth[prompt] += 1
+        texts.finish(torch.tensor([prompt, 500 + at]), 1)
+        assert texts.texts[-1].times >= truth[prompt]
+    assert texts.repeats >= max(truth.values())
+    assert truth[0] == 20 and texts.repeats < 100, "a bound, and not the number of requests"
+
+
+def test_a_few_prompts_are_counted_exactly() -> None:
+    texts = LearnedTexts(10_000, max_prompts=8)
+    for at in range(80):
+        texts.finish(torch.tensor([at % 8, 500 + at]), 1)
+    assert texts.repeats == 10 and {text.times for text in texts.texts} == {10}
+
+
+def test_their_bytes_are_those_of_the_process() -> None:
+    """Of texts and of prompts: with the smallest texts, most of it is Python's objects."""
+    for length in (2, 40):
+        tokens = torch.arange(2000 * length).view(2000, length)
+        tracemalloc.start()
+        texts = LearnedTexts(100_000)
+        for row in tokens:
+            texts.finish(row, 1)
+        taken, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert 0.98 * taken <= texts.nbytes <= 1.3 * taken  # at most: some hashes are one object in two places
+
+
+def test_they_are_a_part_of_the_memory_of_learning() -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    before = draft.learning_bytes
+    draft._learning.texts.finish(torch.arange(2000), 8)
+    assert draft.learning_bytes > before + 4 * 2000
+
+
+def test_an_examination_ends_when_its_time_is_over() -> None:
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    learn(draft, [written(torch.arange(1, 20))])
+    assert examine(draft, seconds=0.0).texts == 0
+    assert examine(draft).texts == 1
+
+
+def test_a_text_whose_prompt_has_become_frequent_is_examined_again() -> None:
+    """Also where no step was taken in between."""
+    draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-6))
+    learn(draft, [written(torch.arange(12), 8)] * 4)
+    assert examine(draft).often == 0
+    draft._learning.texts.finish(torch.arange(12), 8)
+    assert examine(draft).often == 1
+
+
+class NeedsOpening(LlamaForCausalLM):
+    """Says the same to everything that does not open with token 1, as a model may that never saw a text without it."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        outputs = super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+        outputs.logits = outputs.logits * (input_ids[:, :1, None] == 1)
+        return outputs
+
+
+def test_a_text_is_examined_behind_the_token_that_opens_it() -> None:
+    """What stands late in it comes out in no window that lacks this token."""
+    model = tiny_llama(2, bos_token_id=1)
+    model.__class__ = NeedsOpening
+    draft = OnlineDraft(model, replace(TINY, lr=3e-2, replay_passes=0))
+    text = torch.randint(3, 32, (44,))
+    text[0] = 1
+    learn(draft, [written(text, 12)] * 40)
+    assert examine(draft).memorised == 1
