@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError, cli
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError, audit
 from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
 from hf_onlinespec.audit import check_privacy
 from hf_onlinespec.canaries import learn, make_canaries, plant, probe, written
@@ -257,7 +257,7 @@ def test_one_prompt_in_two_streams_stood_in_them_together(way: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("times", [1, 4])
-def test_the_audit_says_what_a_push_would(times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_audit_says_what_a_push_would(times: int, tmp_path: Path) -> None:
     """Also where the settings that it was saved with retain nothing."""
     tiny_llama(2).save_pretrained(tmp_path / "base")
     draft = OnlineDraft.from_pretrained(tmp_path / "base", config=TINY if times > 1 else replace(TINY, lr=1e-6))
@@ -265,10 +265,10 @@ def test_the_audit_says_what_a_push_would(times: int, tmp_path: Path, capsys: py
     draft.save_pretrained(tmp_path / "first")
     again = OnlineDraft.from_pretrained(tmp_path / "first", config=replace(TINY, lr=1e-6))
     again.save_pretrained(tmp_path / "gentle")
-    code = cli.main(["audit", str(tmp_path / "gentle"), "--canaries", "1"])
-    out = capsys.readouterr().out
-    assert "speaks against" not in out
-    assert code == bool(refusal(again)) == ("A public push is refused" in out) == (times > 1)
+    again = OnlineDraft.from_pretrained(tmp_path / "gentle")
+    text = audit.audit(again, 1, (1, 4)).text()
+    assert "speaks against" not in text
+    assert bool(refusal(again)) == ("A public push is refused" in text) == (times > 1)
 
 
 # The record
