@@ -15,6 +15,7 @@ from .errors import (
     CopyError,
     DraftError,
     HubError,
+    MissingExtraError,
     NotAModelError,
     OnlineSpecError,
     PrivacyError,
@@ -24,7 +25,7 @@ from .errors import (
 from .feedback import Feedback, FeedbackRecorder
 from .generation import disable, enable
 from .memory_draft import MemoryDraft, online_memory
-from .metrics import DraftMetrics
+from .metrics import DraftMetrics, RequestReport, Trace, UpdateReport
 
 __version__ = "0.1.0"
 
@@ -38,13 +39,17 @@ __all__ = [
     "FeedbackRecorder",
     "HubError",
     "MemoryDraft",
+    "MissingExtraError",
     "NotAModelError",
     "OnlineCandidateGenerator",
     "OnlineDraft",
     "OnlineSpecConfig",
     "OnlineSpecError",
     "PrivacyError",
+    "RequestReport",
+    "Trace",
     "UnsupportedError",
+    "UpdateReport",
     "VersionError",
     "attach",
     "attached",

@@ -141,7 +141,7 @@ class Artifact:
     def _manifest(self, aside: Path) -> dict[str, Any]:
         manifest = {
             "format": FORMAT,
-            "settings": self.settings.to_dict(),
+            "settings": self.settings.to_saved(),
             "base": asdict(self.base),
             "versions": self.versions or versions(),
             "lineage": self.lineage,
@@ -207,7 +207,7 @@ def _outline(folder: Path, manifest: dict[str, Any], about_adapter: bytes) -> Ou
     path = folder / ADAPTER_CONFIG
     adapter_config = parse_json(about_adapter, path)
     try:
-        settings = OnlineSpecConfig.from_dict(manifest["settings"])
+        settings = OnlineSpecConfig.from_saved(manifest["settings"])
     except ConfigError as error:
         raise ArtifactError(f"{folder / CONFIG}: its settings are none ({error})") from error
     check_options(adapter_config, path)

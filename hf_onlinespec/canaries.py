@@ -165,7 +165,8 @@ def twin(draft: OnlineDraft, learning: OnlineSpecConfig | None = None) -> Online
         instead |= {id(layer): layer.get_base_layer() for layer in draft._lora.layers}
         plain = copy_modules(base, instead)
         vars(plain).pop("peft_config", None)
-        settings = replace(learning or draft.settings, update_when="request", update_every=1, memory_tokens=0)
+        settings = (learning or draft.settings).of_draft()
+        settings = replace(settings, update_when="request", update_every=1, memory_tokens=0)
         copied = type(draft)(plain, settings)
         if learning is None:
             copied._learning.resume(artifact.adapter, artifact.state)

@@ -347,6 +347,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             for what in (self._failures.memory, self._failures.drafting, self._failures.proposing):
                 if what.failing:
                     decisions.drafting = what.reason
+        with self._failures.records.attempt():
+            self._draft.report(self.counts)
 
     # The protocol of transformers' own loop. It tells no times and has no end of request: the lookahead is a number, the
     # memory is not asked, and the draft learns every `update_every` rounds whatever `update_when` says; whoever made the

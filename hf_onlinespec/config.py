@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import Any
 
-from .errors import ConfigError, brief
+from .errors import ConfigError, MissingExtraError, brief
 from .learners import HEDGES, LEARNERS
 from .losses import LOSSES
+from .metrics import Trace
 from .replay import SAMPLING
 
 UPDATE_WHEN = ("round", "request", "idle")
@@ -37,6 +41,11 @@ MOST_RANK = 16_384  # of all experts together
 LEAST, MOST = 1e-30, 1e12  # of the other numbers: their products and powers stay finite
 MOST_RATIO = 1e4  # of the step sizes of two experts
 MOST_NAMES, LONGEST_NAME = 20_000, 1_000  # of adapted layers
+# Where requests can be reported by name, and the package that each needs; None: none.
+REPORT_TO = {"tensorboard": "tensorboard", "trackio": "trackio", "jsonl": None}
+# Settings of a process. They are not part of a draft: a folder from elsewhere must not say where this machine writes.
+REPORTING = ("report_to", "logging_dir", "project", "run_name")
+ReportTo = str | Trace | Sequence[str | Trace] | None
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -110,6 +119,17 @@ class OnlineSpecConfig:
     )
     context_tokens: int = _setting(512, "most prompt tokens kept with a request for learning")
     seed: int = _setting(0, "seed of the adapter's first values and of the replay's choices")
+    report_to: ReportTo = _setting(  # noqa: RUF009  # it is a field
+        (),
+        f"where every request is reported: {', '.join(map(repr, REPORT_TO))}, several of them, 'all' that are installed, 'none', or "
+        "an object of your own, a Trace; not saved with a draft",
+    )
+    logging_dir: str | None = _setting(
+        None,
+        "folder of 'tensorboard' and 'jsonl'; None: TENSORBOARD_LOGGING_DIR, or a new folder under runs/; not saved with a draft",
+    )
+    project: str = _setting("huggingface", "project of 'trackio'; not saved with a draft")
+    run_name: str | None = _setting(None, "name of the run for 'trackio'; None: it makes one; not saved with a draft")
 
     def __post_init__(self) -> None:
         self._one_of("learner", [*LEARNERS, ENSEMBLE])
@@ -160,6 +180,13 @@ class OnlineSpecConfig:
             if not listed or not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in names):
                 raise ConfigError(f"target_modules={brief(names)}: expected a non-empty list of layer names, or None.")
             object.__setattr__(self, "target_modules", tuple(names))
+        object.__setattr__(self, "report_to", _reports(self.report_to))
+        if isinstance(self.logging_dir, os.PathLike):
+            object.__setattr__(self, "logging_dir", os.fspath(self.logging_dir))
+        for name in ("logging_dir", "project", "run_name"):
+            value = getattr(self, name)
+            if not (value is None and name != "project") and not (isinstance(value, str) and value):
+                raise ConfigError(f"{name}={brief(value)}: expected a name{'' if name == 'project' else ', or None'}.")
 
     def _one_of(self, name: str, allowed: Any) -> None:
         if getattr(self, name) not in list(allowed):
@@ -178,12 +205,38 @@ class OnlineSpecConfig:
         """How many adapters of this rank stand side by side."""
         return self.experts if self.learner == ENSEMBLE else 1
 
+    @property
+    def traces(self) -> tuple[str | Trace, ...]:
+        """`report_to`, by names and objects."""
+        return tuple(self.report_to)  # type: ignore[arg-type]  # a tuple since __post_init__
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        values = asdict(self)
+        """The settings as plain JSON values. Objects in `report_to` are none, and are left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.target_modules is not None:
             values["target_modules"] = list(self.target_modules)
+        values["report_to"] = [name for name in self.traces if isinstance(name, str)]
         return values
+
+    def of_draft(self) -> OnlineSpecConfig:
+        """The settings that belong to a draft, without those that say where this process reports."""
+        default = OnlineSpecConfig()
+        return replace(self, **{name: getattr(default, name) for name in REPORTING})
+
+    def to_saved(self) -> dict[str, Any]:
+        """The settings as a saved draft and a generation config hold them: `of_draft` as JSON values."""
+        return {name: value for name, value in self.to_dict().items() if name not in REPORTING}
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any]) -> OnlineSpecConfig:
+        """The inverse of `to_saved`. Raises ConfigError, also where the file says where this process should report."""
+        reporting = sorted(set(REPORTING) & set(values)) if isinstance(values, dict) else []
+        if reporting:
+            raise ConfigError(
+                f"Saved settings with {reporting[0]}={brief(values[reporting[0]])}: where a process reports is not taken from files. "
+                "Pass OnlineSpecConfig(report_to=...), or call draft.report_to(...)."
+            )
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OnlineSpecConfig:
@@ -214,3 +267,26 @@ def one_expert(settings: OnlineSpecConfig) -> OnlineSpecConfig:
         return settings
     rank, alpha = settings.blocks * settings.rank, settings.blocks * settings.alpha
     return replace(settings, learner=settings.expert_learner, rank=rank, alpha=alpha)
+
+
+def _reports(wanted: Any) -> tuple[str | Trace, ...]:
+    """`report_to` as names and objects. Raises ConfigError, and MissingExtraError where a package is missing."""
+    if wanted is None:
+        return ()
+    listed = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+    if listed == ["none"]:
+        return ()
+    if listed == ["all"]:
+        return tuple(name for name, package in REPORT_TO.items() if package is None or find_spec(package))
+    for one in listed:
+        if not isinstance(one, Trace) and not (isinstance(one, str) and one in REPORT_TO):
+            raise ConfigError(
+                f"report_to={brief(wanted)}: expected {', '.join(map(repr, REPORT_TO))}, a list of them, 'all', 'none', or an object "
+                "of a class that extends hf_onlinespec.Trace."
+            )
+        package = REPORT_TO[one] if isinstance(one, str) else None
+        if package is not None and find_spec(package) is None:
+            raise MissingExtraError(
+                f'report_to={one!r} needs the package {package}: pip install "hf_onlinespec[report]", or pip install {package}.'
+            )
+    return tuple(one for n, one in enumerate(listed) if one not in listed[:n])

@@ -146,6 +146,8 @@ def _loop(
         counts.accepted_tokens += outcome.accepted
         counts.verified_positions += outcome.verified
         counts.overlap += sum(outcome.overlaps)
+        sources = {drafted.source for drafted in proposal.drafted}
+        counts.drafted_by("memory" in sources, "neural" in sources)
 
         # 4. The draft adapts. The first forward reads the prompt: its time says nothing about a round's.
         candidates.observe(input_ids, proposal, outcome.overlaps, draft_s, target_s if counts.rounds > 1 else 0.0)

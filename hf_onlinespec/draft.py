@@ -159,7 +159,7 @@ class OnlineDraft(LearningDraft):
             state = self._learning.saved()
             counters = self.metrics.saved()
             return Artifact(
-                settings=self.settings,
+                settings=self.settings.of_draft(),
                 base=self.identity,
                 adapter_config=self._lora.adapter_config(name).to_dict(),
                 adapter=copied(self._lora.named(self._lora.served_params())),

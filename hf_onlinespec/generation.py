@@ -26,21 +26,39 @@ class _CustomArguments(dict[str, Any]):
     """What `generate` hands to a `custom_generate=` that is not ours."""
 
 
-class _OnlineSpecField:
-    """`GenerationConfig.onlinespec`: its being an attribute lets `generate` accept the argument.
+class _Settings(dict[str, Any]):
+    """A config as plain JSON values, because transformers copies and prints its configurations; and as it was given.
 
-    Kept as plain JSON values, because transformers copies and prints its configurations.
+    Where it reports is in the latter alone: it is not saved, and an object is not copied.
     """
+
+    def __init__(self, config: OnlineSpecConfig) -> None:
+        super().__init__(config.to_saved())
+        self.config = config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Settings:
+        return _Settings(self.config)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:  # pickled as the values alone
+        return dict, (dict(self),)
+
+
+class _OnlineSpecField:
+    """`GenerationConfig.onlinespec`: its being an attribute lets `generate` accept the argument."""
 
     def __get__(self, config: GenerationConfig | None, owner: type) -> OnlineSpecConfig | bool | None:
         value = None if config is None else config.__dict__.get("onlinespec")
-        return OnlineSpecConfig.from_dict(value) if isinstance(value, dict) else value
+        if isinstance(value, _Settings):
+            return value.config
+        return OnlineSpecConfig.from_saved(value) if isinstance(value, dict) else value
 
     def __set__(self, config: GenerationConfig, value: OnlineSpecConfig | dict[str, Any] | bool | None) -> None:
+        if isinstance(value, _Settings):
+            value = value.config
         if isinstance(value, dict):
-            value = OnlineSpecConfig.from_dict(value)
+            value = OnlineSpecConfig.from_saved(value)
         if isinstance(value, OnlineSpecConfig):
-            config.__dict__["onlinespec"] = value.to_dict()
+            config.__dict__["onlinespec"] = _Settings(value)
         elif value is None or isinstance(value, bool):
             config.__dict__["onlinespec"] = value
         else:

@@ -24,7 +24,7 @@ from .feedback import Feedback, Teacher, acceptance, parts
 from .guard import Guard
 from .learned_texts import LearnedTexts
 from .losses import LOSSES
-from .metrics import Counts
+from .metrics import Counts, UpdateReport
 from .replay import Passes, Replay
 from .segment import Pending, Segment, Shown
 from .state import Saved
@@ -61,16 +61,22 @@ class Learning:
 
     Args:
         lora: the adapter; its parameters are moved here and nowhere else.
+        on_update: told of every gradient step.
     """
 
-    def __init__(self, lora: GatedLora, settings: OnlineSpecConfig) -> None:
+    def __init__(
+        self,
+        lora: GatedLora,
+        settings: OnlineSpecConfig,
+        on_update: Callable[[UpdateReport], None] = lambda report: None,
+    ) -> None:
         self.adaptation = Adaptation(lora, settings)
         self.replay = Replay(settings.replay_tokens, settings.replay_top_k, settings.seed, settings.replay_sampling)
         self.guard = Guard(settings.snapshots)
         self.passes = Passes(settings.replay_passes)
         self.texts = LearnedTexts(settings.audit_tokens)
         self.reader = Reader(lora)
-        self._lora, self._settings = lora, settings
+        self._lora, self._settings, self._on_update = lora, settings, on_update
         self._loss = LOSSES[settings.loss]
         self.loss = math.inf  # on the latest segment, before it was learned
         self._waiting: Pending | None = None
@@ -138,6 +144,8 @@ class Learning:
         self._step(losses, counts, "new", started, lambda frozen: self._is_learnable(segment, frozen))
         if counts.updates > before:
             counts.learned_tokens += batch * n
+            counts.loss_sum += max(0.0, self.loss) * batch * n  # rounding may leave a divergence just below 0
+            self._report("new", self.loss, started)
         if counts.skipped_updates > skipped:
             self._spoilt = True  # the request's cache may hold what is not finite
         elif segment.sound:
@@ -363,8 +371,15 @@ class Learning:
         with torch.enable_grad(), self._lora.speaking(gates if self.adaptation.many else None) as model:
             rows = self._request_losses(model, requests, experts)
             losses = torch.stack([torch.cat(row).mean() for row in rows])
+        before = counts.updates
         self._step(losses, counts, kind, started, lambda frozen: self._all_learnable(requests, frozen))
-        return [float(loss.detach().mean()) for loss in rows[self.adaptation.leader]]
+        found = [float(loss.detach().mean()) for loss in rows[self.adaptation.leader]]
+        if counts.updates > before:
+            self._report("new" if kind == "new" else "replay", sum(found) / len(found), started)
+        return found
+
+    def _report(self, kind: str, loss: float, started: float) -> None:
+        self._on_update(UpdateReport(self.adaptation.steps, kind, loss, time.perf_counter() - started))
 
     @torch.no_grad()
     def _all_learnable(self, requests: list[Feedback], frozen: bool) -> bool:

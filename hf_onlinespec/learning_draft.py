@@ -71,7 +71,7 @@ class LearningDraft(MemoryDraft):
                 seed=self.settings.seed,
             )
             check_cache(lora.base)
-            learning = Learning(lora, self.settings)
+            learning = Learning(lora, self.settings, self._traces.update)
             # The counters go on where a draft begins anew.
             learning.guard.rollbacks, learning.adaptation.removed = self.metrics.rollbacks, self.metrics.removed_experts
         self.identity, self.vocabulary, self._lora, self._learning = identity, vocabulary, lora, learning
@@ -346,5 +346,7 @@ class LearningDraft(MemoryDraft):
                 self.metrics.idle_updates += counts.updates
                 self.metrics.learned_tokens += counts.learned_tokens
                 self.metrics.skipped_updates += counts.skipped_updates
+                self.metrics.loss_sum += counts.loss_sum
                 self.metrics.idle_time_s += time.perf_counter() - started
+            self._count_reports(self._traces.flush())
             yield

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
@@ -13,16 +16,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ._compat import inner_model
-from .config import OnlineSpecConfig
+from .config import REPORTING, OnlineSpecConfig, ReportTo
 from .errors import ConfigError
 from .failures import Failures
 from .forks import Lock
 from .governor import Governor
+from .measure.traces import Traces
 from .memory import SuffixMemory
-from .metrics import DraftMetrics
+from .metrics import Counts, DraftMetrics, RequestReport
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
+
+_requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO
 
 
 class MemoryDraft:
@@ -42,6 +48,10 @@ class MemoryDraft:
         self.failures = Failures()
         self.lock = Lock(order=1)
         self._warned: set[str] = set()
+        self._traces = Traces()
+        if self.settings.traces:
+            self._traces.open(self.settings)
+        weakref.finalize(self, self._traces.close)
 
     def _new_governor(self) -> Governor:
         return Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)
@@ -55,6 +65,37 @@ class MemoryDraft:
     def generating(self) -> Iterator[None]:
         """The time of one call of `generate`."""
         yield
+
+    def report_to(
+        self,
+        report_to: ReportTo,
+        logging_dir: str | PathLike[str] | None = None,
+        project: str = "huggingface",
+        run_name: str | None = None,
+    ) -> None:
+        """Reports every request from now on, in place of where `OnlineSpecConfig(report_to=...)` said; arguments as there.
+
+        Raises:
+            ConfigError: a name that does not exist, or a folder that cannot be written.
+            MissingExtraError: a package is missing.
+        """
+        folder = None if logging_dir is None else str(logging_dir)
+        settings = replace(self.settings, report_to=report_to, logging_dir=folder, project=project, run_name=run_name)
+        self._traces.open(settings)
+        self.settings = settings
+
+    def report(self, call: Counts) -> None:
+        """Reports a call of `generate` that the metrics have taken in: to the log, and to the traces. No text of it."""
+        if _requests.isEnabledFor(logging.INFO):
+            _requests.info("request %d: %s", self.metrics.requests, call.line())
+        if self._traces:
+            with self.lock:
+                report = RequestReport.of(self.metrics, call)
+            self._count_reports(self._traces.flush(report))
+
+    def _count_reports(self, failed: int) -> None:
+        with self.lock:
+            self.metrics.failed_reports += failed
 
     def warn_once(self, message: str | None) -> None:
         """Warns the user, of one thing a single time; None: nothing to say."""
@@ -72,6 +113,13 @@ class MemoryDraft:
             raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
         own = self.settings.to_dict()
         changed = {k: v for k, v in onlinespec.to_dict().items() if v != own[k]}
+        if onlinespec.traces != self.settings.traces:
+            changed["report_to"] = onlinespec.traces
+        if changed and changed.keys() <= set(REPORTING):
+            raise ConfigError(
+                f"This draft reports to {self.settings.traces or 'nothing'}; asked for {changed}. "
+                "Pass onlinespec=True to go on, or call its report_to(...) to report elsewhere."
+            )
         if changed and self.neural is None:
             raise ConfigError(
                 f"The memory that is kept with this target has other settings; asked for {changed}. "

@@ -9,6 +9,7 @@ update_share        learning time over wall time
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -45,6 +46,11 @@ class Counts:
     failed_drafts: int = (
         0  # times that drafting raised; the call went on without what raised: draft model, memory or both
     )
+    plain_rounds: int = 0  # in which nobody drafted
+    memory_rounds: int = 0  # in which the suffix memory alone drafted
+    model_rounds: int = 0  # in which the draft model alone drafted
+    mixed_rounds: int = 0  # in which both drafted
+    loss_sum: float = 0.0  # over `learned_tokens`: the loss at each before it was learned
 
     @property
     def acceptance_length(self) -> float:
@@ -65,6 +71,40 @@ class Counts:
     @property
     def update_share(self) -> float:
         return _ratio(self.update_time_s, self.wall_time_s)
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Per learned token, before it was learned; None: nothing was learned."""
+        return self.loss_sum / self.learned_tokens if self.learned_tokens else None
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Rounds by who drafted."""
+        return {
+            "plain": self.plain_rounds,
+            "memory": self.memory_rounds,
+            "model": self.model_rounds,
+            "memory+model": self.mixed_rounds,
+        }
+
+    def drafted_by(self, memory: bool, model: bool) -> None:
+        """Notes who drafted in a round."""
+        self.plain_rounds += not memory and not model
+        self.memory_rounds += memory and not model
+        self.model_rounds += model and not memory
+        self.mixed_rounds += memory and model
+
+    def line(self) -> str:
+        """The numbers in one line."""
+        drafted = ", ".join(f"{source} {n}" for source, n in self.sources.items() if n)
+        learning = f"learning {self.update_share:.1%} of the time in {self.updates} updates"
+        if self.mean_loss is not None:
+            learning += f", loss {self.mean_loss:.3f}"
+        return (
+            f"{self.new_tokens} tokens in {self.wall_time_s:.2f} s ({self.tokens_per_s:.1f} tokens/s, {self.decode_tokens_per_s:.1f} "
+            f"without learning), {self.acceptance_length:.2f} tokens per target forward, acceptance rate {self.acceptance_rate:.2f}, "
+            f"rounds: {drafted or 'none'}; {learning}"
+        )
 
     def add(self, other: Counts) -> None:
         for f in fields(Counts):
@@ -110,6 +150,7 @@ class DraftMetrics(Counts):
     )  # of the experts in an ensemble's mixture; the last is the original draft's
     removed_experts: int = 0  # that diverged; a single learner begins anew
     rollbacks: int = 0  # times that an earlier state of the adapter took over; why: decisions.rollback
+    failed_reports: int = 0  # times that a trace raised, see `Trace`; no answer needs one
 
     def close(self, call: Counts) -> None:
         """Takes a finished call in."""
@@ -166,7 +207,17 @@ KEPT = (
     "removed_experts",
     "rollbacks",
 )
-ADDED = ("failed_updates", "failed_drafts", "idle_dropped")  # counters that drafts saved before they were counted lack
+# Counters that drafts saved before they were counted lack.
+ADDED = (
+    "failed_updates",
+    "failed_drafts",
+    "idle_dropped",
+    "plain_rounds",
+    "memory_rounds",
+    "model_rounds",
+    "mixed_rounds",
+    "loss_sum",
+)
 HISTORY = [f for f in fields(Counts) if f.name not in ADDED]  # of a stretch in a file
 
 
@@ -176,3 +227,70 @@ def _counts(values: Any) -> Counts:
     if not whole or not all(0 <= value <= LARGEST for value in values):
         raise ArtifactError(f"The saved history has {brief(values)}: expected {len(kinds)} numbers.")
     return Counts(**{f.name: value for f, value in zip(HISTORY, values, strict=True)})
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """What is reported of one call of `generate`, finished or broken off. No text of the request is in it."""
+
+    request: int  # its number since the draft was made
+    new_tokens: int
+    rounds: int  # target forwards
+    acceptance_length: float  # tokens per target forward
+    acceptance_rate: float
+    tokens_per_s: float  # learning included
+    decode_tokens_per_s: float  # learning time left out
+    update_share: float  # of the wall time
+    wall_time_s: float
+    updates: int  # gradient steps inside the call
+    loss: float | None  # per learned token, before it was learned; None: nothing was learned inside the call
+    sources: dict[str, int]  # rounds by who drafted: "plain", "memory", "model", "memory+model"
+    expert_weights: tuple[float, ...]  # of an ensemble; the last is the original draft's
+    drafting: str  # what the governor decided about drafting, and why
+    learning: str  # and about learning
+
+    @classmethod
+    def of(cls, metrics: DraftMetrics, call: Counts) -> RequestReport:
+        """Of the call that `metrics` took in last."""
+        return cls(
+            request=metrics.requests,
+            new_tokens=call.new_tokens,
+            rounds=call.rounds,
+            acceptance_length=call.acceptance_length,
+            acceptance_rate=call.acceptance_rate,
+            tokens_per_s=call.tokens_per_s,
+            decode_tokens_per_s=call.decode_tokens_per_s,
+            update_share=call.update_share,
+            wall_time_s=call.wall_time_s,
+            updates=call.updates,
+            loss=call.mean_loss,
+            sources=call.sources,
+            expert_weights=metrics.expert_weights,
+            drafting=metrics.decisions.drafting,
+            learning=metrics.decisions.learning,
+        )
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What is reported of one gradient step."""
+
+    step: int  # its number for the adapter
+    kind: str  # "new": on tokens that were just generated; "replay": on remembered requests
+    loss: float  # mean over the tokens, before the step
+    time_s: float
+
+
+class Trace(ABC):
+    """Where requests and gradient steps are reported, as `OnlineSpecConfig(report_to=...)` takes it.
+
+    Both methods are called at the end of a request, from the thread that called `generate`: first the gradient steps since the last
+    report, then the request. What is learned when idle is reported by the thread that learns. Only one call is made at a time. What
+    a method raises costs no answer: it is counted (`metrics.failed_reports`), logged, and the trace is left out for some requests.
+    """
+
+    @abstractmethod
+    def on_request(self, report: RequestReport) -> None: ...
+
+    @abstractmethod
+    def on_update(self, report: UpdateReport) -> None: ...
