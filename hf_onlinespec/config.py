@@ -211,12 +211,13 @@ class OnlineSpecConfig:
         return tuple(self.report_to)  # type: ignore[arg-type]  # a tuple since __post_init__
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values. Objects in `report_to` are none, and are left out."""
+        """The settings as plain JSON values; of those that say where a process reports, what is set. Objects are left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.target_modules is not None:
             values["target_modules"] = list(self.target_modules)
         values["report_to"] = [name for name in self.traces if isinstance(name, str)]
-        return values
+        defaults = {f.name: f.default for f in fields(self)} | {"report_to": []}
+        return {k: value for k, value in values.items() if k not in REPORTING or value != defaults[k]}
 
     def of_draft(self) -> OnlineSpecConfig:
         """The settings that belong to a draft, without those that say where this process reports."""

@@ -111,10 +111,8 @@ class MemoryDraft:
             return
         if not isinstance(onlinespec, OnlineSpecConfig):
             raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
-        own = self.settings.to_dict()
-        changed = {k: v for k, v in onlinespec.to_dict().items() if v != own[k]}
-        if onlinespec.traces != self.settings.traces:
-            changed["report_to"] = onlinespec.traces
+        own, asked = vars(self.settings), vars(onlinespec)
+        changed = {k: v for k, v in asked.items() if v != own[k]}
         if changed and changed.keys() <= set(REPORTING):
             raise ConfigError(
                 f"This draft reports to {self.settings.traces or 'nothing'}; asked for {changed}. "
