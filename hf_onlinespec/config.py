@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from .learners import HEDGES, LEARNERS
 from .losses import LOSSES
 from .metrics import Trace
 from .replay import SAMPLING
+from .summary import html_table
 
 UPDATE_WHEN = ("round", "request", "idle")
 ENSEMBLE = "ensemble"  # the learner that is many
@@ -52,7 +54,7 @@ def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OnlineSpecConfig:
     """How the draft drafts and how it learns.
 
@@ -250,6 +252,24 @@ class OnlineSpecConfig:
             raise ConfigError(f"Unknown settings {brief(unknown)}. Known settings: {sorted(known)}.")
         return cls(**values)
 
+    def __repr__(self) -> str:
+        """Only what differs from the default."""
+        changed = ", ".join(
+            f"{name}={value!r}" for name, (value, default) in self._values().items() if value != default
+        )
+        return f"{type(self).__name__}({changed})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, brief(value), "" if value == default else brief(default), _help(name))
+            for name, (value, default) in self._values().items()
+        ]
+        return html_table(type(self).__name__, ("setting", "value", "default, where it differs", "what it is"), rows)
+
+    def _values(self) -> dict[str, tuple[Any, Any]]:
+        """Every setting with its default."""
+        return {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
@@ -260,6 +280,20 @@ class OnlineSpecConfig:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"Settings that are no JSON ({error}).") from error
+
+
+def _help(name: str) -> str:
+    return str(OnlineSpecConfig.__dataclass_fields__[name].metadata["help"])
+
+
+def _documented() -> str:
+    """The class's docstring with its settings, as `help(OnlineSpecConfig)` and `OnlineSpecConfig?` show them."""
+    lines = [f"    {f.name} ({f.type}, default {f.default!r}): {_help(f.name)}." for f in fields(OnlineSpecConfig)]
+    return "\n".join([(OnlineSpecConfig.__doc__ or "").rstrip(), "", "Args:", *lines])
+
+
+OnlineSpecConfig.__doc__ = inspect.cleandoc(OnlineSpecConfig.__doc__ or "")
+OnlineSpecConfig.__doc__ = _documented()
 
 
 def one_expert(settings: OnlineSpecConfig) -> OnlineSpecConfig:

@@ -33,6 +33,7 @@ from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
 from .segment import Segment
+from .summary import counted, size
 from .vocabulary import Vocabulary
 from .watch import ModelWatch
 
@@ -85,12 +86,16 @@ class LearningDraft(MemoryDraft):
             "Use draft.save_pretrained(folder), and OnlineDraft.from_pretrained(folder) for another one."
         )
 
-    def __repr__(self) -> str:
+    def _title(self) -> str:
         left_out = self._lora.left_out
         without = f", left out: {describe(left_out)}" if left_out else ""
-        return (
-            f"{type(self).__name__}({type(self._lora.base).__name__}, {len(self._lora.layers)} adapted layers{without})"
-        )
+        layers = f"{len(self._lora.layers)} adapted layers{without}"
+        return f"{type(self).__name__}({type(self._lora.base).__name__}, {layers})"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
+        learned = f"{steps} by this adapter of {size(self._lora.params.nbytes)}, {share:.1%} of the time"
+        return [*super()._rows(), ("learned", learned)]
 
     @property
     def model(self) -> PeftModel:

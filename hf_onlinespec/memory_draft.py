@@ -24,6 +24,7 @@ from .governor import Governor
 from .measure.traces import Traces
 from .memory import SuffixMemory
 from .metrics import Counts, DraftMetrics, RequestReport
+from .summary import Summary, counted, size
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -52,6 +53,33 @@ class MemoryDraft:
         if self.settings.traces:
             self._traces.open(self.settings)
         weakref.finalize(self, self._traces.close)
+
+    def summary(self) -> Summary:
+        """What it is and what it did, in lines with units; `metrics.summary()` and `metrics.decisions` say more."""
+        metrics = self.metrics
+        rows = [("settings", repr(self.settings))]
+        if metrics.requests:
+            served = f"{counted(metrics.requests, 'request')}, {counted(metrics.new_tokens, 'token')}"
+            rows.append(("served", f"{served}: {metrics.acceptance_length:.2f} tokens per target forward"))
+            learning = (
+                f" ({metrics.decode_tokens_per_s:.1f} with the learning time left out)" if metrics.updates else ""
+            )
+            rows.append(("speed", f"{metrics.tokens_per_s:.1f} tokens/s{learning}"))
+        rows += [*self._rows(), ("drafting", metrics.decisions.drafting), ("learning", metrics.decisions.learning)]
+        return Summary(self._title(), tuple(rows), metrics.to_dict())
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def _title(self) -> str:
+        return f"{type(self).__name__}: no draft model, the suffix memory drafts"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        memory = f"{counted(self.settings.memory_tokens, 'token')} at most, {size(self.metrics.memory_bytes)} now"
+        return [("suffix memory", memory)]
 
     def _new_governor(self) -> Governor:
         return Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)

@@ -10,11 +10,12 @@ update_share        learning time over wall time
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .errors import ArtifactError, brief
 from .state import Saved
+from .summary import Summary, counted, parts, size
 
 LARGEST = 1e15  # of any counter that is saved: seconds, tokens, requests
 STRETCHES = 64  # of a draft's life that are told apart
@@ -24,7 +25,7 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
 
 
-@dataclass
+@dataclass(repr=False)
 class Counts:
     """What is counted while a request is decoded; sums over requests are counts again."""
 
@@ -106,12 +107,28 @@ class Counts:
             f"rounds: {drafted or 'none'}; {learning}"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """All counters, and the numbers that follow from them, as plain JSON values."""
+        found = {f.name: getattr(self, f.name) for f in fields(Counts)}
+        return found | {
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": self.acceptance_rate,
+            "tokens_per_s": self.tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "update_share": self.update_share,
+            "mean_loss": self.mean_loss,
+            "sources": self.sources,
+        }
+
+    def __repr__(self) -> str:
+        return f"{counted(self.requests, 'request')}: {self.line()}"
+
     def add(self, other: Counts) -> None:
         for f in fields(Counts):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
-@dataclass
+@dataclass(repr=False)
 class Decisions:
     """What the governor decided since the draft was made, and why it decides so now."""
 
@@ -130,8 +147,37 @@ class Decisions:
     replay_passes: int = 0  # after a request, as far as they are affordable
     rollback: str = ""  # why an earlier state of the adapter took over, the last time
 
+    def summary(self) -> Summary:
+        """What was decided, in lines with units, and as values."""
+        rows = [
+            ("drafting", self.drafting),
+            ("learning", self.learning),
+            ("rounds", f"{parts(self.rounds)}; {counted(self.probes, 'probe')} of a draft that was idle"),
+            ("acceptance", f"{self.acceptance:.2f}, estimated, of the draft model's tokens"),
+            (
+                "costs",
+                f"{self.draft_step:.2f} plain target steps for one more drafted token, {self.verify_step:.2f} for one more "
+                "verified position",
+            ),
+            (
+                "effort",
+                f"learning may use {self.effort:.3g} of update_budget; {self.replay_passes} replay passes a request",
+            ),
+            ("put off", f"{counted(self.updates_put_off, 'request')} not learned from at once"),
+            ("served by", "the original draft" if self.serves_frozen else "the learned draft"),
+        ]
+        if self.rollback:
+            rows.append(("rollback", self.rollback))
+        return Summary("Decisions", tuple(rows), asdict(self))
 
-@dataclass
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+
+@dataclass(repr=False)
 class DraftMetrics(Counts):
     """Everything since the draft was made; `last` is the latest call alone."""
 
@@ -151,6 +197,62 @@ class DraftMetrics(Counts):
     removed_experts: int = 0  # that diverged; a single learner begins anew
     rollbacks: int = 0  # times that an earlier state of the adapter took over; why: decisions.rollback
     failed_reports: int = 0  # times that a trace raised, see `Trace`; no answer needs one
+
+    def summary(self) -> Summary:
+        """The numbers in a few lines with units: `print(metrics.summary())`. As values: `metrics.summary().to_dict()`."""
+        loss = "" if self.mean_loss is None else f"; loss {self.mean_loss:.3f} per token"
+        rows = [
+            (
+                "speed",
+                f"{self.tokens_per_s:.1f} tokens/s, {self.decode_tokens_per_s:.1f} with the learning time left out",
+            ),
+            ("acceptance length", f"{self.acceptance_length:.2f} tokens per target forward"),
+            ("acceptance rate", f"{self.acceptance_rate:.2f} over {counted(self.verified_positions, 'position')}"),
+            ("rounds", parts(self.sources)),
+            (
+                "learning",
+                f"{self.update_share:.1%} of the time, {counted(self.updates, 'gradient step')}, "
+                f"{counted(self.learned_tokens, 'token')}{loss}",
+            ),
+            ("memory", f"suffix memory {size(self.memory_bytes)}, replay {size(self.replay_bytes)}"),
+        ]
+        if self.idle_updates or self.idle_dropped:
+            idle = f"{counted(self.idle_updates, 'gradient step')} in {self.idle_time_s:.2f} s"
+            rows.append(("when idle", f"{idle}, {counted(self.idle_dropped, 'request')} dropped"))
+        if len(self.expert_weights) > 1:
+            weights = [f"{weight:.2f}" for weight in self.expert_weights]
+            rows.append(("expert weights", f"{', '.join(weights[:-1])}; the original draft {weights[-1]}"))
+        failed = {
+            "updates": self.failed_updates,
+            "drafts": self.failed_drafts,
+            "when idle": self.idle_failures,
+            "reports": self.failed_reports,
+        }
+        if any(failed.values()):
+            rows.append(("failed", parts(failed)))
+        left_out = {
+            "skipped updates": self.skipped_updates,
+            "experts": self.removed_experts,
+            "rollbacks": self.rollbacks,
+        }
+        if any(left_out.values()):
+            rows.append(("left out", parts(left_out)))
+        if self.last.requests:
+            rows.append(("last request", self.last.line()))
+        rows += [("drafting", self.decisions.drafting), ("why learning", self.decisions.learning)]
+        title = f"DraftMetrics: {counted(self.requests, 'request')}, {counted(self.new_tokens, 'new token')} in {self.wall_time_s:.1f} s"
+        return Summary(title, tuple(rows), self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "history"}
+        lists = {"expert_weights": list(self.expert_weights), "decisions": asdict(self.decisions)}
+        return own | super().to_dict() | lists | {"last": self.last.to_dict()}
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def close(self, call: Counts) -> None:
         """Takes a finished call in."""
