@@ -328,6 +328,54 @@ def regret(
 
 @app.command()
 @reports_errors
+def chat(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The model: a folder or a name on the Hub.")],
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A smaller model with the same tokenizer, or a saved draft.",
+            show_default="none: the suffix memory drafts",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.", rich_help_panel=RUN)] = None,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", rich_help_panel=RUN)] = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            help="0: greedy decoding.",
+            show_default="as the model's generation_config says",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    no_colour: Annotated[
+        bool, typer.Option("--no-colour", "--no-color", help="Do not colour drafted text.", rich_help_panel=OUTPUT)
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Save the evolved draft on leaving.", rich_help_panel=OUTPUT),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+) -> int:
+    """Chat with a model that speculates and learns.
+
+    Text that was drafted and accepted has another colour than the target's own tokens; a line under each answer says how
+    fast it came. Ctrl-C stops an answer. In the chat: /help, /reset, /plain, /colours, /stats, /save FOLDER, /quit.
+
+    Example: `hf-onlinespec chat HuggingFaceTB/SmolLM2-135M-Instruct`
+    """
+    from hf_onlinespec.cli.terminal import ChatSettings, run_chat
+
+    return run_chat(
+        ChatSettings(target, draft, system, new_tokens, temperature, not no_colour, save, dtype.value, device)
+    )
+
+
+@app.command()
+@reports_errors
 def inspect(
     source: Annotated[str, typer.Argument(metavar="FOLDER_OR_REPO", help="A saved draft.")],
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")] = None,

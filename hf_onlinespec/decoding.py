@@ -31,6 +31,7 @@ from .checks import check_call, check_inputs, check_synced_gpus
 from .errors import UnsupportedError
 from .probe import why_plain
 from .sampling import draw, speculative_sample
+from .streaming import OriginStreamer
 from .verifier import Verifier
 from .vocabulary import Vocabulary, widened
 
@@ -133,7 +134,9 @@ def _loop(
         target_s = time.perf_counter() - clock
         if keep_logits:
             raw_logits += tuple(raw[:, i] for i in range(new_tokens))
-        if streamer is not None:
+        if isinstance(streamer, OriginStreamer):
+            streamer.put_round(outcome.tokens[0, input_ids.shape[1] :].cpu(), outcome.accepted)
+        elif streamer is not None:
             for token in outcome.tokens[0, input_ids.shape[1] :].cpu():
                 streamer.put(token.view(1))
         input_ids, scores, done = outcome.tokens, outcome.scores, outcome.done

@@ -47,15 +47,15 @@ def test_help_imports_nothing_heavy() -> None:
     """The help of every command, too."""
     code = (
         "import sys; from hf_onlinespec_cli import main\n"
-        "names = 'demo bench record regret inspect push pull merge audit'.split()\n"
-        "assert [main([*some, '--help']) for some in ([], *([name] for name in names))] == [0] * 10\n"
+        "names = 'demo bench record regret chat inspect push pull merge audit'.split()\n"
+        "assert [main([*some, '--help']) for some in ([], *([name] for name in names))] == [0] * 11\n"
         "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub', 'hf_onlinespec'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
     assert "Exit codes: 0 success" in done.stdout and "130 interrupted" in " ".join(done.stdout.split())
-    assert done.stdout.count("Example: ") == 9
+    assert done.stdout.count("Example: ") == 10
 
 
 def test_the_package_runs_as_a_module_and_tells_its_version() -> None:

@@ -15,8 +15,11 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..artifact import Outline
+from ..draft import OnlineDraft
 from ..errors import ConfigError, MissingExtraError, OnlineSpecError
-from ..loading import why_not_loaded
+from ..loading import load_base, locate, read_plain_options, why_not_loaded
+from ..vocabulary import check_vocabularies
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype
@@ -134,6 +137,34 @@ def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device |
         needed = _needed_bytes(config, chosen)
         raise ConfigError(_memory(option, name, needed, _free_bytes(device), chosen)) from error
     return placed
+
+
+def load_draft(
+    option: str, name: str, target: PretrainedConfig, tokenizer: Any, dtype: str, device: torch.device
+) -> OnlineDraft:
+    """The draft of an option: a saved one goes on, a LoRA adapter or a causal language model begins a new one.
+
+    Args:
+        target: its configuration: a draft with another tokenizer is refused before its weights are read.
+        tokenizer: of the target.
+
+    Raises:
+        ConfigError, DraftError, ArtifactError, HubError: in one line.
+    """
+    origin = locate(name)
+    if origin.folder is None:
+        check_vocabularies(target, load_config(option, name), tokenizer, load_tokenizer(option, name))
+        return OnlineDraft(load_model(option, name, dtype, device))
+    if origin.evolved:
+        outline = Outline.read(origin.folder)
+        lies_at = str(outline.adapter_config.get("base_model_name_or_path") or "")
+        base = load_base(None, outline.base, lies_at)
+    else:
+        about = read_plain_options(origin.folder)
+        lies_at, revision = (str(about.get(key) or "") for key in ("base_model_name_or_path", "revision"))
+        base = load_base(None, None, lies_at, revision=revision or None)
+    check_vocabularies(target, base.config, tokenizer)
+    return OnlineDraft.from_pretrained(name, base_model=base.to(device))
 
 
 def _loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:
