@@ -16,6 +16,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout, nothing else
 
 import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from importlib import metadata
@@ -233,6 +234,66 @@ def demo(
     from hf_onlinespec.cli.measure import Settings, run_demo
 
     return run_demo(Settings(prompts, domain.value, new_tokens, temperature, seed, threads), out, json)
+
+
+@app.command("try")
+@reports_errors
+def try_(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="The model to be accelerated: a folder or a name on the Hub.")
+    ],
+    draft: DraftOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Your prompts, lines of JSON, {"prompt": "..."}, with a "domain" where you like.',
+            show_default="about sixty that ship with the package",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(metavar="M", help="What it may take, loading included.", rich_help_panel=RUN)
+    ] = 3.0,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most tokens generated per prompt.",
+            show_default="up to 96, fewer where the model is slow",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An HTML report with the curves.", rich_help_panel=OUTPUT),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="All numbers, for machines.", rich_help_panel=OUTPUT)
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The evolved draft.", rich_help_panel=OUTPUT)
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+) -> int:
+    """Try it on your own model: does it pay, and are the answers the same?
+
+    Sends real prompts through plain generation, transformers' prompt lookup (and its assisted generation, with --draft) and
+    ours, in turns, for about three minutes. Says how fast each is, whether every answer is plain generation's, what was
+    learned, and what to paste into your code. Exit code 1: an answer of ours differs by more than rounding.
+
+    Example: `hf-onlinespec try HuggingFaceTB/SmolLM2-135M-Instruct --dtype bfloat16 --out report.html`
+    """
+    started_s = time.perf_counter()
+    from hf_onlinespec.cli.trial import TrySettings, run_try
+
+    settings = TrySettings(
+        target, draft, prompts, minutes, out, json, save, device, dtype.value, new_tokens, temperature, seed
+    )
+    return run_try(settings, started_s)
 
 
 @app.command()

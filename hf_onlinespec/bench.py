@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +20,7 @@ from ._compat import max_positions
 from .draft import OnlineDraft
 from .embedded import load_draft
 from .errors import ConfigError
+from .memory_draft import MemoryDraft, online_memory
 from .metrics import Counts
 from .tree import borrow
 
@@ -59,6 +60,37 @@ class Record:
     loop_time_s: float = 0.0  # in our decoding loop, learning included; 0: another's loop
     target_forward_s: float = 0.0  # inside the target's bare forwards (on an accelerator: launching them)
     draft_forward_s: float = 0.0  # inside the bare forwards of a draft that is watched
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one arm gave to one request, and what that took; the fields are those of `Record`."""
+
+    output: Tensor  # (1, L) prompt and new tokens
+    new_tokens: int
+    target_forwards: int
+    wall_time_s: float
+    update_time_s: float
+    loop_time_s: float
+    target_forward_s: float
+    draft_forward_s: float
+
+    def record(self, request: int, segment: int, domain: str, arm: str, output: str | None, seed: int) -> Record:
+        return Record(
+            request=request,
+            segment=segment,
+            domain=domain,
+            arm=arm,
+            new_tokens=self.new_tokens,
+            target_forwards=self.target_forwards,
+            wall_time_s=self.wall_time_s,
+            update_time_s=self.update_time_s,
+            output=output,
+            seed=seed,
+            loop_time_s=self.loop_time_s,
+            target_forward_s=self.target_forward_s,
+            draft_forward_s=self.draft_forward_s,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,12 +137,21 @@ class Runner:
     Args:
         temperature: 0: greedy.
         seed: goes into the records, and with the number of the request into the sampling.
+        encode: text to the inputs of the target; None: the tokenizer as it is.
+        clock: seconds.
     """
 
     def __init__(
-        self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float, seed: int
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        temperature: float,
+        seed: int,
+        encode: Callable[[str], BatchEncoding] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._target, self._tokenizer, self._seed = target, tokenizer, seed
+        self._text_to_inputs, self._clock = encode, clock
         self._sample = temperature > 0
         self._options: dict[str, Any] = {"do_sample": self._sample}
         if self._sample:
@@ -131,13 +172,13 @@ class Runner:
         """Sends a few requests through arms that are thrown away."""
         for prompt in prompts[:WARM_UPS]:
             for arm in arms.values():
-                self._generate(self._encode(prompt), prompt.new_tokens, arm, 0)
+                self._generate(self.encode(prompt), prompt.new_tokens, arm, 0)
 
     def speeds(self, prompts: Sequence[Prompt], arms: Mapping[K, Arm]) -> dict[K, float]:
         """Net tokens/s of each arm."""
         sums = {name: Counts() for name in arms}
         for at, prompt in enumerate(prompts):
-            inputs = self._encode(prompt)
+            inputs = self.encode(prompt)
             for name in rotated(tuple(arms), at):
                 output, wall_time_s = self._generate(inputs, prompt.new_tokens, arms[name], at)
                 sums[name].add(Counts(new_tokens=_new_tokens(inputs, output), wall_time_s=wall_time_s))
@@ -145,37 +186,43 @@ class Runner:
 
     def measure(self, number: int, segment: int, prompt: Prompt, arms: Mapping[str, Arm]) -> list[Record]:
         """Sends one request through all arms; the records in the order of the arms."""
-        inputs = self._encode(prompt)
-        outputs: dict[str, Tensor] = {}
-        values: dict[str, dict[str, Any]] = {}
+        answers = dict(self.answers(number, prompt, arms))
+        compared = PLAIN in arms and not self._sample
+        records = []
+        for name in arms:
+            same = self.compare(answers[PLAIN].output, answers[name].output) if compared and name != PLAIN else None
+            records.append(answers[name].record(number, segment, prompt.domain, name, same, self._seed))
+        return records
+
+    def answers(self, number: int, prompt: Prompt, arms: Mapping[str, Arm]) -> Iterator[tuple[str, Answer]]:
+        """Sends one request through all arms, in an order rotated by its number: each arm's answer as it comes."""
+        inputs = self.encode(prompt)
         for name in rotated(tuple(arms), number):
             self._target_clock.reset()
             self._draft_clock.reset()
-            outputs[name], wall_time_s = self._generate(inputs, prompt.new_tokens, arms[name], number)
-            draft = arms[name].get("assistant_model")
-            last = draft.metrics.last if isinstance(draft, OnlineDraft) else Counts()
-            values[name] = dict(
-                new_tokens=_new_tokens(inputs, outputs[name]),
-                target_forwards=self._target_clock.calls,
-                wall_time_s=wall_time_s,
-                update_time_s=last.update_time_s,
-                loop_time_s=last.wall_time_s,
-                target_forward_s=self._target_clock.time_s,
-                draft_forward_s=self._draft_clock.time_s,
+            output, wall_time_s = self._generate(inputs, prompt.new_tokens, arms[name], number)
+            draft = self._ours(arms[name])
+            last = draft.metrics.last if draft is not None else Counts()
+            yield (
+                name,
+                Answer(
+                    output=output,
+                    new_tokens=_new_tokens(inputs, output),
+                    target_forwards=self._target_clock.calls,
+                    wall_time_s=wall_time_s,
+                    update_time_s=last.update_time_s,
+                    loop_time_s=last.wall_time_s,
+                    target_forward_s=self._target_clock.time_s,
+                    draft_forward_s=self._draft_clock.time_s,
+                ),
             )
-        compared = PLAIN in arms and not self._sample
-        return [
-            Record(
-                request=number,
-                segment=segment,
-                domain=prompt.domain,
-                arm=name,
-                output=self.compare(outputs[PLAIN], outputs[name]) if compared and name != PLAIN else None,
-                seed=self._seed,
-                **values[name],
-            )
-            for name in arms
-        ]
+
+    def _ours(self, arm: Arm) -> MemoryDraft | None:
+        """What drafts in our loop, if the arm goes through it."""
+        draft = arm.get("assistant_model")
+        if draft is None and arm.get("onlinespec"):
+            return online_memory(self._target)
+        return draft if isinstance(draft, OnlineDraft) else None
 
     def compare(self, plain: Tensor, other: Tensor) -> str:
         """Compares (1, L) outputs; "tie": where they part, the target's own logits cannot tell the two tokens apart."""
@@ -191,8 +238,11 @@ class Runner:
         gap = logits.max() - torch.minimum(logits[plain[0, at]], logits[other[0, at]])
         return "tie" if gap < TIE_GAP else "different"
 
-    def _encode(self, prompt: Prompt) -> BatchEncoding:
-        return self._tokenizer(prompt.text, return_tensors="pt").to(self._target.device)
+    def encode(self, prompt: Prompt) -> BatchEncoding:
+        """The inputs of the target, a batch of one."""
+        encode = self._text_to_inputs
+        inputs = self._tokenizer(prompt.text, return_tensors="pt") if encode is None else encode(prompt.text)
+        return inputs.to(self._target.device)
 
     def _generate(self, inputs: BatchEncoding, new_tokens: int, arm: Arm, number: int) -> tuple[Tensor, float]:
         torch.manual_seed(1000 * self._seed + number)
@@ -204,7 +254,7 @@ class Runner:
         """Seconds, once all work that was sent to an accelerator is done."""
         if self._target.device.type != "cpu":
             torch.accelerator.synchronize(self._target.device)
-        return time.perf_counter()
+        return self._clock()
 
 
 def _new_tokens(inputs: BatchEncoding, output: Tensor) -> int:
@@ -266,7 +316,7 @@ def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One arm's net tokens/s over another's: of the sums, and its bootstrap 95 % interval over requests."""
+    """One arm's net tokens/s over another's: of the sums, and its bootstrap interval over requests."""
 
     value: float
     low: float
@@ -276,11 +326,16 @@ class Ratio:
         return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
-def speed_ratio(ours: Sequence[Record], other: Sequence[Record], draws: int = 2000, seed: int = 0) -> Ratio:
+def speed_ratio(
+    ours: Sequence[Record], other: Sequence[Record], draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> Ratio:
     """Compares two arms over the same requests in the same order.
 
     The interval tells how much the choice of requests matters. Requests of a stream that is learned from are no
     independent draws: how much runs differ, only several seeds tell.
+
+    Args:
+        level: of the interval.
     """
     pairs = list(zip(ours, other, strict=True))
     if any((a.seed, a.request) != (b.seed, b.request) for a, b in pairs):
@@ -293,7 +348,9 @@ def speed_ratio(ours: Sequence[Record], other: Sequence[Record], draws: int = 20
     drawn = torch.randint(len(pairs), (draws, len(pairs)), generator=rng)
     sums = torch.cat([numbers.sum(0)[None], numbers[drawn].sum(1)])  # (1 + draws, 4)
     ratios = sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3])
-    low, high = torch.quantile(ratios[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(
+        ratios[1:], torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    ).tolist()
     return Ratio(ratios[0].item(), low, high)
 
 

@@ -135,7 +135,7 @@ def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device |
         if not is_out_of_memory(error):
             raise
         needed = _needed_bytes(config, chosen)
-        raise ConfigError(_memory(option, name, needed, _free_bytes(device), chosen)) from error
+        raise ConfigError(_memory(option, name, needed, free_bytes(device), chosen)) from error
     return placed
 
 
@@ -189,7 +189,7 @@ def _needed_bytes(config: PretrainedConfig, dtype: torch.dtype | str) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None

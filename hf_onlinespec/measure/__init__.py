@@ -1,0 +1,1 @@
+"""Measuring ways of generating against each other: `hf-onlinespec try`."""

@@ -1,0 +1,227 @@
+"""`hf-onlinespec try`: whether it pays for one's own model, on prompts that ship with the package or on one's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from .. import __version__
+from .._compat import max_positions
+from ..bench import Prompt, load_prompts
+from ..draft import OnlineDraft
+from ..errors import ConfigError
+from ..machine import machine
+from ..measure.budget import LEAST_PROMPTS, LONG, Budget
+from ..measure.exactness import Examiner, float32_copy
+from ..measure.progress import progress
+from ..measure.report import Report
+from ..measure.shipped import encoder, shipped_prompts
+from ..measure.summary import summarise
+from ..measure.tables import show_result
+from ..measure.trial import SPARE, Outcome, Trial
+from ..measure.verdict import code_for
+from ..vocabulary import check_vocabularies
+from .common import (
+    AUTO,
+    FOUND,
+    INTERRUPTED,
+    best_device,
+    check_folder,
+    finite,
+    free_bytes,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+)
+
+
+@dataclass(frozen=True)
+class TrySettings:
+    """The options of `hf-onlinespec try`. Raises ConfigError on values that cannot work."""
+
+    target: str
+    draft: str | None = None
+    prompts: Path | None = None  # None: those that ship with the package
+    minutes: float = 3.0
+    out: Path | None = None
+    json: Path | None = None
+    save: Path | None = None
+    device: str | None = None
+    dtype: str = AUTO
+    new_tokens: int | None = None  # None: as many as let enough prompts fit
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, value, least in (
+            ("--minutes", self.minutes, 0),
+            ("--new-tokens", self.new_tokens, 1),
+            ("--temperature", self.temperature, 0),
+            ("--seed", self.seed, 0),
+        ):
+            if value is not None and not least <= value < float("inf"):
+                raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+
+    def check_outputs(self) -> None:
+        """Raises ConfigError where a result could not be written."""
+        for option, path in (("--out", self.out), ("--json", self.json)):
+            if path is None:
+                continue
+            check_folder(path.absolute().parent, f"{option} {path}")
+            if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+                raise ConfigError(f"{option} {path}: a file cannot be written there. Name another one.")
+        if self.save is not None and self.draft is not None:
+            check_folder(self.save, f"--save {self.save}")
+
+
+def run_try(
+    settings: TrySettings, started_s: float | None = None, clock: Callable[[], float] = time.perf_counter
+) -> int:
+    """Measures, prints what it found, and writes what was asked for; returns the exit code.
+
+    Args:
+        started_s: when the command started, by `clock`; None: now.
+    """
+    budget = Budget(settings.minutes, clock() if started_s is None else started_s, clock)
+    settings.check_outputs()
+    quiet_libraries()
+    interrupted = False
+    with progress(budget) as show:
+        show("loading", Outcome())
+        trial, context = _prepared(settings, budget, clock, show)
+        try:
+            trial.prepare()
+            trial.run()
+        except KeyboardInterrupt:
+            if not trial.outcome.records:
+                raise
+            interrupted = True
+            trial.outcome.notes.append("Interrupted: only the finished prompts count.")
+    outcome, learned = trial.outcome, trial.learned
+    summary = summarise(outcome)
+    code = code_for(summary.verdict, settings.target, settings.draft, **context)
+    console = Console(highlight=False)
+    show_result(console, outcome, summary, learned, code)
+    result: dict[str, Any] = {
+        "version": __version__,
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
+        },
+        "device": context["device"],
+        "dtype": context["dtype"],
+        "machine": machine(),
+        "interrupted": interrupted,
+        "elapsed_s": budget.elapsed_s,
+        "new_tokens": outcome.new_tokens,
+        "prompt_s": outcome.prompt_s,
+        "notes": outcome.notes,
+        "calibration": None if outcome.calibration is None else asdict(outcome.calibration),
+        "summary": asdict(summary),
+        "verdict": summary.verdict.text(outcome.prompt_s),
+        "learned": asdict(learned),
+        "differences": [asdict(e) | {"kind": e.difference.kind} for e in outcome.examined],
+        "requests": [asdict(record) for record in outcome.records],
+        "code": code,
+    }
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        console.print(f"Written: {settings.json}", markup=False, soft_wrap=True)
+    if settings.out is not None:
+        report = Report(
+            settings.target, settings.draft, context["device"], context["dtype"], outcome, summary, learned, code
+        )
+        settings.out.write_text(report.html(), encoding="utf-8")
+        console.print(f"Written: {settings.out}", markup=False, soft_wrap=True)
+    if settings.save is not None:
+        console.print(_save(trial, settings.save), markup=False, soft_wrap=True)
+    if interrupted:
+        return INTERRUPTED
+    return FOUND if summary.faults else 0
+
+
+def _save(trial: Trial, folder: Path) -> str:
+    if not isinstance(trial.ours, OnlineDraft):
+        return (
+            "Nothing is saved: without a draft there is the suffix memory alone, which holds prompts and answers word for word, and "
+            "fills again within a few requests."
+        )
+    trial.ours.save_pretrained(folder)
+    return f"Saved: the evolved draft, {folder}. Go on from it with OnlineDraft.from_pretrained({str(folder)!r})."
+
+
+def _prepared(
+    settings: TrySettings,
+    budget: Budget,
+    clock: Callable[[], float],
+    show: Callable[[str, Outcome], None],
+) -> tuple[Trial, dict[str, Any]]:
+    """The trial, its models loaded, and what `code_for` has to know of them. What can be refused is refused before weights are read."""
+    device = best_device(settings.device)
+    config = load_config("--target" if settings.draft else "TARGET", settings.target)
+    if settings.draft is not None:
+        check_vocabularies(config, load_config("--draft", settings.draft))
+    tokenizer = load_tokenizer("TARGET", settings.target)
+    longest = LONG if settings.new_tokens is None else settings.new_tokens
+    prompts, notes = _prompts(settings.prompts, tokenizer, config, longest)
+    prompts, spare = set_aside(prompts)
+    if spare[0] in prompts:
+        notes.append(
+            f"With fewer than {LEAST_PROMPTS + SPARE} prompts, warm-up and calibration use prompts that are measured too."
+        )
+    target = load_model("TARGET", settings.target, settings.dtype, device)
+    draft = None if settings.draft is None else load_model("--draft", settings.draft, settings.dtype, device)
+    examiner = Examiner(target, lambda: float32_copy(target, free_bytes(device)))
+    trial = Trial(
+        target,
+        tokenizer,
+        draft,
+        prompts,
+        spare,
+        budget,
+        examiner,
+        settings.new_tokens,
+        settings.temperature,
+        settings.seed,
+        clock,
+        show,
+    )
+    trial.outcome.notes += notes
+    context = {"dtype": str(target.dtype), "device": str(device), "is_chat": tokenizer.chat_template is not None}
+    return trial, context
+
+
+def set_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that are measured, and `SPARE` ones for warm-up and calibration: the last ones, where enough are left without."""
+    if len(prompts) >= LEAST_PROMPTS + SPARE:
+        return prompts[:-SPARE], prompts[-SPARE:]
+    return prompts, [prompts[i % len(prompts)] for i in range(SPARE)]
+
+
+def _prompts(
+    file: Path | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, new_tokens: int
+) -> tuple[list[Prompt], list[str]]:
+    """The prompts, and what has to be said about them. Raises ConfigError: one of the user's does not fit."""
+    prompts = shipped_prompts(new_tokens) if file is None else load_prompts(file, None, new_tokens)
+    encode, longest = encoder(tokenizer), max_positions(config) - new_tokens
+    lengths = [encode(prompt.text)["input_ids"].shape[1] for prompt in prompts]
+    fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if 0 < length <= longest]
+    if file is not None and len(fitting) < len(prompts):
+        at = next(i for i, length in enumerate(lengths) if not 0 < length <= longest)
+        raise ConfigError(
+            f"Prompt {at + 1} has {lengths[at]} tokens: the target takes from 1 to {longest}, and {new_tokens} new ones."
+        )
+    if not fitting:
+        raise ConfigError(
+            f"The target takes {max_positions(config)} tokens: none of the prompts fits beside {new_tokens} new ones. Use --new-tokens."
+        )
+    left_out = len(prompts) - len(fitting)
+    return fitting, [f"{left_out} prompts are longer than the target takes, and were left out."] if left_out else []

@@ -1,0 +1,119 @@
+"""What the numbers of a trial say: whether ours pays, how sure that is, and what to write into one's code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..bench import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
+from .budget import LEAST_PROMPTS
+from .trial import DRAFT, OURS, static_arguments
+
+LEVEL = 0.9  # of the intervals: paired bootstrap over prompts
+HOPELESS = 2000  # prompts: where more would be needed, two ways are called equally fast
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Ours against plain, and against the best other arm of the whole run, chosen in hindsight."""
+
+    prompts: int
+    best: str  # of all arms but ours: the one with the most tokens/s
+    over_plain: Ratio
+    over_best: Ratio
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the interval of ours over the best other arm lies on one side of 1."""
+        return self.prompts >= LEAST_PROMPTS and not self.over_best.low <= 1 <= self.over_best.high
+
+    @property
+    def pays(self) -> bool:
+        return self.is_decided and self.over_best.value > 1
+
+    @property
+    def more_prompts(self) -> int | None:
+        """How many more prompts are likely to decide; None: too many to be worth it."""
+        half, effect = math.log(self.over_best.high / self.over_best.low) / 2, abs(math.log(self.over_best.value))
+        if effect == 0 or half * half * self.prompts > HOPELESS * effect * effect:
+            return None
+        needed = math.ceil(self.prompts * (half / effect) ** 2)  # an interval narrows with the root of their number
+        return max(needed, LEAST_PROMPTS, self.prompts + 1) - self.prompts
+
+    def text(self, prompt_s: float = 0.0) -> str:
+        """The verdict in words.
+
+        Args:
+            prompt_s: mean time that one prompt took; 0: not known.
+        """
+        best = "plain generation" if self.best == PLAIN else f"the best other way in hindsight, {self.best}"
+        n = "1 prompt" if self.prompts == 1 else f"{self.prompts} prompts"
+        ratio = f"{self.over_best} times as fast as {best}"
+        if self.best != PLAIN:
+            ratio += f", and {self.over_plain} times as fast as plain generation"
+        ratio += f", learning included (90 % intervals over {n})"
+        if self.pays:
+            return f"It pays: ours is {ratio}."
+        if self.is_decided:
+            return f"It does not pay here: ours is {ratio}."
+        words = f"Not decided: ours is {ratio}."
+        if self.prompts < LEAST_PROMPTS:
+            return f"{words} Fewer than {LEAST_PROMPTS} prompts decide nothing: give more."
+        more = self.more_prompts
+        if more is None:
+            return f"{words} The interval contains 1, and more prompts would hardly change that: take the two for equally fast."
+        words += f" The interval contains 1: it takes about {more} more prompt{'s' * (more > 1)} to tell"
+        return f"{words} (about {max(1, round(more * prompt_s / 60))} min more)." if prompt_s else f"{words}."
+
+
+def judge(records: Sequence[Record]) -> Verdict:
+    """The verdict on the finished prompts of a trial, one at least."""
+    arms = by_arm(records)
+    speeds = {arm: totals(own).tokens_per_s for arm, own in arms.items() if arm != OURS}
+    best = max(speeds, key=lambda arm: speeds[arm])
+    over_plain, over_best = (speed_ratio(arms[OURS], arms[other], level=LEVEL) for other in (PLAIN, best))
+    return Verdict(len(arms[OURS]), best, over_plain, over_best)
+
+
+def code_for(verdict: Verdict, target: str, draft: str | None, dtype: str, device: str, is_chat: bool) -> str:
+    """Python that does what the verdict recommends, with the names and settings of the trial: ours, unless another way is faster.
+
+    Args:
+        target, draft: names or folders.
+        dtype: as Python writes it, such as "torch.bfloat16".
+        is_chat: whether the tokenizer has a chat template.
+    """
+    ours = verdict.pays or not verdict.is_decided
+    place = "" if device == "cpu" else f".to({device!r})"
+    imports = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    lines = [
+        f"tokenizer = AutoTokenizer.from_pretrained({target!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({target!r}, dtype={dtype}){place}",
+    ]
+    arguments = dict(static_arguments(verdict.best)) if not ours else {}
+    if draft is not None and (ours or verdict.best.startswith(DRAFT)):
+        lines.append(f"draft = AutoModelForCausalLM.from_pretrained({draft!r}, dtype={dtype}){place}")
+        if not ours:
+            lines += [f"draft.generation_config.{name} = {value!r}" for name, value in arguments.items()]
+            arguments = {"assistant_model": "draft"}
+    if ours:
+        imports.insert(1, "import hf_onlinespec")
+        attached = "model" if draft is None else "model, draft"
+        lines.append(
+            f"hf_onlinespec.attach({attached})  # from here on every model.generate(...) speculates and learns"
+        )
+    message = 'tokenizer("Hello", return_tensors="pt")'
+    if is_chat:
+        message = (
+            'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
+            'return_dict=True, return_tensors="pt"\n)'
+        )
+    given = "".join(f", {name}={value}" for name, value in arguments.items())
+    lines += [
+        "",
+        f"inputs = {message}.to(model.device)",
+        f"output = model.generate(**inputs, max_new_tokens=200{given})",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join([*imports, "", *lines]) + "\n"
