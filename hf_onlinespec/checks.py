@@ -89,9 +89,10 @@ def check_call(
         raise UnsupportedError(
             f"guidance_scale={config.guidance_scale}: classifier-free guidance is not supported yet. Leave it out."
         )
-    if config.assistant_ensemble_weight is not None:
+    weight = vars(config).get("assistant_ensemble_weight")
+    if weight is not None:
         raise UnsupportedError(
-            f"assistant_ensemble_weight={config.assistant_ensemble_weight}: it would let the draft change what the model says. Leave it out."
+            f"assistant_ensemble_weight={weight}: it would let the draft change what the model says. Leave it out."
         )
     for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"):
         value = vars(config).get(other)
