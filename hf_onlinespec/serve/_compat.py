@@ -1,0 +1,38 @@
+"""What we use of transformers' serving code, in one place. Checked on transformers 5.23.0."""
+
+from __future__ import annotations
+
+from ..errors import VersionError
+
+try:
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager, TimedModel
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.utils import (
+        X_REQUEST_ID,
+        BaseGenerateManager,
+        BaseHandler,
+        GenerateManager,
+        GenerationState,
+    )
+    from transformers.cli.serving.utils import _GenerationCancelled as Cancelled
+except ImportError as error:
+    raise VersionError(
+        f"{error}. hf-onlinespec serve was run on transformers 5.23 with fastapi, uvicorn, openai and prometheus_client: "
+        'pip install "hf_onlinespec[serve]" "transformers>=5.23,<5.24".'
+    ) from error
+
+__all__ = [
+    "X_REQUEST_ID",
+    "BaseGenerateManager",
+    "BaseHandler",
+    "Cancelled",
+    "ChatCompletionHandler",
+    "CompletionHandler",
+    "GenerateManager",
+    "GenerationState",
+    "ModelManager",
+    "ResponseHandler",
+    "TimedModel",
+]

@@ -1,0 +1,255 @@
+"""The server's routes: those of OpenAI's API by transformers' handlers, metrics, and the page `/onlinespec`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..memory_draft import MemoryDraft
+from ._compat import (
+    X_REQUEST_ID,
+    BaseHandler,
+    ChatCompletionHandler,
+    CompletionHandler,
+    ModelManager,
+    ResponseHandler,
+    TimedModel,
+)
+from .clients import ClientMemories, client_of
+from .generating import ASKED, Asked, OneModel, OnlineGenerateManager, RequestError
+from .metrics import ServerMetrics
+from .saving import DraftSaver
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).with_name("page.html")
+LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
+HANG_UP_S = 0.25  # between two looks whether a client that does not stream is still there
+# The page loads nothing from anywhere.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'",
+    "Cache-Control": "no-store",
+}
+CLOSED = (
+    "This server serves one model, and what its draft has learned goes with it: /reset is closed. Stop the server, which saves the "
+    "draft where --save says, and start it again."
+)
+
+
+@dataclass
+class Served:
+    """What a server serves.
+
+    Args:
+        name: of the target, as clients name it.
+        target: with the draft attached, see `hf_onlinespec.attach`.
+        draft: what drafts for it; its model's name for the page, or none.
+        saves_to, save_every: where the draft is saved at the end, and every so many requests; None: nowhere.
+        isolate: one suffix memory per API key.
+        hosts: names under which a browser may reach the server; None: any.
+    """
+
+    name: str
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    draft: MemoryDraft
+    draft_name: str | None = None
+    saves_to: Path | None = None
+    save_every: int = 0
+    isolate: bool = False
+    hosts: tuple[str, ...] | None = LOCAL
+
+
+def build_app(served: Served) -> FastAPI:
+    """The app; `state.manager` generates, `state.saved` says at the end whether the draft was saved."""
+    metrics = ServerMetrics(served.draft)
+    saver = None
+    if served.saves_to is not None and served.draft.neural is not None:
+        saver = DraftSaver(served.draft.neural, served.saves_to, served.save_every, metrics)
+    memories = ClientMemories(served.draft, served.isolate)
+    manager = OnlineGenerateManager(served.target, served.draft, metrics, memories, saver)
+    models = ModelManager(model_timeout=-1)
+    key = models.process_model_name(served.name)
+    models.loaded_models[key] = TimedModel(served.target, timeout_seconds=-1, processor=served.tokenizer)
+    models.force_model = served.name
+    state = OneModel(manager)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(manager.stop)
+        if saver is not None:
+            app.state.saved = await asyncio.to_thread(saver.close)
+
+    app = FastAPI(title="hf_onlinespec", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.manager, app.state.metrics = manager, metrics
+    app.state.saved = False  # whether the last save, at the end, worked
+    if served.hosts is not None:  # a page from elsewhere cannot reach it by a name that it makes point here
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(served.hosts), www_redirect=False)
+    app.add_middleware(_NoTracebacks)
+    app.add_exception_handler(HTTPException, _refusal)
+
+    for path, endpoint, kind in (
+        ("/v1/chat/completions", "chat", ChatCompletionHandler),
+        ("/v1/completions", "completions", CompletionHandler),
+        ("/v1/responses", "responses", ResponseHandler),
+    ):
+        app.post(path)(_route(endpoint, kind(model_manager=models, generation_state=state), metrics))
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        about = {"id": served.name, "object": "model", "created": int(metrics.started_at_s), "owned_by": "hf_onlinespec"}
+        return JSONResponse({"object": "list", "data": [about]})
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.post("/load_model")
+    async def load_model(request: Request) -> Response:
+        """As there, for the model that is served: `transformers chat` asks before its first request."""
+        try:
+            asked = (await _body(request)).get("model")
+        except RequestError as error:
+            return _error(error.status, error.message)
+        if asked not in (served.name, key):
+            return _error(400, f"This server serves {served.name!r} alone.")
+        return StreamingResponse(models.load_model_streaming(key), media_type="text/event-stream")
+
+    @app.post("/reset")
+    async def reset() -> Response:
+        return _error(403, CLOSED)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/onlinespec")
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    @app.get("/onlinespec.json")
+    async def numbers(after: int = 0) -> Response:
+        about = {"model": served.name, "draft": served.draft_name, "isolated": served.isolate, "clients": len(memories)}
+        return JSONResponse(about | metrics.page(after), headers={"Cache-Control": "no-store"})
+
+    return app
+
+
+def _route(endpoint: str, handler: BaseHandler, metrics: ServerMetrics) -> Callable[[Request], Awaitable[Response]]:
+    async def route(request: Request) -> Response:
+        request_id = request.headers.get(X_REQUEST_ID, "")
+        if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
+            request_id = str(uuid.uuid4())
+        try:
+            body = await _body(request)
+            ASKED.set(Asked(endpoint, client_of(request.headers.get("authorization")), _seed(body)))
+            response = await _unless_hung_up(request, handler.handle_request(body, request_id))
+        except RequestError as error:
+            metrics.refused(endpoint)
+            response = _error(error.status, error.message)
+        except HTTPException as error:
+            metrics.refused(endpoint)
+            response = _error(error.status_code, str(error.detail))
+        except Exception as error:
+            # Nothing was generated yet: what a handler raises here, it raises at the body.
+            metrics.refused(endpoint)
+            response = _error(400, _why(error))
+        response.headers[X_REQUEST_ID] = request_id
+        return response
+
+    return route
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a page from elsewhere may send unasked is no JSON
+        raise RequestError(415, "Expected JSON, with the header Content-Type: application/json.")
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"The body is no JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise RequestError(400, f"The body is a JSON {type(body).__name__}: expected an object.")
+    return body
+
+
+def _seed(body: dict[str, Any]) -> int | None:
+    """Takes the seed out of a request: set before its turn, it would be another request's."""
+    seed = body.pop("seed", None)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise RequestError(400, "seed: expected a whole number of 64 bits.")
+    return seed
+
+
+async def _unless_hung_up(request: Request, answer: Awaitable[Response]) -> Response:
+    """Waits for an answer, and cancels it when the client is gone; a response that streams looks after itself."""
+    task = asyncio.ensure_future(answer)
+    try:
+        while not (await asyncio.wait({task}, timeout=HANG_UP_S))[0]:
+            if await request.is_disconnected():
+                task.cancel()
+                return Response(status_code=499)  # nobody reads it
+        return task.result()
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"The request lacks {error}."
+    return f"The request cannot be read ({type(error).__name__}: {error})."
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    """An error as OpenAI's clients expect it."""
+    message = message.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be sent
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, str(error.detail))
+
+
+class _NoTracebacks:
+    """Keeps what a fault raises out of the log: its text may be a request's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun = False
+
+        async def watched(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            logger.error("%s in %s, line %d", type(error).__name__, last.filename, last.lineno)
+            if not begun:
+                await _error(500, f"A fault of the server ({type(error).__name__}).")(scope, receive, send)

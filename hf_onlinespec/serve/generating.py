@@ -1,0 +1,247 @@
+"""The requests of all endpoints, one after the other: transformers' `GenerateManager`, with every request checked and recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import traceback
+from concurrent.futures import TimeoutError
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from .._compat import max_positions
+from ..errors import OnlineSpecError
+from ..memory_draft import MemoryDraft
+from ..metrics import Counts
+from ._compat import BaseGenerateManager, Cancelled, GenerateManager, GenerationState
+from .clients import ClientMemories
+from .metrics import DONE, FAILED, SOURCES, STOPPED, ServedRequest, ServerMetrics
+from .saving import DraftSaver
+
+logger = logging.getLogger(__name__)
+
+LAST_WAIT_S = 10.0  # for the request at hand when the server ends; chosen: longer than a target forward
+# What `generate` raises where the request asks for something that cannot be; anything else is a fault of the server.
+CALLERS_FAULTS = (OnlineSpecError, ValueError, TypeError, KeyError, NotImplementedError)
+
+
+class RequestError(Exception):
+    """A request that is answered with an error; its text goes to the client alone, never into a log."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of a request the handlers of transformers do not hand on."""
+
+    endpoint: str
+    client: bytes  # see clients.client_of
+    seed: int | None = None
+
+
+ASKED: ContextVar[Asked] = ContextVar("ASKED")  # the request at hand, set by its route
+
+
+class OneModel(GenerationState):
+    """transformers' state of generation, with a manager of ours; the smallest way in that it leaves."""
+
+    def __init__(self, manager: OnlineGenerateManager) -> None:
+        super().__init__()
+        self._manager = manager
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> OnlineGenerateManager:
+        return self._manager
+
+
+class OnlineGenerateManager(BaseGenerateManager):
+    """Checks and records requests, and hands them to transformers' manager, whose one thread generates them in their order.
+
+    Args:
+        target: with a draft attached.
+        draft: what drafts for it.
+        saver: None: nothing is saved.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: MemoryDraft,
+        metrics: ServerMetrics,
+        memories: ClientMemories,
+        saver: DraftSaver | None = None,
+    ) -> None:
+        self.target, self.draft, self.metrics, self.memories, self.saver = target, draft, metrics, memories, saver
+        self.closed = threading.Event()
+        self._inner = GenerateManager()
+        self._numbers = 0
+
+    def generate_streaming(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        inputs: dict[str, Tensor],
+        gen_config: GenerationConfig,
+        request_id: str,
+        **kwargs: Any,
+    ) -> Any:
+        call = self._call(inputs, gen_config, streams=True)
+        try:
+            return self._inner.generate_streaming(call, processor, inputs, gen_config, request_id, **kwargs)
+        except Exception:  # such as a tokenizer that cannot decode token by token: it never came to wait
+            self.metrics.left()
+            raise
+
+    async def generate_non_streaming(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        inputs: dict[str, Tensor],
+        gen_config: GenerationConfig,
+        request_id: str,
+    ) -> tuple[str, int, Tensor]:
+        call = self._call(inputs, gen_config, streams=False)
+        answer = asyncio.ensure_future(
+            self._inner.generate_non_streaming(call, processor, inputs, gen_config, request_id)
+        )
+        try:
+            # The thread would fail to set the result of what is cancelled.
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:  # the client hung up
+            call.stopped.set()
+            answer.add_done_callback(lambda done: done.exception())
+            raise
+
+    def stop(self) -> None:
+        """Ends the request at hand at its next token, and those that wait; no new one begins."""
+        self.closed.set()
+        with suppress(TimeoutError):
+            self._inner.submit(bool).result(LAST_WAIT_S)  # behind all others
+        self._inner.stop()
+
+    def _call(self, inputs: dict[str, Tensor], gen_config: GenerationConfig, streams: bool) -> Call:
+        check(inputs, gen_config, self.target)
+        self._numbers += 1
+        self.metrics.queued()
+        return Call(self, self._numbers, ASKED.get(), inputs["input_ids"].shape[-1], streams)
+
+
+class Stopped(StoppingCriteria):
+    """Ends a request at the next token, once one of the events is set."""
+
+    def __init__(self, *events: threading.Event) -> None:
+        self._events = events
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        stops = any(event.is_set() for event in self._events)
+        return torch.full((input_ids.shape[0],), stops, device=input_ids.device, dtype=torch.bool)
+
+
+class Call:
+    """One request, in the place of the model that transformers' manager would call."""
+
+    def __init__(
+        self, manager: OnlineGenerateManager, number: int, asked: Asked, prompt_tokens: int, streams: bool
+    ) -> None:
+        self.stopped = threading.Event()  # the client of a request that does not stream hung up
+        self._manager, self._number, self._asked = manager, number, asked
+        self._prompt_tokens, self._streams = prompt_tokens, streams
+        self._queued_at = time.perf_counter()
+
+    def generate(self, **kwargs: Any) -> Any:
+        """`generate` of the target, on the one thread that generates. Raises RequestError."""
+        manager, draft = self._manager, self._manager.draft
+        started, requests_before = time.perf_counter(), draft.metrics.requests
+        sources_before = dict(draft.metrics.decisions.rounds)
+        status, new_tokens = FAILED, 0
+        manager.metrics.begun()
+        try:
+            manager.memories.use(self._asked.client)
+            if self._asked.seed is not None:
+                torch.manual_seed(self._asked.seed)
+            if self.stopped.is_set() or manager.closed.is_set():
+                raise Cancelled
+            kwargs["stopping_criteria"] = StoppingCriteriaList([Stopped(self.stopped, manager.closed)])
+            output = manager.target.generate(**kwargs)
+            new_tokens = output.shape[-1] - self._prompt_tokens
+            status = STOPPED if self.stopped.is_set() or manager.closed.is_set() else DONE
+            return output
+        except Cancelled:
+            status = STOPPED
+            raise
+        except Exception as error:
+            raise self._told(error) from None
+        finally:
+            # Calls that our loop does not take leave the draft's counters as they were.
+            looped = draft.metrics.requests > requests_before
+            counts = draft.metrics.last if looped else Counts(new_tokens=new_tokens)
+            rounds = draft.metrics.decisions.rounds
+            sources = {name: max(0, rounds[name] - sources_before[name]) for name in SOURCES if looped}
+            request = ServedRequest(
+                self._number,
+                self._asked.endpoint,
+                status,
+                time.time(),
+                self._prompt_tokens,
+                counts.new_tokens,
+                started - self._queued_at,
+                time.perf_counter() - started,
+                counts.update_time_s,
+                counts.rounds,
+                counts.drafted_tokens,
+                counts.accepted_tokens,
+                sources,
+            )
+            manager.metrics.ended(request)
+            logger.info("%s", request.line())
+            if manager.saver is not None:
+                manager.saver.request_done()
+
+    def _told(self, error: Exception) -> RequestError:
+        """What the client hears of an error; the log hears where it was raised, and no word of the request."""
+        status = 400 if isinstance(error, CALLERS_FAULTS) else 500
+        name = type(error).__name__
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        logger.error("%s: %s in %s, line %d", self._asked.endpoint, name, last.filename, last.lineno)
+        if self._streams:
+            # transformers logs this text, and puts it into the stream as it is.
+            return RequestError(status, f"The request failed ({name}). Send it without stream to see why.")
+        return RequestError(status, f"{name}: {error}")
+
+
+def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTrainedModel) -> None:
+    """Refuses what could not be generated, before it waits for its turn; shortens an answer that would not fit.
+
+    Raises:
+        RequestError: the prompt is empty or too long, or a setting is none that `generate` takes.
+    """
+    prompt_tokens, longest = inputs["input_ids"].shape[-1], max_positions(target.config)
+    if prompt_tokens == 0:
+        raise RequestError(400, "The prompt has no tokens.")
+    if prompt_tokens >= longest:
+        raise RequestError(
+            400, f"The prompt has {prompt_tokens} tokens: the model takes {longest} together with the answer."
+        )
+    most = gen_config.max_new_tokens
+    if most is not None:
+        if most < 1:
+            raise RequestError(400, f"The answer may have {most} tokens (max_tokens): expected at least 1.")
+        gen_config.max_new_tokens = min(most, longest - prompt_tokens)
+    gen_config.return_dict_in_generate = False  # the handlers take tokens
+    stop = gen_config.stop_strings
+    if stop is not None and not (isinstance(stop, str) or (stop and all(isinstance(one, str) for one in stop))):
+        raise RequestError(400, "stop: expected a text or a list of texts.")
+    try:
+        gen_config.validate()
+    except ValueError as error:
+        raise RequestError(400, str(error)) from error

@@ -1,0 +1,188 @@
+"""What `hf-onlinespec serve` does: everything that can be refused is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..artifact import Outline, is_artifact
+from ..attachment import attach
+from ..cli.common import best_device, check_folder, load_config, load_model, load_tokenizer, quiet_libraries
+from ..draft import OnlineDraft
+from ..errors import ConfigError, MissingExtraError
+from ..loading import Origin, load_base, locate, read_plain_options
+from ..memory_draft import MemoryDraft
+from ..vocabulary import check_vocabularies
+
+PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
+FAILED = 2  # exit code
+GRACE_S = 10  # for requests at hand when the server is told to end; chosen: `docker stop` waits as long
+OPEN = (
+    "hf-onlinespec: warning: the server can be reached from other machines at {host}. It asks nobody for a key: whoever reaches it "
+    "can generate, and see at /onlinespec and /metrics how much others do. Put a proxy in front that asks for keys and passes /v1 alone."
+)
+
+
+def serve(
+    target: str,
+    draft: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    save: Path | None = None,
+    save_every: int = 100,
+    isolate: bool = False,
+    allow_remote: bool = False,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> int:
+    """Serves until Ctrl-C or SIGTERM, and saves the draft then; the exit code.
+
+    Args:
+        target, draft: a folder, or a name on the Hub; the draft also a saved one.
+        save: where the draft is saved; if one was saved there before, that one goes on.
+        save_every: requests between two saves; 0: only at the end.
+        isolate: one suffix memory per API key.
+        allow_remote: needed for a `host` that other machines reach.
+
+    Raises:
+        ConfigError, DraftError, ArtifactError, HubError, MissingExtraError: in one line; nothing was served.
+    """
+    _check_packages()
+    _check_saving(draft, save, save_every)
+    listener = _listen(host, port, allow_remote)
+    quiet_libraries()
+    place = best_device(device)
+    # For somebody who stops a service this is Ctrl-C; uvicorn gives both back once it has ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        resumes = save is not None and is_artifact(save)
+        origin = None if draft is None else locate(save if resumes and save is not None else draft)
+        tokenizer = load_tokenizer("TARGET", target)
+        if draft is not None and origin is not None and origin.folder is None:
+            own, other = load_config("TARGET", target), load_config("--draft", draft)
+            check_vocabularies(own, other, tokenizer, load_tokenizer("--draft", draft))
+        model = load_model("TARGET", target, dtype, place)
+        drafts = attach(model, None if origin is None else _load_draft(origin, draft, resumes, dtype, place))
+        if resumes:
+            print(f"The draft saved in {save} goes on: {drafts.metrics.requests:,} requests so far.")
+        return _serve(model, tokenizer, drafts, target, draft, listener, save, save_every, isolate, allow_remote)
+    finally:
+        listener.close()
+
+
+def _check_packages() -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f'The server needs {" and ".join(missing)}: run pip install "hf_onlinespec[serve]" and try again.'
+        )
+
+
+def _check_saving(draft: str | None, save: Path | None, save_every: int) -> None:
+    if save_every < 0:
+        raise ConfigError(f"--save-every {save_every}: expected a number of requests, or 0 to save only at the end.")
+    if save is None:
+        return
+    if draft is None:
+        raise ConfigError(
+            "--save without --draft: there is nothing to save. The suffix memory holds what clients wrote, and is never written down."
+        )
+    check_folder(save, f"--save {save}")
+    if is_artifact(save) and is_artifact(Path(draft)) and not save.samefile(draft):
+        raise ConfigError(
+            f"--save {save}: another draft was saved there. To go on with it use --draft {save}, or save to a new folder."
+        )
+
+
+def _listen(host: str, port: int, allow_remote: bool) -> socket.socket:
+    """The server's socket, not yet listening. Raises ConfigError where the port is not free."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port {port}: expected a number from 1 to 65535, or 0 for any that is free.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host}: this machine has no such address ({error}). Use 127.0.0.1.") from error
+    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        if not allow_remote:
+            raise ConfigError(
+                f"--host {host}: other machines could reach the server, which asks nobody for a key. Add --allow-remote if that is "
+                "meant, or use 127.0.0.1."
+            )
+        print(OPEN.format(host=host), file=sys.stderr, flush=True)
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended a minute ago
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}). Name another port, or 0 for any that is free."
+        ) from error
+    return listener
+
+
+def _load_draft(
+    origin: Origin, name: str | None, resumes: bool, dtype: str, device: torch.device
+) -> PreTrainedModel | OnlineDraft:
+    if origin.folder is None:
+        return load_model("--draft", origin.source, dtype, device)
+    if resumes and name is not None and locate(name).folder is None:  # what --draft names has to be the saved one's base
+        base = load_model("--draft", name, dtype, device)
+    elif origin.evolved:
+        outline = Outline.read(origin.folder)
+        base = load_base(None, outline.base, str(outline.adapter_config.get("base_model_name_or_path") or "")).to(device)
+    else:  # an ordinary adapter
+        about = read_plain_options(origin.folder)
+        named, at = (str(about.get(key) or "") for key in ("base_model_name_or_path", "revision"))
+        base = load_base(None, None, named, revision=at or None).to(device)
+    return OnlineDraft.from_pretrained(origin.source, base_model=base)
+
+
+def _serve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafts: MemoryDraft,
+    target: str,
+    draft: str | None,
+    listener: socket.socket,
+    save: Path | None,
+    save_every: int,
+    isolate: bool,
+    allow_remote: bool,
+) -> int:
+    import uvicorn
+
+    from .app import LOCAL, Served, build_app  # only now: they need the packages of the extra
+
+    log = logging.getLogger("hf_onlinespec.serve")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    address = listener.getsockname()
+    name = f"[{address[0]}]" if ":" in address[0] else address[0]
+    url = f"http://{name}:{address[1]}"
+    hosts = None if allow_remote else (*LOCAL, name)
+    served = Served(target, model, tokenizer, drafts, draft, save, save_every, isolate, hosts)
+    app = build_app(served)
+    print(f"Serving {target} at {url}/v1 (model name: {target!r}). Page: {url}/onlinespec, metrics: {url}/metrics.", flush=True)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn ended as it should, and hands the signal on
+        pass
+    finally:
+        log.removeHandler(handler)
+    if save is not None:
+        print(f"The draft is saved in {save}." if app.state.saved else f"The draft is not saved in {save}: see above.")
+        return 0 if app.state.saved else FAILED
+    return 0
+
