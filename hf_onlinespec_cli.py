@@ -325,6 +325,58 @@ def bench(
 
 @app.command()
 @reports_errors
+def serve(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="The model to be served: a folder or a name on the Hub.")
+    ],
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A smaller model with the same tokenizer, or a saved draft.",
+            show_default="none: the suffix memory drafts",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.", rich_help_panel=RUN)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.", rich_help_panel=RUN)] = 8000,
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote", help="Let other machines in; the server asks nobody for a key.", rich_help_panel=RUN
+        ),
+    ] = False,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="Keep one suffix memory for each API key.", rich_help_panel=RUN)
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Save the draft there at the end; one that is there already goes on.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option(metavar="N", help="Requests between two saves; 0: only at the end.", rich_help_panel=OUTPUT)
+    ] = 100,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+) -> int:
+    """Serve a model over OpenAI's API, faster the more it is used.
+
+    Chat completions, completions and responses on transformers' own serving code, with metrics for Prometheus at /metrics and a
+    live page at /onlinespec. Needs pip install "hf_onlinespec[serve]".
+
+    Example: `hf-onlinespec serve Qwen/Qwen2.5-7B-Instruct --draft Qwen/Qwen2.5-0.5B-Instruct --save my-draft`
+    """
+    from hf_onlinespec.serve.run import serve as run_serve
+
+    return run_serve(target, draft, host, port, save, save_every, isolate, allow_remote, device, dtype.value)
+
+
+@app.command()
+@reports_errors
 def record(
     prompts: PromptsOption,
     out: Annotated[

@@ -114,7 +114,12 @@ def build_app(served: Served) -> FastAPI:
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        about = {"id": served.name, "object": "model", "created": int(metrics.started_at_s), "owned_by": "hf_onlinespec"}
+        about = {
+            "id": served.name,
+            "object": "model",
+            "created": int(metrics.started_at_s),
+            "owned_by": "hf_onlinespec",
+        }
         return JSONResponse({"object": "list", "data": [about]})
 
     @app.get("/health")

@@ -8,7 +8,9 @@ from collections import OrderedDict
 from ..memory import SuffixMemory
 from ..memory_draft import MemoryDraft
 
-MOST_CLIENTS = 64  # memories that are kept; the one that was not used for longest leaves. Chosen: 80 MB with the defaults
+MOST_CLIENTS = (
+    64  # memories that are kept; the one that was not used for longest leaves. Chosen: 80 MB with the defaults
+)
 
 
 def client_of(authorization: str | None) -> bytes:

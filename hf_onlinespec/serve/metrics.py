@@ -97,6 +97,7 @@ class ServerMetrics:
     def __init__(self, draft: MemoryDraft) -> None:
         self.totals = Totals()
         self.started_at_s = time.time()
+        self.saves = False  # whether the draft is saved anywhere
         self._draft = draft
         self._lock = threading.Lock()
         self._recent: deque[ServedRequest] = deque(maxlen=SHOWN)
@@ -198,7 +199,12 @@ class ServerMetrics:
                     "learning": "" if self._draft.neural is None else decisions.learning,
                     "rollback": decisions.rollback,
                 },
-                "saves": {"done": self._saves, "failed": self._save_failures, "at_s": self._saved_at_s},
+                "saves": {
+                    "wanted": self.saves,
+                    "done": self._saves,
+                    "failed": self._save_failures,
+                    "at_s": self._saved_at_s,
+                },
                 "requests": [_row(one) for one in recent],
             }
 

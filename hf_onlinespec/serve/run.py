@@ -134,11 +134,15 @@ def _load_draft(
 ) -> PreTrainedModel | OnlineDraft:
     if origin.folder is None:
         return load_model("--draft", origin.source, dtype, device)
-    if resumes and name is not None and locate(name).folder is None:  # what --draft names has to be the saved one's base
+    if (
+        resumes and name is not None and locate(name).folder is None
+    ):  # what --draft names has to be the saved one's base
         base = load_model("--draft", name, dtype, device)
     elif origin.evolved:
         outline = Outline.read(origin.folder)
-        base = load_base(None, outline.base, str(outline.adapter_config.get("base_model_name_or_path") or "")).to(device)
+        base = load_base(None, outline.base, str(outline.adapter_config.get("base_model_name_or_path") or "")).to(
+            device
+        )
     else:  # an ordinary adapter
         about = read_plain_options(origin.folder)
         named, at = (str(about.get(key) or "") for key in ("base_model_name_or_path", "revision"))
@@ -173,7 +177,10 @@ def _serve(
     hosts = None if allow_remote else (*LOCAL, name)
     served = Served(target, model, tokenizer, drafts, draft, save, save_every, isolate, hosts)
     app = build_app(served)
-    print(f"Serving {target} at {url}/v1 (model name: {target!r}). Page: {url}/onlinespec, metrics: {url}/metrics.", flush=True)
+    print(
+        f"Serving {target} at {url}/v1 (model name: {target!r}). Page: {url}/onlinespec, metrics: {url}/metrics.",
+        flush=True,
+    )
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
     try:
         uvicorn.Server(config).run(sockets=[listener])
@@ -185,4 +192,3 @@ def _serve(
         print(f"The draft is saved in {save}." if app.state.saved else f"The draft is not saved in {save}: see above.")
         return 0 if app.state.saved else FAILED
     return 0
-

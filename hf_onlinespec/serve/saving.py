@@ -24,6 +24,7 @@ class DraftSaver:
 
     def __init__(self, draft: OnlineDraft, folder: Path, every: int, metrics: ServerMetrics) -> None:
         self._draft, self.folder, self._every, self._metrics = draft, folder, every, metrics
+        metrics.saves = True
         self._since = 0  # requests since the last save
         self._saves = threading.Lock()
         self._thread: threading.Thread | None = None
