@@ -59,10 +59,10 @@ def serve(
     _check_saving(draft, save, save_every)
     listener = _listen(host, port, allow_remote)
     quiet_libraries()
-    place = best_device(device)
     # For somebody who stops a service this is Ctrl-C; uvicorn gives both back once it has ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        place = best_device(device)
         resumes = save is not None and is_artifact(save)
         origin = None if draft is None else locate(save if resumes and save is not None else draft)
         tokenizer = load_tokenizer("TARGET", target)
