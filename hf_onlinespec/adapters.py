@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from .errors import DraftError
-from .layers import ROWS, choose_layers, describe, follows_batch
 from .layers import adaptable_layers as adaptable_layers
+from .layers import adapted_layers, describe
 from .sampling import seeded
 from .tree import borrow, is_plain
 
@@ -70,11 +70,7 @@ class GatedLora:
         seed: int = 0,
     ) -> None:
         base = borrow(model)
-        names, self.left_out = choose_layers(base, target_modules)
-        if blocks > 1:
-            follow = follows_batch(base, names)
-            self.left_out |= {name: ROWS for name in names if name not in follow}
-            names = [name for name in names if name in follow]
+        names, self.left_out = adapted_layers(base, target_modules, blocks)
         if not names and (self.left_out or target_modules is None):
             raise DraftError(
                 f"{type(model).__name__} has no linear or embedding layer that LoRA can adapt"
@@ -103,6 +99,7 @@ class GatedLora:
         self.layers = [module for module in self.base.modules() if isinstance(module, LoraLayer)]
         self._folded = self._foldable(model)
         self._stale = True  # whether the folded weights lag behind the adapter
+        self.changes = 0  # of parameters or weights
         self.weights: Tensor | None = None  # (blocks,) weights of the blocks in what is served; None: all at 1
         self._open = False
         self._gate: Tensor | None = None  # (batch, blocks · rank); None: every block at weight 1
@@ -225,19 +222,25 @@ class GatedLora:
     def move(self, updates: Tensor) -> None:
         """Adds `updates` to the parameters."""
         self.params.add_(updates)
-        self._stale = True
+        self._changed()
 
     def put(self, rows: Tensor) -> None:
         """Sets the parameters (blocks, parameters of one block)."""
         self.params.copy_(self.join(rows))
+        self._changed()
+
+    def _changed(self) -> None:
         self._stale = True
+        self.changes += 1
 
     def serve(self, weights: Tensor | None) -> None:
         """Which blocks the folded weights hold: (blocks,) weights, None: all at 1."""
         same = weights is self.weights or (
             weights is not None and self.weights is not None and torch.equal(weights, self.weights)
         )
-        self.weights, self._stale = weights, self._stale or not same
+        self.weights = weights
+        if not same:
+            self._changed()
 
     def served_params(self) -> Tensor:
         """A copy of the parameters (parameters,) as one ordinary adapter: the weights of the blocks are in B."""

@@ -15,10 +15,10 @@ learning begins anew.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .config import OnlineSpecConfig
 from .errors import ArtifactError, ConfigError, OnlineSpecError, brief
@@ -37,15 +38,15 @@ from .files import (
     FLOATS,
     MOST_JSON_BYTES,
     MOST_TENSOR_BYTES,
+    TensorFile,
     TensorHeader,
+    checksum,
     exclusive,
     is_file,
     is_folder,
     parse_json,
-    parse_tensors,
     read_bytes,
     read_header,
-    read_tensor_file,
 )
 from .identity import Identity
 from .lineage import check_lineage, check_run
@@ -59,6 +60,7 @@ CARD, CURVE = "README.md", "curve.png"
 FILES = (ADAPTER_CONFIG, ADAPTER, STATE, CARD, CURVE, CONFIG)  # in the order in which they are moved
 CHECKED = (ADAPTER_CONFIG, ADAPTER, STATE)  # that resuming depends on; the last may be left out
 NEXT = ".onlinespec_next"  # folder in which they are written aside
+MANIFEST_PART = f"{CONFIG}.part"  # the last of them, until it is written
 LOCK = ".onlinespec_lock"  # file that a writer holds
 KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files", "checksum"}
 READS = 50  # attempts, while somebody else writes
@@ -69,6 +71,14 @@ PARTS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embeddi
 # Numbers of a state per number of its adapter, each of at most 4 bytes: moments, hints, centres, weights of experts; and snapshots.
 STATE_PARTS = 8
 STATE_REST_BYTES = 1 << 20  # what does not grow with the adapter
+MOST_WIDTH = 1 << 22  # of a layer, or tokens of a vocabulary; chosen: 16 times the largest there is
+# Of all tensors of a draft with its base at hand: bytes that are taken in any case, and bytes per byte of the base's weights in
+# float32. The first so that loading takes less than 1 GB, measured: 3.9 times as much. The other chosen: an adapter of four times its
+# base, with moments and two earlier states.
+SMALL_BYTES, MOST_TIMES_BASE = 240 << 20, 16
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Artifact:
     settings: OnlineSpecConfig
     base: Identity
     adapter_config: dict[str, Any]  # PEFT's
-    adapter: dict[str, Tensor]  # by PEFT's names
+    adapter: Mapping[str, Tensor]  # by PEFT's names; of one that was read, each is read when it is asked for
     state: Saved  # empty: none is kept, and learning begins anew from the adapter
     run: dict[str, Any]  # what was measured, see `card.py`
     lineage: dict[str, Any] = field(default_factory=dict)  # where it came from
@@ -94,8 +104,8 @@ class Artifact:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _check_places(folder)
             with exclusive(folder / LOCK):
+                _check_places(folder)  # while no other writer makes and removes them
                 self._write(folder, card, curve)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: the draft could not be saved ({error}). Name another folder.") from error
@@ -103,7 +113,7 @@ class Artifact:
     def _write(self, folder: Path, card: str, curve: bytes | None) -> None:
         settle(folder)
         aside = folder / NEXT
-        shutil.rmtree(aside, ignore_errors=True)
+        _clear(aside)
         aside.mkdir()
         try:
             self._write_aside(aside, card, curve)
@@ -114,15 +124,15 @@ class Artifact:
 
     def _write_aside(self, aside: Path, card: str, curve: bytes | None) -> None:
         (aside / ADAPTER_CONFIG).write_text(_json(self.adapter_config), encoding="utf-8")
-        save_file(self.adapter, aside / ADAPTER, metadata={"format": "pt"})
+        _save_tensors(self.adapter, aside / ADAPTER, {"format": "pt"})
         if self.has_state:
-            save_file(self.state.tensors, aside / STATE, metadata={"values": json.dumps(self.state.values)})
+            _save_tensors(self.state.tensors, aside / STATE, {"values": json.dumps(self.state.values)})
         if card:
             (aside / CARD).write_text(card, encoding="utf-8")
         if curve is not None:
             (aside / CURVE).write_bytes(curve)
         # Complete from here on: see `settle`.
-        manifest = aside / (CONFIG + ".part")
+        manifest = aside / MANIFEST_PART
         text = _json(self._manifest(aside))
         parse_json(text.encode(), manifest)  # what could not be read again is not written
         if len(text.encode()) > MOST_JSON_BYTES:
@@ -146,13 +156,13 @@ class Artifact:
             "versions": self.versions or versions(),
             "lineage": self.lineage,
             "run": self.run,
-            "files": {name: checksum((aside / name).read_bytes()) for name in CHECKED if (aside / name).exists()},
+            "files": {name: _checksum_of(aside / name) for name in CHECKED if (aside / name).exists()},
         }
         return manifest | {"checksum": own_checksum(manifest)}
 
     @classmethod
     def read(cls, folder: str | Path) -> Artifact:
-        """Reads a folder, checks everything, and changes nothing.
+        """Reads a folder, checks everything, and changes nothing. The numbers of its tensors are not read before they are asked for.
 
         Raises:
             ArtifactError: a file is missing, damaged, or of a format that this version does not read.
@@ -170,12 +180,12 @@ class Artifact:
 
     @classmethod
     def _read(cls, folder: Path, manifest: dict[str, Any]) -> Artifact:
-        outline = _outline(folder, manifest, _read_checked(folder, ADAPTER_CONFIG, manifest))
-        adapter, _ = parse_tensors(_read_checked(folder, ADAPTER, manifest), folder / ADAPTER)
+        outline = Outline.of(folder, manifest)
+        adapter = _checked_tensors(folder, ADAPTER, manifest)
         state = Saved()
         if STATE in manifest["files"]:
-            tensors, about = parse_tensors(_read_checked(folder, STATE, manifest), folder / STATE)
-            state = Saved(tensors, parse_json(about.get("values", "").encode(), folder / STATE))
+            tensors = _checked_tensors(folder, STATE, manifest)
+            state = Saved(tensors, parse_json(tensors.about.get("values", "").encode(), folder / STATE))
         rest = (manifest[name] for name in ("run", "lineage", "versions"))
         return cls(outline.settings, outline.base, outline.adapter_config, adapter, state, *rest)
 
@@ -188,6 +198,8 @@ class Outline:
     base: Identity
     adapter_config: dict[str, Any]  # PEFT's
     adapter: dict[str, TensorHeader]  # by PEFT's names
+    state: dict[str, TensorHeader]  # empty: there is none
+    manifest: dict[str, Any]  # what the file with the checksums holds
 
     @classmethod
     def read(cls, folder: str | Path) -> Outline:
@@ -196,41 +208,61 @@ class Outline:
         for _ in range(READS):
             manifest = _manifest_of(folder)
             try:
-                return _outline(folder, manifest, _read_checked(folder, ADAPTER_CONFIG, manifest))
+                return cls.of(folder, manifest)
             except ArtifactError:
                 if _manifest_of(folder) == manifest:
                     raise
         raise _always_written(folder)
 
+    @classmethod
+    def of(cls, folder: Path, manifest: dict[str, Any]) -> Outline:
+        """The same, from a manifest that was read before. Raises ArtifactError."""
+        path = folder / ADAPTER_CONFIG
+        adapter_config = parse_json(_read_checked(folder, ADAPTER_CONFIG, manifest), path)
+        try:
+            settings = OnlineSpecConfig.from_saved(manifest["settings"])
+        except ConfigError as error:
+            raise ArtifactError(f"{folder / CONFIG}: its settings are none ({error})") from error
+        check_options(adapter_config, path)
+        blocks = settings.blocks
+        rank, alpha = adapter_config["r"], adapter_config["lora_alpha"]
+        if rank != blocks * settings.rank or not math.isclose(alpha, blocks * settings.alpha, rel_tol=1e-9):
+            raise ArtifactError(
+                f"{path}: r={rank}, lora_alpha={alpha}; by the settings of the draft they are {blocks * settings.rank} and "
+                f"{blocks * settings.alpha}: PEFT would serve another model than we do. Take an earlier copy, or save the draft anew."
+            )
+        adapter, state = header_of(folder, ADAPTER), {}
+        check_shapes(adapter, rank, folder / ADAPTER)
+        if STATE in manifest["files"]:
+            allowed = (STATE_PARTS + settings.snapshots) * sum(4 * math.prod(t.shape) for t in adapter.values())
+            state = header_of(folder, STATE, allowed + STATE_REST_BYTES)
+        return cls(settings, Identity.from_dict(manifest["base"]), adapter_config, adapter, state, manifest)
 
-def _outline(folder: Path, manifest: dict[str, Any], about_adapter: bytes) -> Outline:
-    path = folder / ADAPTER_CONFIG
-    adapter_config = parse_json(about_adapter, path)
-    try:
-        settings = OnlineSpecConfig.from_saved(manifest["settings"])
-    except ConfigError as error:
-        raise ArtifactError(f"{folder / CONFIG}: its settings are none ({error})") from error
-    check_options(adapter_config, path)
-    blocks = settings.blocks
-    rank, alpha = adapter_config["r"], adapter_config["lora_alpha"]
-    if rank != blocks * settings.rank or not math.isclose(alpha, blocks * settings.alpha, rel_tol=1e-9):
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for part in (self.adapter, self.state) for tensor in part.values())
+
+
+def check_size(nbytes: int, base: PreTrainedModel) -> None:
+    """Raises ArtifactError where tensors for a base take many times as much as the base itself."""
+    numbers = sum(weight.numel() for weight in base.parameters())
+    most = max(SMALL_BYTES, MOST_TIMES_BASE * 4 * numbers)
+    if nbytes > most:
         raise ArtifactError(
-            f"{path}: r={rank}, lora_alpha={alpha}; by the settings of the draft they are {blocks * settings.rank} and "
-            f"{blocks * settings.alpha}: PEFT would serve another model than we do. Take an earlier copy, or save the draft anew."
+            f"The tensors of the draft would take {nbytes:,} bytes, and its base has {numbers:,} numbers: expected at most {most:,} "
+            "bytes. Take an earlier copy, or a draft of a lower rank."
         )
-    adapter = header_of(folder, ADAPTER)
-    check_shapes(adapter, rank, folder / ADAPTER)
-    if STATE in manifest["files"]:
-        allowed = (STATE_PARTS + settings.snapshots) * sum(4 * math.prod(t.shape) for t in adapter.values())
-        header_of(folder, STATE, allowed + STATE_REST_BYTES)
-    return Outline(settings, Identity.from_dict(manifest["base"]), adapter_config, adapter)
 
 
 def check_shapes(adapter: Mapping[str, TensorHeader], rank: int, path: Path) -> None:
     """Raises ArtifactError where these are not the floating-point parts of a LoRA of this rank, two for every layer."""
     for name, tensor in adapter.items():
         at = next((d for part, d in RANK_DIMENSION.items() if name.endswith(part)), None)
-        if at is None or len(tensor.shape) != 2 or tensor.shape[at] != rank or tensor.dtype not in FLOATS:
+        fits = (
+            at is not None and len(tensor.shape) == 2 and tensor.shape[at] == rank and max(tensor.shape) <= MOST_WIDTH
+        )
+        if not fits or tensor.dtype not in FLOATS:
             raise ArtifactError(
                 f"{path}: {brief(name)} is {tensor.dtype} {brief(tensor.shape)}: expected a part of a LoRA of rank {rank}."
             )
@@ -256,17 +288,50 @@ def _check_places(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finishes what a process that was killed had begun: a complete set that lies aside is moved into place."""
+    """Finishes what a process that was killed had begun: a complete set that lies aside is moved into place.
+
+    What lies there and is no such set is not ours: it is put away under another name, with a warning.
+    """
     if not _is_complete(folder):
         return
     aside = folder / NEXT
-    keeps_state = STATE in _manifest_of(folder)["files"]
+    try:
+        keeps_state = STATE in _manifest_of(folder)["files"]
+    except ArtifactError as error:
+        _put_away(aside, str(error))
+        return
     for name in FILES:
         if name == CONFIG and not keeps_state:
             (folder / STATE).unlink(missing_ok=True)  # of an earlier draft
         if is_file(aside / name):
             os.replace(aside / name, folder / name)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear(aside: Path) -> None:
+    """Removes what a process that was killed had not finished; what is not ours is put away. Raises OSError."""
+    if not is_folder(aside):
+        return
+    try:
+        odd = sorted(set(os.listdir(aside)) - {*FILES, MANIFEST_PART})
+        if not odd:
+            shutil.rmtree(aside)
+            return
+        why = f"it holds {brief(odd[0])}"
+    except OSError as error:  # it may not be read, or hold folders that may not be emptied
+        why = str(error)
+    _put_away(aside, why)
+
+
+def _put_away(aside: Path, why: str) -> None:
+    """Renames a folder that lies in the place of ours. Raises OSError."""
+    number = 1
+    while os.path.lexists(away := aside.with_name(f"{NEXT}-{number}")):
+        number += 1
+    aside.rename(away)
+    _log.warning(
+        "%s is not a draft that was being saved (%s). It is kept as %s, and saving goes on.", aside, why, away.name
+    )
 
 
 def _is_complete(folder: Path) -> bool:
@@ -297,7 +362,7 @@ def header_of(folder: Path, name: str, most_bytes: int = MOST_TENSOR_BYTES) -> d
             return read_header(path, most_bytes)
         except FileNotFoundError:
             continue
-    raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.")
+    raise _missing(folder, name)
 
 
 def _manifest_of(folder: Path) -> dict[str, Any]:
@@ -337,24 +402,53 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _bytes(folder: Path, name: str, most_bytes: int = MOST_JSON_BYTES) -> bytes:
+def _bytes(folder: Path, name: str) -> bytes:
     for path in (_path(folder, name), folder / name):  # it may have been moved into place just now
         try:
-            return read_bytes(path, most_bytes) if name.endswith(".json") else read_tensor_file(path)
+            return read_bytes(path, MOST_JSON_BYTES)
         except FileNotFoundError:
             continue
-    raise ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.")
+    raise _missing(folder, name)
+
+
+def _tensors(folder: Path, name: str) -> TensorFile:
+    for path in (_path(folder, name), folder / name):
+        try:
+            return TensorFile(path)
+        except FileNotFoundError:
+            continue
+    raise _missing(folder, name)
+
+
+def _missing(folder: Path, name: str) -> ArtifactError:
+    return ArtifactError(f"{folder}: {name} is missing. Save or download the draft anew.")
 
 
 def _read_checked(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
     """A file's bytes as they were saved. Raises ArtifactError."""
-    data, expected = _bytes(folder, name), manifest["files"][name]
-    if checksum(data) != expected:
+    data = _bytes(folder, name)
+    _check_checksum(folder / name, checksum(data), manifest["files"][name])
+    return data
+
+
+def _checked_tensors(folder: Path, name: str, manifest: dict[str, Any]) -> TensorFile:
+    """A file of tensors as it was saved. Raises ArtifactError."""
+    found = _tensors(folder, name)
+    _check_checksum(folder / name, found.checksum(), manifest["files"][name])
+    return found
+
+
+def _check_checksum(path: Path, found: str, expected: str) -> None:
+    if found != expected:
         raise ArtifactError(
-            f"{folder / name}: damaged or changed since it was saved: checksum {checksum(data)}, expected {brief(expected)}. "
+            f"{path}: damaged or changed since it was saved: checksum {found}, expected {brief(expected)}. "
             f"Take an earlier copy; to start from a changed adapter with a new state, remove {CONFIG}."
         )
-    return data
+
+
+def _checksum_of(path: Path) -> str:
+    """Of a file that was just written."""
+    return checksum(path.read_bytes()) if path.suffix == ".json" else TensorFile(path).checksum()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -362,14 +456,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(_bytes(path.parent, path.name), path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ArtifactError."""
-    return parse_tensors(_bytes(path.parent, path.name), path)[0]
-
-
-def checksum(data: bytes) -> str:
-    """CRC-32 in hexadecimal digits: tells damage, not forgery."""
-    return f"{zlib.crc32(data):08x}"
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a safetensors file, each read when it is asked for. Raises ArtifactError."""
+    return _tensors(path.parent, path.name)
 
 
 def own_checksum(manifest: dict[str, Any]) -> str:
@@ -383,6 +472,13 @@ def versions() -> dict[str, str]:
 
     packages = {"torch": torch, "transformers": transformers, "peft": peft}
     return {"hf_onlinespec": __version__} | {name: str(module.__version__) for name, module in packages.items()}
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    if isinstance(tensors, TensorFile):
+        tensors.write(path, about)
+    else:
+        save_file(dict(tensors), path, metadata=dict(about))
 
 
 def _json(value: Any) -> str:

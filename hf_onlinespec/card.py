@@ -15,11 +15,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .artifact import CONFIG, CURVE, Artifact
+from .artifact import ADAPTER_CONFIG, CONFIG, CURVE, Artifact
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import ArtifactError
 from .identity import EMBEDDED, EMBEDDED_TARGET, Identity
-from .lineage import check_lineage, check_run
+from .lineage import LEFT_OUT, check_lineage, check_run
 from .public import NOT_TOLD, is_repo_id
 from .run import curve, is_told_apart
 
@@ -29,6 +29,7 @@ PACKAGES = ("hf_onlinespec", "torch", "transformers", "peft")
 SERVED = "the prompts that it served"
 NO_STATE = " Neither is what the learner needs to go on: a draft that is loaded again begins to learn anew, from the adapter that lies here."
 LONGEST = 200  # characters of a name
+MOST_LAYERS = 12  # that are named
 NO_STATEMENT = "Its users said nothing about the text that it was trained on. Take it for private."
 NO_REQUEST = "It has served no request yet: there are no figures."
 NO_NAME = "a model without a name"
@@ -172,6 +173,8 @@ def _lineage(lineage: Mapping[str, Any]) -> str:
     if "merged" in lineage:
         parts = (f"[{_lineage(part)}] × {part['weight']:.4g}" for part in lineage["merged"])
         told.append(f"merged: {' + '.join(parts)}")
+    elif LEFT_OUT in lineage:
+        told.append(f"merged from {lineage[LEFT_OUT]:,} drafts, directly or not, which are left out here")
     told = (told or ["begun on the base draft"]) + _trained(lineage)
     if "distilled" in lineage:
         lower = lineage["distilled"]
@@ -212,7 +215,9 @@ def _data(lineage: Mapping[str, Any], statement: str | None) -> str:
 def _learner(settings: OnlineSpecConfig) -> str:
     many = f" of {settings.experts} × {settings.expert_learner}" if settings.learner == ENSEMBLE else ""
     layers = "every linear layer, the embedding and the head"
-    if settings.target_modules is not None:
+    if settings.target_modules is not None and len(settings.target_modules) > MOST_LAYERS:
+        layers = f"{len(settings.target_modules):,} layers, named in {ADAPTER_CONFIG}"
+    elif settings.target_modules is not None:
         layers = ", ".join(map(_code, settings.target_modules))
     return (
         f"{settings.learner}{many}, step size {settings.lr}; loss {settings.loss}; LoRA of rank {settings.rank}, "

@@ -11,7 +11,7 @@ embedding is a linear layer from one-hot tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ._compat import doubles
-from .artifact import PARTS, PREFIX, Artifact
+from .artifact import PARTS, PREFIX, Artifact, check_size
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
+from .files import shapes_of
 from .identity import Identity
-from .loading import check_base, check_layers, load_base, locate
+from .lineage import shortened
+from .loading import check_base, check_layers, load_base, locate, names_of
 from .memorization import KEY, merged_history
 from .run import run_targets
 
@@ -106,17 +108,18 @@ def combine(
                 f"The adapters were made for different bases, and only those of one base can be combined.\n"
                 f"  one:     {first.base}\n  another: {other.base}"
             )
-    changes = [_changes(artifact) for artifact in artifacts]
-    layers = sorted(set().union(*changes))
+    layers = sorted(set().union(*(_layers(artifact.adapter) for artifact in artifacts)))
     draft = _begin(artifacts, base_model, config, sum(artifact.adapter_config["r"] for artifact in artifacts), layers)
+    changes = [_changes(artifact) for artifact in artifacts]
     joined: dict[str, Factors] = {}
     for layer in layers:
         parts = [(change[layer], w) for change, w in zip(changes, weights, strict=True) if layer in change]
         joined[layer] = Factors(torch.cat([p.a for p, _ in parts]), torch.cat([w * p.b for p, w in parts], dim=1))
     _adopt(draft, joined)
-    draft.lineage |= {"merged": [{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)]}
-    for part in draft.lineage["merged"]:
-        part.pop(KEY, None)  # of all together:
+    merged = shortened([{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)])
+    for lineage in merged:
+        lineage.pop(KEY, None)  # of all together:
+    draft.lineage["merged"] = merged
     draft.lineage[KEY] = merged_history([artifact.lineage for artifact in artifacts], weights)
     return draft
 
@@ -142,8 +145,8 @@ def distil(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"rank={rank!r}: expected a whole number, at least 1.")
+    draft = _begin([artifact], base_model, config, rank, sorted(_layers(artifact.adapter)))
     changes = _changes(artifact)
-    draft = _begin([artifact], base_model, config, rank, sorted(changes))
     near: dict[str, Factors] = {}
     lost: dict[str, float] = {}
     whole: dict[str, float] = {}
@@ -191,7 +194,7 @@ def _changes(artifact: Artifact) -> dict[str, Factors]:
     return changes
 
 
-def _layers(adapter: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+def _layers(adapter: Iterable[str]) -> dict[str, tuple[str, str]]:
     """PEFT's names of A and of B, by the name of their layer."""
     return {
         name.removeprefix(PREFIX).removesuffix(a): (name, name.removesuffix(a) + b)
@@ -216,17 +219,16 @@ def _begin(
             raise ConfigError("learner='ensemble': combined adapters are one expert. Use another learner to go on.")
         settings = replace(settings, learner=settings.expert_learner)
     scale = first.adapter_config["lora_alpha"] / first.adapter_config["r"]  # as before: steps keep their size
-    everywhere = all(artifact.settings.target_modules is None for artifact in artifacts)
-    settings = replace(
-        settings, rank=rank, alpha=scale * rank, target_modules=None if everywhere else tuple(sorted(layers))
-    )
     lies_at = str(first.adapter_config.get("base_model_name_or_path", ""))
     base = plain_draft(load_base(base_model, first.base, lies_at))
     check_base(first.base, Identity.of(base), force=False)
+    sizes = []
     for artifact in artifacts:
-        shapes = {name: tuple(tensor.shape) for name, tensor in artifact.adapter.items()}
+        shapes = shapes_of(artifact.adapter)
         check_layers(shapes, artifact.adapter_config["target_modules"], artifact.settings, base)
-    draft = OnlineDraft(base, settings)
+        sizes += [4 * math.prod(shape) for shape in shapes.values()]
+    check_size(sum(sizes), base)
+    draft = OnlineDraft(base, replace(settings, rank=rank, alpha=scale * rank, target_modules=names_of(layers, base)))
     draft.targets = list(dict.fromkeys(name for artifact in artifacts for name in run_targets(artifact.run)))
     return draft
 

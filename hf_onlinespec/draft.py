@@ -295,6 +295,7 @@ class OnlineDraft(LearningDraft):
         """
         with self._learns, self.lock, torch.inference_mode(False):
             self._learning.adopt(adapter)
+            self.examined = None  # that was of the adapter before
             self.governor.preference = Preference()  # which of the two serves was found out with the one before
             self._note()
             if texts is None:

@@ -2,23 +2,27 @@
 
 A draft's folder may come from anywhere. Reading follows links, because the cache of the Hub is made of them, but takes regular
 files alone: no pipe that blocks, no device that never ends. Writing and locking follow none.
+
+A file may claim to be far larger than what it takes on its disk: it has holes. So nothing is allocated for what a header claims,
+before the caller has asked for it (`TensorFile`), and checksums are computed a chunk at a time.
 """
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import load
+import torch
 from torch import Tensor
 
 from .errors import ArtifactError, brief
@@ -30,18 +34,34 @@ except ImportError:  # Windows
 
 # All chosen: far above what any draft needs, far below what hurts.
 MOST_JSON_BYTES = 8 << 20  # a model of 10,000 adapted layers needs 1 MB
+MOST_JSON_VALUES = 500_000  # the same model's tensors take 160,000; parsed in 0.5 s, where 8 MB of numbers take 3 s
 MOST_TENSOR_BYTES = 16 << 30  # of one file; the shapes in it are held against the base besides
-MOST_DEPTH = 100  # of JSON: a merge of merges of merges takes two levels each
+MOST_HOLES = (
+    128 << 20
+)  # in one file; what save_file writes has none, but a file system that compresses may make some of zeros
+MOST_EXTENTS = 1_000  # looked at in the search for holes
+MOST_DIMENSIONS = 8  # of a tensor
+CHUNK_BYTES = 1 << 20
+MOST_DEPTH = 100  # of JSON
 MOST_INTEGER = 2**63 - 1
 
 # Not everywhere: Windows has neither links to special files nor pipes in folders.
 NO_FOLLOW, NO_BLOCK = (int(vars(os).get(name, 0)) for name in ("O_NOFOLLOW", "O_NONBLOCK"))
 FLAGS = int(vars(os).get("O_CLOEXEC", 0)) | int(vars(os).get("O_BINARY", 0)) | NO_BLOCK
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-FLOATS = frozenset(DTYPE_BYTES)
-DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
-DTYPE_BYTES |= {"F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1}
+# By the names that safetensors gives them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+FLOATS = frozenset(DTYPES)
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64}
+DTYPES |= {"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,10 @@ class TensorHeader:
 
     dtype: str  # as safetensors calls it
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 # Regular files
@@ -105,6 +129,38 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
             raise _unreadable(path, error) from error
 
 
+def checksum(data: bytes) -> str:
+    """CRC-32 in hexadecimal digits: tells damage, not forgery."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def _check_holes(path: Path, descriptor: int, size: int) -> None:
+    """Raises ArtifactError for a large file that is mostly holes, where the system can tell: reading it would take long.
+
+    A file that a header of ours describes may be a hundred times as large as what it takes on the disk.
+    """
+    seek_data, seek_hole = (vars(os).get(name) for name in ("SEEK_DATA", "SEEK_HOLE"))
+    if size <= MOST_HOLES or seek_data is None or seek_hole is None:
+        return
+    holes, at = 0, 0
+    for _ in range(MOST_EXTENTS):
+        try:
+            begin = os.lseek(descriptor, at, seek_data)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # a file system that cannot tell
+                break
+            begin = size  # nothing but a hole is left
+        holes += begin - at
+        if holes > MOST_HOLES:
+            raise ArtifactError(
+                f"{path}: {size:,} bytes, of which at least {holes:,} are holes that no draft was written to. Download or save "
+                "the draft anew; a copy that your file system has compressed: copy it to another one."
+            )
+        if begin >= size:
+            break
+        at = os.lseek(descriptor, begin, seek_hole)
+
+
 def is_folder(path: Path) -> bool:
     """Whether this is a folder itself, not a link to one."""
     return _is(path, stat.S_ISDIR)
@@ -149,6 +205,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
         ArtifactError: it is not one.
     """
     try:
+        if (n := data.count(b",") + data.count(b"[") + data.count(b"{")) > MOST_JSON_VALUES:
+            raise ValueError(f"{n:,} values, expected at most {MOST_JSON_VALUES:,}")
         found = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_object,
@@ -212,28 +270,98 @@ def read_header(path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> dict[str, Te
         return _header(file, size, path)[0]
 
 
-def read_tensor_file(path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> bytes:
-    """The bytes of a safetensors file whose header is sound. Raises as `plain_file`."""
-    with plain_file(path, most_bytes) as (file, size):
-        _header(file, size, path)
-        file.seek(0)
-        return file.read(size)
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name: their shapes are known, their numbers are read whenever they are asked for.
 
+    Never unpickled. The file stays open as long as this is used: what is read is what was checked, also where another file has
+    taken its place by then.
 
-def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and text from a safetensors file's bytes; a file of another kind is never unpickled.
+    Args:
+        path: of a regular file, or of a link to one.
+        most_bytes: of the file.
+
+    Attributes:
+        header: what the file says about its tensors.
+        about: text by name, which it carries besides.
 
     Raises:
-        ArtifactError: it is damaged.
+        FileNotFoundError: there is none.
+        ArtifactError: it is damaged, of another kind, or too large.
     """
-    _, about = _header(io.BytesIO(data), len(data), path)
+
+    def __init__(self, path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> None:
+        self.path = path
+        with plain_file(path, most_bytes) as (file, size):
+            self.header, self.about, self._places = _header(file, size, path)
+            self._size, self._begin = size, size - sum(tensor.nbytes for tensor in self.header.values())
+            descriptor = os.dup(file.fileno())
+        self._file = os.fdopen(descriptor, "rb", buffering=0, closefd=False)
+        weakref.finalize(self, os.close, descriptor)
+
+    def checksum(self) -> str:
+        """The file's checksum, computed a chunk at a time. Raises ArtifactError, also for a large file with large holes."""
+        _check_holes(self.path, self._file.fileno(), self._size)
+        found = 0
+        self._file.seek(0)
+        while chunk := _read(self.path, lambda: self._file.read(CHUNK_BYTES)):
+            found = zlib.crc32(chunk, found)
+        return f"{found:08x}"
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor, read anew. Raises KeyError, and ArtifactError where it cannot be read."""
+        header = self.header[name]
+        numbers = torch.empty(header.nbytes, dtype=torch.uint8)
+        into = memoryview(numbers.numpy().data)
+        self._file.seek(self._begin + self._places[name][0])
+        while into:
+            n = _read(self.path, lambda into=into: self._file.readinto(into))  # type: ignore[misc]
+            if not n:
+                raise _unsound(self.path, "it was shortened while it was read")
+            into = into[n:]
+        return numbers.view(DTYPES[header.dtype]).view(header.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header)
+
+    def __len__(self) -> int:
+        return len(self.header)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.header
+
+    def write(self, path: Path, about: Mapping[str, str]) -> None:
+        """Writes another file with these tensors, a chunk at a time. Raises OSError."""
+        header: dict[str, Any] = {"__metadata__": dict(about)}
+        for name, tensor in self.header.items():
+            header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": self._places[name]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # as safetensors aligns it
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            self._file.seek(self._begin)
+            while chunk := self._file.read(CHUNK_BYTES):
+                file.write(chunk)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors by name; those of a file are not read."""
+    if isinstance(tensors, TensorFile):
+        return {name: header.shape for name, header in tensors.header.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _read(path: Path, read: Callable[[], Any]) -> Any:
     try:
-        return load(data), about
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a dtype that torch does not know
-        raise _unsound(path, error) from error
+        return read()
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
-def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+Header = tuple[dict[str, TensorHeader], dict[str, str], dict[str, tuple[int, int]]]
+
+
+def _header(file: BinaryIO, size: int, path: Path) -> Header:
+    """The tensors of a file, the text that it carries besides, and where each tensor's bytes begin and end."""
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, MOST_JSON_BYTES):
         raise _unsound(path, f"{size:,} bytes, of which {length:,} would be its header")
@@ -241,19 +369,17 @@ def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, TensorHead
     about = found.pop("__metadata__", {})
     if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
         raise _unsound(path, f"__metadata__={brief(about)}: expected text by name")
-    tensors, places = {}, []
+    tensors, places = {}, {}
     for name, entry in found.items():
-        tensor, place = _entry(name, entry, path)
-        tensors[name] = tensor
-        places.append(place)
+        tensors[name], places[name] = _entry(name, entry, path)
     end = 0
-    for begin, after in sorted(places):
+    for begin, after in sorted(places.values()):
         if begin != end:
             raise _unsound(path, "its tensors overlap, or leave gaps")
         end = after
     if 8 + length + end != size:
         raise _unsound(path, f"{size:,} bytes, expected {8 + length + end:,}")
-    return tensors, about
+    return tensors, about, places
 
 
 def _entry(name: str, entry: Any, path: Path) -> tuple[TensorHeader, tuple[int, int]]:
@@ -261,12 +387,14 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[TensorHeader, tuple[int, 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _unsound(path, f"{brief(name)} is {brief(entry)}")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _unsound(path, f"{brief(name)} has dtype {brief(dtype)}: expected one of {sorted(DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _unsound(path, f"{brief(name)} has dtype {brief(dtype)}: expected one of {sorted(DTYPES)}")
     whole = all(isinstance(v, list) and all(type(n) is int and n >= 0 for n in v) for v in (shape, place))
-    if not whole or len(place) != 2 or place[1] - place[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise _unsound(path, f"{brief(name)} has shape {brief(shape)} and bytes {brief(place)}")
-    return TensorHeader(dtype, tuple(shape)), (place[0], place[1])
+    if whole and len(shape) <= MOST_DIMENSIONS and len(place) == 2:
+        tensor = TensorHeader(dtype, tuple(shape))
+        if place[1] - place[0] == tensor.nbytes:
+            return tensor, (place[0], place[1])
+    raise _unsound(path, f"{brief(name)} has shape {brief(shape)} and bytes {brief(place)}")
 
 
 def _unsound(path: Path, why: object) -> ArtifactError:

@@ -186,7 +186,7 @@ def told(repo_id: str) -> Iterator[None]:
 class Checkpoints:
     """Pushes again after every so many requests, from a thread; a push that fails is tried again with the state of then.
 
-    Requests from which nothing was learned cause no push.
+    Requests that leave the draft as it was cause no push.
 
     Args:
         draft: kept weakly, so that it can go.
@@ -199,7 +199,7 @@ class Checkpoints:
         self.error = ""  # of the last attempt, if it failed
         self._draft, self._push, self._every = weakref.ref(draft), push, every
         self._requests = 0  # since the last snapshot
-        self._steps = draft.steps  # that the last push had
+        self._version = draft.version  # that the last push had
         self._busy, self._closed = False, False
         self._change = threading.Condition()
         self._start()
@@ -248,9 +248,9 @@ class Checkpoints:
             draft = self._draft()
             if draft is None:
                 return
-            steps, error = draft.steps, ""
+            version, error = draft.version, ""
             try:
-                if steps != self._steps:
+                if version != self._version:
                     self._push.send(draft)
             except Exception as failure:  # a thread that ends for whatever reason would end all checkpoints
                 error = str(failure) or type(failure).__name__
@@ -263,6 +263,6 @@ class Checkpoints:
                     self._requests += due
                     wait_s = min(LONGEST_WAIT_S, 2 * wait_s or FIRST_WAIT_S)
                 else:
-                    self.pushed += steps != self._steps
-                    self._steps, wait_s = steps, 0.0
+                    self.pushed += version != self._version
+                    self._version, wait_s = version, 0.0
                 self._change.notify_all()

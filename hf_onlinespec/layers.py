@@ -51,6 +51,22 @@ def choose_layers(model: PreTrainedModel, wanted: Collection[str] | None) -> tup
     return [name for name in chosen if name not in left_out], left_out
 
 
+def adapted_layers(
+    model: PreTrainedModel, wanted: Collection[str] | None, blocks: int
+) -> tuple[list[str], dict[str, str]]:
+    """The same for an adapter of several blocks, whose gate follows the rows of the batch.
+
+    Args:
+        model: is tried on a few tokens where there are several blocks.
+        blocks: how many adapters stand side by side.
+    """
+    names, left_out = choose_layers(model, wanted)
+    if blocks > 1:
+        follow = follows_batch(model, names)
+        left_out |= {name: ROWS for name in names if name not in follow}
+    return [name for name in names if name not in left_out], left_out
+
+
 def _unfit(module: nn.Module) -> str | None:
     """Why a layer can carry no adapter; None: it can, or PEFT has to say."""
     if not isinstance(module, nn.Linear | Conv1D | nn.Embedding):

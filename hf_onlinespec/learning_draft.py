@@ -49,6 +49,7 @@ class LearningDraft(MemoryDraft):
 
     def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
         super().__init__(config)
+        self._begun = 0  # how often it began, on the model's weights as they were then
         # Held for one gradient step at a time. `lock` may be taken while it is held, not the other way round.
         self._learns = Lock()
         self.requests = weakref.WeakSet[Lesson]()  # feedback of those in progress
@@ -76,6 +77,7 @@ class LearningDraft(MemoryDraft):
             # The counters go on where a draft begins anew.
             learning.guard.rollbacks, learning.adaptation.removed = self.metrics.rollbacks, self.metrics.removed_experts
         self.identity, self.vocabulary, self._lora, self._learning = identity, vocabulary, lora, learning
+        self._begun += 1
         self._adaptation, self._replay = learning.adaptation, learning.replay
         self._positions = max_positions(lora.base.config)
         self._watch, self._source = ModelWatch(uncompiled(model)), weakref.ref(model)
@@ -126,6 +128,11 @@ class LearningDraft(MemoryDraft):
     def steps(self) -> int:
         """Gradient steps that the adapter has taken."""
         return self._adaptation.steps
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one whenever what is served has changed: by a step, an adapter that was adopted, an earlier state, a new base."""
+        return self._begun, self._lora.changes
 
     @property
     def learning_bytes(self) -> int:

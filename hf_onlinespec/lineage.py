@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError, brief
 
+LEFT_OUT = "merged_left_out"  # in place of "merged": how many lineages a shortened one does not tell
 MOST = 1e15  # of any number in a record: seconds, tokens, requests
 NUMBER, TEXT, NOTHING = (int, float), (str,), (type(None),)
 FIGURES = {
@@ -30,6 +31,8 @@ MACHINE = {
     "gpu": (str, *NOTHING),
     **{name: TEXT for name in ("platform", "python", "hf_onlinespec", "torch", "transformers", "peft")},
 }
+# Of what was merged into a draft: merges of merges that a lineage keeps, and lineages in all. Chosen: a card shows them.
+MOST_GENERATIONS, MOST_PARTS = 20, 200
 STRETCH = 5  # numbers of every stretch in a run's history
 TAUGHT = {"warm_start": ("texts", "prompts", "tokens"), "alignment": ("updates", "tokens")}  # and a target each
 
@@ -67,12 +70,40 @@ def check_lineage(lineage: Mapping[str, Any], where: str | Path) -> None:
             _check(part, {"target": (str, *NOTHING), **{count: (int,) for count in counts}}, f"{where}: {name}")
     if "distilled" in lineage:
         _check(_part(lineage, "distilled", where), {"rank": (int,), "relative_error": NUMBER}, f"{where}: distilled")
+    if LEFT_OUT in lineage:
+        _check(lineage, {LEFT_OUT: (int,)}, where)
     merged = lineage.get("merged", [])
     if not isinstance(merged, list) or not all(isinstance(part, Mapping) for part in merged):
         raise ArtifactError(f"{where} has merged={brief(merged)}: expected lineages.")
     for part in merged:
         _check(part, {"weight": NUMBER}, f"{where}: merged", least=-MOST)
         check_lineage(part, where if len(where) > 500 else f"{where}: merged")
+
+
+def shortened(merged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lineages of what was merged, without the most distant ones: merges of merges would grow without bound.
+
+    Where some are left out, `LEFT_OUT` says how many.
+    """
+    kept = [dict(part) for part in merged]
+    level, n = kept, len(kept)
+    for generation in range(1, MOST_GENERATIONS + 1):
+        below: list[dict[str, Any]] = []
+        for part in level:
+            parts = part.get("merged", [])
+            if parts and (generation == MOST_GENERATIONS or n + len(parts) > MOST_PARTS):
+                part[LEFT_OUT] = min(_count(part.pop("merged")), int(MOST))
+            elif parts:
+                part["merged"] = [dict(one) for one in parts]
+                below += part["merged"]
+                n += len(parts)
+        level = below
+    return kept
+
+
+def _count(merged: Sequence[Mapping[str, Any]]) -> int:
+    """How many lineages there are, those that were left out before included."""
+    return sum(1 + part.get(LEFT_OUT, 0) + _count(part.get("merged", [])) for part in merged)
 
 
 def _part(found: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:

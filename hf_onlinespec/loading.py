@@ -34,6 +34,7 @@ from .artifact import (
     Artifact,
     Outline,
     check_shapes,
+    check_size,
     header_of,
     is_artifact,
     read_json,
@@ -45,9 +46,10 @@ from .embedded import load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from .files import TensorHeader
 from .identity import EMBEDDED, Identity, public_name
-from .layers import choose_layers
+from .layers import adaptable_layers, adapted_layers
 from .lora_options import check_options
 from .memorization import KEY, loaded_history
+from .tree import borrow
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -76,10 +78,12 @@ def load(
         check_base(outline.base, Identity.of(base), force)
         # Only what fits may be made: the settings come from elsewhere, too.
         check_layers(_shapes(outline.adapter), outline.adapter_config["target_modules"], outline.settings, base)
+        check_size(outline.nbytes, base)
         artifact = Artifact.read(origin.folder)
         settings = config if config is not None else artifact.settings
         if not artifact.has_state:
             settings = one_expert(artifact.settings) if config is None else _as_adapter(config, artifact.adapter_config)
+            settings = replace(settings, target_modules=names_of(artifact.adapter_config["target_modules"], base))
         draft = make(base, settings)
         if artifact.has_state:
             draft.resume(artifact)
@@ -179,6 +183,7 @@ def read_plain_adapter(folder: Path, settings: OnlineSpecConfig, base: PreTraine
     parts = {name: tensor for name, tensor in header.items() if ".base_layer." not in name}
     check_shapes(parts, settings.rank, folder / ADAPTER)
     check_layers(_shapes(parts), settings.target_modules or (), settings, base)
+    check_size(sum(tensor.nbytes for tensor in parts.values()), base)
     own = {f"{PREFIX}{name}": weight for name, weight in base.state_dict().items()}
     beside = {name: name.replace(".base_layer.", ".") for name in header if name not in parts}
     for name, of in beside.items():
@@ -219,7 +224,7 @@ def check_layers(
         target_modules: the layers by PEFT's options; those of `settings` are ours.
     """
     modules = dict(base.named_modules())
-    ours = choose_layers(base, settings.target_modules)[0]
+    ours, _ = adapted_layers(borrow(base), settings.target_modules, settings.blocks)
     wanted: dict[str, tuple[str, int, int | None]] = {}  # part: layer, dimension, width
     for layer in ours:
         widths = _widths(modules[layer])
@@ -242,6 +247,11 @@ def check_layers(
                 f"The adapter has for {brief(name)}: {tuple(shapes[name])}, expected {width} in dimension {dimension}, as {layer} of "
                 "this base. It belongs to another base."
             )
+
+
+def names_of(layers: Sequence[str], base: PreTrainedModel) -> tuple[str, ...] | None:
+    """The layers of a base as the setting `target_modules` names them: None where they are those that it adapts by default."""
+    return None if set(layers) == set(adaptable_layers(base)) else tuple(sorted(layers))
 
 
 def matching(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .artifact import Artifact
-from .config import one_expert
+from .config import ENSEMBLE, one_expert
 from .identity import EMBEDDED, EMBEDDED_TARGET
 from .state import Saved
 
@@ -34,9 +34,12 @@ def public_version(artifact: Artifact) -> Artifact:
         "targets": [name for name in artifact.run["targets"] if is_public(name)],
         "machine": {name: machine[name] for name in KEPT_OF_MACHINE} | NOT_PUBLIC | {"gpu": gpu},
     }
+    settings = one_expert(artifact.settings)
+    if artifact.settings.learner == ENSEMBLE:  # which leaves out layers that one expert would adapt
+        settings = replace(settings, target_modules=tuple(artifact.adapter_config["target_modules"]))
     return replace(
         artifact,
-        settings=one_expert(artifact.settings),
+        settings=settings,
         base=base,
         adapter_config=artifact.adapter_config
         | {"base_model_name_or_path": base.name, "revision": None, "auto_mapping": None},

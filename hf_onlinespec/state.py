@@ -18,7 +18,7 @@ MOST_COUNT = 2**53  # of anything that is counted: a float holds it exactly
 class Saved:
     """One part of the state."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -80,7 +80,7 @@ def are_numbers(values: Any, most: float = 1e15) -> bool:
 
 def under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `name` and a dot, without it."""
-    return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+    return {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from .. import card
-from ..artifact import ADAPTER, STATE, Artifact
+from ..artifact import ADAPTER, STATE, Artifact, Outline
 from ..audit import audit, check_privacy
 from ..canaries import written
 from ..combining import combine, distil, no_evolved_draft, read
@@ -72,13 +72,13 @@ def run_inspect(source: str, revision: str | None = None) -> int:
     origin = locate(source, revision)
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(source)
-    artifact = Artifact.read(origin.folder)
-    default = OnlineSpecConfig().to_dict()
-    changed = {k: v for k, v in artifact.settings.to_dict().items() if v != default[k]}
-    run, total = artifact.run, artifact.run.get("total")
-    print(f"base: {printable(str(artifact.base))}")
-    print(f"learner: {artifact.settings.learner}; settings that are not the defaults: {changed or 'none'}")
-    print(f"came from: {printable(_came_from(artifact))}")
+    outline = Outline.read(origin.folder)
+    settings, run, lineage = outline.settings, outline.manifest["run"], outline.manifest["lineage"]
+    default, total = OnlineSpecConfig().to_dict(), run.get("total")
+    changed = {k: v for k, v in settings.to_dict().items() if v != default[k]}
+    print(f"base: {printable(str(outline.base))}")
+    print(f"learner: {settings.learner}; settings that are not the defaults: {changed or 'none'}")
+    print(f"came from: {printable(_came_from(lineage))}")
     print(f"targets: {printable(', '.join(run['targets'])) or 'none yet'}")
     print(
         f"served: {run.get('requests', 0)} requests, {run.get('new_tokens', 0)} new tokens, {run.get('updates', 0)} updates"
@@ -92,7 +92,7 @@ def run_inspect(source: str, revision: str | None = None) -> int:
                 f"{name}: acceptance length {figures['acceptance_length']:.2f}, {figures['tokens_per_s']:.0f} tokens/s, "
                 f"{figures['decode_tokens_per_s']:.0f} without learning"
             )
-    sizes = {ADAPTER: artifact.adapter} | ({STATE: artifact.state.tensors} if artifact.has_state else {})
+    sizes = {ADAPTER: outline.adapter} | ({STATE: outline.state} if outline.state else {})
     print(", ".join(f"{name}: {sum(t.nbytes for t in found.values()):,} bytes" for name, found in sizes.items()))
     return 0
 
@@ -102,11 +102,11 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-def _came_from(artifact: Artifact) -> str:
-    parent = artifact.lineage.get("parent")
+def _came_from(lineage: Mapping[str, Any]) -> str:
+    parent = lineage.get("parent")
     if parent is not None:
         return str(parent["source"]) + ("" if parent["revision"] is None else f" at {parent['revision']}")
-    return f"{len(artifact.lineage['merged'])} drafts, merged" if artifact.lineage.get("merged") else "a new adapter"
+    return f"{len(lineage['merged'])} drafts, merged" if lineage.get("merged") else "a new adapter"
 
 
 @in_own_options
