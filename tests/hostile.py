@@ -2,13 +2,14 @@
 
 `python -m tests.hostile --cases 100 --seed 0` tries some and tells how they ended. A folder either loads and serves correctly, or is
 refused with one of our errors: ArtifactError, or DraftError and HubError where it names a base that cannot be found. Every case goes
-through loading, saving, inspecting, merging and the card.
+through loading, saving, inspecting, merging, the card and pulling.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +31,7 @@ from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, HubError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec import card as cards
-from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, NEXT, STATE, Artifact, checksum, own_checksum
-from hf_onlinespec.cli.drafts import run_inspect
+from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, NEXT, STATE, Artifact, own_checksum
 from hf_onlinespec.combining import combine, read
 
 MOST_S, MOST_BYTES = 10, 1 << 30  # of one case: of the processor, and of memory
@@ -110,6 +111,32 @@ class TooLong(Exception):
 # What a folder is changed by
 
 
+def checksum_of(path: Path) -> str:
+    """The checksum of a file, at once also where it ends in a hole of many gigabytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        written = size if size < 1 << 28 else os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+        file.seek(0)
+        return f"{_with_zeros(zlib.crc32(file.read(written)), size - written):08x}"
+
+
+def _with_zeros(crc: int, n: int) -> int:
+    """The CRC-32 of the same data and n zero bytes: its remainder times x^(8n), as zlib's crc32_combine."""
+
+    def times(a: int, b: int) -> int:
+        product = 0
+        for bit in range(31, -1, -1):
+            product ^= b if a >> bit & 1 else 0
+            b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+        return product
+
+    power, factor = 1 << 23, 1 << 31  # x^8, and 1
+    while n:
+        factor = times(factor, power) if n & 1 else factor
+        power, n = times(power, power), n >> 1
+    return times(factor, crc ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
+
+
 def forge(folder: Path) -> None:
     """Makes the checksums right, so that what was changed is not merely taken for damage."""
     path = folder / CONFIG
@@ -119,8 +146,8 @@ def forge(folder: Path) -> None:
         manifest = json.loads((folder / CONFIG).read_text())
         for name in manifest["files"]:
             path = folder / name
-            if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 28:
-                manifest["files"][name] = checksum(path.read_bytes())
+            if path.is_file() and not path.is_symlink():
+                manifest["files"][name] = checksum_of(path)
         manifest["checksum"] = own_checksum(manifest)
         (folder / CONFIG).write_text(json.dumps(manifest))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
@@ -282,6 +309,59 @@ def _write(path: Path, header: dict[str, Any], data: bytes, text: bytes | None =
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+def enlarge(path: Path, nbytes: int, dtype: str = "F32", itemsize: int = 4) -> None:
+    """Adds layers of so many bytes to a file of tensors, whose numbers are a hole."""
+    header, data = _parts(path)
+    width, end, number = 1 << 22, len(data), 0
+    rank = (
+        next(entry["shape"][0] for name, entry in header.items() if ".lora_A." in name) if path.name == ADAPTER else 2
+    )
+    while end - len(data) < nbytes:
+        for part, shape in (("A", [rank, width]), ("B", [width, rank])):
+            place = [end, end + itemsize * rank * width]
+            header[f"base_model.model.more.{number}.lora_{part}.weight"] = dict(
+                dtype=dtype, shape=shape, data_offsets=place
+            )
+            end = place[1]
+        number += 1
+    _write(path, header, data)
+    os.truncate(path, path.stat().st_size + end - len(data))
+
+
+def change_size(folder: Path, rng: random.Random) -> None:
+    """Tensors of many gigabytes, with sound headers and checksums; none of them on the disk."""
+    enlarge(
+        folder / rng.choice((ADAPTER, STATE)),
+        rng.choice((1, 3, 5, 12)) << 30,
+        *rng.choice((("F32", 4), ("BF16", 2), ("F64", 8))),
+    )
+
+
+def change_rank(folder: Path, rng: random.Random) -> None:
+    """A draft of many ranks that fits its base: every file of it says so, and its numbers are holes."""
+    manifest = json.loads((folder / CONFIG).read_text())
+    settings = manifest["settings"]
+    blocks = settings["experts"] if settings["learner"] == "ensemble" else 1
+    before, rank = blocks * settings["rank"], rng.choice((64, 512, 16384)) // blocks
+    settings |= {"rank": rank, "alpha": float(rank), "snapshots": 64}
+    about = json.loads((folder / ADAPTER_CONFIG).read_text())
+    about |= {"r": blocks * rank, "lora_alpha": float(blocks * rank)}
+    (folder / CONFIG).write_text(json.dumps(manifest))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(about))
+    header, _ = _parts(folder / ADAPTER)
+    end = 0
+    for name in [name for name in header if name != "__metadata__"]:
+        shape = [blocks * rank if n == before else n for n in header[name]["shape"]]
+        header[name] = dict(dtype="F32", shape=shape, data_offsets=[end, end + 4 * math.prod(shape)])
+        end += 4 * math.prod(shape)
+    _write(folder / ADAPTER, header, b"")
+    os.truncate(folder / ADAPTER, (folder / ADAPTER).stat().st_size + end)
+    header, data = _parts(folder / STATE)
+    header["more"] = dict(dtype="F32", shape=[16 * end], data_offsets=[len(data), len(data) + 64 * end])
+    _write(folder / STATE, header, data)
+    os.truncate(folder / STATE, (folder / STATE).stat().st_size + 64 * end)
+
+
 def change_kind(folder: Path, rng: random.Random) -> None:
     """Something else in the place of a file: a link, a pipe, a device, a folder, a name of somebody else's file."""
     name = rng.choice((*FILES, NEXT, ".onlinespec_lock", f"{NEXT}/{CONFIG}"))
@@ -318,6 +398,8 @@ CHANGES: tuple[Callable[[Path, random.Random], None], ...] = (
     change_numbers,
     change_header,
     change_kind,
+    change_size,
+    change_rank,
 )
 
 
@@ -364,9 +446,9 @@ class Trial:
         started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             with time_limit(BLOCKED_S), memory_limit(MOST_BYTES):
-                ended = self._use(at)
+                ended = self._use(at, pulls=seed % 4 < 2)
         finally:
-            for path in (at, at.with_name(f"{at.name}-out")):
+            for path in (at, *at.parent.glob(f"{at.name}-*")):
                 shutil.rmtree(path, ignore_errors=True)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         spent = time.process_time() - started
@@ -375,9 +457,10 @@ class Trial:
         assert (self.folder / "other" / CONFIG).is_file(), "another's file was moved"
         return f"{change.__name__}: {ended}"
 
-    def _use(self, at: Path) -> str:
+    def _use(self, at: Path, pulls: bool) -> str:
         ended = []
-        for use in (self._load, self._inspect, self._merge, self._card):
+        # Pulling draws a figure, which takes longer than the rest: in half of the cases.
+        for use in (self._load, self._inspect, self._merge, self._card, *([self._pull] if pulls else [])):
             try:
                 use(at)
                 ended.append("served")
@@ -392,8 +475,11 @@ class Trial:
         OnlineDraft.from_pretrained(at, self.base())
 
     def _inspect(self, at: Path) -> None:
-        with quiet():
-            run_inspect(str(at))
+        inspect(at)
+
+    def _pull(self, at: Path) -> None:
+        """From a folder, which takes the place of a repository."""
+        pull(at, at.with_name(f"{at.name}-pulled"))
 
     def _merge(self, at: Path) -> None:
         draft = combine([read(at), read(self.folder / "other")], self.base())
@@ -401,6 +487,22 @@ class Trial:
 
     def _card(self, at: Path) -> None:
         cards.write(Artifact.read(at), at.with_name(f"{at.name}-out"), draw=False)
+
+
+def inspect(folder: Path) -> None:
+    """The command of this name."""
+    from hf_onlinespec.cli.drafts import run_inspect
+
+    with quiet():
+        run_inspect(str(folder))
+
+
+def pull(folder: Path, into: Path) -> None:
+    """The command of this name."""
+    from hf_onlinespec.cli.drafts import run_pull
+
+    with quiet():
+        run_pull(str(folder), into, None)
 
 
 @contextmanager

@@ -655,3 +655,17 @@ def test_a_draft_without_its_state_takes_the_place_of_one_with_it(tmp_path: Path
     assert not (tmp_path / STATE).exists() and not (tmp_path / NEXT).exists()
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
     assert torch.equal(again._lora.params, draft._lora.params) and again.metrics.requests == 0
+
+
+def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.save_pretrained(tmp_path)
+    before = draft._lora.params.clone()
+    draft._lora.move(torch.ones_like(before))
+    statement = draft.lineage["data_statement"] = "x" * (9 << 20)
+    with pytest.raises(ArtifactError, match="can be read again"):
+        draft.save_pretrained(tmp_path)
+    assert torch.equal(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._lora.params, before)
+    draft.lineage["data_statement"] = statement[:1000]
+    draft.save_pretrained(tmp_path)
+    assert OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)).lineage["data_statement"] == statement[:1000]

@@ -12,6 +12,7 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import Artifact
 from hf_onlinespec.combining import Factors, combine, distil, nearest, read
 from hf_onlinespec.errors import ArtifactError, ConfigError
+from hf_onlinespec.lineage import LEFT_OUT, shortened
 
 from .conftest import tiny_gpt2, tiny_llama
 
@@ -212,3 +213,36 @@ def test_settings_to_go_on_with() -> None:
     whole = combine([artifact, artifact], tiny_llama(2), config=OnlineSpecConfig(learner="ogd", lr=0.5, lookahead=7))
     assert (whole.settings.learner, whole.settings.lr, whole.settings.lookahead) == ("ogd", 0.5, 7)
     assert (whole.settings.rank, whole.settings.alpha) == (4, 4.0)
+
+
+def parts(lineage: dict) -> int:
+    """How many lineages of what was merged are told."""
+    return sum(1 + parts(part) for part in lineage.get("merged", []))
+
+
+def test_merges_of_merges_are_saved_however_many(tmp_path) -> None:
+    """The most distant lineages are left out, and the card says how many."""
+    one = evolved(tiny_llama(2), 3).artifact()
+    lineage: dict = {"warm_start": {"target": None, "texts": 7, "prompts": 0, "tokens": 9}}
+    for _ in range(48):  # a chain
+        lineage = {"merged": [{**lineage, "weight": 0.5}, {"weight": 0.5}]}
+    for _ in range(9):  # each with itself
+        whole = combine([replace(one, lineage=lineage)] * 2, tiny_llama(2))
+        lineage = whole.lineage
+    whole.save_pretrained(tmp_path)
+    again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
+    assert again.lineage["merged"] == whole.lineage["merged"] and parts(again.lineage) <= 200
+    assert [part["weight"] for part in again.lineage["merged"]] == [0.5, 0.5]
+    assert "drafts, directly or not, which are left out here" in (tmp_path / "README.md").read_text()
+
+
+def test_what_a_long_lineage_leaves_out_is_counted() -> None:
+    lineage: dict = {}
+    for _ in range(120):
+        lineage = {"merged": shortened([{**lineage, "weight": 0.5}, {"weight": 0.5}])}
+    told, counted, part = parts(lineage), 0, lineage
+    while "merged" in part:
+        part = part["merged"][0]
+        counted += part.get(LEFT_OUT, 0)
+    assert told < 120 and told + counted == 240
+    assert shortened([{"weight": 1.0, "parent": None}]) == [{"weight": 1.0, "parent": None}]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import random
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,25 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, LOCK, NEXT, STATE
+from hf_onlinespec import card as cards
+from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, LOCK, NEXT, STATE, Artifact, own_checksum
+from hf_onlinespec.combining import combine, read
 
 from .conftest import tiny_llama
-from .hostile import FILES, MOST_BYTES, Trial, forge, memory_limit, time_limit
+from .hostile import (
+    BLOCKED_S,
+    FILES,
+    MOST_BYTES,
+    MOST_S,
+    Trial,
+    change_rank,
+    enlarge,
+    forge,
+    inspect,
+    memory_limit,
+    pull,
+    time_limit,
+)
 from .test_artifact import REPEATABLE, TOKENS
 
 CASES, SEED = 100, 12
@@ -30,15 +49,31 @@ pytestmark = [
 ]
 
 
-def saved(folder: Path, seed: int = 2, **settings: Any) -> Path:
-    OnlineDraft(tiny_llama(seed), OnlineSpecConfig(**REPEATABLE | settings)).save_pretrained(folder)
+@functools.cache
+def template() -> dict[str, bytes]:
+    """The files of a saved draft."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return {name: (Path(folder) / name).read_bytes() for name in FILES}
+
+
+def save(folder: Path, **settings: Any) -> Path:
+    OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE | settings)).save_pretrained(folder)
     return folder
 
 
-def ending(use: Callable[[], object]) -> str:
+def saved(folder: Path) -> Path:
+    """A folder with a saved draft."""
+    folder.mkdir(exist_ok=True)
+    for name, data in template().items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def ending(use: Callable[[], object], most_bytes: int = MOST_BYTES) -> str:
     """How something ends within some seconds and some memory: "done", "refused", or the name of another exception."""
     try:
-        with time_limit(20), memory_limit(MOST_BYTES):
+        with time_limit(BLOCKED_S), memory_limit(most_bytes):
             use()
     except ArtifactError:
         return "refused"
@@ -68,18 +103,17 @@ def test_changed_folders_serve_correctly_or_are_refused(target: PreTrainedModel,
 def test_a_lock_that_is_anothers_file_is_not_emptied(link: Callable[[Path, Path], None], tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     saved(tmp_path / "draft")
-    (tmp_path / "draft" / LOCK).unlink()
     link(tmp_path / "draft" / LOCK, tmp_path / "victim")
-    ending(lambda: saved(tmp_path / "draft"))
+    ending(lambda: save(tmp_path / "draft"))
     assert (tmp_path / "victim").read_text() == "mine"
 
 
 def test_a_set_aside_that_is_anothers_folder_is_left_there(tmp_path: Path) -> None:
     saved(tmp_path / "draft")
-    saved(tmp_path / "other", alpha=3.0)
+    save(tmp_path / "other", alpha=3.0)
     (tmp_path / "draft" / NEXT).symlink_to(tmp_path / "other")
     assert load(tmp_path / "draft").settings.alpha == 2.0
-    assert ending(lambda: saved(tmp_path / "draft")) == "refused"
+    assert ending(lambda: save(tmp_path / "draft")) == "refused"
     assert load(tmp_path / "other").settings.alpha == 3.0
 
 
@@ -110,6 +144,42 @@ def test_what_is_no_file_of_a_draft_is_refused_at_once(make: Callable[[Path], No
     (saved(tmp_path) / name).unlink()
     make(tmp_path / name)
     assert ending(lambda: load(tmp_path)) == "refused"
+
+
+def test_a_set_aside_that_is_not_ours_is_kept_and_saving_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Complete by its names or not: a save would lose what a live draft has learned."""
+    draft = load(saved(tmp_path))
+    for number, name in enumerate((CONFIG, "notes.txt"), 1):
+        (tmp_path / NEXT).mkdir()
+        (tmp_path / NEXT / name).write_text("mine")
+        draft._lora.move(torch.ones_like(draft._lora.params))
+        assert ending(lambda: draft.save_pretrained(tmp_path)) == "done"
+        assert torch.equal(load(tmp_path)._lora.params, draft._lora.params)
+        assert [path.read_text() for path in tmp_path.glob(f"*/{name}")] == ["mine"]
+        assert len(caplog.records) == number and NEXT in caplog.text
+
+
+def test_a_set_aside_that_cannot_be_read_is_kept_and_saving_goes_on(tmp_path: Path) -> None:
+    draft = load(saved(tmp_path / "draft"))
+    (tmp_path / "draft" / NEXT).mkdir()
+    (tmp_path / "draft" / NEXT / "notes.txt").write_text("mine")
+    (tmp_path / "draft" / NEXT).chmod(0)
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.chmod(tmp_path.parent.parent, 0o755)
+        for path in (tmp_path.parent, tmp_path, tmp_path / "draft", *(tmp_path / "draft").iterdir()):
+            os.chown(path, 65534, -1)
+        os.seteuid(65534)
+    try:
+        assert ending(lambda: draft.save_pretrained(tmp_path / "draft")) == "done"
+    finally:
+        os.seteuid(user)
+    assert torch.equal(load(tmp_path / "draft")._lora.params, draft._lora.params)
+    (kept,) = tmp_path.glob(f"draft/{NEXT}*")
+    kept.chmod(0o700)
+    assert (kept / "notes.txt").read_text() == "mine"
 
 
 def test_links_to_files_are_read(tmp_path: Path) -> None:
@@ -203,6 +273,68 @@ def test_a_layer_that_the_base_does_not_have(tmp_path: Path) -> None:
     tensors["base_model.model.more.lora_B.weight"] = torch.zeros(7, 2)
     save_file(tensors, tmp_path / ADAPTER)
     forge(tmp_path)
+    assert ending(lambda: load(tmp_path)) == "refused"
+
+
+# What is claimed is not allocated
+
+
+USES: dict[str, Callable[[Path], object]] = {
+    "load": load,
+    "inspect": inspect,
+    "pull": lambda at: pull(at, at.parent / "pulled"),
+    "merge": lambda at: combine([read(at), read(at)], tiny_llama(2)),
+    "card": lambda at: cards.write(Artifact.read(at), at.parent / "card", draw=False),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("name", [ADAPTER, STATE])
+def test_a_file_of_many_gigabytes_takes_little_memory_and_time(
+    name: str, use: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """Its header and its checksum are sound, and nearly all of it is a hole."""
+    enlarge(saved(tmp_path / "draft") / name, 6 << 30)
+    forge(tmp_path / "draft")
+    told = use is inspect and name == ADAPTER  # from its header alone
+    started = time.process_time()
+    assert ending(lambda: use(tmp_path / "draft"), 1 << 28) == ("done" if told else "refused")
+    assert time.process_time() - started < MOST_S
+
+
+def test_a_rank_that_fits_and_takes_gigabytes_is_refused(tmp_path: Path) -> None:
+    change_rank(saved(tmp_path), Fixed())
+    forge(tmp_path)
+    assert ending(lambda: load(tmp_path)) == "refused"
+
+
+class Fixed(random.Random):
+    """Chooses the last."""
+
+    def choice(self, values: Sequence[Any]) -> Any:
+        return values[-1]
+
+
+def test_tensors_are_copied_without_being_held(tmp_path: Path) -> None:
+    """A large draft is sent on by who has not the memory to serve it."""
+    enlarge(saved(tmp_path / "draft") / ADAPTER, 96 << 20)
+    forge(tmp_path / "draft")
+    assert ending(lambda: pull(tmp_path / "draft", tmp_path / "pulled"), 1 << 26) == "done"
+    sizes = {name: (tmp_path / "pulled" / name).stat().st_size for name in (ADAPTER, STATE)}
+    assert sizes[ADAPTER] > 96 << 20
+    before, after = (Artifact.read(tmp_path / name) for name in ("draft", "pulled"))
+    assert list(before.adapter) == list(after.adapter)
+    for one, other in ((before.adapter, after.adapter), (before.state.tensors, after.state.tensors)):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert before.state.values == after.state.values
+
+
+def test_as_many_values_as_fit_into_a_file_are_refused(tmp_path: Path) -> None:
+    """A few megabytes of numbers would take seconds, whenever they are read."""
+    manifest = json.loads((saved(tmp_path) / CONFIG).read_text())
+    manifest["lineage"]["more"] = [1] * 600_000
+    manifest["checksum"] = own_checksum(manifest)
+    (tmp_path / CONFIG).write_text(json.dumps(manifest))
     assert ending(lambda: load(tmp_path)) == "refused"
 
 

@@ -424,3 +424,17 @@ def test_a_licence_is_stated(hub: LoopbackHub, draft: OnlineDraft) -> None:
     for wrong in ("", "Apache 2.0\n---", 3):
         with pytest.raises(ConfigError, match="license="):
             draft.push_to_hub(REPO, license=wrong)  # type: ignore[arg-type]
+
+
+def test_an_adapter_that_was_adopted_is_pushed(hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel) -> None:
+    """After as many steps as the one before."""
+    adapter = draft.artifact().adapter
+    draft.adopt(adapter)
+    draft.push_to_hub(REPO, checkpoint_every=1)
+    assert draft.checkpoints is not None
+    steps = draft.steps
+    draft.adopt({name: tensor + 1 for name, tensor in adapter.items()})
+    assert draft.steps == steps
+    target.generate(TOKENS[:1], max_new_tokens=4, assistant_model=draft, onlinespec=False)
+    assert draft.checkpoints.wait(20) and draft.checkpoints.pushed == 1
+    draft.checkpoints.close()

@@ -261,3 +261,23 @@ def test_what_is_learned_when_idle_is_judged_at_the_temperature_of_its_call(prom
         target.generate(prompt, assistant_model=draft, **sampled)
         assert draft.catch_up(LONG_S)
     assert len(told) == 32 and min(told) > 0.999
+
+
+def test_nothing_is_learned_between_examining_and_saving(
+    target, draft_model, prompt, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is what was examined."""
+    draft = OnlineDraft(draft_model, replace(IDLE, update_every=1, replay_passes=0))
+    target.generate(prompt, assistant_model=draft, **GREEDY)
+    assert draft.catch_up(LONG_S)
+    steps: list[int] = []
+
+    def examine(draft: OnlineDraft, seconds: float) -> None:
+        target.generate(prompt, assistant_model=draft, **GREEDY)  # hands over a request
+        assert not draft.catch_up(0.3), "it is learned from while the draft is examined"
+        steps.append(draft.steps)
+
+    monkeypatch.setattr("hf_onlinespec.draft.examine", examine)
+    draft.save_pretrained(tmp_path)
+    assert OnlineDraft.from_pretrained(tmp_path, draft_model).steps == steps[0] >= 1
+    assert draft.catch_up(LONG_S) and draft.steps > steps[0]

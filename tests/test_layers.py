@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from transformers import (
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapters import GatedLora
+from hf_onlinespec.combining import combine
+from hf_onlinespec.public import public_version
 
 from .tiny_models import SPOKEN, random_model, tiny_llama
 
@@ -179,3 +182,38 @@ def test_rows_of_a_batch_are_the_experts_one_by_one(make) -> None:
         folded = lora.served(tokens[row : row + 1]).logits[0]
         torch.testing.assert_close(together[row], folded, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(together[2], lora.base(tokens[2:]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+SERVED: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
+    "named": ("llama4", "optimistic", ("router", "q_proj")),
+    "expert's name": ("deepseek", "optimistic", ("gate_proj", "o_proj")),
+    "flattened": ("opt", "ensemble", None),
+    "selected": ("jetmoe", "ensemble", None),
+    "named and selected": ("qwen2_moe", "ensemble", ("shared_expert_gate", "q_proj", "up_proj")),
+}
+
+
+@pytest.mark.parametrize(("name", "learner", "layers"), SERVED.values(), ids=SERVED)
+@torch.no_grad()
+def test_layers_that_are_left_out_are_left_out_of_what_is_saved(
+    name: str, learner: str, layers: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    """Loaded again, from its public version, and combined with itself it says the same."""
+    settings = OnlineSpecConfig(lookahead=3, update_every=1, rank=2, alpha=2.0, learner=learner, target_modules=layers)
+    target = tiny_llama(1, layers=2)
+    try:
+        draft = OnlineDraft(model_of(name), settings)
+        target.generate(TOKENS[:1], assistant_model=draft, max_new_tokens=8, do_sample=False)
+    except Exception as error:
+        pytest.fail(f"it does not learn: {error!r}")
+    assert draft.metrics.updates
+    live = draft(TOKENS).logits
+    draft.save_pretrained(tmp_path / "whole")
+    public_version(draft.artifact()).write(tmp_path / "public")
+    again = OnlineDraft.from_pretrained(tmp_path / "whole", model_of(name))
+    assert torch.equal(again(TOKENS).logits, live) and repr(again) == repr(draft)
+    for config in (None, OnlineSpecConfig(lookahead=3)):
+        one = OnlineDraft.from_pretrained(tmp_path / "public", model_of(name), config)
+        torch.testing.assert_close(one(TOKENS).logits, live, atol=1e-4, rtol=1e-4)
+    both = combine([draft.artifact(), one.artifact()], model_of(name))
+    torch.testing.assert_close(both(TOKENS).logits, live, atol=1e-4, rtol=1e-4)

@@ -17,6 +17,7 @@ from hf_onlinespec.audit import check_privacy
 from hf_onlinespec.canaries import learn, make_canaries, plant, probe, written
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
+from hf_onlinespec.memorization import examine, history
 from hf_onlinespec.warm_start import warm_start
 
 from .conftest import tiny_llama
@@ -302,3 +303,15 @@ def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp
     assert "earlier state" not in refusal(again)
     again._learning.guard.rollbacks += 1
     assert "earlier state" in refusal(again)
+
+
+def test_what_was_examined_was_the_adapter_of_then() -> None:
+    """Another one, taught the same texts, takes as many steps."""
+    draft = OnlineDraft(tiny_llama(2), TINY)
+    adapter = draft.artifact().adapter
+    texts = [torch.arange(30) % 32]
+    draft.adopt(adapter, texts=texts)
+    examine(draft, 60)
+    assert history(draft).unexamined == 0
+    draft.adopt({name: tensor + 1 for name, tensor in adapter.items()}, texts=texts)
+    assert history(draft).unexamined == 1

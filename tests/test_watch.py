@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -133,3 +134,39 @@ def test_a_callable_notices_too(target, draft_model, prompt) -> None:
     one_step(draft_model)
     with pytest.warns(UserWarning, match="changed after it was wrapped"):
         target.generate(prompt, custom_generate=draft.generate_fn(), do_sample=False, max_new_tokens=4)
+
+
+def test_of_two_threads_that_notice_a_change_one_begins_anew(
+    target, draft_model, prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the second would throw away what was learned since the first."""
+    draft = OnlineDraft(draft_model, SETTINGS)
+    serve(target, draft, prompt)
+    one_step(draft_model)
+    noticed, change = threading.Barrier(2, timeout=30), draft._watch.change
+    looks: dict[int, int] = {}
+
+    def both() -> str | None:
+        """Neither begins before both have looked."""
+        found, own = change(), threading.get_ident()
+        looks[own] = looks.get(own, 0) + 1
+        if looks[own] == 1:
+            noticed.wait()
+        return found
+
+    monkeypatch.setattr(draft._watch, "change", both)
+    numbers: list[str] = []
+
+    def begin() -> None:
+        draft.begin_anew_if_changed()
+        numbers.append(draft.lineage["draft"])
+
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert len(told) == 1 and "begins anew" in str(told[0].message)
+    assert len(numbers) == 2 and numbers[0] == numbers[1]
