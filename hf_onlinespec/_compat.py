@@ -351,11 +351,11 @@ def disable_lora(layer: LoraLayer, disabled: bool) -> None:
 
 def expert_names(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     """The module names that PEFT would turn into the fused expert weights of this class, which were modules in transformers 4."""
-    found = set()
+    found, mapping = set(), get_model_conversion_mapping(model)
     for name in names:
         settings = LoraConfig(target_modules=[name], task_type="CAUSAL_LM")
         try:
-            convert_peft_config_for_transformers(settings, model, get_model_conversion_mapping(model))
+            convert_peft_config_for_transformers(settings, model, mapping)
         except ValueError:  # it wants all the names of one fused weight
             found.add(name)
         else:

@@ -40,7 +40,7 @@ def borrow(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_modules(model: M, instead: Mapping[int, Tensor | nn.Module]) -> M:
-    """A copy of a module tree that shares all tensors, without hooks.
+    """A copy of a module tree that shares its parameters and all buffers but those that a forward may write to, without hooks.
 
     Args:
         instead: by the ids of parameters and modules, what stands in their place in the copy.
@@ -97,10 +97,22 @@ def _module(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
     own: nn.Module = module.__class__.__new__(module.__class__)
     twins[id(module)] = own
     for name, value in module_state(module).items():
-        if "_hooks" in name and isinstance(value, dict):
+        if name == "_buffers":
+            vars(own)[name] = {key: _own_buffer(buffer, twins) for key, buffer in value.items()}
+        elif "_hooks" in name and isinstance(value, dict):
             vars(own)[name] = type(value)((key, hook) for key, hook in value.items() if _computes_weight(hook))
         else:
             vars(own)[name] = _twin(value, twins)
+    return own
+
+
+def _own_buffer(buffer: Tensor | None, twins: dict[int, Any]) -> Tensor | None:
+    """Frequencies of positions (n,) that long RoPE overwrites in every forward, which another thread may be in: its own ones."""
+    if buffer is None or buffer.dim() != 1 or not buffer.is_floating_point():
+        return buffer
+    if id(buffer) not in twins:
+        twins[id(buffer)] = buffer.detach().clone()
+    own: Tensor = twins[id(buffer)]
     return own
 
 

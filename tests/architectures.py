@@ -17,8 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_onlinespec._compat import CACHE
-from tests.tiny_models import random_model
+from tests.tiny_models import CACHE, random_model
 
 TABLE_OF = "5.23"  # the release of transformers whose classes are listed
 SERVED = "served"

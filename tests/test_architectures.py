@@ -34,9 +34,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, OnlineSpecError, UnsupportedError, online_memory
-from hf_onlinespec._compat import CACHE
 from tests.architectures import ARCHITECTURES, LIMIT, PLAIN, SERVED, TABLE_OF, VOCAB, WINDOW, Architecture
 from tests.conftest import tiny_llama
+from tests.tiny_models import CACHE
 
 TIE = 1e-4  # of the two best logits: float32 differs by about 1e-5 from one shape of a forward to another
 

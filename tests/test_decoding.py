@@ -19,10 +19,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec._compat import CACHE
 from hf_onlinespec.candidates import OnlineCandidateGenerator, Proposal
 
 from .conftest import tiny_gpt2, tiny_llama
+from .tiny_models import CACHE
 
 LEARNING = OnlineSpecConfig(update_when="round", rank=4, alpha=4.0, lr=3e-3, lookahead=4)
 

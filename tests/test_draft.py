@@ -7,13 +7,13 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec._compat import CACHE
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.governor import Plan
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.preference import PREFERENCE_TOKENS
 
 from .conftest import tiny_llama
+from .tiny_models import CACHE
 
 PLAIN = OnlineSpecConfig(
     rank=4, alpha=4.0, preconditioner="none", learner="ogd", lr=0.1, max_grad_norm=1e9, replay_passes=0

@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
-from hf_onlinespec._compat import CACHE
 
 from .conftest import tiny_llama
+from .tiny_models import CACHE
 
 # Whatever the memory holds is drafted, four tokens at a time.
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)

@@ -14,10 +14,10 @@ from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineSpecConfig, online_memory
-from hf_onlinespec._compat import CACHE
 
 from .conftest import tiny_llama
 from .test_verifier import gemma3, paligemma, qwen2_vl
+from .tiny_models import CACHE
 
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)
 

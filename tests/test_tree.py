@@ -10,11 +10,13 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
-from transformers import PreTrainedModel
+from transformers import Phi3Config, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.canaries import learn, written
 
 from .conftest import tiny_llama
+from .tiny_models import SPOKEN, random_model
 
 SETTINGS = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3, update_every=1)
 TOKENS = torch.tensor([[1, 5, 9, 2, 30, 7]])
@@ -143,3 +145,35 @@ def test_weights_are_shared_also_where_hooks_are_not(draft_model) -> None:
         pytest.fail(str(error))
     theirs = {weight.data_ptr() for weight in draft_model.parameters()}
     assert {weight.data_ptr() for name, weight in tree.named_parameters() if "lora_" not in name} == theirs
+
+
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+
+
+def test_frequencies_that_a_forward_overwrites_are_the_draft_s_own() -> None:
+    """Long RoPE writes the frequencies for the length at hand into a buffer, which another thread's forward may be reading."""
+    shape = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    config = Phi3Config(
+        **SPOKEN | shape,
+        vocab_size=32,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters=LONG,
+    )
+    target = random_model(config, 1)
+    draft = OnlineDraft(target, SETTINGS)  # of itself: its modules are the target's, but for what learns
+    learn(draft, [written(torch.arange(1, 13), 6)])
+    long = torch.arange(24)[None]
+    with torch.no_grad():
+        before = target(long).logits
+        frequencies = {name: buffer.clone() for name, buffer in target.named_buffers()}
+        draft(TOKENS)  # both of its trees
+        learn(draft, [written(torch.arange(1, 13), 6)])
+        assert len(frequencies) > 0
+        assert all(torch.equal(buffer, frequencies[name]) for name, buffer in target.named_buffers())
+        short = {name: buffer.clone() for name, buffer in draft._lora.base.named_buffers()}
+        target(long)
+        assert all(torch.equal(buffer, short[name]) for name, buffer in draft._lora.base.named_buffers())
+        assert torch.equal(target(long).logits, before)

@@ -32,16 +32,18 @@ from transformers import (
     QuantizedCache,
     Qwen2_5OmniTalkerForConditionalGeneration,
     Qwen2VLConfig,
+    Qwen3OmniMoeTalkerForConditionalGeneration,
     ReformerConfig,
     StaticCache,
+    VoxtralRealtimeForConditionalGeneration,
 )
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, UnsupportedError, online_memory
-from hf_onlinespec._compat import CACHE
 
 from .conftest import tiny_gpt2, tiny_llama
+from .tiny_models import CACHE
 
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)  # whatever the memory holds is drafted, four tokens at a time
 IMAGE = 5  # the token that stands for a part of a picture
@@ -324,7 +326,15 @@ def test_what_a_class_carries_from_token_to_token_is_carried_here_too(target, pr
     assert "Counts" in online_memory(counting).metrics.decisions.drafting
 
 
-@pytest.mark.parametrize("kind", [MoshiForConditionalGeneration, Qwen2_5OmniTalkerForConditionalGeneration])
+TALKERS = [
+    MoshiForConditionalGeneration,
+    Qwen2_5OmniTalkerForConditionalGeneration,
+    Qwen3OmniMoeTalkerForConditionalGeneration,
+    VoxtralRealtimeForConditionalGeneration,
+]
+
+
+@pytest.mark.parametrize("kind", TALKERS, ids=lambda kind: kind.__name__)
 def test_what_talkers_carry_from_token_to_token_is_refused_by_name(target, prompt, kind) -> None:
     class Talker(type(target)):  # type: ignore[misc]
         _update_model_kwargs_for_generation = kind._update_model_kwargs_for_generation

@@ -15,6 +15,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
+
+# What the KV cache is called in inputs and outputs; said here too, so that these tests can be run against earlier packages.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 # No special tokens: an end of sequence would end most requests early, as a random model writes anything. Weights so wide that the
 # logits are spread enough for sampling to matter.
