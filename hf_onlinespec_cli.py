@@ -298,33 +298,6 @@ def try_(
 
 @app.command()
 @reports_errors
-def bench(
-    prompts: PromptsOption,
-    target: TargetOption = None,
-    draft: DraftOption = None,
-    embedded: EmbeddedOption = False,
-    new_tokens: NewTokensOption = 64,
-    limit: LimitOption = None,
-    temperature: TemperatureOption = 0.0,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = None,
-    seed: SeedOption = 0,
-) -> int:
-    """Measure whether a learning draft pays for your own models and prompts.
-
-    Sends your prompts through three ways of generating, request by request: plain, transformers' assisted generation with
-    its best number of draft tokens, and ours learning. The last line says whether it pays.
-
-    Example: `hf-onlinespec bench --target ./target --draft ./draft --prompts mine.jsonl`
-    """
-    from hf_onlinespec.cli.measure import OwnModels, run_bench
-
-    models = OwnModels(target, draft, embedded, dtype.value, device)
-    return run_bench(models, prompts, new_tokens, limit, temperature, seed)
-
-
-@app.command()
-@reports_errors
 def serve(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="The model to be served: a folder or a name on the Hub.")

@@ -1,6 +1,6 @@
 """Measuring ways of generating against each other: every request goes through all arms, in a rotating order, before the next.
 
-An arm is what it adds to the arguments of `generate`. The demo, the command `bench` and `benchmarks/` share this code.
+An arm is what it adds to the arguments of `generate`. The demo, the command `try` and `benchmarks/` share this code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from .embedded import load_draft
 from .errors import ConfigError
 from .memory_draft import MemoryDraft, online_memory
 from .metrics import Counts
-from .tree import borrow
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
 WARM_UPS = 2  # unmeasured prompts through every arm
@@ -354,10 +353,7 @@ def speed_ratio(
     return Ratio(ratios[0].item(), low, high)
 
 
-# `hf-onlinespec bench`: the user's own models and prompts
-
-OWN_ARMS = {PLAIN: "plain", "transformers": "transformers assisted", "ours": "ours learning"}
-CALIBRATION_PROMPTS = 4  # the first ones of the user's
+# The user's own prompts
 
 
 def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]:
@@ -390,42 +386,20 @@ def _text(line: str, where: str) -> tuple[str, str]:
     return text, str(item.get("domain", ""))
 
 
-def check_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, target: PretrainedConfig) -> None:
-    """Raises ConfigError where a prompt is empty for the tokenizer, or leaves no room for the new tokens."""
-    for at, prompt in enumerate(prompts, 1):
-        length, longest = len(tokenizer(prompt.text).input_ids), max_positions(target) - prompt.new_tokens
-        if not 0 < length <= longest:
+def fits(length: int, target: PretrainedConfig, new_tokens: int) -> bool:
+    """Whether the target takes a prompt of so many tokens, and the new ones behind it."""
+    return 0 < length <= max_positions(target) - new_tokens
+
+
+def check_lengths(prompts: Sequence[Prompt], lengths: Sequence[int], target: PretrainedConfig) -> None:
+    """Raises ConfigError where a prompt is empty for the tokenizer, or leaves no room for the new tokens.
+
+    Args:
+        lengths: of the prompts, in tokens.
+    """
+    for at, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), 1):
+        if not fits(length, target, prompt.new_tokens):
+            longest = max_positions(target) - prompt.new_tokens
             raise ConfigError(
                 f"Prompt {at} has {length} tokens: the target takes from 1 to {longest}, and {prompt.new_tokens} new ones."
             )
-
-
-def own_arms(draft: PreTrainedModel, assistant_tokens: int) -> dict[str, Arm]:
-    """Plain, transformers' assisted generation, and ours with a new adapter. The draft's weights are shared by all."""
-    return {
-        PLAIN: {},
-        "transformers": {"assistant_model": stock_draft(assistant_tokens, borrow(draft))},
-        "ours": {"assistant_model": OnlineDraft(draft)},
-    }
-
-
-def calibrate_own(runner: Runner, draft: PreTrainedModel, prompts: Sequence[Prompt]) -> Calibration:
-    """Warms up and calibrates on the first prompts, which are measured later, to the advantage of transformers' arm."""
-    runner.warm_up(prompts[:1], own_arms(draft, ASSISTANT_TOKENS[0]))
-    few = prompts[:CALIBRATION_PROMPTS]
-    return calibrate(runner, few, lambda k: stock_draft(k, borrow(draft)), ASSISTANT_TOKENS, "of the same file")
-
-
-def verdict(records: Sequence[Record]) -> str:
-    """Whether a learning draft paid, in one sentence."""
-    arms = by_arm(records)
-    ratios = {
-        "plain generate": round(speed_ratio(arms["ours"], arms[PLAIN]).value, 2),
-        "transformers' assisted generation": round(speed_ratio(arms["ours"], arms["transformers"]).value, 2),
-    }
-    n = len(arms["ours"])
-    words = " and ".join(f"{ratio:.2f} times as fast as {name}" for name, ratio in ratios.items())
-    words = f"On {'this prompt' if n == 1 else f'these {n} prompts'}, generation with a learning draft is {words}"
-    words += " (learning included)"
-    fastest = min(ratios, key=lambda name: ratios[name])
-    return f"{words}." if ratios[fastest] > 1 else f"{words}: it does not pay, {fastest} is the better choice."

@@ -1,4 +1,4 @@
-"""What the demo and `bench` show of their numbers: the figure, the tables, and the last line in words; the card's curve."""
+"""What the demo shows of its numbers: the figure, the tables, and the last line in words; the card's curve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .bench import OUTPUTS, Record, speed_ratio, totals
+from .bench import Record
 from .demo import ARMS, summarise
 from .regret import RegretReport
 
@@ -238,24 +238,3 @@ def _compared(ratio: float) -> str:
     if percent == 0:
         return "as fast as"
     return f"{percent}% {'faster' if ratio > 1 else 'slower'} than"
-
-
-def comparison(records: Mapping[str, Sequence[Record]]) -> None:
-    """Prints one column per arm of `bench`, the last one being ours: its speeds, and how much faster ours is."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for label in records:
-        table.add_column(label, justify="right", no_wrap=True)
-    sums = [totals(own) for own in records.values()]
-    table.add_row("acceptance length", *(f"{total.acceptance_length:.2f}" for total in sums))
-    table.add_row("decode-only tokens/s", *(f"{total.decode_tokens_per_s:.1f}" for total in sums))
-    table.add_row("net tokens/s", *(f"{total.tokens_per_s:.1f}" for total in sums))
-    table.add_row("update share", *(f"{total.update_share:.1%}" if total.update_time_s else "" for total in sums))
-    *others, ours = records.values()
-    table.add_row("ours ÷ this (95 %)", *(str(speed_ratio(ours, other)) for other in others))
-    for kind in OUTPUTS:
-        counts = [sum(record.output == kind for record in own) for own in records.values()]
-        if any(counts):
-            words = {"identical": "identical to plain", "tie": "parted at a tie", "different": "different"}[kind]
-            table.add_row(words, "", *(str(count) for count in counts[1:]))
-    Console(highlight=False).print(table, "")

@@ -1,10 +1,9 @@
-"""The measuring: records, ratios and words; `hf-onlinespec bench` on the embedded pair; the parts of benchmarks/."""
+"""The measuring: records and ratios; what is refused of one's own prompts and models; the parts of benchmarks/."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from hf_onlinespec import bench
-from hf_onlinespec.bench import PLAIN, Record, Runner, by_arm, speed_ratio, totals, verdict
-from hf_onlinespec.cli import measure
+from hf_onlinespec.bench import PLAIN, Record, Runner, speed_ratio
 from hf_onlinespec.embedded import EmbeddedPair, prompts
 from hf_onlinespec_cli import main
 
@@ -30,13 +28,6 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 pytestmark = pytest.mark.usefixtures("process_settings")
-
-
-@pytest.fixture
-def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saves the time of calibrating."""
-    monkeypatch.setattr(bench, "ASSISTANT_TOKENS", (2,))
-    monkeypatch.setattr(bench, "CALIBRATION_PROMPTS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +42,6 @@ def scripts() -> Iterator[SimpleNamespace]:
 def record(arm: str, request: int = 0, wall_time_s: float = 1.0, **kwargs: Any) -> Record:
     values: dict[str, Any] = dict(segment=1, domain="shell", new_tokens=10, target_forwards=5, update_time_s=0.0)
     return Record(request=request, arm=arm, wall_time_s=wall_time_s, **values | {"output": None} | kwargs)
-
-
-def own(plain_s: float, stock_s: float, ours_s: float, n: int = 2) -> list[Record]:
-    """Records of `bench`: n requests through its arms."""
-    times = {PLAIN: plain_s, "transformers": stock_s, "ours": ours_s}
-    return [record(arm, request, seconds) for request in range(n) for arm, seconds in times.items()]
 
 
 # Numbers and words
@@ -80,32 +65,6 @@ def test_ratio_needs_the_same_requests() -> None:
         speed_ratio([record("ours", 0)], [])
 
 
-@pytest.mark.parametrize(
-    ("times", "words"),
-    [
-        (
-            (2.62, 2.4, 2.0),
-            "On these 2 prompts, generation with a learning draft is 1.31 times as fast as plain generate and 1.20 times "
-            "as fast as transformers' assisted generation (learning included).",
-        ),
-        (
-            (1.66, 2.4, 2.0),
-            "On these 2 prompts, generation with a learning draft is 0.83 times as fast as plain generate and 1.20 times "
-            "as fast as transformers' assisted generation (learning included): it does not pay, plain generate is the better choice.",
-        ),
-        (
-            (2.4, 1.9, 2.0),
-            "On these 2 prompts, generation with a learning draft is 1.20 times as fast as plain generate and 0.95 times "
-            "as fast as transformers' assisted generation (learning included): it does not pay, "
-            "transformers' assisted generation is the better choice.",
-        ),
-    ],
-)
-def test_the_verdict_says_when_it_does_not_pay(times: tuple[float, float, float], words: str) -> None:
-    assert verdict(own(*times)) == words
-    assert verdict(own(*times, n=1)).startswith("On this prompt, generation")
-
-
 def test_outputs_are_compared_with_plains(pair: EmbeddedPair, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner(pair.target, pair.tokenizer, 0.0, 0)
     plain = torch.tensor([[0, 5, 6, 7]])
@@ -117,72 +76,12 @@ def test_outputs_are_compared_with_plains(pair: EmbeddedPair, monkeypatch: pytes
     assert runner.compare(plain, other) == "tie"
 
 
-# hf-onlinespec bench
+# The user's own prompts and models
 
 
 def write(path: Path, texts: list[str]) -> Path:
     path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts) + "\n\n", encoding="utf-8")
     return path
-
-
-@pytest.mark.usefixtures("uncalibrated")
-def test_the_last_line_comes_from_the_rows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Record] = []
-
-    def listening(records: list[Record]) -> str:
-        seen.extend(records)
-        return verdict(records)
-
-    monkeypatch.setattr(measure, "verdict", listening)
-    file = write(tmp_path / "mine.jsonl", prompts("orders")[:4])
-    assert main(["bench", "--embedded", "--prompts", str(file), "--new-tokens", "6", "--limit", "3"]) == 0
-
-    assert [(r.request, r.arm) for r in seen] == [(i, arm) for i in range(3) for arm in bench.OWN_ARMS]
-    assert all(r.domain == "mine" and 1 <= r.new_tokens <= 6 for r in seen)
-    # A tie is decided by rounding, which differs between machines.
-    assert all(r.output in ((None,) if r.arm == PLAIN else ("identical", "tie")) for r in seen)
-    assert all(r.update_time_s == 0 for r in seen if r.arm != "ours")
-    speeds = {arm: totals(some).tokens_per_s for arm, some in by_arm(seen).items()}
-    printed = capsys.readouterr().out
-    numbers = [float(x) for x in re.findall(r"(\d+\.\d\d) times as fast", printed.splitlines()[-1])]
-    assert numbers == [round(speeds["ours"] / speeds[arm], 2) for arm in (PLAIN, "transformers")]
-    assert printed.splitlines()[-1].startswith("On these 3 prompts, generation with a learning draft is ")
-    for words in (
-        "on 1 prompt of the same file",
-        "Chosen: 2",
-        *bench.OWN_ARMS.values(),
-        "update share",
-        "net tokens/s",
-    ):
-        assert words in printed
-    assert f"{speeds['ours']:.1f}" in printed and str(speed_ratio(by_arm(seen)["ours"], by_arm(seen)[PLAIN])) in printed
-
-
-@pytest.mark.usefixtures("uncalibrated")
-def test_own_models_and_an_interrupt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pair: EmbeddedPair
-) -> None:
-    for name, seed in (("target", 1), ("draft", 2)):
-        tiny_llama(seed, vocab=2048).save_pretrained(tmp_path / name)
-        pair.tokenizer.save_pretrained(tmp_path / name)
-    measure = Runner.measure
-
-    def interrupted(self: Runner, number: int, *args: Any) -> list[Record]:
-        if number == 2:
-            raise KeyboardInterrupt
-        return measure(self, number, *args)
-
-    monkeypatch.setattr(Runner, "measure", interrupted)
-    models = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft"), "--device", "cpu"]
-    file = str(write(tmp_path / "mine.jsonl", ["one", "two", "three"]))
-    sampled = ["--temperature", "0.9", "--dtype", "float32", "--new-tokens", "4"]
-    assert main(["bench", *models, "--prompts", file, *sampled]) == 130
-    printed = capsys.readouterr().out
-    assert "Interrupted: only the finished prompts count." in printed
-    assert printed.splitlines()[-1].startswith("On these 2 prompts, ")
-    assert "identical" not in printed  # sampled outputs are not compared
 
 
 @pytest.mark.parametrize(
@@ -209,13 +108,11 @@ def test_bad_prompts(content: bytes | None, message: str, tmp_path: Path, refuse
 
 def test_bad_models(tmp_path: Path, refused: Any) -> None:
     file = str(write(tmp_path / "mine.jsonl", ["one"]))
-    for name, vocab in (("target", 32), ("draft", 2048), ("near", 33)):
+    for name, vocab in (("target", 32), ("draft", 2048)):
         LlamaConfig(vocab_size=vocab).save_pretrained(tmp_path / name)
     target, draft, none = (str(tmp_path / name) for name in ("target", "draft", "none"))
     words = refused("--target", target, "--draft", draft, "--prompts", file)
     assert "The target has 32 tokens in its vocabulary (config.vocab_size) and the draft 2048" in words
-    words = refused("--target", target, "--draft", str(tmp_path / "near"), "--prompts", file)
-    assert "transformers' assisted generation, which is measured beside it, does not" in words
     assert f"--draft {none}: no such folder" in refused("--target", target, "--draft", none, "--prompts", file)
     lost = refused("--target", target, "--draft", target, "--prompts", file, "--device", "nowhere")
     assert "--device nowhere: torch cannot use it here" in lost
@@ -231,8 +128,8 @@ def test_bad_values(option: tuple[str, str], tmp_path: Path, refused: Any) -> No
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs `bench`, which must refuse before it loads a model, and gives the error."""
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs `record`, which must refuse before it loads a model, and gives the error."""
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -240,7 +137,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
 
     def run(*arguments: str) -> str:
-        assert main(["bench", *arguments]) == 2
+        assert main(["record", "--out", str(tmp_path / "run.safetensors"), *arguments]) == 2
         printed, errors = capsys.readouterr()
         assert not printed and errors.startswith("hf-onlinespec: error: ")
         return errors

@@ -1,4 +1,4 @@
-"""The commands that measure: `demo` and `bench` show what a learning draft gains and costs, `record` and `regret` why."""
+"""The commands that measure on a recording or the embedded pair: `demo` shows what a learning draft gains and costs, `record` and `regret` why."""
 
 from __future__ import annotations
 
@@ -12,18 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import card
-from ..bench import (
-    OWN_ARMS,
-    Prompt,
-    Record,
-    Runner,
-    by_arm,
-    calibrate_own,
-    check_lengths,
-    load_prompts,
-    own_arms,
-    verdict,
-)
+from ..bench import Prompt, Record, check_lengths, load_prompts
 from ..config import OnlineSpecConfig
 from ..demo import Bench, Settings, choose_prompts, summarise
 from ..embedded import FOLDER
@@ -97,7 +86,7 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
 
 @dataclass(frozen=True)
 class OwnModels:
-    """The user's target and draft, as the options of `bench` and `record` name them."""
+    """The user's target and draft, as the options of `record` name them."""
 
     target: str | None
     draft: str | None
@@ -105,14 +94,8 @@ class OwnModels:
     dtype: str = AUTO
     device: str | None = None
 
-    def load(
-        self, prompts: Sequence[Prompt], compares: bool = False
-    ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-        """Target, draft and tokenizer; whatever can be refused is refused before weights are read. Raises ConfigError.
-
-        Args:
-            compares: whether transformers' own assisted generation is measured too.
-        """
+    def load(self, prompts: Sequence[Prompt]) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+        """Target, draft and tokenizer; whatever can be refused is refused before weights are read. Raises ConfigError."""
         names, dtype = {"--target": self.target or "", "--draft": self.draft or ""}, self.dtype
         if sum(name is not None for name in (self.target, self.draft)) != (0 if self.embedded else 2):
             raise ConfigError("Give both --target and --draft, or --embedded alone.")
@@ -123,25 +106,16 @@ class OwnModels:
         quiet_libraries()
         config, other = (load_config(option, name) for option, name in names.items())
         check_vocabularies(config, other)
-        sizes = [c.get_text_config().vocab_size for c in (config, other)]
-        if compares and sizes[0] != sizes[1]:
-            raise ConfigError(
-                f"The target has {sizes[0]} tokens in its vocabulary and the draft {sizes[1]}: our loop takes that, but transformers' "
-                "assisted generation, which is measured beside it, does not. Take a draft of the target's size."
-            )
         tokenizer = load_tokenizer("--target", names["--target"])
-        check_lengths(prompts, tokenizer, config)
+        check_lengths(prompts, [len(tokenizer(prompt.text).input_ids) for prompt in prompts], config)
         target, draft = (load_model(option, name, dtype, device) for option, name in names.items())
         return target, draft, tokenizer
 
 
-def run_bench(
-    models: OwnModels, prompts_file: Path, new_tokens: int, limit: int | None, temperature: float, seed: int
+def run_record(
+    models: OwnModels, prompts_file: Path, out: Path, new_tokens: int, limit: int | None, temperature: float, seed: int
 ) -> int:
-    """Measures the user's models on their prompts."""
-    check_extra("bench", "demo")
-    from .. import plots  # only now: it needs the optional packages
-
+    """Records what the user's target says to their prompts."""
     for option, value, least in (
         ("--new-tokens", new_tokens, 1),
         ("--limit", limit, 1),
@@ -149,37 +123,6 @@ def run_bench(
     ):
         if value is not None and not least <= value < float("inf"):
             raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
-    prompts = load_prompts(prompts_file, limit, new_tokens)
-    target, draft, tokenizer = models.load(prompts, compares=True)
-    runner = Runner(target, tokenizer, temperature, seed)
-    calibration = calibrate_own(runner, draft, prompts)
-    print(calibration, flush=True)
-    arms = own_arms(draft, calibration.chosen)
-    records: list[Record] = []
-    interrupted = False
-    try:
-        for number, prompt in enumerate(prompts):
-            records += runner.measure(number, 1, prompt, arms)
-            if (number + 1) % plots.PROGRESS_EVERY == 0:
-                print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        if not records:
-            raise
-        interrupted = True
-        print("Interrupted: only the finished prompts count.")
-    plots.comparison({OWN_ARMS[arm]: some for arm, some in by_arm(records).items()})
-    print(verdict(records))
-    return INTERRUPTED if interrupted else 0
-
-
-def run_record(
-    models: OwnModels, prompts_file: Path, out: Path, new_tokens: int, limit: int | None, temperature: float, seed: int
-) -> int:
-    """Records what the user's target says to their prompts."""
-    if new_tokens < 1 or not 0 <= temperature < float("inf"):
-        raise ConfigError(
-            f"--new-tokens {new_tokens}, --temperature {temperature}: expected at least 1 and at least 0."
-        )
     check_folder(out.parent, f"--out {out}")
     prompts = load_prompts(prompts_file, limit, new_tokens)
     target, _, tokenizer = models.load(prompts)

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .. import __version__
 from .._compat import max_positions
-from ..bench import Prompt, load_prompts
+from ..bench import Prompt, check_lengths, fits, load_prompts
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..machine import machine
@@ -166,7 +166,7 @@ def _prepared(
 ) -> tuple[Trial, dict[str, Any]]:
     """The trial, its models loaded, and what `code_for` has to know of them. What can be refused is refused before weights are read."""
     device = best_device(settings.device)
-    config = load_config("--target" if settings.draft else "TARGET", settings.target)
+    config = load_config("TARGET", settings.target)
     if settings.draft is not None:
         check_vocabularies(config, load_config("--draft", settings.draft))
     tokenizer = load_tokenizer("TARGET", settings.target)
@@ -211,14 +211,12 @@ def _prompts(
 ) -> tuple[list[Prompt], list[str]]:
     """The prompts, and what has to be said about them. Raises ConfigError: one of the user's does not fit."""
     prompts = shipped_prompts(new_tokens) if file is None else load_prompts(file, None, new_tokens)
-    encode, longest = encoder(tokenizer), max_positions(config) - new_tokens
+    encode = encoder(tokenizer)
     lengths = [encode(prompt.text)["input_ids"].shape[1] for prompt in prompts]
-    fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if 0 < length <= longest]
-    if file is not None and len(fitting) < len(prompts):
-        at = next(i for i, length in enumerate(lengths) if not 0 < length <= longest)
-        raise ConfigError(
-            f"Prompt {at + 1} has {lengths[at]} tokens: the target takes from 1 to {longest}, and {new_tokens} new ones."
-        )
+    if file is not None:
+        check_lengths(prompts, lengths, config)
+        return prompts, []
+    fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if fits(length, config, new_tokens)]
     if not fitting:
         raise ConfigError(
             f"The target takes {max_positions(config)} tokens: none of the prompts fits beside {new_tokens} new ones. Use --new-tokens."
