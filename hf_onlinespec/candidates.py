@@ -35,6 +35,8 @@ from .vocabulary import Vocabulary
 if TYPE_CHECKING:
     from .memory_draft import MemoryDraft
 
+NOTHING_LEARNS = "there is no draft model: the suffix memory holds what was written, and has nothing to learn"
+
 
 class OnlineCandidateGenerator(CandidateGenerator):
     """Drafts for one request and hands its feedback to the draft.
@@ -322,6 +324,12 @@ class OnlineCandidateGenerator(CandidateGenerator):
             with schedule.attempt():
                 schedule.learn_of_request(unseen)
         decisions = self._governor.decisions
+        with failures.records.attempt(), self._draft.lock:
+            if schedule is not None and schedule.worked and failures.learning.worked():
+                self._governor.effort.say(f"learning works again after: {failures.learning.reason}")
+            verdict = self._governor.effort.verdict if schedule is not None else ""
+            outcome = NOTHING_LEARNS if schedule is None else schedule.outcome()
+            decisions.learning = f"{outcome}; {verdict}" if verdict else outcome
         for worked, what in (
             (self._proposes, failures.proposing),
             (self._drafted and self._drafts, failures.drafting),
@@ -329,8 +337,6 @@ class OnlineCandidateGenerator(CandidateGenerator):
         ):
             if worked and what.worked():
                 decisions.drafting = f"drafting works again after: {what.reason}"
-        if schedule is not None and schedule.worked and failures.learning.worked():
-            decisions.learning = f"learning works again after: {failures.learning.reason}"
 
     def close(self, started: float) -> None:
         """The end of the call, finished or broken off; `started`: when it began."""

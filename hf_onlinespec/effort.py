@@ -44,6 +44,7 @@ class Effort:
     def __init__(self, budget: float, passes: int, decisions: Decisions) -> None:
         self._budget, self._passes, self._decisions = budget, passes, decisions
         decisions.effort = FIRST_EFFORT
+        self.verdict = ""  # what was found out about learning the last time, and what follows; empty: nothing yet
         self._parts = {frozen: _Part() for frozen in (False, True)}
         self._bank_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
@@ -122,7 +123,7 @@ class Effort:
             if part.effort == LEAST_EFFORT:  # comparisons are rare there
                 part.window_size = 2 * FIRST_WINDOW
         self._decisions.effort = part.effort
-        self._decisions.learning = (
+        self.say(
             f"the last {len(part.window)} comparisons show a gain of {gain:+.1%} (±{doubt:.1%}) in tokens per round, "
             f"at {share:.1%} of the time: effort {part.effort:.3g}"
         )
@@ -131,7 +132,7 @@ class Effort:
         """Full effort: there is something to learn."""
         part = self._parts[frozen]
         part.effort = self._decisions.effort = 1.0
-        self._decisions.learning = f"{reason}: full effort"
+        self.say(f"{reason}: full effort")
         part.begin()
 
     def rest(self, reason: str) -> None:
@@ -140,4 +141,16 @@ class Effort:
             part.begin()
             part.effort, part.window_size = LEAST_EFFORT, 2 * FIRST_WINDOW
         self._decisions.effort = LEAST_EFFORT
-        self._decisions.learning = f"{reason}: effort {LEAST_EFFORT:.3g}"
+        self.say(f"{reason}: effort {LEAST_EFFORT:.3g}")
+
+    def say(self, verdict: str) -> None:
+        """Notes what holds until something else is found out."""
+        self.verdict = self._decisions.learning = verdict
+
+    def account(self) -> str:
+        """What gradient steps take, and what there is for them, in words."""
+        share = f"the {self._budget * self._decisions.effort:.1%} of the decoding time that learning may take"
+        if not self._step_s:
+            return f"it took more than {share}, and came to no gradient step"
+        steps = 1 + self._passes
+        return f"{steps} gradient steps take {steps * self._step_s:.2g} s, and {max(0.0, self._bank_s):.2g} s are left of {share}"

@@ -74,6 +74,16 @@ class IdleWorker(Generic[Item]):
             self._start()
             self._change.notify_all()
 
+    @property
+    def waiting(self) -> int:
+        """Items that wait."""
+        return len(self._items)
+
+    @property
+    def failure(self) -> str:
+        """Why nothing is done at present; empty: nothing has failed, or it works again."""
+        return self._backoff.reason if self._backoff.failing else ""
+
     def _take(self) -> Item:
         item, nbytes = self._items.popleft()
         self.nbytes -= nbytes

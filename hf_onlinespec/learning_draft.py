@@ -327,6 +327,13 @@ class LearningDraft(MemoryDraft):
         assert self._idle is not None
         self._idle.add((feedback, temperature))
 
+    @property
+    def idle_outcome(self) -> str:
+        """What becomes of requests that are learned when nothing is generated, in words."""
+        assert self._idle is not None
+        waiting = f"learned when nothing is generated: {counted(self._idle.waiting, 'request')} waiting"
+        return self._idle.failure or f"{waiting}, {counted(self.metrics.idle_updates, 'gradient step')} taken so far"
+
     def catch_up(self, timeout_s: float | None = None) -> bool:
         """Waits until everything that was handed to the worker is learned, and whether it was.
 

@@ -15,6 +15,7 @@ from .feedback import FeedbackRecorder
 from .lesson import Lesson
 from .metrics import Counts
 from .recall import MemoryInRequest
+from .summary import counted
 
 
 class LearningSchedule:
@@ -39,6 +40,7 @@ class LearningSchedule:
         self._model, self._draft, self._counts, self._temperature = model, model.draft, counts, temperature
         self._settings, self._governor = self._draft.settings, self._draft.governor
         self._failures = self._draft.failures
+        self._asked = learns
         self._learns = self._failures.learning.begin() and learns
         # Of the target's raw logits; None: nothing is learned here.
         self.recorder = FeedbackRecorder(self.attempt) if self._learns else None
@@ -49,7 +51,7 @@ class LearningSchedule:
         self.waits = False  # whether anything is decided by them: only then is an accelerator waited for
         self.rounds = 0
         self._memory = memory
-        self._learned = False
+        self._learned = self._recorded = self._put_off = False
         self._lesson = self._begin_lesson()
 
     # Beside decoding nothing may fail a call, see failures.py.
@@ -97,6 +99,7 @@ class LearningSchedule:
         rows = self.recorder.take(n)  # (batch, n, vocab)
         seen = max(0, min(n, self._draft.positions + 1 - before))
         if seen:
+            self._recorded = True
             self._lesson.record(rows[:, :seen].to(self._draft.device), before + seen)
 
     def learn_of_round(self) -> None:
@@ -180,6 +183,7 @@ class LearningSchedule:
         if settings.update_every == "auto" and self.timed:
             steps = self._worthwhile_steps()
             if not steps:
+                self._put_off = True
                 self._governor.decisions.updates_put_off += 1
                 if unseen:
                     self._look(tokens)
@@ -195,6 +199,29 @@ class LearningSchedule:
             self._draft.fold()
         finally:
             self._charge(started, before)
+
+    def outcome(self) -> str:
+        """Whether this request was learned from, and why not, in words."""
+        counts, draft = self._counts, self._draft
+        if not self._asked:
+            return "the last request was only drafted for: onlinespec=False"
+        if counts.updates:
+            return f"the last request was learned from, in {counted(counts.updates, 'gradient step')}"
+        if counts.skipped_updates:
+            return "the last request was not learned from: its gradients were not finite"
+        if not self._recorded:
+            return f"the last request was not learned from: it lies beyond the {draft.positions} tokens that the draft can read"
+        if self._settings.update_when == "idle":
+            return draft.idle_outcome
+        if not self._put_off:
+            return (
+                "the last request was not learned from: the target has said nothing about tokens that the draft knows"
+            )
+        if not self._affordable_steps():
+            return f"the last request was not learned from: {self._governor.effort.account()}"
+        return (
+            "the last request was not learned from: when it began, there was no time to ask the memory at every token"
+        )
 
     @property
     def _keeps(self) -> bool:
