@@ -25,7 +25,7 @@ from .audit import check_privacy
 from .card import write
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn
-from .errors import NotAModelError
+from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
 from .forks import Lock
 from .hub import Checkpoints, Push
@@ -200,25 +200,31 @@ class OnlineDraft(LearningDraft):
     def push_to_hub(
         self,
         repo_id: str,
-        private: bool = True,
+        private: bool | None = True,
         data_statement: str | None = None,
         checkpoint_every: int | None = None,
-        token: str | None = None,
-        message: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
         tag: str | None = None,
         force: bool = False,
         skip_audit: bool = False,
         with_state: bool | None = None,
         license: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        message: str | None = None,
     ) -> str:
         """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash.
 
         Args:
-            repo_id: "user/name"; made where it does not exist.
-            private: a public push needs a `data_statement`, and passes the privacy audit first.
+            repo_id: "user/name", or "name" for a repository of your own; made where it does not exist.
+            private: a public push needs a `data_statement`, and passes the privacy audit first. None, transformers' default, is
+                private here: a draft that was trained on prompts is user data.
             data_statement: what the draft was trained on, for the card.
             checkpoint_every: push again after so many requests, from a thread that no call waits for: `checkpoints`, whose
                 `close()` ends them. None: checkpoints that are on go on.
+            token: of the Hub; None or True: the one that `hf auth login` keeps; False: none.
+            commit_message: None: says how many tokens the draft has served.
             tag: a name for this state, a milestone.
             force: push over another's commit.
             skip_audit: push publicly without the privacy audit, for text that is public anyway.
@@ -226,13 +232,35 @@ class OnlineDraft(LearningDraft):
                 way (machine, names of folders). None: in a private push. Without it `from_pretrained` begins learning anew, from
                 the adapter that was sent.
             license: of the adapter, as the Hub names it ("apache-2.0"), for the card. None: what was stated before, if anything.
+            revision: the branch to push to, made where it does not exist; None: main.
+            create_pr: open a pull request, in place of a commit.
+            message: the same as `commit_message`.
 
         Raises:
+            ConfigError: an argument is not well-formed.
             HubError: not pushed; the draft is as it was, and `save_pretrained` needs no network.
             PrivacyError: a public push without a statement, or one that would show what was in users' text.
         """
-        options = Push(repo_id, private, data_statement, token, message, tag, force, skip_audit, with_state, license)
+        if message is not None and commit_message is not None:
+            raise ConfigError(f"commit_message={commit_message!r} and message={message!r}: give one of the two.")
+        private = private is not False
+        said = commit_message if message is None else message
+        options = Push(
+            repo_id,
+            private,
+            data_statement,
+            token,
+            said,
+            tag,
+            force,
+            skip_audit,
+            with_state,
+            license,
+            revision,
+            create_pr,
+        )
         options.check(checkpoint_every)
+        options = options.named()
         with self._learns:  # whatever is sent, the audit has seen
             if not private and not skip_audit:
                 check_privacy(self)

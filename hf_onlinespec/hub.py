@@ -39,19 +39,28 @@ class Push:
     repo_id: str
     private: bool = True
     data_statement: str | None = None
-    token: str | None = None
+    token: str | bool | None = None
     message: str | None = None
     tag: str | None = None
     force: bool = False  # also over a commit that the draft does not go on from
     skip_audit: bool = False  # of a public push
     with_state: bool | None = None  # whether what learning needs to go on is sent, too; None: only in a private push
     license: str | None = None  # of the adapter, as the Hub names it; None: what was stated before, if anything was
+    revision: str | None = None  # the branch, made where it does not exist; None: main
+    create_pr: bool = False  # as a pull request, in place of a commit
 
     def check(self, checkpoint_every: int | None) -> None:
         """Refuses what is not well-formed, before anything is sent. Raises ConfigError, PrivacyError."""
         repo_id = self.repo_id
-        if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
-            raise ConfigError(f'repo_id={repo_id!r}: expected "user/name".')
+        if not isinstance(repo_id, str) or repo_id.count("/") > 1 or not all(repo_id.split("/")):
+            raise ConfigError(f'repo_id={repo_id!r}: expected "user/name", or "name" for a repository of your own.')
+        if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
+            raise ConfigError(f"revision={brief(self.revision)}: expected the name of a branch, or None.")
+        if self.create_pr and (self.revision not in (None, "main") or checkpoint_every is not None):
+            raise ConfigError(
+                "create_pr=True opens one pull request against main: leave out revision= and checkpoint_every=. "
+                'A pull request that is open is pushed to with revision="refs/pr/N".'
+            )
         whole = isinstance(checkpoint_every, int) and not isinstance(checkpoint_every, bool)
         if checkpoint_every is not None and (not whole or checkpoint_every < 1):
             raise ConfigError(
@@ -81,6 +90,14 @@ class Push:
                 "by the audit. Send checkpoints to a private repository."
             )
 
+    def named(self) -> Push:
+        """The same with the user's name in front of a repository's own, as transformers takes it. Raises HubError."""
+        if "/" in self.repo_id:
+            return self
+        with told(self.repo_id):
+            user = HfApi(token=self.token).whoami()["name"]
+        return replace(self, repo_id=f"{user}/{self.repo_id}")
+
     def send(self, draft: OnlineDraft, artifact: Artifact | None = None) -> str:
         """Sends the draft, and returns the commit's hash; the draft goes on from that commit.
 
@@ -95,7 +112,9 @@ class Push:
             artifact = draft.artifact() if artifact is None else artifact
             commit = self.commit(artifact, known_parent(draft.lineage, self.repo_id))
             # Only now: of a push that failed nothing is left.
-            draft.lineage |= self.stated | {"parent": {"source": self.repo_id, "revision": commit}}
+            draft.lineage |= self.stated
+            if not self.create_pr:  # else it goes on from where it was, until somebody merges it
+                draft.lineage |= {"parent": {"source": self.repo_id, "revision": commit}}
         self.name_it(commit)
         return commit
 
@@ -137,9 +156,14 @@ class Push:
                     f"{repo_id} is there already, and private. Push to a new repository: whoever makes that one public shows all "
                     "its earlier commits, which no audit has seen."
                 )
+            if self.revision is not None and not self.create_pr:
+                if not self.revision.startswith("refs/pr/"):
+                    api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+                info = api.model_info(repo_id, revision=self.revision, timeout=TIMEOUT_S)
             there = {file.rfilename for file in info.siblings or []}
             holds = CONFIG in there
-            if holds and not self.force and info.sha != parent and not _is_own(api, repo_id, info.sha, artifact):
+            overwrites = holds and not self.create_pr and not self.force
+            if overwrites and info.sha != parent and not _is_own(api, repo_id, info.sha, artifact):
                 raise HubError(
                     f"{repo_id} holds an evolved draft of commit {info.sha}, and this one goes on from "
                     f"{parent or 'none of its'}: another push came first. Load that one and combine the two, push to another "
@@ -152,7 +176,11 @@ class Push:
                 [*(CommitOperationAdd(file.name, file) for file in files), *stale],
                 commit_message=self.message or f"Evolved draft after {artifact.run['new_tokens']} new tokens",
                 parent_commit=info.sha,
+                revision=self.revision,
+                create_pr=self.create_pr,
             )
+            if commit.pr_url is not None:
+                _log.info("%s: opened as %s", repo_id, commit.pr_url)
         return str(commit.oid)
 
 

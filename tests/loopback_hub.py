@@ -1,7 +1,7 @@
 """A small Hub in memory, on the loopback address, that speaks what the installed huggingface_hub client sends.
 
 It keeps each commit with its whole tree, so that old revisions, tags and two pushers at once can be tested without a
-network, and it fails on demand. It knows models with one branch: no datasets, pull requests or Xet. The fixture `hub`
+network, and it fails on demand. It knows models, their branches and pull requests: no datasets or Xet. The fixture `hub`
 in conftest.py starts one and points the clients of this process at it.
 """
 
@@ -62,6 +62,8 @@ class Repo:
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)  # by sha, oldest first
     tags: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, Commit] = field(default_factory=dict)  # beside main; pull requests as refs/pr/N
+    elsewhere: dict[str, Commit] = field(default_factory=dict)  # commits that are not main's, by sha
     objects: dict[str, bytes] = field(default_factory=dict)  # what came by LFS, by its sha256
 
     @property
@@ -69,18 +71,26 @@ class Repo:
         return list(self.commits.values())[-1]
 
     def at(self, revision: str) -> Commit:
-        """The commit that main, a tag or a full sha names."""
+        """The commit that main, another branch, a tag or a full sha names."""
+        if revision in self.branches:
+            return self.branches[revision]
         sha = self.head.sha if revision == "main" else self.tags.get(revision, revision)
-        if sha not in self.commits:
+        found = self.commits.get(sha) or self.elsewhere.get(sha)
+        if found is None:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.commits[sha]
+        return found
 
-    def commit(self, files: Mapping[str, File], title: str, message: str = "") -> Commit:
+    def commit(self, files: Mapping[str, File], title: str, message: str = "", branch: str = "main") -> Commit:
         # The count tells apart two commits of the same files, as time does on the Hub.
-        state = [len(self.commits), title, message, sorted((path, file.oid) for path, file in files.items())]
+        count = len(self.commits) + len(self.elsewhere)
+        state = [count, title, message, sorted((path, file.oid) for path, file in files.items())]
         sha = hashlib.sha1(json.dumps(state).encode()).hexdigest()
-        self.commits[sha] = Commit(sha, files, title, message)
-        return self.commits[sha]
+        made = Commit(sha, files, title, message)
+        if branch == "main":
+            self.commits[sha] = made
+        else:
+            self.elsewhere[sha] = self.branches[branch] = made
+        return made
 
 
 @dataclass
@@ -226,11 +236,22 @@ class LoopbackHub:
                 if self._repo(ask, owner, name, write=True).tags.pop(tag, None) is None:
                     raise HubError(404, f"Invalid rev id: {tag}", "RevisionNotFound")
                 return {}
-            case ["POST", "api", "models", owner, name, "preupload" | "commit" as what, revision]:
+            case ["POST", "api", "models", owner, name, "branch", branch]:
                 repo = self._repo(ask, owner, name, write=True)
-                if revision != "main":
+                if branch == "main" or branch in repo.branches:
+                    raise HubError(409, f"Reference already exists: {branch}")
+                repo.branches[branch] = repo.head
+                return {}
+            case ["POST", "api", "models", owner, name, "preupload" | "commit" as what, revision]:
+                opens = "create_pr=1" in ask.query
+                repo = self._repo(ask, owner, name, write=not opens)
+                if revision != "main" and revision not in repo.branches:
                     raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-                return self._preupload(ask, repo) if what == "preupload" else self._commit(ask, repo)
+                return (
+                    self._preupload(ask, repo, revision)
+                    if what == "preupload"
+                    else self._commit(ask, repo, revision, opens)
+                )
             case ["POST", owner, name, "info", "lfs", "objects", "batch"]:
                 return self._batch(ask, self._repo(ask, owner, name.removesuffix(".git"), write=True))
             case ["PUT", "lfs", owner, name, oid]:
@@ -328,11 +349,11 @@ class LoopbackHub:
             return 206, headers, data[first : last + 1]
         return 200, headers, data
 
-    def _preupload(self, ask: Handler, repo: Repo) -> Any:
+    def _preupload(self, ask: Handler, repo: Repo, revision: str) -> Any:
         answers = []
         for wanted in ask.json()["files"]:
             mode = "lfs" if is_lfs(wanted["path"], wanted["size"]) else "regular"
-            present = repo.head.files.get(wanted["path"])
+            present = repo.at(revision).files.get(wanted["path"])
             answer = {"path": wanted["path"], "uploadMode": mode, "shouldIgnore": False}
             answers.append(answer | ({"oid": present.oid} if present else {}))
         return {"files": answers}
@@ -345,11 +366,11 @@ class LoopbackHub:
             answers.append(wanted | (actions if wanted["oid"] not in repo.objects else {}))
         return {"objects": answers}
 
-    def _commit(self, ask: Handler, repo: Repo) -> Any:
+    def _commit(self, ask: Handler, repo: Repo, revision: str, opens: bool) -> Any:
         (_, header), *operations = [(o["key"], o["value"]) for o in map(json.loads, ask.body.splitlines())]
-        if not repo.head.sha.startswith(header.get("parentCommit", "")):
+        if not repo.at(revision).sha.startswith(header.get("parentCommit", "")):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(repo.head.files)
+        files = dict(repo.at(revision).files)
         for key, value in operations:
             path = value["path"]
             if key == "file":
@@ -364,8 +385,11 @@ class LoopbackHub:
                 if not gone:
                     raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 files = {p: file for p, file in files.items() if p not in gone}
-        sha = repo.commit(files, header["summary"], header["description"]).sha
-        return {"commitUrl": f"{self.endpoint}/{repo.repo_id}/commit/{sha}", "commitOid": sha}
+        request = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
+        branch = f"refs/pr/{request}" if opens else revision
+        sha = repo.commit(files, header["summary"], header["description"], branch).sha
+        answer = {"commitUrl": f"{self.endpoint}/{repo.repo_id}/commit/{sha}", "commitOid": sha}
+        return answer | ({"pullRequestUrl": f"{self.endpoint}/{repo.repo_id}/discussions/{request}"} if opens else {})
 
 
 def is_lfs(path: str, size: int) -> bool:

@@ -53,6 +53,81 @@ def test_what_is_pushed_comes_back(hub: LoopbackHub, draft: OnlineDraft, target:
     assert json.loads(hub.read(REPO, CONFIG))["lineage"]["parent"]["revision"] == commit
 
 
+# The arguments of transformers' push_to_hub
+
+
+def test_a_name_alone_is_a_repository_of_ones_own(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    commit = draft.push_to_hub("draft")
+    assert list(hub.repos) == [REPO] and hub.repos[REPO].private
+    assert draft.lineage["parent"] == {"source": REPO, "revision": commit}
+    draft.push_to_hub(REPO)  # the same repository: it goes on from there
+    assert same_state(again(), draft)
+
+
+def test_a_commit_message_by_transformers_name(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    draft.push_to_hub(REPO, commit_message="After the first day")
+    assert hub.repos[REPO].head.title == "After the first day"
+    with pytest.raises(ConfigError, match=r"commit_message=.*message="):
+        draft.push_to_hub(REPO, commit_message="one", message="other")
+
+
+def test_private_none_is_private_here(hub: LoopbackHub, draft: OnlineDraft) -> None:
+    draft.push_to_hub(REPO, private=None)
+    assert hub.repos[REPO].private
+
+
+def test_a_branch_is_made_and_pushed_to_and_main_stays(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel
+) -> None:
+    first = draft.push_to_hub(REPO)
+    serve(target, draft, range(3, 4))
+    later = draft.push_to_hub(REPO, revision="night")
+    assert hub.repos[REPO].head.sha == first and hub.repos[REPO].branches["night"].sha == later
+    assert same_state(again(revision="night"), draft)
+    serve(target, draft, range(4, 5))
+    draft.push_to_hub(REPO, revision="night")  # it goes on from there
+    other = again(revision=later)
+    with pytest.raises(HubError, match="another push came first"):
+        other.push_to_hub(REPO, revision="night")
+
+
+def test_a_pull_request_leaves_main_and_where_the_draft_goes_on_from(
+    hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel
+) -> None:
+    first = draft.push_to_hub(REPO)
+    serve(target, draft, range(3, 4))
+    commit = draft.push_to_hub(REPO, create_pr=True, commit_message="Better on orders")
+    assert hub.repos[REPO].head.sha == first and hub.repos[REPO].branches["refs/pr/1"].sha == commit
+    assert draft.lineage["parent"] == {"source": REPO, "revision": first}
+    assert same_state(again(revision="refs/pr/1"), draft)
+    draft.push_to_hub(REPO)
+    assert same_state(again(), draft)
+
+
+def test_a_pull_request_overwrites_nobody(hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel) -> None:
+    draft.push_to_hub(REPO)
+    other = again()
+    serve(target, other, range(7, 8))
+    head = other.push_to_hub(REPO)
+    draft.push_to_hub(REPO, create_pr=True)  # main has moved on: a pull request is a proposal
+    assert hub.repos[REPO].head.sha == head and "refs/pr/1" in hub.repos[REPO].branches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"revision": ""},
+        {"revision": 3},
+        {"create_pr": True, "revision": "night"},
+        {"create_pr": True, "checkpoint_every": 2},
+    ],
+)
+def test_branches_and_pull_requests_that_are_none(options: Any, hub: LoopbackHub, draft: OnlineDraft) -> None:
+    with pytest.raises(ConfigError, match=r"revision=|create_pr="):
+        draft.push_to_hub(REPO, **options)
+    assert not hub.requests
+
+
 def test_folders_of_this_machine_are_not_shown(hub: LoopbackHub, tmp_path: Path, target: PreTrainedModel) -> None:
     tiny_llama(2).save_pretrained(tmp_path / "base")
     draft = OnlineDraft.from_pretrained(tmp_path / "base", config=OnlineSpecConfig(**REPEATABLE))
@@ -61,7 +136,7 @@ def test_folders_of_this_machine_are_not_shown(hub: LoopbackHub, tmp_path: Path,
         assert str(tmp_path).encode() not in hub.read(REPO, path)
 
 
-@pytest.mark.parametrize("name", ["draft", "/draft", "me/", "a/b/c", "", "me/with space", "me/--x"])
+@pytest.mark.parametrize("name", ["a draft", "/draft", "me/", "a/b/c", "", "me/with space", "me/--x"])
 def test_names_that_are_none(name: str, hub: LoopbackHub, draft: OnlineDraft) -> None:
     with pytest.raises((ConfigError, HubError)):
         draft.push_to_hub(name)

@@ -136,11 +136,12 @@ def run_push(
         license=license,
     )
     options.check(None)
+    options = options.named()
     artifact = Artifact.read(folder)
     if public and not skip_audit:
         check_privacy(OnlineDraft.from_pretrained(folder, base_model=base))
-    commit = options.commit(artifact, known_parent(artifact.lineage, repo))
-    print(f"Pushed: {repo} at {commit}")
+    commit = options.commit(artifact, known_parent(artifact.lineage, options.repo_id))
+    print(f"Pushed: {options.repo_id} at {commit}")
     options.name_it(commit)
     return 0
 
