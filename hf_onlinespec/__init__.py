@@ -5,7 +5,7 @@ Importing it teaches `generate` one argument:
     out = target.generate(**inputs, assistant_model=draft, onlinespec=True)
 """
 
-from .attachment import attach, attached, detach
+from .attachment import attach, attached, detach, online_metrics
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft
@@ -58,6 +58,7 @@ __all__ = [
     "enable",
     "online_draft",
     "online_memory",
+    "online_metrics",
 ]
 
 enable()

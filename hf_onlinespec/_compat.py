@@ -53,6 +53,7 @@ try:
         TypicalLogitsWarper,
     )
     from transformers.generation.utils import GenerationMode, is_deepspeed_zero3_enabled, is_fsdp_managed_module
+    from transformers.pipelines import base as pipelines_base
     from transformers.utils import ModelOutput
 
     from ._caches import (
@@ -87,6 +88,7 @@ WRAPPED = (
     (GenerationMixin, "_assisted_decoding"),
     (GenerationMixin, "_prepare_generation_config"),
     (GenerationMixin, "generate"),
+    (pipelines_base, "load_assistant_model"),
 )
 
 # What `generate` fills in where the user has said nothing, see GenerationConfig._get_default_generation_params.
@@ -96,6 +98,16 @@ ASSISTANT_DEFAULTS = {
     "assistant_confidence_threshold": 0.4,
 }
 _GIVEN = "_onlinespec_given"  # in a configuration that `generate` has prepared: those of them that the user has set
+
+
+def keeps_extras(config: GenerationConfig) -> None:
+    """Lets a configuration be loaded with what it was given beside transformers' own settings.
+
+    Of one that was derived from a model's configuration, as it is where a model has no generation_config.json, transformers reads
+    its own settings alone.
+    """
+    if vars(config).get("_from_model_config"):
+        vars(config)["_from_model_config"] = False
 
 
 def note_given(

@@ -23,10 +23,12 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ._compat import CACHE, has_own_sampling, inner_model, uncompiled
 from .checks import check_call, check_synced_gpus, check_target
-from .config import OnlineSpecConfig
-from .draft import OnlineDraft, online_draft
+from .config import OnlineSpecConfig, as_config
+from .draft import OnlineDraft, kept_draft, online_draft
 from .errors import DraftError, OnlineSpecError, UnsupportedError
-from .memory_draft import MemoryDraft, keep_memory, online_memory
+from .loading import load_beside
+from .memory_draft import MemoryDraft, keep_memory, kept_memory, latest_draft, online_memory
+from .metrics import DraftMetrics
 from .vocabulary import check_vocabularies
 
 logger = logging.getLogger(__name__)
@@ -161,12 +163,12 @@ def attach(
             f"The target {type(inner).__name__} decodes in a way of its own (_sample), which a draft cannot speed up. "
             "Attach to another model."
         )
-    settings = OnlineSpecConfig.from_dict(config) if isinstance(config, dict) else config
+    settings = as_config(config)
     saved = inner.generation_config.onlinespec
     if settings is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, MemoryDraft):
         settings = saved
     if isinstance(draft, str | Path):
-        draft = OnlineDraft.from_pretrained(draft, config=settings)
+        draft = load_beside(OnlineDraft, draft, inner, settings)
     neural: OnlineDraft | None = None
     if draft is None or (isinstance(draft, MemoryDraft) and draft.neural is None):
         _keep(inner, draft, settings)
@@ -236,6 +238,43 @@ def _generating(target: Any) -> PreTrainedModel:
             f"target is a {type(target).__name__}: expected a transformers model with `generate`, such as AutoModelForCausalLM loads."
         )
     return inner
+
+
+def online_metrics(model: PreTrainedModel | PeftModel | MemoryDraft) -> DraftMetrics:
+    """The metrics of what drafts for a target, or of the draft that is kept with a draft model. Nothing is made for asking.
+
+    Args:
+        model: a target (what is attached to it counts, otherwise what drafted for it the last time), a draft model that was
+            passed as `assistant_model` with `onlinespec=`, or what drafts itself.
+
+    Raises:
+        UnsupportedError: nothing has drafted for this model, and it has not drafted; or it has done both.
+    """
+    if isinstance(model, MemoryDraft):
+        return model.metrics
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(
+            f"model is a {type(model).__name__}: expected a target, a draft model, or what attach() returned."
+        )
+    inner = inner_model(model)
+    attachment = _attached.get(inner)
+    if attachment is not None:
+        found = kept_memory(inner) if attachment.draft is None else attachment.draft
+    else:
+        found = latest_draft(inner) or kept_memory(inner)
+    own = kept_draft(inner)
+    if found is not None and own is not None and found is not own:
+        raise UnsupportedError(
+            f"This {type(inner).__name__} is a target and a draft: ask for online_draft(model).metrics, or for those of what drafts "
+            "for it, which attach() returns."
+        )
+    found = found or own
+    if found is None:
+        raise UnsupportedError(
+            f"Nothing has drafted for this {type(inner).__name__}, and it has not drafted itself: attach() it, or call generate with "
+            "onlinespec=True, and ask again. Of a copy of a model nothing is known."
+        )
+    return found.metrics
 
 
 def anything_attached() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from ._compat import (
     takes_cache,
     uncompiled,
 )
-from .errors import DraftError, UnsupportedError
+from .errors import DraftError, UnsupportedError, brief
 from .tree import copy_modules
 from .vocabulary import check_vocabularies
 
@@ -190,6 +191,18 @@ def _source_of_use_cache(target: PreTrainedModel) -> str:
     return "from this call. Use use_cache=True"
 
 
+def no_model(model: Any) -> DraftError:
+    """What is raised where something else was given as a draft."""
+    if isinstance(model, str | Path):
+        load = f"OnlineDraft.from_pretrained({str(model)!r})"
+        return DraftError(
+            f"{brief(str(model))} is a name: expected a loaded model as draft. {load} loads one; pass what it returns."
+        )
+    return DraftError(
+        f"assistant_model is a {type(model).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
+    )
+
+
 def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal language model to adapt; refuses what cannot draft."""
     if isinstance(model, nn.Module):
@@ -197,9 +210,7 @@ def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if isinstance(model, PeftModel):
         model = _merged(model)
     if not isinstance(model, PreTrainedModel):
-        raise DraftError(
-            f"assistant_model is a {type(model).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
-        )
+        raise no_model(model)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise DraftError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ConfigError, MissingExtraError, brief
 from .learners import HEDGES, LEARNERS
@@ -47,6 +48,9 @@ MOST_NAMES, LONGEST_NAME = 20_000, 1_000  # of adapted layers
 REPORT_TO = {"tensorboard": "tensorboard", "trackio": "trackio", "jsonl": None}
 # Settings of a process. They are not part of a draft: a folder from elsewhere must not say where this machine writes.
 REPORTING = ("report_to", "logging_dir", "project", "run_name")
+# What transformers and PEFT call the same.
+CALLED = {"learning_rate": "lr", "r": "rank", "lora_alpha": "alpha", "num_assistant_tokens": "lookahead"}
+T = TypeVar("T")
 ReportTo = str | Trace | Sequence[str | Trace] | None
 
 
@@ -54,6 +58,30 @@ def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _check_names(values: Collection[str]) -> None:
+    """Raises ConfigError on settings that do not exist."""
+    known = [f.name for f in fields(OnlineSpecConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        called = [f"{name} is called {CALLED[name]} here" for name in unknown if name in CALLED]
+        hint = f" ({', '.join(called)})" if called else ""
+        raise ConfigError(f"Unknown settings {brief(unknown)}{hint}. Known settings: {sorted(known)}.")
+
+
+def _names_checked(cls: type[T]) -> type[T]:
+    """A dataclass that meets an unknown argument with a ConfigError, where Python's own error lists no other names."""
+    made = vars(cls)["__init__"]
+
+    @functools.wraps(made)
+    def __init__(self: T, *args: Any, **kwargs: Any) -> None:
+        _check_names(kwargs)
+        made(self, *args, **kwargs)
+
+    setattr(cls, "__init__", __init__)  # noqa: B010  # an assignment would be to a method
+    return cls
+
+
+@_names_checked
 @dataclass(frozen=True, repr=False)
 class OnlineSpecConfig:
     """How the draft drafts and how it learns.
@@ -246,10 +274,7 @@ class OnlineSpecConfig:
         """The inverse of `to_dict`. Raises ConfigError on keys that do not exist."""
         if not isinstance(values, dict):
             raise ConfigError(f"Settings of {brief(values)}: expected a JSON object.")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"Unknown settings {brief(unknown)}. Known settings: {sorted(known)}.")
+        _check_names(values)
         return cls(**values)
 
     def __repr__(self) -> str:
@@ -294,6 +319,25 @@ def _documented() -> str:
 
 OnlineSpecConfig.__doc__ = inspect.cleandoc(OnlineSpecConfig.__doc__ or "")
 OnlineSpecConfig.__doc__ = _documented()
+
+
+def as_config(config: Any, **settings: Any) -> OnlineSpecConfig | None:
+    """Settings as they may be given: an OnlineSpecConfig, a dict of them, or names and values; None: no word of them.
+
+    Args:
+        settings: go before those of `config`.
+
+    Raises:
+        ConfigError: it is something else, or a setting does not exist.
+    """
+    if config is None and not settings:
+        return None
+    if config is None or isinstance(config, dict):
+        return OnlineSpecConfig.from_dict((config or {}) | settings)
+    if not isinstance(config, OnlineSpecConfig):
+        raise ConfigError(f"config={brief(config)}: expected an OnlineSpecConfig, or a dict of its settings.")
+    _check_names(settings)
+    return replace(config, **settings)
 
 
 def one_expert(settings: OnlineSpecConfig) -> OnlineSpecConfig:

@@ -29,6 +29,7 @@ from ._compat import CACHE, needs_synced_gpus
 from .candidates import OnlineCandidateGenerator, Proposal
 from .checks import check_call, check_inputs, check_synced_gpus
 from .errors import UnsupportedError
+from .memory_draft import note_latest
 from .probe import why_plain
 from .sampling import draw, speculative_sample
 from .streaming import OriginStreamer
@@ -67,6 +68,7 @@ def decode(
     check_call(target, draft.neural, generation_config, tokenizer, assistant_tokenizer)
     check_inputs(target, input_ids, generation_config, model_kwargs)
     started = time.perf_counter()
+    note_latest(target, draft)
     if draft.neural is not None:
         with draft.failures.records.attempt():
             draft.neural.serves(target)

@@ -23,7 +23,8 @@ from ._compat import inner_model
 from .artifact import Artifact
 from .audit import check_privacy
 from .card import write
-from .config import OnlineSpecConfig
+from .checks import no_model
+from .config import OnlineSpecConfig, as_config
 from .decoding import GenerateFn
 from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
@@ -49,19 +50,25 @@ class OnlineDraft(LearningDraft):
 
     Args:
         model: a causal language model, or a `PeftModel` around one (its adapter is merged into a copy).
-        config: how to draft and to learn; None: the defaults.
+        config: how to draft and to learn, an OnlineSpecConfig or a dict of its settings; None: the defaults.
+        settings: single settings of an OnlineSpecConfig, such as `lookahead=4`; they go before those of `config`.
 
     Raises:
         DraftError: the model is an encoder–decoder, keeps a state that cannot be rolled back, or has no layer for LoRA.
 
     Example:
-        >>> draft = OnlineDraft(model, OnlineSpecConfig(lookahead=4))          # doctest: +SKIP
+        >>> draft = OnlineDraft(model, lookahead=4)                            # doctest: +SKIP
         >>> out = target.generate(**inputs, assistant_model=draft)             # doctest: +SKIP
         >>> draft.metrics.acceptance_length                                    # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
-        super().__init__(model, config)
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        config: OnlineSpecConfig | dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, config, **settings)
         self.lineage = _new_lineage()
         self.targets: list[str] = []  # names of the models that it has drafted for
         self.loaded_rollbacks = 0  # of the guard, before it was loaded
@@ -279,7 +286,7 @@ class OnlineDraft(LearningDraft):
         cls,
         source: str | Path,
         base_model: PreTrainedModel | str | Path | None = None,
-        config: OnlineSpecConfig | None = None,
+        config: OnlineSpecConfig | dict[str, Any] | None = None,
         revision: str | None = None,
         force: bool = False,
         token: str | None = None,
@@ -298,7 +305,7 @@ class OnlineDraft(LearningDraft):
             DraftError: there is neither an adapter nor a causal language model.
             HubError: the Hub cannot be reached, or asks for a token.
         """
-        return load(cls, source, base_model, config, revision, force, token)
+        return load(cls, source, base_model, as_config(config), revision, force, token)
 
     def resume(self, artifact: Artifact) -> None:
         """Takes over everything that was saved, for a new draft of the same base and settings. Raises ArtifactError."""
@@ -346,8 +353,13 @@ def _new_lineage() -> dict[str, Any]:
 _drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()
 
 
+def kept_draft(model: nn.Module) -> OnlineDraft | None:
+    """The OnlineDraft that is kept with a model, if one was made."""
+    return _drafts.get(model)
+
+
 def online_draft(
-    model: PreTrainedModel | PeftModel | OnlineDraft, config: OnlineSpecConfig | None = None
+    model: PreTrainedModel | PeftModel | OnlineDraft, config: OnlineSpecConfig | dict[str, Any] | None = None
 ) -> OnlineDraft:
     """The OnlineDraft that is kept with a model, made at the first call.
 
@@ -357,6 +369,8 @@ def online_draft(
     Raises:
         ConfigError: the model's draft already learns with other settings.
     """
+    if not isinstance(model, OnlineDraft | nn.Module):
+        raise no_model(model)
     if isinstance(model, OnlineDraft):
         draft = model
         draft.begin_anew_if_changed()

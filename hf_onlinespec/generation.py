@@ -10,13 +10,23 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import WRAPPED, GenerationMode, frames_of_generate, note_given, originals, sample, uncompiled
+from ._compat import (
+    WRAPPED,
+    GenerationMode,
+    frames_of_generate,
+    keeps_extras,
+    note_given,
+    originals,
+    sample,
+    uncompiled,
+)
 from .attachment import anything_attached, call_of, call_with, calling
-from .checks import check_call, check_inputs, check_mode, check_synced_gpus
+from .checks import check_call, check_inputs, check_mode, check_synced_gpus, no_model
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn, decode
 from .draft import OnlineDraft, online_draft
-from .errors import ConfigError, DraftError, OnlineSpecError, UnsupportedError
+from .errors import ConfigError, OnlineSpecError, UnsupportedError
+from .loading import is_evolved, load_beside
 from .memory_draft import online_memory
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
@@ -57,6 +67,8 @@ class _OnlineSpecField:
             value = value.config
         if isinstance(value, dict):
             value = OnlineSpecConfig.from_saved(value)
+        if value is not None:
+            keeps_extras(config)
         if isinstance(value, OnlineSpecConfig):
             config.__dict__["onlinespec"] = _Settings(value)
         elif value is None or isinstance(value, bool):
@@ -70,7 +82,7 @@ def enable() -> None:
     if _originals:
         return
     _originals.extend(originals())
-    extract, get_mode, validate, assisted, prepare, generate = _originals
+    extract, get_mode, validate, assisted, prepare, generate, load_assistant = _originals
 
     @functools.wraps(extract)
     def _extract_generation_mode_kwargs(self: Any, custom_generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -109,9 +121,7 @@ def enable() -> None:
             if isinstance(assistant, nn.Module):
                 assistant = uncompiled(assistant)
             if assistant is not None and not isinstance(assistant, OnlineDraft | PreTrainedModel | PeftModel):
-                raise DraftError(
-                    f"assistant_model is a {type(assistant).__name__}: expected a transformers model, a PeftModel or an OnlineDraft."
-                )
+                raise no_model(assistant)
             check_synced_gpus(bool(mode_kwargs.get("synced_gpus")))
             tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
             check_call(self, assistant, config, *tokenizers)
@@ -211,6 +221,12 @@ def enable() -> None:
             call.finish()
         return output
 
+    @functools.wraps(load_assistant)
+    def load_assistant_model(model: Any, assistant_model: Any, assistant_tokenizer: Any) -> Any:
+        if isinstance(assistant_model, str) and is_evolved(assistant_model):
+            assistant_model = load_beside(OnlineDraft, assistant_model, model)
+        return load_assistant(model, assistant_model, assistant_tokenizer)
+
     wrappers = (
         _extract_generation_mode_kwargs,
         get_generation_mode,
@@ -218,6 +234,7 @@ def enable() -> None:
         _assisted_decoding,
         _prepare_generation_config,
         _generate,
+        load_assistant_model,
     )
     for (owner, name), wrapper in zip(WRAPPED, wrappers, strict=True):
         setattr(owner, name, wrapper)

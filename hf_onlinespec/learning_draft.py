@@ -47,8 +47,13 @@ class LearningDraft(MemoryDraft):
         model, config: see `OnlineDraft`.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        config: OnlineSpecConfig | dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(config, **settings)
         self._begun = 0  # how often it began, on the model's weights as they were then
         # Held for one gradient step at a time. `lock` may be taken while it is held, not the other way round.
         self._learns = Lock()

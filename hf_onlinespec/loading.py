@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -108,6 +108,35 @@ def load(
         return make(base, config)
     draft.lineage |= origin.lineage()
     return draft
+
+
+def load_beside(
+    make: type[OnlineDraft], source: str | Path, target: PreTrainedModel, config: OnlineSpecConfig | None = None
+) -> OnlineDraft:
+    """The same by folder or name alone, on the device of the target that it is to draft for."""
+    origin = locate(source)
+    if origin.folder is None:
+        base = load_model(str(source), None, None)
+    elif origin.evolved:
+        outline = Outline.read(origin.folder)
+        base = load_base(None, outline.base, str(outline.adapter_config.get("base_model_name_or_path") or ""))
+    else:
+        about = read_plain_options(origin.folder)
+        named, at = (str(about.get(name) or "") for name in ("base_model_name_or_path", "revision"))
+        base = load_base(None, None, named, revision=at or None)
+    device = target.device if target.device.type != "meta" else base.device  # "meta": its weights lie elsewhere
+    return load(make, source, base.to(device), config, None, False, None)
+
+
+def is_evolved(source: str) -> bool:
+    """Whether an evolved draft was saved in this folder; asks the Hub about a name that is no folder."""
+    if os.path.isdir(source):
+        return is_artifact(Path(source))
+    try:
+        hf_hub_download(source, CONFIG)
+    except HUB_FAILURES:  # no such file, no network, or no name either: whoever loads it finds out, and says so
+        return False
+    return True
 
 
 @dataclass(frozen=True)

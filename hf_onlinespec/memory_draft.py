@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from ._compat import inner_model
-from .config import REPORTING, OnlineSpecConfig, ReportTo
-from .errors import ConfigError
+from .config import REPORTING, OnlineSpecConfig, ReportTo, as_config
+from .errors import ConfigError, UnsupportedError
 from .failures import Failures
 from .forks import Lock
 from .governor import Governor
@@ -38,10 +38,8 @@ class MemoryDraft:
     Safe with several threads: `lock` is held for the moments in which the served weights or the counters change.
     """
 
-    def __init__(self, config: OnlineSpecConfig | None = None) -> None:
-        self.settings = config if config is not None else OnlineSpecConfig()
-        if not isinstance(self.settings, OnlineSpecConfig):
-            raise ConfigError(f"config={config!r}: expected an OnlineSpecConfig.")
+    def __init__(self, config: OnlineSpecConfig | dict[str, Any] | None = None, **settings: Any) -> None:
+        self.settings = as_config(config, **settings) or OnlineSpecConfig()
         size = self.settings.memory_tokens
         self.memory = SuffixMemory(size) if size else None
         self.governor = self._new_governor()
@@ -133,8 +131,10 @@ class MemoryDraft:
             self._warned.add(message)
         warnings.warn(message, stacklevel=2)
 
-    def check_setting(self, onlinespec: OnlineSpecConfig | bool | None) -> None:
+    def check_setting(self, onlinespec: OnlineSpecConfig | dict[str, Any] | bool | None) -> None:
         """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""
+        if isinstance(onlinespec, dict):
+            onlinespec = as_config(onlinespec)
         if onlinespec is None or isinstance(onlinespec, bool):
             return
         if not isinstance(onlinespec, OnlineSpecConfig):
@@ -162,7 +162,7 @@ _memories: weakref.WeakKeyDictionary[nn.Module, MemoryDraft] = weakref.WeakKeyDi
 
 
 def online_memory(
-    target: PreTrainedModel | PeftModel, config: OnlineSpecConfig | None = None, anew: bool = False
+    target: PreTrainedModel | PeftModel, config: OnlineSpecConfig | dict[str, Any] | None = None, anew: bool = False
 ) -> MemoryDraft:
     """What drafts for a target without a draft model: its suffix memory, made at the first call and kept with the target.
 
@@ -173,6 +173,8 @@ def online_memory(
     Raises:
         ConfigError: it exists already with other settings.
     """
+    if not isinstance(target, nn.Module):
+        raise UnsupportedError(f"target is a {type(target).__name__}: expected a loaded transformers model.")
     inner = inner_model(target)
     if anew:
         _memories[inner] = MemoryDraft(config)
@@ -183,6 +185,25 @@ def online_memory(
     return memory
 
 
+def kept_memory(target: nn.Module) -> MemoryDraft | None:
+    """The memory that is kept with a target, if one was made."""
+    return _memories.get(target)
+
+
 def keep_memory(target: PreTrainedModel, memory: MemoryDraft) -> None:
     """Keeps this memory with a target, in the place of the one that was kept with it."""
     _memories[target] = memory
+
+
+_latest: weakref.WeakKeyDictionary[nn.Module, weakref.ref[MemoryDraft]] = weakref.WeakKeyDictionary()
+
+
+def note_latest(target: PreTrainedModel, draft: MemoryDraft) -> None:
+    """Notes, weakly, what drafts for a target now."""
+    _latest[target] = weakref.ref(draft)
+
+
+def latest_draft(target: nn.Module) -> MemoryDraft | None:
+    """What drafted in the latest call of `generate` on a target; None: there was no such call, or the draft is gone."""
+    noted = _latest.get(target)
+    return None if noted is None else noted()

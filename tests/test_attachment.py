@@ -36,6 +36,7 @@ from hf_onlinespec import (
     detach,
     online_draft,
     online_memory,
+    online_metrics,
 )
 from hf_onlinespec.embedded import EmbeddedPair, load_draft
 
@@ -499,3 +500,31 @@ def test_a_streamer_in_a_thread(pair: EmbeddedPair) -> None:
     with attached(pair.target, OnlineDraft(load_draft())) as draft:
         assert stream() == plain != ""
         assert draft.metrics.requests == 1 and draft.metrics.rounds < draft.metrics.new_tokens
+
+
+# Asking for the metrics
+
+
+def test_metrics_of_a_target_or_a_draft_are_found_and_nothing_is_made(target, draft_model, prompt) -> None:
+    alone = tiny_llama(5)
+    for model in (target, draft_model, alone):
+        with pytest.raises(UnsupportedError, match="Nothing has drafted for this LlamaForCausalLM"):
+            online_metrics(model)
+    with pytest.raises(UnsupportedError, match="model is a str"):
+        online_metrics("name")  # type: ignore[arg-type]
+    target.generate(prompt, assistant_model=draft_model, onlinespec=SMALL, **GREEDY)
+    draft = online_draft(draft_model)
+    for asked in (target, draft_model, draft, torch.compile(target, backend="eager")):
+        assert online_metrics(asked) is draft.metrics
+    other = tiny_llama(3)
+    target.generate(prompt, assistant_model=other, onlinespec=SMALL, **GREEDY)  # the latest counts
+    assert online_metrics(target) is online_metrics(other) is not draft.metrics
+    memory = attach(target)
+    assert online_metrics(target) is memory.metrics is online_metrics(memory)
+    attach(alone)
+    assert online_metrics(alone).requests == 0
+    with pytest.raises(UnsupportedError, match="Of a copy"):
+        online_metrics(copy.deepcopy(target))
+    alone.generate(prompt, assistant_model=target, onlinespec=SMALL, **GREEDY)
+    with pytest.raises(UnsupportedError, match="is a target and a draft"):
+        online_metrics(target)

@@ -1,6 +1,7 @@
 """Settings are validated when made, travel through JSON, and refuse what does not exist."""
 
 import dataclasses
+import inspect
 
 import pytest
 
@@ -100,3 +101,16 @@ def test_experts_are_bounded_together() -> None:
 def test_settings_that_are_no_object(text: str) -> None:
     with pytest.raises(ConfigError):
         OnlineSpecConfig.from_json(text)
+
+
+def test_a_name_of_transformers_or_peft_is_told_what_it_is_called_here() -> None:
+    for name, ours in {"learning_rate": "lr", "lora_alpha": "alpha", "num_assistant_tokens": "lookahead"}.items():
+        for make in (lambda values: OnlineSpecConfig(**values), OnlineSpecConfig.from_dict):
+            with pytest.raises(ValueError, match=f"{name} is called {ours} here") as caught:
+                make({name: 1, "rank": 4})
+            assert isinstance(caught.value, ConfigError)
+    with pytest.raises(ValueError, match=r"Unknown settings \['no_such'\]. Known settings: \['alpha'"):
+        OnlineSpecConfig(no_such=1)  # type: ignore[call-arg]
+    assert list(inspect.signature(OnlineSpecConfig).parameters) == [
+        f.name for f in dataclasses.fields(OnlineSpecConfig)
+    ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     GenerationConfig,
@@ -20,6 +21,7 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedModel,
     StoppingCriteriaList,
+    pipeline,
 )
 
 import hf_onlinespec
@@ -37,6 +39,7 @@ from hf_onlinespec import (
     online_draft,
     online_memory,
 )
+from hf_onlinespec.embedded import load_draft
 
 from .conftest import tiny_gpt2, tiny_llama
 from .test_decoding import Heard, letters  # noqa: F401
@@ -423,6 +426,80 @@ def test_the_other_entry_refuses_one_model_in_several_processes_too(target, draf
     monkeypatch.setattr("hf_onlinespec.decoding.needs_synced_gpus", lambda model: model is target)
     with pytest.raises(UnsupportedError, match="synced_gpus=True"):
         target.generate(prompt, custom_generate=fn, **GREEDY)
+
+
+def test_settings_may_be_named_one_by_one_or_in_a_dict(target, draft_model, prompt) -> None:
+    small = {"rank": 4, "alpha": 4.0, "lookahead": 3}
+    drafts = [OnlineDraft(draft_model, **small), OnlineDraft(draft_model, small)]
+    drafts += [OnlineDraft(draft_model, OnlineSpecConfig(rank=4, lookahead=8), alpha=4.0, lookahead=3)]
+    drafts += [online_draft(tiny_llama(3), small)]
+    assert [draft.settings for draft in drafts] == [SMALL] * 4
+    target.generate(prompt, assistant_model=drafts[0], onlinespec=small, **GREEDY)
+    assert online_memory(target, {"lookahead": 3}).settings == OnlineSpecConfig(lookahead=3)
+    fn = drafts[0].generate_fn()
+    target.generate(prompt, custom_generate=fn, onlinespec=small, **GREEDY)
+    with pytest.raises(ConfigError, match="lookahead"):
+        target.generate(prompt, custom_generate=fn, onlinespec=small | {"lookahead": 5}, **GREEDY)
+    for wrong in ({"learning_rate": 1e-3}, {"config": {"learning_rate": 1e-3}}):
+        with pytest.raises(ConfigError, match="learning_rate is called lr here"):
+            OnlineDraft(draft_model, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="config=3"):
+        OnlineDraft(draft_model, 3)  # type: ignore[arg-type]
+
+
+def test_the_name_of_a_draft_says_how_to_load_it(target, prompt) -> None:
+    name = "org/draft"
+    calls = (
+        lambda: OnlineDraft(name),  # type: ignore[arg-type]
+        lambda: online_draft(name),  # type: ignore[arg-type]
+        lambda: target.generate(prompt, assistant_model=name, onlinespec=True, **GREEDY),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"'org/draft' is a name: .* OnlineDraft.from_pretrained\('org/draft'\)"):
+            call()
+    with pytest.raises(ValueError, match="target is a str"):
+        online_memory(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("saved", [True, False, SMALL], ids=["true", "false", "settings"])
+def test_a_generation_config_keeps_it_through_save_and_load(target, prompt, tmp_path, saved) -> None:
+    """Also one that was derived from the model's configuration, as of every model without a generation_config.json."""
+    plain = target.generate(prompt, **GREEDY)
+    target.generation_config.onlinespec = saved
+    target.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    configs = [loaded.generation_config, GenerationConfig.from_pretrained(tmp_path)]
+    configs += [GenerationConfig.from_dict(target.generation_config.to_dict())]
+    assert [config.onlinespec for config in configs] == [saved] * 3
+    assert torch.equal(plain, loaded.generate(prompt, **GREEDY))
+    assert online_memory(loaded).metrics.requests == (saved is not False)
+    disable()  # the same folder, read and used by transformers alone
+    try:
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(plain, alone.generate(prompt, **GREEDY))
+    finally:
+        enable()
+
+
+@pytest.mark.parametrize("kind", ["plain", "evolved"])
+def test_a_pipeline_takes_the_folder_of_a_draft(pair, tmp_path, kind) -> None:
+    if kind == "plain":
+        load_draft().save_pretrained(tmp_path)
+        pair.tokenizer.save_pretrained(tmp_path)
+    else:
+        draft = OnlineDraft(load_draft(), SMALL)
+        tokens = pair.tokenizer("<|endoftext|>List all orders", return_tensors="pt")
+        pair.target.generate(**tokens, assistant_model=draft, **GREEDY)
+        draft.save_pretrained(tmp_path)
+    parts = {"model": pair.target, "tokenizer": pair.tokenizer}
+    text, call = "<|endoftext|>Show the files in a folder", {"max_new_tokens": 12, "do_sample": False}
+    plain = pipeline("text-generation", **parts)(text, **call)
+    pipe = pipeline("text-generation", assistant_model=str(tmp_path), **parts)
+    assert pipe(text, onlinespec=True, **call) == plain
+    served = online_draft(pipe.assistant_model).metrics
+    assert (served.requests, served.drafted_tokens > 0) == (1 if kind == "plain" else 2, True)
+    with pytest.raises(OSError):  # transformers' own, as before
+        pipeline("text-generation", assistant_model="no-such-folder", **parts)
 
 
 # How each setting of `generate` is met, beside those that transformers turns into processors and criteria.
