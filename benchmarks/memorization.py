@@ -9,7 +9,7 @@ Without `--repeats`: streams without secrets, one row per seed. With it, secrets
 had been sure of them) stand so often among the requests; with `--again N`, no secrets, but the first N of the requests. "Come
 out": greedy decoding from a secret's first half gives its second half, or that is among the ten likeliest continuations (beam
 search, 20 wide). `--gain`: what settings that retain less keep of what learning gains, in acceptance length over the last third of
-60 requests of orders.
+60 live requests of orders, one seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ GAINS: dict[str, dict[str, Any]] = {
     "no replay, lr / 4": {"replay_passes": 0, "lr": 5e-4},
     "no replay, lr / 10": {"replay_passes": 0, "lr": 2e-4},
 }
-REQUESTS, COUNTED = 60, 20  # of a measurement of the gain, and the last of them
 
 
 @torch.no_grad()
@@ -98,13 +97,13 @@ def make(seed: int, settings: dict[str, Any], **fixed: Any) -> OnlineDraft:
     return OnlineDraft(load_draft(), OnlineSpecConfig(**always | settings))
 
 
-def acceptance_length(source: Source, draft: OnlineDraft, texts: Sequence[str], onlinespec: bool = True) -> float:
-    """New tokens per round over the last requests of live greedy ones."""
+def acceptance_length(source: Source, draft: OnlineDraft, texts: Sequence[str], learns: bool = True) -> float:
+    """New tokens per round over the last third of live greedy requests."""
     new_tokens, rounds = 0, 0
     for at, text in enumerate(texts):
         ids = source.tokenizer(text, return_tensors="pt").input_ids
-        source.target.generate(ids, max_new_tokens=64, do_sample=False, assistant_model=draft, onlinespec=onlinespec)
-        if at >= len(texts) - COUNTED:
+        source.target.generate(ids, max_new_tokens=64, do_sample=False, assistant_model=draft, onlinespec=learns)
+        if at >= len(texts) - len(texts) // 3:
             new_tokens += draft.metrics.last.new_tokens
             rounds += draft.metrics.last.rounds
     return new_tokens / rounds
@@ -112,11 +111,11 @@ def acceptance_length(source: Source, draft: OnlineDraft, texts: Sequence[str], 
 
 def gain(source: Source, args: argparse.Namespace) -> None:
     """Not learned at all, and learned in every round with each setting; a part of the default's gain."""
-    texts = prompts("orders")[:REQUESTS]
+    texts = prompts("orders")[: args.requests]
     print("| settings | seed | acceptance length | part of the gain |\n|---|---|---|---|")
     for seed in range(args.seeds):
         never = make(seed, {}, lookahead=5, audit_tokens=0)
-        base = acceptance_length(source, never, texts[-COUNTED:], onlinespec=False)
+        base = acceptance_length(source, never, texts, learns=False)
         print(f"| frozen | {seed} | {base:.2f} | 0 |", flush=True)
         whole = None
         for name, settings in GAINS.items():
@@ -129,8 +128,8 @@ def gain(source: Source, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--domain", default="orders")
-    parser.add_argument("--requests", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=None)
+    parser.add_argument("--requests", type=int, default=None, help="in a stream (default: 30, of --gain 60)")
+    parser.add_argument("--seeds", type=int, default=None, help="default: 20, of --gain 1")
     parser.add_argument("--repeats", type=int, nargs="*", default=[], help="how often secrets stand, one row each")
     parser.add_argument(
         "--again", type=int, default=0, metavar="N", help="of the requests stand so often, and no secrets"
@@ -141,8 +140,8 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     source = Source()
-    if args.seeds is None:
-        args.seeds = 1 if args.gain else 20
+    args.requests = args.requests or (60 if args.gain else 30)
+    args.seeds = args.seeds or (1 if args.gain else 20)
     (gain if args.gain else judge)(source, args)
 
 

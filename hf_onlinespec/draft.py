@@ -337,7 +337,7 @@ class OnlineDraft(LearningDraft):
                 self.lineage[KEY] = history(self).plus(ELSEWHERE).to_dict()
                 return
             for text in texts:
-                self._learning.texts.grow([text])
+                self._learning.texts.finish(text, 0)  # it counts how often each stands, whole
             self._learning.texts.dropped += max(0, (n_texts or 0) - len(texts))
 
 

@@ -64,16 +64,16 @@ def test_padding_is_no_text() -> None:
         assert (learned.steps, learned.seen, learned.repeats, learned.often) == (1, 2, 0, 0)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_with_too_many_prompts_none_is_counted_less_often_than_it_stood(seed: int) -> None:
     rng, texts, truth = random.Random(seed), LearnedTexts(10_000, max_prompts=8), Counter[int]()
-    for at in range(400):
-        prompt = 0 if at % 20 == 0 else rng.choice((at, rng.randrange(1, 40)))
+    for at in range(200):
+        prompt = 0 if at % 10 == 0 else rng.choice((at, rng.randrange(1, 40)))
         truth[prompt] += 1
         texts.finish(torch.tensor([prompt, 500 + at]), 1)
         assert texts.texts[-1].times >= truth[prompt]
     assert texts.repeats >= max(truth.values())
-    assert truth[0] == 20 and texts.repeats < 100, "a bound, and not the number of requests"
+    assert truth[0] == 20 and texts.repeats < 60, "a bound, and not the number of requests"
 
 
 def test_a_few_prompts_are_counted_exactly() -> None:

@@ -121,6 +121,7 @@ def test_what_was_memorised_is_refused_whatever_becomes_of_the_adapter(
 
 def test_a_draft_whose_replay_is_emptied_is_judged_all_the_same(writes_secrets: OnlineDraft) -> None:
     writes_secrets._replay.recent.clear()
+    writes_secrets.examined = None
     assert "memorised 2 of the 2" in refusal(writes_secrets)
 
 
@@ -293,6 +294,14 @@ def test_the_texts_of_a_warm_start_that_are_not_at_hand_count_as_not_examined() 
     learn(draft, [written(text)])
     draft.adopt(draft.artifact().adapter, [text], n_texts=3)
     assert "not examined" in refusal(draft)
+
+
+def test_a_text_that_stands_often_in_a_warm_start_is_counted() -> None:
+    draft = stream_of_one_prompt(1, lr=1e-3)
+    draft.adopt(draft.artifact().adapter, [torch.arange(1, 20), torch.arange(2, 20)] * 3)
+    learn(draft, [SAME])
+    record = draft.artifact().lineage["privacy"]
+    assert (record["texts"], record["repeats"]) == (3, 3)
 
 
 def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp_path: Path) -> None:
