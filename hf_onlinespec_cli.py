@@ -82,6 +82,8 @@ def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if "torch" not in sys.modules and sys.stderr.isatty():  # that takes some seconds
+            print("Loading torch and transformers …", file=sys.stderr, flush=True)
         try:
             code = command(*args, **kwargs)
         except KeyboardInterrupt:

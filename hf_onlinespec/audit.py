@@ -19,6 +19,7 @@ from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_ca
 from .errors import ConfigError, PrivacyError
 from .feedback import Feedback
 from .memorization import ONE_ADAPTER, History, examine, history, learned_settings
+from .progress import progress
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft  # which is audited before a public push
@@ -198,15 +199,16 @@ def audit(
 
     copied = twin(draft)
     probed, planted = [Probed(0, 0, probe(copied, secrets, seed=seed))], 0
-    for often in sorted(set(repeats)):
-        plant(copied, secrets, often - planted)
-        planted = often
-        probed.append(Probed(often, 0, probe(copied, secrets, seed=seed)))
-    if behind:
-        copied = twin(draft)
-        plant(copied, secrets, min(repeats))
-        learn(copied, behind)
-        probed.append(Probed(min(repeats), len(behind), probe(copied, secrets, seed=seed)))
+    with progress(canaries * (max(repeats) + min(repeats) * bool(behind)) + len(behind), "Planting", "text") as bar:
+        for often in sorted(set(repeats)):
+            plant(copied, secrets, often - planted, bar)
+            planted = often
+            probed.append(Probed(often, 0, probe(copied, secrets, seed=seed)))
+        if behind:
+            copied = twin(draft)
+            plant(copied, secrets, min(repeats), bar)
+            learn(copied, behind, bar)
+            probed.append(Probed(min(repeats), len(behind), probe(copied, secrets, seed=seed)))
     examine(draft)
     known, decisive = _as_it_learned(draft, history(draft))
     compared = draft.target_at_hand is not None
@@ -228,7 +230,8 @@ def _as_it_learned(draft: OnlineDraft, known: History) -> tuple[History, list[Pr
             known = known.plus(ONE_ADAPTER)
             continue
         copied = twin(draft, settings)
-        plant(copied, secrets, often)
+        with progress(often * len(secrets), "Planting as it learned", "text") as bar:
+            plant(copied, secrets, often, bar)
         found.append(Probed(often, 0, probe(copied, secrets)))
     return known, found
 

@@ -6,6 +6,7 @@ An arm is what it adds to the arguments of `generate`. The demo, the command `tr
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .embedded import load_draft
 from .errors import ConfigError
 from .memory_draft import MemoryDraft, online_memory
 from .metrics import Counts
+from .progress import Bar, NoBar
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
 WARM_UPS = 2  # unmeasured prompts through every arm
@@ -167,20 +169,24 @@ class Runner:
         else:
             self._draft_clock.watch(draft)
 
-    def warm_up(self, prompts: Sequence[Prompt], arms: Mapping[str, Arm]) -> None:
-        """Sends a few requests through arms that are thrown away."""
+    def warm_up(self, prompts: Sequence[Prompt], arms: Mapping[str, Arm], bar: Bar | None = None) -> None:
+        """Sends a few requests through arms that are thrown away; `bar` is told of each."""
+        bar = NoBar() if bar is None else bar
         for prompt in prompts[:WARM_UPS]:
             for arm in arms.values():
                 self._generate(self.encode(prompt), prompt.new_tokens, arm, 0)
+                bar.update()
 
-    def speeds(self, prompts: Sequence[Prompt], arms: Mapping[K, Arm]) -> dict[K, float]:
-        """Net tokens/s of each arm."""
+    def speeds(self, prompts: Sequence[Prompt], arms: Mapping[K, Arm], bar: Bar | None = None) -> dict[K, float]:
+        """Net tokens/s of each arm; `bar` is told of each call."""
+        bar = NoBar() if bar is None else bar
         sums = {name: Counts() for name in arms}
         for at, prompt in enumerate(prompts):
             inputs = self.encode(prompt)
             for name in rotated(tuple(arms), at):
                 output, wall_time_s = self._generate(inputs, prompt.new_tokens, arms[name], at)
                 sums[name].add(Counts(new_tokens=_new_tokens(inputs, output), wall_time_s=wall_time_s))
+                bar.update()
         return {name: counts.tokens_per_s for name, counts in sums.items()}
 
     def measure(self, number: int, segment: int, prompt: Prompt, arms: Mapping[str, Arm]) -> list[Record]:
@@ -276,9 +282,10 @@ def calibrate(
     draft: Callable[[int], PreTrainedModel],
     choices: Sequence[int],
     source: str = "outside the stream",
+    bar: Bar | None = None,
 ) -> Calibration:
     """Finds the number of assistant tokens with the most tokens per second; the numbers take turns."""
-    speeds = runner.speeds(prompts, {k: {"assistant_model": draft(k)} for k in choices})
+    speeds = runner.speeds(prompts, {k: {"assistant_model": draft(k)} for k in choices}, bar)
     return Calibration(len(prompts), speeds, best(speeds), source)
 
 
@@ -323,6 +330,21 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the interval lies on one side of 1."""
+        return not self.low <= 1 <= self.high
+
+    def more_requests(self, requests: int, most: int = 2000) -> int | None:
+        """About how many more requests than these it takes until the interval leaves out 1, if the value stays.
+
+        An interval narrows with the root of their number. None: more than `most` in all; the two are equally fast.
+        """
+        half, effect = math.log(self.high / self.low) / 2, abs(math.log(self.value))
+        if effect == 0 or half * half * requests > most * effect * effect:
+            return None
+        return max(1, math.ceil(requests * (half / effect) ** 2) - requests)
 
 
 def speed_ratio(

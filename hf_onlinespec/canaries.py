@@ -24,6 +24,7 @@ from .config import OnlineSpecConfig
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
 from .metrics import Counts
+from .progress import Bar
 from .tree import copy_modules
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def written(tokens: Tensor, n: int | None = None) -> Feedback:
 
 
 @torch.inference_mode(False)
-def learn(draft: OnlineDraft, requests: Sequence[Feedback]) -> None:
+def learn(draft: OnlineDraft, requests: Sequence[Feedback], bar: Bar | None = None) -> None:
     """Learns from requests one after the other, as after calls of `generate`, however little time there is."""
     for request in requests:
         tokens, teacher = request.tokens.to(draft.device), request.teacher.to(draft.device)
@@ -103,11 +104,13 @@ def learn(draft: OnlineDraft, requests: Sequence[Feedback]) -> None:
         draft.learn_segment(tokens[None], [teacher], None, 0, None, counts)
         draft.remember(Feedback(tokens, teacher))
         draft.rehearse(counts, draft.settings.replay_passes)
+        if bar is not None:
+            bar.update()
     draft.fold()
 
 
 @torch.inference_mode(False)
-def plant(draft: OnlineDraft, canaries: Sequence[Canary], repeats: int = 1) -> None:
+def plant(draft: OnlineDraft, canaries: Sequence[Canary], repeats: int = 1, bar: Bar | None = None) -> None:
     """Lets the draft learn every canary so often, as if the target had written it and been sure: the worst case.
 
     Each plant is a request of its own, rehearsed like any other. Raises ConfigError where a canary is longer than the draft reads.
@@ -116,7 +119,7 @@ def plant(draft: OnlineDraft, canaries: Sequence[Canary], repeats: int = 1) -> N
     for text in texts:
         check_text(draft, text, draft.vocabulary.size)
     for _ in range(repeats):
-        learn(draft, texts)
+        learn(draft, texts, bar)
 
 
 def probe(

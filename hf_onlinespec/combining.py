@@ -30,6 +30,7 @@ from .identity import Identity
 from .lineage import shortened
 from .loading import check_base, check_layers, load_base, locate, names_of
 from .memorization import KEY, merged_history
+from .progress import each
 from .run import run_targets
 
 NOTHING = 1e-7  # singular values below this share of the largest are rounding
@@ -150,8 +151,8 @@ def distil(
     near: dict[str, Factors] = {}
     lost: dict[str, float] = {}
     whole: dict[str, float] = {}
-    for layer, factors in changes.items():
-        near[layer], lost[layer], whole[layer] = nearest(factors, rank)
+    for layer in each(changes, "Distilling", "layer"):
+        near[layer], lost[layer], whole[layer] = nearest(changes[layer], rank)
     _adopt(draft, near)
     error = _share(math.hypot(*lost.values()), math.hypot(*whole.values()))
     own = draft.lineage["draft"]

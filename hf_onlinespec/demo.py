@@ -18,12 +18,15 @@ from .bench import (
     ASSISTANT_TOKENS,
     OUTPUTS,
     PLAIN,
+    WARM_UPS,
     Arm,
     Calibration,
     Prompt,
+    Ratio,
     Record,
     Runner,
     calibrate,
+    speed_ratio,
     stock_draft,
     totals,
 )
@@ -31,6 +34,7 @@ from .config import OnlineSpecConfig
 from .draft import OnlineDraft
 from .embedded import HOME_DOMAIN, load_draft, load_pair, prompts
 from .errors import ConfigError
+from .progress import Bar
 
 ARMS = {
     "plain": "plain",
@@ -111,14 +115,19 @@ class Bench:
         draft: OnlineDraft = self._arms["learning"]["assistant_model"]
         return draft
 
-    def warm_up(self, spare: list[str]) -> None:
-        """Runs every arm on a few prompts; its drafts are thrown away by the next `load_arms`."""
-        self.load_arms(ASSISTANT_TOKENS[0])
-        self._runner.warm_up(self._prompts(spare), self._arms)
+    @staticmethod
+    def preparations(spare: list[str]) -> int:
+        """Calls of `generate` in `warm_up` and `calibrate`."""
+        return len(ARMS) * len(spare[:WARM_UPS]) + len(ASSISTANT_TOKENS) * len(spare)
 
-    def calibrate(self, spare: list[str]) -> Calibration:
-        """Finds the number of assistant tokens with the most tokens per second."""
-        return calibrate(self._runner, self._prompts(spare), stock_draft, ASSISTANT_TOKENS)
+    def warm_up(self, spare: list[str], bar: Bar | None = None) -> None:
+        """Runs every arm on a few prompts; its drafts are thrown away by the next `load_arms`. `bar` is told of each call."""
+        self.load_arms(ASSISTANT_TOKENS[0])
+        self._runner.warm_up(self._prompts(spare), self._arms, bar)
+
+    def calibrate(self, spare: list[str], bar: Bar | None = None) -> Calibration:
+        """Finds the number of assistant tokens with the most tokens per second. `bar` is told of each call."""
+        return calibrate(self._runner, self._prompts(spare), stock_draft, ASSISTANT_TOKENS, bar=bar)
 
     def measure(self, request: Request) -> list[Record]:
         """Sends one request through all arms; the records in the order of ARMS."""
@@ -142,6 +151,12 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         "whole": _block(records),
         "outputs": outputs,
     }
+
+
+def intervals(records: Sequence[Record]) -> dict[str, Ratio]:
+    """The learning arm's net speed over each other arm's, with its 95 % interval."""
+    own = {arm: [record for record in records if record.arm == arm] for arm in ARMS}
+    return {arm: speed_ratio(own["learning"], own[arm]) for arm in ARMS if arm != "learning"}
 
 
 def _block(records: Sequence[Record]) -> dict[str, Any]:

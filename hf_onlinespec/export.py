@@ -20,6 +20,7 @@ from .artifact import header_of, read_json
 from .errors import ArtifactError, DraftError
 from .files import MOST_INTEGER
 from .identity import TOKENIZER, tokenizer_file
+from .progress import each
 from .vocabulary import rows
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def _plain(draft: OnlineDraft, dtype: torch.dtype | None) -> PreTrainedModel:
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     weights: dict[str, Tensor] = {}
     with draft._learns, draft.lock:  # between two gradient steps
-        for key, weight in base.state_dict().items():
+        stored = base.state_dict()
+        for key in each(stored, "Merging", "tensor"):
+            weight = stored[key]
             if ".lora_" in key:
                 continue
             layer, wrapped, last = key.rpartition(".base_layer.")

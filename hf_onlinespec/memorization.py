@@ -31,6 +31,7 @@ from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .errors import ConfigError
 from .learned_texts import FEW, LearnedText
 from .opening import opening_tokens
+from .progress import progress
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
@@ -231,7 +232,7 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
     texts = sorted(here.texts[::-1], key=lambda text: not text.stands_often)
     examined, memorised = 0, 0
     known: set[tuple[int, ...]] = set()  # windows that were looked at: those of a system prompt once
-    with _publics(draft) as publics:
+    with _publics(draft) as publics, progress(len(texts), "Looking whether texts come out", "text") as bar:
         opens = _needs_opening(draft, publics[0], texts)
         for at in range(0, len(texts), GROUP):
             if time.perf_counter() - started > seconds:
@@ -251,6 +252,7 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
             if len(out) < len(windows):
                 break  # none of the group was read to its end
             examined += len(group)
+            bar.update(len(group))
     draft.examined = Examined(*state, examined, memorised)
     return draft.examined
 

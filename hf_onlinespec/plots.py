@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .bench import Record
+from .bench import Ratio, Record
 from .demo import ARMS, summarise
 from .regret import RegretReport
 
@@ -159,7 +159,8 @@ def report(result: dict[str, Any]) -> None:
     console.print(speed_table(summary, whole=True), "")
     console.print("Net tokens/s of ours learning over the others: of the sums (median over prompts)", soft_wrap=True)
     console.print(ratio_table(summary), "")
-    console.print(outputs_line(summary), conclusion(summary), sep="\n", soft_wrap=True)
+    ratios = {arm: Ratio(**found) for arm, found in result["intervals"].items()}
+    console.print(outputs_line(summary), conclusion(summary, ratios), sep="\n", soft_wrap=True)
 
 
 def speed_table(summary: dict[str, Any], whole: bool) -> Table:
@@ -220,21 +221,28 @@ def outputs_line(summary: dict[str, Any]) -> str:
     return f"Outputs identical to plain: {'; '.join(parts)}."
 
 
-def conclusion(summary: dict[str, Any]) -> str:
-    """What learning gained or lost, in words, from the sums."""
+def conclusion(summary: dict[str, Any], ratios: Mapping[str, Ratio]) -> str:
+    """What learning gained or lost, in words, from the sums; where an interval leaves that open, it says so.
+
+    Args:
+        ratios: of the learning arm over each other one.
+    """
     whole = summary["whole"]
-    ratios = {arm: ratio["total"] for arm, ratio in whole["learning_over"].items()}
-    *most, last = [f"{_compared(ratio)} {ARMS[arm]}" for arm, ratio in ratios.items()]
-    words = f"With learning's own cost included, {ARMS['learning']} was {', '.join(most)} and {last}, "
-    words += f"over {whole['arms']['learning']['requests']} requests."
+    n = whole["arms"]["learning"]["requests"]
+    *most, last = [f"{ratio} times as fast as {ARMS[arm]}" for arm, ratio in ratios.items()]
+    words = f"With learning's own cost included, {ARMS['learning']} was {', '.join(most)} and {last} "
+    words += f"(95 % intervals over {n} requests)."
+    for arm, ratio in ratios.items():
+        if not ratio.is_decided:
+            words += f" {_undecided(ratio, n, ARMS[arm])}"
     for block in summary["segments"][1:2]:
         frozen, learning = (block["arms"][arm]["acceptance_length"] for arm in ("frozen", "learning"))
         words += f" On {block['domain']}, each target forward gave {learning:.2f} tokens with learning, {frozen:.2f} without."
     return words
 
 
-def _compared(ratio: float) -> str:
-    percent = round(abs(ratio - 1) * 100)
-    if percent == 0:
-        return "as fast as"
-    return f"{percent}% {'faster' if ratio > 1 else 'slower'} than"
+def _undecided(ratio: Ratio, requests: int, other: str) -> str:
+    more = ratio.more_requests(requests)
+    if more is None:
+        return f"That and {other} are equally fast, as far as can be told."
+    return f"Whether that is faster than {other} is not decided: it takes about {more} more requests."

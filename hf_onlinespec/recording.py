@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import ConfigError
 from .feedback import Feedback, Teacher
 from .files import check_regular
+from .progress import each
 
 FORMAT = "1"
 TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")
@@ -146,7 +147,7 @@ def record(
     law: dict[str, Any] = {"do_sample": False}
     if temperature:
         law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(each(prompts, "Recording", "prompt")):
         inputs = tokenizer(prompt.text, return_tensors="pt").to(target.device)
         torch.manual_seed(seed + number)
         out = target.generate(

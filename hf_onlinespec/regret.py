@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .feedback import Feedback, acceptance
 from .losses import LOSSES
 from .metrics import Counts
+from .progress import each
 from .recording import Recorded, Recording
 from .segment import Segment
 
@@ -206,7 +207,7 @@ def evaluate(
     served, frozen = Curve(), Curve()
     gradients = _Gradients()
     show("learning")
-    for request in requests:
+    for request in each(requests, "Learning", "request"):
         _add(served, draft, request, temperature, lookahead, frozen=False)
         _add(frozen, draft, request, temperature, lookahead, frozen=True)
         segment = Segment(request.feedback.tokens[None], [request.feedback.teacher], None, temperature)
@@ -215,14 +216,16 @@ def evaluate(
         draft.remember(request.feedback)
         draft.rehearse(Counts(), config.replay_passes)
     show("the best fixed adapter")
-    fixed, whole = _comparator(requests, model, config, temperature, lookahead, epochs)
+    name = "The best fixed adapter"
+    fixed, whole = _comparator(requests, model, config, temperature, lookahead, epochs, name)
     segments, states = Curve(), []
     groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: r.domain)]
     for group in groups:
         show(f"the best adapter for {group[0].domain}")
         part, state = fixed, whole
         if len(groups) > 1:
-            part, state = _comparator(group, model, config, temperature, lookahead, epochs)
+            name = f"The best adapter for {group[0].domain}"
+            part, state = _comparator(group, model, config, temperature, lookahead, epochs, name)
         states.append(state)
         for name, values in vars(part).items():
             vars(segments)[name].extend(values)
@@ -299,6 +302,7 @@ def _comparator(
     temperature: float,
     lookahead: int,
     epochs: int,
+    name: str,
 ) -> tuple[Curve, Tensor]:
     """The same adapter, trained on all of the requests until that brings nothing more; and its parameters."""
     single = replace(config, learner="ogd", preconditioner="adam", lr=COMPARATOR_LR, radius=None, snapshots=0)
@@ -309,7 +313,7 @@ def _comparator(
     for request in requests:
         _add(original, draft, request, temperature, lookahead, frozen=True)
     best, best_params = _mean(original.losses, weights), draft._lora.params.clone()  # the original draft is one, too
-    for _ in range(epochs):
+    for _ in each(range(epochs), name, "epoch"):  # at most: it may be done sooner
         order = torch.randperm(len(requests), generator=generator).tolist()
         for start in range(0, len(order), BATCH):
             draft._learning.learn_from([requests[i].feedback for i in order[start : start + BATCH]], Counts())

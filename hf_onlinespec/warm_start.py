@@ -10,6 +10,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -34,6 +38,7 @@ from .feedback import Teacher
 from .identity import public_name
 from .losses import LOSSES
 from .opening import opening_tokens
+from .progress import Bar, NoBar, each, progress
 from .sampling import seeded
 from .vocabulary import check_vocabularies
 
@@ -104,6 +109,7 @@ def warm_start(
             trainer = Trainer(model=student, args=args, train_dataset=_Passages(passages), data_collator=_collate)
             if training_args is None:
                 trainer.remove_callback(PrinterCallback)
+                trainer.add_callback(_Progress())
             trainer.train()
         finally:
             target.train(was_training)
@@ -261,6 +267,23 @@ def _on(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
+class _Progress(TrainerCallback):
+    """A bar over the steps. Trainer's own also prints what it logs at the end, even where it is to log nothing."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._bar: Bar = NoBar()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bar = self._stack.enter_context(progress(state.max_steps, "Warm start", "step"))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bar.update()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stack.close()
+
+
 class _Passages(torch.utils.data.Dataset[Passage]):
     def __init__(self, passages: list[Passage]) -> None:
         self._passages = passages
@@ -306,7 +329,7 @@ def _written(
     ends = [ends] if isinstance(ends, int) else ends or []
     size = args.per_device_train_batch_size
     with seeded(target, args.seed):
-        for at in range(0, len(prompts), size):
+        for at in each(range(0, len(prompts), size), "The target writes", "batch"):
             batch = prompts[at : at + size]
             longest = max(map(len, batch))
             tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch], device=target.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -60,11 +61,19 @@ def check_folder(folder: Path, option: str) -> None:
         raise ConfigError(f"{option}: the folder cannot be written ({error.strerror}). Name another one.") from error
 
 
-def quiet_libraries() -> None:
-    """Switches off what transformers and the Hub's client remark on: the commands say themselves what matters."""
+def quiet_libraries(bars: bool = False) -> None:
+    """Switches off what transformers and the Hub's client remark on: the commands say themselves what matters.
+
+    Args:
+        bars: keep progress bars, where somebody sees them. That of a download stays in any case.
+    """
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+    is_seen, downloads = sys.stderr.isatty(), not are_progress_bars_disabled()
+    if not (bars and is_seen):
+        logging.disable_progress_bar()
+    if is_seen and downloads:
+        enable_progress_bars()
 
 
 def best_device(wanted: str | None = None) -> torch.device:

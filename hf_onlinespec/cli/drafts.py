@@ -45,7 +45,7 @@ def in_own_options(command: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        quiet_libraries()
+        quiet_libraries(bars=True)
         try:
             return command(*args, **kwargs)
         except OnlineSpecError as error:

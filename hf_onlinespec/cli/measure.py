@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import card
 from ..bench import Prompt, Record, check_lengths, load_prompts
 from ..config import OnlineSpecConfig
-from ..demo import Bench, Settings, choose_prompts, summarise
+from ..demo import Bench, Settings, choose_prompts, intervals, summarise
 from ..embedded import FOLDER
 from ..errors import ConfigError
 from ..machine import machine
@@ -48,8 +49,12 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
 
     stream, spare = choose_prompts(settings)
     bench = Bench(settings)
-    bench.warm_up(spare)
-    calibration = bench.calibrate(spare)
+    what, calls = "Warming up and calibrating", bench.preparations(spare)
+    if not sys.stderr.isatty():
+        print(f"{what}: {calls} calls of generate …", file=sys.stderr, flush=True)
+    with tqdm(total=calls, desc=what, unit=" call", leave=False, disable=None) as bar:
+        bench.warm_up(spare, bar)
+        calibration = bench.calibrate(spare, bar)
     print(calibration, file=sys.stderr if as_json else sys.stdout, flush=True)
     bench.load_arms(calibration.chosen)
     records: list[Record] = []
@@ -71,6 +76,7 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
         "interrupted": interrupted,
         "requests": [asdict(record) for record in records],
         "summary": summarise(records),
+        "intervals": {arm: asdict(ratio) for arm, ratio in intervals(records).items()},
     }
     text = json.dumps(result, indent=2, allow_nan=False)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
@@ -103,7 +109,7 @@ class OwnModels:
             names = {"--target": str(FOLDER / "target"), "--draft": str(FOLDER / "draft")}
             dtype = "float32" if dtype == AUTO else dtype  # it is stored in half of its precision
         device = best_device(self.device)
-        quiet_libraries()
+        quiet_libraries(bars=True)
         config, other = (load_config(option, name) for option, name in names.items())
         check_vocabularies(config, other)
         tokenizer = load_tokenizer("--target", names["--target"])
@@ -129,7 +135,7 @@ def run_record(
     found = []
     for recorded in record(target, tokenizer, prompts, temperature, seed):
         found.append(recorded)
-        if len(found) % 10 == 0:
+        if len(found) % 10 == 0 and not sys.stderr.isatty():  # else there is a bar
             print(f"{len(found)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
     Recording(found, temperature, models.draft or "").save(out)
     print(f"Written: {out}. It holds your prompts and the answers as tokens.")
@@ -153,7 +159,7 @@ def run_regret(
     config = OnlineSpecConfig.from_dict(settings)
     check_folder(out, f"--out {out}")
     place = best_device(device)
-    quiet_libraries()
+    quiet_libraries(bars=True)
     name = draft or recording.draft or str(FOLDER / "draft")
     if name == str(FOLDER / "draft") and dtype == AUTO:
         dtype = "float32"  # it is stored in half of its precision
@@ -162,7 +168,8 @@ def run_regret(
         return load_model("--draft", name, dtype, place)
 
     def show(text: str) -> None:
-        print(f"{text} …", file=sys.stderr, flush=True)
+        if not sys.stderr.isatty():  # else there are bars
+            print(f"{text} …", file=sys.stderr, flush=True)
 
     report = evaluate(recording, model, config, lookahead, show=show)
     plots.regret_figure(report).savefig(out / "regret.png", dpi=150)

@@ -94,7 +94,7 @@ def run_chat(settings: ChatSettings) -> int:
     check_extra("chat", "cli")
     if settings.save is not None:
         check_folder(settings.save, f"--save {settings.save}")
-    quiet_libraries()
+    quiet_libraries(bars=True)
     device = best_device(settings.device)
     config, tokenizer = load_config("TARGET", settings.target), load_tokenizer("TARGET", settings.target)
     notes = console(sys.stderr)

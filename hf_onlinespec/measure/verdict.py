@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ class Verdict:
     @property
     def is_decided(self) -> bool:
         """Whether the interval of ours over the best other arm lies on one side of 1."""
-        return self.prompts >= LEAST_PROMPTS and not self.over_best.low <= 1 <= self.over_best.high
+        return self.prompts >= LEAST_PROMPTS and self.over_best.is_decided
 
     @property
     def pays(self) -> bool:
@@ -35,11 +34,8 @@ class Verdict:
     @property
     def more_prompts(self) -> int | None:
         """How many more prompts are likely to decide; None: too many to be worth it."""
-        half, effect = math.log(self.over_best.high / self.over_best.low) / 2, abs(math.log(self.over_best.value))
-        if effect == 0 or half * half * self.prompts > HOPELESS * effect * effect:
-            return None
-        needed = math.ceil(self.prompts * (half / effect) ** 2)  # an interval narrows with the root of their number
-        return max(needed, LEAST_PROMPTS, self.prompts + 1) - self.prompts
+        more = self.over_best.more_requests(self.prompts, HOPELESS)
+        return None if more is None else max(more, LEAST_PROMPTS - self.prompts)
 
     def text(self, prompt_s: float = 0.0) -> str:
         """The verdict in words.
