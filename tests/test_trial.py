@@ -24,7 +24,7 @@ from hf_onlinespec import OnlineDraft, bench
 from hf_onlinespec.bench import PLAIN, Prompt, Runner
 from hf_onlinespec.cli.trial import TrySettings, run_try, set_aside
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
-from hf_onlinespec.errors import ConfigError
+from hf_onlinespec.errors import ConfigError, OnlineSpecError
 from hf_onlinespec.measure import shipped, trial
 from hf_onlinespec.measure.budget import LEAST_PROMPTS, LONG, SHORT, SHORTEST, WANTED_PROMPTS, Budget
 from hf_onlinespec.measure.exactness import FAULT, IDENTICAL, ROUNDING, Examiner
@@ -277,7 +277,7 @@ def test_it_prints_and_writes_what_it_found(tmp_path: Path, file: Path, capsys: 
     result = json.loads(as_json.read_text(encoding="utf-8"))
     assert result["summary"]["prompts"] == 3 and len(result["requests"]) == 3 * len(ARMS) and not result["interrupted"]
     assert result["verdict"] in printed and result["code"].splitlines()[-1] in printed
-    assert result["settings"]["prompts"] == str(file) and result["dtype"] == "torch.float32"
+    assert result["settings"]["prompts"] == str(file) and result["models"]["dtype"] == "torch.float32"
 
     page = out.read_text(encoding="utf-8")
     seen = Page()
@@ -387,6 +387,14 @@ def test_the_evolved_draft_is_saved(file: Path, capsys: pytest.CaptureFixture[st
     assert f"Saved: the evolved draft, {folder}" in capsys.readouterr().out.replace("\n", "")
     assert OnlineDraft.from_pretrained(folder).metrics.requests == 3
 
+    # What was saved goes on, and is not written over by another draft.
+    assert run_try(settings(file, draft=str(folder), save=folder), clock=ticking()) == 0
+    printed = capsys.readouterr().out
+    assert "Ours goes on from the adapter of --draft" in printed and "from_pretrained" in printed
+    assert OnlineDraft.from_pretrained(folder).metrics.requests == 6
+    with pytest.raises(ConfigError, match="another draft was saved there"):
+        run_try(settings(file, draft=DRAFT, save=folder), clock=ticking())
+
 
 @pytest.mark.usefixtures("quick")
 def test_without_a_draft_nothing_is_saved(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -414,7 +422,7 @@ def test_few_prompts_of_ones_own_are_all_measured(tmp_path: Path, capsys: pytest
         ({"temperature": float("inf")}, "--temperature inf"),
         ({"seed": -1}, "--seed -1"),
         ({"target": "/none/such"}, "TARGET /none/such: "),
-        ({"draft": "/none/such"}, "--draft /none/such: "),
+        ({"draft": "/none/such"}, "/none/such: no such folder"),
         ({"prompts": Path("/none/such")}, "--prompts /none/such: the file cannot be read"),
         ({"device": "nowhere"}, "--device nowhere: torch cannot use it here"),
         ({"new_tokens": 2000}, "none of the prompts fits beside 2000 new ones"),
@@ -424,7 +432,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(OnlineSpecError, match=re.escape(message)):
         run_try(settings(None, **values))
 
 

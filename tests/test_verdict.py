@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from hf_onlinespec.bench import PLAIN, Ratio, Record
 from hf_onlinespec.embedded import FOLDER
 from hf_onlinespec.measure.trial import OURS, static_arguments
-from hf_onlinespec.measure.verdict import Verdict, code_for, judge
+from hf_onlinespec.measure.verdict import Models, Verdict, code_for, judge
 
 
 def verdict(low: float, value: float, high: float, prompts: int = 16, best: str = "prompt lookup 3") -> Verdict:
@@ -88,7 +88,7 @@ def test_the_recommended_code_runs(
     found: Verdict, draft: str | None, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = str(FOLDER / "target"), draft and str(FOLDER / draft)
-    code = code_for(found, *folders, dtype="torch.float32", device="cpu", is_chat=False)
+    code = code_for(found, Models(*folders, dtype="torch.float32", device="cpu", is_chat=False))
     assert expected in code and ("hf_onlinespec" in code.replace(str(FOLDER), "")) == (found.over_best.value > 1)
     names: dict[str, Any] = {}
     exec(code.replace("200", "4"), names)
@@ -101,7 +101,7 @@ def test_the_recommended_code_runs(
 
 
 def test_the_recommended_code_uses_the_chat_template_and_the_device() -> None:
-    code = code_for(verdict(1.03, 1.1, 1.18), "me/chat", None, dtype="torch.bfloat16", device="cuda:0", is_chat=True)
+    code = code_for(verdict(1.03, 1.1, 1.18), Models("me/chat", None, "torch.bfloat16", "cuda:0", is_chat=True))
     compile(code, "code", "exec")
     assert "from_pretrained('me/chat', dtype=torch.bfloat16).to('cuda:0')" in code and "apply_chat_template(" in code
 

@@ -160,10 +160,21 @@ def load_draft(
     Raises:
         ConfigError, DraftError, ArtifactError, HubError: in one line.
     """
+    model, is_adapter = load_draft_model(option, name, target, tokenizer, dtype, device)
+    return OnlineDraft.from_pretrained(name, base_model=model) if is_adapter else OnlineDraft(model)
+
+
+def load_draft_model(
+    option: str, name: str, target: PretrainedConfig, tokenizer: Any, dtype: str, device: torch.device
+) -> tuple[PreTrainedModel, bool]:
+    """The model of a draft without what it learned, and whether the option names more than that: an adapter for it.
+
+    Args and errors are those of `load_draft`.
+    """
     origin = locate(name)
     if origin.folder is None:
         check_vocabularies(target, load_config(option, name), tokenizer, load_tokenizer(option, name))
-        return OnlineDraft(load_model(option, name, dtype, device))
+        return load_model(option, name, dtype, device), False
     if origin.evolved:
         outline = Outline.read(origin.folder)
         lies_at = str(outline.adapter_config.get("base_model_name_or_path") or "")
@@ -173,7 +184,8 @@ def load_draft(
         lies_at, revision = (str(about.get(key) or "") for key in ("base_model_name_or_path", "revision"))
         base = load_base(None, None, lies_at, revision=revision or None)
     check_vocabularies(target, base.config, tokenizer)
-    return OnlineDraft.from_pretrained(name, base_model=base.to(device))
+    placed: PreTrainedModel = base.to(device)
+    return placed, True
 
 
 def _loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:

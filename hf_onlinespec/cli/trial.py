@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .. import __version__
 from .._compat import max_positions
+from ..artifact import is_artifact
 from ..bench import Prompt, check_lengths, fits, load_prompts
 from ..draft import OnlineDraft
 from ..errors import ConfigError
@@ -27,8 +28,7 @@ from ..measure.shipped import encoder, shipped_prompts
 from ..measure.summary import summarise
 from ..measure.tables import show_result
 from ..measure.trial import SPARE, Outcome, Trial
-from ..measure.verdict import code_for
-from ..vocabulary import check_vocabularies
+from ..measure.verdict import Models, code_for
 from .common import (
     AUTO,
     FOUND,
@@ -38,6 +38,7 @@ from .common import (
     finite,
     free_bytes,
     load_config,
+    load_draft_model,
     load_model,
     load_tokenizer,
     quiet_libraries,
@@ -79,8 +80,14 @@ class TrySettings:
             check_folder(path.absolute().parent, f"{option} {path}")
             if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
                 raise ConfigError(f"{option} {path}: a file cannot be written there. Name another one.")
-        if self.save is not None and self.draft is not None:
-            check_folder(self.save, f"--save {self.save}")
+        if self.save is None or self.draft is None:
+            return
+        check_folder(self.save, f"--save {self.save}")
+        draft = Path(self.draft)
+        if is_artifact(self.save) and not (draft.is_dir() and self.save.samefile(draft)):
+            raise ConfigError(
+                f"--save {self.save}: another draft was saved there. Go on with it by --draft {self.save}, or name a new folder."
+            )
 
 
 def run_try(
@@ -97,7 +104,7 @@ def run_try(
     interrupted = False
     with progress(budget) as show:
         show("loading", Outcome())
-        trial, context = _prepared(settings, budget, clock, show)
+        trial, models = _prepared(settings, budget, clock, show)
         try:
             trial.prepare()
             trial.run()
@@ -108,7 +115,7 @@ def run_try(
             trial.outcome.notes.append("Interrupted: only the finished prompts count.")
     outcome, learned = trial.outcome, trial.learned
     summary = summarise(outcome)
-    code = code_for(summary.verdict, settings.target, settings.draft, **context)
+    code = code_for(summary.verdict, models)
     console = Console(highlight=False)
     show_result(console, outcome, summary, learned, code)
     result: dict[str, Any] = {
@@ -116,8 +123,7 @@ def run_try(
         "settings": {
             name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
         },
-        "device": context["device"],
-        "dtype": context["dtype"],
+        "models": asdict(models),
         "machine": machine(),
         "interrupted": interrupted,
         "elapsed_s": budget.elapsed_s,
@@ -136,9 +142,7 @@ def run_try(
         settings.json.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         console.print(f"Written: {settings.json}", markup=False, soft_wrap=True)
     if settings.out is not None:
-        report = Report(
-            settings.target, settings.draft, context["device"], context["dtype"], outcome, summary, learned, code
-        )
+        report = Report(models, outcome, summary, learned, code)
         settings.out.write_text(report.html(), encoding="utf-8")
         console.print(f"Written: {settings.out}", markup=False, soft_wrap=True)
     if settings.save is not None:
@@ -163,12 +167,10 @@ def _prepared(
     budget: Budget,
     clock: Callable[[], float],
     show: Callable[[str, Outcome], None],
-) -> tuple[Trial, dict[str, Any]]:
-    """The trial, its models loaded, and what `code_for` has to know of them. What can be refused is refused before weights are read."""
+) -> tuple[Trial, Models]:
+    """The trial, its models loaded, and how they were loaded. What can be refused is refused before weights are read."""
     device = best_device(settings.device)
     config = load_config("TARGET", settings.target)
-    if settings.draft is not None:
-        check_vocabularies(config, load_config("--draft", settings.draft))
     tokenizer = load_tokenizer("TARGET", settings.target)
     longest = LONG if settings.new_tokens is None else settings.new_tokens
     prompts, notes = _prompts(settings.prompts, tokenizer, config, longest)
@@ -177,8 +179,18 @@ def _prepared(
         notes.append(
             f"With fewer than {LEAST_PROMPTS + SPARE} prompts, warm-up and calibration use prompts that are measured too."
         )
+    draft, is_adapter = None, False
+    if settings.draft is not None:
+        draft, is_adapter = load_draft_model("--draft", settings.draft, config, tokenizer, settings.dtype, device)
+
+    def saved_draft() -> OnlineDraft:
+        return OnlineDraft.from_pretrained(str(settings.draft), base_model=draft)
+
+    if is_adapter:
+        notes.append(
+            "Ours goes on from the adapter of --draft; transformers' assisted generation drafts with its base model."
+        )
     target = load_model("TARGET", settings.target, settings.dtype, device)
-    draft = None if settings.draft is None else load_model("--draft", settings.draft, settings.dtype, device)
     examiner = Examiner(target, lambda: float32_copy(target, free_bytes(device)))
     trial = Trial(
         target,
@@ -188,6 +200,7 @@ def _prepared(
         spare,
         budget,
         examiner,
+        saved_draft if is_adapter else None,
         settings.new_tokens,
         settings.temperature,
         settings.seed,
@@ -195,8 +208,13 @@ def _prepared(
         show,
     )
     trial.outcome.notes += notes
-    context = {"dtype": str(target.dtype), "device": str(device), "is_chat": tokenizer.chat_template is not None}
-    return trial, context
+    plain, saved = settings.draft, settings.draft if is_adapter else None
+    if draft is not None:
+        plain = str(draft.config._name_or_path) if is_adapter else plain
+        saved = saved if settings.save is None else str(settings.save)
+    return trial, Models(
+        settings.target, plain, str(target.dtype), str(device), tokenizer.chat_template is not None, saved
+    )
 
 
 def set_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

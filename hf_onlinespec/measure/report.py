@@ -14,6 +14,7 @@ from .exactness import FAULT, IDENTICAL, ROUNDING
 from .summary import KindSummary, Summary
 from .tables import exactness_lines, learned_lines
 from .trial import DRAFT, OURS, Learned, Outcome
+from .verdict import Models
 
 WINDOW = 5  # prompts in a running mean
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 48, 16, 10, 34  # of a chart, and its margins, in pixels
@@ -42,10 +43,7 @@ svg text { fill: var(--soft); } svg .grid { stroke: var(--line); } svg .ring { s
 class Report:
     """What is written with `--out`."""
 
-    target: str
-    draft: str | None
-    device: str
-    dtype: str
+    models: Models
     outcome: Outcome
     summary: Summary
     learned: Learned
@@ -55,7 +53,7 @@ class Report:
         """The page."""
         records = self.outcome.records
         arms = by_arm(records)
-        title = f"hf-onlinespec try: {self.target}"
+        title = f"hf-onlinespec try: {self.models.target}"
         fault = " fault" if self.summary.faults else ""
         drafting = {arm: own for arm, own in arms.items() if arm != PLAIN}
         parts = [
@@ -148,11 +146,11 @@ class Report:
         return f'<details><summary>Each first difference</summary><p class="soft">{words}</p>{_table(head, rows)}</details>'
 
     def _method(self) -> list[str]:
-        at = machine()
+        at, of = machine(), self.models
         lines = [
-            f"Target {self.target}, {'no draft' if self.draft is None else f'draft {self.draft}'}; {self.dtype} on {self.device}. "
+            f"Target {of.target}, {'no draft' if of.draft is None else f'draft {of.draft}'}; {of.dtype} on {of.device}. "
             f"{self.summary.prompts} prompts, at most {self.outcome.new_tokens} new tokens each. Every prompt goes through all ways, in an "
-            "order that rotates, before the next one starts; ours begins with nothing learned. The best other way is chosen in "
+            "order that rotates, before the next one starts. The best other way is chosen in "
             "hindsight, over the whole run. Intervals: paired bootstrap over prompts, 90 %.",
             f"{at['cpu']}, {at['cores']} cores, {at['threads']} threads of torch; Python {at['python']}; "
             f"{datetime.now(timezone.utc).isoformat(timespec='minutes')}.",

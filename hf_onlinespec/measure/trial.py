@@ -3,7 +3,8 @@
     plain              generate(...)
     prompt lookup N    generate(..., prompt_lookup_num_tokens=N), transformers' own, which needs no draft
     draft K            generate(..., assistant_model=draft), transformers' own, K drafted tokens a round: the best K of a calibration
-    ours               generate(..., onlinespec=True), with the draft where there is one; it begins with nothing learned
+    ours               generate(..., onlinespec=True), with the draft where there is one; it begins with nothing learned,
+                       unless the draft is a saved one
 
 Each prompt goes through all of them before the next one starts, in an order that rotates. What ours spends on learning is in
 its time. Drafts and memories of the warm-up are thrown away.
@@ -79,6 +80,7 @@ class Trial:
 
     Args:
         draft: a smaller model with the same tokenizer; None: the suffix memory drafts.
+        make: makes what drafts in ours, of `draft`, each time from the same beginning; None: a new `OnlineDraft`.
         prompts: to be measured, in their order; `new_tokens` of each is chosen by the budget unless `new_tokens` is given.
         spare: `SPARE` prompts for warm-up and calibration.
         examiner: classifies outputs that differ from plain's.
@@ -97,13 +99,14 @@ class Trial:
         spare: Sequence[Prompt],
         budget: Budget,
         examiner: Examiner,
+        make: Callable[[], OnlineDraft] | None = None,
         new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
         show: Callable[[str, Outcome], None] = lambda phase, outcome: None,
     ) -> None:
-        self._target, self._draft = target, draft
+        self._target, self._draft, self._make = target, draft, make
         self._prompts, self._spare = list(prompts), list(spare)
         self._budget, self._examiner, self._show = budget, examiner, show
         self._new_tokens, self._seed, self._is_greedy = new_tokens, seed, temperature == 0
@@ -190,7 +193,8 @@ class Trial:
         if self._has_static_draft:
             static = stock_draft(draft_tokens, borrow(self._draft))
             arms[f"{DRAFT} {draft_tokens}"] = {"assistant_model": static}
-        return arms | {OURS: {"assistant_model": OnlineDraft(self._draft)}}
+        ours = OnlineDraft(self._draft) if self._make is None else self._make()
+        return arms | {OURS: {"assistant_model": ours}}
 
     @property
     def ours(self) -> MemoryDraft:

@@ -72,35 +72,44 @@ def judge(records: Sequence[Record]) -> Verdict:
     return Verdict(len(arms[OURS]), best, over_plain, over_best)
 
 
-def code_for(verdict: Verdict, target: str, draft: str | None, dtype: str, device: str, is_chat: bool) -> str:
-    """Python that does what the verdict recommends, with the names and settings of the trial: ours, unless another way is faster.
+@dataclass(frozen=True)
+class Models:
+    """What was tried, by the names that load it."""
 
-    Args:
-        target, draft: names or folders.
-        dtype: as Python writes it, such as "torch.bfloat16".
-        is_chat: whether the tokenizer has a chat template.
-    """
+    target: str
+    draft: str | None  # None: the suffix memory drafted
+    dtype: str  # as Python writes it, such as "torch.bfloat16"
+    device: str
+    is_chat: bool  # whether the tokenizer has a chat template
+    saved: str | None = None  # where the draft is kept with what it learned; None: nowhere
+
+
+def code_for(verdict: Verdict, models: Models) -> str:
+    """Python that does what the verdict recommends: ours, unless another way is faster."""
     ours = verdict.pays or not verdict.is_decided
-    place = "" if device == "cpu" else f".to({device!r})"
+    place = "" if models.device == "cpu" else f".to({models.device!r})"
+    load = f"AutoModelForCausalLM.from_pretrained({{!r}}, dtype={models.dtype}){place}"
     imports = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     lines = [
-        f"tokenizer = AutoTokenizer.from_pretrained({target!r})",
-        f"model = AutoModelForCausalLM.from_pretrained({target!r}, dtype={dtype}){place}",
+        f"tokenizer = AutoTokenizer.from_pretrained({models.target!r})",
+        f"model = {load.format(models.target)}",
     ]
     arguments = dict(static_arguments(verdict.best)) if not ours else {}
-    if draft is not None and (ours or verdict.best.startswith(DRAFT)):
-        lines.append(f"draft = AutoModelForCausalLM.from_pretrained({draft!r}, dtype={dtype}){place}")
+    if ours and models.saved is not None:
+        lines.append(f"draft = hf_onlinespec.OnlineDraft.from_pretrained({models.saved!r})")
+    elif models.draft is not None and (ours or verdict.best.startswith(DRAFT)):
+        lines.append(f"draft = {load.format(models.draft)}")
         if not ours:
             lines += [f"draft.generation_config.{name} = {value!r}" for name, value in arguments.items()]
             arguments = {"assistant_model": "draft"}
     if ours:
         imports.insert(1, "import hf_onlinespec")
-        attached = "model" if draft is None else "model, draft"
+        attached = "model" if models.draft is None else "model, draft"
         lines.append(
             f"hf_onlinespec.attach({attached})  # from here on every model.generate(...) speculates and learns"
         )
     message = 'tokenizer("Hello", return_tensors="pt")'
-    if is_chat:
+    if models.is_chat:
         message = (
             'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
             'return_dict=True, return_tensors="pt"\n)'
