@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,12 @@ class Running:
     server: uvicorn.Server
     pair: EmbeddedPair
     http: httpx.Client
+    open: ExitStack  # clients that are closed with the server
 
     def client(self, key: str = "a key") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
+        return self.open.enter_context(
+            OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
+        )
 
     def get(self, path: str) -> httpx.Response:
         return self.http.get(path)
@@ -77,8 +80,9 @@ def running(
     try:
         wait_for(lambda: server.started)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
-            yield Running(url, server, pair, http)
+        with ExitStack() as clients:
+            http = clients.enter_context(httpx.Client(base_url=url, timeout=PATIENCE_S))
+            yield Running(url, server, pair, http, clients)
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

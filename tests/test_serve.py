@@ -62,7 +62,7 @@ def test_every_endpoint_answers_what_the_target_says_by_itself(server: Running, 
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
     assert chunks[-1].usage.completion_tokens == 12
 
-    response = client.responses.create(model=NAME, input=QUESTION, max_output_tokens=12, stream=False)
+    response = client.responses.create(model=NAME, input=QUESTION, max_output_tokens=12)
     assert response.output_text == expected
     events = client.responses.create(model=NAME, input=QUESTION, max_output_tokens=12, stream=True)
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
@@ -170,6 +170,7 @@ REFUSED = {
     "a bias for no token": (as_body(logit_bias={SECRET: 1}), 400),
     "a seed of too many bits": (as_body(seed=2**64), 400),
     "a configuration that is no JSON": (as_body(generation_config="{"), 400),
+    "settings of a draft": (as_body(generation_config='{"onlinespec": {"memory_tokens": 0}}'), 400),
 }
 
 
@@ -205,6 +206,26 @@ def test_a_request_that_our_loop_does_not_take_runs_plain(server: Running) -> No
     assert answer.usage.completion_tokens == 4
     after = server.page()["totals"]
     assert (after["outside"], after["new_tokens"]) == (before["outside"] + 1, before["new_tokens"] + 4)
+
+
+def test_a_request_can_switch_drafting_off(server: Running, pair: EmbeddedPair) -> None:
+    body = {"generation_config": json.dumps({"onlinespec": False, "max_new_tokens": 8})}
+    answer = server.client().chat.completions.create(**TEXT, extra_body=body)
+    assert answer.choices[0].message.content == plain(pair, ASKED, 8)
+    assert server.page()["requests"][-1]["rounds"] == 0
+
+
+def test_an_answer_that_cannot_be_parsed_is_a_fault_of_the_server(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr(server.pair.tokenizer, "response_template", {}, raising=False)
+    monkeypatch.setattr(server.pair.tokenizer, "parse_response", broken)
+    answer = server.post("/v1/chat/completions", json=TEXT | {"max_tokens": 2})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "ValueError" in caplog.text and SECRET not in caplog.text
 
 
 def test_what_is_no_json_or_comes_under_a_foreign_name_is_refused(server: Running) -> None:

@@ -162,9 +162,12 @@ def _route(endpoint: str, handler: BaseHandler, metrics: ServerMetrics) -> Calla
         request_id = request.headers.get(X_REQUEST_ID, "")
         if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
             request_id = str(uuid.uuid4())
+        asked: Asked | None = None
         try:
             body = await _body(request)
-            ASKED.set(Asked(endpoint, client_of(request.headers.get("authorization")), _seed(body)))
+            body.setdefault("stream", False)  # as OpenAI's API; transformers streams responses by default
+            asked = Asked(endpoint, client_of(request.headers.get("authorization")), _seed(body))
+            ASKED.set(asked)
             response = await _unless_hung_up(request, handler.handle_request(body, request_id))
         except RequestError as error:
             metrics.refused(endpoint)
@@ -173,9 +176,13 @@ def _route(endpoint: str, handler: BaseHandler, metrics: ServerMetrics) -> Calla
             metrics.refused(endpoint)
             response = _error(error.status_code, str(error.detail))
         except Exception as error:
-            # Nothing was generated yet: what a handler raises here, it raises at the body.
-            metrics.refused(endpoint)
-            response = _error(400, _why(error))
+            if asked is not None and asked.answered:
+                _log(error)
+                response = _error(500, f"The answer cannot be read ({type(error).__name__}: {error}).")
+            else:
+                # Nothing was generated: what a handler raises here, it raises at the body.
+                metrics.refused(endpoint)
+                response = _error(400, _why(error))
         response.headers[X_REQUEST_ID] = request_id
         return response
 
@@ -230,6 +237,12 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
 
 
+def _log(error: Exception) -> None:
+    """Where a fault was raised; its text may be a request's."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    logger.error("%s in %s, line %d", type(error).__name__, last.filename, last.lineno)
+
+
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _error(error.status_code, str(error.detail))
@@ -254,7 +267,6 @@ class _NoTracebacks:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            logger.error("%s in %s, line %d", type(error).__name__, last.filename, last.lineno)
+            _log(error)
             if not begun:
                 await _error(500, f"A fault of the server ({type(error).__name__}).")(scope, receive, send)

@@ -41,13 +41,14 @@ class RequestError(Exception):
         self.status, self.message = status, message
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """What of a request the handlers of transformers do not hand on."""
 
     endpoint: str
     client: bytes  # see clients.client_of
     seed: int | None = None
+    answered: bool = False  # whether it was generated: what a handler raises after that is no fault of the request
 
 
 ASKED: ContextVar[Asked] = ContextVar("ASKED")  # the request at hand, set by its route
@@ -116,11 +117,13 @@ class OnlineGenerateManager(BaseGenerateManager):
         )
         try:
             # The thread would fail to set the result of what is cancelled.
-            return await asyncio.shield(answer)
+            found = await asyncio.shield(answer)
         except asyncio.CancelledError:  # the client hung up
             call.stopped.set()
             answer.add_done_callback(lambda done: done.exception())
             raise
+        ASKED.get().answered = True
+        return found
 
     def stop(self) -> None:
         """Ends the request at hand at its next token, and those that wait; no new one begins."""
@@ -237,6 +240,8 @@ def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTr
         if most < 1:
             raise RequestError(400, f"The answer may have {most} tokens (max_tokens): expected at least 1.")
         gen_config.max_new_tokens = min(most, longest - prompt_tokens)
+    if gen_config.onlinespec not in (None, True, False):
+        raise RequestError(400, "onlinespec: expected true or false; how this server drafts is not a request's to say.")
     gen_config.return_dict_in_generate = False  # the handlers take tokens
     stop = gen_config.stop_strings
     if stop is not None and not (isinstance(stop, str) or (stop and all(isinstance(one, str) for one in stop))):

@@ -60,7 +60,7 @@ def serve(
     listener = _listen(host, port, allow_remote)
     quiet_libraries()
     # For somebody who stops a service this is Ctrl-C; uvicorn gives both back once it has ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminates = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         place = best_device(device)
         resumes = save is not None and is_artifact(save)
@@ -76,6 +76,7 @@ def serve(
         return _serve(model, tokenizer, drafts, target, draft, listener, save, save_every, isolate, allow_remote)
     finally:
         listener.close()
+        signal.signal(signal.SIGTERM, terminates)
 
 
 def _check_packages() -> None:
