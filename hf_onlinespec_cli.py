@@ -309,7 +309,7 @@ def serve(
         typer.Option(
             metavar="NAME_OR_PATH",
             help="A smaller model with the same tokenizer, or a saved draft.",
-            show_default="none: the suffix memory drafts",
+            show_default="the suffix memory drafts alone",
             rich_help_panel=MODELS,
         ),
     ] = None,
@@ -423,7 +423,7 @@ def chat(
         typer.Option(
             metavar="NAME_OR_PATH",
             help="A smaller model with the same tokenizer, or a saved draft.",
-            show_default="none: the suffix memory drafts",
+            show_default="the suffix memory drafts alone",
             rich_help_panel=MODELS,
         ),
     ] = None,

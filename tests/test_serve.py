@@ -30,9 +30,7 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import is_artifact
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
 from hf_onlinespec.memory_draft import MemoryDraft
-from hf_onlinespec.serve import run
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
-from hf_onlinespec_cli import main
 from tests.serving import NAME, Running, plain, running, wait_for
 
 SHELL, SQL = prompts("shell"), prompts("sql")
@@ -363,45 +361,6 @@ def test_requests_that_wait_are_ended_with_the_server() -> None:
                     one.result()
             wait_for(lambda: metrics.totals.stopped == 3)
             assert metrics.totals.new_tokens < 300
-
-
-# The command
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--host", "0.0.0.0"], "--allow-remote"),
-        (["--host", "no.such.host.example"], "no such address"),
-        (["--port", "70000"], "expected a number from 1 to 65535"),
-        (["--save", "{tmp}/new"], "--save without --draft"),
-        (["--save-every", "-1"], "--save-every -1"),
-        (["--save", "{tmp}/file/draft", "--draft", "x"], "cannot be made"),
-        (["--device", "abacus"], "--device abacus"),
-    ],
-)
-def test_a_wrong_argument_is_one_line_before_a_model_is_loaded(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(run, "load_model", None)
-    (tmp_path / "file").write_text("")
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    assert main(["serve", str(FOLDER / "target"), "--port", "0", *arguments]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and message in lines[0]
-
-
-def test_a_port_in_use_is_one_line_before_a_model_is_loaded(
-    server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "load_model", None)
-    assert main(["serve", str(FOLDER / "target"), "--port", server.url.rpartition(":")[2]]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "in use" in lines[0]
 
 
 def test_a_terminated_server_saves_its_draft(tmp_path: Path) -> None:

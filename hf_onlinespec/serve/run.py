@@ -83,7 +83,7 @@ def _check_packages() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f'The server needs {" and ".join(missing)}: run pip install "hf_onlinespec[serve]" and try again.'
+            f'The server needs {", ".join(missing)}: run pip install "hf_onlinespec[serve]" and try again.'
         )
 
 
