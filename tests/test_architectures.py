@@ -40,9 +40,10 @@ from tests.tiny_models import CACHE
 
 TIE = 1e-4  # of the two best logits: float32 differs by about 1e-5 from one shape of a forward to another
 
-# Numbers, so that no clock decides what is drafted. A wide step: an adapter that is wrong now and then has its tokens rejected.
+# Numbers, so that no clock decides what is drafted. A wide step: an adapter that is wrong now and then has its tokens rejected. In
+# every third round, and after a request: a step takes as long as ten rounds.
 MEMORY = OnlineSpecConfig(lookahead=6)
-LEARNING = OnlineSpecConfig(lookahead=4, update_every=1, update_when="round", memory_tokens=0, lr=2e-2, rank=4)
+LEARNING = OnlineSpecConfig(lookahead=4, update_every=3, update_when="round", memory_tokens=0, lr=2e-2, rank=4)
 
 LAYERS: dict[type, str] = {
     DynamicLayer: "full",
@@ -158,7 +159,7 @@ def remember(target: PreTrainedModel, answers: list[Plain]) -> tuple[str, int]:
 
 
 def teach(target: PreTrainedModel, answers: list[Plain], model: PreTrainedModel) -> tuple[str, int]:
-    """The model as draft, which learns in every round of the answers."""
+    """The model as draft, which learns in rounds of the answers."""
     try:
         draft = OnlineDraft(model, LEARNING)
     except OnlineSpecError as error:
@@ -268,7 +269,7 @@ HEADING = f"""# Which architectures are served
 
 Every class that `AutoModelForCausalLM` of transformers {TABLE_OF} can build, from a tiny configuration in float32, written by `python -m tests.test_architectures`.
 
-As target: the memory drafts in two requests that run past sliding windows, chunks and the end of the positions. As draft: of itself (of a Llama where the class is no target), learning in every round. "Served": the same tokens as plain `generate`, but where the two best logits are closer than {TIE}. "Served without drafting": from the first token on, here past the window or the number of selected keys, a forward over several tokens is not what transformers computes token by token, so that rounds have no room. Refusals come before any work and say what to do; the words are those of the message."""
+As target: the memory drafts in two requests that run past sliding windows, chunks and the end of the positions. As draft: of itself (of a Llama where the class is no target), learning in the middle of requests. "Served": the same tokens as plain `generate`, but where the two best logits are closer than {TIE}. "Served without drafting": from the first token on, here past the window or the number of selected keys, a forward over several tokens is not what transformers computes token by token, so that rounds have no room. Refusals come before any work and say what to do; the words are those of the message."""
 COLUMNS = """| class | model type, variant | positions | cache layers | as target | as draft |
 |---|---|---|---|---|---|"""
 
