@@ -15,6 +15,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout, nothing else
     sys.exit(2)
 
 import functools
+import io
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,8 @@ except ImportError:
 P = ParamSpec("P")
 FAILED, INTERRUPTED = 2, 130
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 something was found that should not be there (audit: a public push would be refused); "
+    "Exit codes: 0 success; 1 something was found that should not be there (try: an answer differs by more than rounding; "
+    "audit: a public push would be refused); "
     "2 a wrong argument, a missing package, or an error told in one line; 130 interrupted (Ctrl-C)."
 )
 MODELS, RUN, OUTPUT = "Models", "Run", "Output"  # panels of the help
@@ -49,6 +51,9 @@ app = typer.Typer(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal does not have costs no result
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         app(args=_one_by_one(arguments, "--weights"), prog_name="hf-onlinespec")
@@ -203,41 +208,6 @@ BaseOption = Annotated[
 ]
 
 
-@app.command()
-@reports_errors
-def demo(
-    prompts: Annotated[
-        int, typer.Option(metavar="N", help="Prompts in each of the three segments.", rich_help_panel=RUN)
-    ] = 30,
-    domain: Annotated[
-        Domain, typer.Option(help="Domain of the middle segment, new to the draft.", rich_help_panel=RUN)
-    ] = Domain.orders,
-    new_tokens: NewTokensOption = 64,
-    temperature: TemperatureOption = 0.0,
-    seed: Annotated[int, typer.Option(help="Chooses the prompts and seeds the sampling.", rich_help_panel=RUN)] = 0,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of what is written.", rich_help_panel=OUTPUT)] = Path(
-        "demo-out"
-    ),
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON instead of tables.", rich_help_panel=OUTPUT)
-    ] = False,
-    threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch.", rich_help_panel=RUN)] = min(
-        2, os.cpu_count() or 1
-    ),
-) -> int:
-    """Measure plain, assisted and learning generation on the embedded pair.
-
-    Streams prompts of one domain, of a second one and of the first again through four ways of generating: plain,
-    transformers' assisted generation with its best number of draft tokens, ours with a frozen draft, and ours learning.
-    No network, about three minutes on two cores.
-
-    Example: `hf-onlinespec demo --prompts 10 --domain sql`
-    """
-    from hf_onlinespec.cli.measure import Settings, run_demo
-
-    return run_demo(Settings(prompts, domain.value, new_tokens, temperature, seed, threads), out, json)
-
-
 @app.command("try")
 @reports_errors
 def try_(
@@ -300,6 +270,54 @@ def try_(
 
 @app.command()
 @reports_errors
+def chat(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The model: a folder or a name on the Hub.")],
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A smaller model with the same tokenizer, or a saved draft.",
+            show_default="the suffix memory drafts alone",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.", rich_help_panel=RUN)] = None,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", rich_help_panel=RUN)] = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            help="0: greedy decoding.",
+            show_default="as the model's generation_config says",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    no_colour: Annotated[
+        bool, typer.Option("--no-colour", "--no-color", help="Do not colour drafted text.", rich_help_panel=OUTPUT)
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Save the evolved draft on leaving.", rich_help_panel=OUTPUT),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+) -> int:
+    """Chat with a model that speculates and learns.
+
+    Text that was drafted and accepted has another colour than the target's own tokens; a line under each answer says how
+    fast it came. Ctrl-C stops an answer. In the chat: /help, /reset, /plain, /colours, /stats, /save FOLDER, /quit.
+
+    Example: `hf-onlinespec chat HuggingFaceTB/SmolLM2-135M-Instruct`
+    """
+    from hf_onlinespec.cli.terminal import ChatSettings, run_chat
+
+    return run_chat(
+        ChatSettings(target, draft, system, new_tokens, temperature, not no_colour, save, dtype.value, device)
+    )
+
+
+@app.command()
+@reports_errors
 def serve(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="The model to be served: a folder or a name on the Hub.")
@@ -348,6 +366,41 @@ def serve(
     from hf_onlinespec.serve.run import serve as run_serve
 
     return run_serve(target, draft, host, port, save, save_every, isolate, allow_remote, device, dtype.value)
+
+
+@app.command()
+@reports_errors
+def demo(
+    prompts: Annotated[
+        int, typer.Option(metavar="N", help="Prompts in each of the three segments.", rich_help_panel=RUN)
+    ] = 30,
+    domain: Annotated[
+        Domain, typer.Option(help="Domain of the middle segment, new to the draft.", rich_help_panel=RUN)
+    ] = Domain.orders,
+    new_tokens: NewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    seed: Annotated[int, typer.Option(help="Chooses the prompts and seeds the sampling.", rich_help_panel=RUN)] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of what is written.", rich_help_panel=OUTPUT)] = Path(
+        "demo-out"
+    ),
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON instead of tables.", rich_help_panel=OUTPUT)
+    ] = False,
+    threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch.", rich_help_panel=RUN)] = min(
+        2, os.cpu_count() or 1
+    ),
+) -> int:
+    """Measure plain, assisted and learning generation on the embedded pair.
+
+    Streams prompts of one domain, of a second one and of the first again through four ways of generating: plain,
+    transformers' assisted generation with its best number of draft tokens, ours with a frozen draft, and ours learning.
+    No network, about three minutes on two cores.
+
+    Example: `hf-onlinespec demo --prompts 10 --domain sql`
+    """
+    from hf_onlinespec.cli.measure import Settings, run_demo
+
+    return run_demo(Settings(prompts, domain.value, new_tokens, temperature, seed, threads), out, json)
 
 
 @app.command()
@@ -412,54 +465,6 @@ def regret(
     from hf_onlinespec.cli.measure import run_regret
 
     return run_regret(run_file, draft, config, lookahead, out, dtype.value, device)
-
-
-@app.command()
-@reports_errors
-def chat(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The model: a folder or a name on the Hub.")],
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_PATH",
-            help="A smaller model with the same tokenizer, or a saved draft.",
-            show_default="the suffix memory drafts alone",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.", rich_help_panel=RUN)] = None,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", rich_help_panel=RUN)] = 512,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            metavar="T",
-            help="0: greedy decoding.",
-            show_default="as the model's generation_config says",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    no_colour: Annotated[
-        bool, typer.Option("--no-colour", "--no-color", help="Do not colour drafted text.", rich_help_panel=OUTPUT)
-    ] = False,
-    save: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Save the evolved draft on leaving.", rich_help_panel=OUTPUT),
-    ] = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = None,
-) -> int:
-    """Chat with a model that speculates and learns.
-
-    Text that was drafted and accepted has another colour than the target's own tokens; a line under each answer says how
-    fast it came. Ctrl-C stops an answer. In the chat: /help, /reset, /plain, /colours, /stats, /save FOLDER, /quit.
-
-    Example: `hf-onlinespec chat HuggingFaceTB/SmolLM2-135M-Instruct`
-    """
-    from hf_onlinespec.cli.terminal import ChatSettings, run_chat
-
-    return run_chat(
-        ChatSettings(target, draft, system, new_tokens, temperature, not no_colour, save, dtype.value, device)
-    )
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_onlinespec_cli
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.cli import common
-from hf_onlinespec.cli.common import best_device, best_dtype, check_folder, load_model
+from hf_onlinespec.cli.common import best_device, best_dtype, check_folder, check_writable, load_draft, load_model
 from hf_onlinespec.embedded import DOMAINS, HOME_DOMAIN
-from hf_onlinespec.errors import ConfigError
+from hf_onlinespec.errors import ConfigError, DraftError
 from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama
 from .loopback_hub import LoopbackHub
+from .test_artifact import TOKENS, serve
 
 ROOT = Path(__file__).resolve().parents[1]
+
+COMMANDS = list(vars(typer.main.get_command(hf_onlinespec_cli.app))["commands"])
 
 pytestmark = pytest.mark.usefixtures("process_settings")
 
@@ -47,15 +52,14 @@ def test_help_imports_nothing_heavy() -> None:
     """The help of every command, too."""
     code = (
         "import sys; from hf_onlinespec_cli import main\n"
-        "names = 'demo bench record regret chat inspect push pull merge audit'.split()\n"
-        "assert [main([*some, '--help']) for some in ([], *([name] for name in names))] == [0] * 11\n"
+        f"assert {{main([*name, '--help']) for name in ([], *{[[name] for name in COMMANDS]})}} == {{0}}\n"
         "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub', 'hf_onlinespec'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
     assert "Exit codes: 0 success" in done.stdout and "130 interrupted" in " ".join(done.stdout.split())
-    assert done.stdout.count("Example: ") == 10
+    assert done.stdout.count("Example: ") == len(COMMANDS) >= 10
 
 
 def test_the_package_runs_as_a_module_and_tells_its_version() -> None:
@@ -192,6 +196,11 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         check_folder(Path("/proc"), "--out")
     check_folder(tmp_path / "new" / "folder", "--out")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
+    for place in (Path("/proc/new/folder"), tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(ConfigError, match=r"--out: nothing can be written there"):
+            check_writable(place, "--out")
+    check_writable(tmp_path / "one" / "two", "--out")
+    assert not (tmp_path / "one").exists()
 
 
 def test_the_dtype_is_the_checkpoints_own() -> None:
@@ -216,6 +225,26 @@ def test_the_device_is_an_accelerator_where_there_is_one(monkeypatch: pytest.Mon
     assert best_device() == torch.device("cpu") == best_device("cpu")
     with pytest.raises(ConfigError, match="--device nowhere: torch cannot use it here"):
         best_device("nowhere")
+
+
+def test_a_draft_of_any_kind_is_loaded(tmp_path: Path) -> None:
+    """A model, an evolved draft, and an ordinary adapter."""
+    target, device = tiny_llama(1, layers=2), torch.device("cpu")
+    tiny_llama(2).save_pretrained(tmp_path / "model")
+    new = load_draft("--draft", str(tmp_path / "model"), target.config, None, "auto", device)
+    assert new.metrics.requests == 0
+    serve(target, new, range(2))
+    new.save_pretrained(tmp_path / "evolved")
+    assert load_draft("--draft", str(tmp_path / "evolved"), target.config, None, "auto", device).metrics.requests == 2
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "evolved" / name, tmp_path / "adapter")
+    adapted = load_draft("--draft", str(tmp_path / "adapter"), target.config, None, "auto", device)
+    assert adapted.metrics.requests == 0
+    torch.testing.assert_close(adapted(TOKENS).logits, new(TOKENS).logits)
+    tiny_llama(2, vocab=4096).save_pretrained(tmp_path / "other")
+    with pytest.raises(DraftError, match="Use a draft with the target's own tokenizer"):
+        load_draft("--draft", str(tmp_path / "other"), target.config, None, "auto", device)
 
 
 def test_weights_are_taken_in_a_row() -> None:

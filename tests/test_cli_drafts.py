@@ -96,6 +96,7 @@ def test_merges_that_make_no_sense(saved: Path, tmp_path: Path, capsys: pytest.C
     assert "rank=0" in refused(capsys, "merge", saved, "--rank", "0", "--out", tmp_path / "x")
     assert "not empty" in refused(capsys, "merge", saved, saved, "--out", saved)
     assert not (tmp_path / "x").exists()
+    assert "nothing can be written there" in refused(capsys, "merge", saved, saved, "--out", "/proc/x")
 
 
 def test_audit(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -335,18 +335,18 @@ class Chat:
     def stats(self) -> list[str]:
         """Everything since the start, line by line."""
         total, speed = self.total, self.plain_speed
-        lines = [f"{self.answers} answers in {self.answering_s:.1f} s"]
+        lines = [f"answers: {self.answers}, in {self.answering_s:.1f} s"]
         if total.requests:
             lines += [
-                f"with drafting: {total.requests} answers, {total.new_tokens} tokens, {total.tokens_per_s:.1f} tokens/s "
-                f"with reading the prompts, {total.decode_tokens_per_s:.1f} without learning",
+                f"with drafting: {total.new_tokens} tokens, {total.tokens_per_s:.1f} tokens/s with reading the prompts, "
+                f"{total.decode_tokens_per_s:.1f} without learning",
                 f"tokens per target forward: {total.acceptance_length:.2f}; drafted tokens accepted: "
                 f"{total.accepted_tokens} of {total.drafted_tokens}",
                 f"learning: {total.updates} steps, {total.update_share:.1%} of the time",
             ]
         if speed.tokens_per_s is not None:
             lines.append(
-                f"plain generation: {speed.tokens_per_s:.1f} tokens/s, measured {speed.measurements} times in {speed.time_s:.1f} s"
+                f"plain generation: {speed.tokens_per_s:.1f} tokens/s; measuring that took {speed.time_s:.1f} s beside the answers"
             )
         decisions = self.drafts.metrics.decisions
         return [*lines, f"drafting: {decisions.drafting}", f"learning: {decisions.learning}"]

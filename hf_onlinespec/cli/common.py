@@ -61,6 +61,18 @@ def check_folder(folder: Path, option: str) -> None:
         raise ConfigError(f"{option}: the folder cannot be written ({error.strerror}). Name another one.") from error
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Raises ConfigError where a folder cannot be written, or made; makes none."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option}: nothing can be written there ({error.strerror}). Name another one.") from error
+
+
 def quiet_libraries(bars: bool = False) -> None:
     """Switches off what transformers and the Hub's client remark on: the commands say themselves what matters.
 
@@ -155,7 +167,7 @@ def load_draft(
 
     Args:
         target: its configuration: a draft with another tokenizer is refused before its weights are read.
-        tokenizer: of the target.
+        tokenizer: of the target; None: there is none.
 
     Raises:
         ConfigError, DraftError, ArtifactError, HubError: in one line.
@@ -173,7 +185,12 @@ def load_draft_model(
     """
     origin = locate(name)
     if origin.folder is None:
-        check_vocabularies(target, load_config(option, name), tokenizer, load_tokenizer(option, name))
+        config = load_config(option, name)
+        try:
+            own = load_tokenizer(option, name)
+        except ConfigError:  # it may lie with the target alone
+            own = None
+        check_vocabularies(target, config, tokenizer, own)
         return load_model(option, name, dtype, device), False
     if origin.evolved:
         outline = Outline.read(origin.folder)

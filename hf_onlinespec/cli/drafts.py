@@ -24,7 +24,7 @@ from ..hub import Push, known_parent
 from ..loading import locate
 from ..run import is_told_apart
 from ..warm_start import read_corpus
-from .common import FOUND, load_tokenizer, quiet_libraries
+from .common import FOUND, check_writable, load_tokenizer, quiet_libraries
 
 P = ParamSpec("P")
 
@@ -149,6 +149,7 @@ def run_push(
 @in_own_options
 def run_pull(repo: str, folder: Path, revision: str | None) -> int:
     """Downloads an evolved draft into a folder."""
+    check_writable(folder, str(folder))
     origin = locate(repo, revision)
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(repo)
@@ -171,6 +172,7 @@ def run_merge(
     """Combines, distils or exports evolved drafts."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"--out {out}: not empty. Name a new folder.")
+    check_writable(out, f"--out {out}")
     artifacts = [read(source) for source in sources]
     if len(artifacts) == 1 and rank is None and weights is None and export:
         draft = OnlineDraft.from_pretrained(sources[0], base_model=base)

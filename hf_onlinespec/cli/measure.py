@@ -130,6 +130,8 @@ def run_record(
         if value is not None and not least <= value < float("inf"):
             raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
     check_folder(out.parent, f"--out {out}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: it is a folder. Name a file.")
     prompts = load_prompts(prompts_file, limit, new_tokens)
     target, _, tokenizer = models.load(prompts)
     found = []

@@ -195,8 +195,9 @@ class Terminal:
         except KeyboardInterrupt:
             self._notes.print()
             code = INTERRUPTED
-        if self._save is not None:
-            self._notes.print(self._chat.save(self._save), markup=False)
+        finally:
+            if self._save is not None:
+                self._notes.print(self._chat.save(self._save), markup=False)
         return code
 
     def _turn(self) -> bool:
@@ -242,9 +243,9 @@ class Terminal:
             say.append(f"The colour of drafted text is {'on' if self._colours else 'off'}.")
         elif name == "stats":
             say += self._chat.stats()
-        elif name == "save" and argument:
+        elif name == "save" and (argument or self._save is not None):
             try:
-                folder = Path(argument).expanduser()
+                folder = Path(argument).expanduser() if argument or self._save is None else self._save
                 check_folder(folder, f"/save {folder}")
                 say.append(self._chat.save(folder))
             except Exception as error:
