@@ -149,10 +149,11 @@ class Decisions:
 
     def summary(self) -> Summary:
         """What was decided, in lines with units, and as values."""
+        rounds = {name.replace("neural", "model"): n for name, n in self.rounds.items()}
         rows = [
             ("drafting", self.drafting),
             ("learning", self.learning),
-            ("rounds", f"{parts(self.rounds)}; {counted(self.probes, 'probe')} of a draft that was idle"),
+            ("rounds", f"{parts(rounds)}; {counted(self.probes, 'probe')} of a draft that was idle"),
             ("acceptance", f"{self.acceptance:.2f}, estimated, of the draft model's tokens"),
             (
                 "costs",
@@ -389,6 +390,14 @@ class Trace(ABC):
     Both methods are called at the end of a request, from the thread that called `generate`: first the gradient steps since the last
     report, then the request. What is learned when idle is reported by the thread that learns. Only one call is made at a time. What
     a method raises costs no answer: it is counted (`metrics.failed_reports`), logged, and the trace is left out for some requests.
+
+    Example:
+        >>> class Slow(Trace):
+        ...     def on_request(self, report):
+        ...         if report.acceptance_length < 1.1:
+        ...             print(report.request, report.drafting)
+        ...     def on_update(self, report): ...
+        >>> config = OnlineSpecConfig(report_to=["tensorboard", Slow()])       # doctest: +SKIP
     """
 
     @abstractmethod

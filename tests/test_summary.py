@@ -107,6 +107,7 @@ def test_decisions_and_counts_print_words_and_units(served) -> None:
     rows = lines(decisions)
     assert rows["drafting"] == "lookahead=3 was asked for" and rows["served by"] == "the learned draft"
     assert "plain target steps" in rows["costs"] and "rollback" not in rows
+    assert lines(Decisions(rounds={"neural": 2, "memory+neural": 1}))["rounds"].startswith("model 2, memory+model 1; ")
     assert (
         lines(Decisions(rollback="a burst of odd prompts", serves_frozen=True))["rollback"] == "a burst of odd prompts"
     )
