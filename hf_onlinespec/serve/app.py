@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,8 +79,11 @@ class Served:
     hosts: tuple[str, ...] | None = LOCAL
 
 
-def build_app(served: Served) -> FastAPI:
-    """The app; `state.manager` generates, `state.saved` says at the end whether the draft was saved."""
+def build_app(served: Served) -> Starlette:
+    """The app. It saves the draft when it ends; `state.saver` has the rest of that, `state.metrics` the counts.
+
+    FastAPI, which transformers' handlers come with, is not asked: it can report requests elsewhere (OpenTelemetry).
+    """
     metrics = ServerMetrics(served.draft)
     saver = None
     if served.saves_to is not None and served.draft.neural is not None:
@@ -88,32 +94,16 @@ def build_app(served: Served) -> FastAPI:
     key = models.process_model_name(served.name)
     models.loaded_models[key] = TimedModel(served.target, timeout_seconds=-1, processor=served.tokenizer)
     models.force_model = served.name
-    state = OneModel(manager)
+    generation = OneModel(manager)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(manager.stop)
         if saver is not None:
-            app.state.saved = await asyncio.to_thread(saver.close)
+            await asyncio.to_thread(saver.close)
 
-    app = FastAPI(title="hf_onlinespec", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.manager, app.state.metrics = manager, metrics
-    app.state.saved = False  # whether the last save, at the end, worked
-    if served.hosts is not None:  # a page from elsewhere cannot reach it by a name that it makes point here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(served.hosts), www_redirect=False)
-    app.add_middleware(_NoTracebacks)
-    app.add_exception_handler(HTTPException, _refusal)
-
-    for path, endpoint, kind in (
-        ("/v1/chat/completions", "chat", ChatCompletionHandler),
-        ("/v1/completions", "completions", CompletionHandler),
-        ("/v1/responses", "responses", ResponseHandler),
-    ):
-        app.post(path)(_route(endpoint, kind(model_manager=models, generation_state=state), metrics))
-
-    @app.get("/v1/models")
-    async def list_models() -> Response:
+    async def list_models(request: Request) -> Response:
         about = {
             "id": served.name,
             "object": "model",
@@ -122,11 +112,9 @@ def build_app(served: Served) -> FastAPI:
         }
         return JSONResponse({"object": "list", "data": [about]})
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    @app.post("/load_model")
     async def load_model(request: Request) -> Response:
         """As there, for the model that is served: `transformers chat` asks before its first request."""
         try:
@@ -137,23 +125,48 @@ def build_app(served: Served) -> FastAPI:
             return _error(400, f"This server serves {served.name!r} alone.")
         return StreamingResponse(models.load_model_streaming(key), media_type="text/event-stream")
 
-    @app.post("/reset")
-    async def reset() -> Response:
+    async def reset(request: Request) -> Response:
         return _error(403, CLOSED)
 
-    @app.get("/metrics")
-    async def prometheus() -> Response:
+    async def prometheus(request: Request) -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/onlinespec")
-    async def page() -> Response:
+    async def page(request: Request) -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
-    @app.get("/onlinespec.json")
-    async def numbers(after: int = 0) -> Response:
+    async def numbers(request: Request) -> Response:
+        after = request.query_params.get("after", "0")
+        if not re.fullmatch(r"[0-9]{1,18}", after):
+            return _error(400, "after: expected the number of a request.")
         about = {"model": served.name, "draft": served.draft_name, "isolated": served.isolate, "clients": len(memories)}
-        return JSONResponse(about | metrics.page(after), headers={"Cache-Control": "no-store"})
+        return JSONResponse(about | metrics.page(int(after)), headers={"Cache-Control": "no-store"})
 
+    handlers = {"chat": ChatCompletionHandler, "completions": CompletionHandler, "responses": ResponseHandler}
+    api = {
+        endpoint: _route(endpoint, kind(model_manager=models, generation_state=generation), metrics)
+        for endpoint, kind in handlers.items()
+    }
+    middleware = [Middleware(_NoTracebacks)]
+    if served.hosts is not None:  # a page from elsewhere cannot reach it by a name that it makes point here
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(served.hosts), www_redirect=False))
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", api["chat"], methods=["POST"]),
+            Route("/v1/completions", api["completions"], methods=["POST"]),
+            Route("/v1/responses", api["responses"], methods=["POST"]),
+            Route("/v1/models", list_models),
+            Route("/health", health),
+            Route("/load_model", load_model, methods=["POST"]),
+            Route("/reset", reset, methods=["POST"]),
+            Route("/metrics", prometheus),
+            Route("/onlinespec", page),
+            Route("/onlinespec.json", numbers),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: _refusal},
+        lifespan=lifespan,
+    )
+    app.state.metrics, app.state.saver = metrics, saver
     return app
 
 

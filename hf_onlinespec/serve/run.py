@@ -22,7 +22,7 @@ from ..loading import Origin, load_base, locate, read_plain_options
 from ..memory_draft import MemoryDraft
 from ..vocabulary import check_vocabularies
 
-PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
+PACKAGES = ("fastapi", "starlette", "uvicorn", "openai", "pydantic", "prometheus_client")
 FAILED = 2  # exit code
 GRACE_S = 10  # for requests at hand when the server is told to end; chosen: `docker stop` waits as long
 OPEN = (
@@ -69,8 +69,9 @@ def serve(
         if draft is not None and origin is not None and origin.folder is None:
             own, other = load_config("TARGET", target), load_config("--draft", draft)
             check_vocabularies(own, other, tokenizer, load_tokenizer("--draft", draft))
+        found = None if origin is None else _load_draft(origin, draft, resumes, dtype, place)
         model = load_model("TARGET", target, dtype, place)
-        drafts = attach(model, None if origin is None else _load_draft(origin, draft, resumes, dtype, place))
+        drafts = attach(model, found)
         if resumes:
             print(f"The draft saved in {save} goes on: {drafts.metrics.requests:,} requests so far.")
         return _serve(model, tokenizer, drafts, target, draft, listener, save, save_every, isolate, allow_remote)
@@ -165,7 +166,9 @@ def _serve(
 ) -> int:
     import uvicorn
 
-    from .app import LOCAL, Served, build_app  # only now: they need the packages of the extra
+    # Only now: they need the packages of the extra.
+    from .app import LOCAL, Served, build_app
+    from .saving import DraftSaver
 
     log = logging.getLogger("hf_onlinespec.serve")
     handler = logging.StreamHandler()
@@ -182,14 +185,16 @@ def _serve(
         f"Serving {target} at {url}/v1 (model name: {target!r}). Page: {url}/onlinespec, metrics: {url}/metrics.",
         flush=True,
     )
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+    # uvicorn would log what a fault raises with its text, which may be a request's; the app logs faults itself.
+    config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=GRACE_S)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn ended as it should, and hands the signal on
         pass
-    finally:
-        log.removeHandler(handler)
-    if save is not None:
-        print(f"The draft is saved in {save}." if app.state.saved else f"The draft is not saved in {save}: see above.")
-        return 0 if app.state.saved else FAILED
-    return 0
+    saver: DraftSaver | None = app.state.saver
+    if saver is not None:
+        if not saver.worked:  # a second Ctrl-C came before that
+            saver.worked = saver.save()
+        print(f"The draft is {'' if saver.worked else 'not '}saved in {saver.folder}.", flush=True)
+    log.removeHandler(handler)
+    return 0 if saver is None or saver.worked else FAILED

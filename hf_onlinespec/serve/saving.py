@@ -25,6 +25,7 @@ class DraftSaver:
     def __init__(self, draft: OnlineDraft, folder: Path, every: int, metrics: ServerMetrics) -> None:
         self._draft, self.folder, self._every, self._metrics = draft, folder, every, metrics
         metrics.saves = True
+        self.worked = False  # whether the last save, when the server ended, worked
         self._since = 0  # requests since the last save
         self._saves = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -43,14 +44,13 @@ class DraftSaver:
         # The examination of `save_pretrained` may take twenty seconds of the processor, which requests want.
         return self._attempt(lambda: card.write(self._draft.artifact(), self.folder, draw=False))
 
-    def close(self) -> bool:
-        """The last save: at once, and again with what `save_pretrained` examines; whether the first one worked."""
+    def close(self) -> None:
+        """The last save: at once, and again with what `save_pretrained` examines."""
         if self._thread is not None:
             self._thread.join()
-        worked = self.save()  # whoever is killed during the examination has lost nothing
-        if worked and self._draft.steps:
+        self.worked = self.save()  # whoever is killed during the examination has lost nothing
+        if self.worked and self._draft.steps:
             self._attempt(lambda: self._draft.save_pretrained(self.folder))
-        return worked
 
     def _attempt(self, write: Callable[[], None]) -> bool:
         with self._saves:
