@@ -74,6 +74,10 @@ class Call:
 
     def accepts(self) -> bool:
         """Whether our loop takes the call, as far as that can be told from its configuration; the answer stays the same."""
+        if (
+            self.config is not None and self.config.is_assistant
+        ):  # it drafts itself, for another model's assisted decoding
+            return False
         if self.served is None:
             self.served = False  # the checks ask the configuration for its mode: that is the plain one
             try:
@@ -295,10 +299,13 @@ def call_with(config: GenerationConfig) -> Call | None:
 
 
 @contextmanager
-def calling(model: PreTrainedModel) -> Iterator[Call | None]:
+def calling(model: PreTrainedModel, explicit: bool = False) -> Iterator[Call | None]:
     """The time of one call of `generate`; None: nothing is attached to this model."""
     attachment = _attached.get(model)
-    call = None if attachment is None else Call(attachment, model)
+    call = None if attachment is None else Call(attachment, model, explicit)
+    outer = call_of(model)
+    if outer is not None and outer.arguments is None:
+        outer.arguments = {}  # it is decoded by this call, which says for itself how
     token = _current.set(call)
     try:
         yield call

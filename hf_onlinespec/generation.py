@@ -209,7 +209,8 @@ def enable() -> None:
     def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not anything_attached():
             return generate(self, *args, **kwargs)
-        with calling(self) as call:
+        chosen = kwargs.get("assistant_model") is not None or kwargs.get("onlinespec") is not None
+        with calling(self, chosen) as call:
             try:
                 output = generate(self, *args, **kwargs)
             except UnsupportedError as error:

@@ -245,6 +245,37 @@ def test_one_model_in_several_processes_runs_plain(target, prompt) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_attached_model_drafts_for_another_one_as_it_did(target, draft_model, prompt, do_sample) -> None:
+    """Transformers' assisted decoding calls `generate` on its draft in every round."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(3)
+        out = target.generate(prompt, assistant_model=draft_model, do_sample=do_sample, max_new_tokens=20)
+        return out, torch.rand(1)
+
+    plain, memory = run(), attach(draft_model, config=FIXED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(map(torch.equal, plain, run()))
+    assert memory.metrics.requests == 0
+
+
+def test_a_custom_generate_by_name_is_told_unless_it_comes_back(target, prompt, monkeypatch) -> None:
+    """Code from a repository: it decodes by itself, or calls `generate` for that."""
+    attach(target, config=FIXED)
+    plain = target.generate(prompt, onlinespec=False, **GREEDY)
+    comes_back = {
+        "back": lambda model, inputs, **kwargs: model.generate(inputs, **GREEDY),
+        "echo": lambda model, **_: prompt,
+    }
+    monkeypatch.setattr(target, "load_custom_generate", lambda name, **kwargs: comes_back[name])
+    assert torch.equal(plain, target.generate(prompt, custom_generate="back", trust_remote_code=True))
+    assert online_metrics(target).requests == 1
+    with pytest.warns(UserWarning, match="custom_generate="):
+        assert torch.equal(prompt, target.generate(prompt, custom_generate="echo", trust_remote_code=True))
+
+
 # Wrappers, copies, threads
 
 
