@@ -1,10 +1,12 @@
 """Writes docs/settings.md from the help of OnlineSpecConfig, and docs/commands.md from the command line.
 
-    python docs/write_reference.py
+python docs/write_reference.py
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,7 +26,7 @@ def settings() -> str:
             "# Settings",
             "",
             "Every field of `hf_onlinespec.OnlineSpecConfig`, from its own help. Defaults of learner, lr, rank, replay and schedule were measured",
-            "(`benchmarks/learning.py`, `benchmarks/tune.py`). `lookahead` and `update_every` of `\"auto\"` decide from measured times; numbers make a run repeatable.",
+            '(`benchmarks/learning.py`, `benchmarks/tune.py`). `lookahead` and `update_every` of `"auto"` decide from measured times; numbers make a run repeatable.',
             "",
             "| setting | default | what it does |",
             "|---|---|---|",
@@ -34,5 +36,13 @@ def settings() -> str:
     )
 
 
+def commands() -> str:
+    """The page of commands, as typer writes it."""
+    write = ["utils", "docs", "--name", "hf-onlinespec", "--title", "Command line"]
+    done = subprocess.run([sys.executable, "-m", "typer", "hf_onlinespec_cli", *write], check=True, capture_output=True)
+    return done.stdout.decode("utf-8")
+
+
 if __name__ == "__main__":
+    (DOCS / "commands.md").write_text(commands(), encoding="utf-8")
     (DOCS / "settings.md").write_text(settings(), encoding="utf-8")

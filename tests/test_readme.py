@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_onlinespec import online_metrics
+from hf_onlinespec.embedded import load_pair
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REAL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CODE = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
 
 
@@ -18,13 +22,23 @@ def test_the_two_commands_that_ci_runs() -> None:
     assert 'pip install -e ".[test]" && pytest -n 2' in lines
 
 
-def test_the_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = load_pair()  # in the place of the real model, which a test cannot download
+    pair.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    pair.target.save_pretrained(tmp_path / "chat")
+    pair.tokenizer.save_pretrained(tmp_path / "chat")
+    monkeypatch.chdir(tmp_path)  # a snippet saves a draft
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert snippets
+    assert snippets and REAL_MODEL in snippets[0]
     names: dict[str, object] = {}
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
-    assert capsys.readouterr().out
+        exec(compile(snippet.replace(REAL_MODEL, "chat"), "README.md", "exec"), names)
+    assert online_metrics(names["chat"].model).rounds > 0  # type: ignore[attr-defined]
+    assert "acceptance length" in capsys.readouterr().out
 
 
 def test_every_file_of_the_tree_exists() -> None:
