@@ -132,6 +132,7 @@ def attach(
     target: PreTrainedModel | PeftModel,
     draft: PreTrainedModel | PeftModel | MemoryDraft | str | Path | None = None,
     config: OnlineSpecConfig | dict[str, Any] | None = None,
+    **settings: Any,
 ) -> MemoryDraft:
     """From now on every `generate` on this model speculates and learns, whoever calls it; returns what drafts.
 
@@ -145,6 +146,7 @@ def attach(
         draft: a causal language model, an `OnlineDraft`, the folder or name on the Hub of one, or what `attach` returned before;
             None: no draft model, the target's suffix memory drafts.
         config: how to draft and to learn; None: the defaults, or those of a draft that exists already.
+        settings: single settings of an OnlineSpecConfig, such as `lookahead=4`; they go before those of `config`.
 
     Raises:
         UnsupportedError: the target can never be served, or `disable()` was called.
@@ -167,24 +169,26 @@ def attach(
             f"The target {type(inner).__name__} decodes in a way of its own (_sample), which a draft cannot speed up. "
             "Attach to another model."
         )
-    settings = as_config(config)
+    config = as_config(config, **settings)
     saved = inner.generation_config.onlinespec
-    if settings is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, MemoryDraft):
-        settings = saved
+    if config is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, MemoryDraft):
+        config = saved
     if isinstance(draft, str | Path):
-        draft = load_beside(OnlineDraft, draft, inner, settings)
+        draft = load_beside(OnlineDraft, draft, inner, config)
     neural: OnlineDraft | None = None
     if draft is None or (isinstance(draft, MemoryDraft) and draft.neural is None):
-        _keep(inner, draft, settings)
+        _keep(inner, draft, config)
     elif isinstance(draft, OnlineDraft | nn.Module):
         model = draft if isinstance(draft, OnlineDraft) else uncompiled(draft)
         if isinstance(model, PreTrainedModel | PeftModel):
             check_vocabularies(inner, model)  # before an adapter is made for nothing
-        neural = online_draft(draft, settings)
+        neural = online_draft(draft, config)
         check_vocabularies(inner, neural.model)
     else:
+        hint = " Settings are given as config=." if isinstance(draft, OnlineSpecConfig | dict) else ""
         raise DraftError(
-            f"draft is a {type(draft).__name__}: expected a transformers model, a PeftModel, an OnlineDraft, or the folder or name of one."
+            f"draft is a {type(draft).__name__}: expected a transformers model, a PeftModel, an OnlineDraft, or the folder or name of "
+            f"one.{hint}"
         )
     before = _attached.get(inner)
     if before is None or before.draft is not neural:
@@ -221,12 +225,13 @@ def attached(
     target: PreTrainedModel | PeftModel,
     draft: PreTrainedModel | PeftModel | MemoryDraft | str | Path | None = None,
     config: OnlineSpecConfig | dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Iterator[MemoryDraft]:
     """Attaches for the time of a `with` block; afterwards what was attached before is attached again. Arguments as of `attach`."""
     inner = _generating(target)
     before = _attached.get(inner)
     try:
-        yield attach(target, draft, config)
+        yield attach(target, draft, config, **settings)
     finally:
         if before is None:
             _attached.pop(inner, None)

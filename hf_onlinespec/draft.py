@@ -359,7 +359,9 @@ def kept_draft(model: nn.Module) -> OnlineDraft | None:
 
 
 def online_draft(
-    model: PreTrainedModel | PeftModel | OnlineDraft, config: OnlineSpecConfig | dict[str, Any] | None = None
+    model: PreTrainedModel | PeftModel | OnlineDraft,
+    config: OnlineSpecConfig | dict[str, Any] | None = None,
+    **settings: Any,
 ) -> OnlineDraft:
     """The OnlineDraft that is kept with a model, made at the first call.
 
@@ -371,6 +373,7 @@ def online_draft(
     """
     if not isinstance(model, OnlineDraft | nn.Module):
         raise no_model(model)
+    config = as_config(config, **settings)
     if isinstance(model, OnlineDraft):
         draft = model
         draft.begin_anew_if_changed()

@@ -162,7 +162,10 @@ _memories: weakref.WeakKeyDictionary[nn.Module, MemoryDraft] = weakref.WeakKeyDi
 
 
 def online_memory(
-    target: PreTrainedModel | PeftModel, config: OnlineSpecConfig | dict[str, Any] | None = None, anew: bool = False
+    target: PreTrainedModel | PeftModel,
+    config: OnlineSpecConfig | dict[str, Any] | None = None,
+    anew: bool = False,
+    **settings: Any,
 ) -> MemoryDraft:
     """What drafts for a target without a draft model: its suffix memory, made at the first call and kept with the target.
 
@@ -175,6 +178,7 @@ def online_memory(
     """
     if not isinstance(target, nn.Module):
         raise UnsupportedError(f"target is a {type(target).__name__}: expected a loaded transformers model.")
+    config = as_config(config, **settings)
     inner = inner_model(target)
     if anew:
         _memories[inner] = MemoryDraft(config)

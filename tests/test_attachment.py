@@ -73,12 +73,16 @@ def test_a_draft_learns_from_every_call(target, draft_model, prompt) -> None:
 
 
 def test_settings_may_be_a_dict_or_stand_with_the_model(target, draft_model, prompt) -> None:
-    assert attach(target, config={"lookahead": 3}).settings == FIXED
+    assert attach(target, config={"lookahead": 3}).settings == FIXED == attach(tiny_llama(4), lookahead=3).settings
+    with attached(tiny_llama(4), draft_model, lookahead=3) as draft:
+        assert draft.settings == FIXED
+    with pytest.raises(ConfigError, match="learning_rate is called lr here"):
+        attach(target, learning_rate=1e-3)
     with pytest.raises(ConfigError, match="'lr_rate'"):
         attach(target, config={"lr_rate": 1.0})
     other = tiny_llama(3)
     other.generation_config.onlinespec = SMALL
-    assert attach(other, draft_model).settings == SMALL
+    assert attach(other, tiny_llama(5)).settings == SMALL
     assert attach(other, OnlineDraft(draft_model, FIXED)).settings == FIXED
 
 
@@ -414,6 +418,8 @@ def test_drafts_that_do_not_fit_are_refused_at_once(target, prompt) -> None:
         attach(target, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(DraftError, match="draft is a int"):
         attach(target, 3)  # type: ignore[arg-type]
+    with pytest.raises(DraftError, match=r"draft is a OnlineSpecConfig: .*config="):
+        attach(target, FIXED)  # type: ignore[arg-type]
     with pytest.raises(DraftError, match="no such folder"):
         attach(target, "/no/such/folder")
     with pytest.raises(UnsupportedError, match="memory_tokens=0"):
