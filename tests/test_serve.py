@@ -168,6 +168,7 @@ REFUSED = {
     "a bias for no token": (as_body(logit_bias={SECRET: 1}), 400),
     "a seed of too many bits": (as_body(seed=2**64), 400),
     "a configuration that is no JSON": (as_body(generation_config="{"), 400),
+    "beams in a stream": (as_body(generation_config='{"num_beams": 2}', stream=True), 400),
     "settings of a draft": (as_body(generation_config='{"onlinespec": {"memory_tokens": 0}}'), 400),
 }
 
@@ -207,8 +208,8 @@ def test_a_request_that_our_loop_does_not_take_runs_plain(server: Running) -> No
 
 
 def test_a_request_can_switch_drafting_off(server: Running, pair: EmbeddedPair) -> None:
-    body = {"generation_config": json.dumps({"onlinespec": False, "max_new_tokens": 8})}
-    answer = server.client().chat.completions.create(**TEXT, extra_body=body)
+    body = {"generation_config": json.dumps({"onlinespec": False})}
+    answer = server.client().chat.completions.create(**TEXT, max_tokens=8, extra_body=body)
     assert answer.choices[0].message.content == plain(pair, ASKED, 8)
     assert server.page()["requests"][-1]["rounds"] == 0
 

@@ -28,6 +28,7 @@ from .saving import DraftSaver
 
 logger = logging.getLogger(__name__)
 
+NEW_TOKENS = 1024  # of an answer whose length nobody states; as transformers' handlers have it
 LAST_WAIT_S = 10.0  # for the request at hand when the server ends; chosen: longer than a target forward
 # What `generate` raises where the request asks for something that cannot be; anything else is a fault of the server.
 CALLERS_FAULTS = (OnlineSpecError, ValueError, TypeError, KeyError, NotImplementedError)
@@ -120,7 +121,7 @@ class OnlineGenerateManager(BaseGenerateManager):
             found = await asyncio.shield(answer)
         except asyncio.CancelledError:  # the client hung up
             call.stopped.set()
-            answer.add_done_callback(lambda done: done.exception())
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
         ASKED.get().answered = True
         return found
@@ -133,7 +134,7 @@ class OnlineGenerateManager(BaseGenerateManager):
         self._inner.stop()
 
     def _call(self, inputs: dict[str, Tensor], gen_config: GenerationConfig, streams: bool) -> Call:
-        check(inputs, gen_config, self.target)
+        check(inputs, gen_config, self.target, streams)
         self._numbers += 1
         self.metrics.queued()
         return Call(self, self._numbers, ASKED.get(), inputs["input_ids"].shape[-1], streams)
@@ -185,30 +186,30 @@ class Call:
         except Exception as error:
             raise self._told(error) from None
         finally:
-            # Calls that our loop does not take leave the draft's counters as they were.
-            looped = draft.metrics.requests > requests_before
-            counts = draft.metrics.last if looped else Counts(new_tokens=new_tokens)
-            rounds = draft.metrics.decisions.rounds
-            sources = {name: max(0, rounds[name] - sources_before[name]) for name in SOURCES if looped}
-            request = ServedRequest(
-                self._number,
-                self._asked.endpoint,
-                status,
-                time.time(),
-                self._prompt_tokens,
-                counts.new_tokens,
-                started - self._queued_at,
-                time.perf_counter() - started,
-                counts.update_time_s,
-                counts.rounds,
-                counts.drafted_tokens,
-                counts.accepted_tokens,
-                sources,
-            )
-            manager.metrics.ended(request)
-            logger.info("%s", request.line())
-            if manager.saver is not None:
-                manager.saver.request_done()
+            with draft.failures.records.attempt():
+                # Calls that our loop does not take leave the draft's counters as they were.
+                looped = draft.metrics.requests > requests_before
+                counts = draft.metrics.last if looped else Counts(new_tokens=new_tokens)
+                rounds = draft.metrics.decisions.rounds
+                request = ServedRequest(
+                    number=self._number,
+                    endpoint=self._asked.endpoint,
+                    status=status,
+                    ended_at_s=time.time(),
+                    prompt_tokens=self._prompt_tokens,
+                    new_tokens=counts.new_tokens,
+                    waited_s=started - self._queued_at,
+                    wall_time_s=time.perf_counter() - started,
+                    update_time_s=counts.update_time_s,
+                    rounds=counts.rounds,
+                    drafted_tokens=counts.drafted_tokens,
+                    accepted_tokens=counts.accepted_tokens,
+                    sources={name: max(0, rounds[name] - sources_before[name]) for name in SOURCES if looped},
+                )
+                manager.metrics.ended(request)
+                logger.info("%s", request.line())
+                if manager.saver is not None:
+                    manager.saver.request_done()
 
     def _told(self, error: Exception) -> RequestError:
         """What the client hears of an error; the log hears where it was raised, and no word of the request."""
@@ -222,7 +223,7 @@ class Call:
         return RequestError(status, f"{name}: {error}")
 
 
-def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTrainedModel) -> None:
+def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTrainedModel, streams: bool) -> None:
     """Refuses what could not be generated, before it waits for its turn; shortens an answer that would not fit.
 
     Raises:
@@ -235,11 +236,15 @@ def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTr
         raise RequestError(
             400, f"The prompt has {prompt_tokens} tokens: the model takes {longest} together with the answer."
         )
+    if gen_config.max_new_tokens is None and gen_config.max_length is None:  # a configuration of the request's own
+        gen_config.max_new_tokens = NEW_TOKENS
     most = gen_config.max_new_tokens
     if most is not None:
         if most < 1:
             raise RequestError(400, f"The answer may have {most} tokens (max_tokens): expected at least 1.")
         gen_config.max_new_tokens = min(most, longest - prompt_tokens)
+    if streams and gen_config.num_beams not in (None, 1):
+        raise RequestError(400, f"num_beams={gen_config.num_beams}: a stream takes 1. Send it without stream.")
     if gen_config.onlinespec not in (None, True, False):
         raise RequestError(400, "onlinespec: expected true or false; how this server drafts is not a request's to say.")
     gen_config.return_dict_in_generate = False  # the handlers take tokens

@@ -24,7 +24,7 @@ from ..vocabulary import check_vocabularies
 
 PACKAGES = ("fastapi", "starlette", "uvicorn", "openai", "pydantic", "prometheus_client")
 FAILED = 2  # exit code
-GRACE_S = 10  # for requests at hand when the server is told to end; chosen: `docker stop` waits as long
+GRACE_S = 5  # for requests at hand when the server is told to end; chosen: half of what `docker stop` waits
 OPEN = (
     "hf-onlinespec: warning: the server can be reached from other machines at {host}. It asks nobody for a key: whoever reaches it "
     "can generate, and see at /onlinespec and /metrics how much others do. Put a proxy in front that asks for keys and passes /v1 alone."
@@ -69,6 +69,8 @@ def serve(
         if draft is not None and origin is not None and origin.folder is None:
             own, other = load_config("TARGET", target), load_config("--draft", draft)
             check_vocabularies(own, other, tokenizer, load_tokenizer("--draft", draft))
+        from . import app  # noqa: F401  # of a transformers that it was not written for, it says so before weights are read
+
         found = None if origin is None else _load_draft(origin, draft, resumes, dtype, place)
         model = load_model("TARGET", target, dtype, place)
         drafts = attach(model, found)
@@ -136,15 +138,12 @@ def _load_draft(
 ) -> PreTrainedModel | OnlineDraft:
     if origin.folder is None:
         return load_model("--draft", origin.source, dtype, device)
-    if (
-        resumes and name is not None and locate(name).folder is None
-    ):  # what --draft names has to be the saved one's base
-        base = load_model("--draft", name, dtype, device)
+    if resumes and name is not None and locate(name).folder is None:
+        base = load_model("--draft", name, dtype, device)  # the one that the saved draft has to be made for
     elif origin.evolved:
         outline = Outline.read(origin.folder)
-        base = load_base(None, outline.base, str(outline.adapter_config.get("base_model_name_or_path") or "")).to(
-            device
-        )
+        named = str(outline.adapter_config.get("base_model_name_or_path") or "")
+        base = load_base(None, outline.base, named).to(device)
     else:  # an ordinary adapter
         about = read_plain_options(origin.folder)
         named, at = (str(about.get(key) or "") for key in ("base_model_name_or_path", "revision"))
