@@ -306,6 +306,7 @@ def chat(
 
     Text that was drafted and accepted has another colour than the target's own tokens; a line under each answer says how
     fast it came. Ctrl-C stops an answer. In the chat: /help, /reset, /plain, /colours, /stats, /save FOLDER, /quit.
+    From a pipe every line is a message, and answers alone go to stdout.
 
     Example: `hf-onlinespec chat HuggingFaceTB/SmolLM2-135M-Instruct`
     """

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .._compat import crop, forgets, held_tokens, max_positions, rolls_back
+from .._compat import crop, forgets, held_tokens, max_positions, rollback_obstacle, rolls_back
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..memory_draft import MemoryDraft
@@ -259,8 +259,10 @@ class Chat:
         """Notes a turn, with all tokens (1, L) of the conversation."""
         if self.tokenizer.chat_template is not None:
             self._messages += messages
-        self._cache, self._sequence = cache, tokens
-        self._cached = tokens[0, : 0 if cache is None else held_tokens(cache)]
+        self._sequence = tokens
+        asked_for = self.target.generation_config.cache_implementation  # generate makes that one itself, each time
+        self._cache = None if asked_for is not None or rollback_obstacle(cache) else cache
+        self._cached = tokens[0, : 0 if self._cache is None else held_tokens(self._cache)]
 
     def _reusable(self, prompt: Tensor) -> tuple[Cache | None, int]:
         """The cache, rolled back to what it shares with a prompt (L,), and how many tokens these are.
