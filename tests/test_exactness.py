@@ -88,6 +88,12 @@ def test_several_outputs_are_judged_by_the_same_rounding_each_at_its_own_place()
     assert places == {"early": (0, 0.5, 0.25), "late": (N - 1, 0.5, 0.25)}
 
 
+def test_an_answer_of_one_token_has_its_rounding_measured_too() -> None:
+    others = {"ours": sequence(SECOND)}
+    found = Examiner(near_tie(0.25, 0.25)).differences(INPUTS, sequence(BEST), others)["ours"]
+    assert found is not None and (found.position, found.gap, found.rounding, found.kind) == (0, 0.25, 0.25, ROUNDING)
+
+
 def test_the_gap_in_float32_is_of_the_same_two_tokens_and_the_copy_is_made_once() -> None:
     made = []
 

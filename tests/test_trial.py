@@ -105,11 +105,11 @@ def test_as_many_prompts_as_fit_and_eight_at_least() -> None:
 
 def test_answers_are_shortened_where_the_model_is_slow() -> None:
     budget = Budget(3.0, 0.0, Hand())
-    lengths = [budget.new_tokens(token_s) for token_s in (0.001, 0.08, 0.12, 0.2, 0.5, 1.0, 100.0)]
+    lengths = [budget.new_tokens(token_s) for token_s in (0.001, 0.15, 0.2, 0.3, 0.5, 1.0, 100.0)]
     assert lengths[0] == LONG and lengths[-1] == SHORTEST
     assert SHORT < lengths[1] < LONG and SHORT > lengths[-2] >= SHORTEST
     assert lengths == sorted(lengths, reverse=True)
-    for token_s, length in ((0.08, lengths[1]), (1.0, lengths[-2])):
+    for token_s, length in ((0.15, lengths[1]), (1.0, lengths[-2])):
         fitting = budget.left_s / (length * token_s)
         assert fitting >= (WANTED_PROMPTS if length > SHORT else LEAST_PROMPTS)
 
@@ -119,11 +119,11 @@ def test_answers_are_shortened_where_the_model_is_slow() -> None:
 
 def test_the_shipped_prompts_cover_their_kinds_in_turns_and_name_their_sources() -> None:
     found = shipped_prompts(5)
-    assert len(found) == 60 + SPARE and len({prompt.text for prompt in found}) == len(found)
+    assert len(found) == 64 + SPARE and len({prompt.text for prompt in found}) == len(found)
     kinds = {prompt.domain for prompt in found}
-    assert len(kinds) == 10 and all(prompt.new_tokens == 5 for prompt in found)
-    for start in range(0, 60, 10):
-        assert {prompt.domain for prompt in found[start : start + 10]} == kinds
+    assert len(kinds) == 8 and all(prompt.new_tokens == 5 for prompt in found)
+    for start in range(0, 64, 8):
+        assert {prompt.domain for prompt in found[start : start + 8]} == kinds
     lines = [json.loads(line) for line in (shipped.FOLDER / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     words = (shipped.FOLDER / "SOURCES.md").read_text(encoding="utf-8")
     for source in {line["source"] for line in lines}:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .._compat import keeps_logits
+from .._compat import keeps_logits, max_positions
 
 IDENTICAL, ROUNDING, FAULT = "identical", "within rounding", "fault"
 LEAST_POSITIONS = (
@@ -106,11 +106,17 @@ class Examiner:
         return torch.cat(out.logits).float(), torch.stack(replay.scores)
 
     def _at_once(self, plain: Tensor, n: int) -> Tensor:
-        """The logits (n, V), in float32, of one forward over all but the last token of `plain`."""
+        """The logits (n, V), in float32, of the last n tokens of `plain`, from one forward over several positions.
+
+        Behind a short output other tokens follow, which a causal model does not see: over the prompt alone both ways would be one.
+        """
+        room = max_positions(self._target.config) - plain.shape[1]
+        more = min(max(0, LEAST_POSITIONS - n), max(0, room))
+        tokens = torch.cat([plain[:, :-1], plain[:, -1:].expand(-1, more)], dim=1)
         with torch.no_grad():
-            few = {"logits_to_keep": n} if keeps_logits(self._target) else {}
-            logits = self._target(plain[:, :-1], **few).logits
-        return torch.as_tensor(logits[0, -n:].float())
+            few = {"logits_to_keep": n + more} if keeps_logits(self._target) else {}
+            logits = self._target(tokens, **few).logits[0, -n - more :]
+        return torch.as_tensor(logits[:n].float())
 
     def _gap_float32(self, prefix: Tensor, own: int, other: int) -> float | None:
         reference = self._reference()
