@@ -339,7 +339,7 @@ def test_values_that_do_not_fit_are_told(change: Callable[[dict[str, Any]], obje
 
 
 def test_neither_adapter_nor_model(tmp_path: Path) -> None:
-    with pytest.raises(DraftError, match="no causal language model"):
+    with pytest.raises(DraftError, match="the folder holds no model"):
         OnlineDraft.from_pretrained(tmp_path)
     with pytest.raises(DraftError, match="no such folder"):
         OnlineDraft.from_pretrained(tmp_path / "nowhere")
