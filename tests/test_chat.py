@@ -18,10 +18,11 @@ from rich.console import Console
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_onlinespec import OnlineDraft, attach, detach
+from hf_onlinespec._compat import held_tokens
 from hf_onlinespec.artifact import inspect
 from hf_onlinespec.cli import chat as chats
 from hf_onlinespec.cli.chat import Chat, Detokenizer
-from hf_onlinespec.cli.terminal import Terminal, console, ctrl_c
+from hf_onlinespec.cli.terminal import PROMPT, Terminal, console, ctrl_c, reader
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
 from hf_onlinespec.errors import ConfigError
 from hf_onlinespec_cli import main
@@ -186,8 +187,11 @@ def test_measuring_plain_generation_changes_nothing_and_costs_little(
     chat.measure_plain()
     assert speed.measurements == 1
     speed.time_s = 0.0
+    chat.measure_plain(lambda: True)
+    assert speed.measurements == 1 and speed.time_s > 0
+    speed.time_s = 0.0
     chat.measure_plain()
-    assert speed.measurements == 2
+    assert speed.measurements == 2 and len(chat._cached) == held_tokens(chat._cache)
     assert any(f"measuring that took {speed.time_s:.1f} s" in line for line in chat.stats())
 
 
@@ -335,6 +339,19 @@ def test_ctrl_c_stops_first_and_leaves_then() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_lines_are_read_with_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "said")
+    assert reader()() == "said" and asked == [""]  # not from a terminal: no prompt among the answers
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    assert reader()() == "said" and asked[1:] == [PROMPT]
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)  # not installed
+    assert reader()() == "said" and asked[2:] == [PROMPT]
 
 
 def test_leaving_saves(chat: Chat, tmp_path: Path) -> None:

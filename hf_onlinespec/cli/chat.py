@@ -285,10 +285,10 @@ class Chat:
             crop(self._cache, n)
         return True
 
-    def measure_plain(self) -> None:
+    def measure_plain(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Measures plain generation where the conversation stands, unless that would take too large a part of the time.
 
-        It goes on for `PLAIN_TOKENS` tokens, which are thrown away.
+        It goes on for `PLAIN_TOKENS` tokens, which are thrown away; where `stopped` says so, it ends sooner and tells nothing.
         """
         speed, cache = self.plain_speed, self._cache
         affordable = not speed.measurements or speed.time_s < PLAIN_SHARE * self.answering_s
@@ -297,10 +297,11 @@ class Chat:
         sequence = self._sequence.to(self.target.device)
         if sequence.shape[1] + PLAIN_TOKENS > max_positions(self.target.config):
             return
-        self._cache = None
+        self._cache, stop = None, _Stop(stopped)
         started = time.perf_counter()
         output = self.target.generate(
             sequence,
+            stopping_criteria=StoppingCriteriaList([stop]),
             attention_mask=torch.ones_like(sequence),
             past_key_values=cache,
             return_dict_in_generate=True,
@@ -308,9 +309,10 @@ class Chat:
             **self._options | {"do_sample": False, "max_new_tokens": PLAIN_TOKENS, "min_new_tokens": PLAIN_TOKENS},
         )
         elapsed_s = time.perf_counter() - started
-        speed.tokens_per_s = PLAIN_TOKENS / elapsed_s
-        speed.measurements += 1
         speed.time_s += elapsed_s
+        if not stop.happened:
+            speed.tokens_per_s = PLAIN_TOKENS / elapsed_s
+            speed.measurements += 1
         self._cache = output.past_key_values
         if not self._roll_back(held_tokens(output.past_key_values) - len(self._cached)):
             self._cache = None

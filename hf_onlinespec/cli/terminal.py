@@ -212,6 +212,8 @@ class Terminal:
         try:
             with ctrl_c() as stopped:
                 answer = self._chat.answer(text, self._show, stopped)
+                self._out.print()
+                self._chat.measure_plain(stopped)  # a Ctrl-C that comes a little late leaves nothing
         except (Exception, KeyboardInterrupt) as error:
             self._out.print()
             line = explain(error) if isinstance(error, Exception) else None
@@ -219,8 +221,6 @@ class Terminal:
                 raise
             self._notes.print(line, markup=False)
             return
-        self._out.print()
-        self._chat.measure_plain()
         self._notes.print(f"[{self._chat.status(answer)}]", style=QUIET, markup=False)
 
     def _show(self, text: str, drafted: bool) -> None:
