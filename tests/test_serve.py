@@ -189,12 +189,13 @@ def test_bad_requests_are_refused_in_words_and_the_next_one_is_served(server: Ru
     assert (server.page()["waiting"], server.page()["running"]) == (0, 0)
 
 
-def test_an_answer_is_cut_where_the_model_ends_and_an_empty_prompt_is_refused(server: Running) -> None:
+def test_an_answer_is_cut_where_the_model_ends_and_a_prompt_that_is_none_is_refused(server: Running) -> None:
     prompt = "word " * 250  # of 512 positions the answer gets what is left
     answer = server.client().completions.create(model=NAME, prompt=prompt, max_tokens=5000)
     assert answer.usage.total_tokens == 512 and answer.choices[0].finish_reason == "length"
-    refused = server.post("/v1/completions", json={"model": NAME, "prompt": ""})
-    assert refused.status_code == 400 and "no tokens" in refused.json()["error"]["message"]
+    for body, message in (({"prompt": ""}, "no tokens"), ({"prompt": "a", "suffix": 1}, "suffix")):
+        refused = server.post("/v1/completions", json={"model": NAME} | body)
+        assert refused.status_code == 400 and message in refused.json()["error"]["message"]
 
 
 def test_a_request_that_our_loop_does_not_take_runs_plain(server: Running) -> None:

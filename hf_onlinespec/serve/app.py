@@ -179,6 +179,8 @@ def _route(endpoint: str, handler: BaseHandler, metrics: ServerMetrics) -> Calla
         try:
             body = await _body(request)
             body.setdefault("stream", False)  # as OpenAI's API; transformers streams responses by default
+            if not isinstance(body.get("suffix"), str | None):  # it would be found out behind the answer
+                raise RequestError(400, "suffix: expected a text.")
             asked = Asked(endpoint, client_of(request.headers.get("authorization")), _seed(body))
             ASKED.set(asked)
             response = await _unless_hung_up(request, handler.handle_request(body, request_id))
