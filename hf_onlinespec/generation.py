@@ -128,6 +128,8 @@ def enable() -> None:
             # Vocabularies are compared here; transformers asks for two tokenizers wherever sizes differ, and refuses them otherwise.
             ours = ("assistant_model", "assistant_tokenizer")
             mode_kwargs = {name: value for name, value in mode_kwargs.items() if name not in ours}
+        if call is not None and call.served:
+            mode = get_mode(config)  # a class that names the modes it supports means plain decoding's
         validate(self, mode, config, mode_kwargs)
 
     @functools.wraps(assisted)

@@ -38,6 +38,7 @@ from hf_onlinespec import (
     online_memory,
     online_metrics,
 )
+from hf_onlinespec._compat import GenerationMode
 from hf_onlinespec.embedded import EmbeddedPair, load_draft
 
 from .architectures import ARCHITECTURES, PLAIN, SERVED, Architecture
@@ -247,6 +248,17 @@ def test_one_model_in_several_processes_runs_plain(target, prompt) -> None:
             assert torch.equal(plain, target.generate(prompt, synced_gpus=True, **GREEDY))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_class_that_names_its_modes_is_served_in_these(target, prompt) -> None:
+    class Greedy(type(target)):  # type: ignore[misc]
+        _supported_generation_modes = (GenerationMode.GREEDY_SEARCH,)
+
+    target.__class__ = Greedy
+    plain, memory = target.generate(prompt, **GREEDY), attach(target, config=FIXED)
+    assert torch.equal(plain, target.generate(prompt, **GREEDY)) and memory.metrics.requests == 1
+    with pytest.raises(ValueError, match="only supports"):
+        target.generate(prompt, do_sample=True, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
