@@ -30,6 +30,7 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import is_artifact
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
 from hf_onlinespec.memory_draft import MemoryDraft
+from hf_onlinespec.serve import app
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
 from tests.serving import NAME, Running, plain, running, wait_for
 
@@ -146,11 +147,13 @@ class gate:
 
 
 LONG = [{"role": "user", "content": "word " * 600}]
-REFUSED = {
+REFUSED: dict[str, tuple[str | bytes, int]] = {
     "no JSON": ('{"model": ', 400),
     "nothing": ("", 400),
     "a list": ("[]", 400),
     "nested too deep": ("[" * 100_000, 400),
+    "too large": (" " * (app.MOST_BYTES + 1), 413),
+    "bytes that are no text": (b'{"model": "\xff"}', 400),
     "no messages": (json.dumps({"model": NAME}), 400),
     "messages as a text": (as_body(messages=SECRET), 400),
     "half a surrogate pair": ('{"model": "embedded", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),

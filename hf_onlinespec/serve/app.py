@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import traceback
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
 LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
+MOST_BYTES = 16 * 2**20  # of a body: it is read and cut into tokens while nothing else is answered; chosen
 HANG_UP_S = 0.25  # between two looks whether a client that does not stream is still there
 # The page loads nothing from anywhere.
 PAGE_HEADERS = {
@@ -208,8 +210,14 @@ async def _body(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a page from elsewhere may send unasked is no JSON
         raise RequestError(415, "Expected JSON, with the header Content-Type: application/json.")
+    parts, size = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise RequestError(413, f"The body has more than {MOST_BYTES // 2**20} MiB.")
     try:
-        body = await request.json()
+        body = json.loads(b"".join(parts))
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"The body is no JSON: {error}.") from error
     if not isinstance(body, dict):
