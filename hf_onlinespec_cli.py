@@ -226,7 +226,7 @@ def try_(
     ] = None,
     minutes: Annotated[
         float, typer.Option(metavar="M", help="What it may take, loading included.", rich_help_panel=RUN)
-    ] = 3.0,
+    ] = 3.5,
     new_tokens: Annotated[
         int | None,
         typer.Option(

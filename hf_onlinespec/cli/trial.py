@@ -52,7 +52,7 @@ class TrySettings:
     target: str
     draft: str | None = None
     prompts: Path | None = None  # None: those that ship with the package
-    minutes: float = 3.0
+    minutes: float = 3.5  # loading included
     out: Path | None = None
     json: Path | None = None
     save: Path | None = None

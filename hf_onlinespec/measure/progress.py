@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from ..bench import by_arm, totals
 from .budget import Budget
@@ -17,7 +19,7 @@ from .trial import Outcome
 def speeds(outcome: Outcome) -> str:
     """Tokens/s of each arm so far, in one line."""
     arms = by_arm(outcome.records)
-    return ", ".join(f"{arm} {totals(own).tokens_per_s:.1f}" for arm, own in arms.items())
+    return ", ".join(f"{arm.removeprefix('prompt ')} {totals(own).tokens_per_s:.1f}" for arm, own in arms.items())
 
 
 def time_left(budget: Budget) -> str:
@@ -32,30 +34,22 @@ def progress(budget: Budget, console: Console | None = None) -> Iterator[Callabl
     The bar is drawn between two measured calls alone: a thread that redraws it would take time from them.
     """
     console = Console(stderr=True, highlight=False) if console is None else console
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         yield _Lines(budget)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[left]}  {task.fields[speeds]}"),
+    bar = Progress(
+        TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.fields[left]}"), auto_refresh=False
     )
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
-        task = bar.add_task("loading", total=budget.total_s, left="", speeds="")
+    task = bar.add_task("loading", total=budget.total_s, left="")
+    with Live(bar, console=console, auto_refresh=False, transient=True) as screen:
 
         def show(phase: str, outcome: Outcome) -> None:
-            if phase:
-                bar.update(task, description=phase)
+            done = min(budget.elapsed_s, budget.total_s)
+            bar.update(task, description=phase or None, completed=done, left=time_left(budget))
             found = speeds(outcome)
-            bar.update(
-                task,
-                completed=min(budget.elapsed_s, budget.total_s),
-                left=time_left(budget),
-                speeds=f"tokens/s: {found}" if found else "",
-                refresh=True,
-            )
+            line = Text(f"tokens/s: {found}" if found else "", no_wrap=True, overflow="ellipsis")
+            screen.update(Group(bar, line), refresh=True)
 
-        bar.refresh()
         yield show
 
 
