@@ -357,6 +357,18 @@ def test_ctrl_c_prints_what_is_known(
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_error_in_the_middle_costs_no_finished_prompt(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, at=1, reason=MemoryError("no memory is left"))
+    with pytest.raises(MemoryError):
+        run_try(settings(file), clock=ticking())
+    printed = capsys.readouterr().out
+    assert "Stopped by an error (no memory is left): only the finished prompts count." in printed
+    assert "ours: 1 of 1 outputs are identical to plain's." in printed
+
+
+@pytest.mark.usefixtures("quick")
 def test_ctrl_c_before_the_first_answer_says_so(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,13 +380,13 @@ def test_ctrl_c_before_the_first_answer_says_so(
     assert not printed and told.rstrip().endswith("interrupted; no result was completed.")
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, reason: BaseException | None = None) -> None:
     answers = Runner.answers
 
     def interrupted(self: Runner, number: int, *args: Any) -> Iterator[Any]:
         for i, found in enumerate(answers(self, number, *args)):
             if number == at and i == 1:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if reason is None else reason
             yield found
 
     monkeypatch.setattr(Runner, "answers", interrupted)
@@ -383,15 +395,16 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 @pytest.mark.usefixtures("quick")
 def test_the_evolved_draft_is_saved(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = tmp_path / "saved"
+    file.write_text(file.read_text().splitlines()[0])
     assert run_try(settings(file, draft=DRAFT, save=folder), clock=ticking()) == 0
     assert f"Saved: the evolved draft, {folder}" in capsys.readouterr().out.replace("\n", "")
-    assert OnlineDraft.from_pretrained(folder).metrics.requests == 3
+    assert OnlineDraft.from_pretrained(folder).metrics.requests == 1
 
     # What was saved goes on, and is not written over by another draft.
     assert run_try(settings(file, draft=str(folder), save=folder), clock=ticking()) == 0
     printed = capsys.readouterr().out
     assert "Ours goes on from the adapter of --draft" in printed and "from_pretrained" in printed
-    assert OnlineDraft.from_pretrained(folder).metrics.requests == 6
+    assert OnlineDraft.from_pretrained(folder).metrics.requests == 2
     with pytest.raises(ConfigError, match="another draft was saved there"):
         run_try(settings(file, draft=DRAFT, save=folder), clock=ticking())
 

@@ -95,50 +95,51 @@ def run_try(
 ) -> int:
     """Measures, prints what it found, and writes what was asked for; returns the exit code.
 
+    What is known is printed and written too where Ctrl-C or an error ends the measuring early; the error is raised after that.
+
     Args:
         started_s: when the command started, by `clock`; None: now.
     """
     budget = Budget(settings.minutes, clock() if started_s is None else started_s, clock)
     settings.check_outputs()
     quiet_libraries()
-    interrupted = False
+    stopped: BaseException | None = None
     with progress(budget) as show:
         show("loading", Outcome())
         trial, models = _prepared(settings, budget, clock, show)
         try:
             trial.prepare()
             trial.run()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as reason:
             if not trial.outcome.records:
                 raise
-            interrupted = True
-            trial.outcome.notes.append("Interrupted: only the finished prompts count.")
+            stopped = reason
+            words = "Interrupted" if isinstance(reason, KeyboardInterrupt) else f"Stopped by an error ({reason})"
+            trial.outcome.notes.append(f"{words}: only the finished prompts count.")
     outcome, learned = trial.outcome, trial.learned
     summary = summarise(outcome)
     code = code_for(summary.verdict, models)
     console = Console(highlight=False)
     show_result(console, outcome, summary, learned, code)
-    result: dict[str, Any] = {
-        "version": __version__,
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
-        },
-        "models": asdict(models),
-        "machine": machine(),
-        "interrupted": interrupted,
-        "elapsed_s": budget.elapsed_s,
-        "new_tokens": outcome.new_tokens,
-        "prompt_s": outcome.prompt_s,
-        "notes": outcome.notes,
-        "calibration": None if outcome.calibration is None else asdict(outcome.calibration),
-        "summary": asdict(summary),
-        "verdict": summary.verdict.text(outcome.prompt_s),
-        "learned": asdict(learned),
-        "differences": [asdict(e) | {"kind": e.difference.kind} for e in outcome.examined],
-        "requests": [asdict(record) for record in outcome.records],
-        "code": code,
-    }
     if settings.json is not None:
+        result: dict[str, Any] = {
+            "version": __version__,
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},
+            "models": asdict(models),
+            "machine": machine(),
+            "interrupted": stopped is not None,
+            "elapsed_s": budget.elapsed_s,
+            "new_tokens": outcome.new_tokens,
+            "prompt_s": outcome.prompt_s,
+            "notes": outcome.notes,
+            "calibration": None if outcome.calibration is None else asdict(outcome.calibration),
+            "summary": asdict(summary),
+            "verdict": summary.verdict.text(outcome.prompt_s),
+            "learned": asdict(learned),
+            "differences": [asdict(e) | {"kind": e.difference.kind} for e in outcome.examined],
+            "requests": [asdict(record) for record in outcome.records],
+            "code": code,
+        }
         settings.json.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         console.print(f"Written: {settings.json}", markup=False, soft_wrap=True)
     if settings.out is not None:
@@ -147,7 +148,9 @@ def run_try(
         console.print(f"Written: {settings.out}", markup=False, soft_wrap=True)
     if settings.save is not None:
         console.print(_save(trial, settings.save), markup=False, soft_wrap=True)
-    if interrupted:
+    if isinstance(stopped, Exception):
+        raise stopped
+    if stopped is not None:
         return INTERRUPTED
     return FOUND if summary.faults else 0
 

@@ -163,14 +163,17 @@ class Trial:
             self._show("", self.outcome)
         outputs = {name: answer.output for name, answer in answers.items()}
         differences = self._differences(prompt, outputs) if self._is_greedy else None
+        records, examined = [], []
         for name in self._arms:
             kind = None
             if differences is not None and name != PLAIN:
                 difference = differences[name]
                 kind = IDENTICAL if difference is None else difference.kind
                 if difference is not None:
-                    self.outcome.examined.append(Examined(number, prompt.domain, name, difference))
-            self.outcome.records.append(answers[name].record(number, 1, prompt.domain, name, kind, self._seed))
+                    examined.append(Examined(number, prompt.domain, name, difference))
+            records.append(answers[name].record(number, 1, prompt.domain, name, kind, self._seed))
+        self.outcome.records += records
+        self.outcome.examined += examined
 
     def _differences(self, prompt: Prompt, outputs: Mapping[str, Tensor]) -> dict[str, Difference | None]:
         others = {name: output for name, output in outputs.items() if name != PLAIN}
