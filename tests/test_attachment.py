@@ -523,7 +523,7 @@ PROMPT = "<|endoftext|>Show the files in a folder"
 def test_a_pipeline(pair: EmbeddedPair) -> None:
     texts = [PROMPT, "<|endoftext|>List all orders"]
     pipe = pipeline("text-generation", model=pair.target, tokenizer=pair.tokenizer)
-    call: dict[str, Any] = dict(max_new_tokens=16, do_sample=False)
+    call: dict[str, Any] = dict(max_new_tokens=8, do_sample=False)
     plain = [pipe(text, **call) for text in texts]
     together = pipe(texts, batch_size=2, **call)
     with attached(pair.target, OnlineDraft(load_draft())) as draft:
