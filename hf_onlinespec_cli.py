@@ -219,7 +219,7 @@ def try_(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help='Your prompts, lines of JSON, {"prompt": "..."}, with a "domain" where you like.',
+            help='Your prompts: lines of JSON, {"prompt": "..."}, with a "domain" where you like, or lines of a .txt file.',
             show_default="about sixty that ship with the package",
             rich_help_panel=RUN,
         ),

@@ -379,7 +379,7 @@ def speed_ratio(
 
 
 def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]:
-    """Reads lines of JSON, {"prompt": "..."}, with a "domain" where you like; empty lines are left out.
+    """Reads lines of JSON, {"prompt": "..."}, with a "domain" where you like, or of a .txt file; empty lines are left out.
 
     Raises:
         ConfigError: the file cannot be read, a line is malformed, or there is no prompt.
@@ -389,7 +389,11 @@ def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"--prompts {path}: the file cannot be read ({reason}).") from error
-    found = [_text(line, f"--prompts {path}, line {at}") for at, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(at, line) for at, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".txt":
+        found = [(line.rstrip("\r"), "") for _, line in numbered]
+    else:
+        found = [_text(line, f"--prompts {path}, line {at}") for at, line in numbered]
     if not found:
         raise ConfigError(f'--prompts {path}: the file has no prompts. Write one {{"prompt": "..."}} per line.')
     return [Prompt(text, domain or path.stem, new_tokens) for text, domain in found[:limit]]

@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from hf_onlinespec import bench
-from hf_onlinespec.bench import PLAIN, Record, Runner, speed_ratio
+from hf_onlinespec.bench import PLAIN, Prompt, Record, Runner, load_prompts, speed_ratio
 from hf_onlinespec.embedded import EmbeddedPair, prompts
 from hf_onlinespec_cli import main
 
@@ -104,6 +104,13 @@ def test_bad_prompts(content: bytes | None, message: str, tmp_path: Path, refuse
     if content is not None:
         file.write_bytes(content)
     assert message in refused("--embedded", "--prompts", str(file))
+
+
+def test_a_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_bytes(b'{"prompt": "a"}\r\n\n  two words \n')
+    assert load_prompts(file, None, 5) == [Prompt('{"prompt": "a"}', "mine", 5), Prompt("  two words ", "mine", 5)]
+    assert len(load_prompts(file, 1, 5)) == 1
 
 
 def test_bad_models(tmp_path: Path, refused: Any) -> None:
