@@ -64,7 +64,8 @@ class Served:
     Args:
         name: of the target, as clients name it.
         target: with the draft attached, see `hf_onlinespec.attach`.
-        draft: what drafts for it; its model's name for the page, or none.
+        draft: what drafts for it.
+        draft_name: of the draft model, for the page; None: there is none.
         saves_to, save_every: where the draft is saved at the end, and every so many requests; None: nowhere.
         isolate: one suffix memory per API key.
         hosts: names under which a browser may reach the server; None: any.
