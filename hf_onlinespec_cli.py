@@ -40,7 +40,7 @@ EXIT_CODES = (
 MODELS, RUN, OUTPUT = "Models", "Run", "Output"  # panels of the help
 
 app = typer.Typer(
-    help="Faster generate() with a draft that learns from use; the text stays the target's.",
+    help="Faster generate() with a draft that learns from use; in float32 the text is that of plain generate().",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode="markdown",

@@ -1,4 +1,4 @@
-"""hf_onlinespec: a `generate()` that gets faster the more it is used, and never changes what the model says.
+"""hf_onlinespec: a `generate()` that gets faster the more it is used; in float32 its text is that of plain `generate`.
 
 Importing it teaches `generate` one argument:
 

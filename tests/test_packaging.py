@@ -22,8 +22,10 @@ IN_BOTH = (
     "hf_onlinespec/card_template.md",
     "hf_onlinespec/embedded_pair/target/model.safetensors",
     "hf_onlinespec/embedded_pair/draft/model.safetensors",
+    "hf_onlinespec/embedded_pair/prompts.jsonl",
     "hf_onlinespec/learners/__init__.py",
     "hf_onlinespec/measure/prompts/SOURCES.md",
+    "hf_onlinespec/measure/prompts/prompts.jsonl",
     "hf_onlinespec/serve/page.html",
 )
 LARGEST_MB = 30  # the embedded pair is 20 of them
@@ -63,8 +65,8 @@ def test_both_hold_what_is_needed_and_no_more(built: tuple[Path, Path]) -> None:
 
 def test_the_wheel_works_without_the_checkout(built: tuple[Path, Path], tmp_path: Path) -> None:
     site = tmp_path / "site"
-    with zipfile.ZipFile(built[0]) as archive:  # what pip does with a wheel of pure Python
-        archive.extractall(site)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(built[0])], check=True, capture_output=True)
     program = (
         "import hf_onlinespec, hf_onlinespec_cli\n"
         "from hf_onlinespec.embedded import load_pair, prompts\n"
@@ -80,3 +82,6 @@ def test_the_wheel_works_without_the_checkout(built: tuple[Path, Path], tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count(str(site)) == 2
+    command = [str(site / "bin" / "hf-onlinespec"), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "hf_onlinespec" in done.stdout, done.stderr[-2000:]
