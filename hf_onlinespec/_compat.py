@@ -126,8 +126,7 @@ def note_given(
         set_ones = [value for value in values if value is not None]
         if set_ones:
             found[name] = set_ones[0]
-    if found:
-        vars(prepared)[_GIVEN] = found
+    vars(prepared)[_GIVEN] = found
     return prepared
 
 
@@ -144,10 +143,11 @@ def given(config: GenerationConfig, name: str, prepared: bool) -> Any:
         prepared: whether `generate` has filled in its defaults. Without our hooks it has noted nothing: then a value that is the
             default counts as not set.
     """
-    noted = vars(config).get(_GIVEN, {})
-    if name in noted:
+    noted = vars(config).get(_GIVEN)  # pipelines of transformers 5.18 pass a configuration that was prepared before
+    if noted is not None and name in noted:
         return noted[name]
-    value, unset = vars(config).get(name), ASSISTANT_DEFAULTS[name] if prepared else _fresh().get(name)
+    filled = prepared or noted is not None
+    value, unset = vars(config).get(name), ASSISTANT_DEFAULTS[name] if filled else _fresh().get(name)
     return None if type(value) is type(unset) and value == unset else value
 
 

@@ -33,7 +33,7 @@ from transformers.cache_utils import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig, OnlineSpecError, UnsupportedError, online_memory
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, OnlineSpecError, UnsupportedError, attach, online_memory
 from tests.architectures import ARCHITECTURES, LIMIT, PLAIN, SERVED, TABLE_OF, VOCAB, WINDOW, Architecture
 from tests.conftest import tiny_llama
 from tests.tiny_models import CACHE
@@ -234,6 +234,45 @@ def test_a_cache_of_fixed_size_is_refused_by_name(implementation: str) -> None:
     target, answers = llama()
     with pytest.raises(UnsupportedError, match=implementation):
         target.generate(prompt(), onlinespec=MEMORY, cache_implementation=implementation, **answers[1].arguments)
+
+
+# Attached
+
+
+def attached_answers(row: Architecture) -> str:
+    """How an attached model of that class answers, in words."""
+    model = row.build()
+    answers = plain_answers(model)
+    try:
+        attach(model, config=MEMORY)
+    except UnsupportedError as error:
+        return str(error)
+    for _ in range(2):
+        found, _ = serve(model, answers)
+        if found != SERVED:
+            return found
+    return SERVED
+
+
+# Reformer's hashes are drawn at random: two plain calls differ.
+BUILT = [row for row in ARCHITECTURES if not row.reason and row.name != "reformer"]
+ONE_OF_EACH = ("llama", "minimax", "qwen3_next", "deepseek_v32")  # served, no Cache, recurrent, served without drafting
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("row", [row for row in BUILT if row.name in ONE_OF_EACH], ids=lambda row: row.name)
+def test_no_class_answers_otherwise_when_attached(row: Architecture) -> None:
+    """Refused when attached, or answers as it did: never an error in a call."""
+    found = attached_answers(row)
+    assert found == SERVED or (row.target != PLAIN and agree(row.target, found))
+
+
+@pytest.mark.all_architectures
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("row", [row for row in BUILT if row.name not in ONE_OF_EACH], ids=lambda row: row.name)
+def test_no_class_at_all_answers_otherwise_when_attached(row: Architecture) -> None:
+    found = attached_answers(row)
+    assert found == SERVED or (row.target != PLAIN and agree(row.target, found))
 
 
 # The documentation

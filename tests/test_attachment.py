@@ -41,9 +41,7 @@ from hf_onlinespec import (
 from hf_onlinespec._compat import GenerationMode
 from hf_onlinespec.embedded import EmbeddedPair, load_draft
 
-from .architectures import ARCHITECTURES, PLAIN, SERVED, Architecture
 from .conftest import tiny_llama
-from .test_architectures import agree, plain_answers, serve
 from .test_generation import tiny_bart, tiny_mamba
 
 FIXED = OnlineSpecConfig(lookahead=3)
@@ -476,42 +474,6 @@ def test_a_target_that_loses_its_cache_is_decoded_plainly(target, prompt) -> Non
     with pytest.raises(UnsupportedError, match="first forward"):
         target.generate(prompt, onlinespec=True, **GREEDY)
     assert memory.metrics.new_tokens <= 2
-
-
-def attached_answers(row: Architecture) -> str:
-    """How an attached model of that class answers, in words."""
-    model = row.build()
-    answers = plain_answers(model)
-    try:
-        attach(model, config=FIXED)
-    except UnsupportedError as error:
-        return str(error)
-    for _ in range(2):
-        found, _ = serve(model, answers)
-        if found != SERVED:
-            return found
-    return SERVED
-
-
-# Reformer's hashes are drawn at random: two plain calls differ.
-BUILT = [row for row in ARCHITECTURES if not row.reason and row.name != "reformer"]
-ONE_OF_EACH = ("llama", "minimax", "qwen3_next", "deepseek_v32")  # served, no Cache, recurrent, served without drafting
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("row", [row for row in BUILT if row.name in ONE_OF_EACH], ids=lambda row: row.name)
-def test_no_class_answers_otherwise_when_attached(row: Architecture) -> None:
-    """Refused when attached, or answers as it did: never an error in a call."""
-    found = attached_answers(row)
-    assert found == SERVED or (row.target != PLAIN and agree(row.target, found))
-
-
-@pytest.mark.all_architectures
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("row", [row for row in BUILT if row.name not in ONE_OF_EACH], ids=lambda row: row.name)
-def test_no_class_at_all_answers_otherwise_when_attached(row: Architecture) -> None:
-    found = attached_answers(row)
-    assert found == SERVED or (row.target != PLAIN and agree(row.target, found))
 
 
 # Others that call `generate`

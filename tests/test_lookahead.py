@@ -152,3 +152,17 @@ def test_stock_calls_keep_transformers_defaults(target, prompt) -> None:
     model.generation_config.num_assistant_tokens = 2
     plain = target.generate(prompt, **GREEDY)
     assert torch.equal(plain, target.generate(prompt, assistant_model=model, num_assistant_tokens=2, **GREEDY))
+
+
+def test_a_configuration_that_was_prepared_before_asks_for_nothing(target, prompt) -> None:
+    """As pipelines of transformers 5.18 pass it: the defaults that were filled in are nobody's wish."""
+    prepared, _ = target._prepare_generation_config(None, **GREEDY)
+    assert prepared.num_assistant_tokens == 20
+    draft, other = identical(), identical()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.generate(prompt, generation_config=prepared, assistant_model=draft)
+    assert "was asked for" not in draft.metrics.decisions.drafting
+    prepared.num_assistant_tokens = 4
+    target.generate(prompt, generation_config=prepared, assistant_model=other)
+    assert other.metrics.decisions.drafting == "lookahead=4 was asked for"
