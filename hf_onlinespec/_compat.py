@@ -257,6 +257,20 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def is_altered(model: nn.Module) -> bool:
+    """Whether a module of it computes otherwise than its class says: by a hook, or a `forward` of its own.
+
+    What accelerate puts there places weights and inputs alone.
+    """
+
+    def alters(module: nn.Module) -> bool:
+        own = vars(module)
+        hooked = bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+        return hooked or ("forward" in own and not type(own.get(_HOOK)).__module__.startswith("accelerate."))
+
+    return any(alters(module) for module in model.modules())
+
+
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights elsewhere between two forwards."""
     hooks = [vars(module).get(_HOOK) for module in model.modules()]

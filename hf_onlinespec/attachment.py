@@ -40,6 +40,7 @@ class Attachment:
 
     draft: OnlineDraft | None  # None: the suffix memory that is kept with the model
     never: OnlineSpecError | None = None  # why no call can be served, where that was found out in a call
+    proven: bool = False  # a call was served to its end
     warned: set[str] = field(default_factory=set)  # reasons for plain decoding that the user has heard
 
     def drafts_for(self, target: PreTrainedModel) -> MemoryDraft:
@@ -54,6 +55,7 @@ class Call:
     attachment: Attachment
     target: PreTrainedModel
     explicit: bool = False  # whether the call itself says who drafts, or that nobody does
+    once: bool = False  # whether what the caller gave is used up in it, so that it cannot be made once more
     arguments: dict[str, Any] | None = (
         None  # for its decoding loop, such as streamer and tokenizer; None: it never came near one
     )
@@ -69,6 +71,7 @@ class Call:
             elsewhere: whether a `custom_generate=` of somebody else's decodes.
         """
         self.arguments, self.explicit = dict(arguments), chosen
+        self.once = self.once or arguments.get("streamer") is not None
         if elsewhere:
             self.reason = _elsewhere()
 
@@ -95,11 +98,6 @@ class Call:
         check_synced_gpus(bool(arguments.get("synced_gpus")))
         draft = self.attachment.drafts_for(self.target)
         check_call(self.target, draft.neural, self.config, arguments.get("tokenizer"))
-
-    def can_begin_anew(self, arguments: dict[str, Any]) -> bool:
-        """Whether nothing of the caller's was used up, so that the same call can be made once more."""
-        caches = {arguments.get(name) for name in (CACHE, "past_key_values")}  # newer transformers take either name
-        return "streamer" not in (self.arguments or {}) and caches == {None}
 
     def finish(self) -> None:
         """Warns the user, once per reason, that a call ran as if nothing were attached."""
@@ -304,10 +302,15 @@ def call_with(config: GenerationConfig) -> Call | None:
 
 
 @contextmanager
-def calling(model: PreTrainedModel, explicit: bool = False) -> Iterator[Call | None]:
-    """The time of one call of `generate`; None: nothing is attached to this model."""
+def calling(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[Call | None]:
+    """The time of one call of `generate` with these arguments; None: nothing is attached to this model."""
     attachment = _attached.get(model)
-    call = None if attachment is None else Call(attachment, model, explicit)
+    call = None
+    if attachment is not None:
+        explicit = any(arguments.get(name) is not None for name in ("assistant_model", "onlinespec"))
+        # Newer transformers take either name of the cache.
+        once = any(arguments.get(name) is not None for name in ("streamer", CACHE, "past_key_values"))
+        call = Call(attachment, model, explicit, once)
     outer = call_of(model)
     if outer is not None and outer.arguments is None:
         outer.arguments = {}  # it is decoded by this call, which says for itself how

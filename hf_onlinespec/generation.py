@@ -28,6 +28,7 @@ from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, OnlineSpecError, UnsupportedError
 from .loading import is_evolved, load_beside
 from .memory_draft import online_memory
+from .probe import check_rounds
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 
@@ -161,13 +162,22 @@ def enable() -> None:
                 check_inputs(self, input_ids, generation_config, model_kwargs)
             except OnlineSpecError as reason:
                 call.reason = reason
+            else:
+                if call.once and not call.attachment.proven:
+                    try:
+                        check_rounds(self, input_ids, model_kwargs)
+                    except UnsupportedError as reason:
+                        call.attachment.never = call.reason = reason
+            if call.reason is not None:
                 given = {name: value for name, value in common.items() if value is not None or name in model_kwargs}
                 return sample(*arguments, synced_gpus=synced_gpus, **given)
             try:
-                return decode(*arguments, draft=draft, **common)
+                output = decode(*arguments, draft=draft, **common)
             except UnsupportedError as reason:  # the target's first forwards have shown it
                 call.attachment.never = call.reason = reason
                 raise
+            call.attachment.proven = True
+            return output
         if not _is_ours(generation_config, assistant_model):
             return assisted(
                 *arguments,
@@ -211,14 +221,13 @@ def enable() -> None:
     def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not anything_attached():
             return generate(self, *args, **kwargs)
-        chosen = kwargs.get("assistant_model") is not None or kwargs.get("onlinespec") is not None
-        with calling(self, chosen) as call:
+        with calling(self, kwargs) as call:
             try:
                 output = generate(self, *args, **kwargs)
             except UnsupportedError as error:
-                if call is None or call.reason is not error or not call.can_begin_anew(kwargs):
+                if call is None or call.reason is not error or call.once:
                     raise
-                with calling(self):
+                with calling(self, kwargs):
                     output = generate(self, *args, **kwargs)
         if call is not None:
             call.finish()

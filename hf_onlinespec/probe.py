@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import CACHE, fresh_cache, matmul_dtypes
+from ._compat import CACHE, fresh_cache, is_altered, matmul_dtypes
+from .errors import UnsupportedError
 from .verifier import COLUMNS, TEXT, Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.
@@ -55,6 +56,25 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     return _tried[target]
 
 
+def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+    """Reads the prompt and one token more on a cache of its own, if the target is not known to keep its cache between forwards.
+
+    Raises:
+        UnsupportedError: its first forwards show that it cannot be served.
+    """
+    if _known(target) and not is_altered(target):
+        return
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            prompt, kept = _own_inputs(input_ids, model_kwargs)
+            verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
+            _read_on(verifier, prompt, 2)
+    except UnsupportedError:
+        raise
+    except Exception:  # nothing is known then: the request itself will tell
+        return
+
+
 def _known(target: PreTrainedModel) -> bool:
     return all(_known_module(type(module).__module__.split(".")) for module in target.modules())
 
@@ -74,8 +94,8 @@ def _tolerance(target: PreTrainedModel) -> float:
     return max(TOLERANCE.get(dtype, TOLERANCE_HALF) for dtype in dtypes)
 
 
-def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
-    """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
+def _own_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The prompt (1, L) of a request and the inputs beside it, for a cache that holds nothing yet."""
     names = {name for name, value in model_kwargs.items() if value is not None} - {CACHE}
     prompt = input_ids
     if (
@@ -86,7 +106,23 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
         if mask is not None:
             prompt = prompt[:, mask[0, -prompt.shape[1] :].bool()]
         names -= set(COLUMNS)
-    kept = {name: model_kwargs[name] for name in names}
+    return prompt, {name: model_kwargs[name] for name in names}
+
+
+def _read_on(verifier: Verifier, prompt: Tensor, forwards: int) -> tuple[Tensor, list[Tensor]]:
+    """The prompt with as many tokens more, each of a forward of its own; and the logits (1, vocab) of each."""
+    tokens, found = prompt, list[Tensor]()
+    for _ in range(forwards):
+        logits = verifier.verify(tokens, prompt[:, :0])[:, 0]
+        found.append(logits)
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=-1)
+        verifier.keep(tokens)
+    return tokens, found
+
+
+def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+    """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
+    prompt, kept = _own_inputs(input_ids, model_kwargs)
 
     def verifier() -> Verifier:
         return Verifier(target, prompt, config, kept | {CACHE: fresh_cache(target.config)})
@@ -94,12 +130,7 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
     config, tolerance = GenerationConfig(), _tolerance(target)
     one, several = verifier(), verifier()
     nothing = prompt[:, :0]
-    tokens, singles = prompt, list[Tensor]()
-    for _ in range(4):
-        logits = one.verify(tokens, nothing)[:, 0]  # (1, vocab)
-        singles.append(logits)
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=-1)
-        one.keep(tokens)
+    tokens, singles = _read_on(one, prompt, 4)
     n = prompt.shape[1]
     several.verify(prompt, nothing)
     several.keep(tokens[:, : n + 1])

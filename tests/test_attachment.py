@@ -23,6 +23,7 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.generation.streamers import BaseStreamer
 
 import hf_onlinespec
 from hf_onlinespec import (
@@ -474,6 +475,54 @@ def test_a_target_that_loses_its_cache_is_decoded_plainly(target, prompt) -> Non
     with pytest.raises(UnsupportedError, match="first forward"):
         target.generate(prompt, onlinespec=True, **GREEDY)
     assert memory.metrics.new_tokens <= 2
+
+
+class Heard(BaseStreamer):
+    """What a streamer was given, and how often it was told that the answer ended."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.view(-1).tolist()
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+@pytest.mark.parametrize("place", ["a hook", "a method", "a class"])
+@pytest.mark.parametrize("given", ["a streamer", "a cache"])
+def test_a_target_that_loses_its_cache_streams_plainly_from_the_first_call(target, prompt, given, place) -> None:
+    """What the caller gave is used once: a prompt is not streamed twice, and a cache is not read into twice."""
+
+    def drop(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, dict(kwargs, past_key_values=None, use_cache=False)
+
+    if place == "a hook":
+        target.model.register_forward_pre_hook(drop, with_kwargs=True)
+    elif place == "a method":
+        forward = target.forward
+        target.forward = lambda *args, **kwargs: forward(*args, **drop(None, args, kwargs)[1])
+    else:
+
+        class Loses(type(target)):  # type: ignore[misc]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return super().forward(*args, **drop(None, args, kwargs)[1])
+
+        target.__class__ = Loses
+
+    def answer() -> tuple[list[int], list[int], int]:
+        heard = Heard()
+        way = {"streamer": heard} if given == "a streamer" else {"past_key_values": DynamicCache(config=target.config)}
+        return target.generate(prompt, **GREEDY, **way)[0].tolist(), heard.tokens, heard.ends
+
+    plain = answer()
+    attach(target, config=FIXED)
+    with pytest.warns(UserWarning, match="first forward") as told:
+        assert answer() == plain
+        assert answer() == plain
+    assert len(told) == 1
 
 
 # Others that call `generate`
