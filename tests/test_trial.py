@@ -105,11 +105,11 @@ def test_as_many_prompts_as_fit_and_eight_at_least() -> None:
 
 def test_answers_are_shortened_where_the_model_is_slow() -> None:
     budget = Budget(3.0, 0.0, Hand())
-    lengths = [budget.new_tokens(token_s) for token_s in (0.001, 0.15, 0.2, 0.3, 0.5, 1.0, 100.0)]
+    lengths = [budget.new_tokens(token_s) for token_s in (0.001, 0.08, 0.12, 0.2, 0.5, 1.0, 100.0)]
     assert lengths[0] == LONG and lengths[-1] == SHORTEST
     assert SHORT < lengths[1] < LONG and SHORT > lengths[-2] >= SHORTEST
     assert lengths == sorted(lengths, reverse=True)
-    for token_s, length in ((0.15, lengths[1]), (1.0, lengths[-2])):
+    for token_s, length in ((0.08, lengths[1]), (1.0, lengths[-2])):
         fitting = budget.left_s / (length * token_s)
         assert fitting >= (WANTED_PROMPTS if length > SHORT else LEAST_PROMPTS)
 
