@@ -7,16 +7,21 @@ with every failure: memory that has run out is not asked for again at once, and 
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
 # Requests. Chosen: a failure that happens once costs one request; of 100 requests in which everything fails, 6 try.
 FIRST_PAUSE, LONGEST_PAUSE = 1, 64
+
+PACKAGE = Path(__file__).parent
 
 logger = logging.getLogger(__name__)
 
@@ -73,20 +78,23 @@ class Backoff:
     def failed(self, error: Exception, callers: BaseException | None = None) -> None:
         """Counts a failure, tells it in the log once for each type of error, and lets go of what the error holds.
 
+        The log and `reason` say what was raised and where, not its text, which may quote a prompt; nor does the log show what was
+        being handled before.
+
         Args:
             callers: an exception that was being handled before, which is left as it is.
         """
         self.failures += 1
         self._pause = min(2 * self._pause or FIRST_PAUSE, LONGEST_PAUSE)
         self._left = self._pause
-        text = (str(error).splitlines() or [""])[0][:200]
         self.reason = (
-            f"{self._what} failed ({type(error).__name__}: {text}), {self.failures} so far: {self._instead}, and it is "
+            f"{self._what} failed ({kind_and_place(error)}), {self.failures} so far: {self._instead}, and it is "
             f"tried again after {self._pause} more requests"
         )
         if type(error) not in self._logged:
             self._logged.add(type(error))
-            logger.warning("%s. Told once for each type of error.", self.reason, exc_info=error)
+            frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+            logger.warning("%s. Told once for each type of error.\n%s", self.reason, frames)
         _release(error, callers)
 
 
@@ -120,6 +128,21 @@ class Failures:
         self.learning = Backoff("Learning", "the draft stays as it is")
         self.memory = Backoff("The suffix memory", "drafting goes on without it")
         self.records = Backoff("A counter, a name or a checkpoint", "the answer does not need it")
+
+
+def kind_and_place(error: BaseException) -> str:
+    """What was raised and where, such as "OutOfMemoryError in learning.py:184", without its text.
+
+    The place is the innermost line of this package; of an error from elsewhere it is where that was raised. What the operating
+    system says ("No space left on device") quotes nothing, and is kept.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+    place = (own or frames)[-1:]
+    kind = type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
+        kind += f": {os.strerror(error.errno)}"
+    return "".join([kind, *(f" in {Path(frame.filename).name}:{frame.lineno}" for frame in place)])
 
 
 def _release(error: BaseException, callers: BaseException | None) -> None:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ._compat import CACHE, fresh_cache, is_altered, matmul_dtypes
 from .errors import UnsupportedError
+from .failures import kind_and_place
 from .verifier import COLUMNS, TEXT, Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.
@@ -49,7 +50,7 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
         try:
             _tried[target] = "" if _known(target) else _fault(target, input_ids, model_kwargs)
         except Exception as error:  # a class from elsewhere may raise anything, and may yet decode token by token
-            reason = f"the target {type(target).__name__} was tried with several tokens at once, and failed: {error!r}"
+            reason = f"the target {type(target).__name__} was tried with several tokens at once, and failed: {kind_and_place(error)}"
             if isinstance(error, torch.OutOfMemoryError):
                 return reason  # that passes: the next request tries again
             _tried[target] = reason

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -260,13 +262,54 @@ def test_what_fails_while_the_memory_drafts_is_out_for_the_request(
             monkeypatch.undo()
             assert isinstance(found, torch.Tensor) and torch.equal(found, expected), repr(found)
     assert tries == [0, 2, 5]
-    assert metrics.failed_drafts == 3 and "on purpose" in metrics.decisions.drafting
-    assert len([record for record in caplog.records if "on purpose" in record.message]) == 1
+    assert metrics.failed_drafts == 3 and "failed (RuntimeError in " in metrics.decisions.drafting
+    assert len([record for record in caplog.records if "failed (RuntimeError in " in record.message]) == 1
     if draft is not None and "closed" not in where:
         assert metrics.drafted_tokens > 6
     for _ in range(5):
         assert torch.equal(answer(target, prompt, **way), expected)
     assert metrics.failed_drafts == 3 and "works again" in metrics.decisions.drafting
+
+
+SECRET = "my password is swordfish"
+
+
+@pytest.mark.parametrize("who", ["the error itself", "its cause", "what the caller was handling"])
+def test_what_is_said_of_a_failure_quotes_no_text(target, prompt, monkeypatch, caplog, who: str) -> None:
+    """An error may quote a request, and so may one that was being handled: the log and the decisions say what and where."""
+    draft = draft_of()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        if who == "its cause":
+            try:
+                raise KeyError(SECRET)
+            except KeyError as error:
+                raise RuntimeError("simulated") from error
+        raise RuntimeError(SECRET if who == "the error itself" else "simulated")
+
+    monkeypatch.setattr(Learning, "segment", fails)
+    with caplog.at_level(logging.WARNING, "hf_onlinespec"):
+        try:
+            if who == "what the caller was handling":
+                raise ValueError(SECRET)
+        except ValueError:
+            answers(target, prompt, 1, assistant_model=draft)
+        else:
+            answers(target, prompt, 1, assistant_model=draft)
+    assert len(caplog.records) == 1 and SECRET not in caplog.text
+    assert SECRET not in draft.metrics.decisions.learning
+    for told in (caplog.records[0].message, draft.metrics.decisions.learning):
+        assert re.search(r"Learning failed \(RuntimeError in learning_draft\.py:\d+\)", told)
+    assert "in fails" in caplog.text  # the lines that led there
+
+
+def test_what_the_operating_system_says_of_a_failure_is_told(target, prompt, monkeypatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, SECRET, SECRET)
+
+    monkeypatch.setattr(SuffixMemory, "extend", full)
+    answers(target, prompt, 1, onlinespec=True)
+    assert "(OSError: No space left on device in " in online_memory(target).metrics.decisions.drafting
 
 
 def test_what_failed_holds_no_memory(target, prompt, monkeypatch) -> None:

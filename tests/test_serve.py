@@ -32,6 +32,7 @@ from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
 from hf_onlinespec.memory_draft import MemoryDraft
 from hf_onlinespec.serve import app
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
+from hf_onlinespec.serve.metrics import ServerMetrics
 from tests.serving import NAME, Running, plain, running, wait_for
 
 SHELL, SQL = prompts("shell"), prompts("sql")
@@ -267,6 +268,24 @@ def test_texts_of_requests_stay_out_of_logs_page_and_metrics(
     logged = "\n".join(f"{record.getMessage()} {record.exc_text} {record.exc_info}" for record in told)
     shown = [server.get(path).text for path in ("/metrics", "/onlinespec", "/onlinespec.json")]
     assert not [text for text in (logged, *capfd.readouterr(), *shown) if SECRET in text]
+
+
+def test_what_fails_beside_a_request_that_fails_quotes_neither(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(SECRET)
+
+    with running() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.pair.target, "generate", fails)
+            patch.setattr(ServerMetrics, "ended", fails)
+            body = {"model": NAME, "prompt": "x", "max_tokens": 2, "stream": True}
+            assert "RuntimeError" in server.post("/v1/completions", json=body).text
+        server.complete(SQL[6], 5)
+        shown = [server.get(path).text for path in ("/metrics", "/onlinespec.json")]
+    assert "A counter, a name or a checkpoint failed (RuntimeError in generating.py:" in caplog.text
+    assert not [text for text in (caplog.text, *shown) if SECRET in text]
 
 
 def test_metrics_count_what_the_page_shows(server: Running) -> None:

@@ -167,7 +167,8 @@ class Call:
         manager, draft = self._manager, self._manager.draft
         started, requests_before = time.perf_counter(), draft.metrics.requests
         sources_before = dict(draft.metrics.decisions.rounds)
-        status, new_tokens = FAILED, 0
+        status, output = FAILED, None
+        fault: Exception | None = None
         manager.metrics.begun()
         try:
             manager.memories.use(self._asked.client)
@@ -177,39 +178,43 @@ class Call:
                 raise Cancelled
             kwargs["stopping_criteria"] = StoppingCriteriaList([Stopped(self.stopped, manager.closed)])
             output = manager.target.generate(**kwargs)
-            new_tokens = output.shape[-1] - self._prompt_tokens
             status = STOPPED if self.stopped.is_set() or manager.closed.is_set() else DONE
-            return output
-        except Cancelled:
-            status = STOPPED
-            raise
+        except Cancelled as stopped:
+            status, fault = STOPPED, stopped
         except Exception as error:
-            raise self._told(error) from None
-        finally:
-            with draft.failures.records.attempt():
-                # Calls that our loop does not take leave the draft's counters as they were.
-                looped = draft.metrics.requests > requests_before
-                counts = draft.metrics.last if looped else Counts(new_tokens=new_tokens)
-                rounds = draft.metrics.decisions.rounds
-                request = ServedRequest(
-                    number=self._number,
-                    endpoint=self._asked.endpoint,
-                    status=status,
-                    ended_at_s=time.time(),
-                    prompt_tokens=self._prompt_tokens,
-                    new_tokens=counts.new_tokens,
-                    waited_s=started - self._queued_at,
-                    wall_time_s=time.perf_counter() - started,
-                    update_time_s=counts.update_time_s,
-                    rounds=counts.rounds,
-                    drafted_tokens=counts.drafted_tokens,
-                    accepted_tokens=counts.accepted_tokens,
-                    sources={name: max(0, rounds[name] - sources_before[name]) for name in SOURCES if looped},
-                )
-                manager.metrics.ended(request)
-                logger.info("%s", request.line())
-                if manager.saver is not None:
-                    manager.saver.request_done()
+            fault = self._told(error)
+        # Only now: what is raised while an error is handled keeps that one, which may quote the request.
+        with draft.failures.records.attempt():
+            new_tokens = 0 if output is None else output.shape[-1] - self._prompt_tokens
+            # Calls that our loop does not take leave the draft's counters as they were.
+            looped = draft.metrics.requests > requests_before
+            counts = draft.metrics.last if looped else Counts(new_tokens=new_tokens)
+            rounds = draft.metrics.decisions.rounds
+            request = ServedRequest(
+                number=self._number,
+                endpoint=self._asked.endpoint,
+                status=status,
+                ended_at_s=time.time(),
+                prompt_tokens=self._prompt_tokens,
+                new_tokens=counts.new_tokens,
+                waited_s=started - self._queued_at,
+                wall_time_s=time.perf_counter() - started,
+                update_time_s=counts.update_time_s,
+                rounds=counts.rounds,
+                drafted_tokens=counts.drafted_tokens,
+                accepted_tokens=counts.accepted_tokens,
+                sources={name: max(0, rounds[name] - sources_before[name]) for name in SOURCES if looped},
+            )
+            manager.metrics.ended(request)
+            logger.info("%s", request.line())
+            if manager.saver is not None:
+                manager.saver.request_done()
+        if fault is not None:
+            try:
+                raise fault from None
+            finally:
+                fault = None  # it holds this frame
+        return output
 
     def _told(self, error: Exception) -> RequestError:
         """What the client hears of an error; the log hears where it was raised, and no word of the request."""
