@@ -91,8 +91,17 @@ def record_past(cache: Cache) -> None:
 
 
 def crop(cache: Cache, n: int) -> None:
-    """Removes the last n tokens. Called with 0 too: that trims sliding-window layers back to their window."""
-    cache.crop(-n)
+    """Removes the last n tokens. Called with 0 too: that trims sliding-window layers back to their window.
+
+    Transformers 5.18 cannot crop a layer that was never filled, as Mllama's for pictures is in a conversation without one.
+    """
+    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    filled = [layer for layer in layers if type(layer) is not DynamicLayer or layer.is_initialized]
+    if len(filled) == len(layers):
+        cache.crop(-n)
+    else:
+        for layer in filled:
+            layer.crop(-n)
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:

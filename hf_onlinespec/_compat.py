@@ -1,6 +1,6 @@
 """Every private name of transformers and PEFT that we touch, in one place.
 
-Checked on transformers 5.18.0, 5.20.2 and 5.23.0, and peft 0.21.2. A release that moves one of these names breaks here and nowhere else.
+Checked on what docs/versions.md lists. A release that moves one of these names breaks here and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from .errors import VersionError
 
-SUPPORTED = "transformers >= 5.18, < 5.24 with peft >= 0.21, < 0.22"
+SUPPORTED = "transformers >= 5.18, < 5.25 with peft >= 0.20, < 0.22"
+# With 5.17.0, drafted answers of GIT (with a picture) and of PaliGemma (without one) differ from plain ones, without an error.
+OLDEST = (5, 18)
 
 
 def _moved(error: Exception) -> VersionError:
     return VersionError(f"{error}. hf_onlinespec was run on {SUPPORTED}: install one of these.")
 
+
+def refuse_older(installed: str) -> None:
+    """Raises VersionError where a version of transformers is one that would answer otherwise than plain."""
+    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST:
+        raise _moved(ImportError(f"transformers {installed} is too old"))
+
+
+refuse_older(transformers.__version__)
 
 try:
     # The client of the Hub lets errors of its HTTP library through, whose name has changed before.
@@ -336,10 +347,17 @@ def matmul_dtypes(device: str) -> set[torch.dtype | str]:
     if torch.is_autocast_enabled(device):
         return {torch.get_autocast_dtype(device)}
     backends: Any = torch.backends
-    settings = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
-    settings = {backends.fp32_precision if setting == "none" else setting for setting in settings}
-    if device == "cuda":  # convolutions are TF32 by default
-        settings.add(backends.cudnn.conv.fp32_precision)
+    try:
+        settings = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
+        settings = {backends.fp32_precision if setting == "none" else setting for setting in settings}
+        if device == "cuda":  # convolutions are TF32 by default
+            settings.add(backends.cudnn.conv.fp32_precision)
+    except AttributeError:  # torch before 2.9 has one setting for all devices
+        # "medium" is TF32 on CUDA, bfloat16 on a CPU.
+        of_all = {"highest": "ieee", "high": "tf32", "medium": "tf32 bf16"}
+        settings = {"ieee", *of_all[torch.get_float32_matmul_precision()].split()}
+        if device == "cuda" and backends.cudnn.allow_tf32:
+            settings.add("tf32")
     names: dict[str, torch.dtype | str] = {"tf32": "tf32", "bf16": torch.bfloat16}
     return {names.get(setting, torch.float32) for setting in settings}
 

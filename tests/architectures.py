@@ -74,8 +74,8 @@ class Architecture:
 
 
 def tiny(model_type: str, **arguments: Any) -> dict[str, Any]:
-    """Arguments of a small configuration of that type."""
-    known = {f.name for f in fields(CONFIG_MAPPING[model_type])}
+    """Arguments of a small configuration of that type. An older transformers may not know it: then its row is skipped."""
+    known = {f.name for f in fields(CONFIG_MAPPING[model_type])} if model_type in CONFIG_MAPPING else set()
     found = {name: value for name, value in TINY.items() if name in known and arguments.get(name, ...) is not None}
     return found | {name: value for name, value in arguments.items() if value is not None}
 

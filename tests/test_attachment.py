@@ -44,6 +44,7 @@ from hf_onlinespec.embedded import EmbeddedPair, load_draft
 
 from .conftest import tiny_llama
 from .test_generation import tiny_bart, tiny_mamba
+from .tiny_models import CACHE
 
 FIXED = OnlineSpecConfig(lookahead=3)
 SMALL = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3)
@@ -225,15 +226,15 @@ def test_an_errant_call_raises_what_it_raised_before(target, prompt) -> None:
 
 def test_a_cache_from_an_earlier_turn_is_served_and_one_that_cannot_be_is_not(target, prompt) -> None:
     def turns(cache: Any) -> list[Tensor]:
-        first = target.generate(prompt, past_key_values=cache, **GREEDY)
+        first = target.generate(prompt, **{CACHE: cache}, **GREEDY)
         more = torch.cat([first, prompt], dim=-1)
-        return [first, target.generate(more, past_key_values=cache, **GREEDY)]
+        return [first, target.generate(more, **{CACHE: cache}, **GREEDY)]
 
     plain = turns(DynamicCache(config=target.config))
     memory = attach(target, config=FIXED)
     assert all(map(torch.equal, plain, turns(DynamicCache(config=target.config))))
     assert memory.metrics.requests == 2
-    with pytest.warns(UserWarning, match="past_key_values: .*preallocated"):
+    with pytest.warns(UserWarning, match=f"{CACHE}: .*preallocated"):
         static = turns(StaticCache(config=target.config, max_cache_len=64))
     assert all(map(torch.equal, plain, static)) and memory.metrics.requests == 2
 
@@ -311,6 +312,7 @@ def test_wrappers_are_seen_through(prompt) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")  # PEFT's, which says the old name
 def test_prompt_learning_around_an_attached_model_runs_plain(target, prompt) -> None:
     tuned = get_peft_model(target, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
     plain = tuned.generate(input_ids=prompt, **GREEDY)
@@ -463,7 +465,7 @@ def test_the_folder_of_a_draft_and_what_attach_returned(target, draft_model, pro
 
 def test_a_target_that_loses_its_cache_is_decoded_plainly(target, prompt) -> None:
     def drop(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return args, dict(kwargs, past_key_values=None, use_cache=False)
+        return args, dict(kwargs, **{CACHE: None}, use_cache=False)
 
     target.model.register_forward_pre_hook(drop, with_kwargs=True)
     plain = target.generate(prompt, **GREEDY)

@@ -223,9 +223,10 @@ def test_the_dtype_is_the_checkpoints_own() -> None:
 
 
 def test_the_device_is_an_accelerator_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert best_device() == torch.device("cuda")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert best_device() == torch.device("cpu") == best_device("cpu")
     with pytest.raises(ConfigError, match="--device nowhere: torch cannot use it here"):
         best_device("nowhere")

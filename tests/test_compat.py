@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from configparser import ConfigParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, VersionError
+from hf_onlinespec._compat import OLDEST, SUPPORTED, refuse_older
 from hf_onlinespec.audit import loss_gap
 from hf_onlinespec.canaries import learn, written
 from hf_onlinespec.learners import HEDGES
@@ -74,6 +77,22 @@ def test_what_was_learned_is_examined_without_float64_on_the_device(request: pyt
     on_mps = request.getfixturevalue("on_mps")
     assert examine(draft).texts == 4
     assert on_mps == []
+
+
+def test_pip_and_our_errors_name_the_same_ranges() -> None:
+    settings = ConfigParser()
+    settings.read(Path(__file__).parents[1] / "setup.cfg", encoding="utf-8")
+    required = settings["options"]["install_requires"].split()
+    for words in SUPPORTED.split(" with "):
+        assert words.replace(" ", "") in required
+    assert any(words.startswith("transformers>={}.{},".format(*OLDEST)) for words in required)
+
+
+def test_an_older_transformers_is_refused_before_it_answers_otherwise_than_plain() -> None:
+    with pytest.raises(VersionError, match=r"transformers 5\.17\.0 is too old.* >= 5\.18"):
+        refuse_older("5.17.0")
+    for newer in ("5.18.0", "5.25.0.dev0", "6.0"):
+        refuse_older(newer)
 
 
 @pytest.mark.parametrize("name", HEDGES)

@@ -112,7 +112,11 @@ def test_the_gap_in_float32_is_of_the_same_two_tokens_and_the_copy_is_made_once(
 
 def test_real_rounding_is_seen_in_half_precision() -> None:
     target = tiny_llama(3, hidden=64).to(torch.bfloat16)
-    plain = target.generate(**INPUTS, do_sample=False, max_new_tokens=24)
+    call: dict[str, Any] = dict(do_sample=False, max_new_tokens=24, return_dict_in_generate=True, output_logits=True)
+    out = target.generate(**INPUTS, **call)
+    plain = out.sequences
+    if torch.equal(torch.cat(out.logits), target(plain[:, :-1]).logits[0, 2:].float()):
+        pytest.skip(f"in torch {torch.__version__} a forward over several positions rounds as forwards over one do")
     other = plain.clone()
     other[0, 20] = (other[0, 20] + 1) % 32
     found = Examiner(target).differences(INPUTS, plain, {"ours": other})["ours"]

