@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ._compat import HUB_FAILURES
@@ -42,7 +42,7 @@ from .artifact import (
 )
 from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
-from .embedded import load_draft
+from .embedded import FOLDER, load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from .files import TensorHeader
 from .identity import EMBEDDED, Identity, public_name
@@ -53,6 +53,8 @@ from .tree import borrow
 
 if TYPE_CHECKING:
     from .draft import OnlineDraft
+
+BASE = "base_model_name_or_path"  # in PEFT's options
 
 
 def load(
@@ -73,8 +75,7 @@ def load(
     if origin.evolved:
         assert origin.folder is not None
         outline = Outline.read(origin.folder)
-        lies_at = str(outline.adapter_config.get("base_model_name_or_path") or "")
-        base = plain_draft(load_base(base_model, outline.base, lies_at, token))
+        base = plain_draft(NamedBase.of(origin).load(base_model, token))
         check_base(outline.base, Identity.of(base), force)
         # Only what fits may be made: the settings come from elsewhere, too.
         check_layers(_shapes(outline.adapter), outline.adapter_config["target_modules"], outline.settings, base)
@@ -98,8 +99,7 @@ def load(
         about = read_plain_options(origin.folder)
         settings = _as_adapter(config if config is not None else OnlineSpecConfig(), about)
         settings = replace(settings, target_modules=tuple(about["target_modules"]))
-        named, at = (str(about.get(name) or "") for name in ("base_model_name_or_path", "revision"))
-        base = plain_draft(load_base(base_model, None, named, token, at or None))
+        base = plain_draft(NamedBase.of(origin).load(base_model, token))
         adapter = read_plain_adapter(origin.folder, settings, base)
         draft = make(base, settings)
         draft.adopt(adapter)
@@ -115,15 +115,7 @@ def load_beside(
 ) -> OnlineDraft:
     """The same by folder or name alone, on the device of the target that it is to draft for."""
     origin = locate(source)
-    if origin.folder is None:
-        base = load_model(str(source), None, None)
-    elif origin.evolved:
-        outline = Outline.read(origin.folder)
-        base = load_base(None, outline.base, str(outline.adapter_config.get("base_model_name_or_path") or ""))
-    else:
-        about = read_plain_options(origin.folder)
-        named, at = (str(about.get(name) or "") for name in ("base_model_name_or_path", "revision"))
-        base = load_base(None, None, named, revision=at or None)
+    base = load_model(str(source), None, None) if origin.folder is None else NamedBase.of(origin).load()
     device = target.device if target.device.type != "meta" else base.device  # "meta": its weights lie elsewhere
     return load(make, source, base.to(device), config, None, False, None)
 
@@ -154,6 +146,41 @@ class Origin:
     def lineage(self) -> dict[str, Any]:
         """What the card says about where a draft came from."""
         return {"parent": {"source": public_name(self.source), "revision": self.revision}}
+
+
+@dataclass(frozen=True)
+class NamedBase:
+    """The model that an adapter was made for, as its folder names it."""
+
+    expected: Identity | None  # None: of an ordinary adapter
+    lies_at: str  # a folder of the machine that made it, or a name
+    revision: str | None
+
+    @classmethod
+    def of(cls, origin: Origin) -> NamedBase:
+        """Of an adapter. Raises ArtifactError."""
+        assert origin.folder is not None
+        if origin.evolved:
+            outline = Outline.read(origin.folder)
+            return cls(outline.base, str(outline.adapter_config.get(BASE) or ""), None)
+        about = read_plain_options(origin.folder)
+        return cls(None, str(about.get(BASE) or ""), str(about.get("revision") or "") or None)
+
+    def load(self, base_model: PreTrainedModel | str | Path | None = None, token: str | None = None) -> PreTrainedModel:
+        """The model; arguments and errors are those of `load_base`."""
+        return load_base(base_model, self.expected, self.lies_at, token, self.revision)
+
+    def config(self) -> PretrainedConfig | None:
+        """Its configuration alone, before weights are read; None: `load` will say why there is none. Raises DraftError."""
+        if _is_embedded(self.expected, self.lies_at):
+            name, revision = str(FOLDER / "draft"), None
+        else:
+            name, revision = _named(self.expected, self.lies_at, self.revision)
+        try:
+            found: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError):
+            return None
+        return found
 
 
 def locate(source: str | Path, revision: str | None = None, token: str | None = None) -> Origin:
@@ -335,13 +362,25 @@ def load_base(
         return load_model(str(base_model), None, token)
     if base_model is not None:
         return base_model
-    if EMBEDDED in (lies_at, "" if expected is None else expected.name):
+    if _is_embedded(expected, lies_at):
         return load_draft()
-    if expected is not None and not os.path.isdir(lies_at):
-        lies_at = expected.name
+    name, revision = _named(expected, lies_at, revision)
+    return load_model(name, revision, token)
+
+
+def _is_embedded(expected: Identity | None, lies_at: str) -> bool:
+    return EMBEDDED in (lies_at, "" if expected is None else expected.name)
+
+
+def _named(expected: Identity | None, lies_at: str, revision: str | None) -> tuple[str, str | None]:
+    """Name or folder, and revision, of the base that an adapter names. Raises DraftError."""
+    if expected is not None:
+        revision = expected.revision
+        if not os.path.isdir(lies_at):
+            lies_at = expected.name
     if not lies_at:
         raise DraftError("It is not known which base the adapter belongs to: pass base_model=, a model or its name.")
-    return load_model(lies_at, revision if expected is None else expected.revision, token)
+    return lies_at, revision
 
 
 def load_model(name: str, revision: str | None, token: str | None) -> PreTrainedModel:

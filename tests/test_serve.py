@@ -94,6 +94,7 @@ def test_eight_clients_at_once_get_what_each_gets_alone(server: Running, pair: E
 
 
 def test_a_client_that_hangs_up_in_a_stream_ends_its_request_and_no_other(server: Running, pair: EmbeddedPair) -> None:
+    server.complete(SHELL[6], 2)  # a target with hooks is tried before its first stream, which the gate would count
     before = server.page()["totals"]["requests"]
     body = {"model": NAME, "prompt": SHELL[6], "max_tokens": 300, "stream": True}
     with gate(server, opens_after=2) as opened:
@@ -270,6 +271,7 @@ def test_texts_of_requests_stay_out_of_logs_page_and_metrics(
     assert not [text for text in (logged, *capfd.readouterr(), *shown) if SECRET in text]
 
 
+@pytest.mark.failures
 def test_what_fails_beside_a_request_that_fails_quotes_neither(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from hf_onlinespec import OnlineDraft
+from hf_onlinespec import ConfigError, OnlineDraft
+from hf_onlinespec.cli import common
 from hf_onlinespec.embedded import FOLDER, load_draft
 from hf_onlinespec.serve import run
 from hf_onlinespec_cli import main
 
+from .conftest import tiny_llama
+
 TARGET, DRAFT = str(FOLDER / "target"), str(FOLDER / "draft")
+LOADING = (f"Loading {TARGET} …",)
 
 pytestmark = pytest.mark.usefixtures("process_settings")
 
@@ -21,16 +28,24 @@ pytestmark = pytest.mark.usefixtures("process_settings")
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "load_model", None)
-    monkeypatch.setattr(run, "PACKAGES", ())  # these checks need none of them
+    # These checks need none of the server's packages.
+    monkeypatch.setitem(common.PACKAGES, "serve", ())
+    monkeypatch.setitem(sys.modules, "hf_onlinespec.serve.app", ModuleType("app"))
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, before: tuple[str, ...] = ()) -> str:
+    """The line that says why.
+
+    Args:
+        before: what was said before that.
+    """
     terminates = signal.getsignal(signal.SIGTERM)
     assert main(["serve", TARGET, *arguments]) == 2
     assert signal.getsignal(signal.SIGTERM) is terminates
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    return err
+    *said, line = err.splitlines()
+    assert out == "" and tuple(said) == before
+    return line
 
 
 @pytest.mark.parametrize(
@@ -62,7 +77,7 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(run, "PACKAGES", ("no_such_package",))
+    monkeypatch.setitem(common.PACKAGES, "serve", ("no_such_package",))
     message = refusal(capsys)
     assert "no_such_package" in message and 'pip install "hf_onlinespec[serve]"' in message
 
@@ -77,5 +92,30 @@ def test_another_draft_where_this_one_would_be_saved(tmp_path: Path, capsys: pyt
 
 
 def test_a_draft_with_another_tokenizer(data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(capsys, "--draft", str(data_folder / "models" / "stories260k"), "--port", "0")
+    message = refusal(capsys, "--draft", str(data_folder / "models" / "stories260k"), "--port", "0", before=LOADING)
     assert "their tokenizers differ" in message and "Use a draft with the target's own tokenizer" in message
+
+
+def test_a_saved_draft_with_another_tokenizer_is_refused_before_its_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama(2, vocab=4096).save_pretrained(tmp_path / "base")
+    draft = OnlineDraft(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    draft.save_pretrained(tmp_path / "saved")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"")  # not to be read
+    capsys.readouterr()
+    message = refusal(capsys, "--draft", str(tmp_path / "saved"), "--port", "0", before=LOADING)
+    assert "Use a draft with the target's own tokenizer" in message
+
+
+def test_a_folder_with_a_draft_and_no_tokenizer_is_taken_as_in_chat(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(option: str, *_: object) -> None:
+        raise ConfigError(f"{option} was to be loaded.")
+
+    monkeypatch.setattr(run, "load_model", loads)
+    load_draft().save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["serve", TARGET, "--draft", str(tmp_path), "--port", "0"]) == 2
+    assert "error: TARGET was to be loaded." in capsys.readouterr().err

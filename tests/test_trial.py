@@ -410,9 +410,9 @@ def test_the_evolved_draft_is_saved(file: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("quick")
-def test_without_a_draft_nothing_is_saved(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run_try(settings(file, save=tmp_path / "saved"), clock=ticking()) == 0
-    assert "Nothing is saved: without a draft" in capsys.readouterr().out
+def test_without_a_draft_saving_is_refused_at_once(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--save without --draft: there is nothing to save"):
+        run_try(settings(file, save=tmp_path / "saved"), clock=ticking())
     assert not (tmp_path / "saved").exists()
 
 

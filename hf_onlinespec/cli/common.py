@@ -16,15 +16,18 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..artifact import Outline
+from ..artifact import is_artifact
 from ..draft import OnlineDraft
 from ..errors import ConfigError, MissingExtraError, OnlineSpecError
-from ..loading import load_base, locate, read_plain_options, why_not_loaded
+from ..loading import NamedBase, locate, why_not_loaded
 from ..vocabulary import check_vocabularies
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype
-PACKAGES = {"demo": ("matplotlib", "rich"), "cli": ("rich",)}  # by extra: what a command may need
+PACKAGES = {  # by extra: what a command may need
+    "demo": ("matplotlib", "rich"),
+    "serve": ("fastapi", "starlette", "uvicorn", "openai", "pydantic", "prometheus_client"),
+}
 
 
 def explain(error: Exception) -> str | None:
@@ -44,7 +47,7 @@ def check_extra(command: str, extra: str) -> None:
     missing = [name for name in PACKAGES[extra] if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f'The {command} needs {" and ".join(missing)}: run pip install "hf_onlinespec[{extra}]" and try again.'
+            f'The {command} needs {", ".join(missing)}: run pip install "hf_onlinespec[{extra}]" and try again.'
         )
 
 
@@ -59,6 +62,29 @@ def check_folder(folder: Path, option: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{option}: the folder cannot be written ({error.strerror}). Name another one.") from error
+
+
+def check_saving(save: Path | None, draft: str | None, resumes: bool = False) -> None:
+    """Raises ConfigError where `--save` would save nothing, cannot write, or would write over another draft.
+
+    Args:
+        draft: of `--draft`.
+        resumes: whether a draft that was saved there goes on if `--draft` names a model.
+    """
+    if save is None:
+        return
+    if draft is None:
+        raise ConfigError(
+            "--save without --draft: there is nothing to save. The suffix memory holds prompts and answers word for word, and is "
+            "never written down."
+        )
+    check_folder(save, f"--save {save}")
+    named = Path(draft)
+    if not is_artifact(save) or (named.is_dir() and save.samefile(named)) or (resumes and not is_artifact(named)):
+        return
+    raise ConfigError(
+        f"--save {save}: another draft was saved there. Go on with it by --draft {save}, or name a new folder."
+    )
 
 
 def check_writable(path: Path, option: str) -> None:
@@ -161,47 +187,59 @@ def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device |
 
 
 def load_draft(
-    option: str, name: str, target: PretrainedConfig, tokenizer: Any, dtype: str, device: torch.device
+    option: str,
+    name: str,
+    target: PretrainedConfig,
+    tokenizer: Any,
+    dtype: str,
+    device: torch.device,
+    base: str | None = None,
 ) -> OnlineDraft:
     """The draft of an option: a saved one goes on, a LoRA adapter or a causal language model begins a new one.
 
     Args:
         target: its configuration: a draft with another tokenizer is refused before its weights are read.
         tokenizer: of the target; None: there is none.
+        base: the model that a saved draft has to be made for; None: the one that it names.
 
     Raises:
         ConfigError, DraftError, ArtifactError, HubError: in one line.
     """
-    model, is_adapter = load_draft_model(option, name, target, tokenizer, dtype, device)
+    model, is_adapter = load_draft_model(option, name, target, tokenizer, dtype, device, base)
     return OnlineDraft.from_pretrained(name, base_model=model) if is_adapter else OnlineDraft(model)
 
 
 def load_draft_model(
-    option: str, name: str, target: PretrainedConfig, tokenizer: Any, dtype: str, device: torch.device
+    option: str,
+    name: str,
+    target: PretrainedConfig,
+    tokenizer: Any,
+    dtype: str,
+    device: torch.device,
+    base: str | None = None,
 ) -> tuple[PreTrainedModel, bool]:
     """The model of a draft without what it learned, and whether the option names more than that: an adapter for it.
 
     Args and errors are those of `load_draft`.
     """
     origin = locate(name)
-    if origin.folder is None:
+    is_adapter = origin.folder is not None
+    if not is_adapter or base is not None:
+        name = base if is_adapter and base is not None else name
         config = load_config(option, name)
         try:
             own = load_tokenizer(option, name)
         except ConfigError:  # it may lie with the target alone
             own = None
         check_vocabularies(target, config, tokenizer, own)
-        return load_model(option, name, dtype, device), False
-    if origin.evolved:
-        outline = Outline.read(origin.folder)
-        lies_at = str(outline.adapter_config.get("base_model_name_or_path") or "")
-        base = load_base(None, outline.base, lies_at)
-    else:
-        about = read_plain_options(origin.folder)
-        lies_at, revision = (str(about.get(key) or "") for key in ("base_model_name_or_path", "revision"))
-        base = load_base(None, None, lies_at, revision=revision or None)
-    check_vocabularies(target, base.config, tokenizer)
-    placed: PreTrainedModel = base.to(device)
+        return load_model(option, name, dtype, device), is_adapter
+    named = NamedBase.of(origin)
+    before = named.config()
+    if before is not None:
+        check_vocabularies(target, before, tokenizer)
+    model = named.load()
+    check_vocabularies(target, model.config, tokenizer)
+    placed: PreTrainedModel = model.to(device)
     return placed, True
 
 

@@ -21,7 +21,6 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-from ..artifact import is_artifact
 from ..attachment import attach
 from ..errors import ConfigError
 from .chat import Chat
@@ -29,8 +28,8 @@ from .common import (
     AUTO,
     INTERRUPTED,
     best_device,
-    check_extra,
     check_folder,
+    check_saving,
     explain,
     load_config,
     load_draft,
@@ -70,17 +69,6 @@ class ChatSettings:
             raise ConfigError(f"--new-tokens {self.new_tokens}: expected at least 1.")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"--temperature {self.temperature}: expected at least 0.")
-        if self.save is None:
-            return
-        if self.draft is None:
-            raise ConfigError(
-                "--save without --draft: there is nothing to save. The suffix memory holds your text, and is never written down."
-            )
-        draft = Path(self.draft)
-        if is_artifact(self.save) and not (draft.is_dir() and self.save.samefile(draft)):
-            raise ConfigError(
-                f"--save {self.save}: another draft was saved there. Go on with it by --draft {self.save}, or name a new folder."
-            )
 
     def options(self) -> dict[str, object]:
         """What `--temperature` means to `generate`."""
@@ -91,9 +79,7 @@ class ChatSettings:
 
 def run_chat(settings: ChatSettings) -> int:
     """Loads the models and chats until the user leaves; the exit code."""
-    check_extra("chat", "cli")
-    if settings.save is not None:
-        check_folder(settings.save, f"--save {settings.save}")
+    check_saving(settings.save, settings.draft)
     quiet_libraries(bars=True)
     device = best_device(settings.device)
     config, tokenizer = load_config("TARGET", settings.target), load_tokenizer("TARGET", settings.target)

@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .. import __version__
 from .._compat import max_positions
-from ..artifact import is_artifact
 from ..bench import Prompt, check_lengths, fits, load_prompts
 from ..draft import OnlineDraft
 from ..errors import ConfigError
@@ -35,6 +34,7 @@ from .common import (
     INTERRUPTED,
     best_device,
     check_folder,
+    check_saving,
     finite,
     free_bytes,
     load_config,
@@ -80,14 +80,7 @@ class TrySettings:
             check_folder(path.absolute().parent, f"{option} {path}")
             if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
                 raise ConfigError(f"{option} {path}: a file cannot be written there. Name another one.")
-        if self.save is None or self.draft is None:
-            return
-        check_folder(self.save, f"--save {self.save}")
-        draft = Path(self.draft)
-        if is_artifact(self.save) and not (draft.is_dir() and self.save.samefile(draft)):
-            raise ConfigError(
-                f"--save {self.save}: another draft was saved there. Go on with it by --draft {self.save}, or name a new folder."
-            )
+        check_saving(self.save, self.draft)
 
 
 def run_try(

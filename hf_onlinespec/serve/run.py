@@ -7,23 +7,27 @@ import logging
 import signal
 import socket
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifact import Outline, is_artifact
+from ..artifact import is_artifact
 from ..attachment import attach
-from ..cli.common import best_device, check_folder, load_config, load_model, load_tokenizer, quiet_libraries
-from ..draft import OnlineDraft
-from ..errors import ConfigError, MissingExtraError
-from ..loading import Origin, load_base, locate, read_plain_options
+from ..cli.common import (
+    FAILED,
+    best_device,
+    check_extra,
+    check_saving,
+    load_config,
+    load_draft,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+)
+from ..errors import ConfigError
+from ..loading import locate
 from ..memory_draft import MemoryDraft
-from ..vocabulary import check_vocabularies
 
-PACKAGES = ("fastapi", "starlette", "uvicorn", "openai", "pydantic", "prometheus_client")
-FAILED = 2  # exit code
 GRACE_S = 5  # for requests at hand when the server is told to end; chosen: half of what `docker stop` waits
 OPEN = (
     "hf-onlinespec: warning: the server can be reached from other machines at {host}. It asks nobody for a key: whoever reaches it "
@@ -55,23 +59,26 @@ def serve(
     Raises:
         ConfigError, DraftError, ArtifactError, HubError, MissingExtraError: in one line; nothing was served.
     """
-    _check_packages()
-    _check_saving(draft, save, save_every)
+    check_extra("server", "serve")
+    if save_every < 0:
+        raise ConfigError(f"--save-every {save_every}: expected a number of requests, or 0 to save only at the end.")
+    check_saving(save, draft, resumes=True)
     listener = _listen(host, port, allow_remote)
-    quiet_libraries()
+    quiet_libraries(bars=True)
     # For somebody who stops a service this is Ctrl-C; uvicorn gives both back once it has ended.
     terminates = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         place = best_device(device)
         resumes = save is not None and is_artifact(save)
-        origin = None if draft is None else locate(save if resumes and save is not None else draft)
-        tokenizer = load_tokenizer("TARGET", target)
-        if draft is not None and origin is not None and origin.folder is None:
-            own, other = load_config("TARGET", target), load_config("--draft", draft)
-            check_vocabularies(own, other, tokenizer, load_tokenizer("--draft", draft))
+        config, tokenizer = load_config("TARGET", target), load_tokenizer("TARGET", target)
         from . import app  # noqa: F401  # of a transformers that it was not written for, it says so before weights are read
 
-        found = None if origin is None else _load_draft(origin, draft, resumes, dtype, place)
+        found = None
+        _say(f"Loading {target} …")
+        if draft is not None:
+            base = draft if resumes and locate(draft).folder is None else None
+            name = str(save) if resumes else draft
+            found = load_draft("--draft", name, config, tokenizer, dtype, place, base)
         model = load_model("TARGET", target, dtype, place)
         drafts = attach(model, found)
         if resumes:
@@ -80,30 +87,6 @@ def serve(
     finally:
         listener.close()
         signal.signal(signal.SIGTERM, terminates)
-
-
-def _check_packages() -> None:
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f'The server needs {", ".join(missing)}: run pip install "hf_onlinespec[serve]" and try again.'
-        )
-
-
-def _check_saving(draft: str | None, save: Path | None, save_every: int) -> None:
-    if save_every < 0:
-        raise ConfigError(f"--save-every {save_every}: expected a number of requests, or 0 to save only at the end.")
-    if save is None:
-        return
-    if draft is None:
-        raise ConfigError(
-            "--save without --draft: there is nothing to save. The suffix memory holds what clients wrote, and is never written down."
-        )
-    check_folder(save, f"--save {save}")
-    if is_artifact(save) and is_artifact(Path(draft)) and not save.samefile(draft):
-        raise ConfigError(
-            f"--save {save}: another draft was saved there. To go on with it use --draft {save}, or save to a new folder."
-        )
 
 
 def _listen(host: str, port: int, allow_remote: bool) -> socket.socket:
@@ -120,7 +103,7 @@ def _listen(host: str, port: int, allow_remote: bool) -> socket.socket:
                 f"--host {host}: other machines could reach the server, which asks nobody for a key. Add --allow-remote if that is "
                 "meant, or use 127.0.0.1."
             )
-        print(OPEN.format(host=host), file=sys.stderr, flush=True)
+        _say(OPEN.format(host=host))
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended a minute ago
     try:
@@ -133,22 +116,9 @@ def _listen(host: str, port: int, allow_remote: bool) -> socket.socket:
     return listener
 
 
-def _load_draft(
-    origin: Origin, name: str | None, resumes: bool, dtype: str, device: torch.device
-) -> PreTrainedModel | OnlineDraft:
-    if origin.folder is None:
-        return load_model("--draft", origin.source, dtype, device)
-    if resumes and name is not None and locate(name).folder is None:
-        base = load_model("--draft", name, dtype, device)  # the one that the saved draft has to be made for
-    elif origin.evolved:
-        outline = Outline.read(origin.folder)
-        named = str(outline.adapter_config.get("base_model_name_or_path") or "")
-        base = load_base(None, outline.base, named).to(device)
-    else:  # an ordinary adapter
-        about = read_plain_options(origin.folder)
-        named, at = (str(about.get(key) or "") for key in ("base_model_name_or_path", "revision"))
-        base = load_base(None, None, named, revision=at or None).to(device)
-    return OnlineDraft.from_pretrained(origin.source, base_model=base)
+def _say(text: str) -> None:
+    """For whoever waits; stdout has results alone."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _serve(

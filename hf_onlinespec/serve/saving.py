@@ -46,6 +46,7 @@ class DraftSaver:
 
     def close(self) -> None:
         """The last save: at once, and again with what `save_pretrained` examines."""
+        logger.info("Saving the draft in %s …", self.folder)  # it may take some 20 s
         if self._thread is not None:
             self._thread.join()
         self.worked = self.save()  # whoever is killed during the examination has lost nothing
