@@ -73,11 +73,10 @@ def serve(
         config, tokenizer = load_config("TARGET", target), load_tokenizer("TARGET", target)
         from . import app  # noqa: F401  # of a transformers that it was not written for, it says so before weights are read
 
-        found = None
+        found, is_model = None, draft is not None and locate(draft).folder is None
         _say(f"Loading {target} …")
         if draft is not None:
-            base = draft if resumes and locate(draft).folder is None else None
-            name = str(save) if resumes else draft
+            name, base = (str(save), draft if is_model else None) if resumes else (draft, None)
             found = load_draft("--draft", name, config, tokenizer, dtype, place, base)
         model = load_model("TARGET", target, dtype, place)
         drafts = attach(model, found)
