@@ -417,6 +417,17 @@ def test_without_a_draft_saving_is_refused_at_once(file: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_busy_machine_is_told(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(file.read_text().splitlines()[0])
+    for load, told in ((0.1, False), (1000.0, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0), raising=False)
+        assert run_try(settings(file, new_tokens=1), clock=ticking()) == 0
+        assert ("This machine was busy when it began" in capsys.readouterr().out) == told
+
+
+@pytest.mark.usefixtures("quick")
 def test_few_prompts_of_ones_own_are_all_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"prompt": "<|endoftext|>a"}))

@@ -44,6 +44,8 @@ from .common import (
     quiet_libraries,
 )
 
+BUSY = 0.75  # load per core from which other work is likely to decide the speeds (chosen)
+
 
 @dataclass(frozen=True)
 class TrySettings:
@@ -96,10 +98,12 @@ def run_try(
     budget = Budget(settings.minutes, clock() if started_s is None else started_s, clock)
     settings.check_outputs()
     quiet_libraries()
+    busy = _busy()
     stopped: BaseException | None = None
     with progress(budget) as show:
         show("loading", Outcome())
         trial, models = _prepared(settings, budget, clock, show)
+        trial.outcome.notes += busy
         try:
             trial.prepare()
             trial.run()
@@ -146,6 +150,19 @@ def run_try(
     if stopped is not None:
         return INTERRUPTED
     return FOUND if summary.faults else 0
+
+
+def _busy() -> list[str]:
+    """What is to be said where other work runs on this machine: the intervals do not know of it."""
+    try:
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    except (AttributeError, OSError):  # Windows has none
+        return []
+    if load < BUSY * cores:
+        return []
+    return [
+        f"This machine was busy when it began (load {load:.1f} on {cores} cores): do not trust these speeds, try again when it is quiet."
+    ]
 
 
 def _save(trial: Trial, folder: Path) -> str:
