@@ -83,6 +83,7 @@ def test_what_may_take_seconds_shows_a_bar_that_is_full_at_the_end(
 def test_bars_come_late_and_are_switched_off_as_transformers_own(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, process_settings: None
 ) -> None:
+    logging.enable_progress_bar()  # another test may have switched them off
     assert list(progress.each(range(3), "Counting", "step")) == [0, 1, 2]
     assert "Counting" not in capsys.readouterr().err  # it took no time
     monkeypatch.setattr(progress, "DELAY_S", 0.0)

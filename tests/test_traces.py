@@ -334,7 +334,7 @@ def test_without_a_folder_a_new_one_under_runs_is_made(target, prompt, tmp_path,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*fork.*:RuntimeWarning")
 def test_a_forked_child_appends_to_the_same_file(target, draft_model, prompt, tmp_path) -> None:
     config = OnlineSpecConfig(report_to="jsonl", logging_dir=tmp_path, **LEARNS)
     draft = OnlineDraft(draft_model, config)
