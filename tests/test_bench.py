@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 from hf_onlinespec import bench
 from hf_onlinespec.bench import PLAIN, Prompt, Record, Runner, load_prompts, speed_ratio
 from hf_onlinespec.embedded import EmbeddedPair, prompts
+from hf_onlinespec.recording import Recording
 from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama
@@ -125,6 +126,30 @@ def test_bad_models(tmp_path: Path, refused: Any) -> None:
     assert "--device nowhere: torch cannot use it here" in lost
     for models in ([], ["--target", target], ["--embedded", "--draft", draft]):
         assert "Give both --target and --draft, or --embedded alone." in refused(*models, "--prompts", file)
+
+
+@pytest.mark.parametrize(("reason", "code"), [(KeyboardInterrupt(), 130), (MemoryError("none is left"), 2)])
+def test_what_was_recorded_is_written_when_recording_ends_early(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reason: BaseException,
+    code: int,
+) -> None:
+    texts, out = tmp_path / "prompts.txt", tmp_path / "run.safetensors"
+    texts.write_text("one\ntwo\nthree\n")
+    generate, calls = LlamaForCausalLM.generate, []
+
+    def fails(self: LlamaForCausalLM, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 3:
+            raise reason
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", fails)
+    assert main(["record", "--embedded", "--prompts", str(texts), "--new-tokens", "3", "--out", str(out)]) == code
+    assert len(Recording.load(out).requests) == 2
+    assert f"Written: {out}, of the first 2 of 3 prompts." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -125,6 +126,25 @@ def test_interrupt_keeps_finished_requests(
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
     printed = capsys.readouterr().out
     assert "Interrupted: only the finished requests count." in printed and "2 orders" in printed
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_running_out_of_memory_keeps_finished_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Bench.measure
+
+    def runs_out(self: Bench, request: Request) -> list[Record]:
+        if request.number == 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return measure(self, request)
+
+    monkeypatch.setattr(Bench, "measure", runs_out)
+    assert main(["demo", *SMALL, "--out", str(tmp_path)]) == 2
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert result["interrupted"] is True and [r["request"] for r in result["requests"]] == [0] * 4
+    assert (tmp_path / "evolved" / "adapter_model.safetensors").exists()
+    assert "error: out of memory (no memory is left)" in capsys.readouterr().err
 
 
 def test_interrupt_before_the_first_request(

@@ -369,6 +369,35 @@ def test_an_error_in_the_middle_costs_no_finished_prompt(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("broken", ["json", "out", "save"])
+def test_an_output_that_cannot_be_written_costs_no_other(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
+) -> None:
+    paths = {"json": tmp_path / "x.json", "out": tmp_path / "x.html", "save": tmp_path / "saved"}
+    file.write_text(file.read_text().splitlines()[0])
+    write_text = Path.write_text
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> int:
+        if self == paths[broken]:
+            raise OSError(28, "No space left on device")
+        return write_text(self, *args, **kwargs)
+
+    def full_folder(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    if broken == "save":
+        monkeypatch.setattr(OnlineDraft, "save_pretrained", full_folder)
+    assert run_try(settings(file, draft=DRAFT, **paths), clock=ticking()) == 2
+    printed, told = capsys.readouterr()
+    assert told.endswith(f"hf-onlinespec: error: --{broken} {paths[broken]}: No space left on device\n")
+    assert "ours: 1 of 1 outputs are identical to plain's." in printed
+    for name, path in paths.items():
+        there = (path / "adapter_model.safetensors").exists() if name == "save" else path.exists()
+        assert there == (name != broken), name
+
+
+@pytest.mark.usefixtures("quick")
 def test_ctrl_c_before_the_first_answer_says_so(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

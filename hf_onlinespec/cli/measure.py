@@ -19,7 +19,7 @@ from ..demo import Bench, Settings, choose_prompts, intervals, summarise
 from ..embedded import FOLDER
 from ..errors import ConfigError
 from ..machine import machine
-from ..recording import Recording, record
+from ..recording import Recorded, Recording, record
 from ..regret import evaluate
 from ..vocabulary import check_vocabularies
 from .common import (
@@ -58,22 +58,23 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
     print(calibration, file=sys.stderr if as_json else sys.stdout, flush=True)
     bench.load_arms(calibration.chosen)
     records: list[Record] = []
-    interrupted = False
+    stopped: BaseException | None = None
     try:
         with plots.progress(len(stream), live=sys.stdout.isatty() and not as_json) as show:
             for request in stream:
                 records += bench.measure(request)
                 show(records)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as reason:  # what is finished is written
         if not records:
             raise
-        interrupted = True
+        stopped = reason
+    card.write(bench.evolved.artifact(), out / EVOLVED)
 
     result = {
         "settings": asdict(settings),
         "machine": machine(),
         "calibration": asdict(calibration),
-        "interrupted": interrupted,
+        "interrupted": stopped is not None,
         "requests": [asdict(record) for record in records],
         "summary": summarise(records),
         "intervals": {arm: asdict(ratio) for arm, ratio in intervals(records).items()},
@@ -81,13 +82,14 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
     text = json.dumps(result, indent=2, allow_nan=False)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
     plots.stream_figure(records).savefig(out / "demo.png", dpi=150)
-    card.write(bench.evolved.artifact(), out / EVOLVED)
     if as_json:
         print(text)
     else:
         print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}; the evolved draft, with its card: {out / EVOLVED}")
         plots.report(result)
-    return INTERRUPTED if interrupted else 0
+    if isinstance(stopped, Exception):
+        raise stopped
+    return 0 if stopped is None else INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,23 @@ def run_record(
         raise ConfigError(f"--out {out}: it is a folder. Name a file.")
     prompts = load_prompts(prompts_file, limit, new_tokens)
     target, _, tokenizer = models.load(prompts)
-    found = []
-    for recorded in record(target, tokenizer, prompts, temperature, seed):
-        found.append(recorded)
-        if len(found) % 10 == 0 and not sys.stderr.isatty():  # else there is a bar
-            print(f"{len(found)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+    found: list[Recorded] = []
+    stopped: BaseException | None = None
+    try:
+        for recorded in record(target, tokenizer, prompts, temperature, seed):
+            found.append(recorded)
+            if len(found) % 10 == 0 and not sys.stderr.isatty():  # else there is a bar
+                print(f"{len(found)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+    except (KeyboardInterrupt, Exception) as reason:  # what is recorded is written
+        if not found:
+            raise
+        stopped = reason
     Recording(found, temperature, models.draft or "").save(out)
-    print(f"Written: {out}. It holds your prompts and the answers as tokens.")
-    return 0
+    some = "" if stopped is None else f", of the first {len(found)} of {len(prompts)} prompts"
+    print(f"Written: {out}{some}. It holds your prompts and the answers as tokens.")
+    if isinstance(stopped, Exception):
+        raise stopped
+    return 0 if stopped is None else INTERRUPTED
 
 
 def run_regret(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +32,13 @@ from ..measure.trial import SPARE, Outcome, Trial
 from ..measure.verdict import Models, code_for
 from .common import (
     AUTO,
+    FAILED,
     FOUND,
     INTERRUPTED,
     best_device,
     check_folder,
     check_saving,
+    explain,
     finite,
     free_bytes,
     load_config,
@@ -114,11 +118,29 @@ def run_try(
             words = "Interrupted" if isinstance(reason, KeyboardInterrupt) else f"Stopped by an error ({reason})"
             trial.outcome.notes.append(f"{words}: only the finished prompts count.")
     outcome, learned = trial.outcome, trial.learned
+    console = Console(highlight=False)
+    lost: dict[str, BaseException] = {}  # outputs that could not be written, by option
+    written = []
+
+    def write(option: str, path: Path | None, write_to: Callable[[Path], None], words: str) -> None:
+        if path is None:
+            return
+        try:
+            write_to(path)
+            written.append(words)
+        except (KeyboardInterrupt, Exception) as error:  # the others are still to be written
+            lost[f"{option} {path}"] = error
+
+    if settings.save is not None:
+        print(f"Saving the draft in {settings.save} …", file=sys.stderr, flush=True)  # it may take some 20 s
+    go_on = f"OnlineDraft.from_pretrained({str(settings.save)!r})"
+    saved = f"Saved: the evolved draft, {settings.save}. Go on from it with {go_on}."
+    write("--save", settings.save, lambda folder: _save(trial, folder), saved)
     summary = summarise(outcome)
     code = code_for(summary.verdict, models)
-    console = Console(highlight=False)
     show_result(console, outcome, summary, learned, code)
-    if settings.json is not None:
+
+    def write_json(path: Path) -> None:
         result: dict[str, Any] = {
             "version": __version__,
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},
@@ -137,18 +159,26 @@ def run_try(
             "requests": [asdict(record) for record in outcome.records],
             "code": code,
         }
-        settings.json.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        console.print(f"Written: {settings.json}", markup=False, soft_wrap=True)
-    if settings.out is not None:
-        report = Report(models, outcome, summary, learned, code)
-        settings.out.write_text(report.html(), encoding="utf-8")
-        console.print(f"Written: {settings.out}", markup=False, soft_wrap=True)
-    if settings.save is not None:
-        console.print(_save(trial, settings.save), markup=False, soft_wrap=True)
+        path.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    def write_report(path: Path) -> None:
+        path.write_text(Report(models, outcome, summary, learned, code).html(), encoding="utf-8")
+
+    write("--json", settings.json, write_json, f"Written: {settings.json}")
+    write("--out", settings.out, write_report, f"Written: {settings.out}")
+    for words in written:
+        console.print(words, markup=False, soft_wrap=True)
+    for option, error in lost.items():
+        line = explain(error) if isinstance(error, Exception) else "interrupted"
+        if line is None:
+            traceback.print_exception(error)
+        print(f"hf-onlinespec: error: {option}: {line or repr(error)}", file=sys.stderr, flush=True)
     if isinstance(stopped, Exception):
         raise stopped
-    if stopped is not None:
+    if stopped is not None or any(isinstance(error, KeyboardInterrupt) for error in lost.values()):
         return INTERRUPTED
+    if lost:
+        return FAILED
     return FOUND if summary.faults else 0
 
 
@@ -165,14 +195,9 @@ def _busy() -> list[str]:
     ]
 
 
-def _save(trial: Trial, folder: Path) -> str:
-    if not isinstance(trial.ours, OnlineDraft):
-        return (
-            "Nothing is saved: without a draft there is the suffix memory alone, which holds prompts and answers word for word, and "
-            "fills again within a few requests."
-        )
+def _save(trial: Trial, folder: Path) -> None:
+    assert isinstance(trial.ours, OnlineDraft)  # see check_saving
     trial.ours.save_pretrained(folder)
-    return f"Saved: the evolved draft, {folder}. Go on from it with OnlineDraft.from_pretrained({str(folder)!r})."
 
 
 def _prepared(
