@@ -6,6 +6,7 @@ import random
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -122,8 +123,9 @@ def test_a_text_whose_prompt_has_become_frequent_is_examined_again() -> None:
 class NeedsOpening(LlamaForCausalLM):
     """Says the same to everything that does not open with token 1, as a model may that never saw a text without it."""
 
-    def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
-        outputs = super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+    @wraps(LlamaForCausalLM.forward)
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        outputs = super().forward(input_ids, **kwargs)
         outputs.logits = outputs.logits * (input_ids[:, :1, None] == 1)
         return outputs
 
