@@ -2,7 +2,7 @@
 
     python .ci/versions.py WORK_FOLDER [NAME ...]
 
-Each environment is made once in the work folder and kept: 2 to 6 GB each, from the package registry. A run takes 2 to 8 minutes of
+Each environment is made once in the work folder and kept: 2 to 6 GB each, from the package registry. A run takes about 3 minutes of
 one core. What pytest said stands in WORK_FOLDER/NAME/tests.txt.
 """
 
