@@ -115,17 +115,27 @@ def _explained(error: Exception) -> str | None:
         line = " ".join(str(error).split())
         if type(error).__module__ == "hf_onlinespec.errors":
             return line
-        needed = [text for text in metadata.requires("hf_onlinespec") or () if "extra ==" not in text]
+        try:
+            needed = [text for text in metadata.requires("hf_onlinespec") or () if "extra ==" not in text]
+        except metadata.PackageNotFoundError:  # run from a folder where it is not installed
+            return f"{line.rstrip('.')}. hf_onlinespec is not installed: run pip install -e . in its folder."
         return f"{line.rstrip('.')}. hf_onlinespec needs {', '.join(needed)}."
     from hf_onlinespec.cli.common import explain
 
     return explain(error)
 
 
+def _version_of(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         names = ("hf_onlinespec", "torch", "transformers", "peft")
-        own, *others = (f"{name} {metadata.version(name)}" for name in names)
+        own, *others = (f"{name} {_version_of(name)}" for name in names)
         print(f"{own} (Python {sys.version.split()[0]}, {', '.join(others)})")
         raise typer.Exit
 

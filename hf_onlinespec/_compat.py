@@ -418,6 +418,11 @@ def unpadded_size(config: PretrainedConfig) -> int | None:
     return vars(config).get("unpadded_vocab_size")
 
 
+def model_name(config: PretrainedConfig) -> str:
+    """The name or folder that a model was loaded from; "": it was not loaded."""
+    return str(config._name_or_path)
+
+
 def commit_hash(config: PretrainedConfig) -> str | None:
     """The commit on the Hub that a model was loaded from; None: it was not loaded from there."""
     return vars(config).get("_commit_hash")

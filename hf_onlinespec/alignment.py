@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ._compat import model_name
 from .draft import OnlineDraft
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
@@ -69,7 +70,7 @@ class DraftAlignment(TrainerCallback):
         model = kwargs["model"]
         check_vocabularies(model, self.draft.model)
         self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
-        name = public_name(str(model.config._name_or_path)) or None
+        name = public_name(model_name(model.config)) or None
         before = self.draft.lineage.get("alignment", {})  # of an earlier one, which goes on counting
         self.draft.lineage["alignment"] = {
             "target": name,

@@ -21,7 +21,7 @@ from .causal_lm import RequestModel
 from .clock import finished
 from .failures import Attempt
 from .feedback import FeedbackRecorder
-from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, Plan
+from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
 from .lookahead import fixed_lookahead, replaced
 from .memory import Continuation
 from .metrics import Counts
@@ -34,8 +34,6 @@ from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from .memory_draft import MemoryDraft
-
-NOTHING_LEARNS = "there is no draft model: the suffix memory holds what was written, and has nothing to learn"
 
 
 class OnlineCandidateGenerator(CandidateGenerator):

@@ -65,7 +65,8 @@ def _check_names(values: Collection[str]) -> None:
     if unknown:
         called = [f"{name} is called {CALLED[name]} here" for name in unknown if name in CALLED]
         hint = f" ({', '.join(called)})" if called else ""
-        raise ConfigError(f"Unknown settings {brief(unknown)}{hint}. Known settings: {sorted(known)}.")
+        listed = "" if len(called) == len(unknown) else f" Known settings: {sorted(known)}."
+        raise ConfigError(f"Unknown settings {brief(unknown)}{hint}.{listed}")
 
 
 def _names_checked(cls: type[T]) -> type[T]:

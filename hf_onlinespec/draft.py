@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import inner_model
+from ._compat import inner_model, model_name
 from .artifact import Artifact
 from .audit import check_privacy
 from .card import write
@@ -132,7 +132,7 @@ class OnlineDraft(LearningDraft):
     def serves(self, target: PreTrainedModel) -> None:
         """Notes the name of a model that it drafts for, without the folders of this machine; a model may have none."""
         self.keep_at_hand(target)
-        name = public_name(str(target.config._name_or_path))
+        name = public_name(model_name(target.config))
         with self.lock:
             if name and name not in self.targets:
                 self.targets.append(name)
@@ -162,7 +162,7 @@ class OnlineDraft(LearningDraft):
     def artifact(self) -> Artifact:
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
         with self._learns, self.lock:
-            name = str(self._lora.base.config._name_or_path)  # it may be a folder of this machine: PEFT has to find it
+            name = model_name(self._lora.base.config)  # it may be a folder of this machine: PEFT has to find it
             state = self._learning.saved()
             counters = self.metrics.saved()
             return Artifact(

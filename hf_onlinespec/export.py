@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import LoraLayer, commit_hash
+from ._compat import LoraLayer, commit_hash, model_name
 from .artifact import header_of, read_json
 from .errors import ArtifactError, DraftError
 from .files import MOST_INTEGER
@@ -139,7 +139,7 @@ def _tied(base: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
 
 def _copy_tokenizer(config: PretrainedConfig, folder: Path) -> None:
     """Copies the tokenizer that lies beside a base."""
-    found = tokenizer_file(str(config._name_or_path), commit_hash(config))
+    found = tokenizer_file(model_name(config), commit_hash(config))
     if found is None:
         return
     for name in (*TOKENIZER, *BESIDE):

@@ -26,6 +26,9 @@ from .memory import Continuation
 from .metrics import Decisions
 from .preference import Preference
 
+# What is decided where there is no draft model.
+NO_MODEL_DRAFTS = "no draft model: the memory drafts where it is expected to pay"
+NOTHING_LEARNS = "there is no draft model: the suffix memory holds what was written, and has nothing to learn"
 MAX_MEMORY = 24  # draft tokens from the memory alone, at most
 FIRST_LOOKAHEAD = 3  # while times are still unknown
 PACE = 0.2  # how fast the measured pace of the machine follows a round's time
@@ -270,7 +273,7 @@ class Governor:
         if lookahead != "auto":
             self.decisions.drafting = f"lookahead={lookahead} was asked for"
         elif not self._drafts:
-            self.decisions.drafting = "no draft model: the memory drafts where it is expected to pay"
+            self.decisions.drafting = NO_MODEL_DRAFTS
         elif self._pace_s:
             self.decisions.drafting = (
                 f"a lookahead of {self._lookahead} is expected to give {self._rate:.2f} times the speed of plain decoding"

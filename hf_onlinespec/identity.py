@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._compat import commit_hash
+from ._compat import commit_hash, model_name
 from .embedded import FOLDER
 from .errors import ArtifactError, brief
 
@@ -51,7 +51,7 @@ class Identity:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Identity:
-        name, revision = str(model.config._name_or_path), commit_hash(model.config)
+        name, revision = model_name(model.config), commit_hash(model.config)
         config = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE}
         weights = hashlib.sha256()
         for key, weight in sorted(model.named_parameters()):

@@ -20,7 +20,7 @@ from .config import REPORTING, OnlineSpecConfig, ReportTo, as_config
 from .errors import ConfigError, UnsupportedError
 from .failures import Failures
 from .forks import Lock
-from .governor import Governor
+from .governor import NO_MODEL_DRAFTS, NOTHING_LEARNS, Governor
 from .measure.traces import Traces
 from .memory import SuffixMemory
 from .metrics import Counts, DraftMetrics, RequestReport
@@ -44,6 +44,8 @@ class MemoryDraft:
         self.memory = SuffixMemory(size) if size else None
         self.governor = self._new_governor()
         self.metrics = DraftMetrics(decisions=self.governor.decisions)
+        if self.neural is None:  # that is decided before the first request
+            self.metrics.decisions.drafting, self.metrics.decisions.learning = NO_MODEL_DRAFTS, NOTHING_LEARNS
         self.failures = Failures()
         self.lock = Lock(order=1)
         self._warned: set[str] = set()

@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import LoraLayer, commit_hash, unpadded_size
+from ._compat import LoraLayer, commit_hash, model_name, unpadded_size
 from .errors import DraftError
 from .identity import tokenizer_file
 
@@ -146,7 +146,7 @@ def _config(model: PreTrainedModel | PeftModel | PretrainedConfig) -> Pretrained
 
 
 def _file(config: PretrainedConfig) -> Path | None:
-    return tokenizer_file(str(config._name_or_path), commit_hash(config))
+    return tokenizer_file(model_name(config), commit_hash(config))
 
 
 def _stamp(source: TokenSource) -> int:

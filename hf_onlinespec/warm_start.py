@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ._compat import max_positions
+from ._compat import max_positions, model_name
 from .config import ENSEMBLE
 from .draft import OnlineDraft
 from .errors import ConfigError
@@ -127,7 +127,7 @@ def warm_start(
     }
     before = draft.lineage.get("warm_start", {})  # of an earlier one, which goes on counting
     draft.lineage["warm_start"] = {
-        "target": public_name(str(target.config._name_or_path)) or None,
+        "target": public_name(model_name(target.config)) or None,
         **{name: n + before.get(name, 0) for name, n in taught.items()},
     }
     return draft

@@ -567,6 +567,14 @@ def test_a_streamer_in_a_thread(pair: EmbeddedPair) -> None:
 # Asking for the metrics
 
 
+def test_without_a_draft_model_that_is_told_before_the_first_request(target, prompt) -> None:
+    memory = attach(target)
+    told = memory.metrics.decisions.drafting, memory.metrics.decisions.learning
+    assert all("no draft model" in text for text in told)
+    target.generate(prompt, **GREEDY)
+    assert memory.metrics.decisions.learning == told[1]
+
+
 def test_metrics_of_a_target_or_a_draft_are_found_and_nothing_is_made(target, draft_model, prompt) -> None:
     alone = tiny_llama(5)
     for model in (target, draft_model, alone):

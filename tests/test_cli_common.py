@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,24 @@ def test_a_draft_of_any_kind_is_loaded(tmp_path: Path) -> None:
     tiny_llama(2, vocab=4096).save_pretrained(tmp_path / "other")
     with pytest.raises(DraftError, match="Use a draft with the target's own tokenizer"):
         load_draft("--draft", str(tmp_path / "other"), target.config, None, "auto", device)
+
+
+def test_a_checkout_that_is_not_installed_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    def fails(*_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'peft'")
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setattr("hf_onlinespec.cli.measure.run_regret", fails)
+    assert main(["regret", "run.safetensors"]) == 2
+    assert "No module named 'peft'. hf_onlinespec is not installed: run pip install -e ." in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert "hf_onlinespec (not installed)" in capsys.readouterr().out
 
 
 def test_weights_are_taken_in_a_row() -> None:

@@ -109,6 +109,9 @@ def test_a_name_of_transformers_or_peft_is_told_what_it_is_called_here() -> None
             with pytest.raises(ValueError, match=f"{name} is called {ours} here") as caught:
                 make({name: 1, "rank": 4})
             assert isinstance(caught.value, ConfigError)
+            assert "Known settings" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"learning_rate is called lr here\)\. Known settings: \['alpha'"):
+        OnlineSpecConfig(learning_rate=1, no_such=1)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"Unknown settings \['no_such'\]. Known settings: \['alpha'"):
         OnlineSpecConfig(no_such=1)  # type: ignore[call-arg]
     assert list(inspect.signature(OnlineSpecConfig).parameters) == [

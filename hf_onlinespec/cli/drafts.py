@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from .. import card
+from .._compat import model_name
 from ..artifact import ADAPTER, STATE, Artifact, Outline
 from ..audit import audit, check_privacy
 from ..canaries import written
@@ -208,7 +209,7 @@ def run_audit(
     draft = OnlineDraft.from_pretrained(source, base_model=base)
     texts: dict[str, list[Feedback]] = {}
     if corpora:
-        tokenize = load_tokenizer("--tokenizer", tokenizer or str(draft.config._name_or_path))
+        tokenize = load_tokenizer("--tokenizer", tokenizer or model_name(draft.config))
         for name, parts in corpora.items():
             tokens = [tokenize(text, return_tensors="pt").input_ids[0, : draft.positions] for p in parts for text in p]
             texts[name] = [written(one) for one in tokens if len(one) > 1]

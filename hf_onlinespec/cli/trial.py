@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .. import __version__
-from .._compat import max_positions
+from .._compat import max_positions, model_name
 from ..bench import Prompt, check_lengths, fits, load_prompts
 from ..draft import OnlineDraft
 from ..errors import ConfigError
@@ -248,7 +248,7 @@ def _prepared(
     trial.outcome.notes += notes
     plain, saved = settings.draft, settings.draft if is_adapter else None
     if draft is not None:
-        plain = str(draft.config._name_or_path) if is_adapter else plain
+        plain = model_name(draft.config) if is_adapter else plain
         saved = saved if settings.save is None else str(settings.save)
     return trial, Models(
         settings.target, plain, str(target.dtype), str(device), tokenizer.chat_template is not None, saved
