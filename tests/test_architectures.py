@@ -198,7 +198,8 @@ def check(row: Architecture) -> None:
     if row.model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {row.model_type}; the table is of {TABLE_OF}")
     found = run(row)
-    assert found.cache == row.cache
+    if transformers.__version__.startswith(TABLE_OF + "."):  # other releases have other kinds of layers
+        assert found.cache == row.cache
     for stated, seen in ((row.target, found.target), (row.draft, found.draft)):
         assert agree(stated, seen), seen
 
@@ -255,12 +256,12 @@ def attached_answers(row: Architecture) -> str:
 
 
 # Reformer's hashes are drawn at random: two plain calls differ.
-BUILT = [row for row in ARCHITECTURES if not row.reason and row.name != "reformer"]
+COMPARED = [row for row in ARCHITECTURES if not row.reason and row.name != "reformer"]
 ONE_OF_EACH = ("llama", "minimax", "qwen3_next", "deepseek_v32")  # served, no Cache, recurrent, served without drafting
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("row", [row for row in BUILT if row.name in ONE_OF_EACH], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in COMPARED if row.name in ONE_OF_EACH], ids=lambda row: row.name)
 def test_no_class_answers_otherwise_when_attached(row: Architecture) -> None:
     """Refused when attached, or answers as it did: never an error in a call."""
     found = attached_answers(row)
@@ -269,7 +270,7 @@ def test_no_class_answers_otherwise_when_attached(row: Architecture) -> None:
 
 @pytest.mark.all_architectures
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("row", [row for row in BUILT if row.name not in ONE_OF_EACH], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in COMPARED if row.name not in ONE_OF_EACH], ids=lambda row: row.name)
 def test_no_class_at_all_answers_otherwise_when_attached(row: Architecture) -> None:
     found = attached_answers(row)
     assert found == SERVED or (row.target != PLAIN and agree(row.target, found))
