@@ -411,4 +411,5 @@ def test_a_terminated_server_saves_its_draft(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 0 and out == f"The draft is saved in {folder}.\n"
     assert "completions done" in err and "Traceback" not in err
+    assert f"Loading {FOLDER / 'target'} …\n" in err and f"Saving the draft in {folder} …\n" in err
     assert OnlineDraft.from_pretrained(folder).metrics.requests == 2
