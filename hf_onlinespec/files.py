@@ -394,7 +394,9 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[TensorHeader, tuple[int, 
     whole = all(isinstance(v, list) and all(type(n) is int and n >= 0 for n in v) for v in (shape, place))
     if whole and len(shape) <= MOST_DIMENSIONS and len(place) == 2:
         tensor = TensorHeader(dtype, tuple(shape))
-        if place[1] - place[0] == tensor.nbytes:
+        # An empty tensor has no bytes to hold its other dimensions against, and torch refuses what overflows only when it is made.
+        outline = math.prod(max(n, 1) for n in shape) * DTYPES[dtype].itemsize
+        if place[1] - place[0] == tensor.nbytes and outline <= MOST_TENSOR_BYTES:
             return tensor, (place[0], place[1])
     raise _unsound(path, f"{brief(name)} has shape {brief(shape)} and bytes {brief(place)}")
 

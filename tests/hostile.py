@@ -102,6 +102,7 @@ ODD_SETTINGS: dict[str, Any] = {
     "alpha": 1e-300,
     "lr": 1e308,
 }
+EMPTY_SHAPES = ([2**62, 4, 0], [0, 2**62, 4], [2**40, 0], [2**63 - 1, 0], [0] + 7 * [2**62])
 
 
 class TooLong(Exception):
@@ -271,7 +272,7 @@ def change_header(folder: Path, rng: random.Random) -> None:
     header, data = _parts(path)
     names = [n for n in header if n != "__metadata__"]
     name = rng.choice(names)
-    what = rng.randrange(7)
+    what = rng.randrange(8)
     if what == 0:
         header[name]["dtype"] = rng.choice(("F64", "BOOL", "C64", "F8_E4M3", "F8_E8M0", "F4", "I32", "BF16", 3))
     elif what == 1:
@@ -283,7 +284,10 @@ def change_header(folder: Path, rng: random.Random) -> None:
         header[rng.choice(names)] = dict(header[name])
     elif what == 4:
         header[name]["data_offsets"] = rng.choice(([0, 2**63], [8, 4], [0], ["a", 1]))
-    elif what == 5:  # a large tensor that is really there, in holes
+    elif what == 5:  # an empty tensor with dimensions that overflow, or without end
+        add_empty(path, rng.choice(EMPTY_SHAPES), f"{name}.x")
+        return
+    elif what == 6:  # a large tensor that is really there, in holes
         big = 10**7
         end = len(data)
         header[f"{name.split('.lora_')[0]}.more.lora_A.weight"] = dict(
@@ -307,6 +311,13 @@ def _parts(path: Path) -> tuple[dict[str, Any], bytes]:
 def _write(path: Path, header: dict[str, Any], data: bytes, text: bytes | None = None) -> None:
     text = json.dumps(header).encode() if text is None else text
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def add_empty(path: Path, shape: list[int], name: str) -> None:
+    """Adds a tensor without numbers to a file of tensors."""
+    header, data = _parts(path)
+    header[name] = dict(dtype="F32", shape=shape, data_offsets=[len(data), len(data)])
+    _write(path, header, data)
 
 
 def enlarge(path: Path, nbytes: int, dtype: str = "F32", itemsize: int = 4) -> None:

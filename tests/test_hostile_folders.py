@@ -28,10 +28,12 @@ from hf_onlinespec.combining import combine, read
 from .conftest import tiny_llama
 from .hostile import (
     BLOCKED_S,
+    EMPTY_SHAPES,
     FILES,
     MOST_BYTES,
     MOST_S,
     Trial,
+    add_empty,
     change_rank,
     enlarge,
     forge,
@@ -268,6 +270,15 @@ def test_numbers_of_another_kind_are_refused(dtype: torch.dtype, tmp_path: Path)
     save_file(tensors, tmp_path / ADAPTER)
     forge(tmp_path)
     assert ending(lambda: load(tmp_path)) == "refused"
+
+
+@pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
+def test_an_empty_tensor_of_endless_shape_is_refused(shape: list[int], tmp_path: Path) -> None:
+    """It takes no bytes, and the shape itself may be more than torch can count."""
+    add_empty(saved(tmp_path) / STATE, shape, "adaptation.x")
+    forge(tmp_path)
+    assert ending(lambda: load(tmp_path)) == "refused"
+    assert ending(lambda: Artifact.read(tmp_path)) == "refused"
 
 
 def test_a_layer_that_the_base_does_not_have(tmp_path: Path) -> None:
