@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from ._compat import CACHE, has_own_sampling, inner_model, uncompiled
+from ._compat import CACHE, inner_model, uncompiled
 from .checks import check_call, check_synced_gpus, check_target
 from .config import OnlineSpecConfig, as_config
 from .draft import OnlineDraft, kept_draft, online_draft
@@ -162,11 +162,6 @@ def attach(
             "attach: hf_onlinespec is disabled, so that generate cannot see a draft. Call enable() first."
         )
     check_target(inner)
-    if has_own_sampling(inner):
-        raise UnsupportedError(
-            f"The target {type(inner).__name__} decodes in a way of its own (_sample), which a draft cannot speed up. "
-            "Attach to another model."
-        )
     config = as_config(config, **settings)
     saved = inner.generation_config.onlinespec
     if config is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, MemoryDraft):

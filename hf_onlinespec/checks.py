@@ -18,6 +18,7 @@ from ._compat import (
     adds_virtual_tokens,
     drops_cache,
     forgets,
+    has_own_sampling,
     held_tokens,
     is_offloaded,
     is_stateful,
@@ -123,6 +124,11 @@ def check_target(target: PreTrainedModel) -> None:
         raise UnsupportedError(
             f"The target {name} carries a state of its own from token to token (_update_model_kwargs_for_generation), which a "
             "forward over several tokens does not give. Call generate without onlinespec."
+        )
+    if has_own_sampling(target):
+        raise UnsupportedError(
+            f"The target {name} decodes in a way of its own (_sample), which our loop would replace. "
+            "Call generate without onlinespec."
         )
 
 

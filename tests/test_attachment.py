@@ -424,6 +424,24 @@ def test_targets_that_can_never_be_served_are_refused_at_once(draft_model) -> No
         attach(draft_model)
 
 
+def test_a_target_that_decodes_in_a_way_of_its_own_is_refused_in_each_call(target, draft_model, prompt) -> None:
+    class Bans(type(target)):  # type: ignore[misc]
+        """Greedy decoding and sampling of its own."""
+
+        def _sample(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._sample(*args, **kwargs)
+
+    target.__class__ = Bans
+    for how in (
+        {"onlinespec": True},
+        {"assistant_model": OnlineDraft(draft_model, SMALL)},
+        {"assistant_model": draft_model, "onlinespec": True},
+        {"custom_generate": OnlineDraft(draft_model, SMALL).generate_fn()},
+    ):
+        with pytest.raises(UnsupportedError, match="Bans decodes in a way of its own"):
+            target.generate(prompt, **GREEDY, **how)
+
+
 def test_drafts_that_do_not_fit_are_refused_at_once(target, prompt) -> None:
     with pytest.raises(DraftError, match="2000"):
         attach(target, tiny_llama(2, vocab=2000))
