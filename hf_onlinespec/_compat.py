@@ -268,18 +268,53 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def is_altered(model: nn.Module) -> bool:
-    """Whether a module of it computes otherwise than its class says: by a hook, or a `forward` of its own.
+# A hook that one of these registers watches, or places weights and inputs.
+WATCHING = ("hf_onlinespec", "transformers", "accelerate", "torch")
 
-    What accelerate puts there places weights and inputs alone.
+
+def alterations(model: nn.Module) -> tuple[Any, ...]:
+    """What makes modules of it compute otherwise than their classes say: hooks, and a `forward` put in the place of the class's.
+
+    Each is given as its code, or its type: a hook that is registered anew for each request stays the same.
     """
+    return tuple(found for module in model.modules() for found in _alterations(module))
 
-    def alters(module: nn.Module) -> bool:
-        own = vars(module)
-        hooked = bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
-        return hooked or ("forward" in own and not type(own.get(_HOOK)).__module__.startswith("accelerate."))
 
-    return any(alters(module) for module in model.modules())
+def _alterations(module: nn.Module) -> Iterator[Any]:
+    own = vars(module)
+    for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
+        function = _function(hook)
+        defined = function.__globals__["__name__"] if inspect.isfunction(function) else function.__module__
+        if defined.partition(".")[0] not in WATCHING:
+            yield _code(function)
+    placed, forward = own.get(_HOOK), own.get("forward")
+    if placed is not None:  # what accelerate put in the place of `forward` calls the one that was there
+        forward = own.get("_old_forward", forward)
+        for part in placed.hooks if isinstance(placed, SequentialHook) else (placed,):
+            if not type(part).__module__.startswith("accelerate."):
+                yield type(part)
+    if forward is not None:
+        function = _function(forward)
+        if function is not type(module).forward:
+            yield _code(function)
+
+
+def _function(callee: Any) -> Any:
+    """The function that is run in the end; of an object with a `__call__`, its type."""
+    while not inspect.isfunction(callee) or "_torchdynamo_orig_callable" in vars(callee):
+        if inspect.isfunction(callee):  # torch.compile
+            callee = vars(callee)["_torchdynamo_orig_callable"]
+        elif isinstance(callee, functools.partial):
+            callee = callee.func
+        elif inspect.ismethod(callee):
+            callee = callee.__func__
+        else:
+            return type(callee)
+    return callee
+
+
+def _code(function: Any) -> Any:
+    return function.__code__ if inspect.isfunction(function) else function
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -1,12 +1,13 @@
 """Whether a target computes in one forward over several tokens what it computes token by token, tried once for each model.
 
-Drafting rests on that. Transformers' common models are known to; a class from elsewhere, or a model with a module from elsewhere,
-is tried before its first round: logits of one forward over three tokens against three forwards, to rounding, and once more
+Drafting rests on that. Transformers' common models are known to; a class from elsewhere, or a model with a module or a hook from
+elsewhere, is tried before its first round: logits of one forward over three tokens against three forwards, to rounding, and once more
 after two of the three were rolled back.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import CACHE, fresh_cache, is_altered, matmul_dtypes
+from ._compat import CACHE, alterations, fresh_cache, matmul_dtypes
 from .errors import UnsupportedError
 from .failures import kind_and_place
 from .verifier import COLUMNS, TEXT, Verifier
@@ -32,7 +33,9 @@ TOLERANCE: dict[torch.dtype | str, float] = {torch.float64: 1e-6, torch.float32:
 MOST_LOGIT = 1e4  # beyond it an id is blocked; chosen: logits of the models measured are below 1e3
 TOLERANCE_HALF = 0.1  # bfloat16 has 8 bits, and an expert's router may flip at a tie
 
-_tried: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# For each model why it is decoded plainly, by what it was made of when it was tried. It refers to classes weakly: their methods
+# may hold the model.
+_tried: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
 def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
@@ -44,17 +47,22 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
     if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
         return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
-    if target.training:  # dropout: two forwards never agree
+    altered = alterations(target)
+    if _known(target) and not altered:
         return ""
-    if target not in _tried:
+    made_of = (tuple(weakref.ref(type(module)) for module in target.modules()), altered, target.training)
+    tried = _tried.setdefault(target, {})
+    if made_of not in tried:
         try:
-            _tried[target] = "" if _known(target) else _fault(target, input_ids, model_kwargs)
+            # With dropout two forwards never agree: nothing can be compared, and no two answers need to be the same.
+            random = target.training and _is_random(target, input_ids, model_kwargs)
+            tried[made_of] = "" if random else _fault(target, input_ids, model_kwargs)
         except Exception as error:  # a class from elsewhere may raise anything, and may yet decode token by token
             reason = f"the target {type(target).__name__} was tried with several tokens at once, and failed: {kind_and_place(error)}"
             if isinstance(error, torch.OutOfMemoryError):
                 return reason  # that passes: the next request tries again
-            _tried[target] = reason
-    return _tried[target]
+            tried[made_of] = reason
+    return tried[made_of]
 
 
 def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
@@ -63,7 +71,7 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
     Raises:
         UnsupportedError: its first forwards show that it cannot be served.
     """
-    if _known(target) and not is_altered(target):
+    if _known(target) and not alterations(target):
         return
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -77,10 +85,12 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
 
 
 def _known(target: PreTrainedModel) -> bool:
-    return all(_known_module(type(module).__module__.split(".")) for module in target.modules())
+    return all(_known_module(type(module).__module__) for module in target.modules())
 
 
-def _known_module(path: list[str]) -> bool:
+@functools.cache
+def _known_module(name: str) -> bool:
+    path = name.split(".")
     if path[:2] == ["transformers", "models"]:
         return path[2] in KNOWN
     return path[0] in ("transformers", *LIBRARIES)
@@ -119,6 +129,22 @@ def _read_on(verifier: Verifier, prompt: Tensor, forwards: int) -> tuple[Tensor,
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=-1)
         verifier.keep(tokens)
     return tokens, found
+
+
+def _is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
+    """Whether two forwards over the same tokens differ. The request's own random numbers stay as they are."""
+    prompt, kept = _own_inputs(input_ids, model_kwargs)
+    kind = input_ids.device.type if input_ids.device.type in ("cuda", "xpu") else "cpu"
+    devices = {parameter.device for parameter in target.parameters()} | {input_ids.device}
+    places = sorted({device.index for device in devices if device.type == kind and device.index is not None})
+    with torch.random.fork_rng(places, device_type=kind):
+        reads = [
+            Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)}).verify(
+                prompt, prompt[:, :0]
+            )
+            for _ in range(2)
+        ]
+    return not torch.equal(*reads)
 
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    SequentialHook,
+    add_hook_to_module,
+    remove_hook_from_submodules,
+)
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineSpecConfig, online_memory
+from hf_onlinespec.bench import ForwardClock
 
 from .conftest import tiny_llama
 from .test_verifier import gemma3, paligemma, qwen2_vl
@@ -119,10 +129,159 @@ def test_a_sound_class_from_elsewhere_is_tried_once_and_drafted_for(prompt) -> N
     assert online_memory(target).metrics.last.acceptance_length > 4
 
 
-def test_a_known_class_pays_nothing(target, prompt) -> None:
-    read = forwards(target)
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """How many tokens each forward of a Llama reads, counted by its class."""
+    lengths: list[int] = []
+    inner = LlamaForCausalLM.forward
+
+    @functools.wraps(inner)
+    def forward(self: Any, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
+        lengths.append(input_ids.shape[1])
+        return inner(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    return lengths
+
+
+def compiled(target: LlamaForCausalLM) -> None:
+    target.model.norm.forward = torch.compile(target.model.norm.forward, backend="eager")
+
+
+def placed(target: LlamaForCausalLM) -> None:
+    dispatch_model(target, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert "_hf_hook" in vars(target)
+
+
+def put_back(target: LlamaForCausalLM) -> None:
+    placed(target)
+    remove_hook_from_submodules(target)
+    assert "forward" in vars(target)
+
+
+def watched(target: LlamaForCausalLM) -> None:
+    ForwardClock().watch(target)
+    target.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("change", [lambda target: None, compiled, placed, put_back, watched])
+def test_a_known_class_pays_nothing(change, target, prompt, read) -> None:
+    """Nor for the hooks of accelerate, transformers and our own."""
+    change(target)
     target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED)
-    assert len(read) == online_memory(target).metrics.last.rounds
+    assert len(read) == online_memory(target).metrics.last.rounds > 0
+
+
+VECTOR = torch.linspace(-3, 3, 64)
+
+
+def steered(hidden: Tensor) -> Tensor:
+    """Each token of a plain decoding, but only the last one of a round."""
+    return torch.cat([hidden[:, :-1], hidden[:, -1:] + VECTOR[: hidden.shape[-1]]], dim=1)
+
+
+class Steers:
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return steered(output)
+
+
+class SteersFromAccelerate(ModelHook):
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        return steered(output)
+
+
+def replaced(norm: nn.Module) -> None:
+    inner = norm.forward
+    norm.forward = functools.wraps(inner)(lambda hidden: steered(inner(hidden)))
+
+
+def replaced_and_placed(norm: nn.Module) -> None:
+    replaced(norm)
+    add_hook_to_module(norm, AlignDevicesHook("cpu"))
+
+
+ALTERED: dict[str, Callable[[nn.Module], Any]] = {
+    "a hook": lambda norm: norm.register_forward_hook(lambda module, args, output: steered(output)),
+    "a hook with settings": lambda norm: norm.register_forward_hook(
+        functools.partial(lambda scale, module, args, output: scale * steered(output), 1.0)
+    ),
+    "an object as hook": lambda norm: norm.register_forward_hook(Steers()),
+    "a hook before": lambda norm: norm.register_forward_pre_hook(lambda module, args: (steered(args[0]),)),
+    "a forward": replaced,
+    "a forward placed by accelerate": replaced_and_placed,
+    "a hook among those of accelerate": lambda norm: add_hook_to_module(
+        norm, SequentialHook(AlignDevicesHook("cpu"), SteersFromAccelerate())
+    ),
+}
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_a_known_class_that_a_hook_alters_is_tried(alter, target, prompt, read) -> None:
+    alter(target.model.norm)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    counts = []
+    for _ in range(3):
+        read.clear()
+        assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
+        counts.append(len(read))
+    assert online_memory(target).metrics.drafted_tokens == 0
+    assert counts == [24 + 7, 24, 24]
+
+
+def test_what_was_changed_since_it_was_tried_is_tried_again(target, prompt, read) -> None:
+    """A hook that each request registers anew, as for steering one of two, is tried once."""
+    arguments = {"do_sample": False, "max_new_tokens": 24}
+    plain = target.generate(prompt, **arguments)
+    counts = []
+    for _ in range(3):
+        read.clear()
+        assert torch.equal(plain, target.generate(prompt, **arguments, onlinespec=FIXED))
+        counts.append(len(read) - online_memory(target).metrics.last.rounds)
+        handle = target.model.norm.register_forward_hook(lambda module, args, output: steered(output))
+        other = target.generate(prompt, **arguments)
+        read.clear()
+        assert torch.equal(other, target.generate(prompt, **arguments, onlinespec=FIXED))
+        counts.append(len(read) - online_memory(target).metrics.last.rounds)
+        handle.remove()
+    assert counts == [0, 7, 0, 0, 0, 0] and not torch.equal(plain, other)
+
+
+def test_a_module_that_is_exchanged_after_a_request_is_tried(target, prompt) -> None:
+    class Steered(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return steered(self.norm(hidden))
+
+    arguments = {"do_sample": False, "max_new_tokens": 24}
+    target.generate(prompt, **arguments, onlinespec=FIXED)
+    target.model.norm = Steered(target.model.norm)
+    plain = target.generate(prompt, **arguments)
+    assert torch.equal(plain, target.generate(prompt, **arguments, onlinespec=FIXED))
+
+
+@pytest.mark.parametrize("cls", [LengthDependent, LooksAhead])
+def test_a_class_in_training_mode_without_dropout_is_tried(cls, prompt) -> None:
+    target = model(cls).train()
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
+    assert online_memory(target).metrics.drafted_tokens == 0
+
+
+def test_a_class_with_dropout_is_drafted_for_in_training_mode(prompt) -> None:
+    """Trying it draws none of the request's random numbers."""
+    texts = []
+    for cls in (LlamaForCausalLM, Sound):
+        target = model(cls).train()
+        for layer in target.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        torch.manual_seed(5)
+        texts.append([target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED) for _ in range(2)])
+        assert online_memory(target).metrics.drafted_tokens > 0
+    assert all(torch.equal(*pair) for pair in zip(*texts, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
