@@ -107,9 +107,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
         return self._failures.proposing.attempt(self._stop_proposing)
 
     def _stop_proposing(self) -> None:
-        """The request goes on plain: what failed is neither the draft model's nor the memory's."""
+        """The request goes on plain: what failed is neither the draft model's nor the memory's.
+
+        No later round takes rejected tokens out of the draft model's cache, and learning reads what is in it.
+        """
         self.counts.failed_drafts += 1
         self._proposes = False
+        if self._model is not None:
+            self._model.reset()
 
     def _drafting(self) -> Attempt:
         return self._failures.drafting.attempt(self._stop_drafting)

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec._compat import cache_tensors
 from hf_onlinespec.acceptances import Acceptances
 from hf_onlinespec.adapters import GatedLora
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.feedback import FeedbackRecorder
-from hf_onlinespec.governor import Governor
+from hf_onlinespec.governor import Governor, Plan
 from hf_onlinespec.guard import Guard
 from hf_onlinespec.learning import Learning
 from hf_onlinespec.learning_draft import LearningDraft
@@ -269,6 +270,45 @@ def test_what_fails_while_the_memory_drafts_is_out_for_the_request(
     for _ in range(5):
         assert torch.equal(answer(target, prompt, **way), expected)
     assert metrics.failed_drafts == 3 and "works again" in metrics.decisions.drafting
+
+
+@pytest.mark.parametrize("where", ["the round is planned", "the round is closed"])
+def test_learning_reads_no_rejected_tokens_after_what_failed(target, prompt, monkeypatch, where: str) -> None:
+    """The request goes on plain, and learns on at every round: from the cache that it has, of what was written alone."""
+    draft = draft_of(update_when="round", lookahead="auto", memory_tokens=0, replay_passes=0, lr=1e-30)
+    rounds, read = [], []
+    learn, close = LearningDraft.learn_segment, Round.proposal
+
+    def plans(*_: Any, **__: Any) -> Plan:
+        rounds.append(None)
+        if len(rounds) == 2 and where == "the round is planned":
+            raise RuntimeError("on purpose")
+        return Plan(3, 0.0, 0.0)
+
+    def closes(*arguments: Any) -> Any:
+        if len(rounds) == 2 and where == "the round is closed":
+            raise RuntimeError("on purpose")
+        return close(*arguments)
+
+    def learns(
+        self: Any, tokens: torch.Tensor, teachers: Any, cache: Any, prefix: int, *rest: Any, **more: Any
+    ) -> None:
+        if prefix:
+            read.append((tokens[:, :prefix], [keys[..., :prefix, :].clone() for keys, _ in cache_tensors(cache)]))
+        learn(self, tokens, teachers, cache, prefix, *rest, **more)
+
+    monkeypatch.setattr(Governor, "plan", plans)
+    monkeypatch.setattr(Round, "proposal", closes)
+    monkeypatch.setattr(LearningDraft, "learn_segment", learns)
+    answers(target, prompt, 1, assistant_model=draft)
+    assert draft.metrics.failed_drafts == 1 and draft.metrics.drafted_tokens > draft.metrics.accepted_tokens
+    assert read and draft.metrics.updates == draft.metrics.rounds > 3
+    for tokens, found in read:
+        cache = DynamicCache(config=draft.config)
+        with torch.no_grad():
+            tiny_llama(2)(tokens, past_key_values=cache)
+        for keys, (expected, _) in zip(found, cache_tensors(cache), strict=True):
+            torch.testing.assert_close(keys, expected)
 
 
 SECRET = "my password is swordfish"
