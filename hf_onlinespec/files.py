@@ -14,9 +14,10 @@ import json
 import math
 import os
 import stat
+import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,7 +277,7 @@ class TensorFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file by name: their shapes are known, their numbers are read whenever they are asked for.
 
     Never unpickled. The file stays open as long as this is used: what is read is what was checked, also where another file has
-    taken its place by then.
+    taken its place by then. Several threads may read at once, and processes that were forked.
 
     Args:
         path: of a regular file, or of a link to one.
@@ -298,28 +299,47 @@ class TensorFile(Mapping[str, Tensor]):
             self._size, self._begin = size, size - sum(tensor.nbytes for tensor in self.header.values())
             descriptor = os.dup(file.fileno())
         self._file = os.fdopen(descriptor, "rb", buffering=0, closefd=False)
+        self._seeks = threading.Lock()
         weakref.finalize(self, os.close, descriptor)
 
     def checksum(self) -> str:
         """The file's checksum, computed a chunk at a time. Raises ArtifactError, also for a large file with large holes."""
         _check_holes(self.path, self._file.fileno(), self._size)
-        found = 0
-        self._file.seek(0)
-        while chunk := _read(self.path, lambda: self._file.read(CHUNK_BYTES)):
+        found = at = 0
+        while chunk := self._read(at):
             found = zlib.crc32(chunk, found)
+            at += len(chunk)
         return f"{found:08x}"
+
+    def _read(self, at: int, most_bytes: int = CHUNK_BYTES) -> bytes:
+        """What stands at a place of the file; empty: it ends there. Raises ArtifactError."""
+        try:
+            return self._read_at(at, most_bytes)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+    def _read_at(self, at: int, most_bytes: int) -> bytes:
+        """The same. Raises OSError."""
+        # Not by seeking, where that can be helped: threads and forked processes share the place that a descriptor is at.
+        pread = vars(os).get("pread")
+        if pread is not None:
+            return bytes(pread(self._file.fileno(), most_bytes, at))
+        with self._seeks:  # Windows, which does not fork
+            self._file.seek(at)
+            return self._file.read(most_bytes)
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, read anew. Raises KeyError, and ArtifactError where it cannot be read."""
         header = self.header[name]
         numbers = torch.empty(header.nbytes, dtype=torch.uint8)
         into = memoryview(numbers.numpy().data)
-        self._file.seek(self._begin + self._places[name][0])
+        at = self._begin + self._places[name][0]
         while into:
-            n = _read(self.path, lambda into=into: self._file.readinto(into))  # type: ignore[misc]
-            if not n:
+            chunk = self._read(at, min(len(into), CHUNK_BYTES))
+            if not chunk:
                 raise _unsound(self.path, "it was shortened while it was read")
-            into = into[n:]
+            into[: len(chunk)] = chunk
+            into, at = into[len(chunk) :], at + len(chunk)
         return numbers.view(DTYPES[header.dtype]).view(header.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -340,9 +360,10 @@ class TensorFile(Mapping[str, Tensor]):
         text += b" " * (-len(text) % 8)  # as safetensors aligns it
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            self._file.seek(self._begin)
-            while chunk := self._file.read(CHUNK_BYTES):
+            at = self._begin
+            while chunk := self._read_at(at, CHUNK_BYTES):
                 file.write(chunk)
+                at += len(chunk)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -350,13 +371,6 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     if isinstance(tensors, TensorFile):
         return {name: header.shape for name, header in tensors.header.items()}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _read(path: Path, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 Header = tuple[dict[str, TensorHeader], dict[str, str], dict[str, tuple[int, int]]]

@@ -6,10 +6,12 @@ import functools
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -354,6 +356,30 @@ def test_as_many_values_as_fit_into_a_file_are_refused(tmp_path: Path) -> None:
     manifest["checksum"] = own_checksum(manifest)
     (tmp_path / CONFIG).write_text(json.dumps(manifest))
     assert ending(lambda: load(tmp_path)) == "refused"
+
+
+def test_a_file_that_several_threads_read_at_once_gives_each_its_own_numbers(tmp_path: Path) -> None:
+    adapter = Artifact.read(saved(tmp_path)).adapter
+    expected = load_file(tmp_path / ADAPTER)
+
+    def is_read(name: str) -> bool:
+        try:
+            return torch.equal(adapter[name], expected[name])
+        except ArtifactError:
+            return False
+
+    def wrong(names: Sequence[str]) -> list[str]:
+        return [name for _ in range(50) for name in names if not is_read(name)]
+
+    names = sorted(expected)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(wrong, [names, names[::-1]] * 2))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [[]] * 4
 
 
 # What PEFT would serve and what we serve is one model
