@@ -88,13 +88,14 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._waits = False  # whether anything is decided by times: only then is an accelerator waited for
         self._model: RequestModel | None = None
         self._schedule: LearningSchedule | None = None
-        if neural is not None:
-            warpers = stateless(logits_processor)
-            self._model = RequestModel(neural, mask, vocabulary, warpers, self._sample, self._seen)
-            self._vocabulary = self._model.vocabulary
-            self._schedule = LearningSchedule(self._model, self.counts, temperature, learn, self._memory)
-            if self._schedule.recorder is not None:
-                logits_processor.insert(0, self._schedule.recorder)
+        if self._failures.preparing.begin() and neural is not None:
+            with self._failures.preparing.attempt(self._stop_preparing):
+                warpers = stateless(logits_processor)
+                self._model = RequestModel(neural, mask, vocabulary, warpers, self._sample, self._seen)
+                self._vocabulary = self._model.vocabulary
+                self._schedule = LearningSchedule(self._model, self.counts, temperature, learn, self._memory)
+                if self._schedule.recorder is not None:
+                    logits_processor.insert(0, self._schedule.recorder)
 
     @property
     def recorder(self) -> FeedbackRecorder | None:
@@ -102,6 +103,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
         return None if self._schedule is None else self._schedule.recorder
 
     # Beside decoding nothing may fail a call, see failures.py.
+
+    def _stop_preparing(self) -> None:
+        """The request goes on as if there were no draft model."""
+        self.counts.failed_drafts += 1
+        self._model = self._schedule = None
 
     def _proposing(self) -> Attempt:
         return self._failures.proposing.attempt(self._stop_proposing)
@@ -334,6 +340,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             outcome = NOTHING_LEARNS if schedule is None else schedule.outcome()
             decisions.learning = f"{outcome}; {verdict}" if verdict else outcome
         for worked, what in (
+            (self._model is not None, failures.preparing),
             (self._proposes, failures.proposing),
             (self._drafted and self._drafts, failures.drafting),
             (self._memory.recall is not None, failures.memory),
@@ -351,9 +358,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
         with self._failures.records.attempt(), self._draft.lock:
             self._draft.metrics.close(self.counts)
             decisions = self._governor.decisions
-            if self._failures.learning.failing:
-                decisions.learning = self._failures.learning.reason
-            for what in (self._failures.memory, self._failures.drafting, self._failures.proposing):
+            failures = self._failures
+            for what in (failures.learning, failures.preparing):
+                if what.failing:
+                    decisions.learning = what.reason
+            for what in (failures.memory, failures.drafting, failures.proposing, failures.preparing):
                 if what.failing:
                     decisions.drafting = what.reason
         with self._failures.records.attempt():

@@ -123,6 +123,7 @@ class Failures:
     """All that may fail beside decoding, of one draft."""
 
     def __init__(self) -> None:
+        self.preparing = Backoff("Preparing the draft model for a request", "the target goes on without it")
         self.proposing = Backoff("Deciding who drafts", "the target goes on alone")
         self.drafting = Backoff("Drafting", "the target goes on without the draft model")
         self.learning = Backoff("Learning", "the draft stays as it is")

@@ -44,15 +44,16 @@ class LearningSchedule:
         self._learns = self._failures.learning.begin() and learns
         # Of the target's raw logits; None: nothing is learned here.
         self.recorder = FeedbackRecorder(self.attempt) if self._learns else None
-        # The memory is asked what it would have said at every token where learning is affordable.
-        auto = self._settings.update_every == "auto" and self._settings.update_when != "idle"
-        self.asks_memory = self._learns and auto and self._affordable_steps() > 0
+        self.asks_memory = False  # what it would have said at every token, where learning is affordable
         self.timed = False  # whether the loop tells times; transformers' own does not
         self.waits = False  # whether anything is decided by them: only then is an accelerator waited for
         self.rounds = 0
         self._memory = memory
         self._learned = self._recorded = self._put_off = False
         self._lesson = self._begin_lesson()
+        if self._learns and self._settings.update_every == "auto" and self._settings.update_when != "idle":
+            with self.attempt():
+                self.asks_memory = self._affordable_steps() > 0
 
     # Beside decoding nothing may fail a call, see failures.py.
 

@@ -14,16 +14,19 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, causal_lm, online_memory
 from hf_onlinespec._compat import cache_tensors
 from hf_onlinespec.acceptances import Acceptances
 from hf_onlinespec.adapters import GatedLora
+from hf_onlinespec.causal_lm import RequestModel
 from hf_onlinespec.draft import OnlineDraft as Draft
+from hf_onlinespec.effort import Effort
 from hf_onlinespec.feedback import FeedbackRecorder
 from hf_onlinespec.governor import Governor, Plan
 from hf_onlinespec.guard import Guard
 from hf_onlinespec.learning import Learning
 from hf_onlinespec.learning_draft import LearningDraft
+from hf_onlinespec.lesson import Lesson
 from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.metrics import DraftMetrics
 from hf_onlinespec.proposal import Round
@@ -113,7 +116,12 @@ def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypa
     assert "works again" in draft.metrics.decisions.learning
 
 
-PLACES: dict[str, tuple[type, str, dict[str, Any]]] = {
+PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "the draft model's cache": (causal_lm, "record_past", {}),
+    "the draft model's part": (RequestModel, "__init__", {"update_when": "round"}),
+    "the part of learning": (Lesson, "__init__", {}),
+    "the budget": (Effort, "affordable_steps", {"update_every": "auto"}),
+    "the budget, with a clock": (Effort, "affordable_steps", {"update_every": "auto", "lookahead": "auto"}),
     "scoring": (Learning, "_acceptance", {}),
     "folding": (GatedLora, "fold", {}),
     "the guard": (Guard, "watch", {}),
@@ -226,16 +234,23 @@ def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monk
     assert "OutOfMemoryError" in caplog.text and "OutOfMemoryError" in draft.metrics.decisions.learning
 
 
-# What is called while the memory drafts, and with which settings; the last two serve both who draft.
+# What is called while the memory drafts, and with which settings; None: without a draft model.
 ON_THE_WAY: dict[str, tuple[type, str, dict[str, Any] | None]] = {
     "its answer is looked up": (SuffixMemory, "continuation", None),
     "its answer is priced": (Governor, "memory_pays", None),
     "its answer is priced, beside a model": (Acceptances, "memory", {}),
     "its answer is taken": (Round, "recite", None),
     "its answer is taken, beside a model": (Round, "recite", {}),
+    "the draft model is prepared": (RequestModel, "__init__", {}),
     "the round is planned": (Governor, "plan", None),
+    "the round is planned, with a model that learns of rounds": (
+        Governor,
+        "plan",
+        {"lookahead": "auto", "update_when": "round"},
+    ),
     "the round is closed": (Round, "proposal", None),
     "the round is closed, with a model": (Round, "proposal", {}),
+    "the round is closed, with a model that learns of rounds": (Round, "proposal", {"update_when": "round"}),
 }
 
 
@@ -265,7 +280,7 @@ def test_what_fails_while_the_memory_drafts_is_out_for_the_request(
     assert tries == [0, 2, 5]
     assert metrics.failed_drafts == 3 and "failed (RuntimeError in " in metrics.decisions.drafting
     assert len([record for record in caplog.records if "failed (RuntimeError in " in record.message]) == 1
-    if draft is not None and "closed" not in where:
+    if draft is not None and "closed" not in where and "planned" not in where:
         assert metrics.drafted_tokens > 6
     for _ in range(5):
         assert torch.equal(answer(target, prompt, **way), expected)
