@@ -260,11 +260,17 @@ def _other_weights(folder: Path, name: str) -> ArtifactError:
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two copies of a weight are one, perhaps in two precisions."""
+    """Whether a copy of a weight, and the base's own, are one, perhaps in two precisions.
+
+    A copy of 8 bits is another weight, which PEFT would load over the base's, unless the base's own has just these 8 bits.
+    """
     if not (one.is_floating_point() and other.is_floating_point()):
         return False
     lower = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(one.to(lower), other.to("cpu", lower))
+    if one.dtype.itemsize < 2 and one.dtype != other.dtype:
+        return False
+    wide = torch.float32 if lower.itemsize < 2 else lower  # not every version of torch compares numbers of 8 bits
+    return torch.equal(one.to(lower).to(wide), other.to("cpu", lower).to(wide))
 
 
 def check_layers(

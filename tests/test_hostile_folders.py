@@ -449,6 +449,19 @@ def test_weights_of_the_base_beside_an_ordinary_adapter_have_to_be_the_bases(tmp
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_coarse_copy_of_a_weight_of_the_base_is_another_weight(dtype: torch.dtype, tmp_path: Path) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(2), settings)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    tensors = load_file(tmp_path / ADAPTER)
+    save_file({n: t.to(dtype) if ".base_layer." in n else t for n, t in tensors.items()}, tmp_path / ADAPTER)
+    change = PeftModel.from_pretrained(tiny_llama(2), tmp_path)(TOKENS).logits - model(TOKENS).logits
+    assert change.abs().max() > 1e-3
+    with pytest.raises(ArtifactError, match="base_layer"):
+        load(tmp_path)
+
+
 # Code
 
 
