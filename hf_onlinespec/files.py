@@ -302,9 +302,12 @@ class TensorFile(Mapping[str, Tensor]):
         self._seeks = threading.Lock()
         weakref.finalize(self, os.close, descriptor)
 
-    def checksum(self) -> str:
-        """The file's checksum, computed a chunk at a time. Raises ArtifactError, also for a large file with large holes."""
+    def check_holes(self) -> None:
+        """Raises ArtifactError for a large file with large holes, as somebody else may have made it."""
         _check_holes(self.path, self._file.fileno(), self._size)
+
+    def checksum(self) -> str:
+        """The file's checksum, computed a chunk at a time. Raises ArtifactError where it cannot be read."""
         found = at = 0
         while chunk := self._read(at):
             found = zlib.crc32(chunk, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -317,6 +318,23 @@ def test_a_file_of_many_gigabytes_takes_little_memory_and_time(
     started = time.process_time()
     assert ending(lambda: use(tmp_path / "draft"), 1 << 28) == ("done" if told else "refused")
     assert time.process_time() - started < MOST_S
+
+
+def test_a_draft_of_zeros_is_saved_where_the_file_system_makes_holes_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ZFS does; on this one no file that we write has holes, so its answer is given in its place."""
+    draft = load(saved(tmp_path))
+
+    def seek(descriptor: int, at: int, how: int) -> int:
+        raise OSError(errno.ENXIO, "nothing but a hole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lseek", seek)
+        patch.setattr("hf_onlinespec.files.MOST_HOLES", 1000)
+        assert ending(lambda: draft.save_pretrained(tmp_path / "again")) == "done"
+        assert ending(lambda: load(tmp_path / "again")) == "refused"  # it might be anybody's
+    assert torch.equal(load(tmp_path / "again")._lora.params, draft._lora.params)  # as on another file system
 
 
 def test_a_rank_that_fits_and_takes_gigabytes_is_refused(tmp_path: Path) -> None:
