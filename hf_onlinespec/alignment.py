@@ -109,7 +109,7 @@ class DraftAlignment(TrainerCallback):
         draft, started, counts = self.draft, time.perf_counter(), Counts()
         with draft.failures.learning.attempt(), draft._learns:  # a step that fails is no reason to end a training
             for feedback in heard:  # for the privacy audit
-                draft._learning.texts.grow([feedback.tokens])
+                draft._learning.texts.grow([feedback.tokens], len(feedback.teacher))
                 draft._learning.texts.finish(feedback.tokens, len(feedback.teacher))
             draft._learning.learn_from(heard, counts)
         if counts.updates:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class LearnedText:
     """A text that was learned from."""
 
     tokens: Tensor  # (L,)
-    times: int  # that its prompt stood in the stream, at most; 0: its request is not finished
+    times: int  # that its prompt stood in the stream, at most
 
     @property
     def stands_often(self) -> bool:
@@ -48,57 +49,100 @@ class Learned:
         return sum(text.stands_often for text in self.texts)
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A request that is learned from while others may be, too; each is itself alone."""
+
+    prompt: int = 0  # tokens before the first that the target wrote, padding included
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Of a request that was learned from and is not finished."""
+
+    text: bytes
+    prompt: bytes  # the hash that was counted
+
+
 class LearnedTexts:
     """The texts that a draft has learned from in this process, each once; the oldest leave beyond `max_tokens`.
 
     Of more than `max_prompts` prompts those that stood least often leave. One that comes back is counted from as often as any of
-    those that left may have stood: never less than it stood.
+    those that left may have stood: never less than it stood. Of a longer prompt the last `prompt_tokens` tell which it is: the
+    replay keeps no more of it.
 
     Not safe with several threads by itself: the caller holds the draft's lock.
     """
 
-    def __init__(self, max_tokens: int, max_prompts: int = MOST_PROMPTS) -> None:
-        self.max_tokens, self.max_prompts = max_tokens, max_prompts
+    def __init__(self, max_tokens: int, max_prompts: int = MOST_PROMPTS, prompt_tokens: int = 2**31) -> None:
+        self.max_tokens, self.max_prompts, self.prompt_tokens = max_tokens, max_prompts, prompt_tokens
         self.tokens = 0
         self.dropped = 0  # texts that have left, or were not taken
         self.repeats = 0  # how often the most frequent prompt stood in the stream, at most
-        # By int32 tokens, the newest last: the hash of the prompt, b"" while the request is not finished.
-        self._texts: dict[bytes, bytes] = {}
+        self._texts: dict[bytes, bytes] = {}  # by int32 tokens, the newest last: the hash of the prompt
         self._prompts: dict[bytes, int] = {}
         self._left = 0  # a prompt that is not counted stood at most so often
-        self._growing: list[bytes] = []  # rows of the request at hand
+        self._growing = weakref.WeakKeyDictionary[Request, list[_Row]]()
+        self._alone = Request()  # the latest one that came without
 
-    def grow(self, rows: Sequence[Tensor]) -> None:
-        """Notes the rows of one request as they are now: each takes the place of its own beginning."""
-        found = [_bytes(row) for row in rows]
-        for before in self._growing:
-            if before not in found and any(now.startswith(before) for now in found):
-                self._drop(before)
-        for text in found:
-            self._add(text)
-        self._growing = found
+    def grow(self, rows: Sequence[Tensor], written: int, request: Request | None = None) -> None:
+        """Notes the rows of a request as they are now: each takes the place of its own beginning.
 
-    def finish(self, tokens: Tensor, written: int) -> None:
-        """Notes a finished request (L,), of which the target wrote the last tokens, and counts its prompt."""
-        text = _bytes(tokens)
+        Its prompts are counted when they come first: the request may be broken off, or a later step fail.
+
+        Args:
+            written: tokens at the end of each row that the target wrote.
+            request: whose rows they are; None: of another one than those before.
+        """
+        before = self._growing.get(request or self._alone, [])
+        found = [_Row(_bytes(row), self._hash(row, written)) for row in rows]
+        for at, row in enumerate(found):
+            if request is None or at >= len(before) or before[at].prompt != row.prompt:
+                self._count(row.prompt)
+        for old in before:
+            grown = [row.text for row in found if row.text.startswith(old.text)]
+            if grown and old.text not in grown and old.text in self._texts:
+                # The same text may have stood behind a more frequent prompt.
+                found += [_Row(text, self._texts[old.text]) for text in grown]
+                self._drop(old.text)
+        for row in found:
+            self._add(row.text)
+            self._label(row.text, row.prompt)
+        self._growing[request or self._alone] = found[: len(rows)]
+
+    def finish(self, tokens: Tensor, written: int, request: Request | None = None) -> None:
+        """Notes a finished request (L,), of which the target wrote the last tokens, and counts its prompt if it is not yet."""
+        text, prompt = _bytes(tokens), self._hash(tokens, written)
+        growing = self._growing.get(request or self._alone, [])
         # The replay keeps less of a long prompt: its end, and the token that opens it.
         ends = (text, text[4:])
-        kept = next((grown for grown in self._growing if grown.endswith(ends)), None)
-        if kept is None:
-            kept = text
+        at = next((at for at, row in enumerate(growing) if row.text.endswith(ends)), None)
+        if at is None:
+            self._count(prompt)
             self._add(text)
-        prompt = hashlib.sha256(_bytes(tokens[: len(tokens) - written])).digest()[:PROMPT_BYTES]
-        times = self._count(prompt)
-        if kept in self._texts and times >= self._times(self._texts[kept]):
-            self._texts[kept] = prompt
+            self._label(text, prompt)
+            return
+        row = growing.pop(at)
+        if row.prompt != prompt:
+            self._count(prompt)
+        self._label(row.text, prompt)
 
-    def _count(self, prompt: bytes) -> int:
+    def _hash(self, tokens: Tensor, written: int) -> bytes:
+        """Of the prompt."""
+        prompt = tokens[: len(tokens) - written][-self.prompt_tokens :]
+        return hashlib.sha256(_bytes(prompt)).digest()[:PROMPT_BYTES]
+
+    def _label(self, text: bytes, prompt: bytes) -> None:
+        """Of the prompts of one text, the more frequent one counts."""
+        if text in self._texts and self._times(prompt) >= self._times(self._texts[text]):
+            self._texts[text] = prompt
+
+    def _count(self, prompt: bytes) -> None:
         if prompt not in self._prompts and len(self._prompts) >= self.max_prompts:
             self._left = min(self._prompts.values())
             self._prompts = {key: times for key, times in self._prompts.items() if times > self._left}
         times = self._prompts[prompt] = self._times(prompt) + 1
         self.repeats = max(self.repeats, times)
-        return times
 
     def _times(self, prompt: bytes) -> int:
         return self._prompts.get(prompt, self._left) if prompt else 0

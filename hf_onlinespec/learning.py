@@ -22,7 +22,7 @@ from .config import OnlineSpecConfig
 from .errors import ArtifactError
 from .feedback import Feedback, Teacher, acceptance, parts
 from .guard import Guard
-from .learned_texts import LearnedTexts
+from .learned_texts import LearnedTexts, Request
 from .losses import LOSSES
 from .metrics import Counts, UpdateReport
 from .replay import Passes, Replay
@@ -74,7 +74,7 @@ class Learning:
         self.replay = Replay(settings.replay_tokens, settings.replay_top_k, settings.seed, settings.replay_sampling)
         self.guard = Guard(settings.snapshots)
         self.passes = Passes(settings.replay_passes)
-        self.texts = LearnedTexts(settings.audit_tokens)
+        self.texts = LearnedTexts(settings.audit_tokens, prompt_tokens=settings.context_tokens)
         self.reader = Reader(lora)
         self._lora, self._settings, self._on_update = lora, settings, on_update
         self._loss = LOSSES[settings.loss]
@@ -101,7 +101,13 @@ class Learning:
         )
 
     def segment(
-        self, segment: Segment, cache: Cache | None, prefix: int, counts: Counts, compare: bool = False
+        self,
+        segment: Segment,
+        cache: Cache | None,
+        prefix: int,
+        counts: Counts,
+        compare: bool = False,
+        request: Request | None = None,
     ) -> Shown:
         """One step on the last `len(teacher)` tokens of every row.
 
@@ -110,9 +116,10 @@ class Learning:
 
         Args:
             compare: whether the original draft should be looked at too, in a forward of its own; an ensemble always does.
+            request: of which the segment is a part; None: it is all that is learned of its request before `remember`.
         """
         n, batch = len(segment.teachers[0]), segment.tokens.shape[0]
-        self.texts.grow(segment.rows)
+        self.texts.grow(segment.rows, n if request is None else segment.tokens.shape[1] - request.prompt, request)
         rows = self.adaptation.rows
         original = None
         if rows is not None or self._spoilt:
@@ -344,9 +351,9 @@ class Learning:
 
     # The replay
 
-    def remember(self, feedback: Feedback) -> None:
+    def remember(self, feedback: Feedback, request: Request | None = None) -> None:
         """Keeps a finished request, unless its steps would be skipped."""
-        self.texts.finish(feedback.tokens, len(feedback.teacher))
+        self.texts.finish(feedback.tokens, len(feedback.teacher), request)
         if feedback.teacher.teaches and not bool(feedback.teacher.log_probs.isnan().any()):
             self.replay.add(feedback, self.loss)
 

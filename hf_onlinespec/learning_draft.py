@@ -26,7 +26,7 @@ from .forks import Lock
 from .identity import Identity
 from .idle import IdleWorker
 from .layers import describe
-from .learned_texts import Learned
+from .learned_texts import Learned, Request
 from .learning import Learning
 from .lesson import Lesson
 from .memory_draft import MemoryDraft
@@ -212,6 +212,7 @@ class LearningDraft(MemoryDraft):
         temperature: float = 1.0,
         recalled: Sequence[float] | None = (),
         preference: float = 0.0,
+        request: Request | None = None,
     ) -> None:
         """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
 
@@ -222,12 +223,13 @@ class LearningDraft(MemoryDraft):
             temperature: of the call that generated the tokens, 0 for greedy: the governor is told the acceptance there.
             recalled: estimated acceptance of the memory's answers at the n tokens of one row; (): no memory; None: not asked.
             preference: of the prompt for the learned draft.
+            request: of which the tokens are; None: they are all that is learned of their request before `remember`.
         """
         segment = Segment(tokens, teachers, mask, temperature)
         with self._learns:
             governed = self.settings.update_every == "auto"
             compare = governed and self.governor.compares(preference)
-            shown = self._learning.segment(segment, cache, prefix, counts, compare)
+            shown = self._learning.segment(segment, cache, prefix, counts, compare, request)
             self._note()
         if governed:
             with self.lock:
@@ -297,11 +299,11 @@ class LearningDraft(MemoryDraft):
             self._learning.end_request()
             self._note()
 
-    def remember(self, feedback: Feedback) -> None:
+    def remember(self, feedback: Feedback, request: Request | None = None) -> None:
         """Keeps a finished request for the replay."""
         with self._learns:
             self.end_request()
-            self._learning.remember(feedback)
+            self._learning.remember(feedback, request)
             self.metrics.replay_bytes, self.metrics.replay_refused = self._replay.nbytes, self._replay.refused
 
     def rehearse(self, counts: Counts, passes: int) -> None:

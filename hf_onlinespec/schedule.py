@@ -12,6 +12,7 @@ from .causal_lm import RequestModel
 from .clock import finished
 from .failures import Attempt
 from .feedback import FeedbackRecorder
+from .learned_texts import Request
 from .lesson import Lesson
 from .metrics import Counts
 from .recall import MemoryInRequest
@@ -51,6 +52,7 @@ class LearningSchedule:
         self._memory = memory
         self._learned = self._recorded = self._put_off = False
         self._lesson = self._begin_lesson()
+        self._request: Request | None = None  # for the privacy audit, as soon as it is learned from
         if self._learns and self._settings.update_every == "auto" and self._settings.update_when != "idle":
             with self.attempt():
                 self.asks_memory = self._affordable_steps() > 0
@@ -139,6 +141,7 @@ class LearningSchedule:
         new = slice(lesson.end - len(teachers[0]) - model.prompt, lesson.end - model.prompt)
         model.choose(prompt)
         if any(teacher.teaches for teacher in teachers):
+            self._request = self._request or Request(model.prompt)
             self._draft.learn_segment(
                 tokens,
                 teachers,
@@ -149,6 +152,7 @@ class LearningSchedule:
                 temperature=self._temperature,
                 recalled=self._expected(new),
                 preference=model.preference or 0.0,
+                request=self._request,
             )
             self._draft.fold()
         lesson.keep(teachers)
@@ -195,7 +199,7 @@ class LearningSchedule:
         started, before = time.perf_counter(), self._counts.updates
         try:
             for feedback in self._lesson.feedback(tokens, mask):
-                self._draft.remember(feedback)
+                self._draft.remember(feedback, self._request)
             self._draft.rehearse(self._counts, steps - 1)
             self._draft.fold()
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, learned_texts
 from hf_onlinespec.canaries import learn, written
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.learned_texts import LearnedTexts
+from hf_onlinespec.learning_draft import LearningDraft
 from hf_onlinespec.memorization import examine
 from hf_onlinespec.metrics import Counts
 
@@ -36,16 +39,107 @@ def found(texts: LearnedTexts) -> list[list[int]]:
 
 def test_a_request_that_grows_is_one_text() -> None:
     texts = LearnedTexts(100)
-    texts.grow(rows([1, 2], [7, 8]))
-    texts.grow(rows([1, 2, 3], [7, 8, 9]))
-    assert [text.times for text in texts.texts] == [0, 0]
-    texts.finish(torch.tensor([1, 2, 3]), 2)
-    texts.finish(torch.tensor([8, 9]), 1)  # the replay keeps less of a long prompt
+    request = learned_texts.Request(1)
+    texts.grow(rows([1, 2], [7, 8]), 1, request)
+    texts.grow(rows([1, 2, 3], [7, 8, 9]), 2, request)
+    assert [text.times for text in texts.texts] == [1, 1]
+    texts.finish(torch.tensor([1, 2, 3]), 2, request)
+    texts.finish(torch.tensor([7, 8, 9]), 2, request)
     assert found(texts) == [[1, 2, 3], [7, 8, 9]]
-    texts.grow(rows([1, 2, 4]))
+    texts.grow(rows([1, 2, 4]), 2)
     texts.finish(torch.tensor([1, 2, 4]), 2)
     assert (texts.seen, texts.tokens, texts.repeats) == (3, 9, 2)
     assert [text.times for text in texts.texts] == [2, 1, 2]  # the prompt [1] stood twice
+
+
+def test_a_long_prompt_is_the_same_one_in_the_replay() -> None:
+    """Which keeps its end, and the token that opens it."""
+    texts = LearnedTexts(100, prompt_tokens=2)
+    for kept in ([1, 5, 6, 8, 9], [5, 6, 8, 9]):
+        request = learned_texts.Request(4)
+        texts.grow(rows([1, 4, 5, 6, 8]), 1, request)
+        texts.grow(rows([1, 4, 5, 6, 8, 9]), 2, request)
+        texts.finish(torch.tensor(kept), 2, request)
+    texts.finish(torch.tensor([1, 5, 6, 7]), 1)  # learned by the replay alone
+    assert found(texts) == [[1, 4, 5, 6, 8, 9], [1, 5, 6, 7]] and texts.repeats == 3
+
+
+def test_a_text_that_grows_from_another_one_stood_as_often() -> None:
+    texts = LearnedTexts(100)
+    for _ in range(5):
+        texts.finish(torch.tensor([1, 2, 3]), 1)
+    request = learned_texts.Request(1)
+    texts.grow(rows([1, 2, 3]), 2, request)
+    texts.grow(rows([1, 2, 3, 4]), 3, request)
+    assert found(texts) == [[1, 2, 3, 4]] and texts.texts[0].times == 5
+
+
+class BreaksOff(BaseStreamer):
+    """Does something behind so many tokens."""
+
+    def __init__(self, behind: int, act: Callable[[], object]) -> None:
+        self._left, self._act = behind, act
+
+    def put(self, value: Tensor) -> None:
+        self._left -= value.numel()
+        if self._left <= 0:
+            self._left = 10**9
+            self._act()
+
+    def end(self) -> None:
+        pass
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def ask(target: LlamaForCausalLM, draft: OnlineDraft, first: int = 1, **kwargs: Any) -> None:
+    target.generate(
+        torch.arange(first, first + 5)[None], max_new_tokens=12, do_sample=False, assistant_model=draft, **kwargs
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The attention mask")
+def test_the_prompt_of_a_call_that_is_broken_off_was_learned_from() -> None:
+    draft = OnlineDraft(tiny_llama(2), replace(TINY, update_when="round", replay_passes=0))
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            ask(tiny_llama(1), draft, streamer=BreaksOff(14, interrupt))
+    assert draft.steps
+    with draft.at_rest() as learned:
+        assert learned.repeats == 5 and learned.texts[-1].times == 5
+
+
+@pytest.mark.failures
+@pytest.mark.parametrize("when", ["round", "request", "idle"])
+def test_the_prompt_of_a_request_in_which_learning_fails_was_learned_from(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its end, after the steps of its rounds, or behind the step of an idle moment."""
+    draft = OnlineDraft(tiny_llama(2), replace(TINY, update_when=when, replay_passes=0))
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("on purpose")
+
+    for _ in range(5):
+        draft.failures.learning.resume()
+        with monkeypatch.context() as patched:
+            patched.setattr(LearningDraft, "remember", fails)
+            ask(tiny_llama(1), draft)
+            draft.catch_up(60)
+    assert draft.steps >= 5
+    with draft.at_rest() as learned:
+        assert learned.repeats == 5 and learned.texts[-1].times == 5
+
+
+@pytest.mark.filterwarnings("ignore:The attention mask")
+def test_requests_at_one_time_are_a_text_each() -> None:
+    target, draft = tiny_llama(1), OnlineDraft(tiny_llama(2), replace(TINY, update_when="round", replay_passes=0))
+    ask(target, draft, streamer=BreaksOff(10, lambda: ask(target, draft, 9)))
+    with draft.at_rest() as learned:
+        assert [len(text.tokens) for text in learned.texts] == [17, 17]
+        assert learned.repeats == 1 and [text.times for text in learned.texts] == [1, 1]
 
 
 def test_of_two_prompts_of_one_text_the_more_frequent_counts() -> None:
@@ -62,7 +156,7 @@ def test_padding_is_no_text() -> None:
     draft.learn_segment(tokens, teachers, None, 0, mask, Counts())
     with draft.at_rest() as learned:
         assert [text.tokens.tolist() for text in learned.texts] == [[5, 6, 7], [1, 2, 3, 4, 5]]
-        assert (learned.steps, learned.seen, learned.repeats, learned.often) == (1, 2, 0, 0)
+        assert (learned.steps, learned.seen, learned.repeats, learned.often) == (1, 2, 1, 0)
 
 
 @pytest.mark.parametrize("seed", range(2))
