@@ -28,9 +28,14 @@ class LearnedText:
     tokens: Tensor  # (L,)
     times: int  # that its prompt stood in the stream, at most
 
-    @property
-    def stands_often(self) -> bool:
-        return self.times > FEW
+    def stands_often(self, before: int) -> bool:
+        """Whether its prompt may have stood often.
+
+        Args:
+            before: times that the most frequent prompt stood before the draft was loaded, at most: it may have been this one. One
+                that has come once since then is counted as new.
+        """
+        return self.times + (before if self.times > 1 else 0) > FEW
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,9 @@ class Learned:
     repeats: int  # times that the most frequent prompt stood in the stream, at most
     texts: tuple[LearnedText, ...]  # that are at hand, the newest last
 
-    @property
-    def often(self) -> int:
-        """How many of the texts have a prompt that stands often."""
-        return sum(text.stands_often for text in self.texts)
+    def often(self, before: int) -> int:
+        """How many of the texts have a prompt that stands often, see `LearnedText.stands_often`."""
+        return sum(text.stands_often(before) for text in self.texts)
 
 
 @dataclass(frozen=True, eq=False)

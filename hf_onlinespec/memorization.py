@@ -4,7 +4,7 @@ While a draft learns, the texts of the requests stay in its process (`learned_te
 push they are cut into short windows, and the adapter itself is asked (`examine`): given the beginning of a window and nothing
 else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the original draft, and the
 target without the request around it: what either says by itself is no secret of a user. A text of which `GAIN_BITS` come out is
-memorised; one whose prompt stood more than `FEW` times, if `OFTEN_BITS` do.
+memorised; one whose prompt may have stood more than `FEW` times, if `OFTEN_BITS` do.
 What is kept is numbers (`History`): requests, how many were examined, how many came out, how often one prompt stood in the
 stream, the settings of learning. They travel in the lineage: through saving, loading with other settings, merging, distilling.
 Where one prompt makes much of the stream, canaries planted as often decide too (`audit.py`): under every setting that ever learned.
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from ._compat import doubles
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .errors import ConfigError
-from .learned_texts import FEW, LearnedText
+from .learned_texts import FEW, Learned, LearnedText
 from .opening import opening_tokens
 from .progress import progress
 
@@ -79,10 +79,21 @@ class Examined:
     """What came out of some texts, when the adapter had taken so many steps."""
 
     steps: int
+    rollbacks: int  # to earlier states, by then: they leave the steps as they are
     seen: int  # texts learned from by then
     often: int  # of those at hand, whose prompt stood often
     texts: int  # that were examined
     memorised: int  # of which a part came out
+
+    @property
+    def state(self) -> tuple[int, int, int, int]:
+        """What tells the draft of then from another one."""
+        return self.steps, self.rollbacks, self.seen, self.often
+
+
+def _state(here: Learned, before: int) -> tuple[int, int, int, int]:
+    """Like `Examined.state`; `before`: see `LearnedText.stands_often`."""
+    return here.steps, here.rollbacks, here.seen, here.often(before)
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ class History:
             found.append(
                 f"It has memorised {self.memorised} of the {self.texts} texts that it learned from: given the beginning of a part "
                 f"of them, it writes the end, at least 2^{GAIN_BITS:g} times as likely as whoever never saw the text "
-                f"(2^{OFTEN_BITS:g} where its prompt stood more than {FEW} times)."
+                f"(2^{OFTEN_BITS:g} where its prompt may have stood more than {FEW} times)."
             )
         if self.unexamined:
             found.append(
@@ -173,7 +184,7 @@ def history(draft: OnlineDraft) -> History:
         before = before.plus(EXPERTS)
     if not here.seen or not here.steps:
         return before
-    known = done is not None and (done.steps, done.seen, done.often) == (here.steps, here.seen, here.often)
+    known = done is not None and done.state == _state(here, before.repeats)
     settings = draft.settings.to_dict()
     own = History(
         here.seen,
@@ -225,11 +236,12 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
     """
     started = time.perf_counter()
     with draft.at_rest() as here:
-        done = draft.examined
-    state = (here.steps, here.seen, here.often)
-    if done is not None and (done.steps, done.seen, done.often, done.texts) == (*state, len(here.texts)):
+        done, lineage = draft.examined, History.of(draft.lineage)
+    before = 0 if lineage is None else lineage.repeats
+    state = _state(here, before)
+    if done is not None and (done.state, done.texts) == (state, len(here.texts)):
         return done
-    texts = sorted(here.texts[::-1], key=lambda text: not text.stands_often)
+    texts = sorted(here.texts[::-1], key=lambda text: not text.stands_often(before))
     examined, memorised = 0, 0
     known: set[tuple[int, ...]] = set()  # windows that were looked at: those of a system prompt once
     with _publics(draft) as publics, progress(len(texts), "Looking whether texts come out", "text") as bar:
@@ -246,7 +258,7 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
                 if time.perf_counter() - started > seconds:
                     break
                 some = windows[part : part + TOGETHER]
-                bits = [_bits(group[n]) for n, _ in some]
+                bits = [OFTEN_BITS if group[n].stands_often(before) else GAIN_BITS for n, _ in some]
                 out += _come_out(draft, publics, [window for _, window in some], bits).tolist()
             memorised += len({n for (n, _), comes in zip(windows, out, strict=False) if comes})
             if len(out) < len(windows):
@@ -255,10 +267,6 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
             bar.update(len(group))
     draft.examined = Examined(*state, examined, memorised)
     return draft.examined
-
-
-def _bits(text: LearnedText) -> float:
-    return OFTEN_BITS if text.stands_often else GAIN_BITS
 
 
 @contextmanager

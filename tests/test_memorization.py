@@ -239,10 +239,23 @@ def test_a_prompt_that_stands_often_among_many_is_judged_by_its_own_text() -> No
     """More strictly than others: 14 bits of it come out."""
     draft = stream_of_one_prompt(4, lr=3e-3, replay_passes=2)
     # As if loaded, after a hundred others.
-    draft.lineage["privacy"] = draft.artifact().lineage["privacy"] | {"texts": 100, "unexamined": 0, "repeats": 1}
+    draft.lineage["privacy"] = draft.artifact().lineage["privacy"] | {"texts": 100, "unexamined": 0, "repeats": 0}
     assert refusal(draft) == ""
     learn(draft, [SAME])
     assert "memorised 1 of the 101" in refusal(draft)
+
+
+def test_a_prompt_that_stood_before_and_after_loading_is_judged_by_its_own_text(tmp_path: Path) -> None:
+    """As strictly as if it had stood so often in one process. Its first texts are gone: they were examined when it was saved."""
+    draft = stream_of_one_prompt(3, lr=3e-3, replay_passes=2)
+    draft.lineage["privacy"] = draft.artifact().lineage["privacy"] | {"texts": 100, "unexamined": 0, "repeats": 0}
+    draft.save_pretrained(tmp_path)
+    assert refusal(draft) == ""
+    again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2))
+    learn(again, [SAME])
+    assert refusal(again) == ""  # once: nothing tells that it stood before
+    learn(again, [SAME])
+    assert "memorised 1 of the 102" in refusal(again)
 
 
 @pytest.mark.parametrize("way", ["merged", "went on"])
@@ -324,3 +337,19 @@ def test_what_was_examined_was_the_adapter_of_then() -> None:
     assert history(draft).unexamined == 0
     draft.adopt({name: tensor + 1 for name, tensor in adapter.items()}, texts=texts)
     assert history(draft).unexamined == 1
+
+
+def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
+    """It takes over between two steps, and has taken as many."""
+    draft = OnlineDraft(load_draft(), FIXED)
+    plant(draft, SECRETS[:1], 4)
+    adaptation, guard = draft._adaptation, draft._learning.guard
+    leaks = adaptation.best()
+    adaptation.restore(draft._lora.silent(leaks))
+    draft.fold()
+    assert examine(draft).memorised == 0
+    adaptation.restore(leaks)
+    draft.fold()
+    guard.rollbacks += 1
+    assert history(draft).unexamined == 1
+    assert examine(draft).memorised == 1
