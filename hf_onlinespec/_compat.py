@@ -270,22 +270,38 @@ def module_state(module: nn.Module) -> dict[str, Any]:
 
 # A hook that one of these registers watches, or places weights and inputs.
 WATCHING = ("hf_onlinespec", "transformers", "accelerate", "torch")
+WITH_CLASSES = (*WATCHING, "peft", "bitsandbytes")  # a `forward` that one of these defines is its class's own
 
 
 def alterations(model: nn.Module) -> tuple[Any, ...]:
-    """What makes modules of it compute otherwise than their classes say: hooks, and a `forward` put in the place of the class's.
+    """What makes modules of it compute otherwise than their classes were written: hooks, and a `forward` put in the place of theirs.
 
     Each is given as its code, or its type: a hook that is registered anew for each request stays the same.
     """
-    return tuple(found for module in model.modules() for found in _alterations(module))
+    modules = list(model.modules())
+    found: list[Any] = []
+    for module in modules:
+        own = vars(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            found += _alterations(module)
+    for cls in dict.fromkeys(type(module) for module in modules):
+        function = _function(cls.forward)
+        if _root(function) not in (*WITH_CLASSES, _root(cls)):
+            found.append(_code(function))
+    return tuple(found)
+
+
+def _root(defined: Any) -> str:
+    """The package where a function or a class is defined; functools.wraps does not hide it."""
+    name = defined.__globals__.get("__name__") if inspect.isfunction(defined) else defined.__module__
+    return str(name).partition(".")[0]
 
 
 def _alterations(module: nn.Module) -> Iterator[Any]:
     own = vars(module)
     for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
         function = _function(hook)
-        defined = function.__globals__["__name__"] if inspect.isfunction(function) else function.__module__
-        if defined.partition(".")[0] not in WATCHING:
+        if _root(function) not in WATCHING:
             yield _code(function)
     placed, forward = own.get(_HOOK), own.get("forward")
     if placed is not None:  # what accelerate put in the place of `forward` calls the one that was there

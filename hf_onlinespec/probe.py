@@ -85,7 +85,7 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
 
 
 def _known(target: PreTrainedModel) -> bool:
-    return all(_known_module(type(module).__module__) for module in target.modules())
+    return all(_known_module(name) for name in {type(module).__module__ for module in target.modules()})
 
 
 @functools.cache

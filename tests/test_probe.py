@@ -20,6 +20,7 @@ from accelerate.hooks import (
 )
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineSpecConfig, online_memory
@@ -130,18 +131,11 @@ def test_a_sound_class_from_elsewhere_is_tried_once_and_drafted_for(prompt) -> N
 
 
 @pytest.fixture
-def read(monkeypatch) -> list[int]:
-    """How many tokens each forward of a Llama reads, counted by its class."""
-    lengths: list[int] = []
-    inner = LlamaForCausalLM.forward
-
-    @functools.wraps(inner)
-    def forward(self: Any, input_ids: Tensor, **kwargs: Any) -> ModelOutput:
-        lengths.append(input_ids.shape[1])
-        return inner(self, input_ids, **kwargs)
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    return lengths
+def read(target) -> ForwardClock:
+    """Counts the forwards of the target, by hooks of our own."""
+    clock = ForwardClock()
+    clock.watch(target)
+    return clock
 
 
 def compiled(target: LlamaForCausalLM) -> None:
@@ -169,7 +163,7 @@ def test_a_known_class_pays_nothing(change, target, prompt, read) -> None:
     """Nor for the hooks of accelerate, transformers and our own."""
     change(target)
     target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED)
-    assert len(read) == online_memory(target).metrics.last.rounds > 0
+    assert read.calls == online_memory(target).metrics.last.rounds > 0
 
 
 VECTOR = torch.linspace(-3, 3, 64)
@@ -221,9 +215,9 @@ def test_a_known_class_that_a_hook_alters_is_tried(alter, target, prompt, read) 
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
     counts = []
     for _ in range(3):
-        read.clear()
+        read.reset()
         assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
-        counts.append(len(read))
+        counts.append(read.calls)
     assert online_memory(target).metrics.drafted_tokens == 0
     assert counts == [24 + 7, 24, 24]
 
@@ -234,14 +228,14 @@ def test_what_was_changed_since_it_was_tried_is_tried_again(target, prompt, read
     plain = target.generate(prompt, **arguments)
     counts = []
     for _ in range(3):
-        read.clear()
+        read.reset()
         assert torch.equal(plain, target.generate(prompt, **arguments, onlinespec=FIXED))
-        counts.append(len(read) - online_memory(target).metrics.last.rounds)
+        counts.append(read.calls - online_memory(target).metrics.last.rounds)
         handle = target.model.norm.register_forward_hook(lambda module, args, output: steered(output))
         other = target.generate(prompt, **arguments)
-        read.clear()
+        read.reset()
         assert torch.equal(other, target.generate(prompt, **arguments, onlinespec=FIXED))
-        counts.append(len(read) - online_memory(target).metrics.last.rounds)
+        counts.append(read.calls - online_memory(target).metrics.last.rounds)
         handle.remove()
     assert counts == [0, 7, 0, 0, 0, 0] and not torch.equal(plain, other)
 
@@ -258,6 +252,17 @@ def test_a_module_that_is_exchanged_after_a_request_is_tried(target, prompt) -> 
     arguments = {"do_sample": False, "max_new_tokens": 24}
     target.generate(prompt, **arguments, onlinespec=FIXED)
     target.model.norm = Steered(target.model.norm)
+    plain = target.generate(prompt, **arguments)
+    assert torch.equal(plain, target.generate(prompt, **arguments, onlinespec=FIXED))
+
+
+def test_a_known_class_whose_forward_was_replaced_after_a_request_is_tried(target, prompt, monkeypatch) -> None:
+    arguments = {"do_sample": False, "max_new_tokens": 24}
+    target.generate(prompt, **arguments, onlinespec=FIXED)
+    inner = LlamaRMSNorm.forward
+    monkeypatch.setattr(
+        LlamaRMSNorm, "forward", functools.wraps(inner)(lambda self, hidden: steered(inner(self, hidden)))
+    )
     plain = target.generate(prompt, **arguments)
     assert torch.equal(plain, target.generate(prompt, **arguments, onlinespec=FIXED))
 
