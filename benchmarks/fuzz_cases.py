@@ -15,6 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, QuantizedCache, Watermar
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineSpecConfig
+from hf_onlinespec._compat import CACHE
 from hf_onlinespec.adapters import GatedLora
 from hf_onlinespec.guard import Guard
 from hf_onlinespec.learners import HEDGES, LEARNERS
@@ -320,7 +321,7 @@ def _inputs(rng: random.Random, request: Request, target: str) -> None:
     elif drawn < 0.25:
         arguments["attention_mask"] = torch.ones_like(prompt)
     if rng.random() < 0.05 and "cache_implementation" not in arguments:
-        arguments["past_key_values"] = Fresh(DynamicCache)
+        arguments[CACHE] = Fresh(DynamicCache)
     if target.startswith("gpt2") and rng.random() < 0.15:
         arguments["token_type_ids"] = torch.tensor([[rng.randrange(2) for _ in range(n)]])
     elif target.startswith("gpt2") and rng.random() < 0.05 and "attention_mask" not in arguments:
@@ -360,11 +361,11 @@ def _refused(rng: random.Random, request: Request, target: str) -> None:
     if name in ("beams", "sequences", "lookup"):
         arguments.pop("streamer", None)
     if name in ("static cache", "quantized cache", "no cache"):
-        arguments.pop("past_key_values", None)
+        arguments.pop(CACHE, None)
         request.turn = ""
     if name == "quantized cache":
         arguments.pop("cache_implementation", None)
-        arguments["past_key_values"] = Fresh(lambda: QuantizedCache("fp8", model_of(target, 1).config))
+        arguments[CACHE] = Fresh(lambda: QuantizedCache("fp8", model_of(target, 1).config))
     request.reasons.add(name)
 
 

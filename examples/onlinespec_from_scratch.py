@@ -30,6 +30,7 @@ tokens, C = K + 1 checked positions, G generated tokens, V vocabulary. So p_CV i
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import random
 import time
@@ -40,9 +41,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 PAIR = Path(__file__).resolve().parents[1] / "hf_onlinespec" / "embedded_pair"
+# What a forward calls the KV cache: newer transformers have shortened the name.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 RANK = 32
 LEARNING_RATE = 1e-3
 BETAS = (0.9, 0.99)  # a stream changes: Adam's metric must forget sooner than with the usual 0.999
@@ -110,7 +113,7 @@ def propose(
     rewind(cache, tokens_1T.shape[1] - 1)
     feed = tokens_1T[:, cache.get_seq_length() :]  # what the draft has not read yet: at least the last token
     for _ in range(k):
-        logits_1V = draft(input_ids=feed, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits_1V = draft(input_ids=feed, **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
         if temperature > 0:
             q_1V = (logits_1V / temperature).softmax(-1)
             laws.append(q_1V[0])
@@ -126,7 +129,7 @@ def verify(target: PreTrainedModel, tokens_1T: Tensor, drafted_1K: Tensor, cache
     rewind(cache, tokens_1T.shape[1] - 1)
     feed = torch.cat([tokens_1T, drafted_1K], dim=1)[:, cache.get_seq_length() :]
     checked = drafted_1K.shape[1] + 1
-    return target(input_ids=feed, past_key_values=cache, logits_to_keep=checked).logits[0, -checked:]
+    return target(input_ids=feed, **{CACHE: cache}, logits_to_keep=checked).logits[0, -checked:]
 
 
 def accept(logits_CV: Tensor, drafted_1K: Tensor, laws: list[Tensor], temperature: float) -> Tensor:

@@ -170,9 +170,7 @@ def teach(target: PreTrainedModel, answers: list[Plain], model: PreTrainedModel)
     return found, ties
 
 
-def run(row: Architecture) -> Found:
-    model = row.build()
-    answers = plain_answers(model)
+def run(model: PreTrainedModel, answers: list[Plain]) -> Found:
     cache = answers[0].cache
     as_target, ties = remember(model, answers)
     target, answers = (model, answers) if as_target == SERVED else llama()
@@ -197,11 +195,20 @@ def agree(stated: str, seen: str) -> bool:
 def check(row: Architecture) -> None:
     if row.model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {row.model_type}; the table is of {TABLE_OF}")
-    found = run(row)
-    if transformers.__version__.startswith(TABLE_OF + "."):  # other releases have other kinds of layers
+    of_table = transformers.__version__.startswith(TABLE_OF + ".")
+    model = row.build()
+    try:
+        answers = plain_answers(model)
+    except Exception as error:
+        if of_table:
+            raise
+        pytest.skip(f"plain generate fails in transformers {transformers.__version__}: {type(error).__name__}: {error}")
+    found = run(model, answers)
+    if of_table:  # other releases have other kinds of layers, and refuse for other reasons
         assert found.cache == row.cache
     for stated, seen in ((row.target, found.target), (row.draft, found.draft)):
-        assert agree(stated, seen), seen
+        refused = stated not in (SERVED, PLAIN) and seen.startswith(("The target ", "The draft "))
+        assert agree(stated, seen) or (refused and not of_table), seen
 
 
 @pytest.mark.filterwarnings("default")  # some classes use what torch or transformers itself will drop

@@ -517,7 +517,7 @@ def test_a_target_that_loses_its_cache_streams_plainly_from_the_first_call(targe
     """What the caller gave is used once: a prompt is not streamed twice, and a cache is not read into twice."""
 
     def drop(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return args, dict(kwargs, past_key_values=None, use_cache=False)
+        return args, dict(kwargs, use_cache=False) | {CACHE: None}
 
     if place == "a hook":
         target.model.register_forward_pre_hook(drop, with_kwargs=True)
@@ -534,7 +534,7 @@ def test_a_target_that_loses_its_cache_streams_plainly_from_the_first_call(targe
 
     def answer() -> tuple[list[int], list[int], int]:
         heard = Heard()
-        way = {"streamer": heard} if given == "a streamer" else {"past_key_values": DynamicCache(config=target.config)}
+        way = {"streamer": heard} if given == "a streamer" else {CACHE: DynamicCache(config=target.config)}
         return target.generate(prompt, **GREEDY, **way)[0].tolist(), heard.tokens, heard.ends
 
     plain = answer()

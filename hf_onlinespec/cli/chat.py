@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .._compat import crop, forgets, held_tokens, max_positions, rollback_obstacle, rolls_back
+from .._compat import CACHE, crop, forgets, held_tokens, max_positions, rollback_obstacle, rolls_back
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..memory_draft import MemoryDraft
@@ -205,7 +205,7 @@ class Chat:
             stopping_criteria=StoppingCriteriaList([stop]),
             return_dict_in_generate=True,
             **self._options,
-            **({} if cache is None else {"past_key_values": cache}),
+            **({} if cache is None else {CACHE: cache}),
             **({"onlinespec": False} if self.plain else {}),
         )
         ended = time.perf_counter()
@@ -303,7 +303,7 @@ class Chat:
             sequence,
             stopping_criteria=StoppingCriteriaList([stop]),
             attention_mask=torch.ones_like(sequence),
-            past_key_values=cache,
+            **{CACHE: cache},
             return_dict_in_generate=True,
             onlinespec=False,
             **self._options | {"do_sample": False, "max_new_tokens": PLAIN_TOKENS, "min_new_tokens": PLAIN_TOKENS},
