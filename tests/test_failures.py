@@ -301,6 +301,8 @@ def test_what_fails_while_the_memory_drafts_is_out_for_the_request(
     assert tries == [0, 2, 5]
     assert metrics.failed_drafts == 3 and "failed (RuntimeError in " in metrics.decisions.drafting
     assert len([record for record in caplog.records if "failed (RuntimeError in " in record.message]) == 1
+    if where == "the draft model is prepared":  # without it nothing was learned either, and that is said
+        assert "failed (RuntimeError in " in metrics.decisions.learning
     if draft is not None and "closed" not in where and "planned" not in where:
         assert metrics.drafted_tokens > 6
     for _ in range(5):
