@@ -20,8 +20,6 @@ from hf_onlinespec.canaries import Canary, Exposure, learn, make_canaries, plant
 from hf_onlinespec.card import write
 from hf_onlinespec.embedded import load_draft
 from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.memorization import History, examine
-from hf_onlinespec.public import public_version
 
 from .conftest import tiny_gpt2, tiny_llama
 
@@ -258,6 +256,8 @@ def test_it_counts_the_tokens_that_can_be_read_off() -> None:
 
 def report(gap: LossGap | None = None, bits: float | None = None, behind: bool = False, **history: Any) -> AuditReport:
     """Of a draft whose present settings give everything away; with `bits`, so much is exposed as it learned."""
+    from hf_onlinespec.memorization import History
+
     rows = [(0, 0, 1.4), (1, 0, 8.0), (16, 0, 8.0), *([(1, 40, 8.0)] if behind else [])]
     probed = [Probed(repeats, after, [Exposure(bits, bits > 7)] * 2) for repeats, after, bits in rows]
     decisive = [] if bits is None else [Probed(5, 0, [Exposure(bits, bits > 7)] * 2)]
@@ -310,6 +310,9 @@ def test_a_public_push_is_refused_for_what_was_memorised() -> None:
 
 def test_a_public_ensemble_that_canaries_cannot_judge_is_refused_in_words(tmp_path: Path) -> None:
     """What is public is the one adapter that the ensemble serves: its experts are gone."""
+    from hf_onlinespec.memorization import examine
+    from hf_onlinespec.public import public_version
+
     base = tiny_llama(2)
     draft = OnlineDraft(base, replace(FIXED, learner="ensemble", lr=1e-6, replay_passes=0))
     learn(draft, texts(1, seed=0) * 5)

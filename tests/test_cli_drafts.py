@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import ADAPTER, CARD, CONFIG
-from hf_onlinespec.cli.common import FAILED, FOUND
-from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama
 from .loopback_hub import LoopbackHub
 from .test_artifact import REPEATABLE, TOKENS, same_state, serve
+from .test_entry_point import entry_point
 
+_MODULE, _FUNCTION = entry_point()
+main = vars(importlib.import_module(_MODULE))[
+    _FUNCTION
+]  # by the name that setup.cfg has, so that these tests can be run against earlier packages
+FOUND, FAILED = 1, 2  # exit codes, as the help states them
 REPO = "me/draft"
 
 

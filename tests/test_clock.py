@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.causal_lm import RequestModel
 from hf_onlinespec.learning_draft import LearningDraft
 
 from .conftest import tiny_llama
@@ -24,18 +25,19 @@ class FakeDevice(str):
 class Queue:
     """A clock that stands still while work is queued: every forward of the draft takes a second of the device's time."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, target: PreTrainedModel) -> None:
         self.now, self.queued, self.waited = 0.0, 0.0, 0
         monkeypatch.setattr(LearningDraft, "device", property(lambda draft: FakeDevice("cpu")))
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        forward = RequestModel.logits
+        forward = type(target).forward  # the draft's too
 
-        def queues(model: RequestModel, *args: Any) -> torch.Tensor:
-            self.queued += 1.0
-            return forward(model, *args)
+        @functools.wraps(forward)
+        def queues(model: PreTrainedModel, *args: Any, **named: Any) -> Any:
+            self.queued += model is not target
+            return forward(model, *args, **named)
 
-        monkeypatch.setattr(RequestModel, "logits", queues)
+        monkeypatch.setattr(type(target), "forward", queues)
 
     def synchronize(self, device: object = None) -> None:
         self.waited += 1
@@ -48,7 +50,7 @@ class Queue:
 def test_the_draft_is_priced_by_the_time_that_the_device_takes(monkeypatch, target, draft_model, prompt) -> None:
     draft = OnlineDraft(draft_model, OnlineSpecConfig(lookahead=3, memory_tokens=0, update_when="request"))
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
-    queue, told = Queue(monkeypatch), []
+    queue, told = Queue(monkeypatch, target), []
     observe, read = draft.governor.observe, draft.governor.read
     draft.governor.observe = lambda drafted, overlaps, draft_s, *rest: (
         queue.work(),  # the answer of the target was read by then
@@ -67,7 +69,7 @@ def test_the_draft_is_priced_by_the_time_that_the_device_takes(monkeypatch, targ
 
 def test_nobody_waits_for_a_device_whose_times_decide_nothing(monkeypatch, target, draft_model, prompt) -> None:
     draft = OnlineDraft(draft_model, OnlineSpecConfig(lookahead=3, memory_tokens=0, update_every=1))
-    queue = Queue(monkeypatch)
+    queue = Queue(monkeypatch, target)
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=24)
     assert draft.metrics.updates > 0 and queue.waited == 0
 

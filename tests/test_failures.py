@@ -14,11 +14,10 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, candidates, causal_lm, online_memory
+from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, candidates, online_memory
 from hf_onlinespec._compat import cache_tensors
 from hf_onlinespec.acceptances import Acceptances
 from hf_onlinespec.adapters import GatedLora
-from hf_onlinespec.causal_lm import RequestModel
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.effort import Effort
 from hf_onlinespec.feedback import FeedbackRecorder
@@ -66,6 +65,14 @@ def answers(target: PreTrainedModel, prompt: torch.Tensor, times: int = 1, **arg
         found = answer(target, inputs, **arguments)
         assert isinstance(found, torch.Tensor), repr(found)
         assert torch.equal(found, plain(tuple(inputs[0].tolist())))
+
+
+def put(patch: pytest.MonkeyPatch, owner: Any, name: str, value: Any) -> None:
+    """In the place of a function of a module or class, or of what a path names."""
+    if isinstance(owner, str):
+        patch.setattr(f"{owner}.{name}", value)
+    else:
+        patch.setattr(owner, name, value)
 
 
 def runs_out(*_: Any, **__: Any) -> Any:
@@ -117,9 +124,11 @@ def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypa
     assert "works again" in draft.metrics.decisions.learning
 
 
+# Modules that earlier packages do not have are named by their paths, so that the rest can be run against these.
+REQUEST_MODEL = "hf_onlinespec.causal_lm.RequestModel"
 PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "the draft model's cache": (causal_lm, "record_past", {}),
-    "the draft model's part": (RequestModel, "__init__", {"update_when": "round"}),
+    "the draft model's cache": ("hf_onlinespec.causal_lm", "record_past", {}),
+    "the draft model's part": (REQUEST_MODEL, "__init__", {"update_when": "round"}),
     "the part of learning": (Lesson, "__init__", {}),
     "the budget": (Effort, "affordable_steps", {"update_every": "auto"}),
     "the budget, with a clock": (Effort, "affordable_steps", {"update_every": "auto", "lookahead": "auto"}),
@@ -173,7 +182,7 @@ def test_nothing_beside_decoding_fails_a_call(target, prompt, monkeypatch, place
         raise RuntimeError("on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, broken)
+        put(patch, owner, name, broken)
         for leading in LEADING.get(place, []):
             patch.setattr(*leading)
         if place == "the guard's trial":
@@ -256,13 +265,13 @@ def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monk
 
 
 # What is called while the memory drafts, and with which settings; None: without a draft model.
-ON_THE_WAY: dict[str, tuple[type, str, dict[str, Any] | None]] = {
+ON_THE_WAY: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "its answer is looked up": (SuffixMemory, "continuation", None),
     "its answer is priced": (Governor, "memory_pays", None),
     "its answer is priced, beside a model": (Acceptances, "memory", {}),
     "its answer is taken": (Round, "recite", None),
     "its answer is taken, beside a model": (Round, "recite", {}),
-    "the draft model is prepared": (RequestModel, "__init__", {}),
+    "the draft model is prepared": (REQUEST_MODEL, "__init__", {}),
     "the round is planned": (Governor, "plan", None),
     "the round is planned, with a model that learns of rounds": (
         Governor,
@@ -294,7 +303,7 @@ def test_what_fails_while_the_memory_drafts_is_out_for_the_request(
     expected = plain(tuple(prompt[0].tolist()))
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         for request in range(6):  # noqa: B007 (`fails` notes it)
-            monkeypatch.setattr(owner, name, fails)
+            put(monkeypatch, owner, name, fails)
             found = answer(target, prompt, **way)
             monkeypatch.undo()
             assert isinstance(found, torch.Tensor) and torch.equal(found, expected), repr(found)

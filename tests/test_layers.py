@@ -26,7 +26,6 @@ from transformers import (
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapters import GatedLora
 from hf_onlinespec.combining import combine
-from hf_onlinespec.public import public_version
 
 from .tiny_models import SPOKEN, random_model, tiny_llama
 
@@ -217,6 +216,8 @@ def test_layers_that_are_left_out_are_left_out_of_what_is_saved(
     again = OnlineDraft.from_pretrained(tmp_path / "whole", make())
     assert torch.equal(again(TOKENS).logits, live)
     assert left_out(again) == left_out(draft) != ""
+    from hf_onlinespec.public import public_version
+
     public_version(draft.artifact()).write(tmp_path / "public")
     for config in (None, OnlineSpecConfig(lookahead=3)):
         one = OnlineDraft.from_pretrained(tmp_path / "public", make(), config)

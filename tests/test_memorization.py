@@ -17,7 +17,6 @@ from hf_onlinespec.audit import check_privacy
 from hf_onlinespec.canaries import learn, make_canaries, plant, probe, written
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
-from hf_onlinespec.memorization import examine, history
 from hf_onlinespec.warm_start import warm_start
 
 from .conftest import tiny_llama
@@ -329,6 +328,8 @@ def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp
 
 def test_what_was_examined_was_the_adapter_of_then() -> None:
     """Another one, taught the same texts, takes as many steps."""
+    from hf_onlinespec.memorization import examine, history
+
     draft = OnlineDraft(tiny_llama(2), TINY)
     adapter = draft.artifact().adapter
     texts = [torch.arange(30) % 32]
@@ -341,6 +342,8 @@ def test_what_was_examined_was_the_adapter_of_then() -> None:
 
 def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     """It takes over between two steps, and has taken as many."""
+    from hf_onlinespec.memorization import examine, history
+
     draft = OnlineDraft(load_draft(), FIXED)
     plant(draft, SECRETS[:1], 4)
     adaptation, guard = draft._adaptation, draft._learning.guard
