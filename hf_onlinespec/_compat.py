@@ -67,6 +67,7 @@ try:
     from transformers.pipelines import base as pipelines_base
     from transformers.utils import ModelOutput
 
+    from ._alterations import HOOK, Alterations, alterations
     from ._caches import (
         CACHE,
         cache_tensors,
@@ -84,7 +85,16 @@ except ImportError as error:
     raise _moved(error) from error
 
 __all__ = ["CACHE", "CandidateGenerator", "GenerationMode", "LoraEmbedding", "LoraLayer"]
-__all__ += ["cache_tensors", "copied_prefix", "crop", "forgets", "fresh_cache", "held_tokens"]
+__all__ += [
+    "Alterations",
+    "alterations",
+    "cache_tensors",
+    "copied_prefix",
+    "crop",
+    "forgets",
+    "fresh_cache",
+    "held_tokens",
+]
 __all__ += ["record_past", "returned_cache", "rollback_obstacle", "rolls_back"]
 
 # What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none; RuntimeError comes out
@@ -195,9 +205,19 @@ def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
     return LogitsProcessorList([copy.copy(p) for p in processors if type(p) in STATELESS])
 
 
-def has_own_sampling(model: PreTrainedModel) -> bool:
-    """Whether a class has its own loop in the place of greedy decoding and sampling, as some for speech have."""
-    return type(model)._sample is not GenerationMixin._sample
+def own_loop(model: PreTrainedModel) -> str:
+    """The part of greedy decoding and sampling that a model has a method of its own for, as some for speech have; "": none."""
+    methods = {
+        "_sample": type(model)._sample,  # which `generate` calls on the class
+        "_prefill": model._prefill,
+        "_has_unfinished_sequences": model._has_unfinished_sequences,
+    }
+    own = (name for name, method in methods.items() if _plain(method) is not vars(GenerationMixin)[name])
+    return next(own, "")
+
+
+def _plain(method: Any) -> Any:
+    return method.__func__ if inspect.ismethod(method) else method
 
 
 def sample(model: PreTrainedModel, *arguments: Any, **model_kwargs: Any) -> Any:
@@ -249,8 +269,7 @@ def takes_cache(model: nn.Module) -> bool:
 
 
 # Where accelerate keeps its hook of a module, and what it put in the place of `forward`.
-_HOOK = "_hf_hook"
-_HOOKED = (_HOOK, "_old_forward", "forward")
+_HOOKED = (HOOK, "_old_forward", "forward")
 _COMPILED = "_compiled_call_impl"  # what `module.compile()` made of the module's own forward
 
 
@@ -259,7 +278,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
 
     Accelerate's own hooks go along; a function put in place of `forward` (torch.compile) still runs the user's own module.
     """
-    hook = vars(module).get(_HOOK)
+    hook = vars(module).get(HOOK)
     foreign = hook is not None and not type(hook).__module__.startswith("accelerate.")
     return {
         name: value
@@ -268,74 +287,9 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     }
 
 
-# A hook that one of these registers watches, or places weights and inputs.
-WATCHING = ("hf_onlinespec", "transformers", "accelerate", "torch")
-WITH_CLASSES = (*WATCHING, "peft", "bitsandbytes")  # a `forward` that one of these defines is its class's own
-
-
-def alterations(model: nn.Module) -> tuple[Any, ...]:
-    """What makes modules of it compute otherwise than their classes were written: hooks, and a `forward` put in the place of theirs.
-
-    Each is given as its code, or its type: a hook that is registered anew for each request stays the same.
-    """
-    modules = list(model.modules())
-    found: list[Any] = []
-    for module in modules:
-        own = vars(module)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            found += _alterations(module)
-    for cls in dict.fromkeys(type(module) for module in modules):
-        function = _function(cls.forward)
-        if _root(function) not in (*WITH_CLASSES, _root(cls)):
-            found.append(_code(function))
-    return tuple(found)
-
-
-def _root(defined: Any) -> str:
-    """The package where a function or a class is defined; functools.wraps does not hide it."""
-    name = defined.__globals__.get("__name__") if inspect.isfunction(defined) else defined.__module__
-    return str(name).partition(".")[0]
-
-
-def _alterations(module: nn.Module) -> Iterator[Any]:
-    own = vars(module)
-    for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
-        function = _function(hook)
-        if _root(function) not in WATCHING:
-            yield _code(function)
-    placed, forward = own.get(_HOOK), own.get("forward")
-    if placed is not None:  # what accelerate put in the place of `forward` calls the one that was there
-        forward = own.get("_old_forward", forward)
-        for part in placed.hooks if isinstance(placed, SequentialHook) else (placed,):
-            if not type(part).__module__.startswith("accelerate."):
-                yield type(part)
-    if forward is not None:
-        function = _function(forward)
-        if function is not type(module).forward:
-            yield _code(function)
-
-
-def _function(callee: Any) -> Any:
-    """The function that is run in the end; of an object with a `__call__`, its type."""
-    while not inspect.isfunction(callee) or "_torchdynamo_orig_callable" in vars(callee):
-        if inspect.isfunction(callee):  # torch.compile
-            callee = vars(callee)["_torchdynamo_orig_callable"]
-        elif isinstance(callee, functools.partial):
-            callee = callee.func
-        elif inspect.ismethod(callee):
-            callee = callee.__func__
-        else:
-            return type(callee)
-    return callee
-
-
-def _code(function: Any) -> Any:
-    return function.__code__ if inspect.isfunction(function) else function
-
-
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights elsewhere between two forwards."""
-    hooks = [vars(module).get(_HOOK) for module in model.modules()]
+    hooks = [vars(module).get(HOOK) for module in model.modules()]
     hooks += [part for hook in hooks if isinstance(hook, SequentialHook) for part in hook.hooks]
     return any(isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks)
 
@@ -368,8 +322,7 @@ def known_continuation(model: PreTrainedModel) -> bool:
 
 
 def _continuation(model: PreTrainedModel) -> Any:
-    method = model._update_model_kwargs_for_generation
-    return method.__func__ if inspect.ismethod(method) else method
+    return _plain(model._update_model_kwargs_for_generation)
 
 
 def continue_inputs(model: PreTrainedModel, outputs: ModelOutput | None, inputs: dict[str, Any]) -> dict[str, Any]:

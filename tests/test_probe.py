@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +21,10 @@ from accelerate.hooks import (
     remove_hook_from_submodules,
 )
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AttentionInterface, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
@@ -179,6 +184,12 @@ class Steers:
         return steered(output)
 
 
+class SteersByMethod:
+    @torch.no_grad()
+    def steer(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return steered(output)
+
+
 class SteersFromAccelerate(ModelHook):
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         return steered(output)
@@ -200,6 +211,10 @@ ALTERED: dict[str, Callable[[nn.Module], Any]] = {
         functools.partial(lambda scale, module, args, output: scale * steered(output), 1.0)
     ),
     "an object as hook": lambda norm: norm.register_forward_hook(Steers()),
+    "a hook under no_grad": lambda norm: norm.register_forward_hook(
+        torch.no_grad()(lambda module, args, output: steered(output))
+    ),
+    "a method under no_grad": lambda norm: norm.register_forward_hook(functools.partial(SteersByMethod().steer)),
     "a hook before": lambda norm: norm.register_forward_pre_hook(lambda module, args: (steered(args[0]),)),
     "a forward": replaced,
     "a forward placed by accelerate": replaced_and_placed,
@@ -220,6 +235,167 @@ def test_a_known_class_that_a_hook_alters_is_tried(alter, target, prompt, read) 
         counts.append(read.calls)
     assert online_memory(target).metrics.drafted_tokens == 0
     assert counts == [24 + 7, 24, 24]
+
+
+@pytest.fixture
+def of_all_modules(target) -> Iterator[None]:
+    hook = register_module_forward_hook(
+        lambda module, args, output: steered(output) if module is target.model.norm else None
+    )
+    yield
+    hook.remove()
+
+
+@pytest.mark.usefixtures("of_all_modules")
+def test_a_hook_of_all_modules_is_tried(target, prompt) -> None:
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
+
+
+def own_attention(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        output, weights = sdpa_attention_forward(*args, **kwargs)
+        return torch.cat([output[:, :-1], 3 * output[:, -1:]], dim=1), weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "of the last token", attention)
+    target.set_attn_implementation("of the last token")
+
+
+def own_rotation(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = modeling_llama.apply_rotary_pos_emb
+
+    def rotate(*args: Any) -> Any:
+        query, key = inner(*args)
+        return torch.cat([query[..., :-1, :], 5 * query[..., -1:, :]], dim=-2), key
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+
+
+def own_call(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = LlamaRMSNorm.__call__
+    monkeypatch.setattr(LlamaRMSNorm, "__call__", lambda self, hidden: steered(inner(self, hidden)))
+
+
+def own_positions(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = target.prepare_inputs_for_generation
+
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        inputs = inner(*args, **kwargs)
+        inputs["position_ids"] = inputs["position_ids"] * (1 + inputs["position_ids"].max() % 3)
+        return inputs
+
+    monkeypatch.setattr(target, "prepare_inputs_for_generation", prepare)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before the first request", "after it"])
+@pytest.mark.parametrize("alter", [own_attention, own_rotation, own_call, own_positions])
+def test_a_function_in_the_place_of_transformers_is_tried(alter, later, target, prompt, monkeypatch) -> None:
+    if later:
+        target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED)
+    alter(target, monkeypatch)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
+
+
+class Switched(nn.Module):
+    """Steers as far as its settings say."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, 0.0
+        self.register_buffer("vector", torch.zeros(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.scaled(None, (), self.norm(hidden))
+
+    def scaled(self, module: Any, args: Any, hidden: Tensor) -> Tensor:
+        return torch.cat([hidden[:, :-1], hidden[:, -1:] + (self.scale + self.vector) * VECTOR[: hidden.shape[-1]]], 1)
+
+
+SCALE = {"of all": 0.0}
+
+
+def switched_by_number(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    switch = Switched(nn.Identity())
+    target.model.norm.register_forward_hook(switch.scaled)
+    return lambda: setattr(switch, "scale", 1.0)
+
+
+def switched_by_tensor(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    target.model.norm = switch = Switched(target.model.norm)
+    return lambda: switch.vector.fill_(1.0)
+
+
+def switched_by_argument(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def steer(scale: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + scale * (steered(output) - output)
+
+    hook = target.model.norm.register_forward_hook(functools.partial(steer, 0.0))
+
+    def switch() -> None:
+        hook.remove()
+        target.model.norm.register_forward_hook(functools.partial(steer, 1.0))
+
+    return switch
+
+
+def switched_by_a_global_one(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    target.model.norm.register_forward_hook(
+        lambda module, args, output: output + SCALE["of all"] * (steered(output) - output)
+    )
+    return lambda: monkeypatch.setitem(SCALE, "of all", 1.0)
+
+
+@pytest.mark.parametrize(
+    "alter", [switched_by_number, switched_by_tensor, switched_by_argument, switched_by_a_global_one]
+)
+def test_what_a_hook_refers_to_counts_too(alter, target, prompt, monkeypatch) -> None:
+    """It adds nothing when it is tried first."""
+    arguments = {"do_sample": False, "max_new_tokens": 24}
+    switch = alter(target, monkeypatch)
+    target.generate(prompt, **arguments, onlinespec=FIXED)
+    assert online_memory(target).metrics.drafted_tokens > 0
+    switch()
+    plain = target.generate(prompt, **arguments)
+    assert torch.equal(plain, target.generate(prompt, **arguments, onlinespec=FIXED))
+
+
+def test_a_hook_that_counts_is_tried_a_few_times(target, prompt, read) -> None:
+    """It refers to something else in every request."""
+
+    class Counts:
+        calls = 0
+
+        def __call__(self, *_: Any) -> None:
+            self.calls += 1
+
+    target.model.norm.register_forward_hook(Counts())
+    counts = []
+    for _ in range(10):
+        read.reset()
+        target.generate(prompt, do_sample=False, max_new_tokens=8, onlinespec=FIXED)
+        counts.append(read.calls - online_memory(target).metrics.last.rounds)
+    assert counts == 8 * [7] + 2 * [0]
+    assert online_memory(target).metrics.drafted_tokens > 0
+
+
+def served_with_a_class_over_it(prompt: Tensor) -> list[weakref.ref[Any]]:
+    target, vector = tiny_llama(1), torch.zeros(16)
+
+    class Adds:
+        def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output + vector * target.config.hidden_size
+
+    target.model.norm.register_forward_hook(Adds())
+    target.generate(prompt, do_sample=False, max_new_tokens=4, onlinespec=FIXED)
+    return [weakref.ref(target), weakref.ref(vector)]
+
+
+def test_what_was_tried_is_not_held(prompt) -> None:
+    """Neither the target nor what its hooks refer to."""
+    alive = served_with_a_class_over_it(prompt)
+    gc.collect()
+    assert [one() for one in alive] == [None, None]
 
 
 def test_what_was_changed_since_it_was_tried_is_tried_again(target, prompt, read) -> None:
