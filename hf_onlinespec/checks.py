@@ -18,12 +18,12 @@ from ._compat import (
     adds_virtual_tokens,
     drops_cache,
     forgets,
-    has_own_sampling,
     held_tokens,
     is_offloaded,
     is_stateful,
     known_continuation,
     mask_length,
+    own_loop,
     rollback_obstacle,
     rolls_back,
     takes_cache,
@@ -125,9 +125,10 @@ def check_target(target: PreTrainedModel) -> None:
             f"The target {name} carries a state of its own from token to token (_update_model_kwargs_for_generation), which a "
             "forward over several tokens does not give. Call generate without onlinespec."
         )
-    if has_own_sampling(target):
+    own = own_loop(target)
+    if own:
         raise UnsupportedError(
-            f"The target {name} decodes in a way of its own (_sample), which our loop would replace. "
+            f"The target {name} decodes in a way of its own ({own}), which our loop would replace. "
             "Call generate without onlinespec."
         )
 

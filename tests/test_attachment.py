@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     StaticCache,
     TextIteratorStreamer,
     pipeline,
@@ -424,14 +425,31 @@ def test_targets_that_can_never_be_served_are_refused_at_once(draft_model) -> No
         attach(draft_model)
 
 
-def test_a_target_that_decodes_in_a_way_of_its_own_is_refused_in_each_call(target, draft_model, prompt) -> None:
-    class Bans(type(target)):  # type: ignore[misc]
-        """Greedy decoding and sampling of its own."""
+def bans(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Greedy decoding and sampling of its own."""
+    return GenerationMixin._sample(self, *args, **kwargs)
 
-        def _sample(self, *args: Any, **kwargs: Any) -> Any:
-            return super()._sample(*args, **kwargs)
 
-    target.__class__ = Bans
+def ends_early(self: Any, *args: Any, **kwargs: Any) -> bool:
+    """As a class may whose input comes as a stream."""
+    self.asked = vars(self).get("asked", 0) + 1
+    return self.asked % 9 != 0
+
+
+def prepares(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As a class may that prepares its cache for the prompt."""
+    return GenerationMixin._prefill(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("_sample", bans), ("_has_unfinished_sequences", ends_early), ("_prefill", prepares)]
+)
+def test_a_target_that_decodes_in_a_way_of_its_own_is_refused_in_each_call(
+    name, method, target, draft_model, prompt
+) -> None:
+    target.__class__ = type("Bans", (type(target),), {name: method})
+    answer = target.generate(prompt, **GREEDY)
+    assert answer.shape[1] == prompt.shape[1] + (8 if method is ends_early else 20)
     for how in (
         {"onlinespec": True},
         {"assistant_model": OnlineDraft(draft_model, SMALL)},
