@@ -5,6 +5,7 @@ Importing it teaches `generate` one argument:
     out = target.generate(**inputs, assistant_model=draft, onlinespec=True)
 """
 
+from ._version import __version__ as __version__
 from .attachment import attach, attached, detach, online_metrics
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
@@ -26,8 +27,6 @@ from .feedback import Feedback, FeedbackRecorder
 from .generation import disable, enable
 from .memory_draft import MemoryDraft, online_memory
 from .metrics import DraftMetrics, RequestReport, Trace, UpdateReport
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",

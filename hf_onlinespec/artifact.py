@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ._version import __version__
 from .config import OnlineSpecConfig
 from .errors import ArtifactError, ConfigError, OnlineSpecError, brief
 from .files import (
@@ -469,8 +470,6 @@ def own_checksum(manifest: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    from . import __version__
-
     packages = {"torch": torch, "transformers": transformers, "peft": peft}
     return {"hf_onlinespec": __version__} | {name: str(module.__version__) for name, module in packages.items()}
 

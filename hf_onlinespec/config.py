@@ -12,12 +12,14 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from .errors import ConfigError, MissingExtraError, brief
-from .learners import HEDGES, LEARNERS
-from .losses import LOSSES
 from .metrics import Trace
-from .replay import SAMPLING
 from .summary import html_table
 
+# Names of what other modules define; a test holds them to it. Written here, so that settings stand on nothing that they set.
+LEARNERS = ("heavy_ball", "ogd", "optimistic")
+HEDGES = ("cumulative", "discounted", "fixed_share", "last_chunk")
+LOSSES = ("cross_entropy", "forward_kl", "js", "reverse_kl", "skew_kl", "tv")
+REPLAY_SAMPLING = ("loss", "mixed", "near", "recent", "uniform")
 UPDATE_WHEN = ("round", "request", "idle")
 ENSEMBLE = "ensemble"  # the learner that is many
 AUTO = ("lookahead", "update_every")  # settings that may be "auto"
@@ -137,7 +139,9 @@ class OnlineSpecConfig:
     )
     replay_passes: int = _setting(2, "gradient steps on remembered requests after each request; the most with 'auto'")
     replay_batch: int = _setting(4, "remembered requests in one such step")
-    replay_sampling: str = _setting("uniform", f"which remembered requests are rehearsed, one of {sorted(SAMPLING)}")
+    replay_sampling: str = _setting(
+        "uniform", f"which remembered requests are rehearsed, one of {sorted(REPLAY_SAMPLING)}"
+    )
     replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
     memory_tokens: int = _setting(
@@ -166,7 +170,7 @@ class OnlineSpecConfig:
         self._one_of("learner", [*LEARNERS, ENSEMBLE])
         self._one_of("expert_learner", LEARNERS)
         self._one_of("hedge", HEDGES)
-        self._one_of("replay_sampling", SAMPLING)
+        self._one_of("replay_sampling", REPLAY_SAMPLING)
         self._one_of("loss", LOSSES)
         self._one_of("update_when", UPDATE_WHEN)
         self._one_of("preconditioner", ("adam", "none"))

@@ -1,4 +1,4 @@
-"""What the demo shows of its numbers: the figure, the tables, and the last line in words; the card's curve."""
+"""What the demo shows of its numbers: the figure, the tables, and the last line in words."""
 
 from __future__ import annotations
 
@@ -77,29 +77,6 @@ def regret_figure(report: RegretReport) -> Figure:
                 axes.axvline(at + 0.5, color="#444444", linewidth=0.8, linestyle="--")
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def history_figure(requests: Sequence[int], lengths: Sequence[float], speeds: Sequence[float]) -> Figure:
-    """A draft's life in two panels: acceptance length and net tokens/s of each stretch of its requests.
-
-    Args:
-        requests: how many had been served at the end of each stretch.
-    """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, values, label in (
-        (upper, lengths, "acceptance length"),
-        (lower, speeds, "net tokens/s"),
-    ):
-        axes.plot(requests, values, color=COLOURS["learning"], marker="o", markersize=3, linewidth=1.5)
-        axes.set_ylabel(label, fontsize=9)
-        axes.set_ylim(bottom=0)
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    lower.set_xlabel("requests served")
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

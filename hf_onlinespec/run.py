@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError
 from .machine import machine
 from .metrics import Counts, DraftMetrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 TENTH = 0.1  # of the requests: the first are "before", the last "after"
 APART = 20  # requests from which these two are told: of fewer they are the same handful
 HISTORY = ("requests", "new_tokens", "rounds", "wall_time_s", "update_time_s")  # of each stretch of requests
+COLOUR = "#009e73"  # of a learning draft, as the demo draws it
 DIGITS = 4  # behind the point, of what is recorded
 
 
@@ -71,11 +75,9 @@ def is_told_apart(run: Mapping[str, Any]) -> bool:
 
 
 def curve(run: Mapping[str, Any]) -> bytes | None:
-    """The figure of a run as PNG; None: no request was served, or the packages that draw are not installed."""
-    if not run["history"] or find_spec("matplotlib") is None or find_spec("rich") is None:
+    """The figure of a run as PNG; None: no request was served, or the package that draws is not installed."""
+    if not run["history"] or find_spec("matplotlib") is None:
         return None
-    from .plots import history_figure  # only now: it needs the optional packages
-
     ends, lengths, speeds, served = [], [], [], 0
     for requests, new_tokens, rounds, wall_time_s, _ in run["history"]:
         served += requests
@@ -85,3 +87,31 @@ def curve(run: Mapping[str, Any]) -> bytes | None:
     file = io.BytesIO()
     history_figure(ends, lengths, speeds).savefig(file, format="png", dpi=100)
     return file.getvalue()
+
+
+def history_figure(requests: Sequence[int], lengths: Sequence[float], speeds: Sequence[float]) -> Figure:
+    """A draft's life in two panels: acceptance length and net tokens/s of each stretch of its requests.
+
+    Args:
+        requests: how many had been served at the end of each stretch.
+    """
+    # Only now: matplotlib is an optional package.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for axes, values, label in (
+        (upper, lengths, "acceptance length"),
+        (lower, speeds, "net tokens/s"),
+    ):
+        axes.plot(requests, values, color=COLOUR, marker="o", markersize=3, linewidth=1.5)
+        axes.set_ylabel(label, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    lower.set_xlabel("requests served")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure

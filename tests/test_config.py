@@ -6,6 +6,10 @@ import inspect
 import pytest
 
 from hf_onlinespec import ConfigError, OnlineSpecConfig, OnlineSpecError
+from hf_onlinespec import config as config_module
+from hf_onlinespec.learners import HEDGES, LEARNERS
+from hf_onlinespec.losses import LOSSES
+from hf_onlinespec.replay import SAMPLING
 
 
 def test_json_round_trip() -> None:
@@ -117,3 +121,10 @@ def test_a_name_of_transformers_or_peft_is_told_what_it_is_called_here() -> None
     assert list(inspect.signature(OnlineSpecConfig).parameters) == [
         f.name for f in dataclasses.fields(OnlineSpecConfig)
     ]
+
+
+def test_the_names_that_settings_may_have_are_those_that_exist() -> None:
+    assert sorted(LEARNERS) == sorted(config_module.LEARNERS)
+    assert sorted(HEDGES) == sorted(config_module.HEDGES)
+    assert sorted(LOSSES) == sorted(config_module.LOSSES)
+    assert sorted(SAMPLING) == sorted(config_module.REPLAY_SAMPLING)

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .. import __version__
 from .._compat import max_positions, model_name
+from .._version import __version__
 from ..bench import Prompt, check_lengths, fits, load_prompts
 from ..draft import OnlineDraft
 from ..errors import ConfigError
