@@ -220,6 +220,15 @@ def _plain(method: Any) -> Any:
     return method.__func__ if inspect.ismethod(method) else method
 
 
+def own_generate(model: PreTrainedModel) -> str:
+    """The name of a `generate` that stands in the place of transformers', in the class or in the model itself; "": there is none."""
+    found = vars(model).get("generate", type(model).generate)
+    if found is GenerationMixin.generate:
+        return ""
+    named = found if inspect.isfunction(found) or inspect.ismethod(found) else type(found)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def sample(model: PreTrainedModel, *arguments: Any, **model_kwargs: Any) -> Any:
     """Greedy decoding or sampling without a draft, as `generate` calls it; arguments and result are its own."""
     return type(model)._sample(model, *arguments, **model_kwargs)

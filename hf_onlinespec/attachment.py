@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from ._compat import CACHE, inner_model, uncompiled
+from ._compat import CACHE, inner_model, own_generate, uncompiled
 from .checks import check_call, check_synced_gpus, check_target
 from .config import OnlineSpecConfig, as_config
 from .draft import OnlineDraft, kept_draft, online_draft
@@ -29,9 +29,18 @@ from .errors import DraftError, OnlineSpecError, UnsupportedError
 from .loading import load_beside
 from .memory_draft import MemoryDraft, keep_memory, kept_memory, latest_draft, online_memory
 from .metrics import DraftMetrics
+from .probe import Parts, check_rounds, parts_of
 from .vocabulary import check_vocabularies
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unserved:
+    """Why a target cannot be served, as long as it is made of the same parts."""
+
+    reason: OnlineSpecError
+    parts: Parts
 
 
 @dataclass
@@ -39,8 +48,8 @@ class Attachment:
     """What drafts for an attached model."""
 
     draft: OnlineDraft | None  # None: the suffix memory that is kept with the model
-    never: OnlineSpecError | None = None  # why no call can be served, where that was found out in a call
-    proven: bool = False  # a call was served to its end
+    never: Unserved | None = None  # why no call can be served, where that was found out in a call
+    proven: Parts | None = None  # what the target was made of when it was last tried, and can be served
     warned: set[str] = field(default_factory=set)  # reasons for plain decoding that the user has heard
 
     def drafts_for(self, target: PreTrainedModel) -> MemoryDraft:
@@ -92,12 +101,37 @@ class Call:
 
     def _check(self) -> None:
         assert self.config is not None
-        if self.reason is not None or self.attachment.never is not None:
-            raise self.reason or self.attachment.never  # type: ignore[misc]
+        if self.reason is not None:
+            raise self.reason
+        never = self.attachment.never
+        if never is not None and never.parts == parts_of(self.target):
+            raise never.reason
         arguments = self.arguments or {}
         check_synced_gpus(bool(arguments.get("synced_gpus")))
         draft = self.attachment.drafts_for(self.target)
         check_call(self.target, draft.neural, self.config, arguments.get("tokenizer"))
+
+    def prove(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Tries the target before what was given for one call alone is used, unless it was served as it is now.
+
+        Raises:
+            UnsupportedError: it can never be served.
+        """
+        if not self.once:
+            return
+        parts = parts_of(self.target)
+        if self.attachment.proven == parts:
+            return
+        try:
+            check_rounds(self.target, input_ids, model_kwargs)
+        except UnsupportedError as reason:
+            self.refuse(reason)
+            raise
+        self.attachment.proven = parts
+
+    def refuse(self, reason: UnsupportedError) -> None:
+        """Notes why this call, and no later one as long as the target stays as it is, can be served."""
+        self.attachment.never, self.reason = Unserved(reason, parts_of(self.target)), reason
 
     def finish(self) -> None:
         """Warns the user, once per reason, that a call ran as if nothing were attached."""
@@ -110,11 +144,15 @@ class Call:
         if kind in self.attachment.warned:
             return
         self.attachment.warned.add(kind)
-        message = f"This call of generate ran without the attached draft: {text} Later calls like it are not mentioned."
-        try:
-            warnings.warn(message, stacklevel=3)
-        except UserWarning:  # where warnings are errors; the answer is there
-            logger.warning("%s", message)
+        _warn(f"This call of generate ran without the attached draft: {text} Later calls like it are not mentioned.", 4)
+
+
+def _warn(message: str, stacklevel: int) -> None:
+    """Warns; where warnings are errors, what was asked for is done nevertheless, and the message is logged."""
+    try:
+        warnings.warn(message, stacklevel=stacklevel)
+    except UserWarning:
+        logger.warning("%s", message)
 
 
 def _elsewhere() -> UnsupportedError:
@@ -186,6 +224,13 @@ def attach(
     before = _attached.get(inner)
     if before is None or before.draft is not neural:
         _attached[inner] = Attachment(neural)
+    own = own_generate(inner)
+    if own:
+        _warn(
+            f"{type(inner).__name__} has a generate of its own ({own}): what is attached drafts only where that comes to transformers' "
+            "generate on this model. online_metrics(model).rounds says whether it did.",
+            3,
+        )
     return _attached[inner].drafts_for(inner)
 
 

@@ -28,7 +28,6 @@ from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, OnlineSpecError, UnsupportedError
 from .loading import is_evolved, load_beside
 from .memory_draft import online_memory
-from .probe import check_rounds
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 
@@ -160,24 +159,17 @@ def enable() -> None:
             try:
                 draft = call.attachment.drafts_for(self)
                 check_inputs(self, input_ids, generation_config, model_kwargs)
+                call.prove(input_ids, model_kwargs)
             except OnlineSpecError as reason:
                 call.reason = reason
-            else:
-                if call.once and not call.attachment.proven:
-                    try:
-                        check_rounds(self, input_ids, model_kwargs)
-                    except UnsupportedError as reason:
-                        call.attachment.never = call.reason = reason
             if call.reason is not None:
                 given = {name: value for name, value in common.items() if value is not None or name in model_kwargs}
                 return sample(*arguments, synced_gpus=synced_gpus, **given)
             try:
-                output = decode(*arguments, draft=draft, **common)
+                return decode(*arguments, draft=draft, **common)
             except UnsupportedError as reason:  # the target's first forwards have shown it
-                call.attachment.never = call.reason = reason
+                call.refuse(reason)
                 raise
-            call.attachment.proven = True
-            return output
         if not _is_ours(generation_config, assistant_model):
             return assisted(
                 *arguments,

@@ -33,6 +33,8 @@ TOLERANCE: dict[torch.dtype | str, float] = {torch.float64: 1e-6, torch.float32:
 MOST_LOGIT = 1e4  # beyond it an id is blocked; chosen: logits of the models measured are below 1e3
 TOLERANCE_HALF = 0.1  # bfloat16 has 8 bits, and an expert's router may flip at a tie
 
+# Classes of the modules of a model, and the kinds of its alterations.
+Parts = tuple[tuple[weakref.ref[type[nn.Module]], ...], tuple[Any, ...]]
 MOST_TRIALS = 8  # of a model whose hooks refer to something else in each request, such as a counter; chosen
 
 # For each model why it is decoded plainly, by what it was made of when it was tried, and by what its alterations referred to. It
@@ -54,12 +56,7 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     modules, unknown, altered = _looked_at(target)
     if not unknown and not altered.kinds:
         return ""
-    made_of = (
-        tuple(weakref.ref(type(module)) for module in modules),
-        altered.kinds,
-        target.training,
-        frozenset(extras),
-    )
+    made_of = (*_parts(modules, altered), target.training, frozenset(extras))
     tried = _tried.setdefault(target, {}).setdefault(made_of, {})
     if altered.values not in tried:
         if len(tried) >= MOST_TRIALS:
@@ -74,6 +71,16 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
                 return reason  # that passes: the next request tries again
             tried[altered.values] = reason
     return tried[altered.values]
+
+
+def parts_of(target: PreTrainedModel) -> Parts:
+    """What a target is made of: the classes of its modules, and what was done to them since. It holds no module."""
+    modules, _, altered = _looked_at(target)
+    return _parts(modules, altered)
+
+
+def _parts(modules: list[nn.Module], altered: Alterations) -> Parts:
+    return tuple(weakref.ref(type(module)) for module in modules), altered.kinds
 
 
 def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:

@@ -147,6 +147,11 @@ class Verifier:
         self._cached, self._forwards = end, self._forwards + 1
         if self._continues:
             self._outputs = outputs
+        if CACHE in outputs and outputs[CACHE] is None:
+            raise UnsupportedError(
+                f"The target {type(self._target).__name__} hands back no cache: plain decoding goes on without one. Call generate "
+                "without onlinespec."
+            )
         cache = returned_cache(outputs)
         if cache is not None and cache is not self.cache:
             self.cache = cache

@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import threading
+import types
 import warnings
 import weakref
 from typing import Any
@@ -425,6 +426,23 @@ def test_targets_that_can_never_be_served_are_refused_at_once(draft_model) -> No
         attach(draft_model)
 
 
+@pytest.mark.parametrize("place", ["a class", "a model"])
+def test_a_generate_that_is_not_transformers_own_is_named(target, prompt, place) -> None:
+    def speak(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return "something"
+
+    plain = target.generate(prompt, **GREEDY)
+    if place == "a class":
+        target.__class__ = type("Speaks", (type(target),), {"generate": speak})
+    else:
+        target.generate = types.MethodType(speak, target)
+    with pytest.warns(UserWarning, match=rf"{type(target).__name__} has a generate of its own \(.*speak\)") as told:
+        memory = attach(target, config=FIXED)
+    assert len(told) == 1 and told[0].filename == __file__
+    assert target.generate(prompt) == "something" and memory.metrics.rounds == 0
+    assert torch.equal(plain, GenerationMixin.generate(target, prompt, **GREEDY)) and memory.metrics.rounds > 0
+
+
 def bans(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Greedy decoding and sampling of its own."""
     return GenerationMixin._sample(self, *args, **kwargs)
@@ -561,6 +579,43 @@ def test_a_target_that_loses_its_cache_streams_plainly_from_the_first_call(targe
         assert answer() == plain
         assert answer() == plain
     assert len(told) == 1
+
+
+def test_a_target_that_is_altered_after_it_was_served_streams_plainly_until_it_is_as_before(target, prompt) -> None:
+    def drop(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, dict(kwargs, use_cache=False) | {CACHE: None}
+
+    def answer() -> tuple[list[int], list[int], int]:
+        heard = Heard()
+        return target.generate(prompt, **GREEDY, streamer=heard)[0].tolist(), heard.tokens, heard.ends
+
+    hook = target.model.register_forward_pre_hook(drop, with_kwargs=True)
+    altered = answer()
+    hook.remove()
+    memory, before = attach(target, config=FIXED), answer()
+    hook = target.model.register_forward_pre_hook(drop, with_kwargs=True)
+    with pytest.warns(UserWarning, match="first forward") as told:
+        assert answer() == altered
+        assert answer() == altered
+    assert len(told) == 1 and memory.metrics.requests == 1
+    hook.remove()
+    assert answer() == before
+    assert memory.metrics.requests == 2
+
+
+def test_a_target_that_hands_back_no_cache_is_decoded_plainly(target, prompt) -> None:
+    def forget(module: Any, args: Any, output: Any) -> Any:
+        output[CACHE] = None
+        return output
+
+    target.register_forward_hook(forget)
+    plain = target.generate(prompt, **GREEDY)
+    attach(target, config=FIXED)
+    with pytest.warns(UserWarning, match="hands back no cache"):
+        assert torch.equal(plain, target.generate(prompt, **GREEDY))
+    heard = Heard()
+    assert torch.equal(plain, target.generate(prompt, **GREEDY, streamer=heard))
+    assert heard.tokens == plain[0].tolist()
 
 
 # Others that call `generate`
