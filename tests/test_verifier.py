@@ -237,6 +237,32 @@ def test_the_default_cache_is_served_by_its_name(target, prompt) -> None:
         assert torch.equal(plain, ours)
 
 
+class NoStream:
+    """In the place of an accelerator's stream: there is nothing to wait for."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+
+@pytest.mark.parametrize("given", ["its name", "an object"])
+def test_an_offloaded_cache_is_judged_by_its_layers(target, prompt, monkeypatch, given) -> None:
+    """They are those of the default cache, and rolled back like these."""
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda *_: NoStream())
+    draft = OnlineDraft(tiny_llama(2), FIXED)
+    call: dict[str, Any] = dict(do_sample=False, max_new_tokens=20)
+    plain = target.generate(prompt, **call)
+    for arm in ({}, {"onlinespec": FIXED}, {"assistant_model": draft}):
+        cache: dict[str, Any] = {"cache_implementation": "offloaded"}
+        if given == "an object":
+            cache = {CACHE: DynamicCache(config=target.config, offloading=True)}
+        assert torch.equal(plain, target.generate(prompt, **call, **cache, **arm))
+    assert draft.metrics.accepted_tokens < draft.metrics.drafted_tokens
+
+
 def test_a_window_that_dropped_its_past_is_not_rolled_back_into() -> None:
     """A cache that holds the whole prompt: its last token is read again, and that takes one token back."""
     sizes = dict(TEXT, vocab_size=32, sliding_window=8)
