@@ -26,7 +26,7 @@ def settings() -> str:
             "# Settings",
             "",
             "Every field of `hf_onlinespec.OnlineSpecConfig`, from its own help. Defaults of learner, lr, rank, replay and schedule were measured",
-            '(`benchmarks/learning.py`, `benchmarks/tune.py`). `lookahead` and `update_every` of `"auto"` decide from measured times; numbers make a run repeatable.',
+            '(`benchmarks/learning.py`, `benchmarks/studies/tune.py`). `lookahead` and `update_every` of `"auto"` decide from measured times; numbers make a run repeatable.',
             "",
             "| setting | default | what it does |",
             "|---|---|---|",

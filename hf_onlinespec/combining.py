@@ -85,7 +85,7 @@ def combine(
 
     Exactly the sum of the changes, not of what they are worth: of an acceptance length of 3.1 on orders, and of 1.39 on sql, the
     mean of the two keeps 1.85 and 1.25. Sums with weights of 1 keep less, and forget more of what the base knew
-    (benchmarks/combining.py). It is a start to learn on from.
+    (benchmarks/studies/combining.py). It is a start to learn on from.
 
     Args:
         artifacts: what `read` or `OnlineDraft.artifact` gave.

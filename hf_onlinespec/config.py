@@ -89,7 +89,7 @@ def _names_checked(cls: type[T]) -> type[T]:
 class OnlineSpecConfig:
     """How the draft drafts and how it learns.
 
-    `lookahead="auto"` and `update_every="auto"` decide from measured times; numbers make a run repeatable. The defaults of learner, lr, rank, replay and schedule were measured with `benchmarks/learning.py` and `benchmarks/tune.py`; see `benchmarks/LOG.md`.
+    `lookahead="auto"` and `update_every="auto"` decide from measured times; numbers make a run repeatable. The defaults of learner, lr, rank, replay and schedule were measured with `benchmarks/learning.py` and `benchmarks/studies/tune.py`; see `benchmarks/LOG.md`.
     """
 
     learner: str = _setting("optimistic", f"online learner, one of {sorted([*LEARNERS, ENSEMBLE])}")

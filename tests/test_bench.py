@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +39,7 @@ def scripts() -> Iterator[SimpleNamespace]:
     """The modules of benchmarks/, which import each other as scripts do."""
     names = ("baselines", "break_even", "padded", "speed", "streams")
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS / "studies"))
         patch.syspath_prepend(str(BENCHMARKS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
@@ -178,6 +182,19 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 
 # benchmarks/
+
+
+def test_the_rows_of_reported_runs_are_whole() -> None:
+    results = BENCHMARKS / "results"
+    wanted = dict(line.split()[::-1] for line in (results / "raw.sha256").read_text().splitlines())
+    with tarfile.open(results / "raw.tar.gz") as rows:
+        found = {
+            name: hashlib.sha256(file.read()).hexdigest()
+            for name in rows.getnames()
+            if (file := rows.extractfile(name))
+        }
+    assert found == wanted and len(found) == 15
+    assert not list(results.glob("*.jsonl")) and {f"{Path(name).stem}.md" for name in found} <= set(os.listdir(results))
 
 
 def test_streams_are_the_same_for_the_same_seed(scripts: SimpleNamespace, pair: EmbeddedPair) -> None:

@@ -1,6 +1,6 @@
 """What a draft must reach here before drafting, and learning, pay: from this machine's own costs.
 
-    python benchmarks/break_even.py --extra-layers 0
+    python benchmarks/studies/break_even.py --extra-layers 0
 
 A round drafts k tokens and verifies k + 1 positions; it costs C = k·d + T(k + 1), and plain decoding spends T(1) per token.
 With an acceptance length of τ a request of N tokens takes N/τ · C + U seconds, U being its learning. So drafting pays from
@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
-from padded import padded
-from streams import spare
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
@@ -25,6 +25,10 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec._compat import CACHE
 from hf_onlinespec.embedded import load_draft, load_pair
 from hf_onlinespec.machine import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
+from padded import padded
+from streams import spare
 
 POSITIONS = tuple(range(1, 10))
 LOOKAHEADS = tuple(range(1, 9))

@@ -1,6 +1,6 @@
 """What it costs to make one draft of two: one that learned orders and one that learned sql, combined, and at lower rank.
 
-    python benchmarks/combining.py --seeds 2
+    python benchmarks/studies/combining.py --seeds 2
 
 Both learn on recorded streams (`recorded.py`) after every request, with the default settings and nothing else beside. Beside
 them, one draft that learned from the requests of both, in turns; and what a few more requests of both make of a combined draft
@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from ceiling import rounds_of
-from learning import COMMON
-from recorded import AWAY, HARD, HOME, Recorded, Source
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
+from ceiling import rounds_of
+from learning import COMMON
+from recorded import AWAY, HARD, HOME, Recorded, Source
 
 JUDGED = (AWAY, HARD, HOME)
 WEIGHTS = {"1/2": 0.5, "3/4": 0.75, "1": 1.0}

@@ -1,6 +1,6 @@
 """How much a domain has to teach: the same adapter trained on other requests of it until that no longer helps.
 
-    python benchmarks/ceiling.py --seeds 5
+    python benchmarks/studies/ceiling.py --seeds 5
 
 Two ceilings for a stream of order notes: an adapter that was trained on the requests it is measured on, to convergence (it
 knows them by heart), and one that was trained on fresh notes of the same kind and stopped where it does best on a third set
@@ -13,18 +13,22 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from learning import COMMON, run
-from order_notes import order_note
-from recorded import AWAY, Recorded, Source, kept_chances
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.regret import WINDOW, expected_rounds
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
+from learning import COMMON, run
+from order_notes import order_note
+from recorded import AWAY, Recorded, Source, kept_chances
 
 LOOKAHEAD = COMMON["lookahead"]
 BATCH, LR = 4, 1e-3

@@ -1,6 +1,6 @@
 """How often the suffix memory is right on the embedded target's own outputs, with no draft and no clock.
 
-    python benchmarks/memory_hits.py --prompts 100
+    python benchmarks/studies/memory_hits.py --prompts 100
 
 Every prompt is generated from; at each generated position of the second half of the stream the memory is asked before the token joins it.
 Cells: greedy, how often its answer is the target's argmax; sampled, mean Σ min(p, q). No answer counts as 0.

@@ -1,6 +1,6 @@
 """Chooses the learning defaults: acceptance length and learning time for many settings, on one recorded stream.
 
-    python benchmarks/tune.py --domain orders --prompts 150
+    python benchmarks/studies/tune.py --domain orders --prompts 150
 
 The target's greedy texts and logits are recorded once (`recorded.py`): settings can be compared by the dozen.
 """
@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from recorded import Recorded, Source
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import DOMAINS, load_draft, prompts
 from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.regret import expected_rounds
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
+from recorded import Recorded, Source
 
 EVERYWHERE = None
 INNER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,6 +1,6 @@
 """What each source of drafted tokens is worth, and what tells which one to take: offline, on the target's own outputs.
 
-    python benchmarks/sources.py --prompts 60 --temperature 0.8
+    python benchmarks/studies/sources.py --prompts 60 --temperature 0.8
 
 Plain outputs of a drifting stream (home, unseen, home). At every generated position the target's law p is compared with the
 laws q of the frozen draft, of the learned draft (which learns from every request once it is scored), of the memory, and of
@@ -11,12 +11,13 @@ prompt better is the one that does better on the output.
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
 from collections import defaultdict
+from pathlib import Path
 from statistics import mean
 
 import torch
-from streams import drift
 from torch import Tensor
 from transformers.utils import logging
 
@@ -27,6 +28,9 @@ from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.memory import Continuation, SuffixMemory
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.recall import Recall
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
+from streams import drift
 
 MIXTURES = (1, 2, 4)  # the memory's weight is m^k / (m^k + n^k), m and n the estimated acceptance of the two
 CLEAR = 0.02  # difference of acceptance from which on it matters who serves

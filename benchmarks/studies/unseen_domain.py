@@ -1,6 +1,6 @@
 """What learning is worth on a domain that the draft has never seen, and what it costs: acceptance lengths and speed ratios.
 
-    python benchmarks/unseen_domain.py --domain orders --temperature 0 --out benchmarks/results
+    python benchmarks/studies/unseen_domain.py --domain orders --temperature 0 --out benchmarks/results
 
 One segment of prompts, several seeds (order of the prompts, first values of the adapter, sampling). Frozen and learning
 draft run on every seed; plain generation and transformers' assisted generation beside them on the first. Arms take turns
@@ -213,7 +213,7 @@ def main() -> None:
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"unseen_{args.domain}_T{args.temperature:g}"
-    command = f"python benchmarks/unseen_domain.py --domain {args.domain} --temperature {args.temperature:g} --prompts {args.prompts} --new-tokens {args.new_tokens} --seeds {args.seeds} --threads {args.threads} --config '{args.config}'"
+    command = f"python benchmarks/studies/unseen_domain.py --domain {args.domain} --temperature {args.temperature:g} --prompts {args.prompts} --new-tokens {args.new_tokens} --seeds {args.seeds} --threads {args.threads} --config '{args.config}'"
     Path(f"{stem}.md").write_text(f"`{command}`\n\n{json.dumps(machine())}\n\n{text}")
     with open(Path(f"{stem}.jsonl"), "w") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
