@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ._compat import CACHE, inner_model, own_generate, uncompiled
+from .base import Draft, latest_draft
 from .checks import check_call, check_synced_gpus, check_target
 from .config import OnlineSpecConfig, as_config
 from .draft import OnlineDraft, kept_draft, online_draft
 from .errors import DraftError, OnlineSpecError, UnsupportedError
 from .loading import load_beside
-from .memory_draft import MemoryDraft, keep_memory, kept_memory, latest_draft, online_memory
+from .memory_draft import MemoryDraft, keep_memory, kept_memory, online_memory
 from .metrics import DraftMetrics
 from .probe import Parts, check_rounds, parts_of
 from .vocabulary import check_vocabularies
@@ -52,7 +53,7 @@ class Attachment:
     proven: Parts | None = None  # what the target was made of when it was last tried, and can be served
     warned: set[str] = field(default_factory=set)  # reasons for plain decoding that the user has heard
 
-    def drafts_for(self, target: PreTrainedModel) -> MemoryDraft:
+    def drafts_for(self, target: PreTrainedModel) -> Draft:
         """What drafts. Raises DraftError where the draft's model was changed into one that cannot."""
         return online_memory(target) if self.draft is None else online_draft(self.draft)
 
@@ -109,7 +110,7 @@ class Call:
         arguments = self.arguments or {}
         check_synced_gpus(bool(arguments.get("synced_gpus")))
         draft = self.attachment.drafts_for(self.target)
-        check_call(self.target, draft.neural, self.config, arguments.get("tokenizer"))
+        check_call(self.target, draft.model, self.config, arguments.get("tokenizer"))
 
     def prove(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Tries the target before what was given for one call alone is used, unless it was served as it is now.
@@ -166,10 +167,10 @@ _current: ContextVar[Call | None] = ContextVar("hf_onlinespec_call", default=Non
 
 def attach(
     target: PreTrainedModel | PeftModel,
-    draft: PreTrainedModel | PeftModel | MemoryDraft | str | Path | None = None,
+    draft: PreTrainedModel | PeftModel | Draft | str | Path | None = None,
     config: OnlineSpecConfig | dict[str, Any] | None = None,
     **settings: Any,
-) -> MemoryDraft:
+) -> Draft:
     """From now on every `generate` on this model speculates and learns, whoever calls it; returns what drafts.
 
     A call that the decoding loop does not take (beam search, a batch, …) runs as if nothing were attached, and a warning says
@@ -202,12 +203,12 @@ def attach(
     check_target(inner)
     config = as_config(config, **settings)
     saved = inner.generation_config.onlinespec
-    if config is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, MemoryDraft):
+    if config is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, Draft):
         config = saved
     if isinstance(draft, str | Path):
         draft = load_beside(OnlineDraft, draft, inner, config)
     neural: OnlineDraft | None = None
-    if draft is None or (isinstance(draft, MemoryDraft) and draft.neural is None):
+    if draft is None or isinstance(draft, MemoryDraft):
         _keep(inner, draft, config)
     elif isinstance(draft, OnlineDraft | nn.Module):
         model = draft if isinstance(draft, OnlineDraft) else uncompiled(draft)
@@ -246,7 +247,7 @@ def _keep(target: PreTrainedModel, memory: MemoryDraft | None, settings: OnlineS
         raise UnsupportedError("memory_tokens=0 without a draft: nothing could draft. Pass a draft, or another config.")
 
 
-def detach(target: PreTrainedModel | PeftModel) -> MemoryDraft | None:
+def detach(target: PreTrainedModel | PeftModel) -> Draft | None:
     """Makes `generate` on this model plain again; returns what was attached, None where nothing was.
 
     The draft keeps what it learned. Calls that are running in other threads end as they began.
@@ -261,10 +262,10 @@ def detach(target: PreTrainedModel | PeftModel) -> MemoryDraft | None:
 @contextmanager
 def attached(
     target: PreTrainedModel | PeftModel,
-    draft: PreTrainedModel | PeftModel | MemoryDraft | str | Path | None = None,
+    draft: PreTrainedModel | PeftModel | Draft | str | Path | None = None,
     config: OnlineSpecConfig | dict[str, Any] | None = None,
     **settings: Any,
-) -> Iterator[MemoryDraft]:
+) -> Iterator[Draft]:
     """Attaches for the time of a `with` block; afterwards what was attached before is attached again. Arguments as of `attach`."""
     inner = _generating(target)
     before = _attached.get(inner)
@@ -287,7 +288,7 @@ def _generating(target: Any) -> PreTrainedModel:
     return inner
 
 
-def online_metrics(model: PreTrainedModel | PeftModel | MemoryDraft) -> DraftMetrics:
+def online_metrics(model: PreTrainedModel | PeftModel | Draft) -> DraftMetrics:
     """The metrics of what drafts for a target, or of the draft that is kept with a draft model. Nothing is made for asking.
 
     Args:
@@ -297,7 +298,7 @@ def online_metrics(model: PreTrainedModel | PeftModel | MemoryDraft) -> DraftMet
     Raises:
         UnsupportedError: nothing has drafted for this model, and it has not drafted; or it has done both.
     """
-    if isinstance(model, MemoryDraft):
+    if isinstance(model, Draft):
         return model.metrics
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
@@ -306,7 +307,7 @@ def online_metrics(model: PreTrainedModel | PeftModel | MemoryDraft) -> DraftMet
     inner = inner_model(model)
     attachment = _attached.get(inner)
     if attachment is not None:
-        found = kept_memory(inner) if attachment.draft is None else attachment.draft
+        found: Draft | None = kept_memory(inner) if attachment.draft is None else attachment.draft
     else:
         found = latest_draft(inner) or kept_memory(inner)
     own = kept_draft(inner)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import max_positions
+from .base import Draft
 from .draft import OnlineDraft
 from .embedded import load_draft
 from .errors import ConfigError
-from .memory_draft import MemoryDraft, online_memory
+from .memory_draft import online_memory
 from .metrics import Counts
 from .progress import Bar, NoBar
 
@@ -222,7 +223,7 @@ class Runner:
                 ),
             )
 
-    def _ours(self, arm: Arm) -> MemoryDraft | None:
+    def _ours(self, arm: Arm) -> Draft | None:
         """What drafts in our loop, if the arm goes through it."""
         draft = arm.get("assistant_model")
         if draft is None and arm.get("onlinespec"):

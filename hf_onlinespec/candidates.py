@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ._compat import CandidateGenerator, stateless
 from .acceptances import Drafted, Seen
+from .base import Draft
 from .causal_lm import RequestModel
 from .clock import finished
 from .failures import Attempt
 from .feedback import FeedbackRecorder
 from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
+from .learning_draft import LearningDraft
 from .lookahead import fixed_lookahead, replaced
 from .memory import Continuation
 from .metrics import Counts
@@ -31,9 +33,6 @@ from .recall import MemoryInRequest, Recall
 from .sampling import draw
 from .schedule import LearningSchedule
 from .vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from .memory_draft import MemoryDraft
 
 
 class OnlineCandidateGenerator(CandidateGenerator):
@@ -52,7 +51,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
 
     def __init__(
         self,
-        draft: MemoryDraft,
+        draft: Draft,
         generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList,
         attention_mask: Tensor | None = None,
@@ -68,7 +67,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self._memory = MemoryInRequest(self._failures.memory.begin())
         self._drafted = False  # whether the draft model has drafted in this request
         self._governor, self._settings = draft.governor, draft.settings
-        neural = draft.neural
+        neural = draft if isinstance(draft, LearningDraft) else None
         drafts = None if neural is None else neural.generation_config
         self._fixed = fixed_lookahead(generation_config, self._settings, drafts)  # None: "auto"
         draft.warn_once(replaced(generation_config, drafts, self._fixed))

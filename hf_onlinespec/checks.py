@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraModel, PeftModel
@@ -33,9 +33,6 @@ from .errors import DraftError, UnsupportedError, brief
 from .tree import copy_modules
 from .vocabulary import check_vocabularies
 
-if TYPE_CHECKING:
-    from .draft import OnlineDraft
-
 PICTURES = (
     "mm_encoder_outputs",
     "pixel_values",
@@ -56,7 +53,7 @@ def check_mode(generation_config: GenerationConfig, mode: Any) -> None:
 
 def check_call(
     target: PreTrainedModel,
-    draft: OnlineDraft | PreTrainedModel | PeftModel | None,
+    draft: PreTrainedModel | PeftModel | None,
     generation_config: GenerationConfig,
     tokenizer: Any = None,
     assistant_tokenizer: Any = None,
@@ -64,7 +61,7 @@ def check_call(
     """Refuses, before any work, what the loop does not take. Each error names the value and the way out.
 
     Args:
-        draft: None: the suffix memory drafts alone.
+        draft: the model that drafts; None: the suffix memory drafts alone.
         tokenizer, assistant_tokenizer: of target and draft, where `generate` was given them.
     """
     check_mode(generation_config, generation_config.get_generation_mode(draft))
@@ -81,8 +78,7 @@ def check_call(
             "Call generate without onlinespec."
         )
     if draft is not None:
-        model = draft if isinstance(draft, PreTrainedModel | PeftModel) else draft.model
-        check_vocabularies(target, model, tokenizer, assistant_tokenizer)
+        check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
     if config.num_return_sequences not in (None, 1):
         raise UnsupportedError(
             f"num_return_sequences={config.num_return_sequences}: not supported yet. Call generate once per sequence."

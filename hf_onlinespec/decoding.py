@@ -26,10 +26,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from ._compat import CACHE, needs_synced_gpus
+from .base import Draft, note_latest
 from .candidates import OnlineCandidateGenerator, Proposal
 from .checks import check_call, check_inputs, check_synced_gpus
 from .errors import UnsupportedError
-from .memory_draft import note_latest
 from .probe import why_plain
 from .sampling import draw, speculative_sample
 from .streaming import OriginStreamer
@@ -38,8 +38,6 @@ from .vocabulary import Vocabulary, widened
 
 if TYPE_CHECKING:
     from .config import OnlineSpecConfig
-    from .draft import OnlineDraft
-    from .memory_draft import MemoryDraft
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
-    draft: MemoryDraft,
+    draft: Draft,
     learn: bool = True,
     streamer: BaseStreamer | None = None,
     tokenizer: Any = None,
@@ -65,13 +63,12 @@ def decode(
     Raises:
         UnsupportedError, DraftError: before any work is done; the draft's learned state is untouched.
     """
-    check_call(target, draft.neural, generation_config, tokenizer, assistant_tokenizer)
+    check_call(target, draft.model, generation_config, tokenizer, assistant_tokenizer)
     check_inputs(target, input_ids, generation_config, model_kwargs)
     started = time.perf_counter()
     note_latest(target, draft)
-    if draft.neural is not None:
-        with draft.failures.records.attempt():
-            draft.neural.serves(target)
+    with draft.failures.records.attempt():
+        draft.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         processors = LogitsProcessorList(logits_processor)
         plain = why_plain(target, input_ids, model_kwargs)
@@ -234,9 +231,7 @@ def accept(
 class GenerateFn:
     """`generate(custom_generate=...)`: our loop, entered through transformers' public door."""
 
-    def __init__(
-        self, draft: OnlineDraft, streamer: BaseStreamer | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> None:
+    def __init__(self, draft: Draft, streamer: BaseStreamer | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._draft, self._streamer, self._tokenizer = draft, streamer, tokenizer
 
     def __call__(
@@ -255,7 +250,7 @@ class GenerateFn:
         self._draft.check_setting(onlinespec)
         # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
         check_synced_gpus(bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model))
-        check_call(model, self._draft, generation_config)
+        check_call(model, self._draft.model, generation_config)
         check_inputs(model, input_ids, generation_config, model_kwargs)
         if stop_strings is not None:
             if self._tokenizer is None:

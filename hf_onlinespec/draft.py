@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import torch
 from peft import PeftModel
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 LAST_WAIT_S = 5.0  # for a push that is under way when the draft goes, or the process ends
 
 
+@final
 class OnlineDraft(LearningDraft):
     """A draft that learns while it serves; pass it as `assistant_model`.
 
@@ -76,10 +77,6 @@ class OnlineDraft(LearningDraft):
         self._target: weakref.ref[PreTrainedModel] | None = None
         self.pushes = Lock(waits=False)  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
-
-    @property
-    def neural(self) -> OnlineDraft:
-        return self
 
     if not TYPE_CHECKING:  # a type checker goes on finding names that are not there
 
@@ -149,7 +146,7 @@ class OnlineDraft(LearningDraft):
     @contextmanager
     def generating(self) -> Iterator[None]:
         try:
-            with super().generating():
+            with nullcontext() if self._idle is None else self._idle.call():
                 yield
         finally:
             checkpoints = self.checkpoints

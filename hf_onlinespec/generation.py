@@ -124,7 +124,7 @@ def enable() -> None:
                 raise no_model(assistant)
             check_synced_gpus(bool(mode_kwargs.get("synced_gpus")))
             tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
-            check_call(self, assistant, config, *tokenizers)
+            check_call(self, assistant.model if isinstance(assistant, OnlineDraft) else assistant, config, *tokenizers)
             # Vocabularies are compared here; transformers asks for two tokenizers wherever sizes differ, and refuses them otherwise.
             ours = ("assistant_model", "assistant_tokenizer")
             mode_kwargs = {name: value for name, value in mode_kwargs.items() if name not in ours}

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from ._compat import CACHE, max_positions, record_past, uncompiled
 from .adapters import GatedLora
+from .base import Draft
 from .checks import check_cache, plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import CopyError
@@ -29,7 +30,6 @@ from .layers import describe
 from .learned_texts import Learned, Request
 from .learning import Learning
 from .lesson import Lesson
-from .memory_draft import MemoryDraft
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
 from .segment import Segment
@@ -40,7 +40,7 @@ from .watch import ModelWatch
 logger = logging.getLogger(__name__)
 
 
-class LearningDraft(MemoryDraft):
+class LearningDraft(Draft):
     """The adapter, its learner and its memory: how the draft serves, and how it learns.
 
     Args:
@@ -102,7 +102,7 @@ class LearningDraft(MemoryDraft):
     def _rows(self) -> list[tuple[str, str]]:
         steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
         learned = f"{steps} by this adapter of {size(self._lora.params.nbytes)}, {share:.1%} of the time"
-        return [*super()._rows(), ("learned", learned)]
+        return [self._memory_row(), ("learned", learned)]
 
     @property
     def model(self) -> PeftModel:
@@ -320,14 +320,6 @@ class LearningDraft(MemoryDraft):
                     return
 
     # Learning while nothing is generated
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        if self._idle is None:
-            yield
-        else:
-            with self._idle.call():
-                yield
 
     def learn_later(self, feedback: Feedback, temperature: float) -> None:
         """Hands a finished request, generated at a temperature, to the worker that learns while nothing is generated."""

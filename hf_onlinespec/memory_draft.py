@@ -1,163 +1,49 @@
-"""MemoryDraft: what drafts without a draft model, and the ground that `OnlineDraft` stands on."""
+"""MemoryDraft: what drafts without a draft model; one is kept with each target."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from ._compat import inner_model
-from .config import REPORTING, OnlineSpecConfig, ReportTo, as_config
-from .errors import ConfigError, UnsupportedError
-from .failures import Failures
-from .forks import Lock
-from .governor import NO_MODEL_DRAFTS, NOTHING_LEARNS, Governor
-from .measure.traces import Traces
-from .memory import SuffixMemory
-from .metrics import Counts, DraftMetrics, RequestReport
-from .summary import Summary, counted, size
-
-if TYPE_CHECKING:
-    from .draft import OnlineDraft
-
-_requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO
+from .base import Draft
+from .config import OnlineSpecConfig, as_config
+from .errors import UnsupportedError
+from .governor import NO_MODEL_DRAFTS, NOTHING_LEARNS
 
 
-class MemoryDraft:
-    """What drafts where there is no draft model: the suffix memory, the governor and the counters, from call to call.
-
-    Safe with several threads: `lock` is held for the moments in which the served weights or the counters change.
-    """
+@final
+class MemoryDraft(Draft):
+    """What drafts where there is no draft model: the suffix memory alone, from call to call."""
 
     def __init__(self, config: OnlineSpecConfig | dict[str, Any] | None = None, **settings: Any) -> None:
-        self.settings = as_config(config, **settings) or OnlineSpecConfig()
-        size = self.settings.memory_tokens
-        self.memory = SuffixMemory(size) if size else None
-        self.governor = self._new_governor()
-        self.metrics = DraftMetrics(decisions=self.governor.decisions)
-        if self.neural is None:  # that is decided before the first request
-            self.metrics.decisions.drafting, self.metrics.decisions.learning = NO_MODEL_DRAFTS, NOTHING_LEARNS
-        self.failures = Failures()
-        self.lock = Lock(order=1)
-        self._warned: set[str] = set()
-        self._traces = Traces()
-        if self.settings.traces:
-            self._traces.open(self.settings)
-        weakref.finalize(self, self._traces.close)
+        super().__init__(config, **settings)
+        # That is decided before the first request.
+        self.metrics.decisions.drafting, self.metrics.decisions.learning = NO_MODEL_DRAFTS, NOTHING_LEARNS
 
-    def summary(self) -> Summary:
-        """What it is and what it did, in lines with units; `metrics.summary()` and `metrics.decisions` say more."""
-        metrics = self.metrics
-        rows = [("settings", repr(self.settings))]
-        if metrics.requests:
-            served = f"{counted(metrics.requests, 'request')}, {counted(metrics.new_tokens, 'token')}"
-            rows.append(("served", f"{served}: {metrics.acceptance_length:.2f} tokens per target forward"))
-            learning = (
-                f" ({metrics.decode_tokens_per_s:.1f} with the learning time left out)" if metrics.updates else ""
-            )
-            rows.append(("speed", f"{metrics.tokens_per_s:.1f} tokens/s{learning}"))
-        rows += [*self._rows(), ("drafting", metrics.decisions.drafting), ("learning", metrics.decisions.learning)]
-        return Summary(self._title(), tuple(rows), metrics.to_dict())
+    @property
+    def model(self) -> None:
+        return None
 
-    def __repr__(self) -> str:
-        return str(self.summary())
+    def generating(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def _repr_html_(self) -> str:
-        return self.summary()._repr_html_()
+    def serves(self, target: PreTrainedModel) -> None:
+        pass
+
+    def begin_anew_if_changed(self, model: PreTrainedModel | PeftModel | None = None) -> None:
+        pass
 
     def _title(self) -> str:
         return f"{type(self).__name__}: no draft model, the suffix memory drafts"
 
     def _rows(self) -> list[tuple[str, str]]:
-        memory = f"{counted(self.settings.memory_tokens, 'token')} at most, {size(self.metrics.memory_bytes)} now"
-        return [("suffix memory", memory)]
-
-    def _new_governor(self) -> Governor:
-        return Governor(self.settings.update_budget, self.settings.replay_passes, self.settings.lookahead)
-
-    @property
-    def neural(self) -> OnlineDraft | None:
-        """The draft model, if there is one."""
-        return None
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """The time of one call of `generate`."""
-        yield
-
-    def report_to(
-        self,
-        report_to: ReportTo,
-        logging_dir: str | PathLike[str] | None = None,
-        project: str = "huggingface",
-        run_name: str | None = None,
-    ) -> None:
-        """Reports every request from now on, in place of where `OnlineSpecConfig(report_to=...)` said; arguments as there.
-
-        Raises:
-            ConfigError: a name that does not exist, or a folder that cannot be written.
-            MissingExtraError: a package is missing.
-        """
-        folder = None if logging_dir is None else str(logging_dir)
-        settings = replace(self.settings, report_to=report_to, logging_dir=folder, project=project, run_name=run_name)
-        self._traces.open(settings)
-        self.settings = settings
-
-    def report(self, call: Counts) -> None:
-        """Reports a call of `generate` that the metrics have taken in: to the log, and to the traces. No text of it."""
-        if _requests.isEnabledFor(logging.INFO):
-            _requests.info("request %d: %s", self.metrics.requests, call.line())
-        if self._traces:
-            with self.lock:
-                report = RequestReport.of(self.metrics, call)
-            self._count_reports(self._traces.flush(report))
-
-    def _count_reports(self, failed: int) -> None:
-        with self.lock:
-            self.metrics.failed_reports += failed
-
-    def warn_once(self, message: str | None) -> None:
-        """Warns the user, of one thing a single time; None: nothing to say."""
-        with self.lock:
-            if message is None or message in self._warned:
-                return
-            self._warned.add(message)
-        warnings.warn(message, stacklevel=2)
-
-    def check_setting(self, onlinespec: OnlineSpecConfig | dict[str, Any] | bool | None) -> None:
-        """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""
-        if isinstance(onlinespec, dict):
-            onlinespec = as_config(onlinespec)
-        if onlinespec is None or isinstance(onlinespec, bool):
-            return
-        if not isinstance(onlinespec, OnlineSpecConfig):
-            raise ConfigError(f"onlinespec={onlinespec!r}: expected True, False or an OnlineSpecConfig.")
-        own, asked = vars(self.settings), vars(onlinespec)
-        changed = {k: v for k, v in asked.items() if v != own[k]}
-        if changed and changed.keys() <= set(REPORTING):
-            raise ConfigError(
-                f"This draft reports to {self.settings.traces or 'nothing'}; asked for {changed}. "
-                "Pass onlinespec=True to go on, or call its report_to(...) to report elsewhere."
-            )
-        if changed and self.neural is None:
-            raise ConfigError(
-                f"The memory that is kept with this target has other settings; asked for {changed}. "
-                "Pass onlinespec=True to go on with it, or begin anew with online_memory(target, config, anew=True)."
-            )
-        if changed:
-            raise ConfigError(
-                f"This draft already learns with other settings; asked for {changed}. "
-                "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
-            )
+        return [self._memory_row()]
 
 
 _memories: weakref.WeakKeyDictionary[nn.Module, MemoryDraft] = weakref.WeakKeyDictionary()
@@ -199,17 +85,3 @@ def kept_memory(target: nn.Module) -> MemoryDraft | None:
 def keep_memory(target: PreTrainedModel, memory: MemoryDraft) -> None:
     """Keeps this memory with a target, in the place of the one that was kept with it."""
     _memories[target] = memory
-
-
-_latest: weakref.WeakKeyDictionary[nn.Module, weakref.ref[MemoryDraft]] = weakref.WeakKeyDictionary()
-
-
-def note_latest(target: PreTrainedModel, draft: MemoryDraft) -> None:
-    """Notes, weakly, what drafts for a target now."""
-    _latest[target] = weakref.ref(draft)
-
-
-def latest_draft(target: nn.Module) -> MemoryDraft | None:
-    """What drafted in the latest call of `generate` on a target; None: there was no such call, or the draft is gone."""
-    noted = _latest.get(target)
-    return None if noted is None else noted()

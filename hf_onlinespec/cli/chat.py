@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .._compat import CACHE, crop, forgets, held_tokens, max_positions, rollback_obstacle, rolls_back
+from ..base import Draft
 from ..draft import OnlineDraft
 from ..errors import ConfigError
-from ..memory_draft import MemoryDraft
 from ..metrics import Counts
 from ..streaming import OriginStreamer
 
@@ -140,7 +140,7 @@ class Chat:
         self,
         target: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        drafts: MemoryDraft,
+        drafts: Draft,
         system: str | None = None,
         max_new_tokens: int = 512,
         options: Mapping[str, Any] | None = None,

@@ -20,9 +20,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base import Draft
 from ..bench import PLAIN, Arm, Calibration, Prompt, Record, Runner, by_arm, calibrate, stock_draft, totals
 from ..draft import OnlineDraft
-from ..memory_draft import MemoryDraft, online_memory
+from ..memory_draft import online_memory
 from ..tree import borrow
 from .budget import LEAST_PROMPTS, Budget
 from .exactness import IDENTICAL, Difference, Examiner
@@ -200,9 +201,9 @@ class Trial:
         return arms | {OURS: {"assistant_model": ours}}
 
     @property
-    def ours(self) -> MemoryDraft:
+    def ours(self) -> Draft:
         """What drafts in ours: an `OnlineDraft`, or the memory that is kept with the target."""
-        draft: MemoryDraft | None = self._arms.get(OURS, {}).get("assistant_model")
+        draft: Draft | None = self._arms.get(OURS, {}).get("assistant_model")
         return online_memory(self._target) if draft is None else draft
 
     @property

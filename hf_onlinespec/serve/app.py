@@ -25,7 +25,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..memory_draft import MemoryDraft
+from ..base import Draft
+from ..draft import OnlineDraft
 from ._compat import (
     X_REQUEST_ID,
     BaseHandler,
@@ -74,7 +75,7 @@ class Served:
     name: str
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    draft: MemoryDraft
+    draft: Draft
     draft_name: str | None = None
     saves_to: Path | None = None
     save_every: int = 0
@@ -89,8 +90,8 @@ def build_app(served: Served) -> Starlette:
     """
     metrics = ServerMetrics(served.draft)
     saver = None
-    if served.saves_to is not None and served.draft.neural is not None:
-        saver = DraftSaver(served.draft.neural, served.saves_to, served.save_every, metrics)
+    if served.saves_to is not None and isinstance(served.draft, OnlineDraft):
+        saver = DraftSaver(served.draft, served.saves_to, served.save_every, metrics)
     memories = ClientMemories(served.draft, served.isolate)
     manager = OnlineGenerateManager(served.target, served.draft, metrics, memories, saver)
     models = ModelManager(model_timeout=-1)

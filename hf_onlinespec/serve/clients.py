@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 
+from ..base import Draft
 from ..memory import SuffixMemory
-from ..memory_draft import MemoryDraft
 
 MOST_CLIENTS = (
     64  # memories that are kept; the one that was not used for longest leaves. Chosen: 80 MB with the defaults
@@ -24,7 +24,7 @@ class ClientMemories:
     The draft model and what it learned, and the measured times and acceptance rates, stay common to all clients.
     """
 
-    def __init__(self, draft: MemoryDraft, isolate: bool) -> None:
+    def __init__(self, draft: Draft, isolate: bool) -> None:
         self._draft, self._isolate = draft, isolate and draft.memory is not None
         self._memories: OrderedDict[bytes, SuffixMemory] = OrderedDict()
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .._compat import max_positions
+from ..base import Draft
 from ..errors import OnlineSpecError
-from ..memory_draft import MemoryDraft
 from ..metrics import Counts
 from ._compat import BaseGenerateManager, Cancelled, GenerateManager, GenerationState
 from .clients import ClientMemories
@@ -78,7 +78,7 @@ class OnlineGenerateManager(BaseGenerateManager):
     def __init__(
         self,
         target: PreTrainedModel,
-        draft: MemoryDraft,
+        draft: Draft,
         metrics: ServerMetrics,
         memories: ClientMemories,
         saver: DraftSaver | None = None,

@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ..memory_draft import MemoryDraft
+from ..base import Draft
 
 SHOWN = 600  # latest requests that the page can draw; chosen: an hour of one request every six seconds
 SOURCES = ("plain", "memory", "neural", "memory+neural")  # who proposed a round's tokens, see metrics.Decisions
@@ -94,7 +94,7 @@ class Totals:
 class ServerMetrics:
     """Counts requests, for Prometheus and for the page. Safe with several threads."""
 
-    def __init__(self, draft: MemoryDraft) -> None:
+    def __init__(self, draft: Draft) -> None:
         self.totals = Totals()
         self.started_at_s = time.time()
         self.saves = False  # whether the draft is saved anywhere
@@ -196,7 +196,7 @@ class ServerMetrics:
                 "update_share": totals.update_time_s / totals.wall_time_s if totals.wall_time_s else 0.0,
                 "decisions": {
                     "drafting": decisions.drafting,
-                    "learning": "" if self._draft.neural is None else decisions.learning,
+                    "learning": "" if self._draft.model is None else decisions.learning,
                     "rollback": decisions.rollback,
                 },
                 "saves": {

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifact import is_artifact
 from ..attachment import attach
+from ..base import Draft
 from ..cli.common import (
     FAILED,
     best_device,
@@ -26,7 +27,6 @@ from ..cli.common import (
 )
 from ..errors import ConfigError
 from ..loading import locate
-from ..memory_draft import MemoryDraft
 
 GRACE_S = 5  # for requests at hand when the server is told to end; chosen: half of what `docker stop` waits
 OPEN = (
@@ -123,7 +123,7 @@ def _say(text: str) -> None:
 def _serve(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    drafts: MemoryDraft,
+    drafts: Draft,
     target: str,
     draft: str | None,
     listener: socket.socket,
