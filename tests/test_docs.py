@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import runpy
 from pathlib import Path
 
@@ -33,3 +35,13 @@ def test_the_page_of_commands_has_the_words_of_every_command_and_option() -> Non
     missing = [text for text in words if text and " ".join(text.split()) not in page]
     assert not missing, "run python docs/write_reference.py"
     assert len(words) > 150
+
+
+def test_the_regression_tests_of_known_faults_exist() -> None:
+    page = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
+    found = {file: ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8")).body for file, _ in named}
+    functions = {
+        (file, node.name) for file, body in found.items() for node in body if isinstance(node, ast.FunctionDef)
+    }
+    assert len(named) > 60 and not set(named) - functions
