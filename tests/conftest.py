@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +73,17 @@ class _Told(logging_of_python.Handler):
 
     def emit(self, record: logging_of_python.LogRecord) -> None:
         self.texts.append(record.getMessage())
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """An answer, or the refusal that a test asks for, is due here: whatever else is raised fails the test by an assertion."""
+    try:
+        yield
+    except AssertionError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"instead of an answer: {error!r}") from error
 
 
 @pytest.fixture

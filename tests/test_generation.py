@@ -41,7 +41,7 @@ from hf_onlinespec import (
 )
 from hf_onlinespec.embedded import load_draft
 
-from .conftest import tiny_gpt2, tiny_llama
+from .conftest import answered, tiny_gpt2, tiny_llama
 from .test_decoding import Heard, letters  # noqa: F401
 
 SMALL = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3)
@@ -357,7 +357,7 @@ def test_after_disable_a_draft_says_what_to_do(target, draft_model, prompt) -> N
     for model in (target, tiny_gpt2(1)):  # transformers touches other attributes first where logits cannot be limited
         disable()
         try:
-            with pytest.raises(OnlineSpecError, match=r"enable\(\).*generate_fn\(\)"):
+            with answered(), pytest.raises(OnlineSpecError, match=r"enable\(\).*generate_fn\(\)"):
                 model.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=4)
         finally:
             enable()

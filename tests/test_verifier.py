@@ -43,7 +43,7 @@ from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, UnsupportedError, online_memory
 
-from .conftest import tiny_gpt2, tiny_llama
+from .conftest import answered, tiny_gpt2, tiny_llama
 from .tiny_models import CACHE
 
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)  # whatever the memory holds is drafted, four tokens at a time
@@ -162,7 +162,9 @@ def test_prompts_with_a_picture_equal_plain(make: Callable[[], tuple[PreTrainedM
     target, inputs = make()
     plain = target.generate(**inputs, do_sample=False, max_new_tokens=16)
     for _ in range(2):
-        assert torch.equal(plain, target.generate(**inputs, do_sample=False, max_new_tokens=16, onlinespec=FIXED))
+        with answered():
+            ours = target.generate(**inputs, do_sample=False, max_new_tokens=16, onlinespec=FIXED)
+        assert torch.equal(plain, ours)
     metrics = online_memory(target).metrics
     # The picture is read as in plain decoding, and then it is drafted; Mllama's cache holds the picture too.
     assert metrics.last.rounds == (16 if make is mllama else 4)
@@ -187,11 +189,12 @@ def test_token_types_are_continued_as_plain_decoding_continues_them(turns: int) 
     texts = []
     for arm in ({}, {"onlinespec": FIXED}, {"onlinespec": FIXED}):
         call: dict[str, Any] = dict(do_sample=False, max_new_tokens=16, return_dict_in_generate=True)
-        out = target.generate(prompt, token_type_ids=types, **call, **arm)
-        if turns == 2:
-            turn = torch.cat([out.sequences, prompt[:, :3]], dim=-1)
-            both = torch.cat([types, types[:, -1:].expand(1, 16), types[:, :3]], dim=-1)
-            out = target.generate(turn, token_type_ids=both, **{CACHE: out.past_key_values}, **call, **arm)
+        with answered():
+            out = target.generate(prompt, token_type_ids=types, **call, **arm)
+            if turns == 2:
+                turn = torch.cat([out.sequences, prompt[:, :3]], dim=-1)
+                both = torch.cat([types, types[:, -1:].expand(1, 16), types[:, :3]], dim=-1)
+                out = target.generate(turn, token_type_ids=both, **{CACHE: out.past_key_values}, **call, **arm)
         texts.append(out.sequences)
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
     assert not torch.equal(texts[0], target.generate(texts[0][:, :-16], do_sample=False, max_new_tokens=16))
@@ -215,7 +218,7 @@ def test_a_cache_that_cannot_be_rolled_back_is_refused_by_its_layers(target, pro
         if "Unknown quantization backend" not in str(error):
             raise
         pytest.skip(f"transformers {transformers.__version__}: {error}")
-    with pytest.raises(UnsupportedError, match=said):
+    with answered(), pytest.raises(UnsupportedError, match=said):
         target.generate(prompt, **{CACHE: cache}, max_new_tokens=5, onlinespec=True)
 
 
@@ -233,7 +236,8 @@ def test_a_layer_that_does_not_roll_back_is_refused_whatever_its_cache_is_called
 def test_the_default_cache_is_served_by_its_name(target, prompt) -> None:
     plain = target.generate(prompt, do_sample=False, max_new_tokens=20)
     for arm in ({"onlinespec": FIXED}, {"assistant_model": OnlineDraft(tiny_llama(2))}):
-        ours = target.generate(prompt, do_sample=False, max_new_tokens=20, cache_implementation="dynamic", **arm)
+        with answered():
+            ours = target.generate(prompt, do_sample=False, max_new_tokens=20, cache_implementation="dynamic", **arm)
         assert torch.equal(plain, ours)
 
 
@@ -259,7 +263,9 @@ def test_an_offloaded_cache_is_judged_by_its_layers(target, prompt, monkeypatch,
         cache: dict[str, Any] = {"cache_implementation": "offloaded"}
         if given == "an object":
             cache = {CACHE: DynamicCache(config=target.config, offloading=True)}
-        assert torch.equal(plain, target.generate(prompt, **call, **cache, **arm))
+        with answered():
+            ours = target.generate(prompt, **call, **cache, **arm)
+        assert torch.equal(plain, ours)
     assert draft.metrics.accepted_tokens < draft.metrics.drafted_tokens
 
 
@@ -271,7 +277,7 @@ def test_a_window_that_dropped_its_past_is_not_rolled_back_into() -> None:
     cache = DynamicCache(config=target.config)
     with torch.no_grad():
         target(tokens, **{CACHE: cache})
-    with pytest.raises(UnsupportedError, match="window"):
+    with answered(), pytest.raises(UnsupportedError, match="window"):
         target.generate(tokens, **{CACHE: cache}, max_new_tokens=5, do_sample=False, onlinespec=True)
 
 
