@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from .errors import DraftError
 from .layers import adaptable_layers as adaptable_layers
 from .layers import adapted_layers, describe
+from .progress import each
 from .sampling import seeded
 from .tree import borrow, is_plain
 
@@ -37,6 +38,7 @@ class Piece:
     """One parameter of the adapter inside the flat vector."""
 
     name: str  # as PEFT's files call it
+    path: str  # as the model calls it
     place: slice
     shape: torch.Size
     columns: bool  # B: blocks are its columns; A: blocks are its rows
@@ -123,7 +125,7 @@ class GatedLora:
             end = start + parameter.numel()
             columns = "lora_B" in name or "lora_embedding_B" in name
             in_file = f"base_model.model.{name}".replace(f".{ADAPTER}", "")
-            self._pieces.append(Piece(in_file, slice(start, end), parameter.shape, columns))
+            self._pieces.append(Piece(in_file, name, slice(start, end), parameter.shape, columns))
             self.params[start:end].copy_(parameter.detach().flatten())
             parameter.data = self.params[start:end].view_as(parameter)
             parameter.grad = self.grads[start:end].view_as(parameter)
@@ -182,6 +184,36 @@ class GatedLora:
         b = layer.lora_embedding_B[ADAPTER] if embeds else layer.lora_B[ADAPTER].weight
         change = (b * self.weights.repeat_interleave(self.rank)) @ a * layer.scaling[ADAPTER]
         return change.T if embeds or layer.fan_in_fan_out else change
+
+    def merged_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The base's weights with the adapter in them as it serves, by the base's own names. The sums are made in float32.
+
+        Args:
+            dtype: of what is a floating-point number; None: as the base has it.
+
+        Raises:
+            DraftError: the base is quantised.
+        """
+        for name, parameter in self.base.named_parameters():
+            if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+                raise DraftError(
+                    f"{type(self.base).__name__} has quantised weights, {name} for one: no adapter can be merged into them. Load the "
+                    "draft with base_model= in full precision, and export that."
+                )
+        layers = {name: module for name, module in self.base.named_modules() if isinstance(module, LoraLayer)}
+        stored = self.base.state_dict()
+        weights: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for key in each(stored, "Merging", "tensor"):
+                weight = stored[key]
+                if ".lora_" in key:
+                    continue
+                layer, wrapped, last = key.rpartition(".base_layer.")
+                own = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
+                if wrapped and last == "weight":
+                    weight = torch.add(weight.float(), self._change(layers[layer]))  # as `fold` does
+                weights[f"{layer}.{last}" if wrapped else key] = weight.to(own)
+        return weights
 
     def split(self, vector: Tensor) -> Tensor:
         """A vector like `params` as (blocks, parameters of one block), each row as an adapter of one block would have it."""
@@ -255,6 +287,10 @@ class GatedLora:
     def named(self, params: Tensor) -> dict[str, Tensor]:
         """The parts of a vector like `params` by the names that PEFT gives them in files, as views."""
         return {piece.name: params[piece.place].view(piece.shape) for piece in self._pieces}
+
+    def placed(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts by PEFT's names, by the names that the model gives them, on its device."""
+        return {piece.path: parts[piece.name].to(self.params.device) for piece in self._pieces}
 
     def outputs(self, params: Tensor) -> dict[str, Tensor]:
         """The same, of B alone: what `served_params` changes."""

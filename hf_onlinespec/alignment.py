@@ -107,11 +107,8 @@ class DraftAlignment(TrainerCallback):
 
     def _learn(self, heard: list[Feedback]) -> None:
         draft, started, counts = self.draft, time.perf_counter(), Counts()
-        with draft.failures.learning.attempt(), draft._learns:  # a step that fails is no reason to end a training
-            for feedback in heard:  # for the privacy audit
-                draft._learning.texts.grow([feedback.tokens], len(feedback.teacher))
-                draft._learning.texts.finish(feedback.tokens, len(feedback.teacher))
-            draft._learning.learn_from(heard, counts)
+        with draft.failures.learning.attempt():  # a step that fails is no reason to end a training
+            draft.learn(heard, counts)
         if counts.updates:
             draft.failures.learning.worked()
         self.updates += counts.updates

@@ -206,7 +206,7 @@ def attach(
     if config is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, Draft):
         config = saved
     if isinstance(draft, str | Path):
-        draft = load_beside(OnlineDraft, draft, inner, config)
+        draft = OnlineDraft.of(load_beside(draft, inner, config))
     neural: OnlineDraft | None = None
     if draft is None or isinstance(draft, MemoryDraft):
         _keep(inner, draft, config)

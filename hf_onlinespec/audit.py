@@ -11,18 +11,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
-from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read, twin
+from .audited import Audited
+from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read
 from .errors import ConfigError, PrivacyError
 from .feedback import Feedback
 from .memorization import ONE_ADAPTER, History, examine, history, learned_settings
 from .progress import progress
-
-if TYPE_CHECKING:
-    from .draft import OnlineDraft  # which is audited before a public push
 
 BEHIND = 40  # requests learned behind the canaries, at most: whether they are forgotten
 # Bits of mean exposure above which a push is refused: whoever guesses a secret needs an eighth of the guesses. The mean of eight
@@ -162,7 +159,7 @@ class AuditReport:
 
 @torch.inference_mode(False)
 def audit(
-    draft: OnlineDraft,
+    draft: Audited,
     canaries: int = 8,
     repeats: Sequence[int] = (1, 4, 16),
     own: Sequence[Feedback] | None = None,
@@ -190,14 +187,13 @@ def audit(
     vocabulary = draft.vocabulary.size
     secrets = make_canaries(vocabulary, canaries, seed)
     if own is None:
-        with draft._learns:
-            own = draft._replay.requests
+        own = draft.replayed()
     behind = own[-BEHIND:] if behind is None else behind
     for text in (*own, *(held_out or ()), *behind):
         check_text(draft, text, vocabulary)
     gap = None if held_out is None else loss_gap(draft, own, held_out)
 
-    copied = twin(draft)
+    copied = draft.clone_for_audit()
     probed, planted = [Probed(0, 0, probe(copied, secrets, seed=seed))], 0
     with progress(canaries * (max(repeats) + min(repeats) * bool(behind)) + len(behind), "Planting", "text") as bar:
         for often in sorted(set(repeats)):
@@ -205,7 +201,7 @@ def audit(
             planted = often
             probed.append(Probed(often, 0, probe(copied, secrets, seed=seed)))
         if behind:
-            copied = twin(draft)
+            copied = draft.clone_for_audit()
             plant(copied, secrets, min(repeats), bar)
             learn(copied, behind, bar)
             probed.append(Probed(min(repeats), len(behind), probe(copied, secrets, seed=seed)))
@@ -215,13 +211,13 @@ def audit(
     return AuditReport(probed, math.log2(REFERENCES + 1), gap, _seen(draft), vocabulary, known, compared, decisive)
 
 
-def _as_it_learned(draft: OnlineDraft, known: History) -> tuple[History, list[Probed]]:
+def _as_it_learned(draft: Audited, known: History) -> tuple[History, list[Probed]]:
     """Canaries planted as often as the main prompt stood in the stream, under every setting that ever learned; none without one.
 
     Where that cannot be done, the history says so.
     """
     found: list[Probed] = []
-    if not known.has_main_prompt or not draft.steps:
+    if not known.has_main_prompt or not draft.changed:
         return known, found
     often, secrets = min(known.repeats, MOST_REPEATS), make_canaries(draft.vocabulary.size, CANARIES)
     for learned in known.settings:
@@ -229,7 +225,7 @@ def _as_it_learned(draft: OnlineDraft, known: History) -> tuple[History, list[Pr
         if settings is None:
             known = known.plus(ONE_ADAPTER)
             continue
-        copied = twin(draft, settings)
+        copied = draft.clone_for_audit(settings)
         with progress(often * len(secrets), "Planting as it learned", "text") as bar:
             plant(copied, secrets, often, bar)
         found.append(Probed(often, 0, probe(copied, secrets)))
@@ -237,12 +233,12 @@ def _as_it_learned(draft: OnlineDraft, known: History) -> tuple[History, list[Pr
 
 
 @torch.inference_mode(False)
-def check_privacy(draft: OnlineDraft) -> None:
+def check_privacy(draft: Audited) -> None:
     """Raises PrivacyError where a public push would give away too much, or where that cannot be told.
 
     A draft that never learned has nothing to give. The adapter is judged, not its present settings: see `memorization.py`.
     """
-    if draft.steps == 0:
+    if not draft.changed:
         return
     examine(draft)
     known = history(draft)
@@ -260,7 +256,7 @@ def check_privacy(draft: OnlineDraft) -> None:
         )
 
 
-def loss_gap(draft: OnlineDraft, own: Sequence[Feedback], held_out: Sequence[Feedback]) -> LossGap:
+def loss_gap(draft: Audited, own: Sequence[Feedback], held_out: Sequence[Feedback]) -> LossGap:
     """How much more learning gained on the stream's own text than on text that it never saw, at the written tokens.
 
     Raises:
@@ -292,11 +288,10 @@ def loss_gap(draft: OnlineDraft, own: Sequence[Feedback], held_out: Sequence[Fee
     )
 
 
-def _seen(draft: OnlineDraft) -> int | None:
+def _seen(draft: Audited) -> int | None:
     """Tokens whose embedding the adapter changes: that part of A starts at zero, and moves only for tokens that were read."""
-    with draft._learns:
-        parts = draft._lora.named(draft._lora.params)
-        moved = [(part != 0).any(0) for name, part in parts.items() if "lora_embedding_A" in name]  # each (vocabulary,)
+    parts = draft.adapter_params()
+    moved = [(part != 0).any(0) for name, part in parts.items() if "lora_embedding_A" in name]  # each (vocabulary,)
     return int(torch.stack(moved).any(0).sum()) if moved else None
 
 

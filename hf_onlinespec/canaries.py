@@ -13,22 +13,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._compat import doubles
-from .config import OnlineSpecConfig
+from .audited import Audited
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
-from .metrics import Counts
 from .progress import Bar
-from .tree import copy_modules
-
-if TYPE_CHECKING:
-    from .draft import OnlineDraft  # which is audited before a public push
 
 PREFIX, SECRET = 8, 6  # tokens of a canary
 ALPHABET = 10  # letters of a secret, as many as there are digits: 10^6 secrets, 19.9 bits
@@ -96,21 +90,17 @@ def written(tokens: Tensor, n: int | None = None) -> Feedback:
 
 
 @torch.inference_mode(False)
-def learn(draft: OnlineDraft, requests: Sequence[Feedback], bar: Bar | None = None) -> None:
+def learn(draft: Audited, requests: Sequence[Feedback], bar: Bar | None = None) -> None:
     """Learns from requests one after the other, as after calls of `generate`, however little time there is."""
     for request in requests:
-        tokens, teacher = request.tokens.to(draft.device), request.teacher.to(draft.device)
-        counts = Counts()
-        draft.learn_segment(tokens[None], [teacher], None, 0, None, counts)
-        draft.remember(Feedback(tokens, teacher))
-        draft.rehearse(counts, draft.settings.replay_passes)
+        draft.learn_request(Feedback(request.tokens.to(draft.device), request.teacher.to(draft.device)))
         if bar is not None:
             bar.update()
     draft.fold()
 
 
 @torch.inference_mode(False)
-def plant(draft: OnlineDraft, canaries: Sequence[Canary], repeats: int = 1, bar: Bar | None = None) -> None:
+def plant(draft: Audited, canaries: Sequence[Canary], repeats: int = 1, bar: Bar | None = None) -> None:
     """Lets the draft learn every canary so often, as if the target had written it and been sure: the worst case.
 
     Each plant is a request of its own, rehearsed like any other. Raises ConfigError where a canary is longer than the draft reads.
@@ -122,9 +112,7 @@ def plant(draft: OnlineDraft, canaries: Sequence[Canary], repeats: int = 1, bar:
         learn(draft, texts, bar)
 
 
-def probe(
-    draft: OnlineDraft, canaries: Sequence[Canary], references: int = REFERENCES, seed: int = 0
-) -> list[Exposure]:
+def probe(draft: Audited, canaries: Sequence[Canary], references: int = REFERENCES, seed: int = 0) -> list[Exposure]:
     """How exposed each canary is, among that many random strings of its form, or among all where there are no more.
 
     Raises:
@@ -153,41 +141,15 @@ def probe(
     return found
 
 
-def twin(draft: OnlineDraft, learning: OnlineSpecConfig | None = None) -> OnlineDraft:
-    """A copy that learns on by itself, over the same base weights: always, after every request, whatever time it takes.
-
-    It remembers no requests, as a draft that was saved and loaded again.
-
-    Args:
-        learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
-    """
-    with draft._learns, torch.inference_mode(False):
-        base, artifact = draft._lora.base, draft.artifact()
-        # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
-        instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in base.parameters()}
-        instead |= {id(layer): layer.get_base_layer() for layer in draft._lora.layers}
-        plain = copy_modules(base, instead)
-        vars(plain).pop("peft_config", None)
-        settings = (learning or draft.settings).of_draft()
-        settings = replace(settings, update_when="request", update_every=1, memory_tokens=0)
-        copied = type(draft)(plain, settings)
-        if learning is None:
-            copied._learning.resume(artifact.adapter, artifact.state)
-        else:
-            copied._learning.adopt(artifact.adapter)
-    return copied
-
-
 @torch.no_grad()
-def read(draft: OnlineDraft, tokens: Tensor, n: int, frozen: bool) -> tuple[Tensor, Tensor]:
+def read(draft: Audited, tokens: Tensor, n: int, frozen: bool) -> tuple[Tensor, Tensor]:
     """Log-likelihoods (rows, n) of the last n tokens of every row of `tokens` (rows, L), and whether each is the likeliest."""
     if tokens.shape[1] > draft.positions:
         raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.positions}.")
     size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
     chosen, best = [], []
     for part in tokens.to(draft.device).split(size):
-        with draft.serving(frozen) as model:
-            logits = model(use_cache=False, **draft.inputs(part[:, :-1], 0, None), **draft.keep(n)).logits[:, -n:]
+        logits = draft.logits(part[:, :-1], n, frozen)
         chosen.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
         best.append((logits.argmax(-1) == part[:, -n:]).cpu())
     found = torch.cat(chosen)
@@ -199,7 +161,7 @@ def read(draft: OnlineDraft, tokens: Tensor, n: int, frozen: bool) -> tuple[Tens
     return found, torch.cat(best)
 
 
-def check_text(draft: OnlineDraft, text: Feedback, vocabulary: int) -> None:
+def check_text(draft: Audited, text: Feedback, vocabulary: int) -> None:
     """Raises ConfigError where a draft cannot read a text."""
     length, n = len(text.tokens), len(text.teacher)
     if not 1 <= n < length <= draft.positions:

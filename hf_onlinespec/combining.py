@@ -240,9 +240,9 @@ def _adopt(draft: OnlineDraft, changes: Mapping[str, Factors]) -> None:
     What they do not use keeps a new adapter's values, A at random and B at zero: it says nothing, and can learn.
     """
     scale = draft.settings.alpha / draft.settings.rank
-    adapter = draft._lora.named(draft._lora.params.clone())
+    adapter = draft.adapter_params()
     for layer, (a, b) in _layers(adapter).items():
         used = len(changes[layer].a)
         adapter[a][:used] = changes[layer].a
         adapter[b][:, :used] = changes[layer].b / scale
-    draft._learning.adopt(adapter)
+    draft.adopt(adapter)

@@ -31,9 +31,10 @@ from .export import merge_and_export
 from .forks import Lock
 from .hub import Checkpoints, Push
 from .identity import public_name
+from .learned_texts import Examined
 from .learning_draft import LearningDraft
-from .loading import load
-from .memorization import ELSEWHERE, KEY, SAVE_S, Examined, examine, history, loaded_history
+from .loading import Loaded, load
+from .memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
 from .preference import Preference
 from .run import run_record, run_targets
 from .state import Saved, copied
@@ -187,7 +188,7 @@ class OnlineDraft(LearningDraft):
         """
         # No step comes in between: what is saved is what was examined.
         with nullcontext() if self._idle is None else self._idle.call():
-            if self.steps:
+            if self.changed:
                 try:
                     examine(self, SAVE_S)
                 except Exception:  # a save that is lost would be worse
@@ -302,7 +303,18 @@ class OnlineDraft(LearningDraft):
             DraftError: there is neither an adapter nor a causal language model.
             HubError: the Hub cannot be reached, or asks for a token.
         """
-        return load(cls, source, base_model, as_config(config), revision, force, token)
+        return cls.of(load(source, base_model, as_config(config), revision, force, token))
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> OnlineDraft:
+        """A draft of what was read and checked."""
+        draft = cls(loaded.base, loaded.settings)
+        if loaded.artifact is not None:
+            draft.resume(loaded.artifact)
+        elif loaded.adapter is not None:
+            draft.adopt(loaded.adapter)
+        draft.lineage |= loaded.lineage
+        return draft
 
     def resume(self, artifact: Artifact) -> None:
         """Takes over everything that was saved, for a new draft of the same base and settings. Raises ArtifactError."""

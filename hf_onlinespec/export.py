@@ -8,23 +8,20 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import LoraLayer, commit_hash, model_name
+from ._compat import commit_hash, model_name
 from .artifact import header_of, read_json
 from .errors import ArtifactError, DraftError
 from .files import MOST_INTEGER
 from .identity import TOKENIZER, tokenizer_file
-from .progress import each
 from .vocabulary import rows
-
-if TYPE_CHECKING:
-    from .draft import OnlineDraft
 
 # What may lie beside the first file of a tokenizer.
 BESIDE = ("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -40,8 +37,18 @@ ALWAYS_TIED = {
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
+class Mergeable(Protocol):
+    """A draft, as far as it is exported."""
+
+    @property
+    def model(self) -> PeftModel: ...
+    @property
+    def config(self) -> PretrainedConfig: ...
+    def merged_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]: ...
+
+
 def merge_and_export(
-    draft: OnlineDraft,
+    draft: Mergeable,
     folder: str | Path,
     dtype: torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -85,29 +92,10 @@ def merge_and_export(
 
 
 @torch.no_grad()
-def _plain(draft: OnlineDraft, dtype: torch.dtype | None) -> PreTrainedModel:
+def _plain(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model of the base's class with the merged weights, to be saved: buffers that no file holds are empty."""
-    lora = draft._lora
-    base = lora.base
-    for name, parameter in base.named_parameters():
-        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-            raise DraftError(
-                f"{type(base).__name__} has quantised weights, {name} for one: no adapter can be merged into them. Load the draft "
-                "with base_model= in full precision, and export that."
-            )
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    weights: dict[str, Tensor] = {}
-    with draft._learns, draft.lock:  # between two gradient steps
-        stored = base.state_dict()
-        for key in each(stored, "Merging", "tensor"):
-            weight = stored[key]
-            if ".lora_" in key:
-                continue
-            layer, wrapped, last = key.rpartition(".base_layer.")
-            own = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
-            if wrapped and last == "weight":
-                weight = torch.add(weight.float(), lora._change(layers[layer]))  # as `fold` does
-            weights[f"{layer}.{last}" if wrapped else key] = weight.to(own)
+    base: PreTrainedModel = draft.model.get_base_model()
+    weights = draft.merged_weights(dtype)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
     said, read = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())

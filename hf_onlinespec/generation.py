@@ -228,7 +228,7 @@ def enable() -> None:
     @functools.wraps(load_assistant)
     def load_assistant_model(model: Any, assistant_model: Any, assistant_tokenizer: Any) -> Any:
         if isinstance(assistant_model, str) and is_evolved(assistant_model):
-            assistant_model = load_beside(OnlineDraft, assistant_model, model)
+            assistant_model = OnlineDraft.of(load_beside(assistant_model, model))
         return load_assistant(model, assistant_model, assistant_tokenizer)
 
     wrappers = (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -19,17 +19,25 @@ from . import card
 from ._compat import HUB_FAILURES
 from .artifact import CONFIG, FILES, STATE, Artifact, read_json
 from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief
-from .forks import renew_in_child
+from .forks import Lock, renew_in_child
 from .public import public_version
-
-if TYPE_CHECKING:
-    from .draft import OnlineDraft
 
 TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")  # as the Hub names licences
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0  # between two attempts of a checkpoint: doubled each time
 
 _log = logging.getLogger(__name__)
+
+
+class Shared(Protocol):
+    """A draft, as far as it is pushed."""
+
+    lineage: dict[str, Any]
+    pushes: Lock  # held for one push at a time
+
+    @property
+    def version(self) -> tuple[int, int]: ...  # another one whenever what is served has changed
+    def artifact(self) -> Artifact: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Push:
             user = HfApi(token=self.token).whoami()["name"]
         return replace(self, repo_id=f"{user}/{self.repo_id}")
 
-    def send(self, draft: OnlineDraft, artifact: Artifact | None = None) -> str:
+    def send(self, draft: Shared, artifact: Artifact | None = None) -> str:
         """Sends the draft, and returns the commit's hash; the draft goes on from that commit.
 
         Args:
@@ -222,7 +230,7 @@ class Checkpoints:
         every: requests between two pushes. Those that come due during a push are one more.
     """
 
-    def __init__(self, draft: OnlineDraft, push: Push, every: int) -> None:
+    def __init__(self, draft: Shared, push: Push, every: int) -> None:
         self.pushed, self.failures = 0, 0
         self.error = ""  # of the last attempt, if it failed
         self._draft, self._push, self._every = weakref.ref(draft), push, every

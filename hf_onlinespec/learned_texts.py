@@ -53,6 +53,23 @@ class Learned:
         return sum(text.stands_often(before) for text in self.texts)
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What came out of some texts, when the adapter had taken so many steps."""
+
+    steps: int
+    rollbacks: int  # to earlier states, by then: they leave the steps as they are
+    seen: int  # texts learned from by then
+    often: int  # of those at hand, whose prompt stood often
+    texts: int  # that were examined
+    memorised: int  # of which a part came out
+
+    @property
+    def state(self) -> tuple[int, int, int, int]:
+        """What tells the draft of then from another one."""
+        return self.steps, self.rollbacks, self.seen, self.often
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """A request that is learned from while others may be, too; each is itself alone."""

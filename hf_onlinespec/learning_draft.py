@@ -6,13 +6,15 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, SupportsIndex
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -33,9 +35,14 @@ from .lesson import Lesson
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
 from .segment import Segment
+from .state import Saved, copied
 from .summary import counted, size
+from .tree import copy_modules
 from .vocabulary import Vocabulary
 from .watch import ModelWatch
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +142,11 @@ class LearningDraft(Draft):
         return self._adaptation.steps
 
     @property
+    def changed(self) -> bool:
+        """Whether anything was learned: else it says what its base says."""
+        return self.steps > 0
+
+    @property
     def version(self) -> tuple[int, int]:
         """Another one whenever what is served has changed: by a step, an adapter that was adopted, an earlier state, a new base."""
         return self._begun, self._lora.changes
@@ -191,6 +203,40 @@ class LearningDraft(Draft):
                 with self._lora.speaking(None if weights is None else weights[None]) as model:
                     yield model
 
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, n: int, frozen: bool = False, mask: Tensor | None = None) -> Tensor:
+        """What the draft says after each of the last n of `tokens` (rows, L): logits (rows, n, vocab).
+
+        Args:
+            frozen: the original draft, whatever was learned.
+            mask: (rows, L) with zeros where a row is padded on the left; None: no padding.
+        """
+        inputs = self.inputs(tokens.to(self.device), 0, mask)
+        with self.serving(frozen) as model:
+            logits: Tensor = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
+        return logits
+
+    def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> Tensor:
+        """What the draft says with these tensors in the place of its adapter's, by PEFT's names; gradients flow to them.
+
+        Args:
+            inputs: of the model: tokens (rows, L) and their mask.
+        """
+        own = self._lora.placed(adapter)
+        with self._learns, self._lora.speaking() as model:
+            logits: Tensor = functional_call(model, own, kwargs=inputs | {"use_cache": False}).logits
+        return logits
+
+    def adapter_params(self) -> dict[str, Tensor]:
+        """A copy of the adapter by PEFT's names: of all experts, with no weight of theirs in it."""
+        with self._learns:
+            return copied(self._lora.named(self._lora.params))
+
+    def merged_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The base's weights with what serves now in them, see `GatedLora.merged_weights`."""
+        with self._learns, self.lock:  # between two gradient steps
+            return self._lora.merged_weights(dtype)
+
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
         """Model inputs for `tokens` (batch, n) behind `cached` tokens, with the padding of `mask` (batch, prompt)."""
         return self._learning.reader.inputs(tokens, cached, mask)
@@ -235,6 +281,32 @@ class LearningDraft(Draft):
             with self.lock:
                 self.governor.shadow(shown.learned, shown.original, recalled, True, preference)
 
+    def learn(self, examples: Sequence[Feedback], counts: Counts) -> None:
+        """One gradient step on whole texts, together; the privacy audit will look at them."""
+        with self._learns:
+            for example in examples:
+                self._learning.texts.grow([example.tokens], len(example.teacher))
+                self._learning.texts.finish(example.tokens, len(example.teacher))
+            self._learning.learn_from(list(examples), counts)
+
+    def learn_request(self, request: Feedback) -> Counts:
+        """Learns a request as after a call of `generate`, replay included, however little time there is."""
+        counts = Counts()
+        self.learn_segment(request.tokens[None], [request.teacher], None, 0, None, counts)
+        self.remember(request)
+        self.rehearse(counts, self.settings.replay_passes)
+        return counts
+
+    def gradient(self) -> Tensor:
+        """A copy of the adapter's gradient (parameters,) in the latest step."""
+        with self._learns:
+            return self._lora.grads.clone()
+
+    def replayed(self) -> list[Feedback]:
+        """What the replay remembers."""
+        with self._learns:
+            return self._replay.requests
+
     def _note(self) -> None:
         """What the learners say about themselves."""
         adaptation, guard = self._adaptation, self._learning.guard
@@ -259,11 +331,9 @@ class LearningDraft(Draft):
         n = len(teachers[0])
         if preference is None:
             preference, _ = self.preference(tokens[:, :-n], mask)
-        inputs = self.inputs(tokens[:, :-1], 0, mask)
         seen = []
-        for frozen in (False, True) if self._adaptation.steps else (True,):
-            with self.serving(frozen) as model:
-                logits = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
+        for frozen in (False, True) if self.changed else (True,):
+            logits = self.logits(tokens[:, :-1], n, frozen, mask)
             seen.append(acceptance(teachers, logits, temperature, self.settings.temperature))
         with self.lock:
             self.governor.shadow(seen[0].tolist(), seen[-1].tolist(), (), False, preference)
@@ -292,6 +362,30 @@ class LearningDraft(Draft):
             found.append(float((chosen * weight).sum() / weight.sum().clamp_min(1)))
         difference = found[0] - found[1] if all(map(math.isfinite, found)) else 0.0
         return difference, caches if length == tokens.shape[1] else {}
+
+    def clone_for_audit(self, learning: OnlineSpecConfig | None = None) -> Self:
+        """A copy that learns on by itself, over the same base weights: always, after every request, whatever time it takes.
+
+        It remembers no requests, as a draft that was saved and loaded again.
+
+        Args:
+            learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
+        """
+        with self._learns, torch.inference_mode(False):
+            base, state = self._lora.base, self._learning.saved()
+            adapter = copied(self._lora.named(self._lora.served_params()))
+            # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
+            instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in base.parameters()}
+            instead |= {id(layer): layer.get_base_layer() for layer in self._lora.layers}
+            plain = copy_modules(base, instead)
+            vars(plain).pop("peft_config", None)
+            settings = (learning or self.settings).of_draft()
+            clone = type(self)(plain, replace(settings, update_when="request", update_every=1, memory_tokens=0))
+            if learning is None:
+                clone._learning.resume(adapter, Saved(copied(state.tensors), state.values))
+            else:
+                clone._learning.adopt(adapter)
+        return clone
 
     def end_request(self) -> None:
         """Judges what the draft showed in a request that is over, or was broken off."""

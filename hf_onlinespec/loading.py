@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -51,22 +51,29 @@ from .lora_options import check_options
 from .memorization import KEY, loaded_history
 from .tree import borrow
 
-if TYPE_CHECKING:
-    from .draft import OnlineDraft
-
 BASE = "base_model_name_or_path"  # in PEFT's options
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a source holds, read and checked: all that a draft is made of."""
+
+    base: PreTrainedModel
+    settings: OnlineSpecConfig | None  # None: the defaults
+    artifact: Artifact | None = None  # that is resumed
+    adapter: Mapping[str, Tensor] | None = None  # that learning goes on from, with a new state
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+
 def load(
-    make: type[OnlineDraft],
     source: str | Path,
     base_model: PreTrainedModel | str | Path | None,
     config: OnlineSpecConfig | None,
     revision: str | None,
     force: bool,
     token: str | None,
-) -> OnlineDraft:
-    """What `OnlineDraft.from_pretrained` does. Nothing is made before everything is read and checked."""
+) -> Loaded:
+    """What `OnlineDraft.from_pretrained` makes a draft of. Nothing is made before everything is read and checked."""
     if not isinstance(source, str | Path):
         raise ConfigError(
             f"source={source!r}: expected a folder or a name on the Hub. A loaded model goes into OnlineDraft(model)."
@@ -85,39 +92,32 @@ def load(
         if not artifact.has_state:
             settings = one_expert(artifact.settings) if config is None else _as_adapter(config, artifact.adapter_config)
             settings = replace(settings, target_modules=names_of(artifact.adapter_config["target_modules"], base))
-        draft = make(base, settings)
+        about = artifact.adapter_config
+        scales = about["lora_alpha"] / about["r"], settings.alpha / settings.rank
+        lineage = {name: value for name, value in artifact.lineage.items() if name != "draft"}
+        lineage[KEY] = loaded_history(artifact.lineage, *scales)
+        if origin.revision is not None:  # a folder is where it was kept, not where it came from
+            lineage |= origin.lineage()
         if artifact.has_state:
-            draft.resume(artifact)
-        else:
-            draft.adopt(artifact.adapter)
-        draft.lineage = {**artifact.lineage, "draft": draft.lineage["draft"]}
-        about, now = artifact.adapter_config, draft.settings
-        draft.lineage[KEY] = loaded_history(artifact.lineage, about["lora_alpha"] / about["r"], now.alpha / now.rank)
-        if origin.revision is None:
-            return draft  # a folder is where it was kept, not where it came from
-    elif origin.folder is not None:
+            return Loaded(base, settings, artifact=artifact, lineage=lineage)
+        return Loaded(base, settings, adapter=artifact.adapter, lineage=lineage)
+    if origin.folder is not None:
         about = read_plain_options(origin.folder)
         settings = _as_adapter(config if config is not None else OnlineSpecConfig(), about)
         settings = replace(settings, target_modules=tuple(about["target_modules"]))
         base = plain_draft(NamedBase.of(origin).load(base_model, token))
         adapter = read_plain_adapter(origin.folder, settings, base)
-        draft = make(base, settings)
-        draft.adopt(adapter)
-    else:
-        base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
-        return make(base, config)
-    draft.lineage |= origin.lineage()
-    return draft
+        return Loaded(base, settings, adapter=adapter, lineage=origin.lineage())
+    base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
+    return Loaded(base, config)
 
 
-def load_beside(
-    make: type[OnlineDraft], source: str | Path, target: PreTrainedModel, config: OnlineSpecConfig | None = None
-) -> OnlineDraft:
+def load_beside(source: str | Path, target: PreTrainedModel, config: OnlineSpecConfig | None = None) -> Loaded:
     """The same by folder or name alone, on the device of the target that it is to draft for."""
     origin = locate(source)
     base = load_model(str(source), None, None) if origin.folder is None else NamedBase.of(origin).load()
     device = target.device if target.device.type != "meta" else base.device  # "meta": its weights lie elsewhere
-    return load(make, source, base.to(device), config, None, False, None)
+    return load(source, base.to(device), config, None, False, None)
 
 
 def is_evolved(source: str) -> bool:

@@ -20,21 +20,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ._compat import doubles
+from .audited import Audited
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .errors import ConfigError
-from .learned_texts import FEW, Learned, LearnedText
+from .learned_texts import FEW, Examined, Learned, LearnedText
 from .opening import opening_tokens
 from .progress import progress
-
-if TYPE_CHECKING:
-    from .draft import OnlineDraft
 
 logger = logging.getLogger(__name__)
 
@@ -72,23 +70,6 @@ EXPERTS = "its experts were examined as they served, and weigh otherwise by now"
 CONFUSED = "the record of what it learned from cannot be read"
 CROWDED = "it learned with more settings than a record tells apart"
 ONE_ADAPTER = "it learned with other experts than its adapter has now, so that canaries cannot be planted as it learned"
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What came out of some texts, when the adapter had taken so many steps."""
-
-    steps: int
-    rollbacks: int  # to earlier states, by then: they leave the steps as they are
-    seen: int  # texts learned from by then
-    often: int  # of those at hand, whose prompt stood often
-    texts: int  # that were examined
-    memorised: int  # of which a part came out
-
-    @property
-    def state(self) -> tuple[int, int, int, int]:
-        """What tells the draft of then from another one."""
-        return self.steps, self.rollbacks, self.seen, self.often
 
 
 def _state(here: Learned, before: int) -> tuple[int, int, int, int]:
@@ -171,7 +152,7 @@ class History:
         return found + [f"It cannot be judged: {reason}." for reason in self.unknown]
 
 
-def history(draft: OnlineDraft) -> History:
+def history(draft: Audited) -> History:
     """What a draft has learned from, here and before."""
     with draft.at_rest() as here:
         before, done = History.of(draft.lineage), draft.examined
@@ -214,7 +195,7 @@ def merged_history(lineages: Sequence[Mapping[str, Any]], weights: Sequence[floa
     return (found.plus(AMPLIFIED) if sum(map(abs, weights)) > 1 + 1e-6 else found).to_dict()
 
 
-def learned_settings(draft: OnlineDraft, learned: Mapping[str, Any]) -> OnlineSpecConfig | None:
+def learned_settings(draft: Audited, learned: Mapping[str, Any]) -> OnlineSpecConfig | None:
     """A draft's settings with those of learning that a record holds; None: the adapter has not the experts that they ask for."""
     many = draft.settings.learner == ENSEMBLE
     if learned["learner"] == ENSEMBLE:
@@ -226,7 +207,7 @@ Reader = Callable[[Tensor], Tensor]  # logits (rows, L, vocab) of tokens (rows, 
 
 
 @torch.no_grad()
-def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
+def examine(draft: Audited, seconds: float = math.inf) -> Examined:
     """Looks which of the texts that a draft has learned from come out of it, and notes it with the draft.
 
     Those whose prompt stands often come first, then the newest.
@@ -270,7 +251,7 @@ def examine(draft: OnlineDraft, seconds: float = math.inf) -> Examined:
 
 
 @contextmanager
-def _publics(draft: OnlineDraft) -> Iterator[list[Reader]]:
+def _publics(draft: Audited) -> Iterator[list[Reader]]:
     """Who never saw the text: the original draft, and the target, where it is at hand."""
     target = draft.target_at_hand
     readers = [_reader(draft, frozen=True)]
@@ -304,16 +285,11 @@ def _speaks_alone(target: PreTrainedModel) -> bool:
         return False
 
 
-def _reader(draft: OnlineDraft, frozen: bool) -> Reader:
-    def read(tokens: Tensor) -> Tensor:
-        with draft.serving(frozen) as model:
-            logits: Tensor = model(input_ids=tokens.to(draft.device), use_cache=False).logits
-            return logits
-
-    return read
+def _reader(draft: Audited, frozen: bool) -> Reader:
+    return lambda tokens: draft.logits(tokens, tokens.shape[1], frozen)
 
 
-def _needs_opening(draft: OnlineDraft, base: Reader, texts: Sequence[LearnedText]) -> bool:
+def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -> bool:
     """Whether the base draft says something else to a part of a text without the token that opens the text (see opening.py)."""
     overlaps: list[float] = []
     for text in texts:
@@ -327,7 +303,7 @@ def _needs_opening(draft: OnlineDraft, base: Reader, texts: Sequence[LearnedText
     return bool(overlaps) and sum(overlaps) / len(overlaps) < LEAST_OVERLAP
 
 
-def _windows(draft: OnlineDraft, text: Tensor, opens: bool) -> list[tuple[int, ...]]:
+def _windows(draft: Audited, text: Tensor, opens: bool) -> list[tuple[int, ...]]:
     """A text (L,) in overlapping windows, without those that the draft has no tokens for.
 
     Args:
@@ -344,7 +320,7 @@ def _windows(draft: OnlineDraft, text: Tensor, opens: bool) -> list[tuple[int, .
 
 
 def _come_out(
-    draft: OnlineDraft, publics: Sequence[Reader], windows: Sequence[tuple[int, ...]], bits: Sequence[float]
+    draft: Audited, publics: Sequence[Reader], windows: Sequence[tuple[int, ...]], bits: Sequence[float]
 ) -> Tensor:
     """Whether the end of each window (n,) comes out of the evolved draft, by so many bits likelier than of everybody else."""
     lengths = torch.tensor([len(window) for window in windows])

@@ -25,6 +25,14 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
 
 
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Counts):
+        return value.to_dict()
+    if isinstance(value, Decisions):
+        return asdict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 @dataclass(repr=False)
 class Counts:
     """What is counted while a request is decoded; sums over requests are counts again."""
@@ -109,7 +117,7 @@ class Counts:
 
     def to_dict(self) -> dict[str, Any]:
         """All counters, and the numbers that follow from them, as plain JSON values."""
-        found = {f.name: getattr(self, f.name) for f in fields(Counts)}
+        found = {f.name: _as_json(getattr(self, f.name)) for f in fields(self) if f.name != "history"}
         return found | {
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
@@ -243,11 +251,6 @@ class DraftMetrics(Counts):
         rows += [("drafting", self.decisions.drafting), ("why learning", self.decisions.learning)]
         title = f"DraftMetrics: {counted(self.requests, 'request')}, {counted(self.new_tokens, 'new token')} in {self.wall_time_s:.1f} s"
         return Summary(title, tuple(rows), self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "history"}
-        lists = {"expert_weights": list(self.expert_weights), "decisions": asdict(self.decisions)}
-        return own | super().to_dict() | lists | {"last": self.last.to_dict()}
 
     def __repr__(self) -> str:
         return str(self.summary())

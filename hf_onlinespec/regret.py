@@ -23,7 +23,6 @@ from .losses import LOSSES
 from .metrics import Counts
 from .progress import each
 from .recording import Recorded, Recording
-from .segment import Segment
 
 COMPARATOR_LR = 1e-3  # of Adam, whatever the learner's is
 EPOCHS = 30  # of a comparator's training, at most
@@ -210,9 +209,9 @@ def evaluate(
     for request in each(requests, "Learning", "request"):
         _add(served, draft, request, temperature, lookahead, frozen=False)
         _add(frozen, draft, request, temperature, lookahead, frozen=True)
-        segment = Segment(request.feedback.tokens[None], [request.feedback.teacher], None, temperature)
-        draft._learning.segment(segment, None, 0, Counts())
-        gradients.add(draft._lora.grads)
+        tokens, teacher = request.feedback.tokens, request.feedback.teacher
+        draft.learn_segment(tokens[None], [teacher], None, 0, None, Counts(), temperature)
+        gradients.add(draft.gradient())
         draft.remember(request.feedback)
         draft.rehearse(Counts(), config.replay_passes)
     show("the best fixed adapter")
@@ -268,7 +267,7 @@ class _Gradients:
         if self._last is not None:
             self.variation += float((grads - self._last).square().sum())
         self._norms.append(float(grads.square().sum()))
-        self._last = grads.clone()
+        self._last = grads
 
     @property
     def mean(self) -> float:
@@ -279,8 +278,7 @@ class _Gradients:
 def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, frozen: bool) -> None:
     """What the draft as it is now does on a request."""
     tokens, n = request.feedback.tokens[None], len(request.log_p)
-    with draft.serving(frozen) as model:
-        logits = model(tokens[:, :-1], use_cache=False, **draft.keep(n)).logits[0, -n:]
+    logits = draft.logits(tokens[:, :-1], n, frozen)[0]
     law = request.feedback.teacher
     logits = law.common(logits)
     settings = draft.settings
@@ -312,22 +310,22 @@ def _comparator(
     original = Curve()
     for request in requests:
         _add(original, draft, request, temperature, lookahead, frozen=True)
-    best, best_params = _mean(original.losses, weights), draft._lora.params.clone()  # the original draft is one, too
+    best, best_params = _mean(original.losses, weights), draft.adapter_params()  # the original draft is one, too
     for _ in each(range(epochs), name, "epoch"):  # at most: it may be done sooner
         order = torch.randperm(len(requests), generator=generator).tolist()
         for start in range(0, len(order), BATCH):
-            draft._learning.learn_from([requests[i].feedback for i in order[start : start + BATCH]], Counts())
+            draft.learn([requests[i].feedback for i in order[start : start + BATCH]], Counts())
         curve = Curve()
         for request in requests:
             _add(curve, draft, request, temperature, lookahead, frozen=False)
         mean = _mean(curve.losses, weights)
         improved = best - mean
         if improved > 0:
-            best, best_params = mean, draft._lora.params.clone()
+            best, best_params = mean, draft.adapter_params()
         if improved < ENOUGH * abs(best):
             break
-    draft._lora.put(draft._lora.split(best_params))
+    draft.adopt(best_params)
     curve = Curve()
     for request in requests:
         _add(curve, draft, request, temperature, lookahead, frozen=False)
-    return curve, best_params
+    return curve, torch.cat([part.flatten() for part in best_params.values()])

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -223,10 +222,8 @@ class Student(nn.Module):
 
     def __init__(self, draft: OnlineDraft, target: PreTrainedModel) -> None:
         super().__init__()
-        lora = draft._lora
-        start = lora.named(lora.params.clone())
+        start = draft.adapter_params()
         self._files = list(start)  # names of the parts in PEFT's files
-        self._names = [name for name, p in lora.base.named_parameters() if p.requires_grad]  # the same in the model
         self.parts = nn.ParameterList(start.values())
         # In a tuple: their weights are no parameters of the student.
         self._pair = (draft, target)
@@ -250,9 +247,8 @@ class Student(nn.Module):
             logits = target(**_on(inputs, target.device), use_cache=False).logits
             law = logits[learned.to(logits.device)].to(draft.device)  # (tokens, vocab)
         inputs = inputs | {"input_ids": draft.vocabulary.readable(inputs["input_ids"])}
-        own = {name: part.to(draft.device) for name, part in zip(self._names, self.parts, strict=True)}
-        with draft._learns, draft._lora.speaking() as model:
-            logits = functional_call(model, own, kwargs=_on(inputs, draft.device) | {"use_cache": False}).logits
+        own = dict(zip(self._files, self.parts, strict=True))
+        logits = draft.logits_with(own, **_on(inputs, draft.device))
         teacher = Teacher.from_logits(law, settings.temperature, settings.top_k, draft.vocabulary.size)
         said = logits[learned.to(logits.device)]
         losses = self._loss(*teacher.compare(said, settings.temperature, settings.loss != "cross_entropy"))

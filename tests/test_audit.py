@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError, audit
 from hf_onlinespec.audit import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed, check_privacy, loss_gap
-from hf_onlinespec.canaries import Canary, Exposure, learn, make_canaries, plant, probe, twin, written
+from hf_onlinespec.canaries import Canary, Exposure, learn, make_canaries, plant, probe, written
 from hf_onlinespec.card import write
 from hf_onlinespec.embedded import load_draft
 from hf_onlinespec.feedback import Teacher
@@ -194,7 +194,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 def test_a_twin_says_the_same_and_learns_by_itself(model: str, learner: str) -> None:
     draft = OnlineDraft(MODELS[model](), replace(FIXED, learner=learner, replay_passes=0))
     learn(draft, texts(4, seed=0))
-    before, copied = everything(draft), twin(draft)
+    before, copied = everything(draft), draft.clone_for_audit()
     x = torch.arange(20)[None]
     for frozen in (False, True):
         with draft.serving(frozen) as one, copied.serving(frozen) as other:
