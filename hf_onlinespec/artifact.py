@@ -58,6 +58,7 @@ FORMAT = 1
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 CONFIG, STATE = "onlinespec_config.json", "onlinespec_state.safetensors"
 CARD, CURVE = "README.md", "curve.png"
+MODEL_CONFIG = "config.json"  # of a whole model; a draft has none
 FILES = (ADAPTER_CONFIG, ADAPTER, STATE, CARD, CURVE, CONFIG)  # in the order in which they are moved
 CHECKED = (ADAPTER_CONFIG, ADAPTER, STATE)  # that resuming depends on; the last may be left out
 NEXT = ".onlinespec_next"  # folder in which they are written aside
@@ -281,6 +282,11 @@ def _always_written(folder: Path) -> ArtifactError:
 
 def _check_places(folder: Path) -> None:
     """Refuses a folder in which something else lies in the place of a draft's files. Raises ArtifactError."""
+    if os.path.lexists(folder / MODEL_CONFIG) and not is_artifact(folder):
+        raise ArtifactError(
+            f"{folder}: a model lies there ({MODEL_CONFIG}), which transformers would load with this adapter from now on. Name another "
+            "folder."
+        )
     if not is_folder(folder / NEXT) and os.path.lexists(folder / NEXT):
         raise ArtifactError(f"{folder / NEXT}: a link or a file in the place of a folder of ours. Remove it.")
     for name in FILES:

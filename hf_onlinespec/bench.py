@@ -5,7 +5,6 @@ An arm is what it adds to the arguments of `generate`. The demo, the command `tr
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from .errors import ConfigError
 from .memory_draft import online_memory
 from .metrics import Counts
 from .progress import Bar, NoBar
+from .texts import check_text, parse_line, read_lines
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
 WARM_UPS = 2  # unmeasured prompts through every arm
@@ -385,32 +385,28 @@ def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]
     Raises:
         ConfigError: the file cannot be read, a line is malformed, or there is no prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"--prompts {path}: the file cannot be read ({reason}).") from error
+    lines = read_lines(path, f"--prompts {path}")
     numbered = [(at, line) for at, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".txt":
-        found = [(line.rstrip("\r"), "") for _, line in numbered]
+        found = [(line, "") for _, line in numbered]
     else:
         found = [_text(line, f"--prompts {path}, line {at}") for at, line in numbered]
     if not found:
-        raise ConfigError(f'--prompts {path}: the file has no prompts. Write one {{"prompt": "..."}} per line.')
+        form = "" if path.suffix == ".txt" else ' {"prompt": "..."}'
+        raise ConfigError(f"--prompts {path}: the file has no prompts. Write one{form} per line.")
     return [Prompt(text, domain or path.stem, new_tokens) for text, domain in found[:limit]]
 
 
 def _text(line: str, where: str) -> tuple[str, str]:
     """A prompt and its domain, "" if none is given."""
     wanted = 'expected a JSON object with a text, such as {"prompt": "..."}'
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: {wanted}; it is no JSON ({error.msg} at column {error.colno}).") from error
+    item = parse_line(line, where, wanted)
     text = item.get("prompt") if isinstance(item, dict) else None
     if not isinstance(text, str) or not text:
         raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
-    return text, str(item.get("domain", ""))
+    domain = str(item.get("domain", ""))
+    check_text(text + domain, where)
+    return text, domain
 
 
 def fits(length: int, target: PretrainedConfig, new_tokens: int) -> bool:
@@ -427,6 +423,10 @@ def check_lengths(prompts: Sequence[Prompt], lengths: Sequence[int], target: Pre
     for at, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), 1):
         if not fits(length, target, prompt.new_tokens):
             longest = max_positions(target) - prompt.new_tokens
+            if longest < 1:
+                raise ConfigError(
+                    f"The target takes {max_positions(target)} tokens: no prompt fits beside {prompt.new_tokens} new ones. Use --new-tokens."
+                )
             raise ConfigError(
                 f"Prompt {at} has {length} tokens: the target takes from 1 to {longest}, and {prompt.new_tokens} new ones."
             )

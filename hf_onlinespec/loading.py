@@ -417,8 +417,12 @@ def check_base(expected: Identity, found: Identity, force: bool) -> None:
         )
 
 
-def why_not_loaded(error: BaseException, name: str) -> str:
-    """Why a model could not be loaded, in one line: above all whether its name is wrong or the network is missing."""
+def why_not_loaded(error: BaseException, name: str, what: str = "model") -> str:
+    """Why a model could not be loaded, in one line: above all whether its name is wrong or the network is missing.
+
+    Args:
+        what: of the model, such as its tokenizer.
+    """
     causes = list(_causes(error))
 
     def caused_by(*kinds: type[BaseException]) -> bool:
@@ -440,7 +444,11 @@ def why_not_loaded(error: BaseException, name: str) -> str:
     reason = str(error).strip().partition("\n")[0]
     if caused_by(HfHubHTTPError):
         return f"the Hub refused ({reason}). A private repository needs a token: hf auth login."
-    where = "the folder holds no model that can be loaded" if Path(name).is_dir() else "cannot be loaded"
+    if not isinstance(error, OSError | ValueError) or isinstance(error, UnicodeError):  # its text alone may say little
+        reason = f"{type(error).__name__}: {reason}"
+    if "ignore_mismatched_sizes" in reason:  # a report that is not shown says more
+        reason = "its weights have other shapes than its config.json says"
+    where = f"the folder holds no {what} that can be loaded" if Path(name).is_dir() else "cannot be loaded"
     return f"{where} ({reason})."
 
 

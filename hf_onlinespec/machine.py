@@ -27,6 +27,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of an accelerator did not suffice."""
+    # torch reports the CPU's as a plain RuntimeError: "[enforce fail …] DefaultCPUAllocator: can't allocate memory".
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 @cache
 def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")  # Linux: platform.processor() knows only the architecture there

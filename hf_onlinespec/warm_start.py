@@ -6,7 +6,6 @@ serves, learns on, and is saved as ever.
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,6 +38,7 @@ from .losses import LOSSES
 from .opening import opening_tokens
 from .progress import Bar, NoBar, each, progress
 from .sampling import seeded
+from .texts import check_text, parse_line, read_lines
 from .vocabulary import check_vocabularies
 
 # Of the default arguments: the best of six settings on 60 prompts of the embedded pair.
@@ -160,13 +160,8 @@ def read_corpus(path: str | Path) -> tuple[list[str], list[str]]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"{path}: expected a .txt or a .jsonl file.")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the file cannot be read ({error}).") from error
+    lines = read_lines(path, str(path))
     found: dict[str, list[str]] = {"text": [], "prompt": []}
-    # Lines end with a line feed and nothing else: other separators may stand inside of JSON's strings.
-    lines = content.replace("\r\n", "\n").split("\n")
     if path.suffix == ".txt":
         found["text"] = list(_documents(lines))
     else:
@@ -193,13 +188,11 @@ def _documents(lines: Sequence[str]) -> Iterator[str]:
 def _item(line: str, where: str) -> tuple[str, str]:
     """Whether a line of JSON holds a "text" or a "prompt", and its text."""
     wanted = 'expected {"text": "..."} or {"prompt": "..."}'
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: {wanted}; it is no JSON ({error.msg} at column {error.colno}).") from error
+    item = parse_line(line, where, wanted)
     keys = [key for key in ("text", "prompt") if isinstance(item, dict) and key in item]
     if len(keys) != 1 or not isinstance(item[keys[0]], str) or not item[keys[0]]:
         raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
+    check_text(item[keys[0]], where)
     return keys[0], item[keys[0]]
 
 

@@ -18,7 +18,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import (
@@ -389,6 +389,17 @@ def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path) -> None:
     assert torch.equal(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._lora.params, before)
     draft.save_pretrained(tmp_path)
     assert torch.equal(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._lora.params, before + 1)
+
+
+def test_the_folder_of_a_model_is_refused(target: PreTrainedModel, tmp_path: Path) -> None:
+    """Transformers would load the model with this adapter, which was made for another one."""
+    target.save_pretrained(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ArtifactError, match="a model lies there"):
+        OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE)).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == before
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS).logits, target(TOKENS).logits)
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:

@@ -101,6 +101,10 @@ def write(path: Path, texts: list[str]) -> Path:
         (b'{"prompt": ""}\n', "line 1: expected a JSON object"),
         (b'{"prompt": 3}\n', "line 1: expected a JSON object"),
         (b"\xff\n", "it is not UTF-8 text"),
+        (b'{"prompt": "a \\ud83d"}\n', "line 1: character 3 is \\ud83d, one half of a character alone"),
+        (b'{"prompt": "a", "domain": "\\ud83d"}\n', "one half of a character alone"),
+        (b"[" * 100_000, "line 1: expected a JSON object"),
+        (b'{"prompt": ' + b"9" * 5_000 + b"}", "line 1: expected a JSON object"),
         (json.dumps({"prompt": "a " * 600}).encode(), "tokens: the target takes from 1 to 448, and 64 new ones"),
     ],
 )
@@ -116,6 +120,13 @@ def test_a_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
     file.write_bytes(b'{"prompt": "a"}\r\n\n  two words \n')
     assert load_prompts(file, None, 5) == [Prompt('{"prompt": "a"}', "mine", 5), Prompt("  two words ", "mine", 5)]
     assert len(load_prompts(file, 1, 5)) == 1
+
+
+def test_a_file_that_windows_wrote_begins_with_its_first_prompt(tmp_path: Path) -> None:
+    for name, content in (("mine.jsonl", '{"prompt": "a"}\r\n'), ("mine.txt", "a\r\n")):
+        file = tmp_path / name
+        file.write_bytes(content.encode("utf-8-sig"))
+        assert load_prompts(file, None, 5) == [Prompt("a", "mine", 5)]
 
 
 def test_bad_models(tmp_path: Path, refused: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_onlinespec import OnlineDraft, attach, detach
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, attach, detach
 from hf_onlinespec._compat import held_tokens
 from hf_onlinespec.artifact import inspect
 from hf_onlinespec.cli import chat as chats
@@ -221,8 +221,13 @@ def test_a_system_message(target: PreTrainedModel, tokenizer: PreTrainedTokenize
     chat.answer(questions()[0], quiet)
     assert chat._messages[0] == {"role": "system", "content": "Be brief."}
     tokenizer.chat_template = NO_SYSTEM
-    with pytest.raises(ConfigError, match="--system: the chat template of this model takes no system message"):
+    with pytest.raises(ConfigError, match=r"--system: .*Perhaps it takes no system message"):
         Chat(target, tokenizer, drafts, "Be brief.")
+    tokenizer.chat_template = '{{ raise_exception("never") }}'
+    with pytest.raises(
+        ConfigError, match=r"^The chat template of this model does not take this conversation \(never\)"
+    ):
+        Chat(target, tokenizer, drafts)
     tokenizer.chat_template = None
     chat = Chat(target, tokenizer, drafts, "# shell\n", 4, GREEDY)
     first = chat.answer("ls", quiet)
@@ -352,6 +357,23 @@ def test_lines_are_read_with_what_is_installed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)  # not installed
     assert reader()() == "said" and asked[2:] == [PROMPT]
+
+
+def test_a_draft_is_saved_into_a_folder_of_its_own(chat: Chat, tmp_path: Path) -> None:
+    """Neither among other files nor over another draft; over its own earlier state it is."""
+    kept, other, mine = (tmp_path / name for name in ("kept", "other", "mine"))
+    OnlineDraft(tiny_llama(2), OnlineSpecConfig(rank=2)).save_pretrained(other)
+    mine.mkdir()
+    (mine / "README.md").write_text("mine")
+    notes = io.StringIO()
+    asked = [f"/save {folder}" for folder in (kept, other, mine, kept)]
+    terminal = Terminal(chat, Console(file=io.StringIO()), Console(file=notes, width=300), lines(*asked, "/quit"))
+    assert terminal.run() == 0
+    said = notes.getvalue().splitlines()
+    assert said[0] == said[3] == f"Saved: {kept}. Go on with --draft {kept}."
+    assert said[1] == f"/save {other}: another draft was saved there. Name a new folder."
+    assert "'README.md' lies there" in said[2] and (mine / "README.md").read_text() == "mine"
+    assert inspect(other)["settings"]["rank"] == 2
 
 
 def test_leaving_saves(chat: Chat, tmp_path: Path) -> None:

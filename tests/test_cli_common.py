@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,13 +16,22 @@ import pytest
 import torch
 import typer
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
 import hf_onlinespec_cli
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.cli import common
-from hf_onlinespec.cli.common import best_device, best_dtype, check_folder, check_writable, load_draft, load_model
+from hf_onlinespec.cli.common import (
+    best_device,
+    best_dtype,
+    check_folder,
+    check_writable,
+    load_draft,
+    load_model,
+    load_tokenizer,
+)
 from hf_onlinespec.embedded import DOMAINS, HOME_DOMAIN
+from hf_onlinespec.embedded import FOLDER as EMBEDDED
 from hf_onlinespec.errors import ConfigError, DraftError, VersionError
 from hf_onlinespec_cli import main
 
@@ -143,6 +153,68 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     "error",
     [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError(), torch.OutOfMemoryError()],
 )
+def broken(how: str, folder: Path) -> str:
+    """The embedded target with one file that is not as it should be."""
+    shutil.copytree(EMBEDDED / "target", folder, copy_function=shutil.copyfile)
+    weights = folder / "model.safetensors"
+    if how == "cut off":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif how == "empty":
+        weights.write_bytes(b"")
+    elif how == "of another size":
+        about = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(about | {"intermediate_size": 16}))
+    elif how == "of another kind":
+        T5Config().save_pretrained(folder)
+    elif how == "no index":
+        weights.unlink()
+        (folder / "model.safetensors.index.json").write_text("{}")
+    elif how == "with code":
+        about = json.loads((folder / "config.json").read_text())
+        code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+        (folder / "config.json").write_text(json.dumps(about | {"model_type": "own", "auto_map": code}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("cut off", "SafetensorError"),
+        ("empty", "SafetensorError"),
+        ("of another size", "its weights have other shapes than its config.json says"),
+        ("of another kind", "Unrecognized configuration class"),
+        ("no index", "weight_map"),
+        ("with code", "this model brings code of its own, which is not run unasked"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line(how: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked somebody who is not there"))
+    name = broken(how, tmp_path / "model")
+    with pytest.raises(ConfigError, match=re.escape(said)) as told:
+        load_model("--draft", name)
+    assert str(told.value).startswith(f"--draft {name}: ") and "\n" not in str(told.value)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    shutil.copyfile(EMBEDDED / "target" / "config.json", tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"TARGET .*: the folder holds no tokenizer that can be loaded"):
+        load_tokenizer("TARGET", str(tmp_path))
+
+
+def test_weights_that_a_checkpoint_lacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_llama(1, layers=1).save_pretrained(tmp_path)
+    LlamaConfig.from_pretrained(tmp_path, num_hidden_layers=2).save_pretrained(tmp_path)
+    common.quiet_libraries()
+    capsys.readouterr()
+    load_model("TARGET", str(tmp_path))
+    assert capsys.readouterr().err.startswith(
+        f"hf-onlinespec: warning: TARGET {tmp_path}: 9 of its weights are not in the checkpoint, model.layers.1."
+    )
+    LlamaConfig.from_pretrained(tmp_path, num_hidden_layers=1).save_pretrained(tmp_path)
+    load_model("TARGET", str(tmp_path))
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_too_little_memory_names_what_was_needed(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from itertools import count
@@ -474,6 +475,10 @@ def test_few_prompts_of_ones_own_are_all_measured(tmp_path: Path, capsys: pytest
         ({"new_tokens": 0}, "--new-tokens 0"),
         ({"temperature": float("inf")}, "--temperature inf"),
         ({"seed": -1}, "--seed -1"),
+        ({"seed": 2**32}, "--seed 4294967296: expected a value from 0 to 4294967295"),
+        ({"device": "meta"}, "--device meta: torch cannot use it here"),
+        ({"out": Path("one"), "json": Path("x/../one")}, "--out and --json are one file"),
+        ({"prompts": Path("mine.jsonl"), "out": Path("mine.jsonl")}, "--prompts and --out are one file"),
         ({"target": "/none/such"}, "TARGET /none/such: "),
         ({"draft": "/none/such"}, "/none/such: no such folder"),
         ({"prompts": Path("/none/such")}, "--prompts /none/such: the file cannot be read"),
@@ -482,8 +487,9 @@ def test_few_prompts_of_ones_own_are_all_measured(tmp_path: Path, capsys: pytest
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_read(
-    values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
     with pytest.raises(OnlineSpecError, match=re.escape(message)):
         run_try(settings(None, **values))
@@ -499,6 +505,68 @@ def test_outputs_that_cannot_be_written_are_refused_before_weights_are_read(
         (option,) = set(values) - {"draft"}
         with pytest.raises(ConfigError, match=f"--{option} "):
             run_try(settings(None, **values))
+
+
+def test_a_draft_is_not_saved_among_other_files(file: Path, tmp_path: Path) -> None:
+    """A README.md of its own would be overwritten, and a model would be loaded with the draft's adapter."""
+    readme = tmp_path / "mine" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text("mine")
+    (tmp_path / "mine" / ".git").mkdir()
+    with pytest.raises(ConfigError, match=r"--save .*mine: 'README.md' lies there, and no saved draft"):
+        run_try(settings(file, draft=DRAFT, save=readme.parent))
+    assert [path.name for path in sorted(readme.parent.iterdir())] == [".git", "README.md"]
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("template", ["{% for m in %}", '{{ raise_exception("no such role") }}', "{{ 1 / 0 }}"])
+def test_a_chat_template_that_fails_is_named(
+    template: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
+    folder = copied(TARGET, tmp_path)
+    if place == "chat_template.jinja":
+        (folder / place).write_text(template)
+    else:
+        about = json.loads((folder / place).read_text())
+        (folder / place).write_text(json.dumps(about | {"chat_template": template}))
+    with pytest.raises(ConfigError, match=rf"TARGET {folder}: its chat template fails at a plain message \("):
+        run_try(settings(None, target=str(folder)))
+
+
+def copied(folder: str, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "model", copy_function=shutil.copyfile))
+
+
+@pytest.mark.usefixtures("quick")
+def test_ways_of_transformers_that_fail_are_left_out_and_named(
+    pair: EmbeddedPair, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'is_croppable'")
+
+    monkeypatch.setattr(type(pair.target), "_get_candidate_generator", fails)
+    assert run_try(settings(file, draft=DRAFT, new_tokens=4), clock=ticking()) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for arm in ("prompt lookup 3", "prompt lookup 10", "draft 2"):
+        assert (
+            f"Transformers' {arm} fails with these models and was not measured (AttributeError: 'NoneType'" in printed
+        )
+    assert "another size" not in printed
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_target_that_cannot_generate_is_one_line(
+    pair: EmbeddedPair, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise AttributeError("no such thing\nat all")
+
+    monkeypatch.setattr(type(pair.target), "forward", fails)
+    with pytest.raises(
+        OnlineSpecError, match=r"Plain generate fails with this target \(AttributeError: no such thing\)"
+    ):
+        run_try(settings(file), clock=ticking())
 
 
 def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

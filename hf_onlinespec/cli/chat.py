@@ -155,10 +155,10 @@ class Chat:
         self.reset()
         try:
             self._render([{"role": "user", "content": "."}])
-        except TemplateError as error:
-            raise ConfigError(
-                f"--system: the chat template of this model takes no system message ({error}). Leave it out."
-            ) from error
+        except ConfigError as error:
+            if system is None:
+                raise
+            raise ConfigError(f"--system: {error} Perhaps it takes no system message: leave it out.") from error
 
     def _pad(self) -> int | None:
         config, tokenizer = self.target.generation_config, self.tokenizer
@@ -244,9 +244,12 @@ class Chat:
                 text = self.system + text
             new = self.tokenizer(text, add_special_tokens=begins, return_tensors="pt").input_ids
             return torch.cat([self._sequence, new.view(1, -1).long()], dim=1)
-        rendered = self.tokenizer.apply_chat_template(
-            [*self._messages, *more], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [*self._messages, *more], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise ConfigError(f"The chat template of this model does not take this conversation ({error}).") from error
         prompt: Tensor = rendered["input_ids"]
         return prompt
 

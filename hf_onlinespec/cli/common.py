@@ -18,12 +18,14 @@ from transformers.utils import logging
 
 from ..artifact import is_artifact
 from ..draft import OnlineDraft
-from ..errors import ConfigError, MissingExtraError, OnlineSpecError
+from ..errors import ConfigError, MissingExtraError, OnlineSpecError, brief
 from ..loading import NamedBase, locate, why_not_loaded
+from ..machine import is_out_of_memory
 from ..vocabulary import check_vocabularies
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype
+MOST_SEED = 2**32 - 1
 PACKAGES = {  # by extra: what a command may need
     "demo": ("matplotlib", "rich"),
     "serve": ("fastapi", "starlette", "uvicorn", "openai", "pydantic", "prometheus_client"),
@@ -79,12 +81,43 @@ def check_saving(save: Path | None, draft: str | None, resumes: bool = False) ->
             "never written down."
         )
     check_folder(save, f"--save {save}")
+    check_own(save, f"--save {save}")
     named = Path(draft)
     if not is_artifact(save) or (named.is_dir() and save.samefile(named)) or (resumes and not is_artifact(named)):
         return
     raise ConfigError(
         f"--save {save}: another draft was saved there. Go on with it by --draft {save}, or name a new folder."
     )
+
+
+def check_own(folder: Path, option: str) -> None:
+    """Raises ConfigError where a draft would be saved among other files: some of them have the names of its own."""
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if others and not is_artifact(folder):
+        raise ConfigError(
+            f"{option}: {brief(others[0])} lies there, and no saved draft. A draft is not saved among other files: name a new folder."
+        )
+
+
+def check_files(**paths: Path | None) -> None:
+    """Raises ConfigError where two options name one file: the one would be written over the other.
+
+    Args:
+        paths: by option, without its dashes.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        first = seen.setdefault(path.resolve(), name)
+        if first != name:
+            raise ConfigError(f"--{first} and --{name} are one file, {path}. Name another one.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError where torch would not take a seed."""
+    if not 0 <= seed <= MOST_SEED:
+        raise ConfigError(f"--seed {seed}: expected a value from 0 to {MOST_SEED}.")
 
 
 def check_writable(path: Path, option: str) -> None:
@@ -121,8 +154,8 @@ def best_device(wanted: str | None = None) -> torch.device:
         return torch.device("cpu") if found is None else found
     try:
         device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without it
+        torch.zeros(1, device=device).item()  # one that holds no numbers, "meta", has none to give
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the second from a build of torch without it
         raise ConfigError(f"--device {wanted}: torch cannot use it here. Use cpu, for one.") from error
     return device
 
@@ -154,7 +187,20 @@ def load_config(option: str, name: str) -> PretrainedConfig:
 
 def load_tokenizer(option: str, name: str) -> Any:
     """The tokenizer of a model. Raises ConfigError in one line, named after the option."""
-    return _loaded(AutoTokenizer, option, name)
+    return _loaded(AutoTokenizer, option, name, "tokenizer")
+
+
+def check_template(option: str, name: str, tokenizer: Any) -> None:
+    """Raises ConfigError where a model's chat template, if it has one, cannot write a message."""
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "."}], add_generation_prompt=True)
+    except Exception as error:  # a template is a program
+        raise ConfigError(
+            f"{option} {name}: its chat template fails at a plain message ({type(error).__name__}: {error}). Correct it, in "
+            "chat_template.jinja or tokenizer_config.json."
+        ) from error
 
 
 def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device | None = None) -> PreTrainedModel:
@@ -176,7 +222,15 @@ def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device |
         if needed > free:  # Linux may end the process without a word
             print(f"hf-onlinespec: warning: {_memory(option, name, needed, free, chosen)}", file=sys.stderr, flush=True)
     try:
-        model = _loaded(AutoModelForCausalLM, option, name, dtype=chosen)
+        model, found = _loaded(AutoModelForCausalLM, option, name, dtype=chosen, output_loading_info=True)
+        missing = sorted(found["missing_keys"])
+        if missing:
+            print(
+                f"hf-onlinespec: warning: {option} {name}: {len(missing)} of its weights are not in the checkpoint, "
+                f"{missing[0]} for one, and have random values.",
+                file=sys.stderr,
+                flush=True,
+            )
         placed: PreTrainedModel = model.to(device).eval()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -243,25 +297,31 @@ def load_draft_model(
     return placed, True
 
 
-def _loaded(kind: Any, option: str, name: str, **kwargs: Any) -> Any:
+def _loaded(kind: Any, option: str, name: str, what: str = "model", **kwargs: Any) -> Any:
+    # Transformers asks the user whether code that a model brings may run; an answer from a pipe would be a message or nothing.
+    trusted = None if sys.stdin is not None and sys.stdin.isatty() else False
     try:
-        return kind.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"{option} {name}: {why_not_loaded(error, name)}") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of an accelerator did not suffice."""
-    # torch reports the CPU's as a plain RuntimeError: "[enforce fail …] DefaultCPUAllocator: can't allocate memory".
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        return kind.from_pretrained(name, trust_remote_code=trusted, **kwargs)
+    except Exception as error:  # files from elsewhere may make any of the libraries raise anything
+        if is_out_of_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{option} {name}: this model brings code of its own, which is not run unasked. If you trust it, load the model "
+                "in Python with trust_remote_code=True and use hf_onlinespec.attach."
+            ) from error
+        raise ConfigError(f"{option} {name}: {why_not_loaded(error, name, what)}") from error
 
 
 def _needed_bytes(config: PretrainedConfig, dtype: torch.dtype | str) -> int:
-    """Of the weights; 0 where that is not known before they are read: quantized ones."""
+    """Of the weights; 0 where that is not known before they are read: quantized ones, or those of no causal language model."""
     if not isinstance(dtype, torch.dtype):
         return 0
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # a configuration from elsewhere: loading says what is wrong with it
+        return 0
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 

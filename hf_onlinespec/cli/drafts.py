@@ -25,7 +25,7 @@ from ..hub import Push, known_parent
 from ..loading import locate
 from ..run import is_told_apart
 from ..warm_start import read_corpus
-from .common import FOUND, check_writable, load_tokenizer, quiet_libraries
+from .common import FOUND, check_own, check_writable, load_tokenizer, quiet_libraries
 
 P = ParamSpec("P")
 
@@ -151,6 +151,8 @@ def run_push(
 def run_pull(repo: str, folder: Path, revision: str | None) -> int:
     """Downloads an evolved draft into a folder."""
     check_writable(folder, str(folder))
+    if folder.is_dir():
+        check_own(folder, str(folder))
     origin = locate(repo, revision)
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(repo)

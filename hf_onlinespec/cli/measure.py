@@ -27,7 +27,9 @@ from .common import (
     INTERRUPTED,
     best_device,
     check_extra,
+    check_files,
     check_folder,
+    check_seed,
     finite,
     load_config,
     load_model,
@@ -131,6 +133,8 @@ def run_record(
     ):
         if value is not None and not least <= value < float("inf"):
             raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+    check_seed(seed)
+    check_files(prompts=prompts_file, out=out)
     check_folder(out.parent, f"--out {out}")
     if out.is_dir():
         raise ConfigError(f"--out {out}: it is a folder. Name a file.")

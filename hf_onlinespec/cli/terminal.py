@@ -21,6 +21,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
+from ..artifact import is_artifact
 from ..attachment import attach
 from ..errors import ConfigError
 from .chat import Chat
@@ -29,7 +30,9 @@ from .common import (
     INTERRUPTED,
     best_device,
     check_folder,
+    check_own,
     check_saving,
+    check_template,
     explain,
     load_config,
     load_draft,
@@ -83,6 +86,7 @@ def run_chat(settings: ChatSettings) -> int:
     quiet_libraries(bars=True)
     device = best_device(settings.device)
     config, tokenizer = load_config("TARGET", settings.target), load_tokenizer("TARGET", settings.target)
+    check_template("TARGET", settings.target, tokenizer)
     notes = console(sys.stderr)
     notes.print(f"Loading {settings.target} …", style=QUIET, markup=False)
     draft = None
@@ -99,7 +103,8 @@ def run_chat(settings: ChatSettings) -> int:
     out = console(sys.stdout)
     if settings.colours and out.color_system is not None:
         out.print(Text("Drafted and accepted text has this colour", DRAFTED), "; the rest is the target's own.", sep="")
-    return Terminal(chat, out, notes, reader(), settings.colours, settings.save).run()
+    named = None if settings.draft is None else Path(settings.draft)
+    return Terminal(chat, out, notes, reader(), settings.colours, settings.save, named).run()
 
 
 def console(file: TextIO) -> Console:
@@ -156,6 +161,7 @@ class Terminal:
         notes: for all else.
         read: gives the next line; raises EOFError at the end.
         save: where the draft is saved on leaving.
+        draft: what `--draft` names: where that is a saved draft, it may be saved there again.
     """
 
     def __init__(
@@ -166,7 +172,9 @@ class Terminal:
         read: Callable[[], str],
         colours: bool = True,
         save: Path | None = None,
+        draft: Path | None = None,
     ) -> None:
+        self._own = [folder for folder in (save, draft) if folder is not None]  # where a state of this draft may lie
         self._chat, self._out, self._notes, self._read = chat, out, notes, read
         self._colours, self._save = colours, save
 
@@ -213,6 +221,17 @@ class Terminal:
         style = Style.parse(DRAFTED) if drafted and self._colours else None
         self._out.print(Segments([Segment(safe(text), style)]), end="")  # a Text would write spaces for tabs
 
+    def _check_saving(self, folder: Path) -> None:
+        """Raises ConfigError where a draft cannot be saved, or would be written over something else than its own earlier state."""
+        if self._chat.drafts.neural is None:
+            return  # there is none
+        check_folder(folder, f"/save {folder}")
+        check_own(folder, f"/save {folder}")
+        own = {path.resolve() for path in self._own}
+        if is_artifact(folder) and folder.resolve() not in own:
+            raise ConfigError(f"/save {folder}: another draft was saved there. Name a new folder.")
+        self._own.append(folder)
+
     def _command(self, name: str = "", argument: str = "") -> bool:
         """Does what a command says; whether the chat goes on."""
         say = []
@@ -230,9 +249,9 @@ class Terminal:
         elif name == "stats":
             say += self._chat.stats()
         elif name == "save" and (argument or self._save is not None):
+            folder = Path(argument).expanduser() if argument or self._save is None else self._save
             try:
-                folder = Path(argument).expanduser() if argument or self._save is None else self._save
-                check_folder(folder, f"/save {folder}")
+                self._check_saving(folder)
                 say.append(self._chat.save(folder))
             except Exception as error:
                 line = explain(error)

@@ -36,8 +36,11 @@ from .common import (
     FOUND,
     INTERRUPTED,
     best_device,
+    check_files,
     check_folder,
     check_saving,
+    check_seed,
+    check_template,
     explain,
     finite,
     free_bytes,
@@ -73,10 +76,10 @@ class TrySettings:
             ("--minutes", self.minutes, 0),
             ("--new-tokens", self.new_tokens, 1),
             ("--temperature", self.temperature, 0),
-            ("--seed", self.seed, 0),
         ):
             if value is not None and not least <= value < float("inf"):
                 raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+        check_seed(self.seed)
 
     def check_outputs(self) -> None:
         """Raises ConfigError where a result could not be written."""
@@ -86,6 +89,7 @@ class TrySettings:
             check_folder(path.absolute().parent, f"{option} {path}")
             if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
                 raise ConfigError(f"{option} {path}: a file cannot be written there. Name another one.")
+        check_files(prompts=self.prompts, out=self.out, json=self.json)
         check_saving(self.save, self.draft)
 
 
@@ -210,6 +214,7 @@ def _prepared(
     device = best_device(settings.device)
     config = load_config("TARGET", settings.target)
     tokenizer = load_tokenizer("TARGET", settings.target)
+    check_template("TARGET", settings.target, tokenizer)
     longest = LONG if settings.new_tokens is None else settings.new_tokens
     prompts, notes = _prompts(settings.prompts, tokenizer, config, longest)
     prompts, spare = set_aside(prompts)

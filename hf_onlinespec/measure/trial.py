@@ -23,6 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base import Draft
 from ..bench import PLAIN, Arm, Calibration, Prompt, Record, Runner, by_arm, calibrate, stock_draft, totals
 from ..draft import OnlineDraft
+from ..errors import UnsupportedError
+from ..machine import is_out_of_memory
 from ..memory_draft import online_memory
 from ..tree import borrow
 from .budget import LEAST_PROMPTS, Budget
@@ -113,13 +115,14 @@ class Trial:
         self._new_tokens, self._seed, self._is_greedy = new_tokens, seed, temperature == 0
         self._runner = Runner(target, tokenizer, temperature, seed, encoder(tokenizer), clock)
         self._arms: dict[str, Arm] = {}
+        self._failing: set[str] = set()  # arms of transformers' that raise with these models
         self.outcome = Outcome()
 
     def prepare(self) -> None:
         """Warms up, chooses the draft's fixed number and the length of the answers, and begins with nothing learned."""
         spare = [prompt._replace(new_tokens=WARM_UP_TOKENS) for prompt in self._spare]
         self._show("warming up", self.outcome)
-        self._runner.warm_up(spare[:1], self._new_arms(DRAFT_TOKENS[0]))
+        self._warm_up(spare[:1])
         chosen = DRAFT_TOKENS[0]
         if self._has_static_draft:
             self._show("calibrating the draft", self.outcome)
@@ -129,7 +132,7 @@ class Trial:
                 self._runner, spare[1:], lambda k: stock_draft(k, borrow(draft)), DRAFT_TOKENS, "that are not measured"
             )
             chosen = self.outcome.calibration.chosen
-        elif self._draft is not None:
+        elif self._draft is not None and not any(name.startswith(DRAFT) for name in self._failing):
             self.outcome.notes.append(
                 "The draft's vocabulary has another size than the target's: transformers' assisted generation does not take "
                 "it, and was not measured."
@@ -140,6 +143,20 @@ class Trial:
             self._new_tokens = self._budget.new_tokens(token_s)
         self.outcome.new_tokens = self._new_tokens
         self._arms = self._new_arms(chosen)
+
+    def _warm_up(self, prompts: Sequence[Prompt]) -> None:
+        """Sends prompts through every arm; one of transformers' that fails with these models is left out of the trial."""
+        for name, arm in self._new_arms(DRAFT_TOKENS[0]).items():
+            try:
+                self._runner.warm_up(prompts, {name: arm})
+            except Exception as error:
+                if name == OURS or is_out_of_memory(error):
+                    raise
+                why = f"{type(error).__name__}: {error}".partition("\n")[0]
+                if name == PLAIN:
+                    raise UnsupportedError(f"Plain generate fails with this target ({why}).") from error
+                self._failing.add(name)
+                self.outcome.notes.append(f"Transformers' {name} fails with these models and was not measured ({why}).")
 
     def run(self) -> None:
         """Measures as many prompts as fit into the budget."""
@@ -182,7 +199,7 @@ class Trial:
 
     @property
     def _has_static_draft(self) -> bool:
-        if self._draft is None:
+        if self._draft is None or f"{DRAFT} {DRAFT_TOKENS[0]}" in self._failing:
             return False
         own, other = (m.config.get_text_config().vocab_size for m in (self._target, self._draft))
         return bool(own == other)
@@ -190,7 +207,8 @@ class Trial:
     def _new_arms(self, draft_tokens: int) -> dict[str, Arm]:
         """The arms, with nothing learned."""
         arms: dict[str, Arm] = {PLAIN: {}}
-        arms |= {f"{LOOKUP} {n}": {"prompt_lookup_num_tokens": n} for n in LOOKUP_TOKENS}
+        lookups = {f"{LOOKUP} {n}": {"prompt_lookup_num_tokens": n} for n in LOOKUP_TOKENS}
+        arms |= {name: arm for name, arm in lookups.items() if name not in self._failing}
         if self._draft is None:
             online_memory(self._target, anew=True)
             return arms | {OURS: {"onlinespec": True}}
