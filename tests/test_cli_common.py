@@ -149,10 +149,6 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         load_model("--target", str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError(), torch.OutOfMemoryError()],
-)
 def broken(how: str, folder: Path) -> str:
     """The embedded target with one file that is not as it should be."""
     shutil.copytree(EMBEDDED / "target", folder, copy_function=shutil.copyfile)
@@ -215,6 +211,10 @@ def test_weights_that_a_checkpoint_lacks_are_told(tmp_path: Path, capsys: pytest
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError(), torch.OutOfMemoryError()],
+)
 def test_too_little_memory_names_what_was_needed(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
