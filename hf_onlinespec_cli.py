@@ -17,6 +17,8 @@ if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout, nothing else
 import functools
 import io
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -32,10 +34,12 @@ except ImportError:
 
 P = ParamSpec("P")
 FAILED, INTERRUPTED = 2, 130
+# For somebody who ends a command or closes its window, these are Ctrl-C: what is known is told, and saved. Windows has no SIGHUP.
+ENDINGS = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
 EXIT_CODES = (
     "Exit codes: 0 success; 1 something was found that should not be there (try: an answer differs by more than rounding; "
     "audit: a public push would be refused); "
-    "2 a wrong argument, a missing package, or an error told in one line; 130 interrupted (Ctrl-C)."
+    "2 a wrong argument, a missing package, or an error told in one line; 130 interrupted (Ctrl-C, SIGTERM)."
 )
 MODELS, RUN, OUTPUT = "Models", "Run", "Output"  # panels of the help
 
@@ -89,7 +93,12 @@ def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         if "torch" not in sys.modules and sys.stderr.isatty():  # that takes some seconds
             print("Loading torch and transformers …", file=sys.stderr, flush=True)
+        ended: list[signal.Signals] = []
+        if threading.current_thread() is threading.main_thread():
+            ended = [s for s in ENDINGS if signal.getsignal(s) is signal.SIG_DFL]  # else somebody has decided: nohup
         try:
+            for ending in ended:
+                signal.signal(ending, signal.default_int_handler)
             code = command(*args, **kwargs)
         except KeyboardInterrupt:
             print("\nhf-onlinespec: interrupted; no result was completed.", file=sys.stderr)
@@ -103,6 +112,9 @@ def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
                 raise
             print(f"hf-onlinespec: error: {line}", file=sys.stderr)
             code = FAILED
+        finally:
+            for ending in ended:
+                signal.signal(ending, signal.SIG_DFL)
         raise typer.Exit(code)
 
     return run

@@ -113,8 +113,12 @@ def _mark_segments(axes: Axes, records: Sequence[Record]) -> None:
 def progress(requests: int, live: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
     """Gives a function that shows the records so far: as a live table, or as a line now and then on stderr."""
     if live:
-        with Live(auto_refresh=False, transient=True) as screen:
-            yield lambda records: screen.update(speed_table(summarise(records), whole=False), refresh=True)
+        console = Console()
+        try:
+            with Live(console=console, auto_refresh=False, transient=True) as screen:
+                yield lambda records: screen.update(speed_table(summarise(records), whole=False), refresh=True)
+        finally:  # a Ctrl-C while it was being drawn for the first time leaves it hidden
+            console.show_cursor()
         return
 
     def line(records: Sequence[Record]) -> None:

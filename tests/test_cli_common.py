@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,33 @@ def test_an_interrupt_anywhere_exits_with_130(
     monkeypatch.setattr(OnlineDraft, "from_pretrained", interrupted)
     assert main(["audit", "somewhere"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_whoever_ends_a_command_interrupts_it(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C does: what is known is written. A signal that somebody else has provided for is left to them."""
+    ending = signal.Signals[name]
+    after: list[str] = []
+
+    def ended(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), ending)
+        time.sleep(10)  # the signal comes before that
+        after.append("went on")
+        raise ConfigError("went on")
+
+    before = signal.signal(ending, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(OnlineDraft, "from_pretrained", ended)
+        assert main(["audit", "somewhere"]) == 130
+        assert "interrupted" in capsys.readouterr().err and not after
+        assert signal.getsignal(ending) is signal.SIG_DFL
+        signal.signal(ending, signal.SIG_IGN)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        assert main(["audit", "somewhere"]) == 2 and after == ["went on"]
+    finally:
+        signal.signal(ending, before)
 
 
 def test_a_model_that_the_hub_does_not_have(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor
 pytest.importorskip("rich")
 
 from rich.console import Console
+from rich.live import Live
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_onlinespec_cli
@@ -595,3 +597,18 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(pair: EmbeddedPair, capsys:
         seen = printed if terminal else told
         assert "prompt 1" in seen and "1:57 left" in seen and "tokens/s: ours 15.0" in seen
         assert ("\x1b[" in seen) == terminal
+
+
+def test_an_interrupt_while_the_bar_is_drawn_leaves_the_cursor_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    screen = io.StringIO()
+    monkeypatch.setattr(Live, "refresh", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        progress(Budget(2.0, 0.0, Hand()), Console(file=screen, force_terminal=True)),
+    ):
+        pass
+    hidden, shown = (screen.getvalue().rfind(code) for code in ("\x1b[?25l", "\x1b[?25h"))
+    assert 0 <= hidden < shown

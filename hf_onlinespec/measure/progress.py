@@ -41,16 +41,19 @@ def progress(budget: Budget, console: Console | None = None) -> Iterator[Callabl
         TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.fields[left]}"), auto_refresh=False
     )
     task = bar.add_task("loading", total=budget.total_s, left="")
-    with Live(bar, console=console, auto_refresh=False, transient=True) as screen:
+    try:
+        with Live(bar, console=console, auto_refresh=False, transient=True) as screen:
 
-        def show(phase: str, outcome: Outcome) -> None:
-            done = min(budget.elapsed_s, budget.total_s)
-            bar.update(task, description=phase or None, completed=done, left=time_left(budget))
-            found = speeds(outcome)
-            line = Text(f"tokens/s: {found}" if found else "", no_wrap=True, overflow="ellipsis")
-            screen.update(Group(bar, line), refresh=True)
+            def show(phase: str, outcome: Outcome) -> None:
+                done = min(budget.elapsed_s, budget.total_s)
+                bar.update(task, description=phase or None, completed=done, left=time_left(budget))
+                found = speeds(outcome)
+                line = Text(f"tokens/s: {found}" if found else "", no_wrap=True, overflow="ellipsis")
+                screen.update(Group(bar, line), refresh=True)
 
-        yield show
+            yield show
+    finally:  # a Ctrl-C while it was being drawn for the first time leaves it hidden
+        console.show_cursor()
 
 
 class _Lines:
