@@ -23,6 +23,7 @@ from rich.text import Text
 
 from ..artifact import is_artifact
 from ..attachment import attach
+from ..draft import OnlineDraft
 from ..errors import ConfigError
 from .chat import Chat
 from .common import (
@@ -223,7 +224,7 @@ class Terminal:
 
     def _check_saving(self, folder: Path) -> None:
         """Raises ConfigError where a draft cannot be saved, or would be written over something else than its own earlier state."""
-        if self._chat.drafts.neural is None:
+        if not isinstance(self._chat.drafts, OnlineDraft):
             return  # there is none
         check_folder(folder, f"/save {folder}")
         check_own(folder, f"/save {folder}")
