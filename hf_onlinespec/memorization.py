@@ -4,7 +4,8 @@ While a draft learns, the texts of the requests stay in its process (`learned_te
 push they are cut into short windows, and the adapter itself is asked (`examine`): given the beginning of a window and nothing
 else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the original draft, and the
 target without the request around it: what either says by itself is no secret of a user. A text of which `GAIN_BITS` come out is
-memorised; one whose prompt may have stood more than `FEW` times, if `OFTEN_BITS` do.
+memorised; one whose prompt may have stood more than `FEW` times, if `OFTEN_BITS` do, and so is one with a part that the target
+may have written so often, behind whatever prompts, if `OFTEN_BITS` of that part do.
 What is kept is numbers (`History`): requests, how many were examined, how many came out, how often one prompt stood in the
 stream, the settings of learning. They travel in the lineage: through saving, loading with other settings, merging, distilling.
 Where one prompt makes much of the stream, canaries planted as often decide too (`audit.py`): under every setting that ever learned.
@@ -30,7 +31,7 @@ from ._compat import doubles
 from .audited import Audited
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .errors import ConfigError
-from .learned_texts import FEW, Examined, Learned, LearnedText
+from .learned_texts import FEW, Examined, Learned, LearnedText, written_often
 from .opening import opening_tokens
 from .progress import progress
 
@@ -47,6 +48,9 @@ MOST_RANKS = 64
 GAIN_BITS = 20.0
 # The same of a text whose prompt stands often: a secret of three digits. By chance in 2 % of such texts, of twenty windows each.
 OFTEN_BITS = 10.0
+# Tokens that come out of a part that was written often, at least. In 20 streams of orders without secrets such parts gain at most 8.4
+# bits; with 3 tokens one stream has 10.02, of which 8.1 are the first word of a phrase that every text may end with.
+LEAST_OFTEN = 4
 MOST_SHARE = 0.1  # of the texts: a prompt that stands often, and more often than that, makes much of the stream; chosen
 SAVE_S = 20.0  # seconds that a save may spend on it; chosen: forty requests of the embedded pair take 8
 MOST_LOGITS = 2**25  # in one forward
@@ -72,9 +76,9 @@ CROWDED = "it learned with more settings than a record tells apart"
 ONE_ADAPTER = "it learned with other experts than its adapter has now, so that canaries cannot be planted as it learned"
 
 
-def _state(here: Learned, before: int) -> tuple[int, int, int, int]:
+def _state(here: Learned, before: int) -> tuple[int, int, int, int, int]:
     """Like `Examined.state`; `before`: see `LearnedText.stands_often`."""
-    return here.steps, here.rollbacks, here.seen, here.often(before)
+    return here.steps, here.rollbacks, here.seen, here.often(before), here.stood
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class History:
             found.append(
                 f"It has memorised {self.memorised} of the {self.texts} texts that it learned from: given the beginning of a part "
                 f"of them, it writes the end, at least 2^{GAIN_BITS:g} times as likely as whoever never saw the text "
-                f"(2^{OFTEN_BITS:g} where its prompt may have stood more than {FEW} times)."
+                f"(2^{OFTEN_BITS:g} where its prompt may have stood, or the target have written that part, more than {FEW} times)."
             )
         if self.unexamined:
             found.append(
@@ -223,15 +227,20 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
     if done is not None and (done.state, done.texts) == (state, len(here.texts)):
         return done
     texts = sorted(here.texts[::-1], key=lambda text: not text.stands_often(before))
+    often = written_often(texts, before)
     examined, memorised = 0, 0
-    known: set[tuple[int, ...]] = set()  # windows that were looked at: those of a system prompt once
+    known: set[Window] = set()  # that were looked at: those of a system prompt once
     with _publics(draft) as publics, progress(len(texts), "Looking whether texts come out", "text") as bar:
         opens = _needs_opening(draft, publics[0], texts)
         for at in range(0, len(texts), GROUP):
             if time.perf_counter() - started > seconds:
                 break
             group = texts[at : at + GROUP]
-            windows = [(n, window) for n, text in enumerate(group) for window in _windows(draft, text.tokens, opens)]
+            windows = [
+                (n, window)
+                for n, text in enumerate(group)
+                for window in _windows(draft, text.tokens, often[at + n], opens)
+            ]
             windows = [(n, window) for n, window in windows if window not in known]
             known.update(window for _, window in windows)
             out: list[bool] = []
@@ -303,42 +312,61 @@ def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -
     return bool(overlaps) and sum(overlaps) / len(overlaps) < LEAST_OVERLAP
 
 
-def _windows(draft: Audited, text: Tensor, opens: bool) -> list[tuple[int, ...]]:
+@dataclass(frozen=True)
+class Window:
+    """A piece of a text."""
+
+    tokens: tuple[int, ...]
+    often: tuple[bool, ...]  # which of them stand in a part that the target wrote often
+
+
+def _windows(draft: Audited, text: Tensor, often: Tensor, opens: bool) -> list[Window]:
     """A text (L,) in overlapping windows, without those that the draft has no tokens for.
 
     Args:
+        often: (L,) which of its tokens stand in a part that the target wrote often.
         opens: whether every window opens as the text does: some models say nothing sensible without that.
     """
     config = draft.config.get_text_config()
     vocabulary = config.vocab_size
-    tokens = text.tolist()
+    tokens, flags = text.tolist(), often.tolist()
     opening = opening_tokens(config, tokens) if opens else []
     size = min(WINDOW, draft.positions - len(opening))
     begins = range(0, max(1, len(tokens) - LEAST_GIVEN - LEAST_END + 1), STRIDE)
-    found = (((*opening,) if begin else ()) + tuple(tokens[begin : begin + size]) for begin in begins)
-    return [window for window in found if max(window, default=vocabulary) < vocabulary]
+    found = []
+    for begin in begins:
+        before = opening if begin else []
+        part, written = tokens[begin : begin + size], flags[begin : begin + size]
+        found.append(Window((*before, *part), (*(False for _ in before), *written)))
+    return [window for window in found if max(window.tokens, default=vocabulary) < vocabulary]
 
 
-def _come_out(
-    draft: Audited, publics: Sequence[Reader], windows: Sequence[tuple[int, ...]], bits: Sequence[float]
-) -> Tensor:
-    """Whether the end of each window (n,) comes out of the evolved draft, by so many bits likelier than of everybody else."""
-    lengths = torch.tensor([len(window) for window in windows])
+def _come_out(draft: Audited, publics: Sequence[Reader], windows: Sequence[Window], bits: Sequence[float]) -> Tensor:
+    """Whether the end of each window (n,) comes out of the evolved draft, by so many bits likelier than of everybody else.
+
+    Of an end that the target wrote often, `OFTEN_BITS` are enough.
+    """
+    lengths = torch.tensor([len(window.tokens) for window in windows])
     rows = torch.zeros(len(windows), int(lengths.max()), dtype=torch.long)
-    for row, window in zip(rows, windows, strict=True):
-        row[: len(window)] = torch.tensor(window)
+    often = torch.zeros_like(rows, dtype=torch.bool)
+    for row, flags, window in zip(rows, often, windows, strict=True):
+        row[: len(window.tokens)] = torch.tensor(window.tokens)
+        flags[: len(window.often)] = torch.tensor(window.often)
     if rows.shape[1] < LEAST_GIVEN + LEAST_END:
         return torch.zeros(len(windows), dtype=torch.bool)
     vocabulary = draft.config.get_text_config().vocab_size
     evolved, ranks = _read(_reader(draft, frozen=False), rows, vocabulary)
     padding = torch.arange(1, rows.shape[1]) >= lengths[:, None]
     ranks = ranks.masked_fill(padding, torch.inf)
+    ranks_of_often = ranks.masked_fill(~often[:, 1:], torch.inf)
     public = torch.full_like(evolved, -torch.inf)
     least = torch.tensor(bits, dtype=evolved.dtype)
     left = torch.arange(len(rows))  # windows of which something comes out as yet
     for reader in publics:
         public[left] = torch.maximum(public[left], _read(reader, rows[left], vocabulary)[0])
-        left = left[_best_gain((evolved - public)[left], ranks[left]) >= least[left]]
+        gains = (evolved - public)[left]
+        by_itself = _best_gain(gains, ranks[left]) >= least[left]
+        left = left[by_itself | (_best_gain(gains, ranks_of_often[left], LEAST_OFTEN) >= OFTEN_BITS)]
         if not len(left):
             break
     found = torch.zeros(len(windows), dtype=torch.bool)
@@ -360,13 +388,14 @@ def _read(reader: Reader, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor
     return torch.cat(likely), torch.cat(ranks)
 
 
-def _best_gain(gains: Tensor, ranks: Tensor) -> Tensor:
+def _best_gain(gains: Tensor, ranks: Tensor, least: int = LEAST_END) -> Tensor:
     """Of the parts of each row that are among the likeliest continuations, the largest sum of gains (n,).
 
     What is given before a part is at most half as long again as the part, and four tokens: a secret's first half, and some.
 
     Args:
         gains, ranks: (n, L - 1) in bits.
+        least: tokens of such a part.
     """
     none = torch.zeros(len(gains), 1, dtype=gains.dtype)
     gained = torch.cat([none, gains.nan_to_num(0.0, LARGE, -LARGE).cumsum(1)], dim=1)  # (n, L)
@@ -374,7 +403,7 @@ def _best_gain(gains: Tensor, ranks: Tensor) -> Tensor:
     places = torch.arange(gained.shape[1])
     length = places[None] - places[:, None]  # (begin, end)
     given = places[:, None] + 1
-    allowed = (length >= LEAST_END) & (given >= LEAST_GIVEN) & (given <= 1.5 * length + 4)
+    allowed = (length >= least) & (given >= LEAST_GIVEN) & (given <= 1.5 * length + 4)
     likely = ranked[:, None] - ranked[:, :, None] <= math.log2(MOST_RANKS)
     sums = (gained[:, None] - gained[:, :, None]).masked_fill(~(allowed & likely), -torch.inf)
     return sums.flatten(1).amax(1)

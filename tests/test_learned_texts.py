@@ -161,6 +161,51 @@ def test_padding_is_no_text() -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
+def written_more_often_than_few(texts: LearnedTexts) -> list[list[int]]:
+    """Of each text the tokens in parts that were."""
+    covered = learned_texts.written_often(texts.texts, 0)
+    return [text.tokens[flags].tolist() for text, flags in zip(texts.texts, covered, strict=True)]
+
+
+def test_a_part_is_counted_behind_whatever_prompts_it_was_written() -> None:
+    texts = LearnedTexts(1000)
+    part = list(range(50, 57))
+    for prompt in range(4):
+        texts.finish(torch.tensor([prompt, 7, *part, 60 + prompt, 61 + prompt]), 10)
+    texts.finish(torch.tensor([8, *part, 9]), 2)  # there it stands in the prompt
+    assert written_more_often_than_few(texts) == [[]] * 5
+    texts.finish(torch.tensor([3, 7, *part, 63, 64]), 10)  # one of the prompts again
+    assert written_more_often_than_few(texts) == [[7, *part]] * 4 + [[]]
+    texts.finish(torch.tensor([5, *part]), 7)  # a sixth time, behind other tokens
+    assert written_more_often_than_few(texts) == [[7, *part]] * 4 + [[]] + [part]
+
+
+def test_a_part_of_several_answers_to_one_prompt_stood_no_more_often_than_that() -> None:
+    texts, part = LearnedTexts(1000), list(range(50, 57))
+    for end in range(4):
+        texts.finish(torch.tensor([1, *part, end]), 8)
+    assert written_more_often_than_few(texts) == [[]] * 4
+    texts.finish(torch.tensor([2, *part, 9]), 8)
+    assert written_more_often_than_few(texts) == [part] * 5
+
+
+def test_a_short_answer_is_a_part_as_a_whole() -> None:
+    texts = LearnedTexts(1000)
+    for prompt in range(5):
+        texts.finish(torch.tensor([prompt, 7, 8, 9]), 3)
+        texts.finish(torch.tensor([prompt + 10, 8, 9]), 0)  # of a warm start: not known what was written
+    assert written_more_often_than_few(texts) == [[7, 8, 9], []] * 5
+
+
+def test_a_request_that_grows_keeps_what_was_written() -> None:
+    texts = LearnedTexts(1000)
+    for prompt in range(5):
+        request = learned_texts.Request(1)
+        for new in (2, 6, 7):
+            texts.grow(rows([prompt, *range(50, 50 + new)]), new, request)
+    assert written_more_often_than_few(texts) == [list(range(50, 57))] * 5
+
+
 def test_with_too_many_prompts_none_is_counted_less_often_than_it_stood(seed: int) -> None:
     rng, texts, truth = random.Random(seed), LearnedTexts(10_000, max_prompts=8), Counter[int]()
     for at in range(200):

@@ -257,6 +257,26 @@ def test_a_prompt_that_stood_before_and_after_loading_is_judged_by_its_own_text(
     assert "memorised 1 of the 102" in refusal(again)
 
 
+ANSWER = torch.tensor([9, 4, 30, 17])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "same", "memorised"), [(16, True, True), (16, False, False), (4, True, False)], ids=str
+)
+def test_an_answer_that_stands_behind_many_prompts_is_judged_more_strictly(
+    prompts: int, same: bool, memorised: bool
+) -> None:
+    """As a prompt that stands often: 14 bits of it come out. Each text with its prompt stands once."""
+    draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-2, replay_passes=0))
+    rng = torch.Generator().manual_seed(1)
+    asked = torch.randint(0, 32, (16, 5), generator=rng)[:prompts]
+    answers = ANSWER.expand(16, -1) if same else torch.randint(0, 32, (16, 4), generator=rng)
+    learn(draft, [written(torch.cat(pair), 4) for pair in zip(asked, answers, strict=False)])
+    with draft.at_rest() as learned:
+        assert learned.repeats == 1
+    assert bool(refusal(draft)) == memorised
+
+
 @pytest.mark.parametrize("way", ["merged", "went on"])
 def test_one_prompt_in_two_streams_stood_in_them_together(way: str, tmp_path: Path) -> None:
     draft = stream_of_one_prompt(3, lr=1e-3)
