@@ -104,6 +104,11 @@ def _of_module(module: nn.Module) -> Iterator[Altered]:
             yield function, forward
 
 
+def is_foreign(callee: Any) -> bool:
+    """Whether somebody else than transformers, torch and their like wrote a part of what a call runs."""
+    return any(True for _ in _foreign(callee, WITH_CLASSES))
+
+
 def _foreign(callee: Any, known: Collection[str]) -> Iterator[Altered]:
     """Of what a call runs, the functions and objects that other packages than the known ones define."""
     for part in _parts(callee):

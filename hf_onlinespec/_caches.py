@@ -18,6 +18,8 @@ from transformers.cache_utils import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from ._alterations import is_foreign
+
 # What the KV cache is called in inputs and outputs: from transformers 5.24 on "cache", where `generate` renames what callers say.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
@@ -56,6 +58,36 @@ def rollback_obstacle(cache: Any) -> str:
         stated = next((vars(c)["is_croppable"] for c in type(part).__mro__ if "is_croppable" in vars(c)), None)
         if stated is False or not any("crop" in vars(c) for c in type(part).__mro__):
             return f"has a cache ({name}) that cannot be rolled back"
+    return ""
+
+
+# Methods that decide what a layer keeps of a forward, and what a later one sees.
+_KEEPING = {"update", "crop", "get_seq_length", "get_mask_sizes"}
+
+
+def own_way(cache: Any, config: PretrainedConfig) -> str:
+    """What a given cache keeps otherwise than the cache that `generate` makes for this model, said of the cache; "": nothing.
+
+    Such a cache may keep something else of several tokens at once than of one after the other, long after the first ones: it may
+    drop some, or round them together. Each kept token by itself is as in plain decoding.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    parts = (cache, *cache.layers)
+    replicated = vars(cache).get("layer_class_to_replicate")  # of layers that the first forward makes
+    classes = dict.fromkeys([*map(type, parts), *([] if replicated is None else [replicated])])
+    for owner in (*classes, *(part for part in parts if _KEEPING & vars(part).keys())):
+        name = owner.__name__ if isinstance(owner, type) else type(owner).__name__
+        for method in sorted(_KEEPING):
+            kinds = owner.__mro__ if isinstance(owner, type) else (owner,)
+            found = next((vars(kind)[method] for kind in kinds if method in vars(kind)), None)
+            if found is not None and is_foreign(found):
+                return f"{name} has a way of its own to keep what was read ({method})"
+    windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]
+    made = DynamicCache(config=config).layers if any(windows) else []
+    for window, layer in zip(windows, made, strict=False):
+        if window and not (isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window == window):
+            return f"{type(cache).__name__} has a layer with a window of {window} tokens, which the model does not have"
     return ""
 
 

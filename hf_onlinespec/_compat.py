@@ -76,6 +76,7 @@ try:
         forgets,
         fresh_cache,
         held_tokens,
+        own_way,
         record_past,
         returned_cache,
         rollback_obstacle,
@@ -95,7 +96,7 @@ __all__ += [
     "fresh_cache",
     "held_tokens",
 ]
-__all__ += ["record_past", "returned_cache", "rollback_obstacle", "rolls_back"]
+__all__ += ["own_way", "record_past", "returned_cache", "rollback_obstacle", "rolls_back"]
 
 # What a call of the Hub's client may raise: no network, no rights, nothing there, a name that is none; RuntimeError comes out
 # of the upload of large files, ValueError of an answer that is no JSON.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import CACHE, Alterations, alterations, fresh_cache, matmul_dtypes
+from ._compat import CACHE, Alterations, alterations, fresh_cache, matmul_dtypes, own_way
 from .errors import UnsupportedError
 from .failures import kind_and_place
 from .verifier import COLUMNS, TEXT, Verifier
@@ -53,7 +53,13 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
     if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
         return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
-    modules, unknown, altered = _looked_at(target)
+    own = own_way(model_kwargs[CACHE], target.config.get_text_config(decoder=True))
+    if own:
+        return f"{CACHE}: {own}"
+    try:
+        modules, unknown, altered = _looked_at(target)
+    except Exception as error:  # what hooks refer to may be anything
+        return f"whether the target {type(target).__name__} was altered could not be told: {kind_and_place(error)}"
     if not unknown and not altered.kinds:
         return ""
     made_of = (*_parts(modules, altered), target.training, frozenset(extras))

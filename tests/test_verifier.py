@@ -38,7 +38,7 @@ from transformers import (
     StaticCache,
     VoxtralRealtimeForConditionalGeneration,
 )
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, UnsupportedError, online_memory
@@ -231,6 +231,75 @@ def test_a_layer_that_does_not_roll_back_is_refused_whatever_its_cache_is_called
     assert isinstance(cache.layers[0], CacheLayerMixin)
     with pytest.raises(UnsupportedError, match="Fixed"):
         target.generate(prompt, **{CACHE: cache}, max_new_tokens=5, onlinespec=True)
+
+
+def rounded_together(keys: torch.Tensor) -> torch.Tensor:
+    step = keys.abs().amax((-1, -2), keepdim=True) / 7
+    return (keys / step).round() * step
+
+
+class RoundsTogether(DynamicLayer):
+    """All tokens of a forward, to multiples of one number."""
+
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().update(rounded_together(key_states), *args, **kwargs)
+
+
+class DropsTheMiddle(DynamicLayer):
+    """Keeps the first tokens and the last ones, long after the first round."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(*args, **kwargs)
+        if keys.shape[-2] > 16:
+            self.keys = torch.cat([keys[..., :2, :], keys[..., -10:, :]], dim=-2)
+            self.values = torch.cat([values[..., :2, :], values[..., -10:, :]], dim=-2)
+        return keys, values
+
+
+class RoundsAllLayers(DynamicCache):
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().update(rounded_together(key_states), *args, **kwargs)
+
+
+class NeverCrops(DynamicCache):
+    def crop(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class OnlyNamed(DynamicCache):
+    """As transformers' own."""
+
+    name = "mine"
+
+
+def of_layers(layer: Callable[[], Any]) -> Callable[[Any], DynamicCache]:
+    def make(config: Any) -> DynamicCache:
+        cache = DynamicCache(config=config)
+        cache.layers = [layer() for _ in cache.layers]
+        return cache
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "drafts"),
+    [
+        (of_layers(RoundsTogether), False),
+        (of_layers(DropsTheMiddle), False),
+        (of_layers(lambda: DynamicSlidingWindowLayer(sliding_window=10)), False),
+        (lambda config: Cache(layer_class_to_replicate=DropsTheMiddle), False),
+        (lambda config: RoundsAllLayers(config=config), False),
+        (lambda config: NeverCrops(config=config), False),
+        (lambda config: OnlyNamed(config=config), True),
+    ],
+    ids=["rounds", "drops", "a window", "drops, made later", "all layers round", "no crop", "a name"],
+)
+def test_a_cache_that_keeps_in_a_way_of_its_own_is_not_drafted_for(target, prompt, make, drafts) -> None:
+    arguments = {"do_sample": False, "max_new_tokens": 24}
+    plain = target.generate(prompt, **{CACHE: make(target.config)}, **arguments)
+    for _ in range(2):
+        ours = target.generate(prompt, **{CACHE: make(target.config)}, **arguments, onlinespec=FIXED)
+        assert torch.equal(plain, ours)
+    assert (online_memory(target).metrics.drafted_tokens > 0) == drafts
 
 
 def test_the_default_cache_is_served_by_its_name(target, prompt) -> None:
