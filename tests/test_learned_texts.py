@@ -160,7 +160,6 @@ def test_padding_is_no_text() -> None:
         assert learned.often(0) == 0
 
 
-@pytest.mark.parametrize("seed", range(2))
 def written_more_often_than_few(texts: LearnedTexts) -> list[list[int]]:
     """Of each text the tokens in parts that were."""
     covered = learned_texts.written_often(texts.texts, 0)
@@ -206,6 +205,7 @@ def test_a_request_that_grows_keeps_what_was_written() -> None:
     assert written_more_often_than_few(texts) == [list(range(50, 57))] * 5
 
 
+@pytest.mark.parametrize("seed", range(2))
 def test_with_too_many_prompts_none_is_counted_less_often_than_it_stood(seed: int) -> None:
     rng, texts, truth = random.Random(seed), LearnedTexts(10_000, max_prompts=8), Counter[int]()
     for at in range(200):

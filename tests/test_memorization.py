@@ -257,7 +257,7 @@ def test_a_prompt_that_stood_before_and_after_loading_is_judged_by_its_own_text(
     assert "memorised 1 of the 102" in refusal(again)
 
 
-ANSWER = torch.tensor([9, 4, 30, 17])
+ANSWER = torch.tensor([3, 14, 15, 29, 6, 22])
 
 
 @pytest.mark.parametrize(
@@ -266,12 +266,12 @@ ANSWER = torch.tensor([9, 4, 30, 17])
 def test_an_answer_that_stands_behind_many_prompts_is_judged_more_strictly(
     prompts: int, same: bool, memorised: bool
 ) -> None:
-    """As a prompt that stands often: 14 bits of it come out. Each text with its prompt stands once."""
+    """As a prompt that stands often: 18 bits of it come out. Each text with its prompt stands once."""
     draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-2, replay_passes=0))
     rng = torch.Generator().manual_seed(1)
     asked = torch.randint(0, 32, (16, 5), generator=rng)[:prompts]
-    answers = ANSWER.expand(16, -1) if same else torch.randint(0, 32, (16, 4), generator=rng)
-    learn(draft, [written(torch.cat(pair), 4) for pair in zip(asked, answers, strict=False)])
+    answers = ANSWER.expand(16, -1) if same else torch.randint(0, 32, (16, 6), generator=rng)
+    learn(draft, [written(torch.cat(pair), 6) for pair in zip(asked, answers, strict=False)])
     with draft.at_rest() as learned:
         assert learned.repeats == 1
     assert bool(refusal(draft)) == memorised
