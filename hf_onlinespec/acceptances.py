@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .estimates import Level, Share
-from .memory import Continuation
 
 MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
 CONFIDENCE_EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
@@ -21,6 +20,27 @@ TRUST = 4.0  # expected acceptances that all other requests are worth as evidenc
 
 def _bin(value: float, edges: Sequence[float]) -> int:
     return sum(value >= edge for edge in edges)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What followed the longest match of a context, as a law over the next token."""
+
+    tokens: tuple[int, ...]  # distinct next tokens, most probable first (ties: newest first)
+    probs: tuple[float, ...]  # their shares; sum to 1
+    length: int  # how many tokens of context matched
+    support: int  # how many occurrences voted
+
+    def below(self, vocabulary: int) -> Continuation | None:
+        """The law on the token ids below `vocabulary`; None: it has none of them."""
+        if max(self.tokens) < vocabulary:
+            return self
+        kept = [(token, share) for token, share in zip(self.tokens, self.probs, strict=True) if token < vocabulary]
+        if not kept:
+            return None
+        tokens, shares = zip(*kept, strict=True)
+        total = sum(shares)
+        return replace(self, tokens=tokens, probs=tuple(share / total for share in shares))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .errors import DraftError
 from .layers import adaptable_layers as adaptable_layers
 from .layers import adapted_layers, describe
 from .progress import each
-from .sampling import seeded
+from .seeding import seeded
 from .tree import borrow, is_plain
 
 ADAPTER = "default"

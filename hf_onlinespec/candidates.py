@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ._compat import CandidateGenerator, stateless
-from .acceptances import Drafted, Seen
+from .acceptances import Continuation, Drafted, Seen
 from .base import Draft
 from .causal_lm import RequestModel
 from .clock import finished
@@ -25,7 +25,6 @@ from .feedback import FeedbackRecorder
 from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
 from .learning_draft import LearningDraft
 from .lookahead import fixed_lookahead, replaced
-from .memory import Continuation
 from .metrics import Counts
 from .preference import PREFERENCE_TOKENS
 from .proposal import Proposal, Round

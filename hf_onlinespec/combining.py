@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from ._compat import doubles
 from .artifact import PARTS, PREFIX, Artifact, check_size
-from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
@@ -30,6 +29,7 @@ from .identity import Identity
 from .lineage import shortened
 from .loading import check_base, check_layers, load_base, locate, names_of
 from .memorization import KEY, merged_history
+from .plain import plain_draft
 from .progress import each
 from .run import run_targets
 

@@ -23,7 +23,6 @@ from ._compat import inner_model, model_name
 from .artifact import Artifact
 from .audit import check_privacy
 from .card import write
-from .checks import no_model
 from .config import OnlineSpecConfig, as_config
 from .decoding import GenerateFn
 from .errors import ConfigError, NotAModelError
@@ -35,6 +34,7 @@ from .learned_texts import Examined
 from .learning_draft import LearningDraft
 from .loading import Loaded, load
 from .memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
+from .plain import no_model
 from .preference import Preference
 from .run import run_record, run_targets
 from .state import Saved, copied

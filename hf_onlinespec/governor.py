@@ -18,11 +18,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .acceptances import MAX_LOOKAHEAD, Acceptances, Drafted, Seen
+from .acceptances import MAX_LOOKAHEAD, Acceptances, Continuation, Drafted, Seen
 from .effort import Effort
 from .estimates import Times, Verification
 from .fit import Fit
-from .memory import Continuation
 from .metrics import Decisions
 from .preference import Preference
 

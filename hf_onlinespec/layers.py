@@ -122,7 +122,7 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
             handles.append(modules[name].register_forward_pre_hook(_collector(seen[name][-1])))
         try:
             model(input_ids=batch, use_cache=False)
-        except Exception as error:  # as in checks.check_cache: whatever it raises here, it would raise at every step
+        except Exception as error:  # as in plain.check_cache: whatever it raises here, it would raise at every step
             raise DraftError(
                 f"The draft {type(model).__name__} cannot read two sequences, which the experts of an ensemble need: "
                 f"{type(error).__name__}: {error}. Use another draft or another learner."

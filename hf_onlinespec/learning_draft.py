@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache
 from ._compat import CACHE, max_positions, record_past, uncompiled
 from .adapters import GatedLora
 from .base import Draft
-from .checks import check_cache, plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import CopyError
 from .feedback import Feedback, Teacher, acceptance
@@ -33,6 +32,7 @@ from .learned_texts import Learned, Request
 from .learning import Learning
 from .lesson import Lesson
 from .metrics import Counts
+from .plain import check_cache, plain_draft
 from .preference import PREFERENCE_TOKENS
 from .segment import Segment
 from .state import Saved, copied

@@ -40,7 +40,6 @@ from .artifact import (
     read_json,
     read_tensors,
 )
-from .checks import plain_draft
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .embedded import FOLDER, load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
@@ -49,6 +48,7 @@ from .identity import EMBEDDED, Identity, public_name
 from .layers import adaptable_layers, adapted_layers
 from .lora_options import check_options
 from .memorization import KEY, loaded_history
+from .plain import plain_draft
 from .tree import borrow
 
 BASE = "base_model_name_or_path"  # in PEFT's options

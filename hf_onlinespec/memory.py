@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
+from .acceptances import Continuation
 from .errors import ConfigError
 
 # Measured on the embedded pair: runs of 1 answer at 96 % of the positions, runs of 3 find the long matches behind a
@@ -19,27 +19,6 @@ GRAMS = (3, 1)  # lengths of the runs that are indexed, tried in this order; the
 REACH = 16  # tokens of context that are compared: longer matches count as equally long
 CANDIDATES = 16  # occurrences of a run that are compared, newest first
 _END = -1  # stands in the ring behind every closed sequence; no token
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What followed the longest match of a context, as a law over the next token."""
-
-    tokens: tuple[int, ...]  # distinct next tokens, most probable first (ties: newest first)
-    probs: tuple[float, ...]  # their shares; sum to 1
-    length: int  # how many tokens of context matched
-    support: int  # how many occurrences voted
-
-    def below(self, vocabulary: int) -> Continuation | None:
-        """The law on the token ids below `vocabulary`; None: it has none of them."""
-        if max(self.tokens) < vocabulary:
-            return self
-        kept = [(token, share) for token, share in zip(self.tokens, self.probs, strict=True) if token < vocabulary]
-        if not kept:
-            return None
-        tokens, shares = zip(*kept, strict=True)
-        total = sum(shares)
-        return replace(self, tokens=tokens, probs=tuple(share / total for share in shares))
 
 
 class SuffixMemory:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .acceptances import Drafted
-from .memory import REACH, Continuation
+from .acceptances import Continuation, Drafted
+from .memory import REACH
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .acceptances import Acceptances, Seen
-from .memory import REACH, Continuation, SuffixMemory
+from .acceptances import Acceptances, Continuation, Seen
+from .memory import REACH, SuffixMemory
 
 
 class Recall:

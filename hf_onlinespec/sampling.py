@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def draw(law: Tensor) -> Tensor:
@@ -37,17 +34,3 @@ def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, b
     # p = q up to rounding leaves nothing: then p itself is the law.
     empty = residual.sum(-1, keepdim=True) <= torch.finfo(p.dtype).tiny
     return torch.where(kept, drafted, draw(torch.where(empty, p, residual)).squeeze(1)), False
-
-
-@contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers from a seed, on the CPU and on the devices that a model lies on; afterwards they go on as if nothing had been.
-
-    Other devices are left alone: `torch.manual_seed` would seed all that are visible, and `fork_rng` would wake them.
-    """
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for index in devices:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield

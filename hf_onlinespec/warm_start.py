@@ -37,7 +37,7 @@ from .identity import public_name
 from .losses import LOSSES
 from .opening import opening_tokens
 from .progress import Bar, NoBar, each, progress
-from .sampling import seeded
+from .seeding import seeded
 from .texts import check_text, parse_line, read_lines
 from .vocabulary import check_vocabularies
 

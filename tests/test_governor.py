@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_onlinespec.acceptances import MAX_LOOKAHEAD, Drafted, Seen
+from hf_onlinespec.acceptances import MAX_LOOKAHEAD, Continuation, Drafted, Seen
 from hf_onlinespec.governor import Governor
-from hf_onlinespec.memory import Continuation
 
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
 LOOK = 1.0  # simulated seconds of looking at the acceptance on a request

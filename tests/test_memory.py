@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 import hf_onlinespec.memory as module
+from hf_onlinespec.acceptances import Continuation
 from hf_onlinespec.errors import ConfigError
-from hf_onlinespec.memory import CANDIDATES, GRAMS, REACH, Continuation, SuffixMemory
+from hf_onlinespec.memory import CANDIDATES, GRAMS, REACH, SuffixMemory
 
 
 class Reference:

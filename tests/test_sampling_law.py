@@ -18,10 +18,9 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
-from hf_onlinespec.acceptances import Seen
+from hf_onlinespec.acceptances import Continuation, Seen
 from hf_onlinespec.effort import Effort
 from hf_onlinespec.governor import Governor, Plan
-from hf_onlinespec.memory import Continuation
 from hf_onlinespec.preference import Preference
 
 from .conftest import tiny_llama
