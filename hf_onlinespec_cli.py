@@ -55,6 +55,9 @@ app = typer.Typer(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if vars(sys)[name] is None:  # closed by whoever started it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the terminal does not have costs no result
@@ -103,7 +106,7 @@ def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
         except KeyboardInterrupt:
             print("\nhf-onlinespec: interrupted; no result was completed.", file=sys.stderr)
             code = INTERRUPTED
-        except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
+        except (BrokenPipeError, SystemExit):  # the reader of our output has gone; rich says it by the latter
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = 0
         except Exception as error:

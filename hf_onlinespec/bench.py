@@ -406,7 +406,8 @@ def _text(line: str, where: str) -> tuple[str, str]:
         raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
     domain = str(item.get("domain", ""))
     check_text(text + domain, where)
-    return text, domain
+    # It stands in tables: in one line, and without what a terminal would take for a command.
+    return text, "".join(c for c in " ".join(domain.split()) if c.isprintable())
 
 
 def fits(length: int, target: PretrainedConfig, new_tokens: int) -> bool:

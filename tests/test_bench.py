@@ -122,6 +122,12 @@ def test_a_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
     assert len(load_prompts(file, 1, 5)) == 1
 
 
+def test_the_name_of_a_domain_is_one_line_and_no_command_to_a_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "domain": " \x1b[31mtwo\n lines "}))
+    assert load_prompts(file, None, 5) == [Prompt("a", "[31mtwo lines", 5)]
+
+
 def test_a_file_that_windows_wrote_begins_with_its_first_prompt(tmp_path: Path) -> None:
     for name, content in (("mine.jsonl", '{"prompt": "a"}\r\n'), ("mine.txt", "a\r\n")):
         file = tmp_path / name

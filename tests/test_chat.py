@@ -267,6 +267,16 @@ class Screen(io.StringIO):
         return True
 
 
+def test_bytes_that_are_no_text_are_read_as_question_marks(chat: Chat) -> None:
+    heard = []
+    for line in ("ls \udcff", "ls ?"):
+        out = io.StringIO()
+        terminal = Terminal(chat, Console(file=out), Console(file=io.StringIO()), lines("/reset", line, "/quit"))
+        assert terminal.run() == 0
+        heard.append(out.getvalue())
+    assert heard[0] == heard[1] and len(heard[0].strip()) > 4
+
+
 def test_commands(chat: Chat, tmp_path: Path) -> None:
     out, notes = io.StringIO(), io.StringIO()
     text = questions()[0]
@@ -402,6 +412,7 @@ def test_errors_are_told_and_the_chat_goes_on(chat: Chat) -> None:
     ("arguments", "words"),
     [
         (["--save", "x"], "--save without --draft"),
+        (["--system", "be \udcff"], "--system: character 4 is"),
         (["--new-tokens", "0"], "--new-tokens 0"),
         (["--temperature", "-1"], "--temperature -1"),
         (["--draft", "nowhere at all"], "neither a folder nor a name on the Hub"),

@@ -151,6 +151,28 @@ def test_whoever_ends_a_command_interrupts_it(
         signal.signal(ending, before)
 
 
+def test_a_reader_that_has_gone_is_no_finding() -> None:
+    """rich leaves by SystemExit(1) when the pipe that it writes into is closed; 1 would say that something was found."""
+    code = (
+        "import sys, typer, hf_onlinespec_cli as cli\n"
+        "def gone(): raise SystemExit(1)\n"
+        "try: cli.reports_errors(gone)()\n"
+        "except typer.Exit as done: sys.exit(done.exit_code)\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_streams_that_were_closed_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["--version"]) == 0
+    assert main(["demoo"]) == 2
+    assert sys.stdin.read() == "" and not sys.stdin.isatty()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
 def test_a_model_that_the_hub_does_not_have(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["regret", str(ROOT / "none"), "--draft", "nobody/nothing"]) == 2  # the recording is read first
     assert "none" in one_line(capsys.readouterr().err)

@@ -599,6 +599,16 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(pair: EmbeddedPair, capsys:
         assert ("\x1b[" in seen) == terminal
 
 
+def test_a_long_kind_leaves_room_for_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"prompt": "<|endoftext|>a", "domain": "k" * 200}))
+    assert run_try(settings(file), clock=ticking()) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("kkk"))
+    assert len(re.findall(r"[0-9]+\.[0-9]+", line)) == 5 and line.split()[-1] == "1"
+
+
 def test_an_interrupt_while_the_bar_is_drawn_leaves_the_cursor_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

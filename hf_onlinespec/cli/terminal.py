@@ -25,6 +25,7 @@ from ..artifact import is_artifact
 from ..attachment import attach
 from ..draft import OnlineDraft
 from ..errors import ConfigError
+from ..texts import check_text
 from .chat import Chat
 from .common import (
     AUTO,
@@ -73,6 +74,7 @@ class ChatSettings:
             raise ConfigError(f"--new-tokens {self.new_tokens}: expected at least 1.")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"--temperature {self.temperature}: expected at least 0.")
+        check_text(self.system or "", "--system")
 
     def options(self) -> dict[str, object]:
         """What `--temperature` means to `generate`."""
@@ -196,7 +198,9 @@ class Terminal:
         return code
 
     def _turn(self) -> bool:
-        line = self._read()
+        line = (
+            self._read().encode("utf-8", "replace").decode()
+        )  # bytes of a pipe that are no text come as halves of characters
         if line.startswith("/"):
             return self._command(*line[1:].split(maxsplit=1))
         if line.strip():

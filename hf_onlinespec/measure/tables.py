@@ -14,6 +14,8 @@ from .exactness import FAULT, IDENTICAL, ROUNDING
 from .summary import Summary
 from .trial import Learned, Outcome
 
+WIDEST = 16  # of the first column: the longest name of an arm; kinds of one's own prompts are cut
+
 
 def show_result(console: Console, outcome: Outcome, summary: Summary, learned: Learned, code: str) -> None:
     """Prints everything that is known."""
@@ -59,7 +61,7 @@ def _kinds(summary: Summary) -> Table:
 
 def _table(title: str) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(title, no_wrap=True)
+    table.add_column(title, no_wrap=True, max_width=WIDEST)
     return table
 
 
