@@ -229,8 +229,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             if self._memory.recall is None:
                 asks = self._schedule is not None and self._schedule.asks_memory
                 size = min(self._max_length + 1, self._settings.memory_tokens)
-                told = self._governor.acceptances if asks else None
-                self._memory.recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, told)
+                known = self._governor.acceptances
+                self._memory.recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, known, asks)
             self._memory.recall.read(input_ids)
         return self._memory.recall
 

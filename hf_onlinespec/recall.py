@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,8 @@ class Recall:
         size: tokens that the request can have at most.
         padding: tokens on the left that are none.
         seen: what the request has shown of the memory.
-        acceptances: if given, every generated token is asked about before it is read, for learning to be held against.
+        acceptances: how likely its answers are.
+        asks: whether it is asked about every generated token before it reads it, for learning to be held against.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Recall:
         size: int,
         padding: int,
         seen: Seen,
-        acceptances: Acceptances | None,
+        acceptances: Acceptances,
+        asks: bool = False,
     ) -> None:
         self._memory, self._lock, self._padding = memory, lock, padding
         self._own = SuffixMemory(size)
-        self._seen, self._acceptances = seen, acceptances
+        self._seen, self._acceptances, self._asks = seen, acceptances, asks
         self._written: list[int] = []  # the request, without padding
         # Per generated token the estimated acceptance of the memory's answer; 0: it had none.
         self._expected: list[float] = []
@@ -49,7 +51,7 @@ class Recall:
     def read(self, tokens: Tensor) -> list[float]:
         """Takes in what is new in `tokens` (1, L); the estimated acceptance at every generated token so far."""
         new = tokens[0, self._padding + len(self._written) :].tolist()
-        if not self._written or self._acceptances is None:
+        if not self._written or not self._asks:
             self._own.extend(new)
             self._written += new
             return self._expected
@@ -62,13 +64,17 @@ class Recall:
         return self._expected
 
     def ask(self, context: Sequence[int]) -> Continuation | None:
-        """What followed the longest match of `context`, in this request or in earlier ones."""
+        """What followed the longest match of `context` in this request, or in earlier ones where that is likelier to be right."""
         here = self._own.continuation(context)
         with self._lock:
             before = self._memory.continuation(context)
-        if here is None or before is None:
-            return here or before
-        return before if before.length > here.length else here
+        if before is None:
+            return here
+        before = replace(before, earlier=True)
+        if here is None:
+            return before
+        chances = [self._acceptances.memory(found)[1] for found in (here, before)]
+        return before if chances[1] > chances[0] else here
 
     def remember(self, tokens: Tensor) -> int:
         """Gives the whole request to the memory, once what it would have said is known; its bytes."""

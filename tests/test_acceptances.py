@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_onlinespec.acceptances import Acceptances, Drafted, Seen
+from hf_onlinespec.memory import Continuation
 
 
 def served(acceptances: Acceptances, frozen: bool, overlap: float, n: int = 30) -> None:
@@ -51,3 +52,16 @@ def test_a_law_that_is_none_counts_as_a_rejection() -> None:
     for _ in range(100):
         acceptances.unsound(seen)
     assert acceptances.usual(False) < 0.3 and seen.positions == 100
+
+
+def test_a_copied_passage_does_not_speak_for_the_weaker_answers_behind_it() -> None:
+    """In a request in which the memory was right throughout, its other answers are worth what they are worth elsewhere."""
+    acceptances, copying = Acceptances(), Seen()
+    copied, weak = Continuation((5,), (1.0,), 12, 1), Continuation((6, 7), (0.5, 0.5), 1, 2)
+    key = acceptances.memory_key(copied)
+    for _ in range(30):
+        acceptances.verified([Drafted("memory", 1, key)], [1.0], copying)
+    assert acceptances.memory(weak, trust=copying.trust) == acceptances.memory(weak, trust=Seen().trust)
+    for _ in range(30):
+        acceptances.verified([Drafted("memory", 1, key)], [0.0], copying)
+    assert acceptances.memory(weak, trust=copying.trust)[1] < 0.8 * acceptances.memory(weak)[1]

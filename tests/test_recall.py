@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from hf_onlinespec.acceptances import Acceptances, Seen
+from hf_onlinespec.acceptances import Acceptances, Drafted, Seen
 from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.recall import Recall
 
@@ -14,7 +14,7 @@ EARLIER = [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def recall(memory: SuffixMemory, padding: int = 0, acceptances: Acceptances | None = None) -> Recall:
-    return Recall(memory, threading.RLock(), 64, padding, Seen(), acceptances)
+    return Recall(memory, threading.RLock(), 64, padding, Seen(), acceptances or Acceptances())
 
 
 def filled() -> SuffixMemory:
@@ -24,14 +24,36 @@ def filled() -> SuffixMemory:
     return memory
 
 
-def test_the_longer_match_answers() -> None:
-    ours = recall(filled())
+def test_the_likelier_match_answers() -> None:
+    acceptances = Acceptances()
+    ours = recall(filled(), acceptances=acceptances)
     ours.read(torch.tensor([[9, 4, 7, 3, 4]]))
-    earlier = ours.ask([3, 4])
-    assert earlier is not None and earlier.tokens == (5,)  # seen as 3 4 5 before; here, 4 was followed by 7
+    earlier = ours.ask([2, 3, 4])
+    assert earlier is not None and earlier.tokens == (5,)  # seen as 2 3 4 5 before; here, 4 was followed by 7
+    two = ours.ask([3, 4])
+    # Two tokens that match an earlier request say no more than one of this one.
+    assert two is not None and two.tokens == (7,)
+    for _ in range(40):  # earlier requests are wrong, though their matches are longer
+        acceptances.verified([Drafted("memory", 1, acceptances.memory_key(earlier))], [0.0], Seen())
+    now = ours.ask([2, 3, 4])
+    assert now is not None and now.tokens == (7,)
     here = ours.ask([9, 4])
     assert here is not None and here.tokens == (7,)
     assert ours.ask([31]) is None
+
+
+def test_a_short_match_in_an_earlier_request_is_believed_less() -> None:
+    """Until it has shown itself; and what earlier requests have shown says nothing about this one's own text."""
+    acceptances = Acceptances()
+    ours = recall(filled(), acceptances=acceptances)
+    ours.read(torch.tensor([[30, 31, 32]]))
+    earlier, here = ours.ask([4]), ours.ask([31])
+    assert earlier is not None and here is not None and earlier.length == here.length == 1
+    usual = acceptances.memory(here)[1]
+    assert acceptances.memory(earlier)[1] < 0.7 * usual
+    for _ in range(40):
+        acceptances.verified([Drafted("memory", 1, acceptances.memory_key(earlier))], [1.0], Seen())
+    assert acceptances.memory(here)[1] == usual < 0.5 < 0.9 < acceptances.memory(earlier)[1]
 
 
 def test_padding_is_not_read() -> None:
@@ -46,7 +68,7 @@ def test_padding_is_not_read() -> None:
 
 def test_what_the_memory_would_have_said_is_asked_before_it_is_read() -> None:
     """One estimate for every generated token: high where earlier requests knew it, 0 where nothing matches."""
-    ours = recall(filled(), acceptances=Acceptances())
+    ours = Recall(filled(), threading.RLock(), 64, 0, Seen(), Acceptances(), asks=True)
     assert ours.read(torch.tensor([[2, 3, 4]])) == []
     expected = ours.read(torch.tensor([[2, 3, 4, 5, 20, 21]]))
     assert len(expected) == 3

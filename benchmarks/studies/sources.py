@@ -81,7 +81,7 @@ def main() -> None:
             with draft.serving(frozen=True) as model:
                 frozen = laws(model(output[:, :-1]).logits[0, -n:])
         target = laws(said)
-        recall = Recall(memory, threading.RLock(), output.shape[1], 0, Seen(), None)
+        recall = Recall(memory, threading.RLock(), output.shape[1], 0, Seen(), acceptances)
         cells = scored[part]
         for i in range(n):
             recall.read(output[:, : start + i])
