@@ -126,11 +126,9 @@ def main() -> None:
 
         def apart(requests: list[Feedback] = requests) -> None:
             for request in requests:
-                draft._learning.learn_from([request], Counts())
+                draft.learn([request], Counts())
 
-        found = medians_ms(
-            {"batch": lambda r=requests: draft._learning.learn_from(r, Counts()), "apart": apart}, args.repeats
-        )
+        found = medians_ms({"batch": lambda r=requests: draft.learn(r, Counts()), "apart": apart}, args.repeats)
         print(f"| {n} | {found['batch']:.1f} | {found['apart']:.1f} | {found['batch'] / found['apart']:.2f} |")
 
 
