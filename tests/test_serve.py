@@ -196,6 +196,20 @@ def test_bad_requests_are_refused_in_words_and_the_next_one_is_served(server: Ru
     assert (server.page()["waiting"], server.page()["running"]) == (0, 0)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stream_is_not_begun_for_what_the_request_shows_to_be_wrong(server: Running, stream: bool) -> None:
+    """Half of a character could be neither read nor sent back, and a repetition penalty of 0 divides by it."""
+    headers, body = (
+        {"Content-Type": "application/json"},
+        {"model": NAME, "prompt": "a", "max_tokens": 2, "stream": stream},
+    )
+    for more in ({"suffix": "\ud83d"}, {"stop": "\udc00"}, {"prompt": "\ud83d"}, {"frequency_penalty": -1}):
+        refused = server.post("/v1/completions", content=json.dumps(body | more), headers=headers)
+        assert refused.status_code == 400, (more, refused.text)
+    whole = server.post("/v1/completions", content=json.dumps(body | {"suffix": "\U0001f600"}), headers=headers)
+    assert whole.status_code == 200 and "error" not in whole.text
+
+
 def test_an_answer_is_cut_where_the_model_ends_and_a_prompt_that_is_none_is_refused(server: Running) -> None:
     prompt = "word " * 250  # of 512 positions the answer gets what is left
     answer = server.client().completions.create(model=NAME, prompt=prompt, max_tokens=5000)

@@ -218,10 +218,18 @@ async def _body(request: Request) -> dict[str, Any]:
         size += len(part)
         if size > MOST_BYTES:
             raise RequestError(413, f"The body has more than {MOST_BYTES // 2**20} MiB.")
+    content = b"".join(parts)
     try:
-        body = json.loads(b"".join(parts))
+        body = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"The body is no JSON: {error}.") from error
+    if b"\\ud" in content.lower():  # one half of a character alone is JSON, and nothing that could be read or sent back
+        try:
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                400, "The body has one half of a surrogate pair alone, which is no character."
+            ) from error
     if not isinstance(body, dict):
         raise RequestError(400, f"The body is a JSON {type(body).__name__}: expected an object.")
     return body

@@ -252,6 +252,11 @@ def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTr
         raise RequestError(400, f"num_beams={gen_config.num_beams}: a stream takes 1. Send it without stream.")
     if gen_config.onlinespec not in (None, True, False):
         raise RequestError(400, "onlinespec: expected true or false; how this server drafts is not a request's to say.")
+    penalty = gen_config.repetition_penalty
+    if penalty is not None and not penalty > 0:
+        raise RequestError(
+            400, f"repetition_penalty={penalty}: expected more than 0 (frequency_penalty: more than -1)."
+        )
     gen_config.return_dict_in_generate = False  # the handlers take tokens
     stop = gen_config.stop_strings
     if stop is not None and not (isinstance(stop, str) or (stop and all(isinstance(one, str) for one in stop))):
