@@ -210,6 +210,20 @@ def test_a_stream_is_not_begun_for_what_the_request_shows_to_be_wrong(server: Ru
     assert whole.status_code == 200 and "error" not in whole.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_null_or_empty_was_not_given(server: Running, stream: bool) -> None:
+    for path, body in (
+        ("/v1/chat/completions", TEXT | {"max_tokens": 2, "logit_bias": {}, "stop": None, "tools": None}),
+        ("/v1/responses", {"model": NAME, "input": "a", "max_output_tokens": 2, "parallel_tool_calls": None}),
+    ):
+        answer = server.post(path, json=body | {"stream": stream})
+        assert answer.status_code == 200 and '"error": ' not in answer.text, answer.text
+    refused = server.post(
+        "/v1/responses", json={"model": NAME, "input": "a", "parallel_tool_calls": "x", "stream": stream}
+    )
+    assert refused.status_code == 400 and "parallel_tool_calls: expected true or false" in refused.text
+
+
 def test_an_answer_is_cut_where_the_model_ends_and_a_prompt_that_is_none_is_refused(server: Running) -> None:
     prompt = "word " * 250  # of 512 positions the answer gets what is left
     answer = server.client().completions.create(model=NAME, prompt=prompt, max_tokens=5000)

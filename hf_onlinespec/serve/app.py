@@ -47,6 +47,8 @@ PAGE = Path(__file__).with_name("page.html")
 LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
 MOST_BYTES = 16 * 2**20  # of a body: it is read and cut into tokens while nothing else is answered; chosen
 HANG_UP_S = 0.25  # between two looks whether a client that does not stream is still there
+# Fields whose values transformers' handlers look at behind the answer alone.
+FOUND_OUT_LATE = {"suffix": (str, "a text"), "parallel_tool_calls": (bool, "true or false")}
 # The page loads nothing from anywhere.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'",
@@ -181,10 +183,12 @@ def _route(endpoint: str, handler: BaseHandler, metrics: ServerMetrics) -> Calla
             request_id = str(uuid.uuid4())
         asked: Asked | None = None
         try:
-            body = await _body(request)
+            # Null is what was not given, as in OpenAI's API.
+            body = {name: value for name, value in (await _body(request)).items() if value is not None}
             body.setdefault("stream", False)  # as OpenAI's API; transformers streams responses by default
-            if not isinstance(body.get("suffix"), str | None):  # it would be found out behind the answer
-                raise RequestError(400, "suffix: expected a text.")
+            for name, (kind, words) in FOUND_OUT_LATE.items():
+                if not isinstance(body.get(name), kind | None):
+                    raise RequestError(400, f"{name}: expected {words}.")
             asked = Asked(endpoint, client_of(request.headers.get("authorization")), _seed(body))
             ASKED.set(asked)
             response = await _unless_hung_up(request, handler.handle_request(body, request_id))

@@ -252,6 +252,8 @@ def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTr
         raise RequestError(400, f"num_beams={gen_config.num_beams}: a stream takes 1. Send it without stream.")
     if gen_config.onlinespec not in (None, True, False):
         raise RequestError(400, "onlinespec: expected true or false; how this server drafts is not a request's to say.")
+    if not gen_config.sequence_bias:  # an empty logit_bias is none
+        gen_config.sequence_bias = None
     penalty = gen_config.repetition_penalty
     if penalty is not None and not penalty > 0:
         raise RequestError(
