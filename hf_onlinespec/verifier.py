@@ -71,6 +71,10 @@ class Verifier:
             self._columns[name] = values
         self._limits = PositionLimits.of(target.config)
         length = input_ids.shape[1] + self._hidden
+        # Columns that the caller gave beyond the tokens: plain decoding goes on behind them, and takes the last ones.
+        self._surplus = {
+            name: max(0, values.shape[-1] - length) if not self._cached else 0 for name, values in self._columns.items()
+        }
         self._ahead = 0  # how far the given positions are ahead of the tokens counted
         positions = self._columns.get("position_ids")
         if positions is not None and self._limits != PositionLimits():
@@ -120,8 +124,9 @@ class Verifier:
         """One forward over what the target has not seen of `tokens`, up to the place `end`: its last k + 1 logits."""
         inputs = dict(self._kwargs)
         for name, values in self._columns.items():
-            self._columns[name] = _continued(values, end, COLUMNS[name])
-            inputs[name] = self._columns[name][..., :end]
+            place = end + self._surplus[name]
+            self._columns[name] = _continued(values, place, COLUMNS[name])
+            inputs[name] = self._columns[name][..., :place]
         inputs = self._target.prepare_inputs_for_generation(
             tokens,
             next_sequence_length=end - self._cached,
@@ -175,7 +180,7 @@ class Verifier:
         self._cached = min(self._cached, length - 1)
         for kept in range(self._kept, length) if self._continues else ():
             # Token by token, as plain decoding does: not all classes that override it heed the number of new tokens.
-            columns = {name: values[..., :kept] for name, values in self._columns.items()}
+            columns = {name: values[..., : kept + self._surplus[name]] for name, values in self._columns.items()}
             self._kwargs = continue_inputs(self._target, self._outputs, self._kwargs | columns)
             self._columns = {name: self._kwargs.pop(name) for name in columns if name in self._kwargs}
         self._kept = length

@@ -200,6 +200,16 @@ def test_token_types_are_continued_as_plain_decoding_continues_them(turns: int) 
     assert not torch.equal(texts[0], target.generate(texts[0][:, :-16], do_sample=False, max_new_tokens=16))
 
 
+def test_a_mask_with_more_columns_than_tokens_is_continued_behind_them() -> None:
+    """As plain decoding does: positions that are learned one by one begin further on."""
+    target, prompt = tiny_gpt2(1), torch.tensor([[3, 14, 15, 9, 2, 6]])
+    arguments = {"do_sample": False, "max_new_tokens": 24, "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    plain = target.generate(prompt, **arguments)
+    assert not torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24))
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(prompt, **arguments, onlinespec=FIXED))
+
+
 # Caches
 
 
