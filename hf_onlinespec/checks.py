@@ -58,11 +58,6 @@ def check_call(
     check_mode(generation_config, generation_config.get_generation_mode(draft))
     check_target(target)
     name, config = type(target).__name__, generation_config
-    if drops_cache(target):
-        raise UnsupportedError(
-            f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "
-            "Call model.eval() first, or switch gradient checkpointing off."
-        )
     if adds_virtual_tokens(target):
         raise UnsupportedError(
             f"The target {name} runs with prompt learning, whose virtual tokens are not supported yet. "
@@ -133,14 +128,19 @@ def check_inputs(
     target: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
     """Refuses inputs that the loop does not take."""
+    name = type(target).__name__
     if input_ids.shape[0] != 1:
         raise UnsupportedError(
             f"A batch of {input_ids.shape[0]} sequences is not supported yet. Call generate once per sequence."
         )
+    if drops_cache(target):
+        raise UnsupportedError(
+            f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "
+            "Call model.eval() first, or switch gradient checkpointing off."
+        )
     if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedError("inputs_embeds are not supported: the draft needs tokens. Pass input_ids alone.")
     cache = model_kwargs.get(CACHE)
-    name = type(target).__name__
     if not model_kwargs.get("use_cache", True):
         raise UnsupportedError(
             f"use_cache=False ({_source_of_use_cache(target)}): a round is rolled back in the KV cache."

@@ -158,8 +158,8 @@ def enable() -> None:
         }
         if call is not None and call.served:
             try:
-                draft = call.attachment.drafts_for(self)
                 check_inputs(self, input_ids, generation_config, model_kwargs)
+                draft = call.attachment.drafts_for(self)
                 call.prove(input_ids, model_kwargs)
             except OnlineSpecError as reason:
                 call.reason = reason
