@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .acceptances import Acceptances, Continuation, Seen
+from .acceptances import LENGTH_EDGES, Acceptances, Continuation, Seen
 from .memory import REACH, SuffixMemory
 
 
@@ -64,14 +64,17 @@ class Recall:
         return self._expected
 
     def ask(self, context: Sequence[int]) -> Continuation | None:
-        """What followed the longest match of `context` in this request, or in earlier ones where that is likelier to be right."""
+        """What followed the longest match of `context` in this request, or in earlier ones where that is likelier to be right.
+
+        A long match in an earlier one goes before a short one in this: that request is asked once more, or a part of it.
+        """
         here = self._own.continuation(context)
         with self._lock:
             before = self._memory.continuation(context)
         if before is None:
             return here
         before = replace(before, earlier=True)
-        if here is None:
+        if here is None or before.length >= LENGTH_EDGES[-1] > here.length:
             return before
         chances = [self._acceptances.memory(found)[1] for found in (here, before)]
         return before if chances[1] > chances[0] else here

@@ -42,6 +42,17 @@ def test_the_likelier_match_answers() -> None:
     assert ours.ask([31]) is None
 
 
+def test_a_request_that_is_asked_once_more_is_answered_from_the_earlier_one() -> None:
+    """Whatever this request's own text says often behind a short match."""
+    memory, text = SuffixMemory(64), list(range(10, 20))
+    memory.extend([*text, 30])
+    memory.close()
+    ours = recall(memory)
+    ours.read(torch.tensor([[*[18, 19, 31] * 6, *text]]))
+    found = ours.ask(text)
+    assert found is not None and found.tokens == (30,)
+
+
 def test_a_short_match_in_an_earlier_request_is_believed_less() -> None:
     """Until it has shown itself; and what earlier requests have shown says nothing about this one's own text."""
     acceptances = Acceptances()
