@@ -39,7 +39,7 @@ def test_the_page_of_commands_has_the_words_of_every_command_and_option() -> Non
 
 def test_the_regression_tests_of_known_faults_exist() -> None:
     page = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(\w+)`", page)
     found = {file: ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8")).body for file, _ in named}
     functions = {
         (file, node.name) for file, body in found.items() for node in body if isinstance(node, ast.FunctionDef)
