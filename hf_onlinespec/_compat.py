@@ -242,6 +242,16 @@ def adds_virtual_tokens(model: PreTrainedModel) -> bool:
     return isinstance(owner, PeftModel) and bool(owner.active_peft_config.is_prompt_learning)
 
 
+def activates_lora(model: PreTrainedModel) -> bool:
+    """Whether PEFT adapts the last tokens of each forward, counted from its end: an activated LoRA whose invocation was found."""
+    configs = vars(model).get("peft_config", {})
+    if not any(vars(config).get("alora_invocation_tokens") for config in configs.values()):
+        return False
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    offsets = (hook.keywords.get("alora_offsets") or [] for hook in hooks if isinstance(hook, functools.partial))
+    return any(offset is not None for row in offsets for offset in row)
+
+
 def inner_model(model: Any) -> PreTrainedModel:
     """The model that `generate` runs on: what is inside of a PeftModel, or of what torch.compile returns."""
     while True:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import CACHE, Alterations, alterations, fresh_cache, matmul_dtypes, own_way
+from ._compat import CACHE, Alterations, activates_lora, alterations, fresh_cache, matmul_dtypes, own_way
 from .errors import UnsupportedError
 from .failures import kind_and_place
 from .verifier import COLUMNS, TEXT, Verifier
@@ -53,6 +53,8 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
     if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
         return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
+    if activates_lora(target):
+        return f"the target {type(target).__name__} has an activated LoRA, which adapts the last tokens of each forward"
     own = own_way(model_kwargs[CACHE], target.config.get_text_config(decoder=True))
     if own:
         return f"{CACHE}: {own}"

@@ -20,6 +20,7 @@ from accelerate.hooks import (
     add_hook_to_module,
     remove_hook_from_submodules,
 )
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AttentionInterface, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -396,6 +397,22 @@ def test_what_was_tried_is_not_held(prompt) -> None:
     alive = served_with_a_class_over_it(prompt)
     gc.collect()
     assert [one() for one in alive] == [None, None]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize(("invocation", "drafts"), [([9, 2], False), ([30, 31], True)], ids=["found", "not found"])
+def test_an_activated_lora_is_drafted_for_where_it_is_not_activated(invocation, drafts, target, prompt) -> None:
+    """PEFT adapts the last tokens of each forward, as many as stand behind the invocation in the prompt."""
+    torch.manual_seed(4)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"], alora_invocation_tokens=invocation,
+    )  # fmt: skip
+    tuned = get_peft_model(target, settings).eval()
+    arguments = {"do_sample": False, "max_new_tokens": 24}
+    plain = tuned.generate(input_ids=prompt, **arguments)
+    for _ in range(2):
+        assert torch.equal(plain, tuned.generate(input_ids=prompt, **arguments, onlinespec=FIXED))
+    assert (online_memory(target).metrics.drafted_tokens > 0) == drafts
 
 
 def test_what_was_changed_since_it_was_tried_is_tried_again(target, prompt, read) -> None:
