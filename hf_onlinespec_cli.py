@@ -113,7 +113,7 @@ def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
             line = _explained(error)
             if line is None:
                 raise
-            print(f"hf-onlinespec: error: {line}", file=sys.stderr)
+            print(f"hf-onlinespec: error: {' '.join(line.split())}", file=sys.stderr)
             code = FAILED
         finally:
             for ending in ended:

@@ -105,7 +105,7 @@ class Calibration:
     source: str = "outside the stream"
 
     def __str__(self) -> str:
-        speeds = ", ".join(f"{k}: {speed:.0f}" for k, speed in self.tokens_per_s.items())
+        speeds = ", ".join(f"{k}: {speed:.{int(speed < 10)}f}" for k, speed in self.tokens_per_s.items())
         return (
             f"Calibration of transformers' assisted generation on {self.prompts} prompt{'s' * (self.prompts > 1)} {self.source}, "
             f"tokens/s by number of assistant tokens: {speeds}. Chosen: {self.chosen}."

@@ -144,6 +144,31 @@ def test_errors_name_options_of_the_command(
     assert "--base" in told and "base_model=" not in told
 
 
+def test_another_base_is_one_line_without_a_way_out_that_the_command_has_not(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama(7).save_pretrained(tmp_path / "other")
+    told = refused(capsys, "audit", saved, "--base", tmp_path / "other")
+    assert "made for: name base" in told and told.count("\n") == 1
+    assert told.endswith("Give the right one as --base.\n")
+
+
+def test_a_seed_that_torch_does_not_take_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (-1, 2**64):
+        assert f"--seed {seed}: expected a value from 0" in refused(capsys, "audit", saved, "--seed", seed)
+
+
+def test_a_draft_is_not_pulled_among_other_files(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine" / CARD
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert f"'{CARD}' lies there" in refused(capsys, "pull", saved, mine.parent)
+    assert mine.read_text() == "mine"
+    assert said(capsys, "pull", saved, tmp_path / "copy") == f"Written: {tmp_path / 'copy'}, {saved}\n"
+
+
 def test_a_draft_that_the_hub_does_not_have_is_one_line(
     hub: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,22 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "acceptance length" in capsys.readouterr().out
 
 
+def test_the_snippets_of_the_first_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other, as somebody pastes them."""
+    pair = load_pair()
+    pair.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    pair.target.save_pretrained(tmp_path / "chat")
+    pair.tokenizer.save_pretrained(tmp_path / "chat")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(snippet.replace(REAL_MODEL, "chat"), "getting_started.md", "exec"), names)
+    assert "acceptance length" in capsys.readouterr().out
+
+
 def test_every_file_of_the_tree_exists() -> None:
     tree = re.search(r"```\n(hf_onlinespec/\n.*?)```", CODE, flags=re.DOTALL)
     assert tree is not None

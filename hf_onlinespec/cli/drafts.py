@@ -25,7 +25,7 @@ from ..hub import Push, known_parent
 from ..loading import locate
 from ..run import is_told_apart
 from ..warm_start import read_corpus
-from .common import FOUND, check_own, check_writable, load_tokenizer, quiet_libraries
+from .common import FOUND, check_own, check_seed, check_writable, load_tokenizer, quiet_libraries
 
 P = ParamSpec("P")
 
@@ -38,6 +38,8 @@ OPTIONS = {
     "base": (("base_model=", "--base"),),
     "license": (("license=", "--license "),),
 }
+
+FORCED = ", or force=True if you know that they are alike"  # a way out that not every command has
 
 
 def in_own_options(command: Callable[P, int]) -> Callable[P, int]:
@@ -61,6 +63,8 @@ def in_options(message: str, known: set[str]) -> str:
     Args:
         known: the options that the command has.
     """
+    if "force" not in known:
+        message = message.replace(FORCED, "")
     for name in sorted(known & set(OPTIONS)):
         for argument, option in OPTIONS[name]:
             message = message.replace(argument, option)
@@ -159,7 +163,7 @@ def run_pull(repo: str, folder: Path, revision: str | None) -> int:
     artifact = Artifact.read(origin.folder)
     artifact = replace(artifact, lineage=artifact.lineage | origin.lineage() | {"draft": uuid.uuid4().hex})
     card.write(artifact, folder, repo)
-    print(f"Written: {folder}, {repo} at {origin.revision}")
+    print(f"Written: {folder}, {repo}{'' if origin.revision is None else f' at {origin.revision}'}")
     return 0
 
 
@@ -205,6 +209,7 @@ def run_audit(
     seed: int,
 ) -> int:
     """Prints what an evolved draft gives away; the exit code says whether a public push would be refused."""
+    check_seed(seed)
     if (own is None) != (held_out is None):
         raise ConfigError("Give --own and --held-out together: the one is compared with the other.")
     corpora = {name: read_corpus(path) for name, path in (("own", own), ("held_out", held_out)) if path}
