@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from .acceptances import MAX_LOOKAHEAD, Acceptances, Continuation, Drafted, Seen
 from .effort import Effort
-from .estimates import Times, Verification
+from .estimates import Share, Times, Verification
 from .fit import Fit
 from .metrics import Decisions
 from .preference import Preference
@@ -30,6 +30,7 @@ NO_MODEL_DRAFTS = "no draft model: the memory drafts where it is expected to pay
 NOTHING_LEARNS = "there is no draft model: the suffix memory holds what was written, and has nothing to learn"
 MAX_MEMORY = 24  # draft tokens from the memory alone, at most
 FIRST_LOOKAHEAD = 3  # while times are still unknown
+RATE_DECAY, RATE_PRIOR = 0.99, 20.0  # rounds that tell the rate without a draft model: the last 100; chosen
 PACE = 0.2  # how fast the measured pace of the machine follows a round's time
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
 HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
@@ -76,6 +77,8 @@ class Governor:
         self._target, self._draft = Verification(), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
         self._read_step = 0.0  # time of the draft for one token of a prompt; 0: not known
         self._too_long = False  # whether the last plan left drafting alone because of what had to be read
+        # Of the rounds without a draft model: tokens, and expected time. What they have in common is the rate that a token has to beat.
+        self._tokens, self._time_taken = Share(RATE_DECAY), Share(RATE_DECAY)
         self._length = 0.0  # new tokens of a request, as they come
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
@@ -108,7 +111,7 @@ class Governor:
             lookahead = FIRST_LOOKAHEAD if drafts and self._pace_s else 0
             if lookahead and self.acceptances.rate < HOPELESS:
                 lookahead = self._probe(0)
-            return Plan(lookahead, 1.0, 0.0, trust=seen.trust, frozen=seen.frozen)
+            return Plan(lookahead, 1.0 if drafts else self._usual_rate(), 0.0, trust=seen.trust, frozen=seen.frozen)
         a, doubt = self.acceptances.here(seen)
         best, rate = self._best(a, seen.frozen)
         self._too_long = not self._reads(unread, room, rate if best else 2.0)
@@ -125,6 +128,10 @@ class Governor:
             if hope and self._reads(2 * unread, room, rate_then):  # it may as well come to nothing
                 lookahead = PROBE_LOOKAHEAD
         return Plan(lookahead, rate, value, acceptance=a, trust=seen.trust, frozen=seen.frozen)
+
+    def _usual_rate(self) -> float:
+        """Tokens per plain step of late, without a draft model; 1 where plain decoding is as fast."""
+        return max(1.0, self._tokens.mean(1.0, RATE_PRIOR) / self._time_taken.mean(1.0, RATE_PRIOR))
 
     def _reads(self, unread: int, room: int, rate: float) -> bool:
         """Whether reading so many tokens pays, at a rate over plain decoding on what is likely to come."""
@@ -243,6 +250,9 @@ class Governor:
             self._plain_at = self._now
         if 0 < target_s < float("inf") and 0 <= draft_s < float("inf"):
             self._time(k, steps, draft_s, target_s)
+        if not self._drafts:
+            self._tokens.add(1 + sum(overlaps))
+            self._time_taken.add(self._target.at(k))
         weight = PROBE_WEIGHT if self._probing else 1.0
         tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "neural"]
         if self._probing and tried and statistics.mean(tried) > self.acceptances.rate + 0.2:

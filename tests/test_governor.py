@@ -464,6 +464,23 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
     assert not governor.memory_pays(plan, 0, 1.0, None, neural=False)
 
 
+def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
+    """One that brings more than plain decoding would in the same time is left where the memory brings still more."""
+    weak = Continuation((5, 6, 7), (0.34, 0.33, 0.33), 4, 3)
+    pays = {}
+    for right in (0.0, 1.0):
+        governor = Governor(BUDGET, PASSES)
+        key = governor.acceptances.memory_key(found(12, 1.0), first=True)
+        governor.observe((), (), 0.0, 1.0)
+        for _ in range(60):
+            governor.plan(drafts=False)
+            governor.observe([Drafted("memory", i, key) for i in range(8)], [right] * (8 if right else 1), 0.0, 1.8)
+        plan = governor.plan(drafts=False)
+        assert plan.rate == 1.0 if not right else 2.5 < plan.rate < 9 / 1.8
+        pays[right] = governor.memory_pays(plan, 5, 0.99, weak, neural=False)
+    assert pays == {0.0: True, 1.0: False}
+
+
 def test_a_memory_that_has_become_right_is_asked_again() -> None:
     """What is refused would never be seen to be right: it is asked now and then."""
     governor = Governor(BUDGET, PASSES)
