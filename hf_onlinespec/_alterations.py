@@ -34,7 +34,7 @@ MOST_DEPTH, MOST_VALUES = 6, 2048  # of what alterations refer to; a look at so 
 
 @dataclass(frozen=True)
 class Alterations:
-    """What was altered. It holds nothing of a model: weak references, code, numbers and text alone."""
+    """What was altered. It holds nothing of a model: weak references, code and numbers alone."""
 
     kinds: tuple[
         Any, ...
@@ -176,7 +176,9 @@ class _Values:
     def of(self, value: Any, depth: int) -> Any:
         """Of anything; what is nested deeper is not looked at."""
         self._left -= 1
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        if isinstance(value, str | bytes):
+            return hash(value)  # it may be a prompt, which is not to be kept
+        if value is None or isinstance(value, bool | int | float | complex):
             return value
         if isinstance(value, Tensor):
             return _Same(value), None if value.is_inference() else value._version
