@@ -22,7 +22,7 @@ from tests.conftest import tiny_llama
 
 
 def learn(draft: OnlineDraft) -> None:
-    n = draft._adaptation.steps
+    n = draft.steps
     tokens = torch.randint(32, (1, 10), generator=torch.Generator().manual_seed(n))
     logits = torch.randn(4, 32, generator=torch.Generator().manual_seed(n))
     draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, Counts())
@@ -34,7 +34,7 @@ def work(folder: Path, says: int) -> None:
     while True:
         learn(draft)
         draft.save_pretrained(folder)
-        os.write(says, f"{draft._adaptation.steps}\n".encode())
+        os.write(says, f"{draft.steps}\n".encode())
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         report["killed_inside_a_save"] += (folder / NEXT).exists()
         said = int(heard.splitlines()[-1])
         try:
-            steps = OnlineDraft.from_pretrained(folder, tiny_llama(2))._adaptation.steps
+            steps = OnlineDraft.from_pretrained(folder, tiny_llama(2)).steps
         except Exception as error:
             print(type(error).__name__, error)
             report["unloadable"] += 1

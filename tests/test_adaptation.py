@@ -14,6 +14,7 @@ from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_llama
+from .drafts import flat_params
 
 SMALL = {"rank": 4, "alpha": 4.0, "lookahead": 3, "update_every": 1, "snapshots": 0}
 MANY = OnlineSpecConfig(learner="ensemble", **SMALL)
@@ -64,7 +65,7 @@ def test_every_expert_learns_as_it_would_alone(learner: str, preconditioner: str
         draft.rehearse(Counts(), 2)
     rows = many._lora.split(many._lora.params)
     for row, start, draft in zip(rows, starts, alone, strict=True):
-        torch.testing.assert_close(row - start, draft._lora.params - start, atol=2e-5, rtol=2e-2)
+        torch.testing.assert_close(row - start, flat_params(draft) - start, atol=2e-5, rtol=2e-2)
         assert (row - start).norm() > 1e-3
     gaps = [float((rows[i] - rows[j]).norm()) for i in range(3) for j in range(i)]
     assert min(gaps) > 1e-2, "experts stay distinct"
@@ -145,9 +146,9 @@ def test_all_experts_may_go() -> None:
     draft._adaptation._remove(torch.tensor([1.0, torch.nan, 1.0]))
     draft._adaptation._remove(torch.tensor([1.0, 1.0, torch.nan]))
     assert draft.metrics.requests == 0 and draft._adaptation.weights == [0.0, 0.0, 0.0, 1.0]
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     teach(draft, 3)
-    assert torch.equal(draft._lora.params, before)
+    assert torch.equal(flat_params(draft), before)
     tokens, _ = lesson()
     with torch.no_grad():
         torch.testing.assert_close(draft(tokens).logits, tiny_llama(2)(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -157,10 +158,10 @@ def test_a_teacher_that_is_not_finite_blames_no_expert() -> None:
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 2)
     tokens, logits = lesson()
-    before, counts = draft._lora.params.clone(), Counts()
+    before, counts = flat_params(draft), Counts()
     draft.learn_segment(tokens, [Teacher.from_logits(logits * torch.nan)], None, 0, None, counts)
     assert counts.skipped_updates == 1 and draft._adaptation.removed == 0
-    assert torch.equal(draft._lora.params, before)
+    assert torch.equal(flat_params(draft), before)
     assert all(math.isfinite(w) for w in draft.metrics.expert_weights)
 
 
@@ -198,7 +199,7 @@ def test_a_learner_that_diverges_with_finite_numbers_begins_anew(target, prompt)
         draft._lora.put(draft._lora.split(draft._lora.params) * 0 + 1e30)
         counts = teach(draft, 30)
         assert counts.updates >= 20 and draft.metrics.removed_experts >= 1
-        assert bool(torch.isfinite(draft._lora.params).all())
+        assert bool(torch.isfinite(flat_params(draft)).all())
         plain = target.generate(prompt, do_sample=False, max_new_tokens=20)
         assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=20))
 
@@ -212,8 +213,8 @@ def test_who_begins_anew_has_no_moments() -> None:
     tokens, _ = lesson()
     with torch.no_grad():  # it says nothing, and learns
         torch.testing.assert_close(draft(tokens).logits, tiny_llama(2)(tokens).logits, atol=1e-5, rtol=1e-5)
-    before = draft._lora.params.clone()
-    assert teach(draft, 2).updates == 2 and not torch.equal(draft._lora.params, before)
+    before = flat_params(draft)
+    assert teach(draft, 2).updates == 2 and not torch.equal(flat_params(draft), before)
 
 
 def test_teachers_that_forbid_tokens_blame_nobody() -> None:
@@ -264,7 +265,7 @@ def test_back_in_an_old_domain_an_earlier_state_serves(settings: dict[str, objec
     requests(0, 20, rng)
     assert restored and max(restored) < 1e-4, "the state is in the adapter"
     assert draft.metrics.rollbacks > before and "earlier state" in draft.metrics.decisions.rollback
-    assert draft.learning_bytes > draft._lora.nbytes + 2 * 2 * draft._lora.params.numel() // draft._lora.blocks
+    assert draft.learning_bytes > draft._lora.nbytes + 2 * 2 * flat_params(draft).numel() // draft._lora.blocks
 
 
 def test_a_request_of_nonsense_in_a_trial_is_survived() -> None:
@@ -349,13 +350,13 @@ def test_a_burst_cannot_move_the_adapter_far(draft_model: PreTrainedModel) -> No
     draft = OnlineDraft(draft_model, config)
     for seed in range(10):
         teach(draft, seed=seed)
-    before = draft._lora.params.clone()
-    usual = (before - (teach(draft), draft._lora.params)[1]).norm()
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
+    usual = (before - (teach(draft), flat_params(draft))[1]).norm()
+    before = flat_params(draft)
     tokens, logits = lesson()
     draft._learning._loss = lambda p, q: 1e6 * (p.exp() * (p - q)).sum(-1)
     draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, Counts())
-    assert (draft._lora.params - before).norm() < 10 * usual
+    assert (flat_params(draft) - before).norm() < 10 * usual
 
 
 def test_a_divergence_is_counted_once() -> None:
@@ -370,7 +371,7 @@ def test_a_divergence_is_counted_once() -> None:
     expected = target.generate(prompt, max_new_tokens=16, do_sample=False)
     assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
     assert draft.metrics.rollbacks + draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
-    assert bool(torch.isfinite(draft._lora.params).all()) and draft.metrics.last.updates > 8
+    assert bool(torch.isfinite(flat_params(draft)).all()) and draft.metrics.last.updates > 8
     assert not draft._learning._spoilt  # the next request reads its own cache again
 
 
@@ -388,7 +389,7 @@ def guarded(learner: str = "optimistic", **settings: object) -> OnlineDraft:
 def held(draft: OnlineDraft) -> list[torch.Tensor]:
     adaptation = draft._adaptation
     return [
-        draft._lora.params.clone(),
+        flat_params(draft),
         *(v.clone() for v in adaptation.state.values()),
         torch.tensor(adaptation.weights),
     ]
@@ -421,7 +422,7 @@ def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, wh
     assert all(torch.equal(a, b) for a, b in zip(before, held(draft), strict=True)), "what was learned stays"
     assert counts.skipped_updates == 1 and counts.updates == 0 and "skipped" in caplog.text
     assert draft._adaptation.removed == draft._learning.guard.rollbacks == 0
-    assert teach(draft, 2, 8).updates == 2 and not torch.equal(before[0], draft._lora.params)
+    assert teach(draft, 2, 8).updates == 2 and not torch.equal(before[0], flat_params(draft))
 
 
 @pytest.mark.parametrize("learner", ["optimistic", "ensemble"])
@@ -442,7 +443,7 @@ def test_parameters_that_are_not_finite_go_back_to_the_newest_earlier_state(lear
     )
     assert counts.skipped_updates == 1 and draft.metrics.rollbacks == 1 and draft.metrics.removed_experts == 0
     assert "earlier state" in caplog.text and "earlier state" in draft.metrics.decisions.rollback
-    assert teach(draft, 4).updates == 4 and bool(torch.isfinite(draft._lora.params).all())
+    assert teach(draft, 4).updates == 4 and bool(torch.isfinite(flat_params(draft)).all())
 
 
 def test_a_state_to_go_back_to_is_used_once() -> None:
@@ -453,7 +454,7 @@ def test_a_state_to_go_back_to_is_used_once() -> None:
     for expected in (guard._candidate.clone(), guard.states[0].clone()):
         draft._lora.params.fill_(torch.nan)
         teach(draft, 1)
-        assert torch.equal(draft._lora.params, expected.float())
+        assert torch.equal(flat_params(draft), expected.float())
     draft._lora.params.fill_(torch.nan)
     teach(draft, 1)
     assert draft.metrics.removed_experts == 1 and draft.metrics.rollbacks == 2
@@ -466,15 +467,15 @@ def test_a_state_to_go_back_to_is_used_once() -> None:
 @pytest.mark.parametrize("radius", [None, 5.0])
 def test_moments_that_are_not_finite_begin_anew_and_the_parameters_stay(learner: str, radius: float | None) -> None:
     draft = guarded(learner, radius=radius)
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     key = "m"
     draft._adaptation.state[key][0, 3] = torch.nan
     counts = teach(draft, 1)
-    assert torch.equal(draft._lora.params, before) and counts.skipped_updates == 1
+    assert torch.equal(flat_params(draft), before) and counts.skipped_updates == 1
     counts = teach(draft, 3)
-    assert counts.updates == 3 and bool(torch.isfinite(draft._lora.params).all())
+    assert counts.updates == 3 and bool(torch.isfinite(flat_params(draft)).all())
     assert all(bool(torch.isfinite(v).all()) for v in draft._adaptation.state.values())
-    assert (draft._lora.params - before).abs().max() < 10 * draft.settings.lr * draft.settings.expert_ratio * 3
+    assert (flat_params(draft) - before).abs().max() < 10 * draft.settings.lr * draft.settings.expert_ratio * 3
 
 
 def test_weights_that_are_folded_to_nan_are_not_served(monkeypatch) -> None:

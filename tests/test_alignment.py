@@ -101,7 +101,7 @@ def test_it_learns_every_so_many_steps_and_never_from_evaluation(target, tmp_pat
     draft = make()
     alignment = DraftAlignment(draft, every)
     fine_tune(target, tmp_path, [alignment], eval_strategy="steps", eval_steps=1, gradient_accumulation_steps=2)
-    assert alignment.updates == updates == draft._adaptation.steps
+    assert alignment.updates == updates == draft.steps
     assert alignment.tokens == updates * 4 * 11  # of the first batch of a step alone
     assert draft.lineage["alignment"] == {"target": None, "updates": updates, "tokens": updates * 44}
     assert not target._forward_hooks

@@ -36,6 +36,7 @@ from hf_onlinespec.artifact import (
 from hf_onlinespec.metrics import STRETCHES
 
 from .conftest import tiny_gpt2, tiny_llama
+from .drafts import flat_params
 
 # Numbers instead of "auto", and nothing that holds users' tokens: then a resumed draft has to do the very same.
 REPEATABLE: dict[str, Any] = {
@@ -158,7 +159,7 @@ def test_sizes(tmp_path: Path) -> None:
         guard = draft._learning.guard
         guard.states = [draft._adaptation.best() for _ in range(config.snapshots)]
         draft.save_pretrained(tmp_path)
-        size = draft._lora.params.nbytes
+        size = flat_params(draft).nbytes
         assert (tmp_path / ADAPTER).stat().st_size <= 1.1 * size
         assert (tmp_path / STATE).stat().st_size <= 3.2 * size
 
@@ -168,7 +169,7 @@ def test_nothing_of_the_text_is_saved(target: PreTrainedModel, tmp_path: Path) -
     config = OnlineSpecConfig(**(REPEATABLE | {"replay_tokens": 4096, "memory_tokens": 4096}))
     draft = OnlineDraft(tiny_llama(2), config)
     serve(target, draft, range(4))
-    remembered = draft._replay.requests
+    remembered = draft.replayed()
     assert remembered and draft.memory is not None and len(draft.memory) > 0
     draft.save_pretrained(tmp_path)
     files = [path for path in tmp_path.iterdir() if path.is_file()]
@@ -197,7 +198,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         draft.identity.weights in str(error.value) and "given" in str(error.value) and "force=True" in str(error.value)
     )
     forced = OnlineDraft.from_pretrained(tmp_path, tiny_llama(5), force=True)
-    assert torch.equal(forced._lora.params, draft._lora.params)
+    assert torch.equal(flat_params(forced), flat_params(draft))
     for other in (tiny_llama(2, hidden=32), tiny_llama(2, layers=2)):  # where it does not even fit
         with pytest.raises(ArtifactError, match=r"expected|differ"):
             OnlineDraft.from_pretrained(tmp_path, other, force=True)
@@ -377,7 +378,7 @@ def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path) -> None:
     """The limit on the size of a file stands for a disk that is full."""
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     draft._lora.move(torch.ones_like(before))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
@@ -386,9 +387,9 @@ def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path) -> None:
             draft.save_pretrained(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert torch.equal(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._lora.params, before)
+    assert torch.equal(flat_params(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))), before)
     draft.save_pretrained(tmp_path)
-    assert torch.equal(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._lora.params, before + 1)
+    assert torch.equal(flat_params(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))), before + 1)
 
 
 def test_the_folder_of_a_model_is_refused(target: PreTrainedModel, tmp_path: Path) -> None:
@@ -442,7 +443,7 @@ def test_a_save_that_fails_keeps_what_was_complete_aside(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     found = OnlineDraft.from_pretrained(tmp_path / "a", tiny_llama(2))
-    assert torch.equal(found._lora.params, draft._lora.params)
+    assert torch.equal(flat_params(found), flat_params(draft))
 
 
 def test_what_was_not_complete_is_forgotten(tmp_path: Path) -> None:
@@ -504,7 +505,7 @@ def test_a_reader_beside_a_writer_gets_one_state_or_the_other(tmp_path: Path) ->
     draft._adaptation.steps = 1
 
     def advance() -> None:
-        draft._lora.params.fill_(float(draft._adaptation.steps))
+        draft._lora.params.fill_(float(draft.steps))
         draft._adaptation.steps += 1
         draft.save_pretrained(tmp_path)
 
@@ -665,18 +666,18 @@ def test_a_draft_without_its_state_takes_the_place_of_one_with_it(tmp_path: Path
     replace(draft.artifact(), state=Saved()).write(tmp_path)
     assert not (tmp_path / STATE).exists() and not (tmp_path / NEXT).exists()
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    assert torch.equal(again._lora.params, draft._lora.params) and again.metrics.requests == 0
+    assert torch.equal(flat_params(again), flat_params(draft)) and again.metrics.requests == 0
 
 
 def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     draft._lora.move(torch.ones_like(before))
     statement = draft.lineage["data_statement"] = "x" * (9 << 20)
     with pytest.raises(ArtifactError, match="can be read again"):
         draft.save_pretrained(tmp_path)
-    assert torch.equal(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._lora.params, before)
+    assert torch.equal(flat_params(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))), before)
     draft.lineage["data_statement"] = statement[:1000]
     draft.save_pretrained(tmp_path)
     assert OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)).lineage["data_statement"] == statement[:1000]

@@ -22,6 +22,7 @@ from hf_onlinespec.embedded import load_draft
 from hf_onlinespec.feedback import Teacher
 
 from .conftest import tiny_gpt2, tiny_llama
+from .drafts import flat_params
 
 VOCABULARY = 32
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1, memory_tokens=0, rank=4, alpha=4.0)
@@ -45,7 +46,7 @@ def everything(draft: OnlineDraft) -> dict[str, Any]:
     with draft.serving() as model:
         logits = model(torch.arange(10)[None]).logits
     tensors = state.tensors | {"params": draft._lora.params.clone(), "grads": draft._lora.grads.clone()}
-    replay = [r.tokens for r in draft._replay.requests]
+    replay = [r.tokens for r in draft.replayed()]
     return {"tensors": tensors | {"logits": logits, "replay": torch.cat(replay)}, "values": state.values}
 
 
@@ -119,10 +120,10 @@ def test_planting_exposes_and_more_of_it_exposes_more() -> None:
 def test_every_loss_can_be_planted(loss: str) -> None:
     draft = OnlineDraft(tiny_llama(2), replace(FIXED, loss=loss))
     canaries = make_canaries(VOCABULARY, 2)
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     plant(draft, canaries, repeats=8)
-    assert draft._adaptation.steps == 8 * 2 * (1 + FIXED.replay_passes)
-    assert not torch.equal(draft._lora.params, before)
+    assert draft.steps == 8 * 2 * (1 + FIXED.replay_passes)
+    assert not torch.equal(flat_params(draft), before)
     assert math.isfinite(probe(draft, canaries)[0].bits)
 
 
@@ -200,10 +201,10 @@ def test_a_twin_says_the_same_and_learns_by_itself(model: str, learner: str) -> 
         with draft.serving(frozen) as one, copied.serving(frozen) as other:
             assert torch.equal(one(x).logits, other(x).logits)
     learn(copied, texts(3, seed=5))
-    assert not torch.equal(copied._lora.params, draft._lora.params)
+    assert not torch.equal(flat_params(copied), flat_params(draft))
     assert_same(before, everything(draft))
     learn(draft, texts(3, seed=5))
-    assert torch.equal(copied._lora.params, draft._lora.params)  # moments and all were copied
+    assert torch.equal(flat_params(copied), flat_params(draft))  # moments and all were copied
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["to the end", "into an error"])
@@ -230,7 +231,7 @@ def test_an_audit_under_inference_mode() -> None:
     with torch.inference_mode():
         report = audit.audit(draft, 2, (1,))
         plant(live, make_canaries(VOCABULARY, 1))
-    assert live._adaptation.steps == draft._adaptation.steps + 3
+    assert live.steps == draft.steps + 3
     assert report == audit.audit(draft, 2, (1,))
 
 

@@ -11,6 +11,7 @@ from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfi
 from hf_onlinespec.proposal import Proposal
 
 from .conftest import tiny_gpt2, tiny_llama
+from .drafts import flat_params
 
 
 def fixed(lookahead: int, **settings: object) -> OnlineSpecConfig:
@@ -105,10 +106,10 @@ def test_inside_transformers_own_loop(
 
     target._get_candidate_generator = MethodType(ours, target)
     prompt = torch.tensor([[3, 14, 15, 9]])
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     out = target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=30)
     assert isinstance(made[0], OnlineCandidateGenerator) and not isinstance(made[0], AssistedCandidateGenerator)
-    assert out.shape == (1, 34) and not torch.equal(draft._lora.params, before)
+    assert out.shape == (1, 34) and not torch.equal(flat_params(draft), before)
     if not sample:
         assert torch.equal(out, target.generate(prompt, do_sample=False, max_new_tokens=30))
     with torch.inference_mode():

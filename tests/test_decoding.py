@@ -22,6 +22,7 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.candidates import OnlineCandidateGenerator, Proposal
 
 from .conftest import tiny_gpt2, tiny_llama
+from .drafts import flat_params
 from .tiny_models import CACHE
 
 LEARNING = OnlineSpecConfig(update_when="round", rank=4, alpha=4.0, lr=3e-3, lookahead=4)
@@ -303,7 +304,7 @@ def test_a_request_longer_than_the_draft_can_see(target, prompt) -> None:
     for _ in range(2):
         plain, ours = both(target, draft, prompt, max_new_tokens=100)
         assert torch.equal(plain, ours)
-    assert [len(f.tokens) for f in draft._replay.requests] == [65, 65] and draft.metrics.skipped_updates == 0
+    assert [len(f.tokens) for f in draft.replayed()] == [65, 65] and draft.metrics.skipped_updates == 0
 
 
 def test_an_interrupted_request_counts_and_leaves_the_draft_usable(target, draft, prompt) -> None:
@@ -315,7 +316,7 @@ def test_an_interrupted_request_counts_and_leaves_the_draft_usable(target, draft
 
     with pytest.raises(KeyboardInterrupt):
         target.generate(prompt, do_sample=False, max_new_tokens=40, assistant_model=draft, streamer=Stops())
-    assert draft.metrics.updates == draft._adaptation.steps > 0 and draft.metrics.requests == 1
+    assert draft.metrics.updates == draft.steps > 0 and draft.metrics.requests == 1
     plain, ours = both(target, draft, prompt)
     assert torch.equal(plain, ours)
 
@@ -326,12 +327,12 @@ def test_model_generation_config_defaults(target, draft, prompt) -> None:
 
 
 def test_works_and_learns_under_inference_mode(target, draft, prompt) -> None:
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     with torch.inference_mode():
         plain, ours = both(target, draft, prompt)
         sampled = target.generate(prompt, assistant_model=draft, do_sample=True, max_new_tokens=10)
     assert torch.equal(plain, ours) and sampled.shape == (1, 16)
-    assert draft.metrics.updates > 0 and not torch.equal(before, draft._lora.params)
+    assert draft.metrics.updates > 0 and not torch.equal(before, flat_params(draft))
 
 
 def test_draft_made_and_loaded_under_inference_mode(target, prompt) -> None:

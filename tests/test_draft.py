@@ -13,6 +13,7 @@ from hf_onlinespec.metrics import Counts
 from hf_onlinespec.preference import PREFERENCE_TOKENS
 
 from .conftest import tiny_llama
+from .drafts import flat_params
 from .tiny_models import CACHE
 
 PLAIN = OnlineSpecConfig(
@@ -47,12 +48,12 @@ def manual_gradient(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Te
 
 def step_taken(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor, prefix: int) -> torch.Tensor:
     """−Δw / η of one plain step, which is its gradient."""
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     cache = DynamicCache(config=draft.config)
     with torch.no_grad(), draft.serving() as model:
         model(tokens[:, :prefix] if prefix else tokens[:, :1], **{CACHE: cache}, use_cache=True)
     draft.learn_segment(tokens, [Teacher.from_logits(logits_p)], cache, prefix, None, Counts())
-    return (before - draft._lora.params) / 0.1
+    return (before - flat_params(draft)) / 0.1
 
 
 def test_teacher_rows_meet_the_positions_that_predict_them(draft_model: PreTrainedModel) -> None:
@@ -115,12 +116,12 @@ def run(target: PreTrainedModel, **settings: object) -> OnlineDraft:
 )
 def test_runs_are_repeatable(target, settings) -> None:
     first, second = run(target, **settings), run(target, **settings)
-    assert torch.equal(first._lora.params, second._lora.params)
+    assert torch.equal(flat_params(first), flat_params(second))
     assert first.metrics.updates == second.metrics.updates > 0
 
 
 def test_the_seed_matters(target) -> None:
-    assert not torch.equal(run(target)._lora.params, run(target, seed=1)._lora.params)
+    assert not torch.equal(flat_params(run(target)), flat_params(run(target, seed=1)))
 
 
 def test_how_often_it_learns(target) -> None:
@@ -137,13 +138,13 @@ def test_every_position_is_learned_once(target) -> None:
     """Whatever the interval, the segments of a request add up to its generated tokens."""
     for settings in ({"update_when": "round", "update_every": 2}, {"update_when": "request"}):
         draft = run(target, **settings)
-        assert [len(f.teacher) for f in draft._replay.requests] == [16] * 4
-        assert [len(f.tokens) for f in draft._replay.requests] == [19] * 4
+        assert [len(f.teacher) for f in draft.replayed()] == [16] * 4
+        assert [len(f.tokens) for f in draft.replayed()] == [19] * 4
 
 
 def test_replay_remembers_what_the_target_said(target) -> None:
     draft = run(target, replay_top_k=5)
-    for feedback in draft._replay.requests:
+    for feedback in draft.replayed():
         logits = target(feedback.tokens[None]).logits[0, 2:-1]
         values, index = logits.log_softmax(-1).topk(5)
         assert torch.equal(feedback.teacher.tokens, index)
@@ -153,7 +154,7 @@ def test_replay_remembers_what_the_target_said(target) -> None:
 def test_context_tokens_bound_what_is_kept_of_a_prompt(target) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=4))
     target.generate(torch.randint(32, (1, 30)), assistant_model=draft, do_sample=False, max_new_tokens=8)
-    assert len(draft._replay.requests[0].tokens) == 4 + 8
+    assert len(draft.replayed()[0].tokens) == 4 + 8
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -164,12 +165,12 @@ def test_a_non_finite_teacher_costs_the_step_not_the_serving(
         draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_when="round", replay_passes=0, update_every=1)
     )
     plain = target.generate(prompt, do_sample=False, max_new_tokens=10)
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     original = Teacher.from_logits.__func__
     monkeypatch.setattr(Teacher, "from_logits", classmethod(lambda cls, logits, *a: original(cls, logits * bad, *a)))
     assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10))
     assert draft.metrics.skipped_updates == draft.metrics.rounds > 0 and draft.metrics.updates == 0
-    assert torch.equal(draft._lora.params, before)
+    assert torch.equal(flat_params(draft), before)
 
 
 def test_a_non_finite_request_is_not_remembered(target, draft_model, prompt, monkeypatch) -> None:
@@ -191,7 +192,7 @@ def test_long_requests_are_learned_in_parts(target, draft_model, prompt) -> None
         draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_every=1, context_tokens=8, replay_passes=0)
     )
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=40)
-    assert draft.metrics.updates >= 3 and len(draft._replay.requests[0].teacher) == 40
+    assert draft.metrics.updates >= 3 and len(draft.replayed()[0].teacher) == 40
 
 
 def test_learning_takes_less_than_half_the_memory_of_a_draft_of_100_million_parameters() -> None:
@@ -217,9 +218,9 @@ def test_a_function_in_place_of_forward_is_left_behind(target, prompt) -> None:
     inner = model.forward
     model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     draft = OnlineDraft(model, OnlineSpecConfig(rank=4, alpha=4.0))
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10)
-    assert not torch.equal(before, draft._lora.params)
+    assert not torch.equal(before, flat_params(draft))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -228,10 +229,10 @@ def test_gradients_are_clipped(draft_model: PreTrainedModel) -> None:
         rank=4, alpha=4.0, preconditioner="none", learner="ogd", lr=1.0, max_grad_norm=0.01, replay_passes=0
     )
     draft = moved(OnlineDraft(draft_model, config))
-    before = draft._lora.params.clone()
+    before = flat_params(draft)
     tokens, logits_p = segment()
     draft.learn_segment(tokens, [Teacher.from_logits(5 * logits_p)], DynamicCache(), 0, None, Counts())
-    assert (draft._lora.params - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert (flat_params(draft) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_metrics_add_up(target) -> None:
@@ -309,7 +310,7 @@ def test_what_is_remembered_is_what_the_target_said_there(target, draft_model, p
     monkeypatch.setattr(draft.governor.effort, "affordable_steps", lambda: 0)
     monkeypatch.setattr(draft.governor.effort, "wake", lambda reason, frozen: None)  # at full effort all would be kept
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=21)
-    (feedback,) = draft._replay.requests
+    (feedback,) = draft.replayed()
     teacher = feedback.teacher
     with torch.no_grad():
         laws = target(feedback.tokens[None]).logits[0].log_softmax(-1)[-len(teacher) - 1 : -1]

@@ -32,6 +32,7 @@ from hf_onlinespec.proposal import Round
 from hf_onlinespec.replay import Replay
 
 from .conftest import tiny_llama
+from .drafts import flat_params
 from .tiny_models import CACHE
 
 pytestmark = pytest.mark.failures  # they are what is tested here
@@ -81,7 +82,7 @@ def runs_out(*_: Any, **__: Any) -> Any:
 
 def learned_state(draft: OnlineDraft) -> dict[str, torch.Tensor]:
     adaptation = draft._adaptation
-    state = {"params": draft._lora.params, "steps": torch.tensor(adaptation.steps)}
+    state = {"params": flat_params(draft), "steps": torch.tensor(adaptation.steps)}
     state |= {f"learner.{k}": v for k, v in adaptation.state.items()}
     state |= {f"hedge.{k}": v for k, v in adaptation.hedge_state.items()} | {"w": torch.tensor(adaptation.weights)}
     state |= adaptation._cap.saved().tensors

@@ -42,6 +42,7 @@ from hf_onlinespec import (
 from hf_onlinespec.embedded import load_draft
 
 from .conftest import answered, tiny_gpt2, tiny_llama
+from .drafts import flat_params
 from .test_decoding import Heard, letters  # noqa: F401
 
 SMALL = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3)
@@ -74,10 +75,10 @@ def test_online_draft_needs_no_argument_and_false_only_drafts(target, draft_mode
     plain = target.generate(prompt, **GREEDY)
     assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))
     updates = draft.metrics.updates
-    params = draft._lora.params.clone()
+    params = flat_params(draft)
     assert updates > 0
     assert torch.equal(plain, target.generate(prompt, assistant_model=draft, onlinespec=False, **GREEDY))
-    assert draft.metrics.updates == updates and torch.equal(draft._lora.params, params)
+    assert draft.metrics.updates == updates and torch.equal(flat_params(draft), params)
     assert draft.metrics.last.drafted_tokens > 0 and draft.metrics.last.update_time_s == 0
 
 
@@ -111,8 +112,8 @@ def test_two_pairs_in_one_process(prompt) -> None:
     alone = tiny_llama(2)
     for _ in range(2):
         targets[1].generate(prompt, assistant_model=alone, onlinespec=SMALL, **GREEDY)
-    assert torch.equal(online_draft(models[1])._lora.params, online_draft(alone)._lora.params)
-    assert not torch.equal(online_draft(models[0])._lora.params, online_draft(alone)._lora.params)
+    assert torch.equal(flat_params(online_draft(models[1])), flat_params(online_draft(alone)))
+    assert not torch.equal(flat_params(online_draft(models[0])), flat_params(online_draft(alone)))
 
 
 def test_the_draft_goes_when_its_model_goes(target, prompt) -> None:
@@ -257,14 +258,14 @@ def test_bad_calls(target, draft_model, prompt, call, said) -> None:
     """Refused with the value and the way out, before any forward of either model; what was learned stays."""
     draft = OnlineDraft(draft_model, SMALL)
     target.generate(prompt, assistant_model=draft, **GREEDY)
-    state = draft._lora.params.clone(), draft.metrics.requests
+    state = flat_params(draft), draft.metrics.requests
     forwards = []
     hook = target.register_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(OnlineSpecError, match=said) as caught:
         target.generate(prompt, assistant_model=draft, max_new_tokens=5, **call)
     hook.remove()
     assert isinstance(caught.value, ValueError) and str(caught.value).count(".") >= 1
-    assert forwards == [] and torch.equal(draft._lora.params, state[0]) and draft.metrics.requests == state[1]
+    assert forwards == [] and torch.equal(flat_params(draft), state[0]) and draft.metrics.requests == state[1]
     plain = target.generate(prompt, **GREEDY)
     assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))  # and it goes on
 

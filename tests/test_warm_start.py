@@ -20,6 +20,7 @@ from hf_onlinespec.metrics import Counts
 from hf_onlinespec.warm_start import Passage, Student, _collate, _pieces, _written, read_corpus, warm_start
 
 from .conftest import tiny_gpt2, tiny_llama
+from .drafts import flat_params
 
 TEXTS = ["the quick brown fox jumps", "over the lazy dog", "pack my box with five dozen jugs"]
 
@@ -72,7 +73,7 @@ def test_student_has_the_loss_and_the_gradient_of_online_learning(target, loss, 
         student.zero_grad()
         found = student(**_collate([passage]))["loss"]
         found.backward()
-        start = draft._lora.params.clone()
+        start = flat_params(draft)
         online = draft._learning.learn_from([feedback], Counts())
         draft._lora.put(draft._lora.split(start))
         assert online == [pytest.approx(float(found.detach()), rel=1e-4)]
@@ -175,13 +176,13 @@ def test_a_draft_that_had_learned_goes_on_with_a_new_state(target, tmp_path) -> 
     old, new = make(), make()
     for _ in range(5):
         old.learn_segment(tokens, [teacher], None, 0, None, Counts())
-    before = copy.deepcopy(old._lora.params)
+    before = flat_params(old)
     warm_start(old, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=0.0))
-    assert torch.equal(old._lora.params, before)
+    assert torch.equal(flat_params(old), before)
     new.adopt(old._lora.named(before))
     for draft in (old, new):
         draft.learn_segment(tokens, [teacher], None, 0, None, Counts())
-    assert torch.equal(old._lora.params, new._lora.params)
+    assert torch.equal(flat_params(old), flat_params(new))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -195,11 +196,11 @@ def test_the_target_is_left_as_it_was(target, tmp_path, training) -> None:
 
 def test_training_arguments_are_those_of_the_user(target, tmp_path) -> None:
     draft = make()
-    start = draft._lora.params.clone()
+    start = flat_params(draft)
     warm_start(draft, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=0.0))
-    assert torch.equal(draft._lora.params, start)
+    assert torch.equal(flat_params(draft), start)
     warm_start(draft, target, tokenizer, TEXTS, training_args=arguments(tmp_path, max_steps=1))
-    assert not torch.equal(draft._lora.params, start)
+    assert not torch.equal(flat_params(draft), start)
 
 
 def test_default_arguments_are_quiet_repeatable_and_leave_no_file(target, tmp_path, monkeypatch, capfd) -> None:
@@ -207,7 +208,7 @@ def test_default_arguments_are_quiet_repeatable_and_leave_no_file(target, tmp_pa
     drafts = [make(), make()]
     for draft in drafts:
         warm_start(draft, target, tokenizer, TEXTS)
-    assert torch.equal(drafts[0]._lora.params, drafts[1]._lora.params)
+    assert torch.equal(flat_params(drafts[0]), flat_params(drafts[1]))
     assert capfd.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -268,10 +269,10 @@ def test_several_accelerators_are_refused(target, tmp_path, monkeypatch) -> None
 
 def test_training_that_fails_leaves_the_draft_as_it_was(target, tmp_path) -> None:
     draft = make()
-    start = draft._lora.params.clone()
+    start = flat_params(draft)
     with pytest.raises(ConfigError, match=r"learning_rate=1e\+30: take less"):
         warm_start(draft, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=1e30))
-    assert torch.equal(draft._lora.params, start)
+    assert torch.equal(flat_params(draft), start)
     assert "warm_start" not in draft.lineage
 
 
