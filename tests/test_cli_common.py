@@ -376,6 +376,21 @@ def test_a_draft_of_any_kind_is_loaded(tmp_path: Path) -> None:
         load_draft("--draft", str(tmp_path / "other"), target.config, None, "auto", device)
 
 
+def test_a_saved_draft_is_no_target_and_needs_its_base(tmp_path: Path) -> None:
+    target, device = tiny_llama(1), torch.device("cpu")
+    tiny_llama(2).save_pretrained(tmp_path / "base")
+    new = load_draft("--draft", str(tmp_path / "base"), target.config, None, "auto", device)
+    new.save_pretrained(tmp_path / "evolved")
+    name = str(tmp_path / "evolved")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ConfigError, match=rf"TARGET {name}: a saved draft lies there.* It is given as --draft"):
+            load("TARGET", name)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(DraftError, match=rf"--draft {name}: the base of this adapter cannot be loaded: .*base") as told:
+        load_draft("--draft", name, target.config, None, "auto", device)
+    assert "Expected an evolved draft" not in str(told.value)
+
+
 def test_a_checkout_that_is_not_installed_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

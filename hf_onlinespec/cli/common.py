@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..artifact import is_artifact
 from ..draft import OnlineDraft
-from ..errors import ConfigError, MissingExtraError, OnlineSpecError, brief
+from ..errors import ConfigError, DraftError, MissingExtraError, OnlineSpecError, brief
 from ..loading import NamedBase, locate, why_not_loaded
 from ..machine import is_out_of_memory
 from ..vocabulary import check_vocabularies
@@ -291,7 +291,14 @@ def load_draft_model(
     before = named.config()
     if before is not None:
         check_vocabularies(target, before, tokenizer)
-    model = named.load()
+    try:
+        model = named.load()
+    except DraftError as error:
+        why = str(error).partition(" Expected an evolved draft")[0]
+        raise DraftError(
+            f"{option} {name}: the base of this adapter cannot be loaded: {why} In Python, OnlineDraft.from_pretrained({name!r}, "
+            "base_model=...) takes it from another place."
+        ) from error
     check_vocabularies(target, model.config, tokenizer)
     placed: PreTrainedModel = model.to(device)
     return placed, True
@@ -310,6 +317,9 @@ def _loaded(kind: Any, option: str, name: str, what: str = "model", **kwargs: An
                 f"{option} {name}: this model brings code of its own, which is not run unasked. If you trust it, load the model "
                 "in Python with trust_remote_code=True and use hf_onlinespec.attach."
             ) from error
+        if is_artifact(Path(name)):
+            place = "" if option == "--draft" else " It is given as --draft."
+            raise ConfigError(f"{option} {name}: a saved draft lies there, and no whole model.{place}") from error
         raise ConfigError(f"{option} {name}: {why_not_loaded(error, name, what)}") from error
 
 
