@@ -73,7 +73,7 @@ def verdict(draft: OnlineDraft) -> str:
 
 def judge(source: Source, args: argparse.Namespace) -> None:
     print("| seed | stand | secrets that come out | texts memorised | gate |\n|---|---|---|---|---|")
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         stream = {"orders": "stationary", "sql": "hard", "shell": "home"}[args.domain]
         some = [feedback(r) for r in source.stream(stream, args.requests, 0.0, seed, 48)]
         secrets = [source.tokenizer(text, return_tensors="pt").input_ids[0] for text in SECRETS]
@@ -113,7 +113,7 @@ def gain(source: Source, args: argparse.Namespace) -> None:
     """Not learned at all, and learned in every round with each setting; a part of the default's gain."""
     texts = prompts("orders")[: args.requests]
     print("| settings | seed | acceptance length | part of the gain |\n|---|---|---|---|")
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         never = make(seed, {}, lookahead=5, audit_tokens=0)
         base = acceptance_length(source, never, texts, learns=False)
         print(f"| frozen | {seed} | {base:.2f} | 0 |", flush=True)
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--domain", default="orders")
     parser.add_argument("--requests", type=int, default=None, help="in a stream (default: 30, of --gain 60)")
     parser.add_argument("--seeds", type=int, default=None, help="default: 20, of --gain 1")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the streams")
     parser.add_argument("--repeats", type=int, nargs="*", default=[], help="how often secrets stand, one row each")
     parser.add_argument(
         "--again", type=int, default=0, metavar="N", help="of the requests stand so often, and no secrets"
