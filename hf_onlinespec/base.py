@@ -162,7 +162,7 @@ class Draft(ABC):
         if changed:
             raise ConfigError(
                 f"This draft already learns with other settings; asked for {changed}. "
-                "Pass onlinespec=True to go on with its own, or OnlineDraft(model, config) as assistant_model to start anew."
+                "Leave the settings out to go on with its own, or pass OnlineDraft(model, config) as the draft to start anew."
             )
 
 

@@ -518,6 +518,12 @@ def test_drafts_that_do_not_fit_are_refused_at_once(target, prompt) -> None:
         attach(target, config=OnlineSpecConfig(memory_tokens=0))
     with pytest.raises(ConfigError, match="anew=True"):
         attach(target, config=FIXED), attach(target, config=SMALL)
+    draft = tiny_llama(2)
+    attach(target, draft, FIXED)
+    with pytest.raises(
+        ConfigError, match=r"Leave the settings out .*, or pass OnlineDraft\(model, config\) as the draft"
+    ):
+        attach(target, draft, SMALL)
     detach(target)
     assert torch.equal(target.generate(prompt, **GREEDY), target.generate(prompt, onlinespec=False, **GREEDY))
 
