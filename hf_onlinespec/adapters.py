@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from .errors import DraftError
-from .layers import adaptable_layers as adaptable_layers
-from .layers import adapted_layers, describe
+from .models.borrow import borrow, is_plain
+from .models.layers import adaptable_layers as adaptable_layers
+from .models.layers import adapted_layers, describe
 from .progress import each
 from .seeding import seeded
-from .tree import borrow, is_plain
 
 ADAPTER = "default"
 # Adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small.

@@ -15,10 +15,10 @@ from ._compat import model_name
 from .draft import OnlineDraft
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
-from .identity import public_name
 from .metrics import Counts
-from .opening import opening_tokens
-from .vocabulary import check_vocabularies
+from .models.identity import public_name
+from .models.opening import opening_tokens
+from .models.vocabulary import check_vocabularies
 
 IGNORED = -100  # the label of a token that is not trained on
 

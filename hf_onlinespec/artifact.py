@@ -49,9 +49,9 @@ from .files import (
     read_bytes,
     read_header,
 )
-from .identity import Identity
 from .lineage import check_lineage, check_run
 from .lora_options import check_options
+from .models.identity import Identity
 from .state import Saved
 
 FORMAT = 1

@@ -30,8 +30,8 @@ from .errors import DraftError, OnlineSpecError, UnsupportedError
 from .loading import load_beside
 from .memory_draft import MemoryDraft, keep_memory, kept_memory, online_memory
 from .metrics import DraftMetrics
+from .models.vocabulary import check_vocabularies
 from .probe import Parts, check_rounds, parts_of
-from .vocabulary import check_vocabularies
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from .config import OnlineSpecConfig
 from .feedback import Feedback
 from .learned_texts import Examined, Learned
 from .metrics import Counts
-from .vocabulary import Vocabulary
+from .models.vocabulary import Vocabulary
 
 
 class Audited(Protocol):

@@ -26,12 +26,12 @@ from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
 from .learning_draft import LearningDraft
 from .lookahead import fixed_lookahead, replaced
 from .metrics import Counts
+from .models.vocabulary import Vocabulary
 from .preference import PREFERENCE_TOKENS
 from .proposal import Proposal, Round
 from .recall import MemoryInRequest, Recall
 from .sampling import draw
 from .schedule import LearningSchedule
-from .vocabulary import Vocabulary
 
 
 class OnlineCandidateGenerator(CandidateGenerator):

@@ -18,8 +18,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from .artifact import ADAPTER_CONFIG, CONFIG, CURVE, Artifact
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import ArtifactError
-from .identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from .lineage import LEFT_OUT, check_lineage, check_run
+from .models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from .public import NOT_TOLD, is_repo_id
 from .run import curve, is_told_apart
 

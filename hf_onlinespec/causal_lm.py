@@ -13,8 +13,8 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from ._compat import CACHE, crop, record_past
 from .acceptances import Seen
+from .models.vocabulary import Vocabulary, widened
 from .sampling import draw
-from .vocabulary import Vocabulary, widened
 
 if TYPE_CHECKING:
     from .learning_draft import LearningDraft

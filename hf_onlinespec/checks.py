@@ -22,7 +22,7 @@ from ._compat import (
     rollback_obstacle,
 )
 from .errors import UnsupportedError
-from .vocabulary import check_vocabularies
+from .models.vocabulary import check_vocabularies
 
 PICTURES = (
     "mm_encoder_outputs",

@@ -25,11 +25,11 @@ from .config import ENSEMBLE, OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ArtifactError, ConfigError
 from .files import shapes_of
-from .identity import Identity
 from .lineage import shortened
 from .loading import check_base, check_layers, load_base, locate, names_of
 from .memorization import KEY, merged_history
-from .plain import plain_draft
+from .models.identity import Identity
+from .models.plain import plain_draft
 from .progress import each
 from .run import run_targets
 

@@ -30,11 +30,11 @@ from .base import Draft, note_latest
 from .candidates import OnlineCandidateGenerator, Proposal
 from .checks import check_call, check_inputs, check_synced_gpus
 from .errors import UnsupportedError
+from .models.vocabulary import Vocabulary, widened
 from .probe import why_plain
 from .sampling import draw, speculative_sample
 from .streaming import OriginStreamer
 from .verifier import Verifier
-from .vocabulary import Vocabulary, widened
 
 if TYPE_CHECKING:
     from .config import OnlineSpecConfig

@@ -29,12 +29,12 @@ from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
 from .forks import Lock
 from .hub import Checkpoints, Push
-from .identity import public_name
 from .learned_texts import Examined
 from .learning_draft import LearningDraft
 from .loading import Loaded, load
 from .memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
-from .plain import no_model
+from .models.identity import public_name
+from .models.plain import no_model
 from .preference import Preference
 from .run import run_record, run_targets
 from .state import Saved, copied

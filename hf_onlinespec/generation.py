@@ -28,7 +28,7 @@ from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, OnlineSpecError, UnsupportedError
 from .loading import is_evolved, load_beside
 from .memory_draft import online_memory
-from .plain import no_model
+from .models.plain import no_model
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 

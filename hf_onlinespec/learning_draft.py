@@ -25,21 +25,21 @@ from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import CopyError
 from .feedback import Feedback, Teacher, acceptance
 from .forks import Lock
-from .identity import Identity
 from .idle import IdleWorker
-from .layers import describe
 from .learned_texts import Learned, Request
 from .learning import Learning
 from .lesson import Lesson
 from .metrics import Counts
-from .plain import check_cache, plain_draft
+from .models.borrow import copy_modules
+from .models.identity import Identity
+from .models.layers import describe
+from .models.plain import check_cache, plain_draft
+from .models.vocabulary import Vocabulary
+from .models.watch import ModelWatch
 from .preference import PREFERENCE_TOKENS
 from .segment import Segment
 from .state import Saved, copied
 from .summary import counted, size
-from .tree import copy_modules
-from .vocabulary import Vocabulary
-from .watch import ModelWatch
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11

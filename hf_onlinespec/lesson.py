@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from .config import OnlineSpecConfig
 from .feedback import Feedback, Teacher, concatenate
-from .opening import opening_tokens
+from .models.opening import opening_tokens
 
 
 class Lesson:

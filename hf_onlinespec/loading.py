@@ -44,12 +44,12 @@ from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .embedded import FOLDER, load_draft
 from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from .files import TensorHeader
-from .identity import EMBEDDED, Identity, public_name
-from .layers import adaptable_layers, adapted_layers
 from .lora_options import check_options
 from .memorization import KEY, loaded_history
-from .plain import plain_draft
-from .tree import borrow
+from .models.borrow import borrow
+from .models.identity import EMBEDDED, Identity, public_name
+from .models.layers import adaptable_layers, adapted_layers
+from .models.plain import plain_draft
 
 BASE = "base_model_name_or_path"  # in PEFT's options
 

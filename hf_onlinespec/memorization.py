@@ -32,7 +32,7 @@ from .audited import Audited
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .errors import ConfigError
 from .learned_texts import FEW, Examined, Learned, LearnedText, written_often
-from .opening import opening_tokens
+from .models.opening import opening_tokens
 from .progress import progress
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .artifact import Artifact
 from .config import ENSEMBLE, one_expert
-from .identity import EMBEDDED, EMBEDDED_TARGET
+from .models.identity import EMBEDDED, EMBEDDED_TARGET
 from .state import Saved
 
 NOT_TOLD = "not told"

@@ -33,13 +33,13 @@ from .config import ENSEMBLE
 from .draft import OnlineDraft
 from .errors import ConfigError
 from .feedback import Teacher
-from .identity import public_name
 from .losses import LOSSES
-from .opening import opening_tokens
+from .models.identity import public_name
+from .models.opening import opening_tokens
+from .models.vocabulary import check_vocabularies
 from .progress import Bar, NoBar, each, progress
 from .seeding import seeded
 from .texts import check_text, parse_line, read_lines
-from .vocabulary import check_vocabularies
 
 # Of the default arguments: the best of six settings on 60 prompts of the embedded pair.
 EPOCHS, BATCH, LEARNING_RATE = 8, 4, 2e-3

@@ -20,8 +20,8 @@ from hf_onlinespec.artifact import CARD, CONFIG, CURVE, Artifact, inspect
 from hf_onlinespec.card import model_card
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, load_pair, prompts
-from hf_onlinespec.identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from hf_onlinespec.metrics import STRETCHES, Counts, DraftMetrics
+from hf_onlinespec.models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from hf_onlinespec.run import curve, run_record, run_targets
 from hf_onlinespec.state import Saved
 from hf_onlinespec.warm_start import default_arguments, warm_start

@@ -18,7 +18,7 @@ from hf_onlinespec.artifact import CARD, inspect
 from hf_onlinespec.bench import Ratio, Record
 from hf_onlinespec.cli import common
 from hf_onlinespec.demo import ARMS, Bench, Request, Settings, choose_prompts, intervals, summarise
-from hf_onlinespec.identity import EMBEDDED_TARGET
+from hf_onlinespec.models.identity import EMBEDDED_TARGET
 from hf_onlinespec.plots import conclusion, outputs_line
 from hf_onlinespec_cli import main
 

@@ -428,7 +428,7 @@ def test_the_callable_for_custom_generate_takes_two_sizes(own: int, other: int) 
 @torch.no_grad()
 def test_a_draft_without_a_law_proposes_common_ids_on_any_device() -> None:
     """Where asking would wait for the device (here: in a batch), the uniform law takes the place of none; what is drawn is read on."""
-    from hf_onlinespec.vocabulary import Vocabulary
+    from hf_onlinespec.models.vocabulary import Vocabulary
 
     draft = learning(tiny_llama(2, vocab=32))
     draft._lora.move(torch.full_like(draft._lora.params, torch.nan))

@@ -21,7 +21,7 @@ from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError, MissingExtraError, OnlineSpecError, brief
 from ..loading import NamedBase, locate, why_not_loaded
 from ..machine import is_out_of_memory
-from ..vocabulary import check_vocabularies
+from ..models.vocabulary import check_vocabularies
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype

@@ -19,9 +19,9 @@ from ..demo import Bench, Settings, choose_prompts, intervals, summarise
 from ..embedded import FOLDER
 from ..errors import ConfigError
 from ..machine import machine
+from ..models.vocabulary import check_vocabularies
 from ..recording import Recorded, Recording, record
 from ..regret import evaluate
-from ..vocabulary import check_vocabularies
 from .common import (
     AUTO,
     INTERRUPTED,

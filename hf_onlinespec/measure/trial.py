@@ -26,7 +26,7 @@ from ..draft import OnlineDraft
 from ..errors import UnsupportedError
 from ..machine import is_out_of_memory
 from ..memory_draft import online_memory
-from ..tree import borrow
+from ..models.borrow import borrow
 from .budget import LEAST_PROMPTS, Budget
 from .exactness import IDENTICAL, Difference, Examiner
 from .shipped import encoder

@@ -11,9 +11,9 @@ from peft import LoraModel, PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ._compat import CACHE, LoraLayer, is_offloaded, is_stateful, rolls_back, takes_cache, uncompiled
-from .errors import DraftError, brief
-from .tree import copy_modules
+from .._compat import CACHE, LoraLayer, is_offloaded, is_stateful, rolls_back, takes_cache, uncompiled
+from ..errors import DraftError, brief
+from .borrow import copy_modules
 
 
 def no_model(model: Any) -> DraftError:

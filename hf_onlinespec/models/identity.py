@@ -14,9 +14,9 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._compat import commit_hash, model_name
-from .embedded import FOLDER
-from .errors import ArtifactError, brief
+from .._compat import commit_hash, model_name
+from ..embedded import FOLDER
+from ..errors import ArtifactError, brief
 
 # The names of the draft and of the target that ship with the package, on any machine.
 EMBEDDED = "hf_onlinespec:embedded_pair/draft"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ._compat import expert_names
-from .errors import DraftError
-from .tree import is_plain
+from .._compat import expert_names
+from ..errors import DraftError
+from .borrow import is_plain
 
 FORWARD = "its forward is not W x"
 COMPUTED = "its weight is computed at every forward"

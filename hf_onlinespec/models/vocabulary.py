@@ -21,8 +21,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import LoraLayer, commit_hash, model_name, unpadded_size
-from .errors import DraftError
+from .._compat import LoraLayer, commit_hash, model_name, unpadded_size
+from ..errors import DraftError
 from .identity import tokenizer_file
 
 # Without tokenizers, sizes that differ by more are taken for those of two tokenizers. Chosen, with room: the models of one

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .tree import is_plain
+from .borrow import is_plain
 
 READ = 32  # weights of which one number is read at every look: a write through `.data` leaves no other trace. Chosen.
 
