@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
-    logging.getLogger("hf_onlinespec.failures").setLevel(logging.ERROR)
+    logging.getLogger("hf_onlinespec.runtime.failures").setLevel(logging.ERROR)
     every = args.update_every if args.update_every == "auto" else int(args.update_every)
     config = OnlineSpecConfig(update_when="request", update_every=every)
     pair = load_pair()

@@ -25,8 +25,8 @@ from .errors import DraftError
 from .models.borrow import borrow, is_plain
 from .models.layers import adaptable_layers as adaptable_layers
 from .models.layers import adapted_layers, describe
-from .progress import each
-from .seeding import seeded
+from .runtime.progress import each
+from .runtime.seeding import seeded
 
 ADAPTER = "default"
 # Adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small.

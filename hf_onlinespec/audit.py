@@ -19,7 +19,7 @@ from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_ca
 from .errors import ConfigError, PrivacyError
 from .feedback import Feedback
 from .memorization import ONE_ADAPTER, History, examine, history, learned_settings
-from .progress import progress
+from .runtime.progress import progress
 
 BEHIND = 40  # requests learned behind the canaries, at most: whether they are forgotten
 # Bits of mean exposure above which a push is refused: whoever guesses a secret needs an eighth of the guesses. The mean of eight

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from .config import REPORTING, OnlineSpecConfig, ReportTo, as_config
 from .errors import ConfigError
-from .failures import Failures
-from .forks import Lock
 from .governor import Governor
-from .measure.traces import Traces
 from .memory import SuffixMemory
 from .metrics import Counts, DraftMetrics, RequestReport
+from .runtime.failures import Failures
+from .runtime.forks import Lock
+from .runtime.traces import Traces
 from .summary import Summary, counted, size
 
 _requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO

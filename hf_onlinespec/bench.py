@@ -23,7 +23,7 @@ from .embedded import load_draft
 from .errors import ConfigError
 from .memory_draft import online_memory
 from .metrics import Counts
-from .progress import Bar, NoBar
+from .runtime.progress import Bar, NoBar
 from .texts import check_text, parse_line, read_lines
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from

@@ -22,7 +22,7 @@ from ._compat import doubles
 from .audited import Audited
 from .errors import ConfigError, DraftError
 from .feedback import Feedback, Teacher
-from .progress import Bar
+from .runtime.progress import Bar
 
 PREFIX, SECRET = 8, 6  # tokens of a canary
 ALPHABET = 10  # letters of a secret, as many as there are digits: 10^6 secrets, 19.9 bits

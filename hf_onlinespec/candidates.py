@@ -19,8 +19,6 @@ from ._compat import CandidateGenerator, stateless
 from .acceptances import Continuation, Drafted, Seen
 from .base import Draft
 from .causal_lm import RequestModel
-from .clock import finished
-from .failures import Attempt
 from .feedback import FeedbackRecorder
 from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
 from .learning_draft import LearningDraft
@@ -30,6 +28,8 @@ from .models.vocabulary import Vocabulary
 from .preference import PREFERENCE_TOKENS
 from .proposal import Proposal, Round
 from .recall import MemoryInRequest, Recall
+from .runtime.clock import finished
+from .runtime.failures import Attempt
 from .sampling import draw
 from .schedule import LearningSchedule
 

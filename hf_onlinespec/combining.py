@@ -30,8 +30,8 @@ from .loading import check_base, check_layers, load_base, locate, names_of
 from .memorization import KEY, merged_history
 from .models.identity import Identity
 from .models.plain import plain_draft
-from .progress import each
 from .run import run_targets
+from .runtime.progress import each
 
 NOTHING = 1e-7  # singular values below this share of the largest are rounding
 

@@ -34,7 +34,7 @@ from .config import OnlineSpecConfig
 from .draft import OnlineDraft
 from .embedded import HOME_DOMAIN, load_draft, load_pair, prompts
 from .errors import ConfigError
-from .progress import Bar
+from .runtime.progress import Bar
 
 ARMS = {
     "plain": "plain",

@@ -27,7 +27,6 @@ from .config import OnlineSpecConfig, as_config
 from .decoding import GenerateFn
 from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
-from .forks import Lock
 from .hub import Checkpoints, Push
 from .learned_texts import Examined
 from .learning_draft import LearningDraft
@@ -37,6 +36,7 @@ from .models.identity import public_name
 from .models.plain import no_model
 from .preference import Preference
 from .run import run_record, run_targets
+from .runtime.forks import Lock
 from .state import Saved, copied
 
 logger = logging.getLogger(__name__)

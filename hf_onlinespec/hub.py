@@ -19,8 +19,8 @@ from . import card
 from ._compat import HUB_FAILURES
 from .artifact import CONFIG, FILES, STATE, Artifact, read_json
 from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief
-from .forks import Lock, renew_in_child
 from .public import public_version
+from .runtime.forks import Lock, renew_in_child
 
 TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")  # as the Hub names licences

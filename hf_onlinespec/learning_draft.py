@@ -24,7 +24,6 @@ from .base import Draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import CopyError
 from .feedback import Feedback, Teacher, acceptance
-from .forks import Lock
 from .idle import IdleWorker
 from .learned_texts import Learned, Request
 from .learning import Learning
@@ -37,6 +36,7 @@ from .models.plain import check_cache, plain_draft
 from .models.vocabulary import Vocabulary
 from .models.watch import ModelWatch
 from .preference import PREFERENCE_TOKENS
+from .runtime.forks import Lock
 from .segment import Segment
 from .state import Saved, copied
 from .summary import counted, size

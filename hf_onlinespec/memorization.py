@@ -33,7 +33,7 @@ from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .errors import ConfigError
 from .learned_texts import FEW, Examined, Learned, LearnedText, written_often
 from .models.opening import opening_tokens
-from .progress import progress
+from .runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ._compat import CACHE, Alterations, activates_lora, alterations, fresh_cache, matmul_dtypes, own_way
 from .errors import UnsupportedError
-from .failures import kind_and_place
+from .runtime.failures import kind_and_place
 from .verifier import COLUMNS, TEXT, Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import ConfigError
 from .feedback import Feedback, Teacher
 from .files import check_regular
-from .progress import each
+from .runtime.progress import each
 
 FORMAT = "1"
 TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")

@@ -21,8 +21,8 @@ from .errors import ConfigError
 from .feedback import Feedback, acceptance
 from .losses import LOSSES
 from .metrics import Counts
-from .progress import each
 from .recording import Recorded, Recording
+from .runtime.progress import each
 
 COMPARATOR_LR = 1e-3  # of Adam, whatever the learner's is
 EPOCHS = 30  # of a comparator's training, at most

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ._compat import cache_tensors
 from .causal_lm import RequestModel
-from .clock import finished
-from .failures import Attempt
 from .feedback import FeedbackRecorder
 from .learned_texts import Request
 from .lesson import Lesson
 from .metrics import Counts
 from .recall import MemoryInRequest
+from .runtime.clock import finished
+from .runtime.failures import Attempt
 from .summary import counted
 
 

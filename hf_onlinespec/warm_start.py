@@ -37,8 +37,8 @@ from .losses import LOSSES
 from .models.identity import public_name
 from .models.opening import opening_tokens
 from .models.vocabulary import check_vocabularies
-from .progress import Bar, NoBar, each, progress
-from .seeding import seeded
+from .runtime.progress import Bar, NoBar, each, progress
+from .runtime.seeding import seeded
 from .texts import check_text, parse_line, read_lines
 
 # Of the default arguments: the best of six settings on 60 prompts of the embedded pair.

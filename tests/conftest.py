@@ -59,7 +59,7 @@ def seeded() -> None:
 def no_hidden_failures(request: pytest.FixtureRequest) -> Iterator[None]:
     """What fails beside decoding costs no answer, and would hide in a test that looks at answers: marked `failures`, it may."""
     told = _Told()
-    log = logging_of_python.getLogger("hf_onlinespec.failures")
+    log = logging_of_python.getLogger("hf_onlinespec.runtime.failures")
     log.addHandler(told)
     yield
     log.removeHandler(told)

@@ -26,7 +26,7 @@ from hf_onlinespec import (
     online_memory,
 )
 from hf_onlinespec import config as config_module
-from hf_onlinespec.measure.traces import Traces
+from hf_onlinespec.runtime.traces import Traces
 
 from .conftest import tiny_llama
 

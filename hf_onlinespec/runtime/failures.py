@@ -21,7 +21,7 @@ import torch
 # Requests. Chosen: a failure that happens once costs one request; of 100 requests in which everything fails, 6 try.
 FIRST_PAUSE, LONGEST_PAUSE = 1, 64
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from ..config import OnlineSpecConfig
 from ..errors import ConfigError
-from ..failures import Backoff
-from ..forks import Lock, renew_in_child
 from ..metrics import RequestReport, Trace, UpdateReport
+from .failures import Backoff
+from .forks import Lock, renew_in_child
 
 JSONL = "onlinespec.jsonl"
 MOST_WAITING = 4096  # gradient steps that wait for a report; chosen: more than any request takes
