@@ -25,10 +25,10 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.govern.routing import Preference
 from hf_onlinespec.machine import machine
 from hf_onlinespec.memory import REACH, SuffixMemory
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.preference import Preference
 from hf_onlinespec.regret import expected_rounds
 
 LOOKAHEAD = 5

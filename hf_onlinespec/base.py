@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .config import REPORTING, OnlineSpecConfig, ReportTo, as_config
 from .errors import ConfigError
-from .governor import Governor
+from .govern.governor import Governor
 from .memory import SuffixMemory
 from .metrics import Counts, DraftMetrics, RequestReport
 from .runtime.failures import Failures

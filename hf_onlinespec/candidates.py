@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ._compat import CandidateGenerator, stateless
-from .acceptances import Continuation, Drafted, Seen
 from .base import Draft
 from .causal_lm import RequestModel
 from .feedback import FeedbackRecorder
-from .governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
+from .govern.acceptance import Continuation, Drafted, Seen
+from .govern.governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
+from .govern.routing import PREFERENCE_TOKENS
 from .learning_draft import LearningDraft
 from .lookahead import fixed_lookahead, replaced
 from .metrics import Counts
 from .models.vocabulary import Vocabulary
-from .preference import PREFERENCE_TOKENS
 from .proposal import Proposal, Round
 from .recall import MemoryInRequest, Recall
 from .runtime.clock import finished

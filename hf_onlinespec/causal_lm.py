@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from ._compat import CACHE, crop, record_past
-from .acceptances import Seen
+from .govern.acceptance import Seen
 from .models.vocabulary import Vocabulary, widened
 from .sampling import draw
 

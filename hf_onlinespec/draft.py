@@ -27,6 +27,7 @@ from .config import OnlineSpecConfig, as_config
 from .decoding import GenerateFn
 from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
+from .govern.routing import Preference
 from .hub import Checkpoints, Push
 from .learned_texts import Examined
 from .learning_draft import LearningDraft
@@ -34,7 +35,6 @@ from .loading import Loaded, load
 from .memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
 from .models.identity import public_name
 from .models.plain import no_model
-from .preference import Preference
 from .run import run_record, run_targets
 from .runtime.forks import Lock
 from .state import Saved, copied

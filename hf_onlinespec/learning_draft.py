@@ -24,6 +24,7 @@ from .base import Draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import CopyError
 from .feedback import Feedback, Teacher, acceptance
+from .govern.routing import PREFERENCE_TOKENS
 from .idle import IdleWorker
 from .learned_texts import Learned, Request
 from .learning import Learning
@@ -35,7 +36,6 @@ from .models.layers import describe
 from .models.plain import check_cache, plain_draft
 from .models.vocabulary import Vocabulary
 from .models.watch import ModelWatch
-from .preference import PREFERENCE_TOKENS
 from .runtime.forks import Lock
 from .segment import Segment
 from .state import Saved, copied

@@ -14,7 +14,7 @@ from ._compat import inner_model
 from .base import Draft
 from .config import OnlineSpecConfig, as_config
 from .errors import UnsupportedError
-from .governor import NO_MODEL_DRAFTS, NOTHING_LEARNS
+from .govern.governor import NO_MODEL_DRAFTS, NOTHING_LEARNS
 
 
 @final

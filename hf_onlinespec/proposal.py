@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .acceptances import Continuation, Drafted
+from .govern.acceptance import Continuation, Drafted
 from .memory import REACH
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .acceptances import LENGTH_EDGES, Acceptances, Continuation, Seen
+from .govern.acceptance import LENGTH_EDGES, Acceptances, Continuation, Seen
 from .memory import REACH, SuffixMemory
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_onlinespec.acceptances import Acceptances, Drafted, Seen
+from hf_onlinespec.govern.acceptance import Acceptances, Drafted, Seen
 from hf_onlinespec.memory import Continuation
 
 

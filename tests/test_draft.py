@@ -8,9 +8,9 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.governor import Plan
+from hf_onlinespec.govern.governor import Plan
+from hf_onlinespec.govern.routing import PREFERENCE_TOKENS
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.preference import PREFERENCE_TOKENS
 
 from .conftest import tiny_llama
 from .drafts import flat_params

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hf_onlinespec.effort import FIRST_EFFORT, FIRST_WINDOW, LEAST_EFFORT, Effort
+from hf_onlinespec.govern.budget import FIRST_EFFORT, FIRST_WINDOW, LEAST_EFFORT, Effort
 from hf_onlinespec.metrics import Decisions
 
 BUDGET, PASSES = 0.1, 2

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hf_onlinespec.estimates import ALIKE_LEAST, ALIKE_MOST, Level, Share, Times, Verification
+from hf_onlinespec.govern.estimates import ALIKE_LEAST, ALIKE_MOST, Level, Share, Times, Verification
 
 
 def test_times_follow_a_line() -> None:

@@ -16,12 +16,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, candidates, online_memory
 from hf_onlinespec._compat import cache_tensors
-from hf_onlinespec.acceptances import Acceptances
 from hf_onlinespec.adapters import GatedLora
 from hf_onlinespec.draft import OnlineDraft as Draft
-from hf_onlinespec.effort import Effort
 from hf_onlinespec.feedback import FeedbackRecorder
-from hf_onlinespec.governor import Governor, Plan
+from hf_onlinespec.govern.acceptance import Acceptances
+from hf_onlinespec.govern.budget import Effort
+from hf_onlinespec.govern.governor import Governor, Plan
 from hf_onlinespec.guard import Guard
 from hf_onlinespec.learning import Learning
 from hf_onlinespec.learning_draft import LearningDraft

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_onlinespec.fit import Fit
+from hf_onlinespec.govern.fit import Fit
 
 SLOW = [(0.0, 24)] * 12
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_onlinespec.acceptances import MAX_LOOKAHEAD, Continuation, Drafted, Seen
-from hf_onlinespec.governor import Governor
+from hf_onlinespec.govern.acceptance import MAX_LOOKAHEAD, Continuation, Drafted, Seen
+from hf_onlinespec.govern.governor import Governor
 
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
 LOOK = 1.0  # simulated seconds of looking at the acceptance on a request

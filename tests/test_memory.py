@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 import hf_onlinespec.memory as module
-from hf_onlinespec.acceptances import Continuation
 from hf_onlinespec.errors import ConfigError
+from hf_onlinespec.govern.acceptance import Continuation
 from hf_onlinespec.memory import CANDIDATES, GRAMS, REACH, SuffixMemory
 
 

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from hf_onlinespec.acceptances import Acceptances, Drafted, Seen
+from hf_onlinespec.govern.acceptance import Acceptances, Drafted, Seen
 from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.recall import Recall
 

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
-from hf_onlinespec.acceptances import Continuation, Seen
-from hf_onlinespec.effort import Effort
-from hf_onlinespec.governor import Governor, Plan
-from hf_onlinespec.preference import Preference
+from hf_onlinespec.govern.acceptance import Continuation, Seen
+from hf_onlinespec.govern.budget import Effort
+from hf_onlinespec.govern.governor import Governor, Plan
+from hf_onlinespec.govern.routing import Preference
 
 from .conftest import tiny_llama
 
@@ -163,8 +163,8 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     target, model = models()
     law = exact_law(target, settings)
     monkeypatch.setattr("hf_onlinespec.base.Governor", Whims)
-    monkeypatch.setattr("hf_onlinespec.governor.Effort", Generous)
-    monkeypatch.setattr("hf_onlinespec.governor.Preference", Tastes)
+    monkeypatch.setattr("hf_onlinespec.govern.governor.Effort", Generous)
+    monkeypatch.setattr("hf_onlinespec.govern.governor.Preference", Tastes)
     monkeypatch.setattr(Whims, "whim", random.Random(3))
     config = OnlineSpecConfig(memory_tokens=200, rank=2, alpha=2.0, lr=3e-3, replay_passes=0)
     draft = None if alone else OnlineDraft(model, config)

@@ -8,7 +8,7 @@ A request is told apart from the others by what it shows itself: how much that c
 (empirical Bayes). Where even the optimistic end of what it may turn out to be would pay, it is tried.
 
 Learning. What it brings is the tokens per round that the learned draft adds to the frozen draft and the memory, measured on the
-same tokens; `effort.py` holds that against its cost.
+same tokens; `budget.py` holds that against its cost.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .acceptances import MAX_LOOKAHEAD, Acceptances, Continuation, Drafted, Seen
-from .effort import Effort
+from ..metrics import Decisions
+from .acceptance import MAX_LOOKAHEAD, Acceptances, Continuation, Drafted, Seen
+from .budget import Effort
 from .estimates import Share, Times, Verification
 from .fit import Fit
-from .metrics import Decisions
-from .preference import Preference
+from .routing import Preference
 
 # What is decided where there is no draft model.
 NO_MODEL_DRAFTS = "no draft model: the memory drafts where it is expected to pay"

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections import deque
 
+from ..metrics import Decisions
 from .estimates import WINDOW
-from .metrics import Decisions
 
 FIRST_WINDOW, LAST_WINDOW = 4, 64  # comparisons between two looks at what learning gained
 LEAST_NOISE = 0.05  # of one comparison: a few that happen to agree prove nothing
