@@ -18,10 +18,10 @@ from recorded import Source
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.audit import BEHIND, audit, times
 from hf_onlinespec.canaries import learn
 from hf_onlinespec.embedded import load_draft
-from hf_onlinespec.feedback import Teacher
 
 LR = OnlineSpecConfig().lr
 SETTINGS: dict[str, dict[str, Any]] = {

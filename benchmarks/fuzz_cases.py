@@ -16,13 +16,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineSpecConfig
 from hf_onlinespec._compat import CACHE
-from hf_onlinespec.adapters import GatedLora
-from hf_onlinespec.guard import Guard
-from hf_onlinespec.learners import HEDGES, LEARNERS
-from hf_onlinespec.learning import Learning
-from hf_onlinespec.losses import LOSSES
+from hf_onlinespec.adapt.gated_lora import GatedLora
+from hf_onlinespec.adapt.guard import Guard
+from hf_onlinespec.adapt.learner import Learning
+from hf_onlinespec.adapt.learners import HEDGES, LEARNERS
+from hf_onlinespec.adapt.losses import LOSSES
+from hf_onlinespec.adapt.replay import SAMPLING, Replay
 from hf_onlinespec.recall import Recall
-from hf_onlinespec.replay import SAMPLING, Replay
 
 # What a caller may hand over beside numbers. Each notes how it was called: that has to be as in plain `generate`.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.govern.routing import Preference
 from hf_onlinespec.machine import machine
 from hf_onlinespec.memory import REACH, SuffixMemory

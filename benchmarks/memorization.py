@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.audit import check_privacy
 from hf_onlinespec.canaries import learn, make_canaries, written
 from hf_onlinespec.embedded import load_draft, prompts
-from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.memorization import examine
 
 SECRETS = (

@@ -19,8 +19,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.artifact import ADAPTER, STATE
-from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is not installed

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec._compat import CACHE
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import load_draft, load_pair
-from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
 

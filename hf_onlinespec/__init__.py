@@ -6,6 +6,7 @@ Importing it teaches `generate` one argument:
 """
 
 from ._version import __version__ as __version__
+from .adapt.feedback import Feedback, FeedbackRecorder
 from .attachment import attach, attached, detach, online_metrics
 from .candidates import OnlineCandidateGenerator
 from .config import OnlineSpecConfig
@@ -23,7 +24,6 @@ from .errors import (
     UnsupportedError,
     VersionError,
 )
-from .feedback import Feedback, FeedbackRecorder
 from .generation import disable, enable
 from .memory_draft import MemoryDraft, online_memory
 from .metrics import DraftMetrics, RequestReport, Trace, UpdateReport

@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ._compat import model_name
+from .adapt.feedback import Feedback, Teacher
 from .draft import OnlineDraft
 from .errors import ConfigError, DraftError
-from .feedback import Feedback, Teacher
 from .metrics import Counts
 from .models.identity import public_name
 from .models.opening import opening_tokens

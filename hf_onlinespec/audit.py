@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .adapt.feedback import Feedback
 from .audited import Audited
 from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read
 from .errors import ConfigError, PrivacyError
-from .feedback import Feedback
 from .memorization import ONE_ADAPTER, History, examine, history, learned_settings
 from .runtime.progress import progress
 

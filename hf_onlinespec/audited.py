@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .adapt.feedback import Feedback
+from .adapt.learned_texts import Examined, Learned
 from .config import OnlineSpecConfig
-from .feedback import Feedback
-from .learned_texts import Examined, Learned
 from .metrics import Counts
 from .models.vocabulary import Vocabulary
 

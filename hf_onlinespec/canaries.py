@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ._compat import doubles
+from .adapt.feedback import Feedback, Teacher
 from .audited import Audited
 from .errors import ConfigError, DraftError
-from .feedback import Feedback, Teacher
 from .runtime.progress import Bar
 
 PREFIX, SECRET = 8, 6  # tokens of a canary

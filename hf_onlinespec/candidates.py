@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ._compat import CandidateGenerator, stateless
+from .adapt.feedback import FeedbackRecorder
 from .base import Draft
 from .causal_lm import RequestModel
-from .feedback import FeedbackRecorder
 from .govern.acceptance import Continuation, Drafted, Seen
 from .govern.governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
 from .govern.routing import PREFERENCE_TOKENS

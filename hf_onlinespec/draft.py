@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ._compat import inner_model, model_name
+from .adapt.learned_texts import Examined
 from .artifact import Artifact
 from .audit import check_privacy
 from .card import write
@@ -29,7 +30,6 @@ from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
 from .govern.routing import Preference
 from .hub import Checkpoints, Push
-from .learned_texts import Examined
 from .learning_draft import LearningDraft
 from .loading import Loaded, load
 from .memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history

@@ -19,16 +19,17 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 from transformers.cache_utils import Cache
 
 from ._compat import CACHE, max_positions, record_past, uncompiled
-from .adapters import GatedLora
+from .adapt.background import IdleWorker
+from .adapt.feedback import Feedback, Teacher, acceptance
+from .adapt.gated_lora import GatedLora
+from .adapt.learned_texts import Learned, Request
+from .adapt.learner import Learning
+from .adapt.request_feedback import Lesson
+from .adapt.segment import Segment
 from .base import Draft
 from .config import ENSEMBLE, OnlineSpecConfig
 from .errors import CopyError
-from .feedback import Feedback, Teacher, acceptance
 from .govern.routing import PREFERENCE_TOKENS
-from .idle import IdleWorker
-from .learned_texts import Learned, Request
-from .learning import Learning
-from .lesson import Lesson
 from .metrics import Counts
 from .models.borrow import copy_modules
 from .models.identity import Identity
@@ -37,7 +38,6 @@ from .models.plain import check_cache, plain_draft
 from .models.vocabulary import Vocabulary
 from .models.watch import ModelWatch
 from .runtime.forks import Lock
-from .segment import Segment
 from .state import Saved, copied
 from .summary import counted, size
 

@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ._compat import doubles
+from .adapt.learned_texts import FEW, Examined, Learned, LearnedText, written_often
 from .audited import Audited
 from .config import ENSEMBLE, OnlineSpecConfig, one_expert
 from .errors import ConfigError
-from .learned_texts import FEW, Examined, Learned, LearnedText, written_often
 from .models.opening import opening_tokens
 from .runtime.progress import progress
 

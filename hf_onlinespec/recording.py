@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapt.feedback import Feedback, Teacher
 from .errors import ConfigError
-from .feedback import Feedback, Teacher
 from .files import check_regular
 from .runtime.progress import each
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapt.feedback import Feedback, acceptance
+from .adapt.losses import LOSSES
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft
 from .errors import ConfigError
-from .feedback import Feedback, acceptance
-from .losses import LOSSES
 from .metrics import Counts
 from .recording import Recorded, Recording
 from .runtime.progress import each

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._compat import cache_tensors
+from .adapt.feedback import FeedbackRecorder
+from .adapt.learned_texts import Request
+from .adapt.request_feedback import Lesson
 from .causal_lm import RequestModel
-from .feedback import FeedbackRecorder
-from .learned_texts import Request
-from .lesson import Lesson
 from .metrics import Counts
 from .recall import MemoryInRequest
 from .runtime.clock import finished

@@ -29,11 +29,11 @@ from transformers import (
 )
 
 from ._compat import max_positions, model_name
+from .adapt.feedback import Teacher
+from .adapt.losses import LOSSES
 from .config import ENSEMBLE
 from .draft import OnlineDraft
 from .errors import ConfigError
-from .feedback import Teacher
-from .losses import LOSSES
 from .models.identity import public_name
 from .models.opening import opening_tokens
 from .models.vocabulary import check_vocabularies

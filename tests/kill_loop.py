@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.artifact import NEXT
-from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from tests.conftest import tiny_llama
 

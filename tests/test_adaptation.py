@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.adaptation import step_sizes
-from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.adapt.experts import step_sizes
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_llama

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_onlinespec import DraftError, OnlineDraft
 from hf_onlinespec._compat import LoraLayer
-from hf_onlinespec.adapters import GatedLora, adaptable_layers
+from hf_onlinespec.adapt.gated_lora import GatedLora, adaptable_layers
 
 from .conftest import tiny_gpt2, tiny_llama
 

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_onlinespec import ConfigError, DraftError, OnlineDraft, OnlineSpecConfig, PrivacyError
+from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.alignment import DraftAlignment
 from hf_onlinespec.artifact import inspect
 from hf_onlinespec.audit import check_privacy
-from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.losses import LOSSES
 
 from .conftest import tiny_llama
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError, audit
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.audit import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed, check_privacy, loss_gap
 from hf_onlinespec.canaries import Canary, Exposure, learn, make_canaries, plant, probe, written
 from hf_onlinespec.card import write
 from hf_onlinespec.embedded import load_draft
-from hf_onlinespec.feedback import Teacher
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params

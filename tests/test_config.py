@@ -7,9 +7,9 @@ import pytest
 
 from hf_onlinespec import ConfigError, OnlineSpecConfig, OnlineSpecError
 from hf_onlinespec import config as config_module
-from hf_onlinespec.learners import HEDGES, LEARNERS
-from hf_onlinespec.losses import LOSSES
-from hf_onlinespec.replay import SAMPLING
+from hf_onlinespec.adapt.learners import HEDGES, LEARNERS
+from hf_onlinespec.adapt.losses import LOSSES
+from hf_onlinespec.adapt.replay import SAMPLING
 
 
 def test_json_round_trip() -> None:

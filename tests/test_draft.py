@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.govern.governor import Plan
 from hf_onlinespec.govern.routing import PREFERENCE_TOKENS
 from hf_onlinespec.metrics import Counts

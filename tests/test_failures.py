@@ -16,20 +16,20 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, candidates, online_memory
 from hf_onlinespec._compat import cache_tensors
-from hf_onlinespec.adapters import GatedLora
+from hf_onlinespec.adapt.feedback import FeedbackRecorder
+from hf_onlinespec.adapt.gated_lora import GatedLora
+from hf_onlinespec.adapt.guard import Guard
+from hf_onlinespec.adapt.learner import Learning
+from hf_onlinespec.adapt.replay import Replay
+from hf_onlinespec.adapt.request_feedback import Lesson
 from hf_onlinespec.draft import OnlineDraft as Draft
-from hf_onlinespec.feedback import FeedbackRecorder
 from hf_onlinespec.govern.acceptance import Acceptances
 from hf_onlinespec.govern.budget import Effort
 from hf_onlinespec.govern.governor import Governor, Plan
-from hf_onlinespec.guard import Guard
-from hf_onlinespec.learning import Learning
 from hf_onlinespec.learning_draft import LearningDraft
-from hf_onlinespec.lesson import Lesson
 from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.metrics import DraftMetrics
 from hf_onlinespec.proposal import Round
-from hf_onlinespec.replay import Replay
 
 from .conftest import tiny_llama
 from .drafts import flat_params

@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig
 
 from hf_onlinespec import FeedbackRecorder, OnlineSpecConfig
-from hf_onlinespec.feedback import Teacher, acceptance, concatenate
-from hf_onlinespec.lesson import Lesson
+from hf_onlinespec.adapt.feedback import Teacher, acceptance, concatenate
+from hf_onlinespec.adapt.request_feedback import Lesson
 
 
 def test_recorder_returns_the_very_scores() -> None:
@@ -115,7 +115,7 @@ def test_the_tail_of_another_call_is_taken_to_be_flat() -> None:
 
 
 def test_large_vocabularies_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_onlinespec import feedback
+    from hf_onlinespec.adapt import feedback
 
     logits, other = 3 * torch.randn(9, 32), 3 * torch.randn(9, 32)
     whole = (

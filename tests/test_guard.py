@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from hf_onlinespec.guard import KNOWN_GRADIENTS, LATEST, LONGEST_TRIAL, GradientCap, Guard
+from hf_onlinespec.adapt.guard import KNOWN_GRADIENTS, LATEST, LONGEST_TRIAL, GradientCap, Guard
 
 TOKENS = 60
 

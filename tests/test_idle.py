@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.idle import IdleWorker
+from hf_onlinespec.adapt.background import IdleWorker
 
 from .conftest import tiny_llama
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig, learned_texts
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt import learned_texts
+from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.learned_texts import LearnedTexts
 from hf_onlinespec.canaries import learn, written
-from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.learned_texts import LearnedTexts
 from hf_onlinespec.learning_draft import LearningDraft
 from hf_onlinespec.memorization import examine
 from hf_onlinespec.metrics import Counts

@@ -8,7 +8,7 @@ import optax
 import pytest
 import torch
 
-from hf_onlinespec.learners import (
+from hf_onlinespec.adapt.learners import (
     LEARNERS,
     Learner,
     adam,

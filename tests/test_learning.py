@@ -10,8 +10,9 @@ import torch
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig, feedback
-from hf_onlinespec.feedback import Teacher
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt import feedback
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_llama

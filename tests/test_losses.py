@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.losses import LOSSES
+from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.losses import LOSSES
 
 P = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
 Q = torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.25, 0.25]])

@@ -23,7 +23,7 @@ IN_BOTH = (
     "hf_onlinespec/embedded_pair/target/model.safetensors",
     "hf_onlinespec/embedded_pair/draft/model.safetensors",
     "hf_onlinespec/embedded_pair/prompts.jsonl",
-    "hf_onlinespec/learners/__init__.py",
+    "hf_onlinespec/adapt/learners.py",
     "hf_onlinespec/measure/prompts/SOURCES.md",
     "hf_onlinespec/measure/prompts/prompts.jsonl",
     "hf_onlinespec/serve/page.html",

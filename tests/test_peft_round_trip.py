@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_gpt2, tiny_llama

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_onlinespec import ConfigError
-from hf_onlinespec.feedback import Feedback, Teacher
+from hf_onlinespec.adapt.feedback import Feedback, Teacher
 from hf_onlinespec.recording import Recorded, Recording
 
 

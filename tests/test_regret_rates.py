@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_onlinespec.learners import Learner, hedge, ogd, optimistic
+from hf_onlinespec.adapt.learners import Learner, hedge, ogd, optimistic
 
 HORIZONS = (250, 500, 1000, 2000, 4000)
 VOCAB, FEATURES, SEEDS = 4, 3, 40

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_onlinespec import Feedback
-from hf_onlinespec.feedback import Teacher
-from hf_onlinespec.replay import PASSES_WINDOW, PROFILE, SAMPLING, Passes, Replay
+from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.replay import PASSES_WINDOW, PROFILE, SAMPLING, Passes, Replay
 
 
 def request(i: int, length: int = 10, new: int = 6, vocab: int = 50) -> Feedback:

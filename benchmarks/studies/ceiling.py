@@ -21,7 +21,7 @@ import torch
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.feedback import Teacher
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.regret import WINDOW, expected_rounds
 

@@ -20,8 +20,8 @@ import torch
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.combining import combine, distil
-from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too

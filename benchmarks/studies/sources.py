@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import load_pair
-from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.govern.acceptance import Acceptances, Continuation, Drafted, Seen
 from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.metrics import Counts

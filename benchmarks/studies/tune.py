@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import DOMAINS, load_draft, prompts
-from hf_onlinespec.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.regret import expected_rounds
 

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec
 
 from .. import card
 from .._compat import model_name
+from ..adapt.feedback import Feedback
 from ..artifact import ADAPTER, STATE, Artifact, Outline
 from ..audit import audit, check_privacy
 from ..canaries import written
@@ -20,7 +21,6 @@ from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError, OnlineSpecError
 from ..export import merge_and_export
-from ..feedback import Feedback
 from ..hub import Push, known_parent
 from ..loading import locate
 from ..run import is_told_apart

@@ -132,7 +132,7 @@ class Failures:
 
 
 def kind_and_place(error: BaseException) -> str:
-    """What was raised and where, such as "OutOfMemoryError in learning.py:184", without its text.
+    """What was raised and where, such as "OutOfMemoryError in learner.py:184", without its text.
 
     The place is the innermost line of this package; of an error from elsewhere it is where that was raised. What the operating
     system says ("No space left on device") quotes nothing, and is kept.

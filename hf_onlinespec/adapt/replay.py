@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError
+from ..errors import ArtifactError
+from ..state import Saved
 from .feedback import Feedback
-from .state import Saved
 
 PASSES_WINDOW = 8  # requests that decide on the number of passes
 PASSES_LEAST = 0.5  # return per second of a pass over that of a step on new tokens

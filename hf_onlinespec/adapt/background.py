@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from .metrics import DraftMetrics
-from .runtime.failures import Backoff
-from .runtime.forks import renew_in_child
+from ..metrics import DraftMetrics
+from ..runtime.failures import Backoff
+from ..runtime.forks import renew_in_child
 
 Item = TypeVar("Item")
 # Of the items that may wait. Chosen: with the default replay_top_k about 160 answers of 512 tokens.

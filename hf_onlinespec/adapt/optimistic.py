@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Direction, Learner, Rate, State, begins, into_ball, plain
+from .directions import Direction, Learner, Rate, State, begins, into_ball, plain
 
 
 def optimistic(

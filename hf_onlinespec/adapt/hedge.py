@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import State
+from .directions import State
 
 
 class Hedge(NamedTuple):

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .adapters import GatedLora
-from .config import ENSEMBLE, OnlineSpecConfig
-from .errors import ArtifactError, brief
+from ..config import ENSEMBLE, OnlineSpecConfig
+from ..errors import ArtifactError, brief
+from ..metrics import Counts
+from ..state import MOST_COUNT, Saved, are_numbers
+from .gated_lora import GatedLora
 from .guard import GradientCap
 from .learners import HEDGES, LEARNERS, Direction, Learner, State, adam, into_ball, optimistic, plain
-from .metrics import Counts
-from .state import MOST_COUNT, Saved, are_numbers
 
 # Chosen: skipped steps in a row, on feedback that the original draft can learn from, after which an adapter of finite parameters
 # is to blame: at once if its loss is not finite in another forward either, later if nothing but its gradients are not.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .config import OnlineSpecConfig
+from ..config import OnlineSpecConfig
+from ..models.opening import opening_tokens
 from .feedback import Feedback, Teacher, concatenate
-from .models.opening import opening_tokens
 
 
 class Lesson:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Direction, Learner, Rate, State, begins, moves, plain
+from .directions import Direction, Learner, Rate, State, begins, moves, plain
 
 
 def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = None) -> Learner:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError, brief
-from .state import Saved, are_numbers
+from ..errors import ArtifactError, brief
+from ..state import Saved, are_numbers
 
 CAP_WINDOW = 64  # gradients whose median is usual
 KNOWN_GRADIENTS = 8  # before that no length is usual

@@ -15,19 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from ._compat import CACHE, copied_prefix, keeps_logits
-from .adaptation import Adaptation
-from .adapters import GatedLora
-from .config import OnlineSpecConfig
-from .errors import ArtifactError
+from .._compat import CACHE, copied_prefix, keeps_logits
+from ..config import OnlineSpecConfig
+from ..errors import ArtifactError
+from ..metrics import Counts, UpdateReport
+from ..state import Saved
+from .experts import Adaptation
 from .feedback import Feedback, Teacher, acceptance, parts
+from .gated_lora import GatedLora
 from .guard import Guard
 from .learned_texts import LearnedTexts, Request
 from .losses import LOSSES
-from .metrics import Counts, UpdateReport
 from .replay import Passes, Replay
 from .segment import Pending, Segment, Shown
-from .state import Saved
 
 JUDGED_TOKENS = 32  # of a request, that tell how experts and adapter do
 

@@ -20,13 +20,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
-from .errors import DraftError
-from .models.borrow import borrow, is_plain
-from .models.layers import adaptable_layers as adaptable_layers
-from .models.layers import adapted_layers, describe
-from .runtime.progress import each
-from .runtime.seeding import seeded
+from .._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
+from ..errors import DraftError
+from ..models.borrow import borrow, is_plain
+from ..models.layers import adaptable_layers as adaptable_layers
+from ..models.layers import adapted_layers, describe
+from ..runtime.progress import each
+from ..runtime.seeding import seeded
 
 ADAPTER = "default"
 # Adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small.

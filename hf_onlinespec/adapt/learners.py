@@ -1,6 +1,6 @@
 """The draft adapts: pure functions `init(params) -> state` and `update(grads, state) -> (updates, state)` over plain tensors."""
 
-from .base import Direction, Learner, State, adam, into_ball, plain
+from .directions import Direction, Learner, State, adam, into_ball, plain
 from .hedge import HEDGES, Hedge, hedge, last_chunk
 from .ogd import heavy_ball, ogd
 from .optimistic import optimistic

@@ -1,0 +1,1 @@
+"""3 the draft adapts: from feedback to a gradient step."""
