@@ -21,8 +21,8 @@ from streams import STREAMS, spare
 from transformers.utils import logging as transformers_logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.commit.memory_draft import online_memory
 from hf_onlinespec.embedded import load_draft, load_pair
-from hf_onlinespec.memory_draft import online_memory
 
 
 @contextmanager

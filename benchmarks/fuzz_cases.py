@@ -22,7 +22,7 @@ from hf_onlinespec.adapt.learner import Learning
 from hf_onlinespec.adapt.learners import HEDGES, LEARNERS
 from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.adapt.replay import SAMPLING, Replay
-from hf_onlinespec.recall import Recall
+from hf_onlinespec.commit.request_memory import Recall
 
 # What a caller may hand over beside numbers. Each notes how it was called: that has to be as in plain `generate`.
 

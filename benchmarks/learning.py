@@ -25,9 +25,9 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.commit.suffix_memory import REACH, SuffixMemory
 from hf_onlinespec.govern.routing import Preference
 from hf_onlinespec.machine import machine
-from hf_onlinespec.memory import REACH, SuffixMemory
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.regret import expected_rounds
 

@@ -8,7 +8,8 @@ Importing it teaches `generate` one argument:
 from ._version import __version__ as __version__
 from .adapt.feedback import Feedback, FeedbackRecorder
 from .attachment import attach, attached, detach, online_metrics
-from .candidates import OnlineCandidateGenerator
+from .commit.combined import OnlineCandidateGenerator
+from .commit.memory_draft import MemoryDraft, online_memory
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft
 from .errors import (
@@ -25,7 +26,6 @@ from .errors import (
     VersionError,
 )
 from .generation import disable, enable
-from .memory_draft import MemoryDraft, online_memory
 from .metrics import DraftMetrics, RequestReport, Trace, UpdateReport
 
 __all__ = [

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ._compat import CACHE, inner_model, own_generate, uncompiled
-from .base import Draft, latest_draft
 from .checks import check_call, check_synced_gpus, check_target
+from .commit.base import Draft, latest_draft
+from .commit.memory_draft import MemoryDraft, keep_memory, kept_memory, online_memory
 from .config import OnlineSpecConfig, as_config
 from .draft import OnlineDraft, kept_draft, online_draft
 from .errors import DraftError, OnlineSpecError, UnsupportedError
 from .loading import load_beside
-from .memory_draft import MemoryDraft, keep_memory, kept_memory, online_memory
 from .metrics import DraftMetrics
 from .models.vocabulary import check_vocabularies
 from .probe import Parts, check_rounds, parts_of

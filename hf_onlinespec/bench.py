@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import max_positions
-from .base import Draft
+from .commit.base import Draft
+from .commit.memory_draft import online_memory
 from .draft import OnlineDraft
 from .embedded import load_draft
 from .errors import ConfigError
-from .memory_draft import online_memory
 from .metrics import Counts
 from .runtime.progress import Bar, NoBar
 from .texts import check_text, parse_line, read_lines

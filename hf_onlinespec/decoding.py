@@ -26,13 +26,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from ._compat import CACHE, needs_synced_gpus
-from .base import Draft, note_latest
-from .candidates import OnlineCandidateGenerator, Proposal
 from .checks import check_call, check_inputs, check_synced_gpus
+from .commit.base import Draft, note_latest
+from .commit.combined import OnlineCandidateGenerator, Proposal
+from .commit.sampling import draw, speculative_sample
 from .errors import UnsupportedError
 from .models.vocabulary import Vocabulary, widened
 from .probe import why_plain
-from .sampling import draw, speculative_sample
 from .streaming import OriginStreamer
 from .verifier import Verifier
 

@@ -24,13 +24,13 @@ from .adapt.learned_texts import Examined
 from .artifact import Artifact
 from .audit import check_privacy
 from .card import write
+from .commit.learning_draft import LearningDraft
 from .config import OnlineSpecConfig, as_config
 from .decoding import GenerateFn
 from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
 from .govern.routing import Preference
 from .hub import Checkpoints, Push
-from .learning_draft import LearningDraft
 from .loading import Loaded, load
 from .memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
 from .models.identity import public_name

@@ -22,12 +22,12 @@ from ._compat import (
 )
 from .attachment import anything_attached, call_of, call_with, calling
 from .checks import check_call, check_inputs, check_mode, check_synced_gpus
+from .commit.memory_draft import online_memory
 from .config import OnlineSpecConfig
 from .decoding import GenerateFn, decode
 from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, OnlineSpecError, UnsupportedError
 from .loading import is_evolved, load_beside
-from .memory_draft import online_memory
 from .models.plain import no_model
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hf_onlinespec.commit.suffix_memory import Continuation
 from hf_onlinespec.govern.acceptance import Acceptances, Drafted, Seen
-from hf_onlinespec.memory import Continuation
 
 
 def served(acceptances: Acceptances, frozen: bool, overlap: float, n: int = 30) -> None:

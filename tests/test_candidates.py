@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.proposal import Proposal
+from hf_onlinespec.commit.proposal import Proposal
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params

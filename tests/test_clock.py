@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.learning_draft import LearningDraft
+from hf_onlinespec.commit.learning_draft import LearningDraft
 
 from .conftest import tiny_llama
 from .drafts import flat_params

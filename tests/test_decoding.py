@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.candidates import OnlineCandidateGenerator, Proposal
+from hf_onlinespec.commit.combined import OnlineCandidateGenerator, Proposal
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, candidates, online_memory
+from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec._compat import cache_tensors
 from hf_onlinespec.adapt.feedback import FeedbackRecorder
 from hf_onlinespec.adapt.gated_lora import GatedLora
@@ -22,14 +22,15 @@ from hf_onlinespec.adapt.guard import Guard
 from hf_onlinespec.adapt.learner import Learning
 from hf_onlinespec.adapt.replay import Replay
 from hf_onlinespec.adapt.request_feedback import Lesson
+from hf_onlinespec.commit import combined as candidates
+from hf_onlinespec.commit.learning_draft import LearningDraft
+from hf_onlinespec.commit.proposal import Round
+from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.govern.acceptance import Acceptances
 from hf_onlinespec.govern.budget import Effort
 from hf_onlinespec.govern.governor import Governor, Plan
-from hf_onlinespec.learning_draft import LearningDraft
-from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.metrics import DraftMetrics
-from hf_onlinespec.proposal import Round
 
 from .conftest import tiny_llama
 from .drafts import flat_params
@@ -126,9 +127,9 @@ def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypa
 
 
 # Modules that earlier packages do not have are named by their paths, so that the rest can be run against these.
-REQUEST_MODEL = "hf_onlinespec.causal_lm.RequestModel"
+REQUEST_MODEL = "hf_onlinespec.commit.causal_lm.RequestModel"
 PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "the draft model's cache": ("hf_onlinespec.causal_lm", "record_past", {}),
+    "the draft model's cache": ("hf_onlinespec.commit.causal_lm", "record_past", {}),
     "the draft model's part": (REQUEST_MODEL, "__init__", {"update_when": "round"}),
     "the part of learning": (Lesson, "__init__", {}),
     "the budget": (Effort, "affordable_steps", {"update_every": "auto"}),

@@ -21,7 +21,7 @@ from hf_onlinespec.adapt import learned_texts
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.learned_texts import LearnedTexts
 from hf_onlinespec.canaries import learn, written
-from hf_onlinespec.learning_draft import LearningDraft
+from hf_onlinespec.commit.learning_draft import LearningDraft
 from hf_onlinespec.memorization import examine
 from hf_onlinespec.metrics import Counts
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-import hf_onlinespec.memory as module
+import hf_onlinespec.commit.suffix_memory as module
+from hf_onlinespec.commit.suffix_memory import CANDIDATES, GRAMS, REACH, SuffixMemory
 from hf_onlinespec.errors import ConfigError
 from hf_onlinespec.govern.acceptance import Continuation
-from hf_onlinespec.memory import CANDIDATES, GRAMS, REACH, SuffixMemory
 
 
 class Reference:

@@ -6,9 +6,9 @@ import threading
 
 import torch
 
+from hf_onlinespec.commit.request_memory import Recall
+from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.govern.acceptance import Acceptances, Drafted, Seen
-from hf_onlinespec.memory import SuffixMemory
-from hf_onlinespec.recall import Recall
 
 EARLIER = [1, 2, 3, 4, 5, 6, 7, 8]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_onlinespec.sampling import draw, speculative_sample
+from hf_onlinespec.commit.sampling import draw, speculative_sample
 
 
 def test_drawn_tokens_follow_the_law_whatever_its_sum() -> None:

@@ -162,7 +162,7 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     settings = LAWS[name]
     target, model = models()
     law = exact_law(target, settings)
-    monkeypatch.setattr("hf_onlinespec.base.Governor", Whims)
+    monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
     monkeypatch.setattr("hf_onlinespec.govern.governor.Effort", Generous)
     monkeypatch.setattr("hf_onlinespec.govern.governor.Preference", Tastes)
     monkeypatch.setattr(Whims, "whim", random.Random(3))

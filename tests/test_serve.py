@@ -28,8 +28,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.artifact import is_artifact
+from hf_onlinespec.commit.memory_draft import MemoryDraft
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
-from hf_onlinespec.memory_draft import MemoryDraft
 from hf_onlinespec.serve import app
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
 from hf_onlinespec.serve.metrics import ServerMetrics

@@ -29,8 +29,8 @@ from hf_onlinespec import (
     OnlineSpecConfig,
     online_memory,
 )
+from hf_onlinespec.commit.proposal import Proposal
 from hf_onlinespec.decoding import accept
-from hf_onlinespec.proposal import Proposal
 
 from .conftest import answered, tiny_llama
 from .test_sampling_law import chi_square, quantile

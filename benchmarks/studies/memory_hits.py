@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_onlinespec.commit.suffix_memory import REACH, SuffixMemory
 from hf_onlinespec.embedded import DOMAINS, EmbeddedPair, load_pair, prompts
 from hf_onlinespec.govern.acceptance import Continuation
-from hf_onlinespec.memory import REACH, SuffixMemory
 
 SOURCES = ("both, the longest wins", "this request", "earlier requests")
 

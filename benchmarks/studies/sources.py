@@ -23,11 +23,11 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.commit.request_memory import Recall
+from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.embedded import load_pair
 from hf_onlinespec.govern.acceptance import Acceptances, Continuation, Drafted, Seen
-from hf_onlinespec.memory import SuffixMemory
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.recall import Recall
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
 from streams import drift

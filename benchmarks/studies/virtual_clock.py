@@ -22,10 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from hf_onlinespec.candidates import OnlineCandidateGenerator
+from hf_onlinespec.commit.combined import OnlineCandidateGenerator
+from hf_onlinespec.commit.memory_draft import MemoryDraft
 from hf_onlinespec.measure.shipped import encoder, shipped_prompts
 from hf_onlinespec.measure.trial import LOOKUP_TOKENS
-from hf_onlinespec.memory_draft import MemoryDraft
 
 # Time of a forward over k drafted tokens and one more, in forwards over one.
 COSTS: dict[str, Callable[[int], float]] = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .._compat import CACHE, crop, forgets, held_tokens, max_positions, rollback_obstacle, rolls_back
-from ..base import Draft
+from ..commit.base import Draft
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..metrics import Counts

@@ -20,12 +20,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import Draft
 from ..bench import PLAIN, Arm, Calibration, Prompt, Record, Runner, by_arm, calibrate, stock_draft, totals
+from ..commit.base import Draft
+from ..commit.memory_draft import online_memory
 from ..draft import OnlineDraft
 from ..errors import UnsupportedError
 from ..machine import is_out_of_memory
-from ..memory_draft import online_memory
 from ..models.borrow import borrow
 from .budget import LEAST_PROMPTS, Budget
 from .exactness import IDENTICAL, Difference, Examiner

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import Draft
+from ..commit.base import Draft
 from ..draft import OnlineDraft
 from ._compat import (
     X_REQUEST_ID,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 
-from ..base import Draft
-from ..memory import SuffixMemory
+from ..commit.base import Draft
+from ..commit.suffix_memory import SuffixMemory
 
 MOST_CLIENTS = (
     64  # memories that are kept; the one that was not used for longest leaves. Chosen: 80 MB with the defaults

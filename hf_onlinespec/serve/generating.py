@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .._compat import max_positions
-from ..base import Draft
+from ..commit.base import Draft
 from ..errors import OnlineSpecError
 from ..metrics import Counts
 from ._compat import BaseGenerateManager, Cancelled, GenerateManager, GenerationState

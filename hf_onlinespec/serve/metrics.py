@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ..base import Draft
+from ..commit.base import Draft
 
 SHOWN = 600  # latest requests that the page can draw; chosen: an hour of one request every six seconds
 SOURCES = ("plain", "memory", "neural", "memory+neural")  # who proposed a round's tokens, see metrics.Decisions

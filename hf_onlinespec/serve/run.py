@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifact import is_artifact
 from ..attachment import attach
-from ..base import Draft
 from ..cli.common import (
     FAILED,
     best_device,
@@ -25,6 +24,7 @@ from ..cli.common import (
     load_tokenizer,
     quiet_libraries,
 )
+from ..commit.base import Draft
 from ..errors import ConfigError
 from ..loading import locate
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from transformers import GenerationConfig
 
-from ._compat import given
-from .config import OnlineSpecConfig
-from .errors import ConfigError
+from .._compat import given
+from ..config import OnlineSpecConfig
+from ..errors import ConfigError
 
 TOKENS, SCHEDULE, CONFIDENCE = "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .govern.acceptance import LENGTH_EDGES, Acceptances, Continuation, Seen
-from .memory import REACH, SuffixMemory
+from ..govern.acceptance import LENGTH_EDGES, Acceptances, Continuation, Seen
+from .suffix_memory import REACH, SuffixMemory
 
 
 class Recall:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._compat import cache_tensors
-from .adapt.feedback import FeedbackRecorder
-from .adapt.learned_texts import Request
-from .adapt.request_feedback import Lesson
+from .._compat import cache_tensors
+from ..adapt.feedback import FeedbackRecorder
+from ..adapt.learned_texts import Request
+from ..adapt.request_feedback import Lesson
+from ..metrics import Counts
+from ..runtime.clock import finished
+from ..runtime.failures import Attempt
+from ..summary import counted
 from .causal_lm import RequestModel
-from .metrics import Counts
-from .recall import MemoryInRequest
-from .runtime.clock import finished
-from .runtime.failures import Attempt
-from .summary import counted
+from .request_memory import MemoryInRequest
 
 
 class LearningSchedule:

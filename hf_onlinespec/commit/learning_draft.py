@@ -18,28 +18,28 @@ from torch.func import functional_call
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ._compat import CACHE, max_positions, record_past, uncompiled
-from .adapt.background import IdleWorker
-from .adapt.feedback import Feedback, Teacher, acceptance
-from .adapt.gated_lora import GatedLora
-from .adapt.learned_texts import Learned, Request
-from .adapt.learner import Learning
-from .adapt.request_feedback import Lesson
-from .adapt.segment import Segment
+from .._compat import CACHE, max_positions, record_past, uncompiled
+from ..adapt.background import IdleWorker
+from ..adapt.feedback import Feedback, Teacher, acceptance
+from ..adapt.gated_lora import GatedLora
+from ..adapt.learned_texts import Learned, Request
+from ..adapt.learner import Learning
+from ..adapt.request_feedback import Lesson
+from ..adapt.segment import Segment
+from ..config import ENSEMBLE, OnlineSpecConfig
+from ..errors import CopyError
+from ..govern.routing import PREFERENCE_TOKENS
+from ..metrics import Counts
+from ..models.borrow import copy_modules
+from ..models.identity import Identity
+from ..models.layers import describe
+from ..models.plain import check_cache, plain_draft
+from ..models.vocabulary import Vocabulary
+from ..models.watch import ModelWatch
+from ..runtime.forks import Lock
+from ..state import Saved, copied
+from ..summary import counted, size
 from .base import Draft
-from .config import ENSEMBLE, OnlineSpecConfig
-from .errors import CopyError
-from .govern.routing import PREFERENCE_TOKENS
-from .metrics import Counts
-from .models.borrow import copy_modules
-from .models.identity import Identity
-from .models.layers import describe
-from .models.plain import check_cache, plain_draft
-from .models.vocabulary import Vocabulary
-from .models.watch import ModelWatch
-from .runtime.forks import Lock
-from .state import Saved, copied
-from .summary import counted, size
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11

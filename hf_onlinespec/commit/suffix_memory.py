@@ -10,8 +10,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from .errors import ConfigError
-from .govern.acceptance import Continuation
+from ..errors import ConfigError
+from ..govern.acceptance import Continuation
 
 # Measured on the embedded pair: runs of 1 answer at 96 % of the positions, runs of 3 find the long matches behind a
 # frequent token. Runs of 2 alone leave up to 29 % of the positions without an answer.

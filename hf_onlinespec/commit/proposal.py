@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .govern.acceptance import Continuation, Drafted
-from .memory import REACH
+from ..govern.acceptance import Continuation, Drafted
+from .suffix_memory import REACH
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from ._compat import CACHE, crop, record_past
-from .govern.acceptance import Seen
-from .models.vocabulary import Vocabulary, widened
+from .._compat import CACHE, crop, record_past
+from ..govern.acceptance import Seen
+from ..models.vocabulary import Vocabulary, widened
 from .sampling import draw
 
 if TYPE_CHECKING:

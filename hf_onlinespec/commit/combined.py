@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from ._compat import CandidateGenerator, stateless
-from .adapt.feedback import FeedbackRecorder
+from .._compat import CandidateGenerator, stateless
+from ..adapt.feedback import FeedbackRecorder
+from ..govern.acceptance import Continuation, Drafted, Seen
+from ..govern.governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
+from ..govern.routing import PREFERENCE_TOKENS
+from ..metrics import Counts
+from ..models.vocabulary import Vocabulary
+from ..runtime.clock import finished
+from ..runtime.failures import Attempt
 from .base import Draft
 from .causal_lm import RequestModel
-from .govern.acceptance import Continuation, Drafted, Seen
-from .govern.governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
-from .govern.routing import PREFERENCE_TOKENS
 from .learning_draft import LearningDraft
 from .lookahead import fixed_lookahead, replaced
-from .metrics import Counts
-from .models.vocabulary import Vocabulary
 from .proposal import Proposal, Round
-from .recall import MemoryInRequest, Recall
-from .runtime.clock import finished
-from .runtime.failures import Attempt
+from .request_memory import MemoryInRequest, Recall
 from .sampling import draw
 from .schedule import LearningSchedule
 
