@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ._compat import CACHE, inner_model, own_generate, uncompiled
-from .checks import check_call, check_synced_gpus, check_target
 from .commit.base import Draft, latest_draft
 from .commit.memory_draft import MemoryDraft, keep_memory, kept_memory, online_memory
 from .config import OnlineSpecConfig, as_config
@@ -31,7 +30,8 @@ from .errors import DraftError, OnlineSpecError, UnsupportedError
 from .loading import load_beside
 from .metrics import DraftMetrics
 from .models.vocabulary import check_vocabularies
-from .probe import Parts, check_rounds, parts_of
+from .verify.checks import check_call, check_synced_gpus, check_target
+from .verify.probe import Parts, check_rounds, parts_of
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from .audit import check_privacy
 from .card import write
 from .commit.learning_draft import LearningDraft
 from .config import OnlineSpecConfig, as_config
-from .decoding import GenerateFn
 from .errors import ConfigError, NotAModelError
 from .export import merge_and_export
 from .govern.routing import Preference
@@ -38,6 +37,7 @@ from .models.plain import no_model
 from .run import run_record, run_targets
 from .runtime.forks import Lock
 from .state import Saved, copied
+from .verify.loop import GenerateFn
 
 logger = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from ._compat import (
     uncompiled,
 )
 from .attachment import anything_attached, call_of, call_with, calling
-from .checks import check_call, check_inputs, check_mode, check_synced_gpus
 from .commit.memory_draft import online_memory
 from .config import OnlineSpecConfig
-from .decoding import GenerateFn, decode
 from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, OnlineSpecError, UnsupportedError
 from .loading import is_evolved, load_beside
 from .models.plain import no_model
+from .verify.checks import check_call, check_inputs, check_mode, check_synced_gpus
+from .verify.loop import GenerateFn, decode
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 

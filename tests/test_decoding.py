@@ -131,7 +131,7 @@ def test_fakes(target, draft, prompt, monkeypatch, shift: int, length: float) ->
     plain = target.generate(prompt, do_sample=False, max_new_tokens=40)
     monkeypatch.setattr(Fake, "script", plain, raising=False)
     monkeypatch.setattr(Fake, "shift", shift)
-    monkeypatch.setattr("hf_onlinespec.decoding.OnlineCandidateGenerator", Fake)
+    monkeypatch.setattr("hf_onlinespec.verify.loop.OnlineCandidateGenerator", Fake)
     ours = target.generate(prompt, do_sample=False, max_new_tokens=40, assistant_model=draft)
     last = draft.metrics.last
     assert torch.equal(plain, ours)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from hf_onlinespec import verifier
+from hf_onlinespec.verify import target as verifier
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CASES = 200

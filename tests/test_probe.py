@@ -580,7 +580,7 @@ def test_a_shortage_of_memory_in_the_trial_passes(prompt, monkeypatch) -> None:
         raise torch.OutOfMemoryError("simulated")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_onlinespec.probe._fault", short)
+        patch.setattr("hf_onlinespec.verify.probe._fault", short)
         target.generate(prompt, **arguments)
     assert online_memory(target).metrics.drafted_tokens == 0
     for _ in range(2):

@@ -33,7 +33,7 @@ from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
 from hf_onlinespec.serve import app
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
 from hf_onlinespec.serve.metrics import ServerMetrics
-from hf_onlinespec.verifier import Verifier
+from hf_onlinespec.verify.target import Verifier
 from tests.serving import NAME, Running, plain, running, wait_for
 
 SHELL, SQL = prompts("shell"), prompts("sql")

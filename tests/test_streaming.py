@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.streaming import OriginStreamer
+from hf_onlinespec.verify.streaming import OriginStreamer
 
 from .conftest import tiny_llama
 

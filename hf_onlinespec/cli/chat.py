@@ -22,7 +22,7 @@ from ..commit.base import Draft
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..metrics import Counts
-from ..streaming import OriginStreamer
+from ..verify.streaming import OriginStreamer
 
 PLAIN_TOKENS = 16  # of a measurement of plain generation; chosen: a second or less, and steady to a few percent
 PLAIN_SHARE = 0.03  # of the time of all answers, that measuring may take after the first one; chosen

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import (
+from .._compat import (
     CACHE,
     SAMPLING_MODES,
     adds_virtual_tokens,
@@ -21,8 +21,8 @@ from ._compat import (
     own_loop,
     rollback_obstacle,
 )
-from .errors import UnsupportedError
-from .models.vocabulary import check_vocabularies
+from ..errors import UnsupportedError
+from ..models.vocabulary import check_vocabularies
 
 PICTURES = (
     "mm_encoder_outputs",

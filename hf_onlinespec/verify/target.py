@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ._compat import (
+from .._compat import (
     CACHE,
     continue_inputs,
     continues_inputs,
@@ -20,7 +20,7 @@ from ._compat import (
     returned_cache,
     rollback_obstacle,
 )
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 from .positions import PositionLimits
 
 # Inputs with a column for each token. How they go on behind their last column: with ones, by counting, by repeating it, with zeros.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ._compat import CACHE, Alterations, activates_lora, alterations, fresh_cache, matmul_dtypes, own_way
-from .errors import UnsupportedError
-from .runtime.failures import kind_and_place
-from .verifier import COLUMNS, TEXT, Verifier
+from .._compat import CACHE, Alterations, activates_lora, alterations, fresh_cache, matmul_dtypes, own_way
+from ..errors import UnsupportedError
+from ..runtime.failures import kind_and_place
+from .target import COLUMNS, TEXT, Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.
 KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox

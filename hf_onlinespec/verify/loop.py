@@ -25,19 +25,19 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import CACHE, needs_synced_gpus
+from .._compat import CACHE, needs_synced_gpus
+from ..commit.base import Draft, note_latest
+from ..commit.combined import OnlineCandidateGenerator, Proposal
+from ..commit.sampling import draw, speculative_sample
+from ..errors import UnsupportedError
+from ..models.vocabulary import Vocabulary, widened
 from .checks import check_call, check_inputs, check_synced_gpus
-from .commit.base import Draft, note_latest
-from .commit.combined import OnlineCandidateGenerator, Proposal
-from .commit.sampling import draw, speculative_sample
-from .errors import UnsupportedError
-from .models.vocabulary import Vocabulary, widened
 from .probe import why_plain
 from .streaming import OriginStreamer
-from .verifier import Verifier
+from .target import Verifier
 
 if TYPE_CHECKING:
-    from .config import OnlineSpecConfig
+    from ..config import OnlineSpecConfig
 
 logger = logging.getLogger(__name__)
 
