@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.audit import BEHIND, audit, times
-from hf_onlinespec.canaries import learn
 from hf_onlinespec.embedded import load_draft
+from hf_onlinespec.share.canaries import learn
+from hf_onlinespec.share.privacy import BEHIND, audit, times
 
 LR = OnlineSpecConfig().lr
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import DOMAINS, load_pair, prompts
-from hf_onlinespec.machine import machine
+from hf_onlinespec.share.provenance import machine
 
 PLAIN_EVERY = 10
 

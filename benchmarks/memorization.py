@@ -27,10 +27,10 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.audit import check_privacy
-from hf_onlinespec.canaries import learn, make_canaries, written
 from hf_onlinespec.embedded import load_draft, prompts
-from hf_onlinespec.memorization import examine
+from hf_onlinespec.share.canaries import learn, make_canaries, written
+from hf_onlinespec.share.memorization import examine
+from hf_onlinespec.share.privacy import check_privacy
 
 SECRETS = (
     "order: 73519\ncustomer: Zyx Qwv\ncity: Ghent\n",

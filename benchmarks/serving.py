@@ -29,9 +29,9 @@ from transformers.utils import logging
 
 from hf_onlinespec import attach
 from hf_onlinespec.cli.common import best_device, load_model
-from hf_onlinespec.machine import machine
 from hf_onlinespec.measure.shipped import shipped_prompts
 from hf_onlinespec.serve.app import Served, build_app
+from hf_onlinespec.share.provenance import machine
 
 DRAWS = 2000  # of the bootstrap
 TIMEOUT_S = 1800.0

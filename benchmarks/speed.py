@@ -32,7 +32,7 @@ from transformers.utils import logging
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.bench import OUTPUTS, PLAIN, Arm, Record, Runner, by_arm, speed_ratio, totals
 from hf_onlinespec.embedded import load_pair
-from hf_onlinespec.machine import machine
+from hf_onlinespec.share.provenance import machine
 
 WINDOW = 8  # requests in a running mean
 COLOURS = ("#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")  # Okabe and Ito

@@ -27,9 +27,9 @@ from .commit.memory_draft import MemoryDraft, keep_memory, kept_memory, online_m
 from .config import OnlineSpecConfig, as_config
 from .draft import OnlineDraft, kept_draft, online_draft
 from .errors import DraftError, OnlineSpecError, UnsupportedError
-from .loading import load_beside
 from .metrics import DraftMetrics
 from .models.vocabulary import check_vocabularies
+from .share.loading import load_beside
 from .verify.checks import check_call, check_synced_gpus, check_target
 from .verify.probe import Parts, check_rounds, parts_of
 

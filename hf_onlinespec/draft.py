@@ -21,21 +21,21 @@ from transformers.generation.streamers import BaseStreamer
 
 from ._compat import inner_model, model_name
 from .adapt.learned_texts import Examined
-from .artifact import Artifact
-from .audit import check_privacy
-from .card import write
 from .commit.learning_draft import LearningDraft
 from .config import OnlineSpecConfig, as_config
 from .errors import ConfigError, NotAModelError
-from .export import merge_and_export
 from .govern.routing import Preference
-from .hub import Checkpoints, Push
-from .loading import Loaded, load
-from .memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
 from .models.identity import public_name
 from .models.plain import no_model
-from .run import run_record, run_targets
 from .runtime.forks import Lock
+from .share.artifact import Artifact
+from .share.card import write
+from .share.export import merge_and_export
+from .share.history import run_record, run_targets
+from .share.hub import Checkpoints, Push
+from .share.loading import Loaded, load
+from .share.memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
+from .share.privacy import check_privacy
 from .state import Saved, copied
 from .verify.loop import GenerateFn
 

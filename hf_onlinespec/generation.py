@@ -25,8 +25,8 @@ from .commit.memory_draft import online_memory
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft
 from .errors import ConfigError, OnlineSpecError, UnsupportedError
-from .loading import is_evolved, load_beside
 from .models.plain import no_model
+from .share.loading import is_evolved, load_beside
 from .verify.checks import check_call, check_inputs, check_mode, check_synced_gpus
 from .verify.loop import GenerateFn, decode
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapt.feedback import Feedback, Teacher
 from .errors import ConfigError
-from .files import check_regular
 from .runtime.progress import each
+from .share.files import check_regular
 
 FORMAT = "1"
 TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.artifact import NEXT
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.share.artifact import NEXT
 from tests.conftest import tiny_llama
 
 

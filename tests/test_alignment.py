@@ -15,8 +15,8 @@ from hf_onlinespec import ConfigError, DraftError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.alignment import DraftAlignment
-from hf_onlinespec.artifact import inspect
-from hf_onlinespec.audit import check_privacy
+from hf_onlinespec.share.artifact import inspect
+from hf_onlinespec.share.privacy import check_privacy
 
 from .conftest import tiny_llama
 

@@ -21,7 +21,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.artifact import (
+from hf_onlinespec.metrics import STRETCHES
+from hf_onlinespec.share.artifact import (
     ADAPTER,
     ADAPTER_CONFIG,
     CONFIG,
@@ -33,7 +34,6 @@ from hf_onlinespec.artifact import (
     own_checksum,
     settle,
 )
-from hf_onlinespec.metrics import STRETCHES
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params
@@ -648,7 +648,7 @@ def test_a_save_that_fails_leaves_none_of_its_parts(name: str, tmp_path: Path, m
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"hf_onlinespec.artifact.{name}", full)
+    monkeypatch.setattr(f"hf_onlinespec.share.artifact.{name}", full)
     with pytest.raises(ArtifactError, match="No space left"):
         draft.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(before)

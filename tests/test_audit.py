@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError, audit
+from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.audit import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed, check_privacy, loss_gap
-from hf_onlinespec.canaries import Canary, Exposure, learn, make_canaries, plant, probe, written
-from hf_onlinespec.card import write
 from hf_onlinespec.embedded import load_draft
+from hf_onlinespec.share import privacy as audit
+from hf_onlinespec.share.canaries import Canary, Exposure, learn, make_canaries, plant, probe, written
+from hf_onlinespec.share.card import write
+from hf_onlinespec.share.privacy import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed, check_privacy, loss_gap
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params
@@ -217,7 +218,7 @@ def test_an_audit_leaves_the_draft_as_it_was(wrong: bool, update_when: str, monk
         def fail(*args: Any) -> None:
             raise RuntimeError("in the middle")
 
-        monkeypatch.setattr("hf_onlinespec.audit.learn", fail)
+        monkeypatch.setattr("hf_onlinespec.share.privacy.learn", fail)
         with pytest.raises(RuntimeError, match="in the middle"):
             audit.audit(draft, 2, held_out=texts(3, seed=9))
     else:
@@ -257,7 +258,7 @@ def test_it_counts_the_tokens_that_can_be_read_off() -> None:
 
 def report(gap: LossGap | None = None, bits: float | None = None, behind: bool = False, **history: Any) -> AuditReport:
     """Of a draft whose present settings give everything away; with `bits`, so much is exposed as it learned."""
-    from hf_onlinespec.memorization import History
+    from hf_onlinespec.share.memorization import History
 
     rows = [(0, 0, 1.4), (1, 0, 8.0), (16, 0, 8.0), *([(1, 40, 8.0)] if behind else [])]
     probed = [Probed(repeats, after, [Exposure(bits, bits > 7)] * 2) for repeats, after, bits in rows]
@@ -311,8 +312,8 @@ def test_a_public_push_is_refused_for_what_was_memorised() -> None:
 
 def test_a_public_ensemble_that_canaries_cannot_judge_is_refused_in_words(tmp_path: Path) -> None:
     """What is public is the one adapter that the ensemble serves: its experts are gone."""
-    from hf_onlinespec.memorization import examine
-    from hf_onlinespec.public import public_version
+    from hf_onlinespec.share.memorization import examine
+    from hf_onlinespec.share.public import public_version
 
     base = tiny_llama(2)
     draft = OnlineDraft(base, replace(FIXED, learner="ensemble", lr=1e-6, replay_passes=0))

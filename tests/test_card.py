@@ -15,14 +15,15 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
-from hf_onlinespec import ArtifactError, OnlineDraft, OnlineSpecConfig, card
-from hf_onlinespec.artifact import CARD, CONFIG, CURVE, Artifact, inspect
-from hf_onlinespec.card import model_card
+from hf_onlinespec import ArtifactError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, load_pair, prompts
 from hf_onlinespec.metrics import STRETCHES, Counts, DraftMetrics
 from hf_onlinespec.models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
-from hf_onlinespec.run import curve, run_record, run_targets
+from hf_onlinespec.share import card
+from hf_onlinespec.share.artifact import CARD, CONFIG, CURVE, Artifact, inspect
+from hf_onlinespec.share.card import model_card
+from hf_onlinespec.share.history import curve, run_record, run_targets
 from hf_onlinespec.state import Saved
 from hf_onlinespec.warm_start import default_arguments, warm_start
 
@@ -315,7 +316,7 @@ def test_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / CURVE).read_bytes().startswith(PNG)
     assert f"]({CURVE})" in (tmp_path / CARD).read_text(encoding="utf-8")
     assert curve(artifact(3).run) != curve(made.run)
-    monkeypatch.setattr("hf_onlinespec.run.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_onlinespec.share.history.find_spec", lambda name: None)
     card.write(made, tmp_path / "plain")
     assert not (tmp_path / "plain" / CURVE).exists()
     assert CURVE not in (tmp_path / "plain" / CARD).read_text(encoding="utf-8")

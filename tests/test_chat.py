@@ -19,12 +19,12 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Pre
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, attach, detach
 from hf_onlinespec._compat import held_tokens
-from hf_onlinespec.artifact import inspect
 from hf_onlinespec.cli import chat as chats
 from hf_onlinespec.cli.chat import Chat, Detokenizer
 from hf_onlinespec.cli.terminal import PROMPT, Terminal, console, ctrl_c, reader
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
 from hf_onlinespec.errors import ConfigError
+from hf_onlinespec.share.artifact import inspect
 from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.artifact import ADAPTER, CARD, CONFIG
+from hf_onlinespec.share.artifact import ADAPTER, CARD, CONFIG
 
 from .conftest import tiny_llama
 from .loopback_hub import LoopbackHub

@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.artifact import Artifact
 from hf_onlinespec.combining import Factors, combine, distil, nearest, read
 from hf_onlinespec.errors import ArtifactError, ConfigError
+from hf_onlinespec.share.artifact import Artifact
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params
@@ -237,7 +237,7 @@ def test_merges_of_merges_are_saved_however_many(tmp_path) -> None:
 
 
 def test_what_a_long_lineage_leaves_out_is_counted() -> None:
-    from hf_onlinespec.lineage import LEFT_OUT, shortened
+    from hf_onlinespec.share.lineage import LEFT_OUT, shortened
 
     lineage: dict = {}
     for _ in range(120):

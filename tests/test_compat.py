@@ -14,9 +14,9 @@ from transformers import LlamaForCausalLM
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, VersionError
 from hf_onlinespec._compat import OLDEST, SUPPORTED, refuse_older
 from hf_onlinespec.adapt.learners import HEDGES
-from hf_onlinespec.audit import loss_gap
-from hf_onlinespec.canaries import learn, written
-from hf_onlinespec.memorization import examine
+from hf_onlinespec.share.canaries import learn, written
+from hf_onlinespec.share.memorization import examine
+from hf_onlinespec.share.privacy import loss_gap
 
 from .conftest import tiny_llama
 

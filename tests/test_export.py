@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_onlinespec import DraftError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import load_draft, load_pair, prompts
 from hf_onlinespec.errors import ArtifactError
-from hf_onlinespec.export import check_export, merge_and_export
+from hf_onlinespec.share.export import check_export, merge_and_export
 
 from .conftest import tiny_gpt2, tiny_llama
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec import card as cards
-from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, LOCK, NEXT, STATE, Artifact, own_checksum
 from hf_onlinespec.combining import combine, read
+from hf_onlinespec.share import card as cards
+from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, LOCK, NEXT, STATE, Artifact, own_checksum
 
 from .conftest import tiny_llama
 from .drafts import flat_params
@@ -333,7 +333,7 @@ def test_a_draft_of_zeros_is_saved_where_the_file_system_makes_holes_of_them(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "lseek", seek)
-        patch.setattr("hf_onlinespec.files.MOST_HOLES", 1000)
+        patch.setattr("hf_onlinespec.share.files.MOST_HOLES", 1000)
         assert ending(lambda: draft.save_pretrained(tmp_path / "again")) == "done"
         assert ending(lambda: load(tmp_path / "again")) == "refused"  # it might be anybody's
     assert torch.equal(flat_params(load(tmp_path / "again")), flat_params(draft))  # as on another file system

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ConfigError, DraftError, HubError, OnlineDraft, OnlineSpecConfig, PrivacyError
-from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, STATE
+from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, STATE
 
 from .conftest import tiny_llama
 from .drafts import flat_params
@@ -289,7 +289,7 @@ def test_checkpoints_never_block_a_call(hub: LoopbackHub, draft: OnlineDraft, ta
 def test_checkpoints_that_fail_are_tried_again(
     hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_onlinespec.hub.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hf_onlinespec.share.hub.FIRST_WAIT_S", 0.01)
     draft.push_to_hub(REPO, checkpoint_every=1)
     assert draft.checkpoints is not None
     hub.fail("POST", "/commit/", status=503, times=3)
@@ -377,7 +377,7 @@ def test_milestones_and_failures_leave_checkpoints_on(
 def test_checkpoints_survive_what_nobody_thought_of(
     hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_onlinespec.hub.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hf_onlinespec.share.hub.FIRST_WAIT_S", 0.01)
     draft.push_to_hub(REPO, checkpoint_every=1)
     assert draft.checkpoints is not None
     times = iter([1])
@@ -387,7 +387,7 @@ def test_checkpoints_survive_what_nobody_thought_of(
             raise KeyError("a bug")
         return write(*args, **kwargs)
 
-    from hf_onlinespec import card
+    from hf_onlinespec.share import card
 
     write = card.write
     monkeypatch.setattr(card, "write", breaks)

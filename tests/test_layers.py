@@ -216,7 +216,7 @@ def test_layers_that_are_left_out_are_left_out_of_what_is_saved(
     again = OnlineDraft.from_pretrained(tmp_path / "whole", make())
     assert torch.equal(again(TOKENS).logits, live)
     assert left_out(again) == left_out(draft) != ""
-    from hf_onlinespec.public import public_version
+    from hf_onlinespec.share.public import public_version
 
     public_version(draft.artifact()).write(tmp_path / "public")
     for config in (None, OnlineSpecConfig(lookahead=3)):

@@ -20,10 +20,10 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt import learned_texts
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.learned_texts import LearnedTexts
-from hf_onlinespec.canaries import learn, written
 from hf_onlinespec.commit.learning_draft import LearningDraft
-from hf_onlinespec.memorization import examine
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.share.canaries import learn, written
+from hf_onlinespec.share.memorization import examine
 
 from .conftest import tiny_llama
 

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig
 
 from hf_onlinespec import ArtifactError
-from hf_onlinespec.lora_options import FIRST_VALUES, READ, WITHOUT_EFFECT, check_options
+from hf_onlinespec.share.lora_options import FIRST_VALUES, READ, WITHOUT_EFFECT, check_options
 
 PLAIN = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict() | {
     "peft_type": "LORA",

@@ -11,12 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError, audit
-from hf_onlinespec.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
-from hf_onlinespec.audit import check_privacy
-from hf_onlinespec.canaries import learn, make_canaries, plant, probe, written
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
+from hf_onlinespec.share import privacy as audit
+from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
+from hf_onlinespec.share.canaries import learn, make_canaries, plant, probe, written
+from hf_onlinespec.share.privacy import check_privacy
 from hf_onlinespec.warm_start import warm_start
 
 from .conftest import tiny_llama
@@ -196,7 +197,7 @@ def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_onlinespec.memorization._come_out", fail)
+    monkeypatch.setattr("hf_onlinespec.share.memorization._come_out", fail)
     draft.save_pretrained(tmp_path)
     assert "1 were not examined" in refusal(OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2)))
 
@@ -348,7 +349,7 @@ def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp
 
 def test_what_was_examined_was_the_adapter_of_then() -> None:
     """Another one, taught the same texts, takes as many steps."""
-    from hf_onlinespec.memorization import examine, history
+    from hf_onlinespec.share.memorization import examine, history
 
     draft = OnlineDraft(tiny_llama(2), TINY)
     adapter = draft.artifact().adapter
@@ -362,7 +363,7 @@ def test_what_was_examined_was_the_adapter_of_then() -> None:
 
 def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     """It takes over between two steps, and has taken as many."""
-    from hf_onlinespec.memorization import examine, history
+    from hf_onlinespec.share.memorization import examine, history
 
     draft = OnlineDraft(load_draft(), FIXED)
     plant(draft, SECRETS[:1], 4)

@@ -19,7 +19,7 @@ IN_BOTH = (
     "hf_onlinespec_cli.py",
     "hf_onlinespec/__init__.py",
     "hf_onlinespec/py.typed",
-    "hf_onlinespec/card_template.md",
+    "hf_onlinespec/share/card_template.md",
     "hf_onlinespec/embedded_pair/target/model.safetensors",
     "hf_onlinespec/embedded_pair/draft/model.safetensors",
     "hf_onlinespec/embedded_pair/prompts.jsonl",

@@ -27,12 +27,12 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.artifact import is_artifact
 from hf_onlinespec.commit.memory_draft import MemoryDraft
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
 from hf_onlinespec.serve import app
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
 from hf_onlinespec.serve.metrics import ServerMetrics
+from hf_onlinespec.share.artifact import is_artifact
 from hf_onlinespec.verify.target import Verifier
 from tests.serving import NAME, Running, plain, running, wait_for
 

@@ -266,7 +266,7 @@ def test_where_a_process_reports_is_no_part_of_a_saved_draft(target, draft_model
 
 
 def test_a_folder_from_elsewhere_cannot_say_where_this_machine_writes(draft_model, tmp_path) -> None:
-    from hf_onlinespec.artifact import CONFIG, own_checksum
+    from hf_onlinespec.share.artifact import CONFIG, own_checksum
 
     OnlineDraft(draft_model, OnlineSpecConfig(**LEARNS)).save_pretrained(tmp_path / "saved")
     manifest = json.loads((tmp_path / "saved" / CONFIG).read_text())

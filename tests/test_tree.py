@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from transformers import Phi3Config, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.canaries import learn, written
+from hf_onlinespec.share.canaries import learn, written
 
 from .conftest import tiny_llama
 from .tiny_models import SPOKEN, random_model

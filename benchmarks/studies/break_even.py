@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec._compat import CACHE
 from hf_onlinespec.embedded import load_draft, load_pair
-from hf_onlinespec.machine import machine
+from hf_onlinespec.share.provenance import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
 from padded import padded

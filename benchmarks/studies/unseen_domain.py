@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.bench import ASSISTANT_TOKENS, rotated, stock_draft
 from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
-from hf_onlinespec.machine import machine
+from hf_onlinespec.share.provenance import machine
 
 # The neural draft by itself, at a schedule that does not look at the clock.
 FIXED = {"lookahead": 5, "update_every": 1, "memory_tokens": 0}

@@ -16,12 +16,12 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..artifact import is_artifact
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError, MissingExtraError, OnlineSpecError, brief
-from ..loading import NamedBase, locate, why_not_loaded
-from ..machine import is_out_of_memory
 from ..models.vocabulary import check_vocabularies
+from ..share.artifact import is_artifact
+from ..share.loading import NamedBase, locate, why_not_loaded
+from ..share.provenance import is_out_of_memory
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype

@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from .. import card
 from .._compat import model_name
 from ..adapt.feedback import Feedback
-from ..artifact import ADAPTER, STATE, Artifact, Outline
-from ..audit import audit, check_privacy
-from ..canaries import written
 from ..combining import combine, distil, no_evolved_draft, read
 from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError, OnlineSpecError
-from ..export import merge_and_export
-from ..hub import Push, known_parent
-from ..loading import locate
-from ..run import is_told_apart
+from ..share import card
+from ..share.artifact import ADAPTER, STATE, Artifact, Outline
+from ..share.canaries import written
+from ..share.export import merge_and_export
+from ..share.history import is_told_apart
+from ..share.hub import Push, known_parent
+from ..share.loading import locate
+from ..share.privacy import audit, check_privacy
 from ..warm_start import read_corpus
 from .common import FOUND, check_own, check_seed, check_writable, load_tokenizer, quiet_libraries
 

@@ -12,16 +12,16 @@ import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import card
 from ..bench import Prompt, Record, check_lengths, load_prompts
 from ..config import OnlineSpecConfig
 from ..demo import Bench, Settings, choose_prompts, intervals, summarise
 from ..embedded import FOLDER
 from ..errors import ConfigError
-from ..machine import machine
 from ..models.vocabulary import check_vocabularies
 from ..recording import Recorded, Recording, record
 from ..regret import evaluate
+from ..share import card
+from ..share.provenance import machine
 from .common import (
     AUTO,
     INTERRUPTED,

@@ -21,10 +21,10 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-from ..artifact import is_artifact
 from ..attachment import attach
 from ..draft import OnlineDraft
 from ..errors import ConfigError
+from ..share.artifact import is_artifact
 from ..texts import check_text
 from .chat import Chat
 from .common import (

@@ -20,7 +20,6 @@ from .._version import __version__
 from ..bench import Prompt, check_lengths, fits, load_prompts
 from ..draft import OnlineDraft
 from ..errors import ConfigError
-from ..machine import machine
 from ..measure.budget import LEAST_PROMPTS, LONG, Budget
 from ..measure.exactness import Examiner, float32_copy
 from ..measure.progress import progress
@@ -30,6 +29,7 @@ from ..measure.summary import summarise
 from ..measure.tables import show_result
 from ..measure.trial import SPARE, Outcome, Trial
 from ..measure.verdict import Models, code_for
+from ..share.provenance import machine
 from .common import (
     AUTO,
     FAILED,

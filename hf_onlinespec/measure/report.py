@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from ..bench import PLAIN, Record, by_arm
-from ..machine import machine
+from ..share.provenance import machine
 from .exactness import FAULT, IDENTICAL, ROUNDING
 from .summary import KindSummary, Summary
 from .tables import exactness_lines, learned_lines

@@ -25,8 +25,8 @@ from ..commit.base import Draft
 from ..commit.memory_draft import online_memory
 from ..draft import OnlineDraft
 from ..errors import UnsupportedError
-from ..machine import is_out_of_memory
 from ..models.borrow import borrow
+from ..share.provenance import is_out_of_memory
 from .budget import LEAST_PROMPTS, Budget
 from .exactness import IDENTICAL, Difference, Examiner
 from .shipped import encoder

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifact import is_artifact
 from ..attachment import attach
 from ..cli.common import (
     FAILED,
@@ -26,7 +25,8 @@ from ..cli.common import (
 )
 from ..commit.base import Draft
 from ..errors import ConfigError
-from ..loading import locate
+from ..share.artifact import is_artifact
+from ..share.loading import locate
 
 GRACE_S = 5  # for requests at hand when the server is told to end; chosen: half of what `docker stop` waits
 OPEN = (

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import card
 from ..draft import OnlineDraft
 from ..errors import OnlineSpecError
+from ..share import card
 from .metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)

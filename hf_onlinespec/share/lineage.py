@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, brief
+from ..errors import ArtifactError, brief
 
 LEFT_OUT = "merged_left_out"  # in place of "merged": how many lineages a shortened one does not tell
 MOST = 1e15  # of any number in a record: seconds, tokens, requests

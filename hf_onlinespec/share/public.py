@@ -13,10 +13,10 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..config import ENSEMBLE, one_expert
+from ..models.identity import EMBEDDED, EMBEDDED_TARGET
+from ..state import Saved
 from .artifact import Artifact
-from .config import ENSEMBLE, one_expert
-from .models.identity import EMBEDDED, EMBEDDED_TARGET
-from .state import Saved
 
 NOT_TOLD = "not told"
 KEPT_OF_MACHINE = ("threads", "python", "hf_onlinespec", "torch", "transformers", "peft")

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import ArtifactError, brief
+from ..errors import ArtifactError, brief
 
 try:
     import fcntl

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._compat import doubles
-from .adapt.feedback import Feedback, Teacher
+from .._compat import doubles
+from ..adapt.feedback import Feedback, Teacher
+from ..errors import ConfigError, DraftError
+from ..runtime.progress import Bar
 from .audited import Audited
-from .errors import ConfigError, DraftError
-from .runtime.progress import Bar
 
 PREFIX, SECRET = 8, 6  # tokens of a canary
 ALPHABET = 10  # letters of a secret, as many as there are digits: 10^6 secrets, 19.9 bits

@@ -32,9 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._version import __version__
-from .config import OnlineSpecConfig
-from .errors import ArtifactError, ConfigError, OnlineSpecError, brief
+from .._version import __version__
+from ..config import OnlineSpecConfig
+from ..errors import ArtifactError, ConfigError, OnlineSpecError, brief
+from ..models.identity import Identity
+from ..state import Saved
 from .files import (
     FLOATS,
     MOST_JSON_BYTES,
@@ -51,8 +53,6 @@ from .files import (
 )
 from .lineage import check_lineage, check_run
 from .lora_options import check_options
-from .models.identity import Identity
-from .state import Saved
 
 FORMAT = 1
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

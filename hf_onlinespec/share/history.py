@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError
-from .machine import machine
-from .metrics import Counts, DraftMetrics
+from ..errors import ArtifactError
+from ..metrics import Counts, DraftMetrics
+from .provenance import machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import MOST, MOST_RANK
-from .errors import ArtifactError, brief
+from ..config import MOST, MOST_RANK
+from ..errors import ArtifactError, brief
 
 # Where it comes from, how it was trained or first filled, and how a layout that PEFT sets by the layer's type was stored.
 WITHOUT_EFFECT = frozenset(

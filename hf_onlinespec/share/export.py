@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import commit_hash, model_name
+from .._compat import commit_hash, model_name
+from ..errors import ArtifactError, DraftError
+from ..models.identity import TOKENIZER, tokenizer_file
+from ..models.vocabulary import rows
 from .artifact import header_of, read_json
-from .errors import ArtifactError, DraftError
 from .files import MOST_INTEGER
-from .models.identity import TOKENIZER, tokenizer_file
-from .models.vocabulary import rows
 
 # What may lie beside the first file of a tokenizer.
 BESIDE = ("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .adapt.feedback import Feedback
-from .adapt.learned_texts import Examined, Learned
-from .config import OnlineSpecConfig
-from .metrics import Counts
-from .models.vocabulary import Vocabulary
+from ..adapt.feedback import Feedback
+from ..adapt.learned_texts import Examined, Learned
+from ..config import OnlineSpecConfig
+from ..metrics import Counts
+from ..models.vocabulary import Vocabulary
 
 
 class Audited(Protocol):

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ._compat import HUB_FAILURES
+from .._compat import HUB_FAILURES
+from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
+from ..embedded import FOLDER, load_draft
+from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
+from ..models.borrow import borrow
+from ..models.identity import EMBEDDED, Identity, public_name
+from ..models.layers import adaptable_layers, adapted_layers
+from ..models.plain import plain_draft
 from .artifact import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -40,16 +47,9 @@ from .artifact import (
     read_json,
     read_tensors,
 )
-from .config import ENSEMBLE, OnlineSpecConfig, one_expert
-from .embedded import FOLDER, load_draft
-from .errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from .files import TensorHeader
 from .lora_options import check_options
 from .memorization import KEY, loaded_history
-from .models.borrow import borrow
-from .models.identity import EMBEDDED, Identity, public_name
-from .models.layers import adaptable_layers, adapted_layers
-from .models.plain import plain_draft
 
 BASE = "base_model_name_or_path"  # in PEFT's options
 

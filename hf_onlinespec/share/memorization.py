@@ -8,7 +8,7 @@ memorised; one whose prompt may have stood more than `FEW` times, if `OFTEN_BITS
 may have written so often, behind whatever prompts, if `OFTEN_BITS` of that part do.
 What is kept is numbers (`History`): requests, how many were examined, how many came out, how often one prompt stood in the
 stream, the settings of learning. They travel in the lineage: through saving, loading with other settings, merging, distilling.
-Where one prompt makes much of the stream, canaries planted as often decide too (`audit.py`): under every setting that ever learned.
+Where one prompt makes much of the stream, canaries planted as often decide too (`privacy.py`): under every setting that ever learned.
 Whatever has no such record (adapters from elsewhere, fine-tuned ones, older artifacts, texts that were not examined) is refused.
 """
 
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import doubles
-from .adapt.learned_texts import FEW, Examined, Learned, LearnedText, written_often
+from .._compat import doubles
+from ..adapt.learned_texts import FEW, Examined, Learned, LearnedText, written_often
+from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
+from ..errors import ConfigError
+from ..models.opening import opening_tokens
+from ..runtime.progress import progress
 from .audited import Audited
-from .config import ENSEMBLE, OnlineSpecConfig, one_expert
-from .errors import ConfigError
-from .models.opening import opening_tokens
-from .runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from .._compat import HUB_FAILURES
+from ..errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief
+from ..runtime.forks import Lock, renew_in_child
 from . import card
-from ._compat import HUB_FAILURES
 from .artifact import CONFIG, FILES, STATE, Artifact, read_json
-from .errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief
 from .public import public_version
-from .runtime.forks import Lock, renew_in_child
 
 TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")  # as the Hub names licences

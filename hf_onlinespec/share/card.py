@@ -15,13 +15,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..config import ENSEMBLE, OnlineSpecConfig
+from ..errors import ArtifactError
+from ..models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from .artifact import ADAPTER_CONFIG, CONFIG, CURVE, Artifact
-from .config import ENSEMBLE, OnlineSpecConfig
-from .errors import ArtifactError
+from .history import curve, is_told_apart
 from .lineage import LEFT_OUT, check_lineage, check_run
-from .models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
 from .public import NOT_TOLD, is_repo_id
-from .run import curve, is_told_apart
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # the same as model_cards/template.md, which is not installed
 TAGS = ["hf_onlinespec", "speculative-decoding", "assisted-generation", "online-learning", "lora"]
