@@ -10,7 +10,7 @@ import tempfile
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import load_draft, load_pair, prompts
-from hf_onlinespec.warm_start import warm_start
+from hf_onlinespec.training.warm_start import warm_start
 
 train = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 test = int(sys.argv[2]) if len(sys.argv) > 2 else 20

@@ -13,9 +13,9 @@ from pathlib import Path
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.alignment import DraftAlignment
 from hf_onlinespec.embedded import load_draft, load_pair, prompts
-from hf_onlinespec.warm_start import warm_start
+from hf_onlinespec.training.alignment import DraftAlignment
+from hf_onlinespec.training.warm_start import warm_start
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 train = int(sys.argv[2]) if len(sys.argv) > 2 else 100

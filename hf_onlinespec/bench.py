@@ -24,7 +24,7 @@ from .embedded import load_draft
 from .errors import ConfigError
 from .metrics import Counts
 from .runtime.progress import Bar, NoBar
-from .texts import check_text, parse_line, read_lines
+from .training.corpus import check_text, parse_line, read_lines
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
 WARM_UPS = 2  # unmeasured prompts through every arm

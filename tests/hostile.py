@@ -30,9 +30,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, HubError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.combining import combine, read
 from hf_onlinespec.share import card as cards
 from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, NEXT, STATE, Artifact, own_checksum
+from hf_onlinespec.training.combining import combine, read
 
 MOST_S, MOST_BYTES = 10, 1 << 30  # of one case: of the processor, and of memory
 BLOCKED_S = 60  # by the clock: on a busy machine a case may have to wait

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from hf_onlinespec import ConfigError, DraftError, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.losses import LOSSES
-from hf_onlinespec.alignment import DraftAlignment
 from hf_onlinespec.share.artifact import inspect
 from hf_onlinespec.share.privacy import check_privacy
+from hf_onlinespec.training.alignment import DraftAlignment
 
 from .conftest import tiny_llama
 

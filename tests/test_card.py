@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, load_pair, prompts
 from hf_onlinespec.metrics import STRETCHES, Counts, DraftMetrics
 from hf_onlinespec.models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
@@ -25,7 +24,8 @@ from hf_onlinespec.share.artifact import CARD, CONFIG, CURVE, Artifact, inspect
 from hf_onlinespec.share.card import model_card
 from hf_onlinespec.share.history import curve, run_record, run_targets
 from hf_onlinespec.state import Saved
-from hf_onlinespec.warm_start import default_arguments, warm_start
+from hf_onlinespec.training.combining import combine, distil
+from hf_onlinespec.training.warm_start import default_arguments, warm_start
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 PNG = b"\x89PNG\r\n\x1a\n"

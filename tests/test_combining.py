@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.combining import Factors, combine, distil, nearest, read
 from hf_onlinespec.errors import ArtifactError, ConfigError
 from hf_onlinespec.share.artifact import Artifact
+from hf_onlinespec.training.combining import Factors, combine, distil, nearest, read
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.combining import combine, read
 from hf_onlinespec.share import card as cards
 from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, LOCK, NEXT, STATE, Artifact, own_checksum
+from hf_onlinespec.training.combining import combine, read
 
 from .conftest import tiny_llama
 from .drafts import flat_params

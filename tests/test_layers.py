@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.gated_lora import GatedLora
-from hf_onlinespec.combining import combine
+from hf_onlinespec.training.combining import combine
 
 from .tiny_models import SPOKEN, random_model, tiny_llama
 

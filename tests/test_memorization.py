@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError
-from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
 from hf_onlinespec.share import privacy as audit
 from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
 from hf_onlinespec.share.canaries import learn, make_canaries, plant, probe, written
 from hf_onlinespec.share.privacy import check_privacy
-from hf_onlinespec.warm_start import warm_start
+from hf_onlinespec.training.combining import combine, distil
+from hf_onlinespec.training.warm_start import warm_start
 
 from .conftest import tiny_llama
 

@@ -14,14 +14,14 @@ from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.bench import Prompt
-from hf_onlinespec.combining import distil
 from hf_onlinespec.embedded import EmbeddedPair
 from hf_onlinespec.recording import Recording, record
 from hf_onlinespec.regret import evaluate
 from hf_onlinespec.runtime import progress
 from hf_onlinespec.share.export import merge_and_export
 from hf_onlinespec.share.privacy import audit
-from hf_onlinespec.warm_start import warm_start
+from hf_onlinespec.training.combining import distil
+from hf_onlinespec.training.warm_start import warm_start
 
 from .conftest import tiny_llama
 from .test_artifact import REPEATABLE, serve

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.combining import combine
 from hf_onlinespec.share.canaries import learn, written
 from hf_onlinespec.share.card import model_card
 from hf_onlinespec.share.public import public_version
+from hf_onlinespec.training.combining import combine
 
 from .conftest import tiny_llama
 

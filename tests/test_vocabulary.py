@@ -314,7 +314,7 @@ def test_positions_without_mass_on_the_common_ids_are_left_out(settings: dict[st
 
 @pytest.mark.parametrize(("own", "other"), SIZES)
 def test_a_warm_start_teaches_the_common_ids(own: int, other: int, tmp_path: Path) -> None:
-    from hf_onlinespec.warm_start import warm_start
+    from hf_onlinespec.training.warm_start import warm_start
 
     target, draft = tiny_llama(1, vocab=own, layers=2), learning(tiny_llama(2, vocab=other))
     texts = ["".join(chr(97 + (7 * i + j) % own) for i in range(12)) for j in range(4)]
@@ -333,7 +333,7 @@ def test_a_warm_start_teaches_the_common_ids(own: int, other: int, tmp_path: Pat
 
 @pytest.mark.parametrize(("own", "other"), SIZES)
 def test_a_draft_stays_aligned_with_a_target_of_another_size(own: int, other: int) -> None:
-    from hf_onlinespec.alignment import DraftAlignment
+    from hf_onlinespec.training.alignment import DraftAlignment
 
     from .test_alignment import hear
 

@@ -17,7 +17,7 @@ from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.artifact import inspect
-from hf_onlinespec.warm_start import Passage, Student, _collate, _pieces, _written, read_corpus, warm_start
+from hf_onlinespec.training.warm_start import Passage, Student, _collate, _pieces, _written, read_corpus, warm_start
 
 from .conftest import tiny_gpt2, tiny_llama
 from .drafts import flat_params

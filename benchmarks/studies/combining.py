@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.combining import combine, distil
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.training.combining import combine, distil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
 from ceiling import rounds_of

@@ -12,7 +12,6 @@ from typing import Any, ParamSpec
 
 from .._compat import model_name
 from ..adapt.feedback import Feedback
-from ..combining import combine, distil, no_evolved_draft, read
 from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError, OnlineSpecError
@@ -24,7 +23,8 @@ from ..share.history import is_told_apart
 from ..share.hub import Push, known_parent
 from ..share.loading import locate
 from ..share.privacy import audit, check_privacy
-from ..warm_start import read_corpus
+from ..training.combining import combine, distil, no_evolved_draft, read
+from ..training.warm_start import read_corpus
 from .common import FOUND, check_own, check_seed, check_writable, load_tokenizer, quiet_libraries
 
 P = ParamSpec("P")

@@ -25,7 +25,7 @@ from ..attachment import attach
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..share.artifact import is_artifact
-from ..texts import check_text
+from ..training.corpus import check_text
 from .chat import Chat
 from .common import (
     AUTO,

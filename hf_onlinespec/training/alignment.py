@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._compat import model_name
-from .adapt.feedback import Feedback, Teacher
-from .draft import OnlineDraft
-from .errors import ConfigError, DraftError
-from .metrics import Counts
-from .models.identity import public_name
-from .models.opening import opening_tokens
-from .models.vocabulary import check_vocabularies
+from .._compat import model_name
+from ..adapt.feedback import Feedback, Teacher
+from ..draft import OnlineDraft
+from ..errors import ConfigError, DraftError
+from ..metrics import Counts
+from ..models.identity import public_name
+from ..models.opening import opening_tokens
+from ..models.vocabulary import check_vocabularies
 
 IGNORED = -100  # the label of a token that is not trained on
 

@@ -28,18 +28,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from ._compat import max_positions, model_name
-from .adapt.feedback import Teacher
-from .adapt.losses import LOSSES
-from .config import ENSEMBLE
-from .draft import OnlineDraft
-from .errors import ConfigError
-from .models.identity import public_name
-from .models.opening import opening_tokens
-from .models.vocabulary import check_vocabularies
-from .runtime.progress import Bar, NoBar, each, progress
-from .runtime.seeding import seeded
-from .texts import check_text, parse_line, read_lines
+from .._compat import max_positions, model_name
+from ..adapt.feedback import Teacher
+from ..adapt.losses import LOSSES
+from ..config import ENSEMBLE
+from ..draft import OnlineDraft
+from ..errors import ConfigError
+from ..models.identity import public_name
+from ..models.opening import opening_tokens
+from ..models.vocabulary import check_vocabularies
+from ..runtime.progress import Bar, NoBar, each, progress
+from ..runtime.seeding import seeded
+from .corpus import check_text, parse_line, read_lines
 
 # Of the default arguments: the best of six settings on 60 prompts of the embedded pair.
 EPOCHS, BATCH, LEARNING_RATE = 8, 4, 2e-3
