@@ -27,8 +27,8 @@ from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.commit.suffix_memory import REACH, SuffixMemory
 from hf_onlinespec.govern.routing import Preference
+from hf_onlinespec.measure.regret import expected_rounds
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.regret import expected_rounds
 from hf_onlinespec.share.provenance import machine
 
 LOOKAHEAD = 5

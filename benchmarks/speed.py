@@ -30,8 +30,8 @@ from streams import STREAMS, segments, spare
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft
-from hf_onlinespec.bench import OUTPUTS, PLAIN, Arm, Record, Runner, by_arm, speed_ratio, totals
 from hf_onlinespec.embedded import load_pair
+from hf_onlinespec.measure.bench import OUTPUTS, PLAIN, Arm, Record, Runner, by_arm, speed_ratio, totals
 from hf_onlinespec.share.provenance import machine
 
 WINDOW = 8  # requests in a running mean

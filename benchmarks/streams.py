@@ -13,8 +13,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hf_onlinespec.bench import Prompt
 from hf_onlinespec.embedded import DOMAINS, FOLDER, HOME_DOMAIN, prompts
+from hf_onlinespec.measure.bench import Prompt
 
 AWAY_DOMAIN = "orders"
 SPARE = 8  # per domain

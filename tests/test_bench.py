@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from hf_onlinespec import bench
-from hf_onlinespec.bench import PLAIN, Prompt, Record, Runner, load_prompts, speed_ratio
 from hf_onlinespec.embedded import EmbeddedPair, prompts
-from hf_onlinespec.recording import Recording
+from hf_onlinespec.measure import bench
+from hf_onlinespec.measure.bench import PLAIN, Prompt, Record, Runner, load_prompts, speed_ratio
+from hf_onlinespec.measure.recording import Recording
 from hf_onlinespec_cli import main
 
 from .conftest import tiny_llama

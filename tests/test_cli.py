@@ -13,12 +13,13 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from hf_onlinespec import OnlineDraft, demo
-from hf_onlinespec.bench import Ratio, Record
+from hf_onlinespec import OnlineDraft
 from hf_onlinespec.cli import common
-from hf_onlinespec.demo import ARMS, Bench, Request, Settings, choose_prompts, intervals, summarise
+from hf_onlinespec.measure import demo
+from hf_onlinespec.measure.bench import Ratio, Record
+from hf_onlinespec.measure.demo import ARMS, Bench, Request, Settings, choose_prompts, intervals, summarise
+from hf_onlinespec.measure.plots import conclusion, outputs_line
 from hf_onlinespec.models.identity import EMBEDDED_TARGET
-from hf_onlinespec.plots import conclusion, outputs_line
 from hf_onlinespec.share.artifact import CARD, inspect
 from hf_onlinespec_cli import main
 

@@ -47,7 +47,7 @@ def test_the_demo_speaks_before_it_is_calibrated_and_its_verdict_heeds_its_inter
 ) -> None:
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    from hf_onlinespec import demo
+    from hf_onlinespec.measure import demo
 
     monkeypatch.setattr(demo, "ASSISTANT_TOKENS", (2,))
     monkeypatch.setattr(demo, "CALIBRATION_PROMPTS", 1)

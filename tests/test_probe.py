@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import ModelOutput
 
 from hf_onlinespec import OnlineSpecConfig, online_memory
-from hf_onlinespec.bench import ForwardClock
+from hf_onlinespec.measure.bench import ForwardClock
 
 from .conftest import tiny_llama
 from .test_verifier import gemma3, paligemma, qwen2_vl

@@ -13,7 +13,7 @@ import torch
 
 from hf_onlinespec import ConfigError
 from hf_onlinespec.adapt.feedback import Feedback, Teacher
-from hf_onlinespec.recording import Recorded, Recording
+from hf_onlinespec.measure.recording import Recorded, Recording
 
 
 def recording() -> Recording:
@@ -32,7 +32,7 @@ def test_a_full_disk_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path.write_bytes(b"half of")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_onlinespec.recording.save_file", full)
+    monkeypatch.setattr("hf_onlinespec.measure.recording.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         recording().save(tmp_path / "stream")
     assert list(tmp_path.iterdir()) == []

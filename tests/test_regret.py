@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_onlinespec import ConfigError, OnlineSpecConfig
-from hf_onlinespec.bench import Prompt
 from hf_onlinespec.embedded import load_draft, load_pair, prompts
-from hf_onlinespec.recording import Recording, record
-from hf_onlinespec.regret import Curve, RegretReport, evaluate, expected_rounds, kept_chances
+from hf_onlinespec.measure.bench import Prompt
+from hf_onlinespec.measure.recording import Recording, record
+from hf_onlinespec.measure.regret import Curve, RegretReport, evaluate, expected_rounds, kept_chances
 
 from .conftest import tiny_llama
 from .test_entry_point import entry_point
@@ -105,7 +105,7 @@ def test_a_draft_that_says_what_the_target_says_is_accepted_whatever_part_was_re
 
 def test_a_comparator_is_never_worse_than_the_original(recording: Recording, monkeypatch) -> None:
     """Whatever the step sizes are: these ruin the adapter, the learner's and the comparator's."""
-    monkeypatch.setattr("hf_onlinespec.regret.COMPARATOR_LR", 100.0)
+    monkeypatch.setattr("hf_onlinespec.measure.regret.COMPARATOR_LR", 100.0)
     few = Recording(recording.requests[:4], recording.temperature)
     wild = OnlineSpecConfig(rank=4, alpha=4.0, preconditioner="none", lr=50.0, gradient_cap=None, snapshots=0)
     report = evaluate(few, load_draft, wild, lookahead=4, epochs=2)

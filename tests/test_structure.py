@@ -138,7 +138,6 @@ def test_plain_data_stands_below_all_packages(name: str) -> None:
     assert {package_of(one) for one in found} <= PLAIN_DATA[name], found
 
 
-@pytest.mark.xfail(strict=True, reason="issue 14: what trains, shares and measures is not in packages yet")
 def test_only_entry_points_and_what_stands_above_import_the_draft() -> None:
     found = {name for name, named in own_imports().items() if "draft" in named and package_of(name) not in IMPORT_DRAFT}
     assert not found

@@ -23,12 +23,12 @@ from rich.live import Live
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_onlinespec_cli
-from hf_onlinespec import OnlineDraft, bench
-from hf_onlinespec.bench import PLAIN, Prompt, Runner
+from hf_onlinespec import OnlineDraft
 from hf_onlinespec.cli.trial import TrySettings, run_try, set_aside
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
 from hf_onlinespec.errors import ConfigError, OnlineSpecError
-from hf_onlinespec.measure import shipped, trial
+from hf_onlinespec.measure import bench, shipped, trial
+from hf_onlinespec.measure.bench import PLAIN, Prompt, Runner
 from hf_onlinespec.measure.budget import LEAST_PROMPTS, LONG, SHORT, SHORTEST, WANTED_PROMPTS, Budget
 from hf_onlinespec.measure.exactness import FAULT, IDENTICAL, ROUNDING, Examiner
 from hf_onlinespec.measure.progress import progress

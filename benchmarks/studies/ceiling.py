@@ -22,8 +22,8 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.measure.regret import WINDOW, expected_rounds
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.regret import WINDOW, expected_rounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
 from learning import COMMON, run

@@ -19,8 +19,8 @@ import torch
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import DOMAINS, load_draft, prompts
+from hf_onlinespec.measure.regret import expected_rounds
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.regret import expected_rounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
 from recorded import Recorded, Source

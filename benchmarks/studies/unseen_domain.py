@@ -22,8 +22,8 @@ import torch
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.bench import ASSISTANT_TOKENS, rotated, stock_draft
 from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
+from hf_onlinespec.measure.bench import ASSISTANT_TOKENS, rotated, stock_draft
 from hf_onlinespec.share.provenance import machine
 
 # The neural draft by itself, at a schedule that does not look at the clock.

@@ -12,14 +12,14 @@ import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..bench import Prompt, Record, check_lengths, load_prompts
 from ..config import OnlineSpecConfig
-from ..demo import Bench, Settings, choose_prompts, intervals, summarise
 from ..embedded import FOLDER
 from ..errors import ConfigError
+from ..measure.bench import Prompt, Record, check_lengths, load_prompts
+from ..measure.demo import Bench, Settings, choose_prompts, intervals, summarise
+from ..measure.recording import Recorded, Recording, record
+from ..measure.regret import evaluate
 from ..models.vocabulary import check_vocabularies
-from ..recording import Recorded, Recording, record
-from ..regret import evaluate
 from ..share import card
 from ..share.provenance import machine
 from .common import (
@@ -43,7 +43,7 @@ EVOLVED = "evolved"  # folder of the demo's evolved draft, beside its result
 def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
     """Measures the embedded pair; writes demo.json, demo.png and the evolved draft into `out`."""
     check_extra("demo", "demo")
-    from .. import plots  # only now: it needs the optional packages
+    from ..measure import plots  # only now: it needs the optional packages
 
     check_folder(out, f"--out {out}")
     quiet_libraries()
@@ -164,7 +164,7 @@ def run_regret(
 ) -> int:
     """Replays a recording; writes regret.json and regret.png into `out`."""
     check_extra("regret", "demo")
-    from .. import plots  # only now: it needs the optional packages
+    from ..measure import plots  # only now: it needs the optional packages
 
     recording = Recording.load(run_file)
     try:

@@ -17,9 +17,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .._compat import max_positions, model_name
 from .._version import __version__
-from ..bench import Prompt, check_lengths, fits, load_prompts
 from ..draft import OnlineDraft
 from ..errors import ConfigError
+from ..measure.bench import Prompt, check_lengths, fits, load_prompts
 from ..measure.budget import LEAST_PROMPTS, LONG, Budget
 from ..measure.exactness import Examiner, float32_copy
 from ..measure.progress import progress

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from ..bench import by_arm, totals
+from .bench import by_arm, totals
 from .budget import Budget
 from .trial import Outcome
 

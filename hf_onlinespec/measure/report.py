@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
-from ..bench import PLAIN, Record, by_arm
 from ..share.provenance import machine
+from .bench import PLAIN, Record, by_arm
 from .exactness import FAULT, IDENTICAL, ROUNDING
 from .summary import KindSummary, Summary
 from .tables import exactness_lines, learned_lines

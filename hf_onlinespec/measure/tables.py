@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..bench import PLAIN
+from .bench import PLAIN
 from .exactness import FAULT, IDENTICAL, ROUNDING
 from .summary import Summary
 from .trial import Learned, Outcome

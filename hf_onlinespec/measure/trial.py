@@ -20,13 +20,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..bench import PLAIN, Arm, Calibration, Prompt, Record, Runner, by_arm, calibrate, stock_draft, totals
 from ..commit.base import Draft
 from ..commit.memory_draft import online_memory
 from ..draft import OnlineDraft
 from ..errors import UnsupportedError
 from ..models.borrow import borrow
 from ..share.provenance import is_out_of_memory
+from .bench import PLAIN, Arm, Calibration, Prompt, Record, Runner, by_arm, calibrate, stock_draft, totals
 from .budget import LEAST_PROMPTS, Budget
 from .exactness import IDENTICAL, Difference, Examiner
 from .shipped import encoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..bench import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
+from .bench import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
 from .budget import LEAST_PROMPTS
 from .trial import DRAFT, OURS, static_arguments
 

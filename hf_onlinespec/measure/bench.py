@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import max_positions
-from .commit.base import Draft
-from .commit.memory_draft import online_memory
-from .draft import OnlineDraft
-from .embedded import load_draft
-from .errors import ConfigError
-from .metrics import Counts
-from .runtime.progress import Bar, NoBar
-from .training.corpus import check_text, parse_line, read_lines
+from .._compat import max_positions
+from ..commit.base import Draft
+from ..commit.memory_draft import online_memory
+from ..draft import OnlineDraft
+from ..embedded import load_draft
+from ..errors import ConfigError
+from ..metrics import Counts
+from ..runtime.progress import Bar, NoBar
+from ..training.corpus import check_text, parse_line, read_lines
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
 WARM_UPS = 2  # unmeasured prompts through every arm

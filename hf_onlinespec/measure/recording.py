@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapt.feedback import Feedback, Teacher
-from .errors import ConfigError
-from .runtime.progress import each
-from .share.files import check_regular
+from ..adapt.feedback import Feedback, Teacher
+from ..errors import ConfigError
+from ..runtime.progress import each
+from ..share.files import check_regular
 
 FORMAT = "1"
 TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapt.feedback import Feedback, acceptance
-from .adapt.losses import LOSSES
-from .config import OnlineSpecConfig
-from .draft import OnlineDraft
-from .errors import ConfigError
-from .metrics import Counts
+from ..adapt.feedback import Feedback, acceptance
+from ..adapt.losses import LOSSES
+from ..config import OnlineSpecConfig
+from ..draft import OnlineDraft
+from ..errors import ConfigError
+from ..metrics import Counts
+from ..runtime.progress import each
 from .recording import Recorded, Recording
-from .runtime.progress import each
 
 COMPARATOR_LR = 1e-3  # of Adam, whatever the learner's is
 EPOCHS = 30  # of a comparator's training, at most

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from ..config import OnlineSpecConfig
+from ..draft import OnlineDraft
+from ..embedded import HOME_DOMAIN, load_draft, load_pair, prompts
+from ..errors import ConfigError
+from ..runtime.progress import Bar
 from .bench import (
     ASSISTANT_TOKENS,
     OUTPUTS,
@@ -30,11 +35,6 @@ from .bench import (
     stock_draft,
     totals,
 )
-from .config import OnlineSpecConfig
-from .draft import OnlineDraft
-from .embedded import HOME_DOMAIN, load_draft, load_pair, prompts
-from .errors import ConfigError
-from .runtime.progress import Bar
 
 ARMS = {
     "plain": "plain",
