@@ -26,8 +26,10 @@ COLUMNS = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggin
 TOOLS = ("pytest", "pytest-xdist", "rich", "matplotlib", "optax>=0.2.8,<0.3", "accelerate", "safetensors")
 # What leans on the names and caches of transformers and peft, the Hub's client and the numbers of torch; without what takes longest.
 FAST = """
-    adapters attachment candidates compat draft exactness export feedback generation hub layers learning lookahead lora_options
-    memory plain_draft positions probe sampling streaming verifier
+    adapt/test_feedback adapt/test_gated_lora adapt/test_learner commit/test_combined commit/test_lookahead
+    commit/test_sampling commit/test_suffix_memory measure/test_exactness models/test_layers models/test_plain
+    share/test_export share/test_hub share/test_lora_options test_attachment test_compat test_draft test_generation
+    verify/test_positions verify/test_probe verify/test_streaming verify/test_target
 """.split()
 
 
@@ -54,7 +56,7 @@ def installed(folder: Path) -> list[str]:
 
 def run(folder: Path) -> str:
     """What pytest says of the fast tests, in its last line."""
-    files = [f"tests/test_{name}.py" for name in FAST]
+    files = [f"tests/{name}.py" for name in FAST]
     command = [python(folder), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment = {name: value for name, value in os.environ.items() if name != "HF_ONLINESPEC_DATA"} | settings

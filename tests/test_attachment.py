@@ -43,9 +43,9 @@ from hf_onlinespec import (
 )
 from hf_onlinespec._compat import GenerationMode
 from hf_onlinespec.embedded import EmbeddedPair, load_draft
+from tests.test_generation import tiny_bart, tiny_mamba
 
 from .conftest import tiny_llama
-from .test_generation import tiny_bart, tiny_mamba
 from .tiny_models import CACHE
 
 FIXED = OnlineSpecConfig(lookahead=3)

@@ -40,10 +40,10 @@ from hf_onlinespec import (
     online_memory,
 )
 from hf_onlinespec.embedded import load_draft
+from tests.verify.test_loop import Heard, letters  # noqa: F401
 
 from .conftest import answered, tiny_gpt2, tiny_llama
 from .drafts import flat_params
-from .test_decoding import Heard, letters  # noqa: F401
 
 SMALL = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3)
 GREEDY = {"do_sample": False, "max_new_tokens": 20}

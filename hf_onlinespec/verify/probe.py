@@ -20,7 +20,7 @@ from ..errors import UnsupportedError
 from ..runtime.failures import kind_and_place
 from .target import COLUMNS, TEXT, Verifier
 
-# Families whose classes are compared with plain decoding in tests/test_architectures.py and test_verifier.py.
+# Families whose classes are compared with plain decoding in tests/test_architectures.py and verify/test_target.py.
 KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox
 gptj gpt_bigcode gpt_oss opt bloom falcon mpt starcoder2 stablelm olmo olmo2 olmo3 olmoe cohere cohere2 granite granitemoe glm
 glm4 smollm3 deepseek_v2 deepseek_v3 llama4 lfm2 codegen biogpt xglm persimmon nemotron exaone4 ernie4_5 seed_oss

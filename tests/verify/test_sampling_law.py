@@ -1,0 +1,209 @@
+"""Sampling is exact: the law over all three-token outputs is the target's, while the adapter moves between rounds.
+
+All sequences are enumerated, their exact probabilities computed from the target alone, and compared with thousands of
+generated ones by a χ² test with fixed seeds.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
+from hf_onlinespec.govern.acceptance import Continuation, Seen
+from hf_onlinespec.govern.budget import Effort
+from hf_onlinespec.govern.governor import Governor, Plan
+from hf_onlinespec.govern.routing import Preference
+from tests.conftest import tiny_llama
+
+VOCAB, NEW = 6, 3
+PROMPT = torch.tensor([[1, 4]])
+DRAWS = 1500
+
+LAWS = {
+    "plain": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    "temperature": {"temperature": 0.6, "top_k": 0, "top_p": 1.0},
+    "top_k": {"temperature": 1.3, "top_k": 3, "top_p": 1.0},
+    "top_p": {"temperature": 1.0, "top_k": 0, "top_p": 0.8},
+    "all": {"temperature": 0.8, "top_k": 4, "top_p": 0.9},
+}
+
+
+def models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Target and draft, flat enough for every cell to be visited."""
+    flat = {"vocab": VOCAB, "initializer_range": 0.2}
+    return tiny_llama(1, layers=2, **flat), tiny_llama(2, **flat)
+
+
+@torch.no_grad()
+def exact_law(target: PreTrainedModel, settings: dict[str, float]) -> torch.Tensor:
+    """Probabilities of all VOCAB**NEW continuations, in lexicographic order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings["temperature"]))])
+    if settings["top_k"]:
+        warpers.append(TopKLogitsWarper(int(settings["top_k"])))
+    if settings["top_p"] < 1:
+        warpers.append(TopPLogitsWarper(settings["top_p"]))
+    sequences = torch.tensor(list(itertools.product(range(VOCAB), repeat=NEW)))
+    tokens = torch.cat([PROMPT.expand(len(sequences), -1), sequences], dim=-1)
+    logits = target(tokens).logits
+    law = torch.ones(len(sequences), dtype=torch.float64)
+    for i in range(NEW):
+        position = PROMPT.shape[1] + i
+        p = warpers(tokens[:, :position], logits[:, position - 1]).double().softmax(-1)
+        law *= p.gather(-1, sequences[:, i : i + 1]).squeeze(-1)
+    return law
+
+
+def chi_square(counts: torch.Tensor, law: torch.Tensor) -> tuple[float, int]:
+    """Statistic and degrees of freedom; cells with an expectation below 5 are pooled."""
+    expected = law * counts.sum()
+    large = expected >= 5
+    observed, wanted = counts[large].double(), expected[large]
+    if (~large).any() and expected[~large].sum() > 0:
+        observed = torch.cat([observed, counts[~large].sum().double().view(1)])
+        wanted = torch.cat([wanted, expected[~large].sum().view(1)])
+    return ((observed - wanted) ** 2 / wanted).sum().item(), len(wanted) - 1
+
+
+def quantile(freedom: int) -> float:
+    """The 99.9 % quantile of χ² (Wilson and Hilferty's approximation)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize(
+    ("name", "lookahead"), [("plain", 1), ("plain", 4), ("temperature", 4), ("top_k", 2), ("top_p", 4), ("all", 4)]
+)
+def test_law_of_generated_sequences(name: str, lookahead: int) -> None:
+    settings = LAWS[name]
+    target, model = models()
+    law = exact_law(target, settings)
+    assert law.sum().item() == pytest.approx(1.0, abs=1e-5)
+    draft = OnlineDraft(
+        model,
+        OnlineSpecConfig(
+            lookahead=lookahead,
+            update_when="round",
+            update_every=1,
+            memory_tokens=0,
+            rank=2,
+            alpha=2.0,
+            lr=3e-3,
+            replay_passes=0,
+        ),
+    )
+    start = draft(PROMPT).logits.detach()
+    torch.manual_seed(11)
+    counts = torch.zeros(VOCAB**NEW, dtype=torch.long)
+    place = torch.tensor([VOCAB**i for i in reversed(range(NEW))])
+    for _ in range(DRAWS):
+        out = target.generate(PROMPT, assistant_model=draft, do_sample=True, max_new_tokens=NEW, **settings)
+        counts[(out[0, PROMPT.shape[1] :] * place).sum()] += 1
+    assert counts[law == 0].sum() == 0  # nothing outside the support
+    statistic, freedom = chi_square(counts, law)
+    limit = quantile(freedom)
+    assert statistic < limit, f"chi square {statistic:.1f} at {freedom} degrees of freedom, limit {limit:.1f}"
+    assert draft.metrics.updates >= DRAWS  # the adapter moved all the while
+    assert (draft(PROMPT).logits.detach() - start).abs().max() > 0.05
+
+
+class Whims(Governor):
+    """Stops early and changes its source at random, and by how likely what was drafted is to be kept."""
+
+    whim = random.Random(3)
+
+    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0, unread: int = 0) -> Plan:
+        return Plan(self.whim.randrange(4) if drafts else 0, 1.0, 0.0)
+
+    def neural_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
+        return position < plan.lookahead and survival > self.whim.uniform(0.0, 0.6)
+
+    def memory_pays(
+        self,
+        plan: Plan,
+        position: int,
+        survival: float,
+        found: Continuation | None,
+        neural: bool,
+        begun: bool = False,
+    ) -> bool:
+        return found is not None and position < 4 and self.whim.random() < 0.6
+
+    def asks_prompt(self, tokens: int = 0, room: int = 0) -> bool:
+        return self.whim.random() < 0.5
+
+
+class Tastes(Preference):
+    """Changes its mind about the draft at random."""
+
+    def frozen_serves(self, preference: float | None = None) -> bool:
+        return Whims.whim.random() < 0.3
+
+
+class Generous(Effort):
+    """Learns from every request."""
+
+    def affordable_steps(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["memory alone", "memory and draft"])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, monkeypatch) -> None:
+    """Whatever decides from the prefix and from q before the draw: here a memory that grows, and a governor of whims."""
+    settings = LAWS[name]
+    target, model = models()
+    law = exact_law(target, settings)
+    monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
+    monkeypatch.setattr("hf_onlinespec.govern.governor.Effort", Generous)
+    monkeypatch.setattr("hf_onlinespec.govern.governor.Preference", Tastes)
+    monkeypatch.setattr(Whims, "whim", random.Random(3))
+    config = OnlineSpecConfig(memory_tokens=200, rank=2, alpha=2.0, lr=3e-3, replay_passes=0)
+    draft = None if alone else OnlineDraft(model, config)
+    torch.manual_seed(12)
+    counts = torch.zeros(VOCAB**NEW, dtype=torch.long)
+    place = torch.tensor([VOCAB**i for i in reversed(range(NEW))])
+    for _ in range(DRAWS):
+        out = target.generate(
+            PROMPT, assistant_model=draft, onlinespec=config, do_sample=True, max_new_tokens=NEW, **settings
+        )
+        counts[(out[0, PROMPT.shape[1] :] * place).sum()] += 1
+    statistic, freedom = chi_square(counts, law)
+    limit = quantile(freedom)
+    assert counts[law == 0].sum() == 0
+    assert statistic < limit, f"chi square {statistic:.1f} at {freedom} degrees of freedom, limit {limit:.1f}"
+    rounds = (online_memory(target) if draft is None else draft).metrics.decisions.rounds
+    kinds = ("plain", "memory") if alone else ("plain", "neural", "memory", "memory+neural")
+    assert all(rounds[kind] > DRAWS / 20 for kind in kinds), rounds
+    assert alone or draft.metrics.updates > DRAWS / 2
+
+
+def test_the_test_can_fail() -> None:
+    """The same χ² rejects a law that leans a quarter of the way to the draft's."""
+    target, model = models()
+    law, wrong = (exact_law(m, LAWS["plain"]) for m in (target, model))
+    mixed = 0.75 * law + 0.25 * wrong
+    counts = torch.bincount(
+        torch.multinomial(mixed, DRAWS, replacement=True, generator=torch.Generator().manual_seed(0)),
+        minlength=len(law),
+    )
+    statistic, freedom = chi_square(counts, law)
+    assert statistic > quantile(freedom)
+
+
+def test_identical_draft_is_always_accepted_whatever_the_warpers() -> None:
+    """The warpers are applied once to the draft, as to the target."""
+    target = tiny_llama(1, vocab=VOCAB, layers=2)
+    draft = OnlineDraft(tiny_llama(1, vocab=VOCAB, layers=2), OnlineSpecConfig(lookahead=5, memory_tokens=0))
+    for settings in LAWS.values():
+        target.generate(PROMPT, assistant_model=draft, onlinespec=False, do_sample=True, max_new_tokens=24, **settings)
+        last = draft.metrics.last
+        assert last.accepted_tokens == last.drafted_tokens
+        assert last.acceptance_rate == pytest.approx(1.0, abs=1e-5)
