@@ -1,4 +1,4 @@
-"""The doorway: `generate(onlinespec=...)` is recognised and handed to our loop. `enable()` opens it, `disable()` shuts it."""
+"""The entry point: `generate(onlinespec=...)` is recognised and handed to our loop. `enable()` opens it, `disable()` shuts it."""
 
 from __future__ import annotations
 

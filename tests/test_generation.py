@@ -1,4 +1,4 @@
-"""The doorway: what it lets in, what it refuses and how, and that it shuts without a trace."""
+"""The entry point: what it lets in, what it refuses and how, and that it shuts without a trace."""
 
 from __future__ import annotations
 

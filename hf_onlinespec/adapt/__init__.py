@@ -1,1 +1,1 @@
-"""3 the draft adapts: from feedback to a gradient step."""
+"""The draft adapts: from feedback to a gradient step."""

@@ -1,1 +1,1 @@
-"""1 the draft commits: who proposes tokens, and what a draft is from call to call."""
+"""The draft commits: who proposes tokens, and what a draft is from call to call."""

@@ -1,1 +1,1 @@
-"""4 the draft is shared: on disk, on the Hub, as a plain model; what it gives away."""
+"""The draft is shared: on disk, on the Hub, as a plain model; what it gives away."""

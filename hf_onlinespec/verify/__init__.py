@@ -1,1 +1,1 @@
-"""2 the target verifies: the loop, the target with its cache, acceptance, what is refused."""
+"""The target verifies: the loop, the target with its cache, acceptance, what is refused."""
