@@ -36,10 +36,10 @@ MOST_DEPTH, MOST_VALUES = 6, 2048  # of what alterations refer to; a look at so 
 class Alterations:
     """What was altered. It holds nothing of a model: weak references, code and numbers alone."""
 
-    kinds: tuple[
-        Any, ...
-    ]  # the code of each, or its type: a hook that is registered anew for each request stays the same
-    values: tuple[Any, ...]  # what each of them refers to, such as a vector that is added, or a switch
+    # The code of each, or its type: a hook that is registered anew for each request stays the same.
+    kinds: tuple[Any, ...]
+    # What each of them refers to, such as a vector that is added, or a switch.
+    values: tuple[Any, ...]
 
 
 def alterations(model: PreTrainedModel, modules: Sequence[nn.Module], elsewhere: Sequence[nn.Module]) -> Alterations:
@@ -178,8 +178,12 @@ class _Values:
         self._left -= 1
         if isinstance(value, str | bytes):
             return hash(value)  # it may be a prompt, which is not to be kept
-        if value is None or isinstance(value, bool | int | float | complex):
-            return value
+        if value is None:
+            return None
+        if isinstance(value, int):  # as a plain number: a class of its own may have no hash
+            return int(value)
+        if isinstance(value, float | complex):
+            return complex(value)
         if isinstance(value, Tensor):
             return _Same(value), None if value.is_inference() else value._version
         if depth <= 0 or self._left <= 0:

@@ -131,7 +131,7 @@ class Call:
         self.attachment.proven = parts
 
     def refuse(self, reason: UnsupportedError) -> None:
-        """Notes why this call, and no later one as long as the target stays as it is, can be served."""
+        """Notes why neither this call nor a later one can be served, as long as the target stays as it is."""
         self.attachment.never, self.reason = Unserved(reason, parts_of(self.target)), reason
 
     def finish(self) -> None:

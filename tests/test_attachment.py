@@ -634,6 +634,39 @@ def test_a_target_that_is_altered_after_it_was_served_streams_plainly_until_it_i
     assert memory.metrics.requests == 2
 
 
+class Guarded(dict[str, float]):
+    """Settings of somebody else that cannot be listed."""
+
+    def items(self) -> Any:
+        raise RuntimeError("not to be listed")
+
+
+class Sign(int):
+    """A number that is equal to others and has no hash."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int) and int(self) == int(other)
+
+
+@pytest.mark.parametrize(
+    "held, told", [(Guarded(scale=2.0), "could not be told"), (Sign(2), "")], ids=("no list", "no hash")
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_a_hook_refers_to_costs_no_answer(target, prompt, held: Any, told: str, streams: bool) -> None:
+    def scale(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output * (1.0 + len(str(held)) / 100)
+
+    target.model.norm.register_forward_hook(scale)
+    plain = target.generate(prompt, **GREEDY)
+    memory = attach(target, config=FIXED)
+    for _ in range(2):
+        heard = {"streamer": Heard()} if streams else {}
+        assert torch.equal(plain, target.generate(prompt, **GREEDY, **heard))
+    assert told in memory.metrics.decisions.drafting and memory.metrics.requests == 2
+
+
 def test_a_target_that_hands_back_no_cache_is_decoded_plainly(target, prompt) -> None:
     def forget(module: Any, args: Any, output: Any) -> Any:
         output[CACHE] = None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 # Of the embedded draft on the two domains that it has never seen 2 to 8 % of the tokens are accepted, 8 to 44 % after its first
 # three gradient steps; of a draft with another tokenizer or random weights about one in the size of the vocabulary, at any time.
-MISFIT, FITS = (
-    0.03,
-    0.08,
-)  # measured as said: below the first it does not fit, from the second on it does, between them it is open
+# Below the first it does not fit, from the second on it does, between them it is open; measured as said.
+MISFIT, FITS = 0.03, 0.08
 FITS_AT_ONCE, AT_ONCE_TOKENS = 0.2, 16  # chosen: a single request that shows so much settles it
 LEAST_TOKENS, LEAST_REQUESTS, LEAST_STEPS = 96, 4, 3  # chosen: of evidence; gradient steps before any of it counts
 LOOK_EVERY, MOST_LOOKS = 6, 8  # chosen: requests without evidence until one is looked at, and how often

@@ -53,14 +53,14 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
     if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
         return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
-    if activates_lora(target):
-        return f"the target {type(target).__name__} has an activated LoRA, which adapts the last tokens of each forward"
-    own = own_way(model_kwargs[CACHE], target.config.get_text_config(decoder=True))
-    if own:
-        return f"{CACHE}: {own}"
     try:
+        if activates_lora(target):
+            return f"the target {type(target).__name__} has an activated LoRA, which adapts the last tokens of each forward"
+        own = own_way(model_kwargs[CACHE], target.config.get_text_config(decoder=True))
+        if own:
+            return f"{CACHE}: {own}"
         modules, unknown, altered = _looked_at(target)
-    except Exception as error:  # what hooks refer to may be anything
+    except Exception as error:  # what hooks and caches of others refer to may be anything
         return f"whether the target {type(target).__name__} was altered could not be told: {kind_and_place(error)}"
     if not unknown and not altered.kinds:
         return ""
@@ -82,13 +82,23 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
 
 
 def parts_of(target: PreTrainedModel) -> Parts:
-    """What a target is made of: the classes of its modules, and what was done to them since. It holds no module."""
-    modules, _, altered = _looked_at(target)
+    """What a target is made of: the classes of its modules, and what was done to them since. It holds no module.
+
+    Where its hooks cannot be looked into, all of them count as the same: `why_plain` decodes such a target without drafting.
+    """
+    try:
+        modules, _, altered = _looked_at(target)
+    except Exception:  # what hooks refer to may be anything
+        return _classes(list(target.modules())), ("hooks that cannot be looked into",)
     return _parts(modules, altered)
 
 
 def _parts(modules: list[nn.Module], altered: Alterations) -> Parts:
-    return tuple(weakref.ref(type(module)) for module in modules), altered.kinds
+    return _classes(modules), altered.kinds
+
+
+def _classes(modules: list[nn.Module]) -> tuple[weakref.ref[type[nn.Module]], ...]:
+    return tuple(weakref.ref(type(module)) for module in modules)
 
 
 def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
@@ -97,10 +107,10 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
     Raises:
         UnsupportedError: its first forwards show that it cannot be served.
     """
-    _, unknown, altered = _looked_at(target)
-    if not unknown and not altered.kinds:
-        return
     try:
+        _, unknown, altered = _looked_at(target)
+        if not unknown and not altered.kinds:
+            return
         with torch.inference_mode(False), torch.no_grad():
             prompt, kept = _own_inputs(input_ids, model_kwargs)
             verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
