@@ -57,6 +57,11 @@ class Running:
     def page(self) -> dict[str, Any]:
         return self.get("/onlinespec.json").json()
 
+    def idle_page(self) -> dict[str, Any]:
+        """The page once no request waits or runs: a stream has said its last word before its request is counted."""
+        wait_for(lambda: not any(self.page()[name] for name in ("waiting", "running")))
+        return self.page()
+
     def stop(self) -> None:
         self.server.should_exit = True
 

@@ -72,7 +72,7 @@ def test_every_endpoint_answers_what_the_target_says_by_itself(server: Running, 
     assert server.complete(SQL[0], 12) == expected
     pieces = client.completions.create(model=NAME, prompt=SQL[0], max_tokens=12, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == expected
-    assert server.page()["requests"][-1]["rounds"] > 0
+    assert server.idle_page()["requests"][-1]["rounds"] > 0
     assert [model.id for model in client.models.list()] == [NAME]
     assert server.get("/health").json() == {"status": "ok"}
 
@@ -90,12 +90,12 @@ def test_eight_clients_at_once_get_what_each_gets_alone(server: Running, pair: E
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == expected
-    page = server.page()
+    page = server.idle_page()
     assert (page["waiting"], page["running"], page["totals"]["failed"]) == (0, 0, 0)
 
 
 def test_a_client_that_hangs_up_in_a_stream_ends_its_request_and_no_other(server: Running, pair: EmbeddedPair) -> None:
-    before = server.page()["totals"]["requests"]
+    before = server.idle_page()["totals"]["requests"]
     body = {"model": NAME, "prompt": SHELL[6], "max_tokens": 300, "stream": True}
     with gate(opens_after=2) as opened:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
@@ -103,7 +103,7 @@ def test_a_client_that_hangs_up_in_a_stream_ends_its_request_and_no_other(server
         wait_for(lambda: not server.server.server_state.tasks)
         opened.set()
         assert server.complete(SHELL[7], 8) == plain(pair, SHELL[7], 8)
-    gone, served = server.page()["requests"][before:]
+    gone, served = server.idle_page()["requests"][before:]
     assert (gone["status"], served["status"]) == ("stopped", "done")
     assert gone["new_tokens"] < 300
 
@@ -111,7 +111,7 @@ def test_a_client_that_hangs_up_in_a_stream_ends_its_request_and_no_other(server
 def test_a_client_that_hangs_up_without_a_stream_ends_its_request_and_no_other(
     server: Running, pair: EmbeddedPair
 ) -> None:
-    before = server.page()["totals"]["requests"]
+    before = server.idle_page()["totals"]["requests"]
     body = json.dumps({"model": NAME, "prompt": SHELL[8], "max_tokens": 300}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with gate() as opened:
@@ -122,7 +122,7 @@ def test_a_client_that_hangs_up_without_a_stream_ends_its_request_and_no_other(
         wait_for(lambda: not server.server.server_state.tasks)
         opened.set()
         assert server.complete(SHELL[9], 8) == plain(pair, SHELL[9], 8)
-    gone, served = server.page()["requests"][before:]
+    gone, served = server.idle_page()["requests"][before:]
     assert (gone["status"], served["status"]) == ("stopped", "done")
     assert gone["new_tokens"] < 300
 
@@ -238,12 +238,12 @@ def test_an_answer_is_cut_where_the_model_ends_and_a_prompt_that_is_none_is_refu
 
 
 def test_a_request_that_our_loop_does_not_take_runs_plain(server: Running) -> None:
-    before = server.page()["totals"]
+    before = server.idle_page()["totals"]
     body = {"generation_config": json.dumps({"num_beams": 2, "max_new_tokens": 4})}
     with pytest.warns(UserWarning, match="num_beams=2"):
         answer = server.client().chat.completions.create(**TEXT, extra_body=body)
     assert answer.usage.completion_tokens == 4
-    after = server.page()["totals"]
+    after = server.idle_page()["totals"]
     assert (after["outside"], after["new_tokens"]) == (before["outside"] + 1, before["new_tokens"] + 4)
 
 
@@ -251,7 +251,7 @@ def test_a_request_can_switch_drafting_off(server: Running, pair: EmbeddedPair) 
     body = {"generation_config": json.dumps({"onlinespec": False})}
     answer = server.client().chat.completions.create(**TEXT, max_tokens=8, extra_body=body)
     assert answer.choices[0].message.content == plain(pair, ASKED, 8)
-    assert server.page()["requests"][-1]["rounds"] == 0
+    assert server.idle_page()["requests"][-1]["rounds"] == 0
 
 
 def test_an_answer_that_cannot_be_parsed_is_a_fault_of_the_server(
@@ -301,6 +301,7 @@ def test_texts_of_requests_stay_out_of_logs_page_and_metrics(
     told = [record for record in caplog.records if record.name.startswith(("hf_onlinespec", "uvicorn", "transformers"))]
     assert any("chat done" in record.getMessage() for record in told)  # it does listen
     logged = "\n".join(f"{record.getMessage()} {record.exc_text} {record.exc_info}" for record in told)
+    server.idle_page()
     shown = [server.get(path).text for path in ("/metrics", "/onlinespec", "/onlinespec.json")]
     assert not [text for text in (logged, *capfd.readouterr(), *shown) if SECRET in text]
 
@@ -326,7 +327,7 @@ def test_what_fails_beside_a_request_that_fails_quotes_neither(
 
 def test_metrics_count_what_the_page_shows(server: Running) -> None:
     server.complete(SQL[6], 5)
-    totals = server.page()["totals"]
+    totals = server.idle_page()["totals"]
     found = {
         (sample.name, *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(server.get("/metrics").text)
@@ -343,7 +344,7 @@ def test_metrics_count_what_the_page_shows(server: Running) -> None:
         if name == "onlinespec_requests_total" and "refused" not in labels
     )
     assert done == totals["requests"]
-    last = server.page()["requests"][-1]
+    last = server.idle_page()["requests"][-1]
     assert (last["endpoint"], last["new_tokens"]) == ("completions", 5)
     assert server.get(f"/onlinespec.json?after={last['number']}").json()["requests"] == []
 
@@ -359,7 +360,7 @@ def test_isolated_clients_draft_from_what_they_wrote_themselves(isolate: bool) -
     with running(OnlineSpecConfig(lookahead=6), with_draft=False, isolate=isolate) as server:
         for key in ("one", "one", "two"):
             server.complete(SHELL[0], 24, key)
-        first, again, other = (request["rounds"] for request in server.page()["requests"])
+        first, again, other = (request["rounds"] for request in server.idle_page()["requests"])
         assert again < first
         assert other == (first if isolate else again)
         assert server.page()["clients"] == (2 if isolate else 0)
