@@ -37,7 +37,7 @@ from .share.loading import Loaded, load
 from .share.memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
 from .share.privacy import check_privacy
 from .state import Saved, copied
-from .verify.loop import GenerateFn
+from .verify.custom_generate import GenerateFn
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from .errors import ConfigError, OnlineSpecError, UnsupportedError
 from .models.plain import no_model
 from .share.loading import is_evolved, load_beside
 from .verify.checks import check_call, check_inputs, check_mode, check_synced_gpus
-from .verify.loop import GenerateFn, decode
+from .verify.custom_generate import GenerateFn
+from .verify.loop import decode
 
 _originals: list[Any] = []  # what the wrapped methods were, in the order of WRAPPED; empty: not enabled
 

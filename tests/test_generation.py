@@ -424,7 +424,7 @@ def test_the_other_entry_refuses_one_model_in_several_processes_too(target, draf
     assert torch.equal(plain, target.generate(prompt, custom_generate=fn, **GREEDY))
     with pytest.raises(UnsupportedError, match="synced_gpus=True"):
         fn(target, prompt, LogitsProcessorList(), StoppingCriteriaList(), target.generation_config, synced_gpus=True)
-    monkeypatch.setattr("hf_onlinespec.verify.loop.needs_synced_gpus", lambda model: model is target)
+    monkeypatch.setattr("hf_onlinespec.verify.custom_generate.needs_synced_gpus", lambda model: model is target)
     with pytest.raises(UnsupportedError, match="synced_gpus=True"):
         target.generate(prompt, custom_generate=fn, **GREEDY)
 

@@ -9,35 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat import CACHE, needs_synced_gpus
+from .._compat import CACHE
 from ..commit.base import Draft, note_latest
-from ..commit.combined import OnlineCandidateGenerator, Proposal
-from ..commit.sampling import draw, speculative_sample
-from ..errors import UnsupportedError
-from ..models.vocabulary import Vocabulary, widened
-from .checks import check_call, check_inputs, check_synced_gpus
+from ..commit.combined import OnlineCandidateGenerator
+from ..models.vocabulary import Vocabulary
+from .accept import accept
+from .checks import check_call, check_inputs
 from .probe import why_plain
 from .streaming import OriginStreamer
 from .target import Verifier
-
-if TYPE_CHECKING:
-    from ..config import OnlineSpecConfig
 
 logger = logging.getLogger(__name__)
 
@@ -164,111 +152,3 @@ def _loop(
         logits=raw_logits if keep_logits else None,
         **{CACHE: verifier.cache},
     )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One verified round."""
-
-    tokens: Tensor  # (batch, L + new) the sequence with its new tokens
-    accepted: int  # drafted tokens kept
-    verified: int  # drafted positions looked at: the accepted ones and the first rejection
-    overlaps: list[float]  # at each of them Σ min(p, q)
-    scores: tuple[Tensor, ...] | None  # processed scores (batch, vocab) of every generated token, if asked for
-    done: bool
-
-
-def accept(
-    proposal: Proposal,
-    logits: Tensor,
-    tokens: Tensor,
-    processors: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    sample: bool,
-    scores: tuple[Tensor, ...] | None,
-) -> Outcome:
-    """Keeps drafted tokens up to the first rejection or stop, then one token of the target's own.
-
-    Position by position, so that a stateful processor or criterion sees every kept prefix once and in order, and
-    nothing behind a rejection.
-
-    Args:
-        proposal: k drafted tokens.
-        logits: (batch, k + 1, vocab) raw target logits.
-        tokens: (batch, L) the sequence before this round.
-    """
-    k = proposal.tokens.shape[1]
-    accepted = 0
-    overlaps: list[float] = []
-    for i in range(k + 1):
-        processed = processors(tokens, logits[:, i])  # (batch, vocab)
-        drafted = proposal.tokens[:, i] if i < k else None
-        if not sample:
-            token = processed.argmax(-1)
-            kept = drafted is not None and bool((token == drafted).all())
-            if drafted is not None:
-                overlaps.append(float(kept))
-        elif drafted is None:
-            token, kept = draw(processed.softmax(-1)).squeeze(1), False
-        else:
-            assert proposal.q is not None
-            p, q = processed.softmax(-1), proposal.q[:, i]
-            # A law is 0 at ids that the other one has alone.
-            p, q = widened(p, q.shape[-1], 0.0), widened(q, p.shape[-1], 0.0)
-            token, kept = speculative_sample(p, q, drafted)
-            overlaps.append(torch.minimum(p, q).sum().item())
-        tokens = torch.cat([tokens, token[:, None]], dim=-1)
-        if scores is not None:
-            scores = (*scores, processed)
-        accepted += kept
-        # generate() passes the scores to the criteria only where the caller asked for them.
-        done = bool(stopping_criteria(tokens, scores).all())
-        if done or not kept:
-            break
-    return Outcome(tokens, accepted, len(overlaps), overlaps, scores, done)
-
-
-class GenerateFn:
-    """`generate(custom_generate=...)`: our loop, entered through transformers' public door."""
-
-    def __init__(self, draft: Draft, streamer: BaseStreamer | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._draft, self._streamer, self._tokenizer = draft, streamer, tokenizer
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        # Named here, generate() hands it to us; it would want a tokenizer of its own, and that it never hands over.
-        stop_strings: str | list[str] | None = None,
-        onlinespec: OnlineSpecConfig | bool | None = None,
-        **model_kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
-        self._draft.begin_anew_if_changed()
-        self._draft.check_setting(onlinespec)
-        # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
-        check_synced_gpus(bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model))
-        check_call(model, self._draft.model, generation_config)
-        check_inputs(model, input_ids, generation_config, model_kwargs)
-        if stop_strings is not None:
-            if self._tokenizer is None:
-                raise UnsupportedError(
-                    f"stop_strings={stop_strings!r} needs a tokenizer: use generate_fn(tokenizer=...)."
-                )
-            stop = StopStringCriteria(self._tokenizer, stop_strings)
-            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
-        if self._streamer is not None:
-            self._streamer.put(input_ids.cpu())  # as generate does with a streamer of its own
-        return decode(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            draft=self._draft,
-            learn=onlinespec is not False,
-            streamer=self._streamer,
-            **model_kwargs,
-        )

@@ -30,7 +30,7 @@ from hf_onlinespec import (
     online_memory,
 )
 from hf_onlinespec.commit.proposal import Proposal
-from hf_onlinespec.verify.loop import accept
+from hf_onlinespec.verify.accept import accept
 from tests.conftest import answered, tiny_llama
 from tests.verify.test_sampling_law import chi_square, quantile
 

@@ -1,0 +1,70 @@
+"""`generate(custom_generate=...)`: our loop, entered through transformers' public argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from .._compat import needs_synced_gpus
+from ..commit.base import Draft
+from ..config import OnlineSpecConfig
+from ..errors import UnsupportedError
+from .checks import check_call, check_inputs, check_synced_gpus
+from .loop import decode
+
+
+class GenerateFn:
+    """What `OnlineDraft.generate_fn` returns: hand it to `generate(custom_generate=...)`."""
+
+    def __init__(self, draft: Draft, streamer: BaseStreamer | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._draft, self._streamer, self._tokenizer = draft, streamer, tokenizer
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        # Named here, generate() hands it to us; it would want a tokenizer of its own, and that it never hands over.
+        stop_strings: str | list[str] | None = None,
+        onlinespec: OnlineSpecConfig | bool | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        self._draft.begin_anew_if_changed()
+        self._draft.check_setting(onlinespec)
+        # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
+        check_synced_gpus(bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model))
+        check_call(model, self._draft.model, generation_config)
+        check_inputs(model, input_ids, generation_config, model_kwargs)
+        if stop_strings is not None:
+            if self._tokenizer is None:
+                raise UnsupportedError(
+                    f"stop_strings={stop_strings!r} needs a tokenizer: use generate_fn(tokenizer=...)."
+                )
+            stop = StopStringCriteria(self._tokenizer, stop_strings)
+            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
+        if self._streamer is not None:
+            self._streamer.put(input_ids.cpu())  # as generate does with a streamer of its own
+        return decode(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            draft=self._draft,
+            learn=onlinespec is not False,
+            streamer=self._streamer,
+            **model_kwargs,
+        )
