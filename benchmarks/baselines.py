@@ -29,7 +29,8 @@ from transformers.utils import is_sklearn_available
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import load_draft
-from hf_onlinespec.measure.bench import ASSISTANT_TOKENS, PLAIN, Arm, Prompt, Runner, best, stock_draft
+from hf_onlinespec.measure.bench import ASSISTANT_TOKENS, Arm, Runner, best, stock_draft
+from hf_onlinespec.measure.records import PLAIN, Prompt
 
 CONFIDENCES = (0.2, 0.4, 0.6, 0.8)
 LOOKUP_TOKENS = (1, 2, 3, 5, 10)

@@ -31,7 +31,8 @@ from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.embedded import load_pair
-from hf_onlinespec.measure.bench import OUTPUTS, PLAIN, Arm, Record, Runner, by_arm, speed_ratio, totals
+from hf_onlinespec.measure.bench import Arm, Runner
+from hf_onlinespec.measure.records import OUTPUTS, PLAIN, Record, by_arm, speed_ratio, totals
 from hf_onlinespec.share.provenance import machine
 
 WINDOW = 8  # requests in a running mean

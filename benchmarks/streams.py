@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from hf_onlinespec.embedded import DOMAINS, FOLDER, HOME_DOMAIN, prompts
-from hf_onlinespec.measure.bench import Prompt
+from hf_onlinespec.measure.records import Prompt
 
 AWAY_DOMAIN = "orders"
 SPARE = 8  # per domain

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import OnlineSpecConfig
 from ..embedded import FOLDER
 from ..errors import ConfigError
-from ..measure.bench import Prompt, Record, check_lengths, load_prompts
 from ..measure.demo import Bench, Settings, choose_prompts, intervals, summarise
+from ..measure.own_prompts import check_lengths, load_prompts
 from ..measure.recording import Recorded, Recording, record
+from ..measure.records import Prompt, Record
 from ..measure.regret import evaluate
 from ..models.vocabulary import check_vocabularies
 from ..share import card

@@ -19,10 +19,11 @@ from .._compat import max_positions, model_name
 from .._version import __version__
 from ..draft import OnlineDraft
 from ..errors import ConfigError
-from ..measure.bench import Prompt, check_lengths, fits, load_prompts
 from ..measure.budget import LEAST_PROMPTS, LONG, Budget
 from ..measure.exactness import Examiner, float32_copy
+from ..measure.own_prompts import check_lengths, fits, load_prompts
 from ..measure.progress import progress
+from ..measure.records import Prompt
 from ..measure.report import Report
 from ..measure.shipped import encoder, shipped_prompts
 from ..measure.summary import summarise

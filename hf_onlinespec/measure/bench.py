@@ -5,63 +5,30 @@ An arm is what it adds to the arguments of `generate`. The demo, the command `tr
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat import max_positions
 from ..commit.base import Draft
 from ..commit.memory_draft import online_memory
 from ..draft import OnlineDraft
 from ..embedded import load_draft
-from ..errors import ConfigError
 from ..metrics import Counts
 from ..runtime.progress import Bar, NoBar
-from ..training.corpus import check_text, parse_line, read_lines
+from .records import PLAIN, Prompt, Record
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
 WARM_UPS = 2  # unmeasured prompts through every arm
-PLAIN = "plain"  # the arm whose outputs the others are compared with
-OUTPUTS = ("identical", "tie", "different")  # what an output can be against plain's
 TIE_GAP = 1e-4  # two logits closer than this may swap places between kernels
 
 Arm = Mapping[str, Any]
 K = TypeVar("K")
 T = TypeVar("T")
-
-
-class Prompt(NamedTuple):
-    """One request of a stream."""
-
-    text: str
-    domain: str
-    new_tokens: int  # at most
-
-
-@dataclass(frozen=True)
-class Record:
-    """One request through one arm."""
-
-    request: int  # from 0, over the whole stream
-    segment: int  # from 1: a run of requests of one domain
-    domain: str
-    arm: str
-    new_tokens: int
-    target_forwards: int
-    wall_time_s: float  # around generate, learning included
-    update_time_s: float  # learning alone
-    output: str | None  # against plain's: "identical", "tie" or "different"; None: plain itself, or sampled
-    seed: int = 0
-    loop_time_s: float = 0.0  # in our decoding loop, learning included; 0: another's loop
-    target_forward_s: float = 0.0  # inside the target's bare forwards (on an accelerator: launching them)
-    draft_forward_s: float = 0.0  # inside the bare forwards of a draft that is watched
 
 
 @dataclass(frozen=True)
@@ -302,132 +269,4 @@ def rotated(items: tuple[T, ...], by: int) -> tuple[T, ...]:
 # What the records say
 
 
-def totals(records: Sequence[Record]) -> Counts:
-    """The sums over the requests of one arm; each target forward counts as a round."""
-    return Counts(
-        requests=len(records),
-        rounds=sum(record.target_forwards for record in records),
-        new_tokens=sum(record.new_tokens for record in records),
-        wall_time_s=sum(record.wall_time_s for record in records),
-        update_time_s=sum(record.update_time_s for record in records),
-    )
-
-
-def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each arm, in order of appearance."""
-    arms: dict[str, list[Record]] = {}
-    for record in records:
-        arms.setdefault(record.arm, []).append(record)
-    return arms
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One arm's net tokens/s over another's: of the sums, and its bootstrap interval over requests."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether the interval lies on one side of 1."""
-        return not self.low <= 1 <= self.high
-
-    def more_requests(self, requests: int, most: int = 2000) -> int | None:
-        """About how many more requests than these it takes until the interval leaves out 1, if the value stays.
-
-        An interval narrows with the root of their number. None: more than `most` in all; the two are equally fast.
-        """
-        half, effect = math.log(self.high / self.low) / 2, abs(math.log(self.value))
-        if effect == 0 or half * half * requests > most * effect * effect:
-            return None
-        return max(1, math.ceil(requests * (half / effect) ** 2) - requests)
-
-
-def speed_ratio(
-    ours: Sequence[Record], other: Sequence[Record], draws: int = 2000, seed: int = 0, level: float = 0.95
-) -> Ratio:
-    """Compares two arms over the same requests in the same order.
-
-    The interval tells how much the choice of requests matters. Requests of a stream that is learned from are no
-    independent draws: how much runs differ, only several seeds tell.
-
-    Args:
-        level: of the interval.
-    """
-    pairs = list(zip(ours, other, strict=True))
-    if any((a.seed, a.request) != (b.seed, b.request) for a, b in pairs):
-        raise ValueError("speed_ratio compares two arms over the same requests in the same order.")
-    # Per request: tokens and seconds of ours, tokens and seconds of the other.
-    numbers = torch.tensor(
-        [(a.new_tokens, a.wall_time_s, b.new_tokens, b.wall_time_s) for a, b in pairs], dtype=torch.float64
-    )
-    rng = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(pairs), (draws, len(pairs)), generator=rng)
-    sums = torch.cat([numbers.sum(0)[None], numbers[drawn].sum(1)])  # (1 + draws, 4)
-    ratios = sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3])
-    low, high = torch.quantile(
-        ratios[1:], torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    ).tolist()
-    return Ratio(ratios[0].item(), low, high)
-
-
 # The user's own prompts
-
-
-def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]:
-    """Reads lines of JSON, {"prompt": "..."}, with a "domain" where you like, or of a .txt file; empty lines are left out.
-
-    Raises:
-        ConfigError: the file cannot be read, a line is malformed, or there is no prompt.
-    """
-    lines = read_lines(path, f"--prompts {path}")
-    numbered = [(at, line) for at, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix == ".txt":
-        found = [(line, "") for _, line in numbered]
-    else:
-        found = [_text(line, f"--prompts {path}, line {at}") for at, line in numbered]
-    if not found:
-        form = "" if path.suffix == ".txt" else ' {"prompt": "..."}'
-        raise ConfigError(f"--prompts {path}: the file has no prompts. Write one{form} per line.")
-    return [Prompt(text, domain or path.stem, new_tokens) for text, domain in found[:limit]]
-
-
-def _text(line: str, where: str) -> tuple[str, str]:
-    """A prompt and its domain, "" if none is given."""
-    wanted = 'expected a JSON object with a text, such as {"prompt": "..."}'
-    item = parse_line(line, where, wanted)
-    text = item.get("prompt") if isinstance(item, dict) else None
-    if not isinstance(text, str) or not text:
-        raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
-    domain = str(item.get("domain", ""))
-    check_text(text + domain, where)
-    # It stands in tables: in one line, and without what a terminal would take for a command.
-    return text, "".join(c for c in " ".join(domain.split()) if c.isprintable())
-
-
-def fits(length: int, target: PretrainedConfig, new_tokens: int) -> bool:
-    """Whether the target takes a prompt of so many tokens, and the new ones behind it."""
-    return 0 < length <= max_positions(target) - new_tokens
-
-
-def check_lengths(prompts: Sequence[Prompt], lengths: Sequence[int], target: PretrainedConfig) -> None:
-    """Raises ConfigError where a prompt is empty for the tokenizer, or leaves no room for the new tokens.
-
-    Args:
-        lengths: of the prompts, in tokens.
-    """
-    for at, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), 1):
-        if not fits(length, target, prompt.new_tokens):
-            longest = max_positions(target) - prompt.new_tokens
-            if longest < 1:
-                raise ConfigError(
-                    f"The target takes {max_positions(target)} tokens: no prompt fits beside {prompt.new_tokens} new ones. Use --new-tokens."
-                )
-            raise ConfigError(
-                f"Prompt {at} has {length} tokens: the target takes from 1 to {longest}, and {prompt.new_tokens} new ones."
-            )

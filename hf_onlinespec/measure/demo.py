@@ -19,22 +19,8 @@ from ..draft import OnlineDraft
 from ..embedded import HOME_DOMAIN, load_draft, load_pair, prompts
 from ..errors import ConfigError
 from ..runtime.progress import Bar
-from .bench import (
-    ASSISTANT_TOKENS,
-    OUTPUTS,
-    PLAIN,
-    WARM_UPS,
-    Arm,
-    Calibration,
-    Prompt,
-    Ratio,
-    Record,
-    Runner,
-    calibrate,
-    speed_ratio,
-    stock_draft,
-    totals,
-)
+from .bench import ASSISTANT_TOKENS, WARM_UPS, Arm, Calibration, Runner, calibrate, stock_draft
+from .records import OUTPUTS, PLAIN, Prompt, Ratio, Record, speed_ratio, totals
 
 ARMS = {
     "plain": "plain",

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .bench import Ratio, Record
 from .demo import ARMS, summarise
+from .records import Ratio, Record
 from .regret import RegretReport
 
 PROGRESS_EVERY = 10  # requests, where there is no live table

@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from .bench import by_arm, totals
 from .budget import Budget
+from .records import by_arm, totals
 from .trial import Outcome
 
 

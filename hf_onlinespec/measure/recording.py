@@ -142,7 +142,7 @@ def record(
     """What the target says to each prompt, with the `top_k` most probable tokens of every law and the mass of the others.
 
     Args:
-        prompts: with a text, a domain and a number of new tokens, see `bench.Prompt`.
+        prompts: with a text, a domain and a number of new tokens, see `records.Prompt`.
     """
     law: dict[str, Any] = {"do_sample": False}
     if temperature:

@@ -9,8 +9,8 @@ from html import escape
 from typing import Any
 
 from ..share.provenance import machine
-from .bench import PLAIN, Record, by_arm
 from .exactness import FAULT, IDENTICAL, ROUNDING
+from .records import PLAIN, Record, by_arm
 from .summary import KindSummary, Summary
 from .tables import exactness_lines, learned_lines
 from .trial import DRAFT, OURS, Learned, Outcome

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from .bench import Prompt
+from .records import Prompt
 
 FOLDER = Path(__file__).with_name("prompts")  # SOURCES.md in it: whose they are, under which licence
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .bench import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
 from .exactness import FAULT, IDENTICAL, ROUNDING
+from .records import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
 from .trial import OURS, Examined, Outcome
 from .verdict import LEVEL, Verdict, judge
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .bench import PLAIN
 from .exactness import FAULT, IDENTICAL, ROUNDING
+from .records import PLAIN
 from .summary import Summary
 from .trial import Learned, Outcome
 

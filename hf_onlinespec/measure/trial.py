@@ -26,9 +26,10 @@ from ..draft import OnlineDraft
 from ..errors import UnsupportedError
 from ..models.borrow import borrow
 from ..share.provenance import is_out_of_memory
-from .bench import PLAIN, Arm, Calibration, Prompt, Record, Runner, by_arm, calibrate, stock_draft, totals
+from .bench import Arm, Calibration, Runner, calibrate, stock_draft
 from .budget import LEAST_PROMPTS, Budget
 from .exactness import IDENTICAL, Difference, Examiner
+from .records import PLAIN, Prompt, Record, by_arm, totals
 from .shipped import encoder
 
 OURS, LOOKUP, DRAFT = "ours", "prompt lookup", "draft"  # names of arms; the latter two are followed by their number

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .bench import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
 from .budget import LEAST_PROMPTS
+from .records import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
 from .trial import DRAFT, OURS, static_arguments
 
 LEVEL = 0.9  # of the intervals: paired bootstrap over prompts

@@ -16,9 +16,9 @@ pytest.importorskip("matplotlib")
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.cli import common
 from hf_onlinespec.measure import demo
-from hf_onlinespec.measure.bench import Ratio, Record
 from hf_onlinespec.measure.demo import ARMS, Bench, Request, Settings, choose_prompts, intervals, summarise
 from hf_onlinespec.measure.plots import conclusion, outputs_line
+from hf_onlinespec.measure.records import Ratio, Record
 from hf_onlinespec.models.identity import EMBEDDED_TARGET
 from hf_onlinespec.share.artifact import CARD, inspect
 from hf_onlinespec_cli import main

@@ -21,8 +21,10 @@ pytest.importorskip("matplotlib")
 
 from hf_onlinespec.embedded import EmbeddedPair, prompts
 from hf_onlinespec.measure import bench
-from hf_onlinespec.measure.bench import PLAIN, Prompt, Record, Runner, load_prompts, speed_ratio
+from hf_onlinespec.measure.bench import Runner
+from hf_onlinespec.measure.own_prompts import load_prompts
 from hf_onlinespec.measure.recording import Recording
+from hf_onlinespec.measure.records import PLAIN, Prompt, Record, speed_ratio
 from hf_onlinespec_cli import main
 from tests.conftest import tiny_llama
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_onlinespec import ConfigError, OnlineSpecConfig
 from hf_onlinespec.embedded import load_draft, load_pair, prompts
-from hf_onlinespec.measure.bench import Prompt
 from hf_onlinespec.measure.recording import Recording, record
+from hf_onlinespec.measure.records import Prompt
 from hf_onlinespec.measure.regret import Curve, RegretReport, evaluate, expected_rounds, kept_chances
 from tests.conftest import tiny_llama
 from tests.test_entry_point import entry_point

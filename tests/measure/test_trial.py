@@ -28,10 +28,11 @@ from hf_onlinespec.cli.trial import TrySettings, run_try, set_aside
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
 from hf_onlinespec.errors import ConfigError, OnlineSpecError
 from hf_onlinespec.measure import bench, shipped, trial
-from hf_onlinespec.measure.bench import PLAIN, Prompt, Runner
+from hf_onlinespec.measure.bench import Runner
 from hf_onlinespec.measure.budget import LEAST_PROMPTS, LONG, SHORT, SHORTEST, WANTED_PROMPTS, Budget
 from hf_onlinespec.measure.exactness import FAULT, IDENTICAL, ROUNDING, Examiner
 from hf_onlinespec.measure.progress import progress
+from hf_onlinespec.measure.records import PLAIN, Prompt, Record
 from hf_onlinespec.measure.shipped import encoder, shipped_prompts
 from hf_onlinespec.measure.summary import summarise
 from hf_onlinespec.measure.trial import OURS, SPARE, Outcome, Trial
@@ -585,7 +586,7 @@ def forbidden(*_: Any, **__: Any) -> None:
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(pair: EmbeddedPair, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Hand()
     budget = Budget(2.0, 0.0, clock)
-    record = bench.Record(
+    record = Record(
         0, 1, "math", OURS, new_tokens=30, target_forwards=10, wall_time_s=2.0, update_time_s=0.0, output=None
     )
     for terminal in (True, False):

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_onlinespec.embedded import FOLDER
-from hf_onlinespec.measure.bench import PLAIN, Ratio, Record
+from hf_onlinespec.measure.records import PLAIN, Ratio, Record
 from hf_onlinespec.measure.trial import OURS, static_arguments
 from hf_onlinespec.measure.verdict import Models, Verdict, code_for, judge
 

@@ -444,8 +444,8 @@ def test_a_draft_without_a_law_proposes_common_ids_on_any_device() -> None:
 @pytest.mark.parametrize("kind", ["target", "draft"])
 def test_a_recording_of_a_smaller_target_trains_a_larger_draft(kind: str, tmp_path: Path) -> None:
     """The law of the recording is on the target's ids, also behind the file; ids that the draft lacks are refused by name."""
-    from hf_onlinespec.measure.bench import Prompt
     from hf_onlinespec.measure.recording import Recording, record
+    from hf_onlinespec.measure.records import Prompt
     from hf_onlinespec.measure.regret import evaluate
 
     own, other = (32, 40) if kind == "draft" else (40, 32)

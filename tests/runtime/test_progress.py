@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import EmbeddedPair
-from hf_onlinespec.measure.bench import Prompt
 from hf_onlinespec.measure.recording import Recording, record
+from hf_onlinespec.measure.records import Prompt
 from hf_onlinespec.measure.regret import evaluate
 from hf_onlinespec.runtime import progress
 from hf_onlinespec.share.export import merge_and_export
