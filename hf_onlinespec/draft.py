@@ -33,8 +33,9 @@ from .share.card import write
 from .share.export import merge_and_export
 from .share.history import run_record, run_targets
 from .share.hub import Checkpoints, Push
+from .share.learned_from import ELSEWHERE, KEY, history, loaded_history
 from .share.loading import Loaded, load
-from .share.memorization import ELSEWHERE, KEY, SAVE_S, examine, history, loaded_history
+from .share.memorization import SAVE_S, examine
 from .share.privacy import check_privacy
 from .state import Saved, copied
 from .verify.custom_generate import GenerateFn

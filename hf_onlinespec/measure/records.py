@@ -12,8 +12,6 @@ import torch
 from ..metrics import Counts
 
 PLAIN = "plain"  # the arm whose outputs the others are compared with
-
-
 OUTPUTS = ("identical", "tie", "different")  # what an output can be against plain's
 
 

@@ -13,14 +13,8 @@ from .history import is_told_apart
 from .public import NOT_TOLD
 
 LONGEST = 200  # characters of a name
-
-
 MOST_LAYERS = 12  # that are named
-
-
 NO_REQUEST = "It has served no request yet: there are no figures."
-
-
 NO_NAME = "a model without a name"
 
 

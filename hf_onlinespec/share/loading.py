@@ -48,8 +48,8 @@ from .artifact import (
     read_tensors,
 )
 from .files import TensorHeader
+from .learned_from import KEY, loaded_history
 from .lora_options import check_options
-from .memorization import KEY, loaded_history
 
 BASE = "base_model_name_or_path"  # in PEFT's options
 

@@ -19,7 +19,8 @@ from ..errors import ConfigError, PrivacyError
 from ..runtime.progress import progress
 from .audited import Audited
 from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read
-from .memorization import ONE_ADAPTER, History, examine, history, learned_settings
+from .learned_from import ONE_ADAPTER, History, history, learned_settings
+from .memorization import examine
 
 BEHIND = 40  # requests learned behind the canaries, at most: whether they are forgotten
 # Bits of mean exposure above which a push is refused: whoever guesses a secret needs an eighth of the guesses. The mean of eight

@@ -348,7 +348,8 @@ def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp
 
 def test_what_was_examined_was_the_adapter_of_then() -> None:
     """Another one, taught the same texts, takes as many steps."""
-    from hf_onlinespec.share.memorization import examine, history
+    from hf_onlinespec.share.learned_from import history
+    from hf_onlinespec.share.memorization import examine
 
     draft = OnlineDraft(tiny_llama(2), TINY)
     adapter = draft.artifact().adapter
@@ -362,7 +363,8 @@ def test_what_was_examined_was_the_adapter_of_then() -> None:
 
 def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     """It takes over between two steps, and has taken as many."""
-    from hf_onlinespec.share.memorization import examine, history
+    from hf_onlinespec.share.learned_from import history
+    from hf_onlinespec.share.memorization import examine
 
     draft = OnlineDraft(load_draft(), FIXED)
     plant(draft, SECRETS[:1], 4)

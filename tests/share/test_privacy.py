@@ -257,7 +257,7 @@ def test_it_counts_the_tokens_that_can_be_read_off() -> None:
 
 def report(gap: LossGap | None = None, bits: float | None = None, behind: bool = False, **history: Any) -> AuditReport:
     """Of a draft whose present settings give everything away; with `bits`, so much is exposed as it learned."""
-    from hf_onlinespec.share.memorization import History
+    from hf_onlinespec.share.learned_from import History
 
     rows = [(0, 0, 1.4), (1, 0, 8.0), (16, 0, 8.0), *([(1, 40, 8.0)] if behind else [])]
     probed = [Probed(repeats, after, [Exposure(bits, bits > 7)] * 2) for repeats, after, bits in rows]
