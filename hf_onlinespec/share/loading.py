@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .._compat import HUB_FAILURES
 from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
-from ..embedded import FOLDER, load_draft
+from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from ..models.borrow import borrow
-from ..models.identity import EMBEDDED, Identity, public_name
+from ..models.identity import Identity, public_name
 from ..models.layers import adaptable_layers, adapted_layers
 from ..models.plain import plain_draft
 from .artifact import (
@@ -47,6 +40,7 @@ from .artifact import (
     read_json,
     read_tensors,
 )
+from .base_models import check_base, is_embedded, load_base, load_model, named_base, why_not_loaded
 from .files import TensorHeader
 from .learned_from import KEY, loaded_history
 from .lora_options import check_options
@@ -172,10 +166,10 @@ class NamedBase:
 
     def config(self) -> PretrainedConfig | None:
         """Its configuration alone, before weights are read; None: `load` will say why there is none. Raises DraftError."""
-        if _is_embedded(self.expected, self.lies_at):
+        if is_embedded(self.expected, self.lies_at):
             name, revision = str(FOLDER / "draft"), None
         else:
-            name, revision = _named(self.expected, self.lies_at, self.revision)
+            name, revision = named_base(self.expected, self.lies_at, self.revision)
         try:
             found: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError):
@@ -349,110 +343,3 @@ def _as_adapter(settings: OnlineSpecConfig, about: Mapping[str, Any]) -> OnlineS
             "learner='ensemble': an ordinary adapter holds one expert. Use another learner to go on with it."
         )
     return replace(settings, rank=about["r"], alpha=about["lora_alpha"])
-
-
-def load_base(
-    base_model: PreTrainedModel | str | Path | None,
-    expected: Identity | None = None,
-    lies_at: str = "",
-    token: str | None = None,
-    revision: str | None = None,
-) -> PreTrainedModel:
-    """The base draft: a model as it is, or loaded by name; None: the one that the adapter was made for.
-
-    Args:
-        lies_at: where the adapter says that it is: a folder of the machine that made it, or a name.
-        revision: of `lies_at`, where nothing is expected.
-    """
-    if isinstance(base_model, str | Path):
-        return load_model(str(base_model), None, token)
-    if base_model is not None:
-        return base_model
-    if _is_embedded(expected, lies_at):
-        return load_draft()
-    name, revision = _named(expected, lies_at, revision)
-    return load_model(name, revision, token)
-
-
-def _is_embedded(expected: Identity | None, lies_at: str) -> bool:
-    return EMBEDDED in (lies_at, "" if expected is None else expected.name)
-
-
-def _named(expected: Identity | None, lies_at: str, revision: str | None) -> tuple[str, str | None]:
-    """Name or folder, and revision, of the base that an adapter names. Raises DraftError."""
-    if expected is not None:
-        revision = expected.revision
-        if not os.path.isdir(lies_at):
-            lies_at = expected.name
-    if not lies_at:
-        raise DraftError("It is not known which base the adapter belongs to: pass base_model=, a model or its name.")
-    return lies_at, revision
-
-
-def load_model(name: str, revision: str | None, token: str | None) -> PreTrainedModel:
-    """A causal language model from a folder or from the Hub, whose own code is never run. Raises DraftError."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, token=token, trust_remote_code=False
-        ).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise DraftError(
-                f"{brief(name)}: the model brings code of its own, and is loaded with trust_remote_code=False: an adapter names it, "
-                "and may not make us run code. If you trust that code, load the model yourself with trust_remote_code=True, and "
-                "give it as base_model=."
-            ) from error
-        raise DraftError(
-            f"{brief(name)}: {why_not_loaded(error, name)} Expected an evolved draft, an adapter or "
-            "a causal language model: a folder or a name on the Hub. The base of an adapter may be given as base_model=."
-        ) from error
-
-
-def check_base(expected: Identity, found: Identity, force: bool) -> None:
-    """Raises ArtifactError where an adapter was made for another base, unless `force`."""
-    if not force and not expected.is_same(found):
-        raise ArtifactError(
-            f"The adapter was made for another base.\n  made for: {expected}\n  given:    {found}\n"
-            "Give the right one as base_model=, or force=True if you know that they are alike."
-        )
-
-
-def why_not_loaded(error: BaseException, name: str, what: str = "model") -> str:
-    """Why a model could not be loaded, in one line: above all whether its name is wrong or the network is missing.
-
-    Args:
-        what: of the model, such as its tokenizer.
-    """
-    causes = list(_causes(error))
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(GatedRepoError):
-        return (
-            "access to this model is restricted. Ask for it on its page of the Hub, then give a token: hf auth login."
-        )
-    if caused_by(RepositoryNotFoundError):
-        return "the Hub has no model of this name, or it is private (then give a token: hf auth login)."
-    if caused_by(RevisionNotFoundError):
-        return "the Hub has no such revision of it."
-    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network: the Hub cannot be reached"
-        return f"{why}, and no such model is in this machine's cache or folder. Give the folder of a model."
-    if caused_by(HFValidationError):
-        return "no such folder, and no name that a model on the Hub can have."
-    reason = str(error).strip().partition("\n")[0]
-    if caused_by(HfHubHTTPError):
-        return f"the Hub refused ({reason}). A private repository needs a token: hf auth login."
-    if not isinstance(error, OSError | ValueError) or isinstance(error, UnicodeError):  # its text alone may say little
-        reason = f"{type(error).__name__}: {reason}"
-    if "ignore_mismatched_sizes" in reason:  # a report that is not shown says more
-        reason = "its weights have other shapes than its config.json says"
-    where = f"the folder holds no {what} that can be loaded" if Path(name).is_dir() else "cannot be loaded"
-    return f"{where} ({reason})."
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
