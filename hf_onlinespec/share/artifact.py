@@ -37,22 +37,11 @@ from ..config import OnlineSpecConfig
 from ..errors import ArtifactError, ConfigError, OnlineSpecError, brief
 from ..models.identity import Identity
 from ..state import Saved
-from .files import (
-    FLOATS,
-    MOST_JSON_BYTES,
-    MOST_TENSOR_BYTES,
-    TensorFile,
-    TensorHeader,
-    checksum,
-    exclusive,
-    is_file,
-    is_folder,
-    parse_json,
-    read_bytes,
-    read_header,
-)
+from .files import checksum, exclusive, is_file, is_folder, read_bytes
+from .json_files import MOST_JSON_BYTES, parse_json
 from .lineage import check_lineage, check_run
 from .lora_options import check_options
+from .tensor_files import FLOATS, MOST_TENSOR_BYTES, TensorFile, TensorHeader, read_header
 
 FORMAT = 1
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

@@ -21,7 +21,7 @@ from ..errors import ArtifactError, DraftError
 from ..models.identity import TOKENIZER, tokenizer_file
 from ..models.vocabulary import rows
 from .artifact import header_of, read_json
-from .files import MOST_INTEGER
+from .json_files import MOST_INTEGER
 
 # What may lie beside the first file of a tokenizer.
 BESIDE = ("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")

@@ -41,9 +41,9 @@ from .artifact import (
     read_tensors,
 )
 from .base_models import check_base, is_embedded, load_base, load_model, named_base, why_not_loaded
-from .files import TensorHeader
 from .learned_from import KEY, loaded_history
 from .lora_options import check_options
+from .tensor_files import TensorHeader
 
 BASE = "base_model_name_or_path"  # in PEFT's options
 

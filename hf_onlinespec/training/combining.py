@@ -28,11 +28,11 @@ from ..models.plain import plain_draft
 from ..runtime.progress import each
 from ..share.artifact import PARTS, PREFIX, Artifact, check_size
 from ..share.base_models import check_base, load_base
-from ..share.files import shapes_of
 from ..share.history import run_targets
 from ..share.learned_from import KEY, merged_history
 from ..share.lineage import shortened
 from ..share.loading import check_layers, locate, names_of
+from ..share.tensor_files import shapes_of
 
 NOTHING = 1e-7  # singular values below this share of the largest are rounding
 
