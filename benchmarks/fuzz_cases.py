@@ -18,11 +18,11 @@ from hf_onlinespec import OnlineSpecConfig
 from hf_onlinespec._compat import CACHE
 from hf_onlinespec.adapt.gated_lora import GatedLora
 from hf_onlinespec.adapt.guard import Guard
-from hf_onlinespec.adapt.learner import Learning
+from hf_onlinespec.adapt.learner import Learner
 from hf_onlinespec.adapt.learners import HEDGES, LEARNERS
 from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.adapt.replay import SAMPLING, Replay
-from hf_onlinespec.commit.request_memory import Recall
+from hf_onlinespec.commit.request_memory import RequestMemory
 
 # What a caller may hand over beside numbers. Each notes how it was called: that has to be as in plain `generate`.
 
@@ -383,12 +383,12 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 # Where a failure strikes: parts of learning and of the draft, none of which may cost the caller an answer.
 FAILURES: dict[str, tuple[Any, str] | None] = {
-    "learning": (Learning, "segment"),
+    "learning": (Learner, "segment"),
     "guard": (Guard, "watch"),
     "replay": (Replay, "sample"),
     "remembering": (Replay, "add"),
     "folding": (GatedLora, "fold"),
-    "memory": (Recall, "remember"),
+    "memory": (RequestMemory, "remember"),
     "backward": None,
     "not finite": None,
     "draft": None,

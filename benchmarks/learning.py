@@ -26,7 +26,7 @@ from transformers.utils import logging
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.commit.suffix_memory import REACH, SuffixMemory
-from hf_onlinespec.govern.routing import Preference
+from hf_onlinespec.govern.routing import AdapterRouter
 from hf_onlinespec.measure.regret import expected_rounds
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.provenance import machine
@@ -116,7 +116,7 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
         return recall(name, stream, temperature, seed)
     config = OnlineSpecConfig(**(COMMON | LEARNERS[learner] | {"seed": seed}))
     draft = OnlineDraft(source.draft(), config)
-    preference = Preference()
+    preference = AdapterRouter()
     chunk: list[tuple[Recorded, Teacher]] = []
     momentum: Tensor | None = None
     rows = []
@@ -129,7 +129,7 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
         frozen = False
         if len(chances) == 2:
             said, _ = draft.preference(request.tokens[None, :-n], None)
-            frozen = preference.frozen_serves(said)
+            frozen = preference.use_base(said)
             preference.compared(said, sum(chances[False]) / n - sum(chances[True]) / n, n)
         rounds = expected_rounds(chances[frozen], LOOKAHEAD)
         started = time.perf_counter()
@@ -145,7 +145,7 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
             if len(chunk) == CHUNK:
                 for one in (*chunk, *chunk):
                     learn(*one)
-                draft._adaptation.state = draft._adaptation._learner.init(draft._lora.split(draft._lora.params))
+                draft._adaptation.rule_state = draft._adaptation._learner.init(draft._lora.split(draft._lora.params))
                 chunk = []
         elif learner == "released momentum":
             # SGD with an unmatched momentum of 0.9, its buffer dropped with every chunk.
@@ -160,17 +160,17 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
                 for one in chunk:
                     learn(*one)
                     draft.remember(Feedback(one[0].tokens, one[1]))
-                draft.rehearse(counts, 4 * config.replay_passes)
+                draft.replay_step(counts, 4 * config.replay_passes)
                 chunk = []
         elif learner == "adapt once":
             if i < CHUNK:
                 learn(request, teacher)
                 draft.remember(Feedback(request.tokens, teacher))
-                draft.rehearse(counts, config.replay_passes)
+                draft.replay_step(counts, config.replay_passes)
         elif learner != "frozen":
             learn(request, teacher)
             draft.remember(Feedback(request.tokens, teacher))
-            draft.rehearse(counts, config.replay_passes)
+            draft.replay_step(counts, config.replay_passes)
         draft.fold()
         spent = time.perf_counter() - started
         weights = tuple(round(w, 4) for w in draft.metrics.expert_weights)

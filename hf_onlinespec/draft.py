@@ -24,7 +24,7 @@ from .adapt.learned_texts import Examined
 from .commit.learning_draft import LearningDraft
 from .config import OnlineSpecConfig, as_config
 from .errors import ConfigError, NotAModelError
-from .govern.routing import Preference
+from .govern.routing import AdapterRouter
 from .models.identity import public_name
 from .models.plain import no_model
 from .runtime.forks import Lock
@@ -37,7 +37,7 @@ from .share.learned_from import ELSEWHERE, KEY, history, loaded_history
 from .share.loading import Loaded, load
 from .share.memorization import SAVE_S, examine
 from .share.privacy import check_privacy
-from .state import Saved, copied
+from .state import State, copied
 from .verify.custom_generate import GenerateFn
 
 logger = logging.getLogger(__name__)
@@ -162,14 +162,14 @@ class OnlineDraft(LearningDraft):
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
         with self._learns, self.lock:
             name = model_name(self._lora.base.config)  # it may be a folder of this machine: PEFT has to find it
-            state = self._learning.saved()
-            counters = self.metrics.saved()
+            state = self._learning.state()
+            counters = self.metrics.state()
             return Artifact(
                 settings=self.settings.of_draft(),
                 base=self.identity,
                 adapter_config=self._lora.adapter_config(name).to_dict(),
                 adapter=copied(self._lora.named(self._lora.served_params())),
-                state=Saved(copied(state.tensors), state.values | {"metrics": counters.values}),
+                state=State(copied(state.tensors), state.values | {"metrics": counters.values}),
                 run=run_record(self.metrics, self.targets),
                 lineage=copy.deepcopy(self.lineage) | {KEY: history(self).to_dict()},
             )
@@ -341,7 +341,7 @@ class OnlineDraft(LearningDraft):
         with self._learns, self.lock, torch.inference_mode(False):
             self._learning.adopt(adapter)
             self.examined = None  # that was of the adapter before
-            self.governor.preference = Preference()  # which of the two serves was found out with the one before
+            self.governor.preference = AdapterRouter()  # which of the two serves was found out with the one before
             self._note()
             if texts is None:
                 self.lineage[KEY] = history(self).plus(ELSEWHERE).to_dict()

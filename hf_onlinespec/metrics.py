@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .errors import ArtifactError, brief
-from .state import Saved
+from .state import State
 from .summary import Summary, counted, parts, size
 
 LARGEST = 1e15  # of any counter that is saved: seconds, tokens, requests
-STRETCHES = 64  # of a draft's life that are told apart
+HISTORY_BUCKETS = 64  # of a draft's life that are told apart
 
 
 def _ratio(a: float, b: float) -> float:
@@ -141,11 +141,11 @@ class Decisions:
     """What the governor decided since the draft was made, and why it decides so now."""
 
     rounds: dict[str, int] = field(
-        default_factory=lambda: {"plain": 0, "neural": 0, "memory": 0, "memory+neural": 0}
+        default_factory=lambda: {"plain": 0, "model": 0, "memory": 0, "memory+model": 0}
     )  # by what was proposed
     probes: int = 0
-    updates_put_off: int = 0  # requests that were not learned from at once: that was not affordable
-    serves_frozen: bool = False  # the original draft served the latest request: what was learned does worse there
+    deferred_updates: int = 0  # requests that were not learned from at once: that was not affordable
+    serves_base: bool = False  # the original draft served the latest request: what was learned does worse there
     effort: float = 1.0  # part of update_budget that learning may use
     acceptance: float = 0.0  # estimated, of the neural draft's tokens
     draft_step: float = 0.0  # time of one more drafted token over a plain target step
@@ -157,11 +157,10 @@ class Decisions:
 
     def summary(self) -> Summary:
         """What was decided, in lines with units, and as values."""
-        rounds = {name.replace("neural", "model"): n for name, n in self.rounds.items()}
         rows = [
             ("drafting", self.drafting),
             ("learning", self.learning),
-            ("rounds", f"{parts(rounds)}; {counted(self.probes, 'probe')} of a draft that was idle"),
+            ("rounds", f"{parts(self.rounds)}; {counted(self.probes, 'probe')} of a draft that was idle"),
             ("acceptance", f"{self.acceptance:.2f}, estimated, of the draft model's tokens"),
             (
                 "costs",
@@ -172,8 +171,8 @@ class Decisions:
                 "effort",
                 f"learning may use {self.effort:.3g} of update_budget; {self.replay_passes} replay passes a request",
             ),
-            ("put off", f"{counted(self.updates_put_off, 'request')} not learned from at once"),
-            ("served by", "the original draft" if self.serves_frozen else "the learned draft"),
+            ("put off", f"{counted(self.deferred_updates, 'request')} not learned from at once"),
+            ("served by", "the original draft" if self.serves_base else "the learned draft"),
         ]
         if self.rollback:
             rows.append(("rollback", self.rollback))
@@ -268,7 +267,7 @@ class DraftMetrics(Counts):
             self.history[-1].add(call)
         else:
             self.history.append(replace(call))
-        if len(self.history) > STRETCHES:
+        if len(self.history) > HISTORY_BUCKETS:
             for first, second in zip(self.history[::2], self.history[1::2], strict=False):
                 first.add(second)
             self.history = self.history[::2]
@@ -281,14 +280,14 @@ class DraftMetrics(Counts):
             found.add(stretch)
         return found
 
-    def saved(self) -> Saved:
+    def state(self) -> State:
         """The counters, and their history."""
         names = (*(f.name for f in fields(Counts)), *KEPT)
         values = {name: getattr(self, name) for name in names}
         history = [[getattr(stretch, f.name) for f in HISTORY] for stretch in self.history]
-        return Saved(values=values | {"history": history})
+        return State(values=values | {"history": history})
 
-    def resume(self, saved: Saved) -> None:
+    def resume(self, saved: State) -> None:
         """The inverse of `saved`."""
         kinds = {f.name: type(f.default) for f in fields(DraftMetrics)}
         for name in (*(f.name for f in fields(Counts)), *KEPT):
@@ -299,8 +298,8 @@ class DraftMetrics(Counts):
                 raise ArtifactError(f"The saved counters have {name}={brief(value)}: expected a number of at least 0.")
             setattr(self, name, value)
         history = saved.value("history", list)
-        if len(history) > STRETCHES:
-            raise ArtifactError(f"The saved history has {len(history)} stretches: expected at most {STRETCHES}.")
+        if len(history) > HISTORY_BUCKETS:
+            raise ArtifactError(f"The saved history has {len(history)} stretches: expected at most {HISTORY_BUCKETS}.")
         self.history = [_counts(values) for values in history]
 
 

@@ -15,24 +15,24 @@ MOST_COUNT = 2**53  # of anything that is counted: a float holds it exactly
 
 
 @dataclass(frozen=True)
-class Saved:
+class State:
     """One part of the state."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def joined(cls, **parts: Saved) -> Saved:
+    def joined(cls, **parts: State) -> State:
         """Parts as one, each under its name."""
         tensors = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.tensors.items()}
         return cls(tensors, {name: part.values for name, part in parts.items() if part.values})
 
-    def part(self, name: str) -> Saved:
+    def part(self, name: str) -> State:
         """The inverse of `joined` for one name."""
         values = self.values.get(name, {})
         if not isinstance(values, dict):
             raise ArtifactError(f"The saved state of {name!r} is {brief(values)}: expected a JSON object.")
-        return Saved(under(self.tensors, name), values)
+        return State(under(self.tensors, name), values)
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
         """A saved tensor, on the device of `like`.

@@ -36,7 +36,7 @@ def segment() -> tuple[torch.Tensor, torch.Tensor]:
 def manual_gradient(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     """The gradient of mean KL(p‖q), written out anew: the logits that predict token j sit at j − 1."""
     draft._lora.grads.zero_()
-    with draft._lora.speaking() as model:
+    with draft._lora.gated() as model:
         logits_q = model(tokens).logits[0]
     loss = torch.zeros(())
     for row, j in enumerate(range(6, 10)):
@@ -76,7 +76,7 @@ def test_replay_of_unequal_lengths_gives_the_mean_gradient(draft_model: PreTrain
 
     def gradient(batch: list[Feedback]) -> torch.Tensor:
         draft._lora.grads.zero_()
-        with draft._lora.speaking() as model:
+        with draft._lora.gated() as model:
             torch.cat(draft._learning._request_losses(model, batch, 1)[0]).mean().backward()
         return draft._lora.grads.clone()
 
@@ -252,7 +252,7 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
     draft = run(target)
     tokens = torch.tensor([[1, 2, 3]])
     out = draft(input_ids=tokens)
-    with draft._lora.speaking() as model:
+    with draft._lora.gated() as model:
         torch.testing.assert_close(out.logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
     assert not torch.equal(out.logits, tiny_llama(2)(tokens).logits)
     assert torch.equal(draft.model(tokens).logits, tiny_llama(2)(tokens).logits)  # gate shut outside
@@ -301,7 +301,7 @@ def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch,
     assert torch.equal(drafted, anew)
     base = draft_model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
     assert torch.equal(drafted, base) == (preference < 0)
-    assert draft.metrics.decisions.serves_frozen == (preference < 0)
+    assert draft.metrics.decisions.serves_base == (preference < 0)
 
 
 def test_what_is_remembered_is_what_the_target_said_there(target, draft_model, prompt, monkeypatch) -> None:

@@ -99,7 +99,7 @@ def test_a_summary_is_also_a_dict_of_plain_values(served) -> None:
     assert values["requests"] == 2 and values["sources"] == metrics.sources
     assert values["decisions"]["drafting"] == metrics.decisions.drafting
     values["decisions"]["rounds"].clear()
-    assert metrics.decisions.rounds["plain"] + metrics.decisions.rounds["neural"] > 0
+    assert metrics.decisions.rounds["plain"] + metrics.decisions.rounds["model"] > 0
 
 
 def test_decisions_and_counts_print_words_and_units(served) -> None:
@@ -107,10 +107,8 @@ def test_decisions_and_counts_print_words_and_units(served) -> None:
     rows = lines(decisions)
     assert rows["drafting"] == "lookahead=3 was asked for" and rows["served by"] == "the learned draft"
     assert "plain target steps" in rows["costs"] and "rollback" not in rows
-    assert lines(Decisions(rounds={"neural": 2, "memory+neural": 1}))["rounds"].startswith("model 2, memory+model 1; ")
-    assert (
-        lines(Decisions(rollback="a burst of odd prompts", serves_frozen=True))["rollback"] == "a burst of odd prompts"
-    )
+    assert lines(Decisions(rounds={"model": 2, "memory+model": 1}))["rounds"].startswith("model 2, memory+model 1; ")
+    assert lines(Decisions(rollback="a burst of odd prompts", serves_base=True))["rollback"] == "a burst of odd prompts"
     assert json.dumps(decisions.summary().to_dict())
     last = repr(served.metrics.last)
     assert last.startswith("1 request: 8 tokens in ") and len(last.splitlines()) == 1

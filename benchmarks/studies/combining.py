@@ -42,7 +42,7 @@ def learned(draft: OnlineDraft, lessons: Sequence[Recorded]) -> OnlineDraft:
         counts, law = Counts(), Teacher.from_logits(one.logits, settings.temperature, settings.top_k)
         draft.learn_segment(one.tokens[None], [law], None, 0, None, counts, 0.0)
         draft.remember(Feedback(one.tokens, law))
-        draft.rehearse(counts, settings.replay_passes)
+        draft.replay_step(counts, settings.replay_passes)
     return draft
 
 

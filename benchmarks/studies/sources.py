@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.commit.request_memory import Recall
+from hf_onlinespec.commit.request_memory import RequestMemory
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.embedded import load_pair
-from hf_onlinespec.govern.acceptance import Acceptances, Continuation, Drafted, Seen
+from hf_onlinespec.govern.acceptance import Acceptances, Continuation, RequestStats, TokenSource
 from hf_onlinespec.metrics import Counts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
@@ -81,14 +81,14 @@ def main() -> None:
             with draft.serving(frozen=True) as model:
                 frozen = laws(model(output[:, :-1]).logits[0, -n:])
         target = laws(said)
-        recall = Recall(memory, threading.RLock(), output.shape[1], 0, Seen(), acceptances)
+        recall = RequestMemory(memory, threading.RLock(), output.shape[1], 0, RequestStats(), acceptances)
         cells = scored[part]
         for i in range(n):
             recall.read(output[:, : start + i])
             found = recall.ask(recall.context)
             p, q, m = target[i], learned[i], law_of(found, target.shape[-1])
             a_q, a_m = kept(p, q), kept(p, m) if found is not None else 0.0
-            key, expected_q = acceptances.confident(float(q.max()))
+            key, expected_q = acceptances.rate_by_confidence(float(q.max()))
             expected_m = 0.0 if found is None else acceptances.memory(found)[1]
             cells["frozen draft"].append(kept(p, frozen[i]))
             cells["learned draft"].append(a_q)
@@ -99,15 +99,15 @@ def main() -> None:
                 cells[f"mixture, k = {k}"].append(kept(p, weight * m + (1 - weight) * q))
             agree = found is not None and found.tokens[0] == int(q.argmax())
             cells["learned draft where both agree" if agree else "learned draft where they differ"].append(a_q)
-            acceptances.verified([Drafted("neural", 0, key)], [a_q], Seen())
+            acceptances.verified([TokenSource("model", 0, key)], [a_q], RequestStats())
             if found is not None:
-                acceptances.verified([Drafted("memory", 0, acceptances.memory_key(found))], [a_m], Seen())
+                acceptances.verified([TokenSource("memory", 0, acceptances.memory_key(found))], [a_m], RequestStats())
         recall.remember(output)
         gains[part].append((preference, mean(cells["learned draft"][-n:]) - mean(cells["frozen draft"][-n:])))
         teacher, counts = Teacher.from_logits(said), Counts()
         draft.learn_segment(output, [teacher], None, 0, None, counts, args.temperature)
         draft.remember(Feedback(output[0], teacher.top(64)))
-        draft.rehearse(counts, 2)
+        draft.replay_step(counts, 2)
 
     print("| acceptance per position | 1 home | 2 unseen | 3 home |\n|---|---|---|---|")
     for name in scored[0]:

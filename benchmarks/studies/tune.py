@@ -73,7 +73,7 @@ def run(config: OnlineSpecConfig, stream: list[Recorded]) -> tuple[list[float], 
         counts = Counts()
         draft.learn_segment(request.tokens[None], [teacher], None, 0, None, counts)
         draft.remember(Feedback(request.tokens, teacher))
-        draft.rehearse(counts, config.replay_passes)
+        draft.replay_step(counts, config.replay_passes)
         update_time_s += time.perf_counter() - started
     quarter = len(spent) // 4
     lengths = []

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..config import ENSEMBLE, OnlineSpecConfig
 from ..errors import ArtifactError, brief
 from ..metrics import Counts
-from ..state import MOST_COUNT, Saved, are_numbers
+from ..state import MOST_COUNT, State, are_numbers
 from .gated_lora import GatedLora
 from .guard import GradientCap
-from .learners import HEDGES, LEARNERS, Direction, Learner, State, adam, into_ball, optimistic, plain
+from .learners import HEDGES, LEARNERS, Direction, RuleState, UpdateRule, adam, into_ball, optimistic, plain
 
 # Chosen: skipped steps in a row, on feedback that the original draft can learn from, after which an adapter of finite parameters
 # is to blame: at once if its loss is not finite in another forward either, later if nothing but its gradients are not.
@@ -51,7 +51,7 @@ def make_direction(settings: OnlineSpecConfig) -> Direction:
     return adam() if settings.preconditioner == "adam" else plain()
 
 
-def make_learner(settings: OnlineSpecConfig, device: torch.device) -> Learner:
+def make_learner(settings: OnlineSpecConfig, device: torch.device) -> UpdateRule:
     """The settings' learner, for all experts at once."""
     direction, name = make_direction(settings), learner_name(settings)
     lr = torch.tensor(step_sizes(settings), device=device)[:, None]  # (experts, 1)
@@ -60,7 +60,7 @@ def make_learner(settings: OnlineSpecConfig, device: torch.device) -> Learner:
     return LEARNERS[name](lr, direction, settings.radius)
 
 
-class Adaptation:
+class Experts:
     """What has been learned, and how it goes on.
 
     Args:
@@ -82,7 +82,7 @@ class Adaptation:
         self.steps = 0  # gradient steps taken
         self._skipped = 0  # steps in a row that were not finite, and not on account of the feedback
         self._warned = False  # whether the log has told of skipped steps since the last one that was taken
-        self.state: State = self._learner.init(rows)
+        self.rule_state: RuleState = self._learner.init(rows)
         self._cap = GradientCap(self._settings.gradient_cap)
         # Where each expert's ball is centred.
         self._starts = None if self._settings.radius is None else rows.clone()
@@ -96,7 +96,7 @@ class Adaptation:
     @property
     def nbytes(self) -> int:
         """Bytes of the learners' and of Hedge's state."""
-        tensors = [*self.state.values(), *self.hedge_state.values(), *self._cap.saved().tensors.values()]
+        tensors = [*self.rule_state.values(), *self.hedge_state.values(), *self._cap.state().tensors.values()]
         tensors += [] if self._starts is None else [self._starts]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -157,7 +157,7 @@ class Adaptation:
                 return False
             grads = grads * (self._settings.max_grad_norm / (norms + 1e-6)).clamp_max(1.0)[:, None]
             grads, norms = self._cap.shortened(grads)
-            updates, state = self._learner.update(grads, self.state)
+            updates, state = self._learner.update(grads, self.rule_state)
             if not _are_finite(updates, *state.values()):
                 self._skip_for_moments(counts)
                 return False
@@ -165,7 +165,7 @@ class Adaptation:
             change = lora.join(updates * alive)
             # From here on nothing is computed any more that could fail.
             lora.move(change)
-            self.state = state
+            self.rule_state = state
             self._cap.note(norms)
         self.steps += 1
         counts.updates += 1
@@ -206,10 +206,10 @@ class Adaptation:
         logger.warning("A step of the learner was not finite: it was skipped, and what was learned stays.")
         rows = self._lora.split(self._lora.params)
         for i in range(self._experts):
-            if not _are_finite(*(v[i] for v in self.state.values() if v.dim())):
-                self.state = {k: _without(v, i) for k, v in self.state.items()}
+            if not _are_finite(*(v[i] for v in self.rule_state.values() if v.dim())):
+                self.rule_state = {k: _without(v, i) for k, v in self.rule_state.items()}
                 if self._starts is not None:
-                    self.state["moved"][i] = rows[i] - self._starts[i]
+                    self.rule_state["moved"][i] = rows[i] - self._starts[i]
 
     def _remove(self, losses: Tensor) -> None:
         """Takes out who has diverged."""
@@ -240,7 +240,7 @@ class Adaptation:
             self.removed += self.alive[i]
             self.alive[i] = not self.many
             rows[i] = 0.0 if self.many else self._fresh(rows[i])
-            self.state = {k: _without(v, i) for k, v in self.state.items()}
+            self.rule_state = {k: _without(v, i) for k, v in self.rule_state.items()}
         self._lora.put(rows)
         self._weigh(self.weights)
 
@@ -248,7 +248,7 @@ class Adaptation:
         """A new adapter in the place of one: it says nothing, and can learn."""
         generator = torch.Generator().manual_seed(self._settings.seed)
         noise = torch.randn(row.shape, generator=generator).to(row) / self._settings.rank
-        return self._lora.silent(noise)
+        return self._lora.with_zero_b(noise)
 
     def weigh(self, acceptance: list[float]) -> None:
         """Moves the weights: acceptance of every row of `rows` on new tokens, before the update that learns from them.
@@ -293,12 +293,12 @@ class Adaptation:
 
     # Saving
 
-    def saved(self) -> Saved:
+    def state(self) -> State:
         """Everything but the parameters, so that it goes on as if it had never stopped.
 
         A hint that is the last direction is not kept: the moments tell it.
         """
-        state = {k: v for k, v in self.state.items() if not (k == "hint" and self._tells_hint)}
+        state = {k: v for k, v in self.rule_state.items() if not (k == "hint" and self._tells_hint)}
         values = {
             "steps": self.steps,
             "removed": self.removed,
@@ -307,9 +307,9 @@ class Adaptation:
             "losses": [list(row) for row in self._losses],
             "serving": self.serving,
         }
-        starts = Saved({} if self._starts is None else {"starts": self._starts})
-        parts = Saved.joined(learner=Saved(state), hedge=Saved(self.hedge_state), cap=self._cap.saved(), ball=starts)
-        return Saved(parts.tensors, values)
+        starts = State({} if self._starts is None else {"starts": self._starts})
+        parts = State.joined(learner=State(state), hedge=State(self.hedge_state), cap=self._cap.state(), ball=starts)
+        return State(parts.tensors, values)
 
     @property
     def _tells_hint(self) -> bool:
@@ -317,14 +317,14 @@ class Adaptation:
         optimistic = learner_name(settings) == "optimistic" and settings.hint_memory == 0
         return optimistic and make_direction(settings).last is not None
 
-    def resume(self, saved: Saved) -> None:
+    def resume(self, saved: State) -> None:
         """The inverse of `saved`; the parameters have been put back already."""
         learner, hedge = saved.part("learner"), saved.part("hedge")
-        state = {k: learner.tensor(k, v) for k, v in self.state.items() if not (k == "hint" and self._tells_hint)}
+        state = {k: learner.tensor(k, v) for k, v in self.rule_state.items() if not (k == "hint" and self._tells_hint)}
         last = make_direction(self._settings).last
         if self._tells_hint and last is not None:
             state["hint"] = last(state)
-        self.state = state
+        self.rule_state = state
         self.hedge_state = {k: hedge.tensor(k, v) for k, v in self.hedge_state.items()}
         for name, tensor in self.hedge_state.items():
             if not bool((tensor.abs() <= MOST_COUNT).all()) or (name == "round" and float(tensor) < 0):
@@ -360,14 +360,14 @@ class Adaptation:
             at = min(range(self._experts), key=lambda i: self.weights[i] if self.alive[i] else -1.0) if self.many else 0
         rows = self._lora.split(self._lora.params).clone()
         rows[at] = params.float()
-        state = {k: _without(v, at) for k, v in self.state.items()}
+        state = {k: _without(v, at) for k, v in self.rule_state.items()}
         if self._starts is not None and self._settings.radius is not None:
             # It came out of the ball whose centre is nearest, and goes on in that one.
             origin = (self._starts - rows[at]).norm(dim=-1).argmin()
             self._starts[at] = self._starts[origin]
             state["moved"][at] = into_ball(rows[at] - self._starts[at], self._settings.radius)
             rows[at] = self._starts[at] + state["moved"][at]
-        self.state = state
+        self.rule_state = state
         self._lora.put(rows)
         if self.many:
             self.alive[at] = True

@@ -270,6 +270,6 @@ class FeedbackRecorder(LogitsProcessor):
         rows, self.rows = self.rows[:n], []
         return torch.stack(rows, dim=1)
 
-    def hear(self, logits: Tensor) -> None:
+    def record_round(self, logits: Tensor) -> None:
         """A whole round (batch, k + 1, V) at once, where the loop hands it over before any processor sees it."""
         self.rows = list(logits.clone().unbind(1))

@@ -241,7 +241,7 @@ class GatedLora:
             start = end
         return vector
 
-    def silent(self, block: Tensor) -> Tensor:
+    def with_zero_b(self, block: Tensor) -> Tensor:
         """A copy of one block's parameters that changes nothing, as a new adapter's do: B is zero."""
         block, start = block.clone(), 0
         for piece in self._pieces:
@@ -304,7 +304,7 @@ class GatedLora:
         return config
 
     @contextmanager
-    def speaking(self, weights: Tensor | None = None) -> Iterator[PreTrainedModel]:
+    def gated(self, weights: Tensor | None = None) -> Iterator[PreTrainedModel]:
         """The draft with its blocks speaking, for the time of the `with`; outside it the gate is shut.
 
         Args:

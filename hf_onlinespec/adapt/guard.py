@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, brief
-from ..state import Saved, are_numbers
+from ..state import State, are_numbers
 
 CAP_WINDOW = 64  # gradients whose median is usual
 KNOWN_GRADIENTS = 8  # before that no length is usual
@@ -63,10 +63,10 @@ class GradientCap:
         if self._most is not None:
             self._norms.append(norms)
 
-    def saved(self) -> Saved:
-        return Saved({"norms": torch.stack(list(self._norms))} if self._norms else {})
+    def state(self) -> State:
+        return State({"norms": torch.stack(list(self._norms))} if self._norms else {})
 
-    def resume(self, saved: Saved, like: Tensor) -> None:
+    def resume(self, saved: State, like: Tensor) -> None:
         """The inverse of `saved`; lengths are (experts,) like these."""
         norms = saved.tensors.get("norms")
         if norms is None:
@@ -221,7 +221,7 @@ class Guard:
         gaps = [min((float((a.float() - b.float()).norm()) for b in kept if b is not a), default=0.0) for a in kept]
         del self.states[min(choice, key=lambda i: gaps[i])]
 
-    def saved(self) -> Saved:
+    def state(self) -> State:
         """Everything, so that it goes on as if it had never stopped."""
         tensors = {f"states.{i}": state for i, state in enumerate(self.states)}
         if self._candidate is not None:
@@ -239,9 +239,9 @@ class Guard:
             "tried": [[None if state is None else place[id(state)], list(leads)] for state, leads in self._tried],
             "trials": self._trials,
         }
-        return Saved(tensors, values)
+        return State(tensors, values)
 
-    def resume(self, saved: Saved, like: Tensor, silent: bool = True) -> None:
+    def resume(self, saved: State, like: Tensor, silent: bool = True) -> None:
         """The inverse of `saved`; states have the shape and dtype of `like`.
 
         Args:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .directions import State
+from .directions import RuleState
 
 
 class Hedge(NamedTuple):
     """`state = init(n)` for n experts; `weights, state = update(losses, state)`, both (n,) in float64 on the CPU, weights sum to one."""
 
-    init: Callable[[int], State]
-    update: Callable[[Tensor, State], tuple[Tensor, State]]
+    init: Callable[[int], RuleState]
+    update: Callable[[Tensor, RuleState], tuple[Tensor, RuleState]]
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -41,11 +41,11 @@ def hedge(rate: float | None = None, discount: float = 1.0, share: float = 0.0, 
     """
     memory = min(1 / (1 - discount) if discount < 1 else math.inf, 1 / share if share else math.inf)
 
-    def init(n: int) -> State:
+    def init(n: int) -> RuleState:
         # The scores are −Σ ℓ, and a bonus for what was shared; ε enters when the weights are made, so it may change.
         return {"scores": _zeros(n), "round": _zeros()}
 
-    def update(losses: Tensor, state: State) -> tuple[Tensor, State]:
+    def update(losses: Tensor, state: RuleState) -> tuple[Tensor, RuleState]:
         n = len(losses)
         t = state["round"] + 1
         horizon = min(2.0 ** math.ceil(math.log2(t.item() + 1)), memory)
@@ -64,7 +64,7 @@ def hedge(rate: float | None = None, discount: float = 1.0, share: float = 0.0, 
 def last_chunk(rate: float = 10.0) -> Hedge:
     """A softmax of the last losses alone: what the released code of arXiv:2603.12617 runs. A baseline."""
 
-    def update(losses: Tensor, state: State) -> tuple[Tensor, State]:
+    def update(losses: Tensor, state: RuleState) -> tuple[Tensor, RuleState]:
         scores = -losses.cpu().double().nan_to_num(1.0, 1.0, 1.0)
         return (rate * scores).softmax(-1), {"scores": scores}
 

@@ -19,15 +19,15 @@ from .._compat import CACHE, copied_prefix, keeps_logits
 from ..config import OnlineSpecConfig
 from ..errors import ArtifactError
 from ..metrics import Counts, UpdateReport
-from ..state import Saved
-from .experts import Adaptation
+from ..state import State
+from .experts import Experts
 from .feedback import Feedback, Teacher, acceptance, parts
 from .gated_lora import GatedLora
 from .guard import Guard
 from .learned_texts import LearnedTexts, Request
 from .losses import LOSSES
-from .replay import Passes, Replay
-from .segment import Pending, Segment, Shown
+from .replay import Replay, ReplaySchedule
+from .segment import PendingRequest, Scores, Segment
 
 JUDGED_TOKENS = 32  # of a request, that tell how experts and adapter do
 
@@ -56,7 +56,7 @@ class Reader:
         return {"logits_to_keep": n} if self._keeps_logits else {}
 
 
-class Learning:
+class Learner:
     """What turns feedback into a better adapter.
 
     Args:
@@ -70,17 +70,17 @@ class Learning:
         settings: OnlineSpecConfig,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
     ) -> None:
-        self.adaptation = Adaptation(lora, settings)
+        self.adaptation = Experts(lora, settings)
         self.replay = Replay(settings.replay_tokens, settings.replay_top_k, settings.seed, settings.replay_sampling)
         self.guard = Guard(settings.snapshots)
-        self.passes = Passes(settings.replay_passes)
+        self.passes = ReplaySchedule(settings.replay_passes)
         self.texts = LearnedTexts(settings.audit_tokens, prompt_tokens=settings.context_tokens)
         self.reader = Reader(lora)
         self._lora, self._settings, self._on_update = lora, settings, on_update
         self._loss = LOSSES[settings.loss]
         self.loss = math.inf  # on the latest segment, before it was learned
-        self._waiting: Pending | None = None
-        self._spoilt = False  # whether the request's cache may hold what is not finite
+        self._waiting: PendingRequest | None = None
+        self._cache_invalid = False  # whether the request's cache may hold what is not finite
         # What the steps since the last request moved, and the seconds they took: on new tokens, on remembered ones.
         self._moved: dict[str, tuple[Tensor, float, int]] = {}
         self._tail = settings.loss != "cross_entropy"  # whether the loss takes all other tokens as one outcome
@@ -108,7 +108,7 @@ class Learning:
         counts: Counts,
         compare: bool = False,
         request: Request | None = None,
-    ) -> Shown:
+    ) -> Scores:
         """One step on the last `len(teacher)` tokens of every row.
 
         A single learner reads the first `prefix` tokens from the draft's own KV cache, detached: one forward and backward over
@@ -122,7 +122,7 @@ class Learning:
         self.texts.grow(segment.rows, n if request is None else segment.tokens.shape[1] - request.prompt, request)
         rows = self.adaptation.rows
         original = None
-        if rows is not None or self._spoilt:
+        if rows is not None or self._cache_invalid:
             prefix = 0
         if rows is None and compare and self.adaptation.steps:
             with torch.no_grad():
@@ -137,16 +137,16 @@ class Learning:
         mask = None if segment.mask is None else segment.mask.repeat(copies, 1)
         gates = None if rows is None else rows.repeat_interleave(batch, dim=0)
         inputs = self.reader.inputs(tokens[:, prefix:-1], prefix, mask)
-        with torch.enable_grad(), self._lora.speaking(gates) as model:
+        with torch.enable_grad(), self._lora.gated(gates) as model:
             logits = model(**{CACHE: past}, use_cache=True, **inputs, **self.reader.keep(n)).logits[:, -n:]
             logits = logits.unflatten(0, (copies, batch))  # (rows, batch, n, vocab)
             accepted = [self._acceptance(segment, row).tolist() for row in logits.detach()]
             losses = torch.stack([self._losses(segment.teachers, row).mean() for row in logits[: self._lora.blocks]])
             self.loss = float(losses.detach()[self.adaptation.leader])
             if rows is None:
-                shown = Shown(accepted[0], original)
+                shown = Scores(accepted[0], original)
             else:
-                shown = Shown(accepted[self.adaptation.serving], accepted[self._lora.blocks])
+                shown = Scores(accepted[self.adaptation.serving], accepted[self._lora.blocks])
         before, skipped = counts.updates, counts.skipped_updates
         self._step(losses, counts, "new", started, lambda frozen: self._is_learnable(segment, frozen))
         if counts.updates > before:
@@ -154,7 +154,7 @@ class Learning:
             counts.loss_sum += max(0.0, self.loss) * batch * n  # rounding may leave a divergence just below 0
             self._report("new", self.loss, started)
         if counts.skipped_updates > skipped:
-            self._spoilt = True  # the request's cache may hold what is not finite
+            self._cache_invalid = True  # the request's cache may hold what is not finite
         elif segment.sound:
             self._watch(segment, accepted, shown)
         return shown
@@ -164,7 +164,7 @@ class Learning:
         """Whether the loss of the original or of the learned draft is finite, in a forward of its own. Experts are not asked."""
         if self.adaptation.many and not frozen:
             return False
-        with nullcontext(self._lora.base) if frozen else self._lora.speaking() as model:
+        with nullcontext(self._lora.base) if frozen else self._lora.gated() as model:
             logits = self._logits(model, segment)
         return bool(torch.isfinite(self._losses(segment.teachers, logits)).all())
 
@@ -198,16 +198,16 @@ class Learning:
             logger.warning("%s", self.guard.reason)
         return state
 
-    def _watch(self, segment: Segment, accepted: list[list[float]], shown: Shown) -> None:
+    def _watch(self, segment: Segment, accepted: list[list[float]], shown: Scores) -> None:
         """Judges experts and adapter by what they did, a whole request at a time: small segments of one wait for the others."""
         accepted = [[a if math.isfinite(a) else 0.0 for a in row] for row in accepted]
-        shown = Shown([a if math.isfinite(a) else 0.0 for a in shown.learned], shown.original)
+        shown = Scores([a if math.isfinite(a) else 0.0 for a in shown.learned], shown.original)
         waiting = self._waiting
-        if waiting is not None and waiting.goes_on(segment):
+        if waiting is not None and waiting.continues(segment):
             waiting = waiting.joined(segment, accepted, shown)
         else:
             self._judge()
-            waiting = Pending(segment, accepted, shown)
+            waiting = PendingRequest(segment, accepted, shown)
         self._waiting = waiting
         if len(waiting.shown.learned) >= JUDGED_TOKENS:
             self._judge()
@@ -215,7 +215,7 @@ class Learning:
     def end_request(self) -> None:
         """Nothing of a request waits any longer than the request."""
         self._judge()
-        self._spoilt = False
+        self._cache_invalid = False
 
     def _judge(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -236,7 +236,7 @@ class Learning:
 
     def _silent(self) -> Tensor:
         """The adapter, saying nothing. In an ensemble the original draft is a row already."""
-        return self._lora.silent(self.adaptation.best())
+        return self._lora.with_zero_b(self.adaptation.best())
 
     @torch.no_grad()
     def _would(self, state: Tensor, segment: Segment) -> list[float]:
@@ -250,7 +250,7 @@ class Learning:
         rows[0] = state
         try:
             self._lora.put(rows)
-            with self._lora.speaking(gates) as model:
+            with self._lora.gated(gates) as model:
                 found = self._accepts(model, segment)
             return [a if math.isfinite(a) else 0.0 for a in found]
         finally:
@@ -293,21 +293,21 @@ class Learning:
 
     # Saving
 
-    def saved(self) -> Saved:
+    def state(self) -> State:
         """The state beside the served adapter: of an ensemble also B of its experts, before the weights were put into it.
 
         What is remembered of requests stays behind: it holds users' tokens.
         """
         own = {} if self._lora.weights is None else self._lora.outputs(self._lora.params)
-        return Saved.joined(
-            experts=Saved(own),
-            adaptation=self.adaptation.saved(),
-            guard=self.guard.saved(),
-            replay=Saved({"random": self.replay.random_state()}),
-            learning=Saved(values={"loss": self.loss if math.isfinite(self.loss) else None}),
+        return State.joined(
+            experts=State(own),
+            adaptation=self.adaptation.state(),
+            guard=self.guard.state(),
+            replay=State({"random": self.replay.random_state()}),
+            learning=State(values={"loss": self.loss if math.isfinite(self.loss) else None}),
         )
 
-    def resume(self, adapter: Mapping[str, Tensor], saved: Saved) -> None:
+    def resume(self, adapter: Mapping[str, Tensor], saved: State) -> None:
         """The inverse of `saved`, for the served adapter that was written beside it."""
         params = self._params(adapter)
         self._forget()
@@ -332,8 +332,8 @@ class Learning:
         rollbacks = self.guard.rollbacks
         self.guard = Guard(self._settings.snapshots)
         self.guard.rollbacks = rollbacks  # they go on counting
-        self.passes = Passes(self._settings.replay_passes)
-        self._waiting, self._moved, self._spoilt, self.loss = None, {}, False, math.inf
+        self.passes = ReplaySchedule(self._settings.replay_passes)
+        self._waiting, self._moved, self._cache_invalid, self.loss = None, {}, False, math.inf
 
     def _params(self, adapter: Mapping[str, Tensor]) -> Tensor:
         """A flat vector like the adapter's parameters from tensors by PEFT's names. Raises ArtifactError."""
@@ -346,7 +346,7 @@ class Learning:
             )
         for name, part in parts.items():
             found = {name: adapter[name].to(part.dtype)}  # a fine-tune may have saved it in half of the precision
-            part.copy_(Saved(found).tensor(name, part))
+            part.copy_(State(found).tensor(name, part))
         return params
 
     # The replay
@@ -357,7 +357,7 @@ class Learning:
         if feedback.teacher.teaches and not bool(feedback.teacher.log_probs.isnan().any()):
             self.replay.add(feedback, self.loss)
 
-    def rehearse(self, counts: Counts) -> bool:
+    def replay_step(self, counts: Counts) -> bool:
         """One step on a few remembered requests in one padded batch; whether there were any."""
         started = time.perf_counter()
         remembered = self.replay.sample(self._settings.replay_batch)
@@ -375,7 +375,7 @@ class Learning:
         started = time.perf_counter() if started is None else started
         experts = self._lora.blocks
         gates = torch.eye(experts, device=self._lora.params.device).repeat_interleave(len(requests), dim=0)
-        with torch.enable_grad(), self._lora.speaking(gates if self.adaptation.many else None) as model:
+        with torch.enable_grad(), self._lora.gated(gates if self.adaptation.many else None) as model:
             rows = self._request_losses(model, requests, experts)
             losses = torch.stack([torch.cat(row).mean() for row in rows])
         before = counts.updates
@@ -392,7 +392,7 @@ class Learning:
     def _all_learnable(self, requests: list[Feedback], frozen: bool) -> bool:
         if self.adaptation.many and not frozen:
             return False
-        with nullcontext(self._lora.base) if frozen else self._lora.speaking() as model:
+        with nullcontext(self._lora.base) if frozen else self._lora.gated() as model:
             losses = self._request_losses(model, requests, 1)[0]
         return bool(torch.isfinite(torch.cat(losses)).all())
 

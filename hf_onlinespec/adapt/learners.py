@@ -1,6 +1,6 @@
 """The draft adapts: pure functions `init(params) -> state` and `update(grads, state) -> (updates, state)` over plain tensors."""
 
-from .directions import Direction, Learner, State, adam, into_ball, plain
+from .directions import Direction, RuleState, UpdateRule, adam, into_ball, plain
 from .hedge import HEDGES, Hedge, hedge, last_chunk
 from .ogd import heavy_ball, ogd
 from .optimistic import optimistic
@@ -12,8 +12,8 @@ __all__ = [
     "LEARNERS",
     "Direction",
     "Hedge",
-    "Learner",
-    "State",
+    "UpdateRule",
+    "RuleState",
     "adam",
     "heavy_ball",
     "hedge",

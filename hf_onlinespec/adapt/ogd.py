@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .directions import Direction, Learner, Rate, State, begins, moves, plain
+from .directions import Direction, Rate, RuleState, UpdateRule, begins, moves, plain
 
 
-def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = None) -> Learner:
+def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = None) -> UpdateRule:
     """Steps −η u.
 
     Args:
@@ -22,17 +22,17 @@ def ogd(lr: Rate, direction: Direction | None = None, radius: float | None = Non
     """
     direction = direction or plain()
 
-    def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
+    def update(grads: Tensor, state: RuleState) -> tuple[Tensor, RuleState]:
         u, new = direction.of(grads, state)
         updates, moved = moves(-lr * u, state, radius)
         return updates, new | moved
 
-    return Learner(begins(direction, radius), update)
+    return UpdateRule(begins(direction, radius), update)
 
 
 def heavy_ball(
     lr: Rate, direction: Direction | None = None, radius: float | None = None, momentum: float = 0.9
-) -> Learner:
+) -> UpdateRule:
     """Steps −η (1 − μ) Σ μ^i u_{t−i} (Polyak 1964): the rate is matched, so that a constant gradient moves as far as in `ogd`.
 
     >>> init, update = heavy_ball(0.1)
@@ -42,10 +42,10 @@ def heavy_ball(
     """
     direction = direction or plain()
 
-    def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
+    def update(grads: Tensor, state: RuleState) -> tuple[Tensor, RuleState]:
         u, new = direction.of(grads, state)
         mean = torch.lerp(u, state["mean"], momentum)
         updates, moved = moves(-lr * mean, state, radius)
         return updates, new | moved | {"mean": mean}
 
-    return Learner(begins(direction, radius, "mean"), update)
+    return UpdateRule(begins(direction, radius, "mean"), update)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .directions import Direction, Learner, Rate, State, begins, into_ball, plain
+from .directions import Direction, Rate, RuleState, UpdateRule, begins, into_ball, plain
 
 
 def optimistic(
     lr: Rate, direction: Direction | None = None, radius: float | None = None, memory: float = 0.0
-) -> Learner:
+) -> UpdateRule:
     """Two sequences: w_t = Π[ŵ_t − η h_t] serves, then ŵ_{t+1} = Π[ŵ_t − η u_t]; the hint h is the past, h_1 = 0.
 
     Without Π, both make w_{t+1} = w_t − η (u_t + h_{t+1} − h_t), and no second sequence is kept.
@@ -30,7 +30,7 @@ def optimistic(
     """
     direction = direction or plain()
 
-    def update(grads: Tensor, state: State) -> tuple[Tensor, State]:
+    def update(grads: Tensor, state: RuleState) -> tuple[Tensor, RuleState]:
         u, new = direction.of(grads, state)
         hint = torch.lerp(u, state["hint"], memory)
         if radius is None:
@@ -39,4 +39,4 @@ def optimistic(
         moved = into_ball(state["moved"] - lr * u, radius)
         return into_ball(moved - lr * hint, radius) - served, new | {"hint": hint, "moved": moved}
 
-    return Learner(begins(direction, radius, "hint"), update)
+    return UpdateRule(begins(direction, radius, "hint"), update)

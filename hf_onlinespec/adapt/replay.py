@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..state import Saved
+from ..state import State
 from .feedback import Feedback
 
 PASSES_WINDOW = 8  # requests that decide on the number of passes
@@ -91,7 +91,7 @@ class Replay:
         version, words, _ = self._random.getstate()
         return torch.tensor([version, *words])
 
-    def resume_random(self, saved: Saved) -> None:
+    def resume_random(self, saved: State) -> None:
         """The inverse of `random_state`."""
         version, *words = saved.tensor("random", self.random_state()).tolist()
         try:
@@ -122,7 +122,7 @@ def profile(tokens: Tensor) -> Tensor:
     return counts / counts.norm().clamp_min(1.0)
 
 
-class Passes:
+class ReplaySchedule:
     """How many replay passes after a request are worth their time; one at least, so that old domains are not forgotten.
 
     What a step brought is told by the gradient g of the next request, which no step has seen: −⟨g, Δw⟩ is, to first order, how

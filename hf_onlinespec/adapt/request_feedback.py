@@ -11,7 +11,7 @@ from ..models.opening import opening_tokens
 from .feedback import Feedback, Teacher, concatenate
 
 
-class Lesson:
+class RequestFeedback:
     """The feedback of one request, batch rows side by side.
 
     Args:
@@ -58,7 +58,7 @@ class Lesson:
         settings, ids, call = self._settings, self._vocabulary, self._temperature
         return [Teacher.from_logits(row, settings.temperature, settings.top_k, ids, call) for row in logits]
 
-    def put_off(self) -> None:
+    def defer_to_replay(self) -> None:
         """Leaves the waiting tokens to the replay."""
         if self.waiting:
             self.keep(self.teachers())

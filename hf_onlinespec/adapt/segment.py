@@ -37,7 +37,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Scores:
     """Acceptance at new tokens (batch · n,), before anything was learned from them."""
 
     learned: list[float]  # of what serves
@@ -45,22 +45,22 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingRequest:
     """What is not judged yet of one request."""
 
     segment: Segment
     accepted: list[list[float]]  # by row of the batched forward
-    shown: Shown
+    shown: Scores
 
-    def goes_on(self, segment: Segment) -> bool:
+    def continues(self, segment: Segment) -> bool:
         """Whether a segment is the next one of the same request."""
         before, new = self.segment.tokens, len(segment.teachers[0])
         return segment.tokens.shape[1] - new == before.shape[1] and torch.equal(segment.tokens[:, :-new], before)
 
-    def joined(self, segment: Segment, accepted: list[list[float]], shown: Shown) -> Pending:
+    def joined(self, segment: Segment, accepted: list[list[float]], shown: Scores) -> PendingRequest:
         teachers = [concatenate([a, b]) for a, b in zip(self.segment.teachers, segment.teachers, strict=True)]
         rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
         both = self.shown.original is not None and shown.original is not None
         original = [*(self.shown.original or []), *(shown.original or [])] if both else None
         whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature)
-        return Pending(whole, rows, Shown(self.shown.learned + shown.learned, original))
+        return PendingRequest(whole, rows, Scores(self.shown.learned + shown.learned, original))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from .._compat import CACHE, crop, record_past
-from ..govern.acceptance import Seen
+from ..govern.acceptance import RequestStats
 from ..models.vocabulary import Vocabulary, widened
 from .sampling import draw
 
@@ -50,7 +50,7 @@ class RequestModel:
         vocabulary: Vocabulary | None,
         warpers: LogitsProcessorList,
         sample: bool,
-        seen: Seen,
+        seen: RequestStats,
     ) -> None:
         self.draft = draft
         self.vocabulary = vocabulary or draft.vocabulary
@@ -93,13 +93,13 @@ class RequestModel:
                 governor.read(2 * tokens.shape[1], time.perf_counter() - started)
             governor.preference.asked(self.preference)
             if not self.cached:  # who has begun goes on
-                self.serve(governor.preference.frozen_serves(self.preference))
+                self.serve(governor.preference.use_base(self.preference))
         if caches and not self.cached:  # the prompt is read already
             self.cache, self.cached = caches[self.base], tokens.shape[1] - 1
 
     def serve(self, base: bool) -> None:
         """Who serves this request: the base draft or the learned one."""
-        self.base = self._seen.frozen = self.draft.governor.decisions.serves_frozen = base
+        self.base = self._seen.frozen = self.draft.governor.decisions.serves_base = base
 
     def rewind(self, length: int) -> None:
         """Rolls the cache back to what was kept of `length` tokens."""

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .._compat import CandidateGenerator, stateless
 from ..adapt.feedback import FeedbackRecorder
-from ..govern.acceptance import Continuation, Drafted, Seen
-from ..govern.governor import FIRST_LOOKAHEAD, HOPE_ROOM, NOTHING_LEARNS, Plan
+from ..govern.acceptance import Continuation, RequestStats, TokenSource
+from ..govern.governor import FIRST_LOOKAHEAD, MIN_ROOM_TO_EXPLORE, NOTHING_LEARNS, Plan
 from ..govern.routing import PREFERENCE_TOKENS
 from ..metrics import Counts
 from ..models.vocabulary import Vocabulary
@@ -28,8 +28,8 @@ from .base import Draft
 from .causal_lm import RequestModel
 from .learning_draft import LearningDraft
 from .lookahead import fixed_lookahead, replaced
-from .proposal import Proposal, Round
-from .request_memory import MemoryInRequest, Recall
+from .proposal import Proposal, ProposalBuilder
+from .request_memory import MemoryInRequest, RequestMemory
 from .sampling import draw
 from .schedule import LearningSchedule
 
@@ -82,7 +82,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             self._padding = int((attention_mask[0] == 0).sum())
         self._vocabulary = vocabulary
         self._sequence: Tensor | None = None  # (batch, L) the request so far
-        self._seen = Seen()
+        self._seen = RequestStats()
         self._waits = False  # whether anything is decided by times: only then is an accelerator waited for
         self._model: RequestModel | None = None
         self._schedule: LearningSchedule | None = None
@@ -168,8 +168,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if model is not None and model.tokens is None and self._settings.update_every == "auto":
             with self._draft.lock:
                 asked = min(input_ids.shape[1], PREFERENCE_TOKENS)
-                asks = most >= HOPE_ROOM and self._governor.asks_prompt(asked, most)
-                model.serve(self._governor.preference.frozen_serves())
+                asks = most >= MIN_ROOM_TO_EXPLORE and self._governor.asks_prompt(asked, most)
+                model.serve(self._governor.preference.use_base())
             if asks:
                 with self._drafting():
                     model.choose(model.readable(input_ids))
@@ -197,7 +197,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if model is not None and model.cached:  # in silent rounds too: no rejected token may outlive them
             with self._drafting():
                 model.rewind(input_ids.shape[1])
-        round_ = Round(input_ids, None if recall is None else recall.context, self._eos)
+        round_ = ProposalBuilder(input_ids, None if recall is None else recall.context, self._eos)
         serving: AbstractContextManager[PreTrainedModel | None] = nullcontext()
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
         if model is not None:
@@ -208,19 +208,23 @@ class OnlineCandidateGenerator(CandidateGenerator):
             # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
             with self._drafting(), serving as served, torch.inference_mode():
                 while len(round_.drafted) < most and not round_.ended:
-                    neural = served is not None and self._neural_speaks(round_, plan)
-                    if recall is not None and round_.context is not None and self._recite(round_, plan, recall, neural):
+                    neural = served is not None and self._model_speaks(round_, plan)
+                    if (
+                        recall is not None
+                        and round_.context is not None
+                        and self._memory_token(round_, plan, recall, neural)
+                    ):
                         continue
                     if model is None or served is None or not neural or self.counts.failed_drafts > failed:
                         break
-                    self._think(round_, model, served)
+                    self._model_token(round_, model, served)
                 if model is not None and round_.neural and self._waits and not model.began:
                     # What was queued is a part of the draft's time, and would count as the target's.
                     waits = time.perf_counter()
-                    round_.neural_s += finished(model.draft.device) - waits
+                    round_.model_s += finished(model.draft.device) - waits
         return round_.proposal(self._vocabulary.said if self._sample and self._vocabulary is not None else 0)
 
-    def _recalled(self, input_ids: Tensor) -> Recall | None:
+    def _recalled(self, input_ids: Tensor) -> RequestMemory | None:
         """The memory, once it has read the request; None: there is none, or it has failed."""
         memory = self._draft.memory
         if memory is None or not self._memory.usable or input_ids.shape[0] != 1:
@@ -230,27 +234,29 @@ class OnlineCandidateGenerator(CandidateGenerator):
                 asks = self._schedule is not None and self._schedule.asks_memory
                 size = min(self._max_length + 1, self._settings.memory_tokens)
                 known = self._governor.acceptances
-                self._memory.recall = Recall(memory, self._draft.lock, size, self._padding, self._seen, known, asks)
+                self._memory.recall = RequestMemory(
+                    memory, self._draft.lock, size, self._padding, self._seen, known, asks
+                )
             self._memory.recall.read(input_ids)
         return self._memory.recall
 
-    def _neural_speaks(self, round_: Round, plan: Plan | None) -> bool:
+    def _model_speaks(self, round_: ProposalBuilder, plan: Plan | None) -> bool:
         if self._sequence is None or self._sequence.shape[1] + len(round_.drafted) >= self._positions:
             return False
-        return plan is None or self._governor.neural_pays(
+        return plan is None or self._governor.model_pays(
             plan, len(round_.drafted), round_.survival, begun=round_.neural
         )
 
-    def _memory_speaks(self, round_: Round, plan: Plan | None, found: Continuation, neural: bool) -> bool:
+    def _memory_speaks(self, round_: ProposalBuilder, plan: Plan | None, found: Continuation, neural: bool) -> bool:
         if plan is None:  # no clock: whoever is accepted more often
             acceptances = self._governor.acceptances
             _, chance = acceptances.memory(found, not round_.drafted, self._seen.trust)
-            return not neural or chance >= acceptances.usual(self._seen.frozen)
+            return not neural or chance >= acceptances.mean_rate(self._seen.frozen)
         return self._governor.memory_pays(
             plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
         )
 
-    def _recite(self, round_: Round, plan: Plan | None, recall: Recall, neural: bool) -> bool:
+    def _memory_token(self, round_: ProposalBuilder, plan: Plan | None, recall: RequestMemory, neural: bool) -> bool:
         """One token of the memory's; False: it has none, or is not the one to speak."""
         with self._recalling():
             assert round_.context is not None
@@ -263,37 +269,39 @@ class OnlineCandidateGenerator(CandidateGenerator):
             if self._sample and len(found.tokens) > 1:
                 place = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
             key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.trust)
-            round_.recite(found.tokens[place], found, Drafted("memory", len(round_.drafted), key), chance)
+            round_.add_memory_token(found.tokens[place], found, TokenSource("memory", len(round_.drafted), key), chance)
             return True
         return False
 
-    def _think(self, round_: Round, model: RequestModel, served: PreTrainedModel) -> None:
+    def _model_token(self, round_: ProposalBuilder, model: RequestModel, served: PreTrainedModel) -> None:
         """One token of the neural draft's."""
         started, acceptances = time.perf_counter(), self._governor.acceptances
         found = model.next_token(served, round_.prefix)
         if found is None:
             with self._draft.lock:
-                acceptances.unsound(self._seen)
+                acceptances.non_finite(self._seen)
             round_.ended = True
-            round_.neural_s += time.perf_counter() - started
+            round_.model_s += time.perf_counter() - started
             return
         key: tuple[int, ...] = (-1,)
-        chance = acceptances.usual(model.base)
+        chance = acceptances.mean_rate(model.base)
         if found.confidence is not None:
-            key, chance = acceptances.confident(found.confidence, model.base)
-        round_.think(found.token, found.known, found.law, Drafted("neural", len(round_.drafted), key), chance)
+            key, chance = acceptances.rate_by_confidence(found.confidence, model.base)
+        round_.add_model_token(
+            found.token, found.known, found.law, TokenSource("model", len(round_.drafted), key), chance
+        )
         self._drafted = True
-        if model.began and not round_.neural_s and self._waits:  # it has read the prompt
+        if model.began and not round_.model_s and self._waits:  # it has read the prompt
             seconds = finished(model.draft.device) - started
             with self._draft.lock:
                 self._governor.read(model.cached, seconds)
-        round_.neural_s += time.perf_counter() - started
+        round_.model_s += time.perf_counter() - started
 
-    def hear(self, logits: Tensor) -> None:
+    def record_round(self, logits: Tensor) -> None:
         """Keeps the target's raw logits (batch, k + 1, vocab) of a round, if they are learned from."""
         if self._schedule is not None and self._schedule.recorder is not None:
             with self._schedule.attempt():
-                self._schedule.recorder.hear(logits)
+                self._schedule.recorder.record_round(logits)
 
     def observe(
         self, input_ids: Tensor, proposal: Proposal, overlaps: Sequence[float], draft_s: float, target_s: float
@@ -305,10 +313,10 @@ class OnlineCandidateGenerator(CandidateGenerator):
             overlaps: Σ min(p, q) at every verified position.
             draft_s, target_s: times of the round; a target_s of 0 is not counted.
         """
-        neural_s = proposal.neural_s
+        model_s = proposal.model_s
         if target_s:
-            target_s += draft_s - neural_s  # the memory's time belongs to every round
-        timed_s = 0.0 if self._model is None or self._model.began else neural_s
+            target_s += draft_s - model_s  # the memory's time belongs to every round
+        timed_s = 0.0 if self._model is None or self._model.began else model_s
         with self._failures.records.attempt(), self._draft.lock:
             self._governor.observe(proposal.drafted, overlaps, timed_s, target_s, self._seen)
         self._sequence = input_ids

@@ -23,21 +23,21 @@ from ..adapt.background import IdleWorker
 from ..adapt.feedback import Feedback, Teacher, acceptance
 from ..adapt.gated_lora import GatedLora
 from ..adapt.learned_texts import Learned, Request
-from ..adapt.learner import Learning
-from ..adapt.request_feedback import Lesson
+from ..adapt.learner import Learner
+from ..adapt.request_feedback import RequestFeedback
 from ..adapt.segment import Segment
 from ..config import ENSEMBLE, OnlineSpecConfig
 from ..errors import CopyError
 from ..govern.routing import PREFERENCE_TOKENS
 from ..metrics import Counts
 from ..models.borrow import copy_modules
-from ..models.identity import Identity
+from ..models.identity import BaseFingerprint
 from ..models.layers import describe
 from ..models.plain import check_cache, plain_draft
 from ..models.vocabulary import Vocabulary
 from ..models.watch import ModelWatch
 from ..runtime.forks import Lock
-from ..state import Saved, copied
+from ..state import State, copied
 from ..summary import counted, size
 from .base import Draft
 
@@ -64,7 +64,7 @@ class LearningDraft(Draft):
         self._begun = 0  # how often it began, on the model's weights as they were then
         # Held for one gradient step at a time. `lock` may be taken while it is held, not the other way round.
         self._learns = Lock()
-        self.requests = weakref.WeakSet[Lesson]()  # feedback of those in progress
+        self.requests = weakref.WeakSet[RequestFeedback]()  # feedback of those in progress
         self._begin(model)
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if self.settings.update_when == "idle":
@@ -75,7 +75,7 @@ class LearningDraft(Draft):
         """A new adapter on the model's weights as they are now."""
         with torch.inference_mode(False):
             base = plain_draft(model)
-            identity, vocabulary = Identity.of(base), Vocabulary.of(base)
+            identity, vocabulary = BaseFingerprint.of(base), Vocabulary.of(base)
             lora = GatedLora(
                 base,
                 rank=self.settings.rank,
@@ -85,7 +85,7 @@ class LearningDraft(Draft):
                 seed=self.settings.seed,
             )
             check_cache(lora.base)
-            learning = Learning(lora, self.settings, self._traces.update)
+            learning = Learner(lora, self.settings, self._traces.update)
             # The counters go on where a draft begins anew.
             learning.guard.rollbacks, learning.adaptation.removed = self.metrics.rollbacks, self.metrics.removed_experts
         self.identity, self.vocabulary, self._lora, self._learning = identity, vocabulary, lora, learning
@@ -200,7 +200,7 @@ class LearningDraft(Draft):
                 yield self._lora.base
             else:
                 weights = self._lora.weights
-                with self._lora.speaking(None if weights is None else weights[None]) as model:
+                with self._lora.gated(None if weights is None else weights[None]) as model:
                     yield model
 
     @torch.no_grad()
@@ -223,7 +223,7 @@ class LearningDraft(Draft):
             inputs: of the model: tokens (rows, L) and their mask.
         """
         own = self._lora.placed(adapter)
-        with self._learns, self._lora.speaking() as model:
+        with self._learns, self._lora.gated() as model:
             logits: Tensor = functional_call(model, own, kwargs=inputs | {"use_cache": False}).logits
         return logits
 
@@ -279,7 +279,7 @@ class LearningDraft(Draft):
             self._note()
         if governed:
             with self.lock:
-                self.governor.shadow(shown.learned, shown.original, recalled, True, preference)
+                self.governor.observe_comparison(shown.learned, shown.original, recalled, True, preference)
 
     def learn(self, examples: Sequence[Feedback], counts: Counts) -> None:
         """One gradient step on whole texts, together; the privacy audit will look at them."""
@@ -294,7 +294,7 @@ class LearningDraft(Draft):
         counts = Counts()
         self.learn_segment(request.tokens[None], [request.teacher], None, 0, None, counts)
         self.remember(request)
-        self.rehearse(counts, self.settings.replay_passes)
+        self.replay_step(counts, self.settings.replay_passes)
         return counts
 
     def gradient(self) -> Tensor:
@@ -319,7 +319,7 @@ class LearningDraft(Draft):
             logger.info("%s", guard.reason)
 
     @torch.no_grad()
-    def look(
+    def score_offline(
         self,
         tokens: Tensor,
         teachers: list[Teacher],
@@ -336,7 +336,7 @@ class LearningDraft(Draft):
             logits = self.logits(tokens[:, :-1], n, frozen, mask)
             seen.append(acceptance(teachers, logits, temperature, self.settings.temperature))
         with self.lock:
-            self.governor.shadow(seen[0].tolist(), seen[-1].tolist(), (), False, preference)
+            self.governor.observe_comparison(seen[0].tolist(), seen[-1].tolist(), (), False, preference)
 
     @torch.no_grad()
     def preference(self, tokens: Tensor, mask: Tensor | None) -> tuple[float, dict[bool, DynamicCache]]:
@@ -372,7 +372,7 @@ class LearningDraft(Draft):
             learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
         """
         with self._learns, torch.inference_mode(False):
-            base, state = self._lora.base, self._learning.saved()
+            base, state = self._lora.base, self._learning.state()
             adapter = copied(self._lora.named(self._lora.served_params()))
             # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
             instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in base.parameters()}
@@ -382,7 +382,7 @@ class LearningDraft(Draft):
             settings = (learning or self.settings).of_draft()
             clone = type(self)(plain, replace(settings, update_when="request", update_every=1, memory_tokens=0))
             if learning is None:
-                clone._learning.resume(adapter, Saved(copied(state.tensors), state.values))
+                clone._learning.resume(adapter, State(copied(state.tensors), state.values))
             else:
                 clone._learning.adopt(adapter)
         return clone
@@ -400,7 +400,7 @@ class LearningDraft(Draft):
             self._learning.remember(feedback, request)
             self.metrics.replay_bytes, self.metrics.replay_refused = self._replay.nbytes, self._replay.refused
 
-    def rehearse(self, counts: Counts, passes: int) -> None:
+    def replay_step(self, counts: Counts, passes: int) -> None:
         """The replay's gradient steps: each on a few remembered requests, in one padded batch.
 
         With `update_every="auto"` no more than were worth their time of late.
@@ -410,7 +410,7 @@ class LearningDraft(Draft):
             self.metrics.decisions.replay_passes = self._learning.passes.now
         for _ in range(passes):
             with self._learns:
-                if not self._learning.rehearse(counts):
+                if not self._learning.replay_step(counts):
                     return
 
     # Learning while nothing is generated
@@ -440,7 +440,7 @@ class LearningDraft(Draft):
         feedback, temperature = item
         if self.settings.update_every == "auto":
             started = time.perf_counter()
-            self.look(feedback.tokens[None], [feedback.teacher], None, temperature)
+            self.score_offline(feedback.tokens[None], [feedback.teacher], None, temperature)
             self.metrics.idle_time_s += time.perf_counter() - started
             yield
         for i in range(1 + self.settings.replay_passes):
@@ -452,7 +452,7 @@ class LearningDraft(Draft):
                     self._note()
                     self.remember(feedback)
                 else:
-                    self._learning.rehearse(counts)
+                    self._learning.replay_step(counts)
                 self.fold()
             with self.lock:
                 self.metrics.idle_updates += counts.updates

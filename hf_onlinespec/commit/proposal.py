@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..govern.acceptance import Continuation, Drafted
+from ..govern.acceptance import Continuation, TokenSource
 from .suffix_memory import REACH
 
 
@@ -17,19 +17,19 @@ class Proposal:
 
     tokens: Tensor  # (batch, k) drafted tokens
     q: Tensor | None  # (batch, k, target's vocab) the law each was drawn from; None: greedy, no law needed
-    drafted: tuple[Drafted, ...] = ()  # k times: where each came from
-    neural_s: float = 0.0  # time that the neural draft took
+    drafted: tuple[TokenSource, ...] = ()  # k times: where each came from
+    model_s: float = 0.0  # time that the neural draft took
 
 
-class Round:
+class ProposalBuilder:
     """A proposal while it grows. What the memory says becomes tensors once somebody needs them."""
 
     def __init__(self, input_ids: Tensor, context: list[int] | None, eos: set[int]) -> None:
         self.context = context  # the last tokens; None: nobody asks for them, or they are not known on the host
         self.survival = 1.0  # estimated chance that all drafted tokens are kept
         self.ended = False
-        self.drafted: list[Drafted] = []
-        self.neural_s = 0.0
+        self.drafted: list[TokenSource] = []
+        self.model_s = 0.0
         self.neural = False  # whether the neural draft has spoken
         self._length = input_ids.shape[1]
         self._prefix, self._recited = input_ids, list[int]()  # what was drafted so far, and tokens that it still lacks
@@ -44,18 +44,20 @@ class Round:
             self._recited = []
         return self._prefix
 
-    def think(self, token: Tensor, known: int | None, law: Tensor | None, drafted: Drafted, chance: float) -> None:
+    def add_model_token(
+        self, token: Tensor, known: int | None, law: Tensor | None, drafted: TokenSource, chance: float
+    ) -> None:
         """A token (batch, 1) of the neural draft's, and its law (batch, V), 0 at further ids; `known` where the host has it."""
         self._prefix = torch.cat([self.prefix, token], dim=-1)
         self.neural = True
         self._add(known, law, drafted, chance)
 
-    def recite(self, known: int, found: Continuation, drafted: Drafted, chance: float) -> None:
+    def add_memory_token(self, known: int, found: Continuation, drafted: TokenSource, chance: float) -> None:
         """A token of the memory's."""
         self._recited.append(known)
         self._add(known, found, drafted, chance)
 
-    def _add(self, known: int | None, law: Tensor | Continuation | None, drafted: Drafted, chance: float) -> None:
+    def _add(self, known: int | None, law: Tensor | Continuation | None, drafted: TokenSource, chance: float) -> None:
         self.drafted.append(drafted)
         if law is not None:
             self._laws.append(law)
@@ -78,4 +80,4 @@ class Round:
                     )
                 else:
                     q[:, i, : law.shape[-1]] = law
-        return Proposal(tokens, q, tuple(self.drafted), self.neural_s)
+        return Proposal(tokens, q, tuple(self.drafted), self.model_s)

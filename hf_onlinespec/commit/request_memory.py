@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..govern.acceptance import LENGTH_EDGES, Acceptances, Continuation, Seen
+from ..govern.acceptance import LENGTH_EDGES, Acceptances, Continuation, RequestStats
 from .suffix_memory import REACH, SuffixMemory
 
 
-class Recall:
+class RequestMemory:
     """Answers from the request itself and from earlier ones; a request of one row.
 
     Args:
@@ -32,7 +32,7 @@ class Recall:
         lock: AbstractContextManager[Any],
         size: int,
         padding: int,
-        seen: Seen,
+        seen: RequestStats,
         acceptances: Acceptances,
         asks: bool = False,
     ) -> None:
@@ -95,7 +95,7 @@ class MemoryInRequest:
     """Whether one request is served by the suffix memory."""
 
     usable: bool  # False: it has failed, or is left out after a failure
-    recall: Recall | None = None  # None: there is no memory, or it was not asked yet
+    recall: RequestMemory | None = None  # None: there is no memory, or it was not asked yet
 
     def stop(self) -> None:
         """The request goes on without it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._compat import cache_tensors
 from ..adapt.feedback import FeedbackRecorder
 from ..adapt.learned_texts import Request
-from ..adapt.request_feedback import Lesson
+from ..adapt.request_feedback import RequestFeedback
 from ..metrics import Counts
 from ..runtime.clock import finished
 from ..runtime.failures import Attempt
@@ -70,8 +70,8 @@ class LearningSchedule:
         self.close()
         self.recorder, self._lesson = None, self._begin_lesson()
 
-    def _begin_lesson(self) -> Lesson:
-        lesson = Lesson(self._settings, self._model.common, self._temperature, self._draft.config)
+    def _begin_lesson(self) -> RequestFeedback:
+        lesson = RequestFeedback(self._settings, self._model.common, self._temperature, self._draft.config)
         with self._draft.lock:
             self._draft.requests.add(lesson)
         return lesson
@@ -117,7 +117,7 @@ class LearningSchedule:
         if due:
             self.update()
         elif full:
-            self._lesson.put_off()
+            self._lesson.defer_to_replay()
 
     def update(self) -> None:
         """One gradient step on the tokens since the last update, on top of the cached prefix."""
@@ -180,7 +180,7 @@ class LearningSchedule:
         settings = self._settings
         steps = 1 + settings.replay_passes
         if settings.update_when == "idle":
-            self._lesson.put_off()
+            self._lesson.defer_to_replay()
             for feedback in self._lesson.feedback(tokens, mask):
                 self._draft.learn_later(feedback, self._temperature)
             self._learned = True
@@ -189,18 +189,18 @@ class LearningSchedule:
             steps = self._worthwhile_steps()
             if not steps:
                 self._put_off = True
-                self._governor.decisions.updates_put_off += 1
+                self._governor.decisions.deferred_updates += 1
                 if unseen:
                     self._look(tokens)
         if steps:
             self.update()
         elif self._keeps:
-            self._lesson.put_off()
+            self._lesson.defer_to_replay()
         started, before = time.perf_counter(), self._counts.updates
         try:
             for feedback in self._lesson.feedback(tokens, mask):
                 self._draft.remember(feedback, self._request)
-            self._draft.rehearse(self._counts, steps - 1)
+            self._draft.replay_step(self._counts, steps - 1)
             self._draft.fold()
         finally:
             self._charge(started, before)
@@ -240,13 +240,15 @@ class LearningSchedule:
         started, model = time.perf_counter(), self._model
         teachers = self._lesson.teachers()
         model.choose(tokens[:, : model.prompt])
-        self._draft.look(tokens[:, : self._lesson.end], teachers, model.mask, self._temperature, model.preference)
+        self._draft.score_offline(
+            tokens[:, : self._lesson.end], teachers, model.mask, self._temperature, model.preference
+        )
         if self._keeps:
             self._lesson.keep(teachers)
         seconds = time.perf_counter() - started
         self._counts.update_time_s += seconds
         with self._draft.lock:
-            self._governor.effort.looked(seconds)
+            self._governor.effort.scored(seconds)
 
     # What it may cost
 

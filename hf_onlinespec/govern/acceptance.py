@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .estimates import Level, Share
+from .estimates import ChangeDetector, DecayedMean
 
 MAX_LOOKAHEAD = 12  # draft tokens of the neural draft in one round, at most
 CONFIDENCE_EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
@@ -48,16 +48,16 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Drafted:
+class TokenSource:
     """Where one drafted token came from, and what the acceptance estimates are kept by."""
 
-    source: str  # "neural" or "memory"
+    source: str  # "model" or "memory"
     position: int  # in the round, from 0
     key: tuple[int, ...]  # neural: confidence bin; memory: see `memory_key`
 
 
 @dataclass
-class Seen:
+class RequestStats:
     """What one request has shown of the draft and of the memory so far."""
 
     acceptance: float = 0.0  # of the neural draft, summed over its verified positions
@@ -81,45 +81,45 @@ class Acceptances:
 
     def __init__(self) -> None:
         # By who serves, the learned draft (False) or the frozen one (True): each has its own kind of requests.
-        self._pooled = {frozen: Share() for frozen in (False, True)}
-        self._levels = {frozen: Level() for frozen in (False, True)}
+        self._pooled = {frozen: DecayedMean() for frozen in (False, True)}
+        self._levels = {frozen: ChangeDetector() for frozen in (False, True)}
         self.latest = False  # who served last
-        self._positions = {frozen: [Share() for _ in range(MAX_LOOKAHEAD)] for frozen in (False, True)}
-        self._confidence: dict[int, Share] = {}
-        self._memory: dict[tuple[int, ...], Share] = {}
+        self._positions = {frozen: [DecayedMean() for _ in range(MAX_LOOKAHEAD)] for frozen in (False, True)}
+        self._confidence: dict[int, DecayedMean] = {}
+        self._memory: dict[tuple[int, ...], DecayedMean] = {}
 
     @property
     def rate(self) -> float:
         """Acceptance rate of the neural draft, as it served last."""
-        return self.usual(self.latest)
+        return self.mean_rate(self.latest)
 
     @property
     def known(self) -> bool:
         """Whether any request has shown an acceptance."""
         return any(level.known for level in self._levels.values())
 
-    def usual(self, frozen: bool) -> float:
+    def mean_rate(self, frozen: bool) -> float:
         """Acceptance rate of one of the two; what is known of the other one is the best guess where nothing was seen."""
         return self._pooled[frozen].mean(self._pooled[not frozen].mean(0.5))
 
-    def here(self, seen: Seen) -> tuple[float, float]:
+    def here(self, seen: RequestStats) -> tuple[float, float]:
         """Acceptance rate in a request, and its standard deviation."""
-        strength = self._levels[seen.frozen].alike
+        strength = self._levels[seen.frozen].prior_strength
         n = strength + seen.positions
-        a = (strength * self.usual(seen.frozen) + seen.acceptance) / n
+        a = (strength * self.mean_rate(seen.frozen) + seen.acceptance) / n
         return a, (max(0.0, a * (1 - a)) / (n + 1)) ** 0.5
 
     def at(self, position: int, here: float, frozen: bool = False) -> float:
         """Acceptance at a position of a round, where it is `here` on average."""
-        general = max(self.usual(frozen), 0.01)
+        general = max(self.mean_rate(frozen), 0.01)
         place = self._positions[frozen][min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
         return min(0.99, here * place / general)
 
-    def confident(self, confidence: float, frozen: bool = False) -> tuple[tuple[int, ...], float]:
+    def rate_by_confidence(self, confidence: float, frozen: bool = False) -> tuple[tuple[int, ...], float]:
         """The key of a law whose most probable token has this probability, and its acceptance."""
         key = _bin(confidence, CONFIDENCE_EDGES)
         share = self._confidence.get(key)
-        prior = 0.5 * (confidence + self.usual(frozen))
+        prior = 0.5 * (confidence + self.mean_rate(frozen))
         return (key,), prior if share is None else share.mean(prior)
 
     def memory(
@@ -129,7 +129,7 @@ class Acceptances:
 
         Args:
             first: at the beginning of a round, behind a token of the target's own.
-            trust: of the request, see `Seen`.
+            trust: of the request, see `RequestStats`.
         """
         key = self.memory_key(found, first)
         return key, min(0.99, trust * self._memory_usual(key))
@@ -153,25 +153,27 @@ class Acceptances:
         seen = self._memory.get(key)
         return prior if seen is None else seen.mean(prior)
 
-    def unsound(self, seen: Seen) -> None:
+    def non_finite(self, seen: RequestStats) -> None:
         """The draft's law at a position was none: it could draft nothing there."""
         seen.positions += 1
         self._pooled[seen.frozen].add(0.0)
 
-    def verified(self, drafted: Sequence[Drafted], overlaps: Sequence[float], seen: Seen, weight: float = 1.0) -> None:
+    def verified(
+        self, drafted: Sequence[TokenSource], overlaps: Sequence[float], seen: RequestStats, weight: float = 1.0
+    ) -> None:
         """Takes in Σ min(p, q) at the verified positions of a round, also into `seen`."""
         self.latest = seen.frozen
         for d, overlap in zip(drafted, overlaps, strict=False):
-            if d.source == "neural":
+            if d.source == "model":
                 seen.acceptance += overlap
                 seen.positions += 1
                 self._pooled[seen.frozen].add(overlap, weight)
                 self._positions[seen.frozen][min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
-                self._confidence.setdefault(d.key[0], Share()).add(overlap)
+                self._confidence.setdefault(d.key[0], DecayedMean()).add(overlap)
             else:
                 seen.expected += self._memory_usual(d.key)
                 seen.right += overlap
-                self._memory.setdefault(d.key, Share()).add(overlap)
+                self._memory.setdefault(d.key, DecayedMean()).add(overlap)
 
     def shown(self, acceptances: Sequence[float], frozen: bool) -> None:
         """Takes in what the draft would have done at positions where it did not draft."""
@@ -183,7 +185,7 @@ class Acceptances:
 
     def request(self, acceptance: float, positions: int, frozen: bool) -> bool:
         """Takes in the neural acceptance of a whole request, known from so many positions; whether it has fallen of late."""
-        return self._levels[frozen].fell(acceptance, positions)
+        return self._levels[frozen].detect_drop(acceptance, positions)
 
     def request_ended(self) -> None:
         """An answer of the memory that was wrong in one domain gets a chance in the next."""

@@ -15,7 +15,7 @@ EFFORT_STEP, FIRST_EFFORT, LEAST_EFFORT = 4.0, 1 / 4, 1 / 16
 LOOK_SHARE = 0.005  # of the time, for looks at requests in which the draft neither drafts nor learns
 
 
-class _Part:
+class _PerDraft:
     """The requests that one of the two drafts serves: the learned one or the frozen one."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class _Part:
         self.window_size, self.before = FIRST_WINDOW, 0.0
 
 
-class Effort:
+class LearningBudget:
     """A bank that earns `budget · effort` of the decoding time and pays for gradient steps.
 
     Over windows of doubling length, learning has to gain half of what it costs (the stream is taken to go on for as long as
@@ -45,8 +45,8 @@ class Effort:
         self._budget, self._passes, self._decisions = budget, passes, decisions
         decisions.effort = FIRST_EFFORT
         self.verdict = ""  # what was found out about learning the last time, and what follows; empty: nothing yet
-        self._parts = {frozen: _Part() for frozen in (False, True)}
-        self._bank_s = 0.0
+        self._parts = {frozen: _PerDraft() for frozen in (False, True)}
+        self._balance_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
         self._step_s = 0.0  # their median: what a gradient step costs
         self._looks_s: deque[float] = deque(maxlen=WINDOW)
@@ -57,16 +57,16 @@ class Effort:
         self._decisions.effort = self._parts[frozen].effort
         if 0 < seconds < float("inf"):
             self._since_look_s += seconds
-            self._bank_s += self._budget * self._decisions.effort * seconds
+            self._balance_s += self._budget * self._decisions.effort * seconds
             if self._step_s:
-                self._bank_s = min(self._bank_s, 2 * (1 + self._passes) * self._step_s)
+                self._balance_s = min(self._balance_s, 2 * (1 + self._passes) * self._step_s)
 
     def affordable_steps(self) -> int:
         """Gradient steps that the bank can pay for now: one on what is new, the others on what is remembered."""
         step = self._step_s
         if not step:
-            return 1 + self._passes if self._bank_s >= 0 else 0  # below: it took time, and came to no step
-        steps = min(int(self._bank_s / step), 1 + self._passes)
+            return 1 + self._passes if self._balance_s >= 0 else 0  # below: it took time, and came to no step
+        steps = min(int(self._balance_s / step), 1 + self._passes)
         return 0 if steps < min(2, 1 + self._passes) else steps
 
     def spent(self, seconds: float, steps: int) -> None:
@@ -76,16 +76,16 @@ class Effort:
         price = self._step_s
         if price:  # a stall is no reason to stop learning for long
             seconds = min(seconds, 10 * max(steps, 1) * price)
-        self._bank_s = max(self._bank_s - seconds, -(1 + self._passes) * price if price else -seconds)
+        self._balance_s = max(self._balance_s - seconds, -(1 + self._passes) * price if price else -seconds)
         if steps:
             self._steps_s.append(seconds / steps)
             self._step_s = statistics.median(self._steps_s)
 
-    def looks(self) -> bool:
+    def should_score(self) -> bool:
         """Whether a look at a request is affordable."""
         return not self._looks_s or LOOK_SHARE * self._since_look_s >= statistics.median(self._looks_s)
 
-    def looked(self, seconds: float) -> None:
+    def scored(self, seconds: float) -> None:
         """A look at a request took so long."""
         if 0 <= seconds < float("inf"):
             self._looks_s.append(seconds)
@@ -105,7 +105,7 @@ class Effort:
             self._judge(part, now / part.before - 1, doubt)
         part.before, part.window = now, []
 
-    def _judge(self, part: _Part, gain: float, doubt: float) -> None:
+    def _judge(self, part: _PerDraft, gain: float, doubt: float) -> None:
         """Raises the effort where the last window paid for itself; lowers it where it did not, or nothing shows that it did.
 
         Args:
@@ -128,7 +128,7 @@ class Effort:
             f"at {share:.1%} of the time: effort {part.effort:.3g}"
         )
 
-    def wake(self, reason: str, frozen: bool = False) -> None:
+    def reset_full(self, reason: str, frozen: bool = False) -> None:
         """Full effort: there is something to learn."""
         part = self._parts[frozen]
         part.effort = self._decisions.effort = 1.0
@@ -153,4 +153,4 @@ class Effort:
         if not self._step_s:
             return f"it took more than {share}, and came to no gradient step"
         steps = 1 + self._passes
-        return f"{steps} gradient steps take {steps * self._step_s:.2g} s, and {max(0.0, self._bank_s):.2g} s are left of {share}"
+        return f"{steps} gradient steps take {steps * self._step_s:.2g} s, and {max(0.0, self._balance_s):.2g} s are left of {share}"

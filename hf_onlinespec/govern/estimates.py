@@ -14,7 +14,7 @@ LEAST_FALL = 0.2  # requests of one domain differ so much by chance
 ALIKE_LEAST, ALIKE_MOST = 2.0, 50.0  # positions of a request that all others may be worth
 
 
-class Share:
+class DecayedMean:
     """A mean that forgets, drawn towards a prior while it has seen little."""
 
     def __init__(self, decay: float = DECAY) -> None:
@@ -35,7 +35,7 @@ class Share:
         return (self._sum + strength * prior) / (self.weight + strength)
 
 
-class Times:
+class DraftCost:
     """How long n positions take, in plain target steps: medians, and a line through them for unseen n."""
 
     def __init__(self, slope: float) -> None:
@@ -80,7 +80,7 @@ class Times:
         return mean_s - slope * mean_n, slope
 
 
-class Verification:
+class VerifyCost:
     """How long verifying k drafted tokens takes, in plain target steps: 1 + a·(1 − 2^(−k/2)) + b·k, through medians.
 
     The first few positions may cost more than further ones (other kernels, masks): a. Neither a nor b is below zero.
@@ -124,7 +124,7 @@ class Verification:
         self._bend, self._slope = max(0.0, bend), max(0.0, slope)
 
 
-class Level:
+class ChangeDetector:
     """Request by request, a noisy acceptance: whether it has fallen, and how much requests are alike."""
 
     def __init__(self) -> None:
@@ -132,8 +132,8 @@ class Level:
         self._begin()
 
     def _begin(self) -> None:
-        self._before, self._square = Share(0.95), Share(0.95)
-        self._means, self._squares, self._positions = Share(0.9), Share(0.9), Share(0.9)
+        self._before, self._square = DecayedMean(0.95), DecayedMean(0.95)
+        self._means, self._squares, self._positions = DecayedMean(0.9), DecayedMean(0.9), DecayedMean(0.9)
         for value, positions in self._recent:
             self._note(value, positions)
 
@@ -147,7 +147,7 @@ class Level:
         return self._means.weight > 0
 
     @property
-    def alike(self) -> float:
+    def prior_strength(self) -> float:
         """How many positions of a request all other requests are worth: few where they differ by more than chance.
 
         The strength of a beta prior with the mean and variance of the requests' acceptance (empirical Bayes).
@@ -160,7 +160,7 @@ class Level:
         differ = self._squares.mean(0.0, 0.0) - mean * mean - chance
         return min(max(spread / differ - 1, ALIKE_LEAST), ALIKE_MOST) if differ > 1e-4 else ALIKE_MOST
 
-    def fell(self, value: float, positions: int = 1) -> bool:
+    def detect_drop(self, value: float, positions: int = 1) -> bool:
         """Takes in a request's acceptance, known from so many positions; whether the last few lie below what was before.
 
         By four deviations of their mean, and by no less than `LEAST_FALL`. After a fall, what lies below it is all that is known.

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..metrics import Decisions
-from .acceptance import MAX_LOOKAHEAD, Acceptances, Continuation, Drafted, Seen
-from .budget import Effort
-from .estimates import Share, Times, Verification
+from .acceptance import MAX_LOOKAHEAD, Acceptances, Continuation, RequestStats, TokenSource
+from .budget import LearningBudget
+from .estimates import DecayedMean, DraftCost, VerifyCost
 from .fit import Fit
-from .routing import Preference
+from .routing import AdapterRouter
 
 # What is decided where there is no draft model.
 NO_MODEL_DRAFTS = "no draft model: the memory drafts where it is expected to pay"
@@ -33,14 +33,14 @@ FIRST_LOOKAHEAD = 3  # while times are still unknown
 RATE_DECAY, RATE_PRIOR = 0.99, 20.0  # rounds that tell the rate without a draft model: the last 100; chosen
 PACE = 0.2  # how fast the measured pace of the machine follows a round's time
 LIVE_LEAST = 5  # drafted positions that tell a request's acceptance
-HOPE_ROOM = 16  # tokens that must be left for a request to be worth a try
+MIN_ROOM_TO_EXPLORE = 16  # tokens that must be left for a request to be worth a try
 LOW_ACCEPTANCE, LOW_REQUESTS = 0.3, 4  # so many requests below it, and none well above: the draft has much to learn
-HOPELESS = 0.05  # acceptance of a draft that is not asked at once, while its times are unknown
+MIN_ACCEPTANCE_TO_START = 0.05  # acceptance of a draft that is not asked at once, while its times are unknown
 FIRST_PROBE, LAST_PROBE = 32, 256  # plain rounds until an idle draft is tried again
 PROBE_LOOKAHEAD = 2
 PROBE_WEIGHT = 4.0  # of what a probe shows: all else that is known is old
 REFRESH = 256  # rounds until a plain step is timed again
-PROMISE = 2.0  # reading a prompt has to promise so much more time than it takes: promises are not always kept
+READ_MARGIN = 2.0  # reading a prompt has to promise so much more time than it takes: promises are not always kept
 UNREAD = 8  # tokens that the draft has not read: more of them are a prompt, whose reading has to pay
 
 
@@ -69,16 +69,16 @@ class Governor:
     def __init__(self, update_budget: float, replay_passes: int, lookahead: int | str = "auto") -> None:
         self.decisions = Decisions()
         self.acceptances = Acceptances()
-        self.effort = Effort(update_budget, replay_passes, self.decisions)
+        self.effort = LearningBudget(update_budget, replay_passes, self.decisions)
         self._fixed = lookahead
         self._drafts = True  # whether there is a draft model
         # Times in plain target steps of the present pace, so that a machine that slows down changes no decision.
         self._pace_s = 0.0  # seconds of a plain target step
-        self._target, self._draft = Verification(), Times(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
+        self._target, self._draft = VerifyCost(), DraftCost(0.7)  # k ≥ 1 drafted tokens: to verify, to draft
         self._read_step = 0.0  # time of the draft for one token of a prompt; 0: not known
         self._too_long = False  # whether the last plan left drafting alone because of what had to be read
         # Of the rounds without a draft model: tokens, and expected time. What they have in common is the rate that a token has to beat.
-        self._tokens, self._time_taken = Share(RATE_DECAY), Share(RATE_DECAY)
+        self._tokens, self._time_taken = DecayedMean(RATE_DECAY), DecayedMean(RATE_DECAY)
         self._length = 0.0  # new tokens of a request, as they come
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
@@ -89,13 +89,13 @@ class Governor:
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
         self._unseen = 0  # requests since the neural draft's acceptance was last seen
         self._shown = False  # whether it was shown since the last request
-        self.preference = Preference()
+        self.preference = AdapterRouter()
         self.fit = Fit()
         self._lows = {frozen: 0 for frozen in (False, True)}  # requests of low acceptance since one of a better one
 
     # Drafting
 
-    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0, unread: int = 0) -> Plan:
+    def plan(self, drafts: bool = True, seen: RequestStats | None = None, room: int = 0, unread: int = 0) -> Plan:
         """How far the neural draft should go in this round.
 
         Args:
@@ -105,11 +105,11 @@ class Governor:
             unread: tokens that the draft has to read before it can draft.
         """
         self._drafts = drafts
-        seen = Seen() if seen is None else seen
+        seen = RequestStats() if seen is None else seen
         if not drafts or not self._pace_s or not self._draft.known:
             # The first round of all shows what a plain step costs.
             lookahead = FIRST_LOOKAHEAD if drafts and self._pace_s else 0
-            if lookahead and self.acceptances.rate < HOPELESS:
+            if lookahead and self.acceptances.rate < MIN_ACCEPTANCE_TO_START:
                 lookahead = self._probe(0)
             return Plan(lookahead, 1.0 if drafts else self._usual_rate(), 0.0, trust=seen.trust, frozen=seen.frozen)
         a, doubt = self.acceptances.here(seen)
@@ -123,7 +123,7 @@ class Governor:
         if best and self._now - self._plain_at > REFRESH:
             return Plan(0, rate, 0.0, silent=True, acceptance=a, trust=seen.trust, frozen=seen.frozen)
         lookahead = 0 if self._too_long else self._probe(best)
-        if not lookahead and room >= HOPE_ROOM:
+        if not lookahead and room >= MIN_ROOM_TO_EXPLORE:
             hope, rate_then = self._best(a + doubt, seen.frozen)
             if hope and self._reads(2 * unread, room, rate_then):  # it may as well come to nothing
                 lookahead = PROBE_LOOKAHEAD
@@ -136,7 +136,7 @@ class Governor:
     def _reads(self, unread: int, room: int, rate: float) -> bool:
         """Whether reading so many tokens pays, at a rate over plain decoding on what is likely to come."""
         left = min(room, self._length) if self._length else room
-        return unread <= UNREAD or PROMISE * unread * self._read_step <= left * (1 - 1 / rate)
+        return unread <= UNREAD or READ_MARGIN * unread * self._read_step <= left * (1 - 1 / rate)
 
     def read(self, tokens: int, seconds: float) -> None:
         """The draft took so long to read so many tokens of a prompt."""
@@ -182,7 +182,7 @@ class Governor:
         self.decisions.probes += 1
         return PROBE_LOOKAHEAD
 
-    def neural_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
+    def model_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
         """Whether the neural draft should draft the token at `position`, all before it being kept with chance `survival`.
 
         Args:
@@ -233,17 +233,17 @@ class Governor:
 
     def observe(
         self,
-        drafted: Sequence[Drafted],
+        drafted: Sequence[TokenSource],
         overlaps: Sequence[float],
         draft_s: float,
         target_s: float,
-        seen: Seen | None = None,
+        seen: RequestStats | None = None,
     ) -> None:
         """Takes in one round: what was drafted, Σ min(p, q) at its verified positions, and its times; notes it in `seen`."""
         k = len(drafted)
-        steps = sum(d.source == "neural" for d in drafted)
+        steps = sum(d.source == "model" for d in drafted)
         memory = k - steps
-        name = "plain" if not k else "neural" if not memory else "memory" if not steps else "memory+neural"
+        name = "plain" if not k else "model" if not memory else "memory" if not steps else "memory+model"
         self.decisions.rounds[name] += 1
         self._now += 1
         if not k:
@@ -254,10 +254,10 @@ class Governor:
             self._tokens.add(1 + sum(overlaps))
             self._time_taken.add(self._target.at(k))
         weight = PROBE_WEIGHT if self._probing else 1.0
-        tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "neural"]
+        tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "model"]
         if self._probing and tried and statistics.mean(tried) > self.acceptances.rate + 0.2:
             self._probe_rounds = 2  # better than believed: look on until it is believed, or was luck
-        self.acceptances.verified(drafted, overlaps, Seen() if seen is None else seen, weight)
+        self.acceptances.verified(drafted, overlaps, RequestStats() if seen is None else seen, weight)
         self.effort.earn(draft_s + target_s, self.acceptances.latest)
 
     def _time(self, k: int, steps: int, draft_s: float, target_s: float) -> None:
@@ -298,7 +298,7 @@ class Governor:
         """Whether this update should look at the frozen draft too."""
         return self.preference.compares(preference, self.decisions.effort == 1.0)
 
-    def asks_prompt(self, tokens: int = 0, room: int = HOPE_ROOM) -> bool:
+    def asks_prompt(self, tokens: int = 0, room: int = MIN_ROOM_TO_EXPLORE) -> bool:
         """Whether a request's prompt should tell who serves it: not where neither draft is expected to draft.
 
         Args:
@@ -307,10 +307,10 @@ class Governor:
         """
         if not self.preference.asks():
             return False
-        found = [self._best(self.acceptances.usual(frozen), frozen) for frozen in (False, True)]
+        found = [self._best(self.acceptances.mean_rate(frozen), frozen) for frozen in (False, True)]
         return any(best and self._reads(2 * tokens, room, rate) for best, rate in found)
 
-    def shadow(
+    def observe_comparison(
         self,
         learned: Sequence[float],
         frozen: Sequence[float] | None,
@@ -323,12 +323,12 @@ class Governor:
         Args:
             recalled: estimated acceptance of the memory's answers there, 0 where it has none; (): no memory; None: not asked.
             updates: whether the draft learns from them now.
-            preference: of the prompt, see `Preference`.
+            preference: of the prompt, see `AdapterRouter`.
         """
         n = len(learned)
         if not n or not all(map(math.isfinite, (*learned, *(frozen or ())))):
             return  # a draft whose logits are not finite teaches nothing
-        bucket = self.preference.frozen_serves(preference)
+        bucket = self.preference.use_base(preference)
         if frozen is not None:
             self.preference.compared(preference, statistics.mean(learned) - statistics.mean(frozen), n)
             if updates and recalled is not None:
@@ -344,7 +344,7 @@ class Governor:
             self._see(statistics.mean(served), n, bucket)
 
     def request_ended(
-        self, new_tokens: int, seen: Seen | None = None, lookahead: int | None = None, steps: int = 0
+        self, new_tokens: int, seen: RequestStats | None = None, lookahead: int | None = None, steps: int = 0
     ) -> bool:
         """Whether the draft's acceptance on this request should be looked at: it has neither drafted nor learned in it.
 
@@ -371,21 +371,21 @@ class Governor:
         unseen = 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
         if new_tokens < LIVE_LEAST or not self._unseen:
             return False
-        return (unseen and self.effort.looks()) or self.fit.wants_look()
+        return (unseen and self.effort.should_score()) or self.fit.wants_look()
 
     def _see(self, acceptance: float, positions: int, frozen: bool) -> None:
         """Takes in the acceptance of a request, known from so many positions."""
         low = acceptance < LOW_ACCEPTANCE
         if low:  # the first request of all is believed at once
             self._lows[frozen] = self._lows[frozen] + 1 if self.acceptances.known else LOW_REQUESTS
-        elif self.acceptances.usual(frozen) > 1.5 * LOW_ACCEPTANCE:
+        elif self.acceptances.mean_rate(frozen) > 1.5 * LOW_ACCEPTANCE:
             self._lows[frozen] = 0
         if low and self.fit.message is not None:
             return  # nothing was learned before, with all effort
         if self.acceptances.request(acceptance, positions, frozen):
-            self.effort.wake("acceptance has fallen, the stream has changed", frozen)
+            self.effort.reset_full("acceptance has fallen, the stream has changed", frozen)
         elif low and self._lows[frozen] == LOW_REQUESTS:
-            self.effort.wake(f"acceptance is {acceptance:.2f}, there is much to learn", frozen)
+            self.effort.reset_full(f"acceptance is {acceptance:.2f}, there is much to learn", frozen)
 
 
 def _beside(neural: Sequence[float], recalled: Sequence[float]) -> float:

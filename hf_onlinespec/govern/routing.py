@@ -13,7 +13,7 @@ SURE = 0.02  # one that outweighs what the prompt says
 PREFERENCE_TOKENS = 128
 
 
-class Preference:
+class AdapterRouter:
     """What prompts say, and whether they were right.
 
     A preference is the log-likelihood per token of a prompt under the learned draft, minus that under the original one.
@@ -26,7 +26,7 @@ class Preference:
         self._last = 0.0  # of the last prompt that was asked
         self._steady, self._unasked = 0, 0  # prompts in a row that spoke for the same draft; requests since
 
-    def frozen_serves(self, preference: float | None = None) -> bool:
+    def use_base(self, preference: float | None = None) -> bool:
         """Whether the original draft is the better one for a request.
 
         Args:

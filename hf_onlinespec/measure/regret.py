@@ -213,7 +213,7 @@ def evaluate(
         draft.learn_segment(tokens[None], [teacher], None, 0, None, Counts(), temperature)
         gradients.add(draft.gradient())
         draft.remember(request.feedback)
-        draft.rehearse(Counts(), config.replay_passes)
+        draft.replay_step(Counts(), config.replay_passes)
     show("the best fixed adapter")
     name = "The best fixed adapter"
     fixed, whole = _comparator(requests, model, config, temperature, lookahead, epochs, name)

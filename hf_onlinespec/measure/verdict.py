@@ -10,7 +10,7 @@ from .records import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
 from .trial import DRAFT, OURS, static_arguments
 
 LEVEL = 0.9  # of the intervals: paired bootstrap over prompts
-HOPELESS = 2000  # prompts: where more would be needed, two ways are called equally fast
+MIN_ACCEPTANCE_TO_START = 2000  # prompts: where more would be needed, two ways are called equally fast
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Verdict:
     @property
     def more_prompts(self) -> int | None:
         """How many more prompts are likely to decide; None: too many to be worth it."""
-        more = self.over_best.more_requests(self.prompts, HOPELESS)
+        more = self.over_best.more_requests(self.prompts, MIN_ACCEPTANCE_TO_START)
         return None if more is None else max(more, LEAST_PROMPTS - self.prompts)
 
     def text(self, prompt_s: float = 0.0) -> str:

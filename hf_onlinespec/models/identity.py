@@ -24,7 +24,7 @@ EMBEDDED_TARGET = "hf_onlinespec:embedded_pair/target"
 LONGEST_NAME = 1_000  # characters; chosen
 SAMPLED = 256  # numbers of every weight that make its fingerprint
 # What the same model may carry under several values.
-VOLATILE = (
+IGNORED_KEYS = (
     "_name_or_path",
     "architectures",
     "bos_token_id",
@@ -40,7 +40,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
-class Identity:
+class BaseFingerprint:
     """A base draft; hashes are SHA-256, shortened to 16 digits."""
 
     name: str  # on the Hub, or of a folder
@@ -50,9 +50,9 @@ class Identity:
     tokenizer: str | None  # of its file; None: there is none beside the model
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Identity:
+    def of(cls, model: PreTrainedModel) -> BaseFingerprint:
         name, revision = model_name(model.config), commit_hash(model.config)
-        config = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE}
+        config = {k: v for k, v in model.config.to_diff_dict().items() if k not in IGNORED_KEYS}
         weights = hashlib.sha256()
         for key, weight in sorted(model.named_parameters()):
             weights.update(f"{key} {tuple(weight.shape)}".encode())
@@ -71,7 +71,7 @@ class Identity:
         )
 
     @classmethod
-    def from_dict(cls, values: Any) -> Identity:
+    def from_dict(cls, values: Any) -> BaseFingerprint:
         """The inverse of `dataclasses.asdict`. Raises ArtifactError."""
         names = {"name", "revision", "config", "weights", "tokenizer"}
         if not isinstance(values, dict) or set(values) != names:
@@ -83,7 +83,7 @@ class Identity:
                 raise ArtifactError(f"The identity of the base has {key}={brief(value)}: expected a name.")
         return cls(**values)
 
-    def is_same(self, other: Identity) -> bool:
+    def is_same(self, other: BaseFingerprint) -> bool:
         """Whether both are one model; where it lies, and a tokenizer that is not at hand, do not matter."""
         known = self.tokenizer is not None and other.tokenizer is not None
         return (self.config, self.weights) == (other.config, other.weights) and (

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ..commit.base import Draft
 
 SHOWN = 600  # latest requests that the page can draw; chosen: an hour of one request every six seconds
-SOURCES = ("plain", "memory", "neural", "memory+neural")  # who proposed a round's tokens, see metrics.Decisions
+SOURCES = ("plain", "memory", "model", "memory+model")  # who proposed a round's tokens, see metrics.Decisions
 DONE, STOPPED, FAILED, REFUSED = "done", "stopped", "failed", "refused"
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 LENGTHS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8, 12, 24)

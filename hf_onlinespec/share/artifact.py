@@ -35,8 +35,8 @@ from transformers import PreTrainedModel
 from .._version import __version__
 from ..config import OnlineSpecConfig
 from ..errors import ArtifactError, ConfigError, OnlineSpecError, brief
-from ..models.identity import Identity
-from ..state import Saved
+from ..models.identity import BaseFingerprint
+from ..state import State
 from .files import checksum, exclusive, is_file, is_folder, read_bytes
 from .json_files import MOST_JSON_BYTES, parse_json
 from .lineage import check_lineage, check_run
@@ -77,10 +77,10 @@ class Artifact:
     """One evolved draft."""
 
     settings: OnlineSpecConfig
-    base: Identity
+    base: BaseFingerprint
     adapter_config: dict[str, Any]  # PEFT's
     adapter: Mapping[str, Tensor]  # by PEFT's names; of one that was read, each is read when it is asked for
-    state: Saved  # empty: none is kept, and learning begins anew from the adapter
+    state: State  # empty: none is kept, and learning begins anew from the adapter
     run: dict[str, Any]  # what was measured, see `card.py`
     lineage: dict[str, Any] = field(default_factory=dict)  # where it came from
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that made it
@@ -173,10 +173,10 @@ class Artifact:
     def _read(cls, folder: Path, manifest: dict[str, Any]) -> Artifact:
         outline = Outline.of(folder, manifest)
         adapter = _checked_tensors(folder, ADAPTER, manifest)
-        state = Saved()
+        state = State()
         if STATE in manifest["files"]:
             tensors = _checked_tensors(folder, STATE, manifest)
-            state = Saved(tensors, parse_json(tensors.about.get("values", "").encode(), folder / STATE))
+            state = State(tensors, parse_json(tensors.about.get("values", "").encode(), folder / STATE))
         rest = (manifest[name] for name in ("run", "lineage", "versions"))
         return cls(outline.settings, outline.base, outline.adapter_config, adapter, state, *rest)
 
@@ -186,7 +186,7 @@ class Outline:
     """What an evolved draft says about itself, checked in form: known before any tensor is read."""
 
     settings: OnlineSpecConfig
-    base: Identity
+    base: BaseFingerprint
     adapter_config: dict[str, Any]  # PEFT's
     adapter: dict[str, TensorHeader]  # by PEFT's names
     state: dict[str, TensorHeader]  # empty: there is none
@@ -227,7 +227,7 @@ class Outline:
         if STATE in manifest["files"]:
             allowed = (STATE_PARTS + settings.snapshots) * sum(4 * math.prod(t.shape) for t in adapter.values())
             state = header_of(folder, STATE, allowed + STATE_REST_BYTES)
-        return cls(settings, Identity.from_dict(manifest["base"]), adapter_config, adapter, state, manifest)
+        return cls(settings, BaseFingerprint.from_dict(manifest["base"]), adapter_config, adapter, state, manifest)
 
     @property
     def nbytes(self) -> int:

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
-from ..models.identity import EMBEDDED, Identity
+from ..models.identity import EMBEDDED, BaseFingerprint
 
 
 def load_base(
     base_model: PreTrainedModel | str | Path | None,
-    expected: Identity | None = None,
+    expected: BaseFingerprint | None = None,
     lies_at: str = "",
     token: str | None = None,
     revision: str | None = None,
@@ -47,11 +47,11 @@ def load_base(
     return load_model(name, revision, token)
 
 
-def is_embedded(expected: Identity | None, lies_at: str) -> bool:
+def is_embedded(expected: BaseFingerprint | None, lies_at: str) -> bool:
     return EMBEDDED in (lies_at, "" if expected is None else expected.name)
 
 
-def named_base(expected: Identity | None, lies_at: str, revision: str | None) -> tuple[str, str | None]:
+def named_base(expected: BaseFingerprint | None, lies_at: str, revision: str | None) -> tuple[str, str | None]:
     """Name or folder, and revision, of the base that an adapter names. Raises DraftError."""
     if expected is not None:
         revision = expected.revision
@@ -81,7 +81,7 @@ def load_model(name: str, revision: str | None, token: str | None) -> PreTrained
         ) from error
 
 
-def check_base(expected: Identity, found: Identity, force: bool) -> None:
+def check_base(expected: BaseFingerprint, found: BaseFingerprint, force: bool) -> None:
     """Raises ArtifactError where an adapter was made for another base, unless `force`."""
     if not force and not expected.is_same(found):
         raise ArtifactError(

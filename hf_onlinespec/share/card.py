@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..errors import ArtifactError
-from ..models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
+from ..models.identity import EMBEDDED, EMBEDDED_TARGET, BaseFingerprint
 from .artifact import CONFIG, Artifact
 from .card_tables import (
     NO_NAME,
@@ -129,7 +129,7 @@ def model_card(
     )
 
 
-def _metadata(run: Mapping[str, Any], base: Identity, title: str, license: str | None) -> ModelCardData:
+def _metadata(run: Mapping[str, Any], base: BaseFingerprint, title: str, license: str | None) -> ModelCardData:
     """What the Hub reads."""
     results = None
     if run["total"] is not None:
@@ -162,12 +162,12 @@ def _metadata(run: Mapping[str, Any], base: Identity, title: str, license: str |
     )
 
 
-def _is_on_hub(base: Identity) -> bool:
+def _is_on_hub(base: BaseFingerprint) -> bool:
     """Only a base with a commit is known to be there: others are names of folders."""
     return base.revision is not None and is_repo_id(base.name)
 
 
-def _base(base: Identity) -> str:
+def _base(base: BaseFingerprint) -> str:
     revision = "" if base.revision is None else f" at {code_span(base.revision)}"
     return f"{named(base.name)}{revision}; fingerprints: weights {code_span(base.weights)}, configuration {code_span(base.config)}"
 
@@ -220,7 +220,7 @@ def _data(lineage: Mapping[str, Any], statement: str | None) -> str:
     return told
 
 
-def _usage(targets: Sequence[str], base: Identity, repo_id: str | None) -> tuple[str, str]:
+def _usage(targets: Sequence[str], base: BaseFingerprint, repo_id: str | None) -> tuple[str, str]:
     """A sentence, and lines that run, once the names are filled in that only the reader knows."""
     source = quoted("." if repo_id is None else repo_id)
     target = targets[0] if targets else ""

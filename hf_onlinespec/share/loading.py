@@ -22,7 +22,7 @@ from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
 from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from ..models.borrow import borrow
-from ..models.identity import Identity, public_name
+from ..models.identity import BaseFingerprint, public_name
 from ..models.layers import adaptable_layers, adapted_layers
 from ..models.plain import plain_draft
 from .artifact import (
@@ -77,7 +77,7 @@ def load(
         assert origin.folder is not None
         outline = Outline.read(origin.folder)
         base = plain_draft(NamedBase.of(origin).load(base_model, token))
-        check_base(outline.base, Identity.of(base), force)
+        check_base(outline.base, BaseFingerprint.of(base), force)
         # Only what fits may be made: the settings come from elsewhere, too.
         check_layers(_shapes(outline.adapter), outline.adapter_config["target_modules"], outline.settings, base)
         check_size(outline.nbytes, base)
@@ -146,7 +146,7 @@ class Origin:
 class NamedBase:
     """The model that an adapter was made for, as its folder names it."""
 
-    expected: Identity | None  # None: of an ordinary adapter
+    expected: BaseFingerprint | None  # None: of an ordinary adapter
     lies_at: str  # a folder of the machine that made it, or a name
     revision: str | None
 

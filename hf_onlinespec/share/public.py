@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config import ENSEMBLE, one_expert
 from ..models.identity import EMBEDDED, EMBEDDED_TARGET
-from ..state import Saved
+from ..state import State
 from .artifact import Artifact
 
 NOT_TOLD = "not told"
@@ -43,7 +43,7 @@ def public_version(artifact: Artifact) -> Artifact:
         base=base,
         adapter_config=artifact.adapter_config
         | {"base_model_name_or_path": base.name, "revision": None, "auto_mapping": None},
-        state=Saved(),
+        state=State(),
         run=run,
         lineage=_public_lineage(artifact.lineage),
     )

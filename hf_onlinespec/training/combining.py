@@ -23,7 +23,7 @@ from .._compat import doubles
 from ..config import ENSEMBLE, OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError
-from ..models.identity import Identity
+from ..models.identity import BaseFingerprint
 from ..models.plain import plain_draft
 from ..runtime.progress import each
 from ..share.artifact import PARTS, PREFIX, Artifact, check_size
@@ -223,7 +223,7 @@ def _begin(
     scale = first.adapter_config["lora_alpha"] / first.adapter_config["r"]  # as before: steps keep their size
     lies_at = str(first.adapter_config.get("base_model_name_or_path", ""))
     base = plain_draft(load_base(base_model, first.base, lies_at))
-    check_base(first.base, Identity.of(base), force=False)
+    check_base(first.base, BaseFingerprint.of(base), force=False)
     sizes = []
     for artifact in artifacts:
         shapes = shapes_of(artifact.adapter)

@@ -111,7 +111,7 @@ def _loop(
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
         logits = verifier.verify(input_ids, proposal.tokens)  # (batch, k + 1, vocab)
-        candidates.hear(logits)
+        candidates.record_round(logits)
         if keep_logits:
             raw = logits.clone()
 
@@ -137,7 +137,7 @@ def _loop(
         counts.verified_positions += outcome.verified
         counts.overlap += sum(outcome.overlaps)
         sources = {drafted.source for drafted in proposal.drafted}
-        counts.drafted_by("memory" in sources, "neural" in sources)
+        counts.drafted_by("memory" in sources, "model" in sources)
 
         # 4. The draft adapts. The first forward reads the prompt: its time says nothing about a round's.
         candidates.observe(input_ids, proposal, outcome.overlaps, draft_s, target_s if counts.rounds > 1 else 0.0)

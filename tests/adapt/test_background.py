@@ -253,8 +253,11 @@ def test_what_is_learned_when_idle_is_judged_at_the_temperature_of_its_call(prom
     target, draft_model = (tiny_llama(1, vocab=512, initializer_range=0.3) for _ in range(2))
     draft = OnlineDraft(draft_model, replace(IDLE, update_every="auto", replay_top_k=16, replay_passes=0, lr=1e-9))
     told: list[float] = []
-    shadow = draft.governor.shadow
-    draft.governor.shadow = lambda learned, *rest: (told.extend(learned), shadow(learned, *rest))[1]
+    observe_comparison = draft.governor.observe_comparison
+    draft.governor.observe_comparison = lambda learned, *rest: (
+        told.extend(learned),
+        observe_comparison(learned, *rest),
+    )[1]
     sampled = {"do_sample": True, "temperature": 0.5, "top_k": 0, "max_new_tokens": 16}
     for _ in range(2):
         target.generate(prompt, assistant_model=draft, **sampled)

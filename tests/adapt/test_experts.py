@@ -61,7 +61,7 @@ def test_every_expert_learns_as_it_would_alone(learner: str, preconditioner: str
         for seed in (1, 2, 3):
             teach(draft, seed=seed)
         draft.remember(feedback())
-        draft.rehearse(Counts(), 2)
+        draft.replay_step(Counts(), 2)
     rows = many._lora.split(many._lora.params)
     for row, start, draft in zip(rows, starts, alone, strict=True):
         torch.testing.assert_close(row - start, flat_params(draft) - start, atol=2e-5, rtol=2e-2)
@@ -94,7 +94,7 @@ def test_what_serves_is_the_mixture_or_the_best_row() -> None:
     tokens, _ = lesson()
 
     def served(weights: list[float]) -> torch.Tensor:
-        with torch.no_grad(), lora.speaking(torch.tensor([weights])) as model:
+        with torch.no_grad(), lora.gated(torch.tensor([weights])) as model:
             return model(tokens).logits
 
     for _ in range(8):
@@ -186,7 +186,7 @@ def test_ensembles_where_nothing_is_folded(target, prompt) -> None:
     tokens, _ = lesson()
     for _ in range(8):
         draft._adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.6])
-    with torch.no_grad(), draft._lora.speaking(torch.tensor([[0.0, 1.0, 0.0]])) as model:
+    with torch.no_grad(), draft._lora.gated(torch.tensor([[0.0, 1.0, 0.0]])) as model:
         expected = model(tokens).logits
     assert torch.equal(draft(tokens).logits, expected)
 
@@ -206,9 +206,9 @@ def test_a_learner_that_diverges_with_finite_numbers_begins_anew(target, prompt)
 def test_who_begins_anew_has_no_moments() -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**SMALL))
     teach(draft, 3)
-    assert all(bool(value.any()) for value in draft._adaptation.state.values())
+    assert all(bool(value.any()) for value in draft._adaptation.rule_state.values())
     draft._adaptation._remove(torch.tensor([torch.nan]))
-    assert not any(bool(value.any()) for value in draft._adaptation.state.values())
+    assert not any(bool(value.any()) for value in draft._adaptation.rule_state.values())
     tokens, _ = lesson()
     with torch.no_grad():  # it says nothing, and learns
         torch.testing.assert_close(draft(tokens).logits, tiny_llama(2)(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -333,7 +333,7 @@ def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
         teach(draft)
         assert adaptation.weights[1] > 0.2  # as good as the best one, until it is seen
     for key in ("m", "v", "step"):
-        assert not adaptation.state[key][at].any() or learner == "ensemble"
+        assert not adaptation.rule_state[key][at].any() or learner == "ensemble"
     for _ in range(50):
         teach(draft)
     centre = origin.clone()
@@ -371,7 +371,7 @@ def test_a_divergence_is_counted_once() -> None:
     assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
     assert draft.metrics.rollbacks + draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
     assert bool(torch.isfinite(flat_params(draft)).all()) and draft.metrics.last.updates > 8
-    assert not draft._learning._spoilt  # the next request reads its own cache again
+    assert not draft._learning._cache_invalid  # the next request reads its own cache again
 
 
 def guarded(learner: str = "optimistic", **settings: object) -> OnlineDraft:
@@ -389,7 +389,7 @@ def held(draft: OnlineDraft) -> list[torch.Tensor]:
     adaptation = draft._adaptation
     return [
         flat_params(draft),
-        *(v.clone() for v in adaptation.state.values()),
+        *(v.clone() for v in adaptation.rule_state.values()),
         torch.tensor(adaptation.weights),
     ]
 
@@ -415,7 +415,7 @@ def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, wh
     tokens, logits = lesson(7)
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         if where == "the replay":
-            draft.rehearse(counts, 1)
+            draft.replay_step(counts, 1)
         else:
             draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, counts)
     assert all(torch.equal(a, b) for a, b in zip(before, held(draft), strict=True)), "what was learned stays"
@@ -468,12 +468,12 @@ def test_moments_that_are_not_finite_begin_anew_and_the_parameters_stay(learner:
     draft = guarded(learner, radius=radius)
     before = flat_params(draft)
     key = "m"
-    draft._adaptation.state[key][0, 3] = torch.nan
+    draft._adaptation.rule_state[key][0, 3] = torch.nan
     counts = teach(draft, 1)
     assert torch.equal(flat_params(draft), before) and counts.skipped_updates == 1
     counts = teach(draft, 3)
     assert counts.updates == 3 and bool(torch.isfinite(flat_params(draft)).all())
-    assert all(bool(torch.isfinite(v).all()) for v in draft._adaptation.state.values())
+    assert all(bool(torch.isfinite(v).all()) for v in draft._adaptation.rule_state.values())
     assert (flat_params(draft) - before).abs().max() < 10 * draft.settings.lr * draft.settings.expert_ratio * 3
 
 
@@ -481,7 +481,7 @@ def test_weights_that_are_folded_to_nan_are_not_served(monkeypatch) -> None:
     draft = guarded()
     teach(draft, 1)
     tokens, _ = lesson()
-    with torch.no_grad(), draft._lora.speaking() as model:
+    with torch.no_grad(), draft._lora.gated() as model:
         expected = model(tokens).logits
     change = draft._lora._change
     with monkeypatch.context() as patch:

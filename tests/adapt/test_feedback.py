@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from hf_onlinespec import FeedbackRecorder, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher, acceptance, concatenate
-from hf_onlinespec.adapt.request_feedback import Lesson
+from hf_onlinespec.adapt.request_feedback import RequestFeedback
 
 
 def test_recorder_returns_the_very_scores() -> None:
@@ -73,10 +73,10 @@ def test_a_round_is_heard_at_once_and_copied() -> None:
     recorder = FeedbackRecorder()
     logits = torch.randn(1, 4, 8)
     expected = logits.clone()
-    recorder.hear(logits)
+    recorder.record_round(logits)
     logits.zero_()  # a processor writes in place
     assert torch.equal(recorder.take(2), expected[:, :2])
-    recorder.hear(expected)
+    recorder.record_round(expected)
     assert recorder.take(4).shape == (1, 4, 8)  # what was not taken of the last round is gone
 
 
@@ -87,7 +87,7 @@ def test_a_top_k_teacher_knows_its_tail_at_the_temperature_of_the_call(temperatu
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(16, 4096, generator=generator)
     other = logits + 0.6 * torch.randn(16, 4096, generator=generator)
-    lesson = Lesson(OnlineSpecConfig(temperature=recorded, top_k=64), temperature=temperature)
+    lesson = RequestFeedback(OnlineSpecConfig(temperature=recorded, top_k=64), temperature=temperature)
     lesson.record(logits[None], 16)
     teachers = lesson.teachers()
     assert teachers[0].log_probs.shape == (16, 64)
@@ -135,10 +135,10 @@ def test_large_vocabularies_are_compared_in_parts(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("opens", [True, False])
 def test_what_is_kept_of_a_long_prompt_opens_as_it_did(opens: bool) -> None:
     settings, config = OnlineSpecConfig(context_tokens=2), LlamaConfig(bos_token_id=9 if opens else 3)
-    lesson = Lesson(settings, config=config)
+    lesson = RequestFeedback(settings, config=config)
     tokens = torch.tensor([[9, 1, 2, 3, 4, 5, 6], [0, 0, 9, 3, 4, 5, 6], [0, 0, 0, 9, 4, 5, 6]])
     lesson.record(torch.randn(3, 2, 16), 7)
-    lesson.put_off()
+    lesson.defer_to_replay()
     kept = lesson.feedback(tokens, (tokens != 0).long())
     opening = [9] if opens else []
     assert [feedback.tokens.tolist() for feedback in kept] == [

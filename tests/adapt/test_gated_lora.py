@@ -36,7 +36,7 @@ def test_shut_gate_is_the_original_bit_for_bit(make) -> None:
     before = model(TOKENS).logits
     state = {name: value.clone() for name, value in model.state_dict().items()}
     lora = shaken(model)
-    with lora.speaking() as speaking:
+    with lora.gated() as speaking:
         assert not torch.allclose(speaking(TOKENS).logits, before, atol=1e-2)
     assert torch.equal(lora.base(TOKENS).logits, before)  # gate shut again
     assert torch.equal(model(TOKENS).logits, before)  # the user's own model
@@ -56,7 +56,7 @@ def test_weights_are_shared_not_copied() -> None:
 def test_gate_shuts_after_an_exception() -> None:
     model = tiny_llama(2)
     lora = shaken(model)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="halt"), lora.speaking():
+    with torch.no_grad(), pytest.raises(RuntimeError, match="halt"), lora.gated():
         raise RuntimeError("halt")
     with torch.no_grad():
         assert torch.equal(lora.base(TOKENS).logits, model(TOKENS).logits)
@@ -70,7 +70,7 @@ def test_same_logits_as_plain_peft(make, tmp_path) -> None:
     lora = shaken(make(), rank=3, alpha=6.0)
     lora.model.save_pretrained(tmp_path, save_embedding_layers=False)
     reloaded = PeftModel.from_pretrained(make(), tmp_path).eval()
-    with lora.speaking() as speaking:
+    with lora.gated() as speaking:
         torch.testing.assert_close(speaking(TOKENS).logits, reloaded(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_folded_weights_serve_the_same_draft(make) -> None:
     for _ in range(2):
         lora.fold()
         served = lora.served(TOKENS).logits
-        with lora.speaking() as speaking:
+        with lora.gated() as speaking:
             torch.testing.assert_close(served, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
         lora.move(0.1 * torch.randn_like(lora.params))
     assert torch.equal(model(TOKENS).logits, before) and torch.equal(lora.base(TOKENS).logits, before)
@@ -96,7 +96,7 @@ def test_a_mixture_of_blocks_is_the_mixture_of_updates() -> None:
     model = tiny_llama(2, tie_word_embeddings=True)
     lora = shaken(model, rank=2, alpha=2.0, blocks=3)
     weights = torch.tensor([[0.5, 0.2, 0.3], [0.0, 1.0, 0.0]])
-    with lora.speaking(weights) as speaking:
+    with lora.gated(weights) as speaking:
         rows = speaking(TOKENS).logits
     for row, mixture in enumerate(weights):
         folded = tiny_llama(2, tie_word_embeddings=False)
@@ -122,7 +122,7 @@ def test_every_default_layer_learns() -> None:
     lora = shaken(model)
     names = adaptable_layers(model)
     assert "model.embed_tokens" in names and "lm_head" in names and len(names) == 2 + 7
-    with lora.speaking() as speaking:
+    with lora.gated() as speaking:
         speaking(TOKENS).logits.pow(2).sum().backward()
     parameters = [p for p in lora.base.parameters() if p.requires_grad]
     assert len(parameters) == 2 * len(names)
@@ -151,7 +151,7 @@ def tiny_llama_without_reseeding() -> PreTrainedModel:
 def test_bf16_base_keeps_a_float32_adapter() -> None:
     lora = GatedLora(tiny_llama(2).to(torch.bfloat16), rank=4, alpha=4.0)
     assert lora.params.dtype == torch.float32
-    with torch.no_grad(), lora.speaking() as speaking:
+    with torch.no_grad(), lora.gated() as speaking:
         assert speaking(TOKENS).logits.dtype == torch.bfloat16
 
 
@@ -190,7 +190,7 @@ def test_folded_weights_hold_the_mixture(make) -> None:
         gate = torch.tensor(weights)
         lora.serve(gate)
         lora.fold()
-        with lora.speaking(gate[None]) as speaking:
+        with lora.gated(gate[None]) as speaking:
             torch.testing.assert_close(lora.served(TOKENS).logits, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
         lora.serve(gate.clone())
         assert not lora.stale, "the same weights ask for no new fold"
@@ -209,7 +209,7 @@ def test_a_mixture_is_saved_as_one_ordinary_adapter(make, tmp_path) -> None:
     save_file(lora.named(lora.served_params()), tmp_path / "adapter_model.safetensors")
     assert torch.equal(lora.params, before)
     reloaded = PeftModel.from_pretrained(make(), tmp_path).eval()
-    with lora.speaking(weights[None]) as speaking:
+    with lora.gated(weights[None]) as speaking:
         torch.testing.assert_close(reloaded(TOKENS).logits, speaking(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -223,7 +223,7 @@ def test_a_block_is_laid_out_as_an_adapter_of_one_block(blocks: int) -> None:
     alone = GatedLora(tiny_llama(2, tie_word_embeddings=True), rank=2, alpha=2.0)
     for i, row in enumerate(rows):
         alone.params.copy_(row)
-        with alone.speaking() as one, lora.speaking(torch.eye(blocks)[i : i + 1]) as many:
+        with alone.gated() as one, lora.gated(torch.eye(blocks)[i : i + 1]) as many:
             torch.testing.assert_close(one(TOKENS).logits, many(TOKENS).logits, atol=1e-5, rtol=1e-4)
 
 
@@ -231,10 +231,10 @@ def test_a_block_is_laid_out_as_an_adapter_of_one_block(blocks: int) -> None:
 def test_a_silent_block_changes_nothing_and_can_learn() -> None:
     model = tiny_llama(2)
     lora = shaken(model)
-    quiet = lora.silent(lora.split(lora.params)[0])
+    quiet = lora.with_zero_b(lora.split(lora.params)[0])
     lora.params.copy_(lora.join(quiet[None]))
-    with lora.speaking() as speaking:
+    with lora.gated() as speaking:
         assert torch.equal(speaking(TOKENS).logits, model(TOKENS).logits)
-    with torch.enable_grad(), lora.speaking() as speaking:
+    with torch.enable_grad(), lora.gated() as speaking:
         speaking(TOKENS).logits.square().sum().backward()
     assert lora.grads.norm() > 0

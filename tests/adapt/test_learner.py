@@ -119,7 +119,7 @@ def test_adopting_an_adapter_forgets_the_one_before(target, learner: str) -> Non
     fresh = OnlineDraft(tiny_llama(2), config)
     fresh.adopt(other.artifact().adapter)
     assert draft._learning.guard.nbytes == 0 and draft.steps == fresh.steps == 1
-    ours, theirs = draft._learning.saved(), fresh._learning.saved()
+    ours, theirs = draft._learning.state(), fresh._learning.state()
     for part in ("adaptation", "guard", "experts", "learning"):
         a, b = ours.part(part), theirs.part(part)
         assert a.values == b.values and a.tensors.keys() == b.tensors.keys()

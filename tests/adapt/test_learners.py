@@ -10,7 +10,7 @@ import torch
 
 from hf_onlinespec.adapt.learners import (
     LEARNERS,
-    Learner,
+    UpdateRule,
     adam,
     heavy_ball,
     hedge,
@@ -27,7 +27,7 @@ def gradients(n: int, shape: tuple[int, ...] = (6,), seed: int = 0) -> list[torc
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(n)]
 
 
-def run(learner: Learner, w: torch.Tensor, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+def run(learner: UpdateRule, w: torch.Tensor, grads: list[torch.Tensor]) -> list[torch.Tensor]:
     """The served parameters after every gradient."""
     state = learner.init(w)
     path = []

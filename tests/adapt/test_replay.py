@@ -5,7 +5,7 @@ import torch
 
 from hf_onlinespec import Feedback
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.adapt.replay import PASSES_WINDOW, PROFILE, SAMPLING, Passes, Replay
+from hf_onlinespec.adapt.replay import PASSES_WINDOW, PROFILE, SAMPLING, Replay, ReplaySchedule
 
 
 def request(i: int, length: int = 10, new: int = 6, vocab: int = 50) -> Feedback:
@@ -112,7 +112,7 @@ def test_keeps_no_more_than_top_k_probabilities() -> None:
 
 
 def test_passes_shrink_and_grow_with_what_they_bring() -> None:
-    passes = Passes(3)
+    passes = ReplaySchedule(3)
 
     def see(times: int, new: tuple[float, float], old: tuple[float, float]) -> int:
         for _ in range(times * PASSES_WINDOW):
@@ -125,7 +125,7 @@ def test_passes_shrink_and_grow_with_what_they_bring() -> None:
     assert see(1, (1.0, 0.1), (1.0, 0.9)) == 1  # as much, but nine times as slow
     assert see(1, (-1.0, 0.1), (0.5, 0.1)) == 2
     assert see(9, (float("nan"), 0.1), (-5.0, 0.1)) == 2  # says nothing
-    none = Passes(0)
+    none = ReplaySchedule(0)
     for _ in range(3 * PASSES_WINDOW):
         none.observe((1.0, 0.1), (0.0, 0.1))
     assert none.now == 0

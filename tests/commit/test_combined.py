@@ -134,7 +134,7 @@ def test_q_is_the_law_that_was_drawn_from_whatever_the_default_type(draft_model:
 def test_the_memory_s_time_belongs_to_the_round(draft_model: PreTrainedModel, monkeypatch) -> None:
     draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0))
     candidates = generator(draft)
-    proposal = Proposal(torch.zeros(1, 0, dtype=torch.long), None, (), neural_s=0.2)
+    proposal = Proposal(torch.zeros(1, 0, dtype=torch.long), None, (), model_s=0.2)
     told: list[tuple[float, float]] = []
     monkeypatch.setattr(
         draft.governor, "observe", lambda drafted, overlaps, draft_s, target_s, seen: told.append((draft_s, target_s))

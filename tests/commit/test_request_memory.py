@@ -6,15 +6,15 @@ import threading
 
 import torch
 
-from hf_onlinespec.commit.request_memory import Recall
+from hf_onlinespec.commit.request_memory import RequestMemory
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
-from hf_onlinespec.govern.acceptance import Acceptances, Drafted, Seen
+from hf_onlinespec.govern.acceptance import Acceptances, RequestStats, TokenSource
 
 EARLIER = [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def recall(memory: SuffixMemory, padding: int = 0, acceptances: Acceptances | None = None) -> Recall:
-    return Recall(memory, threading.RLock(), 64, padding, Seen(), acceptances or Acceptances())
+def recall(memory: SuffixMemory, padding: int = 0, acceptances: Acceptances | None = None) -> RequestMemory:
+    return RequestMemory(memory, threading.RLock(), 64, padding, RequestStats(), acceptances or Acceptances())
 
 
 def filled() -> SuffixMemory:
@@ -34,7 +34,7 @@ def test_the_likelier_match_answers() -> None:
     # Two tokens that match an earlier request say no more than one of this one.
     assert two is not None and two.tokens == (7,)
     for _ in range(40):  # earlier requests are wrong, though their matches are longer
-        acceptances.verified([Drafted("memory", 1, acceptances.memory_key(earlier))], [0.0], Seen())
+        acceptances.verified([TokenSource("memory", 1, acceptances.memory_key(earlier))], [0.0], RequestStats())
     now = ours.ask([2, 3, 4])
     assert now is not None and now.tokens == (7,)
     here = ours.ask([9, 4])
@@ -63,7 +63,7 @@ def test_a_short_match_in_an_earlier_request_is_believed_less() -> None:
     usual = acceptances.memory(here)[1]
     assert acceptances.memory(earlier)[1] < 0.7 * usual
     for _ in range(40):
-        acceptances.verified([Drafted("memory", 1, acceptances.memory_key(earlier))], [1.0], Seen())
+        acceptances.verified([TokenSource("memory", 1, acceptances.memory_key(earlier))], [1.0], RequestStats())
     assert acceptances.memory(here)[1] == usual < 0.5 < 0.9 < acceptances.memory(earlier)[1]
 
 
@@ -79,7 +79,7 @@ def test_padding_is_not_read() -> None:
 
 def test_what_the_memory_would_have_said_is_asked_before_it_is_read() -> None:
     """One estimate for every generated token: high where earlier requests knew it, 0 where nothing matches."""
-    ours = Recall(filled(), threading.RLock(), 64, 0, Seen(), Acceptances(), asks=True)
+    ours = RequestMemory(filled(), threading.RLock(), 64, 0, RequestStats(), Acceptances(), asks=True)
     assert ours.read(torch.tensor([[2, 3, 4]])) == []
     expected = ours.read(torch.tensor([[2, 3, 4, 5, 20, 21]]))
     assert len(expected) == 3

@@ -49,7 +49,7 @@ def test_numbers_learn_after_every_request(target, draft_model, prompt) -> None:
 
 def test_what_was_found_out_about_learning_stands_behind_it(target, draft_model, prompt) -> None:
     draft = OnlineDraft(draft_model, OnlineSpecConfig(**AUTO))
-    draft.governor.effort.wake("the stream has changed")
+    draft.governor.effort.reset_full("the stream has changed")
     after(target, prompt, draft)
     said = after(target, prompt, draft, onlinespec=False)
     assert said.startswith("the last request was only drafted for: onlinespec=False; ") and said.endswith(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from hf_onlinespec.commit.suffix_memory import Continuation
-from hf_onlinespec.govern.acceptance import Acceptances, Drafted, Seen
+from hf_onlinespec.govern.acceptance import Acceptances, RequestStats, TokenSource
 
 
 def served(acceptances: Acceptances, frozen: bool, overlap: float, n: int = 30) -> None:
-    seen = Seen(frozen=frozen)
+    seen = RequestStats(frozen=frozen)
     for i in range(n):
-        acceptances.verified([Drafted("neural", i % 3, (4,))], [overlap], seen)
+        acceptances.verified([TokenSource("model", i % 3, (4,))], [overlap], seen)
 
 
 def test_the_two_drafts_are_kept_apart() -> None:
@@ -19,9 +19,9 @@ def test_the_two_drafts_are_kept_apart() -> None:
     for _ in range(5):
         served(acceptances, False, 0.8)
         served(acceptances, True, 0.2)
-    assert acceptances.usual(False) == pytest.approx(0.8, abs=0.05)
-    assert acceptances.usual(True) == pytest.approx(0.2, abs=0.05)
-    assert acceptances.rate == acceptances.usual(True)  # it served last
+    assert acceptances.mean_rate(False) == pytest.approx(0.8, abs=0.05)
+    assert acceptances.mean_rate(True) == pytest.approx(0.2, abs=0.05)
+    assert acceptances.rate == acceptances.mean_rate(True)  # it served last
     assert acceptances.at(0, 0.8, frozen=False) == pytest.approx(0.8, abs=0.05)
     assert acceptances.at(0, 0.2, frozen=True) == pytest.approx(0.2, abs=0.05)
 
@@ -29,7 +29,7 @@ def test_the_two_drafts_are_kept_apart() -> None:
 def test_a_draft_that_was_never_seen_is_taken_for_the_other_one() -> None:
     acceptances = Acceptances()
     served(acceptances, False, 0.8)
-    assert acceptances.usual(True) == pytest.approx(acceptances.usual(False), abs=0.02)
+    assert acceptances.mean_rate(True) == pytest.approx(acceptances.mean_rate(False), abs=0.02)
 
 
 def test_a_request_shows_itself() -> None:
@@ -37,31 +37,31 @@ def test_a_request_shows_itself() -> None:
     for rate in (0.05, 0.9) * 10:  # requests differ much
         served(acceptances, False, rate)
         acceptances.request(rate, 30, False)
-    seen = Seen()
+    seen = RequestStats()
     before, doubt = acceptances.here(seen)
     assert doubt > 0.2
     for _ in range(4):
-        acceptances.verified([Drafted("neural", 0, (4,))], [0.0], seen)
+        acceptances.verified([TokenSource("model", 0, (4,))], [0.0], seen)
     after, less = acceptances.here(seen)
     assert after < 0.5 * before and less < doubt
 
 
 def test_a_law_that_is_none_counts_as_a_rejection() -> None:
-    acceptances, seen = Acceptances(), Seen()
+    acceptances, seen = Acceptances(), RequestStats()
     served(acceptances, False, 0.8)
     for _ in range(100):
-        acceptances.unsound(seen)
-    assert acceptances.usual(False) < 0.3 and seen.positions == 100
+        acceptances.non_finite(seen)
+    assert acceptances.mean_rate(False) < 0.3 and seen.positions == 100
 
 
 def test_a_copied_passage_does_not_speak_for_the_weaker_answers_behind_it() -> None:
     """In a request in which the memory was right throughout, its other answers are worth what they are worth elsewhere."""
-    acceptances, copying = Acceptances(), Seen()
+    acceptances, copying = Acceptances(), RequestStats()
     copied, weak = Continuation((5,), (1.0,), 12, 1), Continuation((6, 7), (0.5, 0.5), 1, 2)
     key = acceptances.memory_key(copied)
     for _ in range(30):
-        acceptances.verified([Drafted("memory", 1, key)], [1.0], copying)
-    assert acceptances.memory(weak, trust=copying.trust) == acceptances.memory(weak, trust=Seen().trust)
+        acceptances.verified([TokenSource("memory", 1, key)], [1.0], copying)
+    assert acceptances.memory(weak, trust=copying.trust) == acceptances.memory(weak, trust=RequestStats().trust)
     for _ in range(30):
-        acceptances.verified([Drafted("memory", 1, key)], [0.0], copying)
+        acceptances.verified([TokenSource("memory", 1, key)], [0.0], copying)
     assert acceptances.memory(weak, trust=copying.trust)[1] < 0.8 * acceptances.memory(weak)[1]

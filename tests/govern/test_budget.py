@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from hf_onlinespec.govern.budget import FIRST_EFFORT, FIRST_WINDOW, LEAST_EFFORT, Effort
+from hf_onlinespec.govern.budget import FIRST_EFFORT, FIRST_WINDOW, LEAST_EFFORT, LearningBudget
 from hf_onlinespec.metrics import Decisions
 
 BUDGET, PASSES = 0.1, 2
 
 
-def compared(effort: Effort, gain: float, noise: float, n: int, frozen: bool = False, seed: int = 0) -> None:
+def compared(effort: LearningBudget, gain: float, noise: float, n: int, frozen: bool = False, seed: int = 0) -> None:
     """n comparisons; what learning brings grows by `gain` with each."""
     rng = random.Random(seed)
     for i in range(n):
@@ -21,7 +21,7 @@ def compared(effort: Effort, gain: float, noise: float, n: int, frozen: bool = F
 
 def test_effort_is_cut_where_nothing_is_gained_and_raised_where_much_is() -> None:
     decisions = Decisions()
-    effort = Effort(BUDGET, PASSES, decisions)
+    effort = LearningBudget(BUDGET, PASSES, decisions)
     assert decisions.effort == FIRST_EFFORT
     compared(effort, 0.0, 0.005, 40)
     assert decisions.effort == LEAST_EFFORT
@@ -31,11 +31,11 @@ def test_effort_is_cut_where_nothing_is_gained_and_raised_where_much_is() -> Non
 
 def test_a_doubtful_gain_keeps_a_small_effort_and_cuts_a_full_one() -> None:
     decisions = Decisions()
-    effort = Effort(BUDGET, PASSES, decisions)
+    effort = LearningBudget(BUDGET, PASSES, decisions)
     for value in (1.0, 1.4, 0.8, 1.2) * 2:  # the same mean twice, and much noise
         effort.compared(value)
     assert decisions.effort == FIRST_EFFORT
-    effort.wake("for a test")
+    effort.reset_full("for a test")
     assert decisions.effort == 1.0
     for value in (1.0, 1.4, 0.8, 1.2) * 2:
         effort.compared(value)
@@ -44,20 +44,20 @@ def test_a_doubtful_gain_keeps_a_small_effort_and_cuts_a_full_one() -> None:
 
 def test_the_frozen_draft_s_requests_have_an_effort_of_their_own() -> None:
     decisions = Decisions()
-    effort = Effort(BUDGET, PASSES, decisions)
+    effort = LearningBudget(BUDGET, PASSES, decisions)
     compared(effort, 0.0, 0.005, 40, frozen=True)
     effort.earn(1.0, frozen=True)
     assert decisions.effort == LEAST_EFFORT
     effort.earn(1.0, frozen=False)
     assert decisions.effort == FIRST_EFFORT
-    effort.wake("for a test", frozen=True)
+    effort.reset_full("for a test", frozen=True)
     effort.earn(1.0, frozen=False)
     assert decisions.effort == FIRST_EFFORT
 
 
 def test_steps_are_paid_from_the_budget() -> None:
-    effort = Effort(BUDGET, PASSES, Decisions())
-    effort.wake("for a test")
+    effort = LearningBudget(BUDGET, PASSES, Decisions())
+    effort.reset_full("for a test")
     assert effort.affordable_steps() == 1 + PASSES  # their price is not known
     effort.spent(6.0, 3)
     spent, time = 6.0, 0.0
@@ -71,23 +71,23 @@ def test_steps_are_paid_from_the_budget() -> None:
 
 
 def test_looks_are_rare_where_they_are_dear() -> None:
-    effort = Effort(BUDGET, PASSES, Decisions())
+    effort = LearningBudget(BUDGET, PASSES, Decisions())
     looks = 0
     for _ in range(1000):
         effort.earn(1.0)
-        if effort.looks():
-            effort.looked(0.05)
+        if effort.should_score():
+            effort.scored(0.05)
             looks += 1
     assert 80 <= looks <= 110  # half a percent of the time
-    effort.looked(float("nan"))
+    effort.scored(float("nan"))
     effort.earn(100.0)
-    assert effort.looks()
+    assert effort.should_score()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_comparisons_that_are_no_numbers_are_left_out(value: float) -> None:
     decisions = Decisions()
-    effort = Effort(BUDGET, PASSES, decisions)
+    effort = LearningBudget(BUDGET, PASSES, decisions)
     for _ in range(4 * FIRST_WINDOW):
         effort.compared(value)
     assert decisions.effort == FIRST_EFFORT
@@ -95,7 +95,7 @@ def test_comparisons_that_are_no_numbers_are_left_out(value: float) -> None:
 
 def test_after_a_raise_it_is_looked_at_soon() -> None:
     decisions = Decisions()
-    effort = Effort(BUDGET, PASSES, decisions)
+    effort = LearningBudget(BUDGET, PASSES, decisions)
     for value in (0.8, 1.2) * 8:  # windows of 4, 4 and 8: doubtful, so that the next one has 16
         effort.compared(value)
     assert decisions.effort == FIRST_EFFORT
@@ -108,7 +108,7 @@ def test_after_a_raise_it_is_looked_at_soon() -> None:
 
 
 def test_time_that_comes_to_no_step_is_paid_for_too() -> None:
-    effort = Effort(BUDGET, PASSES, Decisions())
+    effort = LearningBudget(BUDGET, PASSES, Decisions())
     effort.spent(5.0, 0)  # every step was skipped
     assert effort.affordable_steps() == 0
     effort.earn(1000.0)

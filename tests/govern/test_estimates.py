@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from hf_onlinespec.govern.estimates import ALIKE_LEAST, ALIKE_MOST, Level, Share, Times, Verification
+from hf_onlinespec.govern.estimates import ALIKE_LEAST, ALIKE_MOST, ChangeDetector, DecayedMean, DraftCost, VerifyCost
 
 
 def test_times_follow_a_line() -> None:
-    times = Times(0.05)
+    times = DraftCost(0.05)
     assert times.at(3) == 0.0 and times.step() == 0.0 and not times.known
     times.add(3, 1.1)
     assert times.at(3) == pytest.approx(1.1) and times.at(4) == pytest.approx(1.15)  # 5 % of one position's time each
@@ -20,14 +20,14 @@ def test_times_follow_a_line() -> None:
     assert times.at(4) == pytest.approx(1.15, abs=0.01) and times.step() == pytest.approx(0.05, abs=0.01)
     times.add(9, 12.0)  # a size seen once, in a stall: the line stays
     assert times.at(4) == pytest.approx(1.15, abs=0.01)
-    falling = Times(0.05)
+    falling = DraftCost(0.05)
     falling.add(2, 2.0)
     falling.add(6, 1.0)
     assert falling.step() == 0.0 and falling.at(9) > 0
 
 
 def test_shares_forget() -> None:
-    share = Share(0.9)
+    share = DecayedMean(0.9)
     for _ in range(100):
         share.add(1.0)
     assert share.mean(0.0) == pytest.approx(10 / 14, abs=0.01)
@@ -37,40 +37,40 @@ def test_shares_forget() -> None:
 
 def test_a_level_falls_by_more_than_its_noise() -> None:
     rng = random.Random(0)
-    level = Level()
-    assert not any(level.fell(rng.gauss(0.6, 0.1)) for _ in range(300))
-    assert any(level.fell(rng.gauss(0.2, 0.1)) for _ in range(5))
-    assert not any(level.fell(rng.gauss(0.2, 0.1)) for _ in range(50))
-    alternating = Level()
-    assert not any(alternating.fell((0.05, 0.7)[i % 2]) for i in range(200))
+    level = ChangeDetector()
+    assert not any(level.detect_drop(rng.gauss(0.6, 0.1)) for _ in range(300))
+    assert any(level.detect_drop(rng.gauss(0.2, 0.1)) for _ in range(5))
+    assert not any(level.detect_drop(rng.gauss(0.2, 0.1)) for _ in range(50))
+    alternating = ChangeDetector()
+    assert not any(alternating.detect_drop((0.05, 0.7)[i % 2]) for i in range(200))
 
 
-def requests(level: Level, rates: tuple[float, ...], n: int, seed: int = 0) -> None:
+def requests(level: ChangeDetector, rates: tuple[float, ...], n: int, seed: int = 0) -> None:
     """n requests of 20 positions, at these acceptance rates in turn."""
     rng = random.Random(seed)
     for i in range(n):
         rate = rates[i % len(rates)]
-        level.fell(sum(rng.random() < rate for _ in range(20)) / 20, 20)
+        level.detect_drop(sum(rng.random() < rate for _ in range(20)) / 20, 20)
 
 
 def test_requests_are_alike_where_they_differ_by_chance_only() -> None:
-    level = Level()
-    assert ALIKE_LEAST < level.alike < ALIKE_MOST  # nothing is known
+    level = ChangeDetector()
+    assert ALIKE_LEAST < level.prior_strength < ALIKE_MOST  # nothing is known
     requests(level, (0.6,), 60)
-    assert level.alike > 25
+    assert level.prior_strength > 25
     requests(level, (0.05, 0.9), 60)
-    assert level.alike < 3
+    assert level.prior_strength < 3
 
 
 def test_after_a_fall_only_what_came_after_it_counts() -> None:
-    level = Level()
+    level = ChangeDetector()
     requests(level, (0.8,), 30)
     requests(level, (0.1,), 8)
-    assert level.alike > 25  # of both together: 2
+    assert level.prior_strength > 25  # of both together: 2
 
 
 def test_verification_bends_and_rises() -> None:
-    curve = Verification()
+    curve = VerifyCost()
     assert curve.at(4) > curve.at(1) > 1
     cost = {k: 1 + 0.3 * (1 - 2 ** (-k / 2)) + 0.02 * k for k in (1, 2, 4, 8, 12)}
     for k, steps in cost.items():
@@ -85,7 +85,7 @@ def test_verification_bends_and_rises() -> None:
 
 @pytest.mark.parametrize("slope", [0.0, 0.06, -0.05])
 def test_verification_never_gets_cheaper_with_more_tokens(slope: float) -> None:
-    curve = Verification()
+    curve = VerifyCost()
     for k in (2, 5, 9):
         for _ in range(5):
             curve.add(k, 1.2 + slope * k)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_onlinespec.govern.acceptance import MAX_LOOKAHEAD, Continuation, Drafted, Seen
+from hf_onlinespec.govern.acceptance import MAX_LOOKAHEAD, Continuation, RequestStats, TokenSource
 from hf_onlinespec.govern.governor import Governor
 
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
@@ -37,7 +37,7 @@ class World:
         self.random = random.Random(seed)
         self.time_s = self.update_s = 0.0
         self.tokens = self.steps = self.request = 0
-        self.seen = Seen()
+        self.seen = RequestStats()
         self.preference = 0.0  # prompts tell nothing
 
     def noisy(self, seconds: float) -> float:
@@ -46,15 +46,15 @@ class World:
     def round(self, room: int, fixed: int | None) -> int:
         learned, frozen = self.alpha(self.request, self.steps)
         a = frozen if self.seen.frozen else learned
-        drafted: list[Drafted] = []
+        drafted: list[TokenSource] = []
         chances: list[float] = []
         if fixed is None:
             plan = self.governor.plan(seen=self.seen, room=room)
             survival = 1.0
-            while len(drafted) < room and self.governor.neural_pays(plan, len(drafted), survival):
+            while len(drafted) < room and self.governor.model_pays(plan, len(drafted), survival):
                 confidence = min(0.99, max(0.01, self.random.gauss(a, 0.2)))
-                key, chance = self.governor.acceptances.confident(confidence)
-                drafted.append(Drafted("neural", len(drafted), key))
+                key, chance = self.governor.acceptances.rate_by_confidence(confidence)
+                drafted.append(TokenSource("model", len(drafted), key))
                 chances.append(confidence)
                 survival *= chance
         else:
@@ -75,7 +75,7 @@ class World:
     def run(self, requests: int, fixed: int | None = None, tokens: int = TOKENS) -> float:
         """Tokens per second."""
         for _ in range(requests):
-            self.seen = Seen(frozen=self.governor.preference.frozen_serves(self.preference))
+            self.seen = RequestStats(frozen=self.governor.preference.use_base(self.preference))
             left = tokens
             while left > 0:
                 got = self.round(left - 1, fixed)
@@ -94,13 +94,13 @@ class World:
         draws = [self.random.random() for _ in range(TOKENS)]  # both do well on the same tokens
         learned, frozen = ([float(u < a) for u in draws] for a in self.alpha(self.request, self.steps))
         if not steps:
-            self.governor.shadow(learned, frozen, updates=False, preference=self.preference)
+            self.governor.observe_comparison(learned, frozen, updates=False, preference=self.preference)
             self.time_s += LOOK
             self.update_s += LOOK
-            self.governor.effort.looked(LOOK)
+            self.governor.effort.scored(LOOK)
             return
         compares = self.governor.compares(self.preference)
-        self.governor.shadow(learned, frozen if compares else None, preference=self.preference)
+        self.governor.observe_comparison(learned, frozen if compares else None, preference=self.preference)
         seconds = self.noisy(steps * STEP + compares)
         self.steps += steps
         self.time_s += seconds
@@ -138,12 +138,12 @@ def test_learns_in_the_shadow_and_is_switched_on_when_it_pays() -> None:
     world = World(unseen)
     world.run(8)
     early = dict(world.governor.decisions.rounds)
-    assert early["plain"] > 10 * early["neural"]  # while it is useless, it hardly drafts
+    assert early["plain"] > 10 * early["model"]  # while it is useless, it hardly drafts
     world.run(150)
     before = dict(world.governor.decisions.rounds)
     world.run(20)
     late = {name: n - before[name] for name, n in world.governor.decisions.rounds.items()}
-    assert late["neural"] > 20 * late["plain"]
+    assert late["model"] > 20 * late["plain"]
     assert world.tokens / world.time_s > 1.05 * best_static(unseen, 60)
     assert world.update_s / world.time_s <= BUDGET + 0.01
 
@@ -169,27 +169,27 @@ def test_a_changed_stream_wakes_the_learner() -> None:
 def test_the_frozen_draft_serves_while_the_learned_one_is_worse() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(8):
-        governor.shadow([0.5] * TOKENS, [0.6] * TOKENS)
-    assert governor.preference.frozen_serves(0.0) and abs(governor.acceptances.rate - 0.6) < 0.05
+        governor.observe_comparison([0.5] * TOKENS, [0.6] * TOKENS)
+    assert governor.preference.use_base(0.0) and abs(governor.acceptances.rate - 0.6) < 0.05
     for _ in range(12):
-        governor.shadow([0.7] * TOKENS, [0.6] * TOKENS)
-    assert not governor.preference.frozen_serves(0.0)
+        governor.observe_comparison([0.7] * TOKENS, [0.6] * TOKENS)
+    assert not governor.preference.use_base(0.0)
 
 
 def test_the_prompt_tells_who_serves_unless_experience_says_otherwise() -> None:
     governor = Governor(BUDGET, PASSES)
-    assert governor.preference.frozen_serves(-0.5) and not governor.preference.frozen_serves(0.5)
+    assert governor.preference.use_base(-0.5) and not governor.preference.use_base(0.5)
     for _ in range(4):
-        governor.shadow([0.7] * TOKENS, [0.2] * TOKENS, preference=0.5)
-    assert governor.preference.frozen_serves(-0.5) and not governor.preference.frozen_serves(
+        governor.observe_comparison([0.7] * TOKENS, [0.2] * TOKENS, preference=0.5)
+    assert governor.preference.use_base(-0.5) and not governor.preference.use_base(
         0.5
     )  # another kind of prompt: nothing was learned about it
     for _ in range(4):
-        governor.shadow([0.7] * TOKENS, [0.2] * TOKENS, preference=-0.5)
-    assert not governor.preference.frozen_serves(-0.5)
+        governor.observe_comparison([0.7] * TOKENS, [0.2] * TOKENS, preference=-0.5)
+    assert not governor.preference.use_base(-0.5)
     for _ in range(4):
-        governor.shadow([0.2] * TOKENS, [0.7] * TOKENS, preference=0.5)
-    assert governor.preference.frozen_serves(0.5) and not governor.preference.frozen_serves(-0.5)
+        governor.observe_comparison([0.2] * TOKENS, [0.7] * TOKENS, preference=0.5)
+    assert governor.preference.use_base(0.5) and not governor.preference.use_base(-0.5)
 
 
 def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
@@ -201,9 +201,7 @@ def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
         if asked[-1]:
             governor.preference.asked(preference)
     assert all(asked[:6]) and sum(asked[8:20]) == 4  # then one of three
-    assert governor.preference.frozen_serves() and all(
-        asked[-2:]
-    )  # one has spoken for the other draft: all are asked again
+    assert governor.preference.use_base() and all(asked[-2:])  # one has spoken for the other draft: all are asked again
     useless = World(lambda request, steps: (0.0, 0.0))
     useless.run(10)
     assert not useless.governor.asks_prompt()
@@ -213,16 +211,16 @@ def test_a_request_that_may_be_a_good_one_is_tried() -> None:
     """Where requests differ much, one that has shown nothing yet is; not where few tokens are left, nor once it has shown itself."""
     governor = Governor(BUDGET, PASSES)
     for overlap in (0.05, 0.75) * 15:
-        seen = Seen()
+        seen = RequestStats()
         for _ in range(3):
             governor.observe((), (), 0.0, 1.0, seen)
-            governor.observe([Drafted("neural", 0, (4,))], [overlap], 0.35, 1.2, seen)
-            governor.observe([Drafted("neural", 0, (4,))], [overlap], 0.35, 1.2, seen)
+            governor.observe([TokenSource("model", 0, (4,))], [overlap], 0.35, 1.2, seen)
+            governor.observe([TokenSource("model", 0, (4,))], [overlap], 0.35, 1.2, seen)
         governor.request_ended(TOKENS, seen)
-    assert governor._best(governor.acceptances.usual(False), False)[0] == 0  # on average it does not pay
-    assert governor.plan(seen=Seen(), room=64).lookahead > 0
-    assert governor.plan(seen=Seen(), room=8).lookahead == 0
-    assert governor.plan(seen=Seen(acceptance=0.2, positions=8), room=64).lookahead == 0
+    assert governor._best(governor.acceptances.mean_rate(False), False)[0] == 0  # on average it does not pay
+    assert governor.plan(seen=RequestStats(), room=64).lookahead > 0
+    assert governor.plan(seen=RequestStats(), room=8).lookahead == 0
+    assert governor.plan(seen=RequestStats(acceptance=0.2, positions=8), room=64).lookahead == 0
 
 
 def test_a_prompt_is_read_where_that_pays() -> None:
@@ -260,22 +258,22 @@ def test_the_first_neural_token_of_a_round_is_dearer() -> None:
     for _ in range(20):
         governor.observe((), (), 0.0, 1.0)
         for k in (1, 4):  # 0.4 for the first, 0.05 for each one more
-            governor.observe([Drafted("neural", i, (7,)) for i in range(k)], [1.0] * k, 0.35 + 0.05 * k, 1.1)
+            governor.observe([TokenSource("model", i, (7,)) for i in range(k)], [1.0] * k, 0.35 + 0.05 * k, 1.1)
     plan = governor.plan()
     survival = 0.6
-    assert governor.neural_pays(plan, 2, survival, begun=True) and not governor.neural_pays(
+    assert governor.model_pays(plan, 2, survival, begun=True) and not governor.model_pays(
         plan, 2, survival, begun=False
     )
 
 
 def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
-    governor, seen = Governor(BUDGET, PASSES), Seen()
+    governor, seen = Governor(BUDGET, PASSES), RequestStats()
     answer = found(12, 1.0)
     usual = governor.acceptances.memory(answer)[1]
     key = governor.acceptances.memory_key(answer)
     for _ in range(12):
-        governor.observe([Drafted("memory", 1, key)], [0.0], 0.0, 1.0, seen)
-        governor.observe([Drafted("memory", 1, key)], [1.0], 0.0, 1.0)  # other requests
+        governor.observe([TokenSource("memory", 1, key)], [0.0], 0.0, 1.0, seen)
+        governor.observe([TokenSource("memory", 1, key)], [1.0], 0.0, 1.0)  # other requests
     assert seen.trust < 0.4
     assert governor.acceptances.memory(answer, trust=seen.trust)[1] < 0.5 * usual
     assert governor.plan(drafts=False, seen=seen).trust == seen.trust and governor.plan(drafts=False).trust == 1.0
@@ -294,7 +292,7 @@ def test_an_idle_draft_is_tried_again_ever_more_rarely() -> None:
     tried = []
     for i in range(4000):
         plan = governor.plan()
-        drafted = [Drafted("neural", j, (0,)) for j in range(plan.lookahead)]
+        drafted = [TokenSource("model", j, (0,)) for j in range(plan.lookahead)]
         governor.observe(drafted, [0.0] * bool(drafted), 0.5 * len(drafted), 1.0 + 0.05 * len(drafted))
         if drafted and i > 20:
             tried.append(i)
@@ -308,7 +306,7 @@ def test_a_clock_that_jumps(seconds: float) -> None:
     """One absurd time neither breaks a decision nor changes it for long."""
     world = World(lambda request, steps: (0.7, 0.7))
     world.run(20)
-    world.governor.observe([Drafted("neural", 0, (3,))], [1.0], seconds, seconds)
+    world.governor.observe([TokenSource("model", 0, (3,))], [1.0], seconds, seconds)
     world.governor.effort.spent(seconds, 1)
     for _ in range(3):
         plan = world.governor.plan()
@@ -317,7 +315,7 @@ def test_a_clock_that_jumps(seconds: float) -> None:
     before = dict(world.governor.decisions.rounds)
     world.run(10)
     after = world.governor.decisions.rounds
-    assert after["neural"] - before["neural"] > after["plain"] - before["plain"]
+    assert after["model"] - before["model"] > after["plain"] - before["plain"]
 
 
 def test_one_stall_switches_nothing_off() -> None:
@@ -328,7 +326,7 @@ def test_one_stall_switches_nothing_off() -> None:
     def memory_round(seconds: float) -> bool:
         plan = governor.plan(drafts=False)
         speaks = governor.memory_pays(plan, 0, 1.0, answer, neural=False)
-        drafted = [Drafted("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
+        drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
         governor.observe(drafted, [1.0] * speaks, 0.0, seconds * (1.1 if speaks else 1.0))
         return speaks
 
@@ -338,7 +336,7 @@ def test_one_stall_switches_nothing_off() -> None:
 
     world = World(lambda request, steps: (0.8, 0.8))
     world.run(3)
-    world.governor.observe([Drafted("neural", i, (3,)) for i in range(9)], [1.0] * 9, 30.0, 40.0)
+    world.governor.observe([TokenSource("model", i, (3,)) for i in range(9)], [1.0] * 9, 30.0, 40.0)
     world.governor.effort.spent(600.0, 1)
     plan = world.governor.plan()
     assert plan.lookahead > 0 and 1 < plan.rate < 4
@@ -356,7 +354,7 @@ def test_a_draft_whose_first_times_are_absurd_is_tried_again() -> None:
     world.run(150)
     before = dict(world.governor.decisions.rounds)
     world.run(10)
-    assert world.governor.decisions.rounds["neural"] - before["neural"] > 50
+    assert world.governor.decisions.rounds["model"] - before["model"] > 50
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -371,7 +369,7 @@ def test_a_draft_that_has_become_good_is_found_again_without_learning(seed: int)
             k, overlaps = plan.lookahead, []
             while len(overlaps) < k and (not overlaps or overlaps[-1]):
                 overlaps.append(float(rng.random() < a))
-            drafted = [Drafted("neural", i, (4,)) for i in range(k)]
+            drafted = [TokenSource("model", i, (4,)) for i in range(k)]
             governor.observe(drafted, overlaps, 0.12 * k, 1.0 + 0.05 * k + 0.1 * (k > 0))
             drafting += k > 0
         return drafting
@@ -384,22 +382,22 @@ def test_a_draft_that_has_become_good_is_found_again_without_learning(seed: int)
 def test_what_was_not_looked_at_tells_nothing_about_who_served() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(4):
-        governor.shadow([0.8] * TOKENS, [0.1] * TOKENS, preference=0.5)
-        governor.shadow([0.1] * TOKENS, [0.7] * TOKENS, preference=-0.5)
-    before = governor.acceptances.usual(False), governor.acceptances.usual(True)
+        governor.observe_comparison([0.8] * TOKENS, [0.1] * TOKENS, preference=0.5)
+        governor.observe_comparison([0.1] * TOKENS, [0.7] * TOKENS, preference=-0.5)
+    before = governor.acceptances.mean_rate(False), governor.acceptances.mean_rate(True)
     assert before[0] > 0.7 and before[1] > 0.6
     for _ in range(4):
-        governor.shadow([0.1] * TOKENS, None, preference=-0.5)  # the frozen draft serves these
-    assert (governor.acceptances.usual(False), governor.acceptances.usual(True)) == before
+        governor.observe_comparison([0.1] * TOKENS, None, preference=-0.5)  # the frozen draft serves these
+    assert (governor.acceptances.mean_rate(False), governor.acceptances.mean_rate(True)) == before
 
 
 def test_a_few_tokens_do_not_decide_who_serves() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(4):
-        governor.shadow([1.0] * TOKENS, [0.5] * TOKENS)
+        governor.observe_comparison([1.0] * TOKENS, [0.5] * TOKENS)
     for _ in range(6):
-        governor.shadow([0.0], [1.0])
-    assert not governor.preference.frozen_serves(0.0)
+        governor.observe_comparison([0.0], [1.0])
+    assert not governor.preference.use_base(0.0)
 
 
 def test_learning_is_worth_what_it_adds_to_the_memory() -> None:
@@ -408,7 +406,7 @@ def test_learning_is_worth_what_it_adds_to_the_memory() -> None:
     for recalled in (right, wrong):
         governor = Governor(BUDGET, PASSES)
         for i in range(40):
-            governor.shadow([min(0.9, 0.02 * i)] * TOKENS, [0.0] * TOKENS, recalled)
+            governor.observe_comparison([min(0.9, 0.02 * i)] * TOKENS, [0.0] * TOKENS, recalled)
         efforts.append(governor.decisions.effort)
     assert efforts[0] < efforts[1] == 1.0
 
@@ -416,9 +414,9 @@ def test_learning_is_worth_what_it_adds_to_the_memory() -> None:
 def test_what_is_not_a_number_is_not_taken_in() -> None:
     governor = Governor(BUDGET, PASSES)
     for learned, frozen in ((math.nan, 0.5), (0.5, math.nan), (math.nan, None)):
-        governor.shadow([0.5, learned], None if frozen is None else [0.5, frozen])
-    governor.shadow([0.6] * TOKENS, [0.5] * TOKENS)
-    assert 0.5 < governor.acceptances.rate < 0.7 and not governor.preference.frozen_serves(0.0)
+        governor.observe_comparison([0.5, learned], None if frozen is None else [0.5, frozen])
+    governor.observe_comparison([0.6] * TOKENS, [0.5] * TOKENS)
+    assert 0.5 < governor.acceptances.rate < 0.7 and not governor.preference.use_base(0.0)
 
 
 def test_rounds_of_nothing_and_requests_of_one_token() -> None:
@@ -428,9 +426,9 @@ def test_rounds_of_nothing_and_requests_of_one_token() -> None:
         assert plan.lookahead >= 0
         governor.observe((), (), 0.0, 0.0)
         governor.request_ended(1)
-        governor.shadow([], None)
+        governor.observe_comparison([], None)
         governor.effort.spent(0.0, 0)
-    assert governor.decisions.rounds["plain"] == 50 and not governor.preference.frozen_serves(0.0)
+    assert governor.decisions.rounds["plain"] == 50 and not governor.preference.use_base(0.0)
 
 
 def test_the_same_story_gives_the_same_decisions() -> None:
@@ -449,7 +447,7 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
     for length, right in ((4, 0.0), (12, 1.0)):
         key = governor.acceptances.memory_key(found(length, 1.0), first=True)
         for _ in range(40):
-            governor.observe([Drafted("memory", 0, key)], [right], 0.0, 1.2)
+            governor.observe([TokenSource("memory", 0, key)], [right], 0.0, 1.2)
     plan = governor.plan(drafts=False)
     assert plan.lookahead == 0
     assert (
@@ -474,7 +472,7 @@ def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
         governor.observe((), (), 0.0, 1.0)
         for _ in range(60):
             governor.plan(drafts=False)
-            governor.observe([Drafted("memory", i, key) for i in range(8)], [right] * (8 if right else 1), 0.0, 1.8)
+            governor.observe([TokenSource("memory", i, key) for i in range(8)], [right] * (8 if right else 1), 0.0, 1.8)
         plan = governor.plan(drafts=False)
         assert plan.rate == 1.0 if not right else 2.5 < plan.rate < 9 / 1.8
         pays[right] = governor.memory_pays(plan, 5, 0.99, weak, neural=False)
@@ -491,7 +489,7 @@ def test_a_memory_that_has_become_right_is_asked_again() -> None:
         spoke = 0
         for _ in range(n):
             speaks = governor.memory_pays(governor.plan(drafts=False), 0, 1.0, answer, neural=False)
-            drafted = [Drafted("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
+            drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
             governor.observe(drafted, [right] * speaks, 0.0, 1.2 if speaks else 1.0)
             spoke += speaks
         return spoke
@@ -505,7 +503,7 @@ def test_memory_or_neural_by_what_each_brings() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(40):
         governor.observe((), (), 0.0, 1.0)
-        drafted = [Drafted("neural", i, (5,)) for i in range(3)]
+        drafted = [TokenSource("model", i, (5,)) for i in range(3)]
         governor.observe(drafted, [1.0, 1.0, 0.0], 0.6, 1.2)
     plan = governor.plan()
     assert plan.lookahead > 0
@@ -513,7 +511,7 @@ def test_memory_or_neural_by_what_each_brings() -> None:
     for share, answer in ((1.0, good), (0.0, bad)):
         for _ in range(40):
             governor.observe(
-                [Drafted("memory", 0, governor.acceptances.memory_key(answer, first=True))], [share], 0.0, 1.1
+                [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))], [share], 0.0, 1.1
             )
     assert governor.memory_pays(plan, 0, 1.0, good, neural=True)
     assert not governor.memory_pays(plan, 0, 1.0, bad, neural=True)
@@ -531,5 +529,5 @@ def test_a_machine_that_slows_down_changes_no_decision() -> None:
             world.noisy = lambda seconds, steady=steady, slow=slow: steady(seconds) * slow  # type: ignore[method-assign]
             world.run(2)
         rounds = {name: n - before[name] for name, n in world.governor.decisions.rounds.items()}
-        few, many = ("plain", "neural") if lookahead else ("neural", "plain")
+        few, many = ("plain", "model") if lookahead else ("model", "plain")
         assert rounds[few] < 0.1 * rounds[many]

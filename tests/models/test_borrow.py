@@ -110,7 +110,7 @@ def test_weights_that_are_computed_stay_computed(target, prompt, norm) -> None:
         pytest.fail(repr(error))
     with draft.serving(frozen=True) as base:
         torch.testing.assert_close(base(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
-    with draft._lora.speaking() as model, torch.no_grad():
+    with draft._lora.gated() as model, torch.no_grad():
         torch.testing.assert_close(draft(TOKENS).logits, model(TOKENS).logits, atol=1e-4, rtol=1e-4)
     assert "up_proj (its weight is computed at every forward)" in repr(draft)
 

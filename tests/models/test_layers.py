@@ -122,7 +122,7 @@ def test_plain_peft_loads_the_same_draft(name: str, tmp_path) -> None:
         warnings.simplefilter("ignore")
         reloaded = PeftModel.from_pretrained(model_of(name), tmp_path).eval()
     lora.fold()
-    with lora.speaking() as speaking:
+    with lora.gated() as speaking:
         torch.testing.assert_close(speaking(TOKENS).logits, reloaded(TOKENS).logits, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(lora.served(TOKENS).logits, reloaded(TOKENS).logits, atol=1e-4, rtol=1e-4)
 
@@ -169,11 +169,11 @@ def test_rows_of_a_batch_are_the_experts_one_by_one(make) -> None:
     lora = shaken(make(), blocks=3)
     weights = torch.tensor([[0.5, 0.2, 0.3], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     tokens = torch.cat([TOKENS, TOKENS[:1]])
-    with lora.speaking(weights) as model:
+    with lora.gated(weights) as model:
         together = model(tokens).logits
     assert (together[0] - together[2]).abs().max() > 0.05
     for row, own in enumerate(weights):
-        with lora.speaking(own[None]) as model:
+        with lora.gated(own[None]) as model:
             alone = model(tokens[row : row + 1]).logits[0]
         torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
         lora.serve(own)

@@ -69,7 +69,7 @@ def test_a_changed_draft_is_said_and_begins_anew(target, draft_model, prompt, wr
     with torch.no_grad(), draft.serving(frozen=True) as base:
         assert torch.equal(base(TOKENS).logits, draft_model(TOKENS).logits)
     served = draft(TOKENS).logits
-    with torch.no_grad(), draft._lora.speaking() as speaking:
+    with torch.no_grad(), draft._lora.gated() as speaking:
         torch.testing.assert_close(served, speaking(TOKENS).logits, atol=1e-2, rtol=1e-2)
     serve(target, passed, prompt)  # said once
     assert draft.steps == 2 and draft.metrics.requests == 3

@@ -19,16 +19,16 @@ from hf_onlinespec._compat import cache_tensors
 from hf_onlinespec.adapt.feedback import FeedbackRecorder
 from hf_onlinespec.adapt.gated_lora import GatedLora
 from hf_onlinespec.adapt.guard import Guard
-from hf_onlinespec.adapt.learner import Learning
+from hf_onlinespec.adapt.learner import Learner
 from hf_onlinespec.adapt.replay import Replay
-from hf_onlinespec.adapt.request_feedback import Lesson
+from hf_onlinespec.adapt.request_feedback import RequestFeedback
 from hf_onlinespec.commit import combined as candidates
 from hf_onlinespec.commit.learning_draft import LearningDraft
-from hf_onlinespec.commit.proposal import Round
+from hf_onlinespec.commit.proposal import ProposalBuilder
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.govern.acceptance import Acceptances
-from hf_onlinespec.govern.budget import Effort
+from hf_onlinespec.govern.budget import LearningBudget
 from hf_onlinespec.govern.governor import Governor, Plan
 from hf_onlinespec.metrics import DraftMetrics
 from tests.conftest import tiny_llama
@@ -83,9 +83,9 @@ def runs_out(*_: Any, **__: Any) -> Any:
 def learned_state(draft: OnlineDraft) -> dict[str, torch.Tensor]:
     adaptation = draft._adaptation
     state = {"params": flat_params(draft), "steps": torch.tensor(adaptation.steps)}
-    state |= {f"learner.{k}": v for k, v in adaptation.state.items()}
+    state |= {f"learner.{k}": v for k, v in adaptation.rule_state.items()}
     state |= {f"hedge.{k}": v for k, v in adaptation.hedge_state.items()} | {"w": torch.tensor(adaptation.weights)}
-    state |= adaptation._cap.saved().tensors
+    state |= adaptation._cap.state().tensors
     return {k: v.clone() for k, v in state.items()}
 
 
@@ -130,25 +130,25 @@ REQUEST_MODEL = "hf_onlinespec.commit.causal_lm.RequestModel"
 PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "the draft model's cache": ("hf_onlinespec.commit.causal_lm", "record_past", {}),
     "the draft model's part": (REQUEST_MODEL, "__init__", {"update_when": "round"}),
-    "the part of learning": (Lesson, "__init__", {}),
-    "the budget": (Effort, "affordable_steps", {"update_every": "auto"}),
-    "the budget, with a clock": (Effort, "affordable_steps", {"update_every": "auto", "lookahead": "auto"}),
-    "scoring": (Learning, "_acceptance", {}),
+    "the part of learning": (RequestFeedback, "__init__", {}),
+    "the budget": (LearningBudget, "affordable_steps", {"update_every": "auto"}),
+    "the budget, with a clock": (LearningBudget, "affordable_steps", {"update_every": "auto", "lookahead": "auto"}),
+    "scoring": (Learner, "_acceptance", {}),
     "folding": (GatedLora, "fold", {}),
     "the guard": (Guard, "watch", {}),
-    "the guard's trial": (Learning, "_would", {"snapshots": 2}),
+    "the guard's trial": (Learner, "_would", {"snapshots": 2}),
     "the end of the request": (LearningDraft, "end_request", {}),
     "the replay": (Replay, "add", {}),
-    "the replay's steps": (Learning, "rehearse", {}),
+    "the replay's steps": (Learner, "replay_step", {}),
     "the prompt's preference": (LearningDraft, "preference", {"update_every": "auto"}),
     "the prompt's preference, before it drafts": (
         LearningDraft,
         "preference",
         {"update_every": "auto", "lookahead": "auto"},
     ),
-    "a look": (LearningDraft, "look", {"update_every": "auto", "lookahead": "auto"}),
+    "a look": (LearningDraft, "score_offline", {"update_every": "auto", "lookahead": "auto"}),
     "recording": (FeedbackRecorder, "take", {}),
-    "the copy of the logits": (FeedbackRecorder, "hear", {}),
+    "the copy of the logits": (FeedbackRecorder, "record_round", {}),
     "what is handed over": (LearningDraft, "learn_later", {"update_when": "idle"}),
     "the memory's answer": (SuffixMemory, "continuation", {}),
     "the memory's tokens": (SuffixMemory, "extend", {}),
@@ -162,12 +162,12 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 # What leads to a place where the clock would decide whether it is reached.
 LEADING: dict[str, list[tuple[Any, str, Any]]] = {
-    "the prompt's preference": [(Effort, "affordable_steps", lambda *_: 1)],
+    "the prompt's preference": [(LearningBudget, "affordable_steps", lambda *_: 1)],
     "the prompt's preference, before it drafts": [
-        (candidates, "HOPE_ROOM", 1),
+        (candidates, "MIN_ROOM_TO_EXPLORE", 1),
         (Governor, "asks_prompt", lambda *_: True),
     ],
-    "a look": [(Effort, "affordable_steps", lambda *_: 0), (Governor, "request_ended", lambda *_: True)],
+    "a look": [(LearningBudget, "affordable_steps", lambda *_: 0), (Governor, "request_ended", lambda *_: True)],
 }
 
 
@@ -253,10 +253,12 @@ def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monk
         tries.append(draft.metrics.requests)
         runs_out()
 
-    hear = FeedbackRecorder.hear
+    hear = FeedbackRecorder.record_round
     monkeypatch.setattr(torch.Tensor, "backward", fails)
     monkeypatch.setattr(
-        FeedbackRecorder, "hear", lambda self, logits: (kept.append(draft.metrics.requests), hear(self, logits))[1]
+        FeedbackRecorder,
+        "record_round",
+        lambda self, logits: (kept.append(draft.metrics.requests), hear(self, logits))[1],
     )
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         answers(target, prompt, 30, assistant_model=draft)
@@ -270,8 +272,8 @@ ON_THE_WAY: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "its answer is looked up": (SuffixMemory, "continuation", None),
     "its answer is priced": (Governor, "memory_pays", None),
     "its answer is priced, beside a model": (Acceptances, "memory", {}),
-    "its answer is taken": (Round, "recite", None),
-    "its answer is taken, beside a model": (Round, "recite", {}),
+    "its answer is taken": (ProposalBuilder, "add_memory_token", None),
+    "its answer is taken, beside a model": (ProposalBuilder, "add_memory_token", {}),
     "the draft model is prepared": (REQUEST_MODEL, "__init__", {}),
     "the round is planned": (Governor, "plan", None),
     "the round is planned, with a model that learns of rounds": (
@@ -279,9 +281,9 @@ ON_THE_WAY: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
         "plan",
         {"lookahead": "auto", "update_when": "round"},
     ),
-    "the round is closed": (Round, "proposal", None),
-    "the round is closed, with a model": (Round, "proposal", {}),
-    "the round is closed, with a model that learns of rounds": (Round, "proposal", {"update_when": "round"}),
+    "the round is closed": (ProposalBuilder, "proposal", None),
+    "the round is closed, with a model": (ProposalBuilder, "proposal", {}),
+    "the round is closed, with a model that learns of rounds": (ProposalBuilder, "proposal", {"update_when": "round"}),
 }
 
 
@@ -325,7 +327,7 @@ def test_learning_reads_no_rejected_tokens_after_what_failed(target, prompt, mon
     """The request goes on plain, and learns on at every round: from the cache that it has, of what was written alone."""
     draft = draft_of(update_when="round", lookahead="auto", memory_tokens=0, replay_passes=0, lr=1e-30)
     rounds, read = [], []
-    learn, close = LearningDraft.learn_segment, Round.proposal
+    learn, close = LearningDraft.learn_segment, ProposalBuilder.proposal
 
     def plans(*_: Any, **__: Any) -> Plan:
         rounds.append(None)
@@ -346,7 +348,7 @@ def test_learning_reads_no_rejected_tokens_after_what_failed(target, prompt, mon
         learn(self, tokens, teachers, cache, prefix, *rest, **more)
 
     monkeypatch.setattr(Governor, "plan", plans)
-    monkeypatch.setattr(Round, "proposal", closes)
+    monkeypatch.setattr(ProposalBuilder, "proposal", closes)
     monkeypatch.setattr(LearningDraft, "learn_segment", learns)
     answers(target, prompt, 1, assistant_model=draft)
     assert draft.metrics.failed_drafts == 1 and draft.metrics.drafted_tokens > draft.metrics.accepted_tokens
@@ -375,7 +377,7 @@ def test_what_is_said_of_a_failure_quotes_no_text(target, prompt, monkeypatch, c
                 raise RuntimeError("simulated") from error
         raise RuntimeError(SECRET if who == "the error itself" else "simulated")
 
-    monkeypatch.setattr(Learning, "segment", fails)
+    monkeypatch.setattr(Learner, "segment", fails)
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         try:
             if who == "what the caller was handling":
@@ -405,14 +407,14 @@ def test_what_failed_holds_no_memory(target, prompt, monkeypatch) -> None:
     import weakref
 
     draft, made = draft_of(), []
-    losses = Learning._losses
+    losses = Learner._losses
 
-    def watched(self: Learning, *args: Any) -> torch.Tensor:
+    def watched(self: Learner, *args: Any) -> torch.Tensor:
         found = losses(self, *args)
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Learning, "_losses", watched)
+    monkeypatch.setattr(Learner, "_losses", watched)
     monkeypatch.setattr(torch.Tensor, "backward", runs_out)
     answers(target, prompt, 1, assistant_model=draft)
     assert made and all(found() is None for found in made)
@@ -466,7 +468,7 @@ def test_transformers_own_loop_survives_it_too(target, prompt, monkeypatch) -> N
 def test_counters_saved_before_failures_were_counted_are_read() -> None:
     metrics = DraftMetrics(requests=3, new_tokens=7)
     metrics.close(metrics.last)
-    saved = metrics.saved()
+    saved = metrics.state()
     assert all(len(row) == 14 for row in saved.values["history"]), "as every version has written it"
     for name in ("failed_updates", "failed_drafts", "idle_dropped"):
         saved.values.pop(name, None)
@@ -481,7 +483,7 @@ def test_what_the_caller_was_handling_keeps_its_frames(target, prompt, monkeypat
     def breaks(*_: Any, **__: Any) -> None:
         raise RuntimeError("simulated")
 
-    monkeypatch.setattr(Learning, "segment", breaks)
+    monkeypatch.setattr(Learner, "segment", breaks)
 
     def fails() -> None:
         kept = "state"

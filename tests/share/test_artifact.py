@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.metrics import STRETCHES
+from hf_onlinespec.metrics import HISTORY_BUCKETS
 from hf_onlinespec.share.artifact import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -328,12 +328,12 @@ STATES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_values_that_do_not_fit_are_told(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from hf_onlinespec.state import Saved
+    from hf_onlinespec.state import State
 
     artifact = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE)).artifact()
     values = json.loads(json.dumps(artifact.state.values))
     change(values)
-    replace(artifact, state=Saved(artifact.state.tensors, values)).write(tmp_path)
+    replace(artifact, state=State(artifact.state.tensors, values)).write(tmp_path)
     with pytest.raises(ArtifactError):
         OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
 
@@ -488,7 +488,7 @@ def test_a_history_stays_bounded(target: PreTrainedModel) -> None:
     for i in range(1000):
         draft.metrics.close(Counts(new_tokens=i, rounds=1))
     history = draft.metrics.history
-    assert len(history) <= STRETCHES and sum(c.requests for c in history) == 1000
+    assert len(history) <= HISTORY_BUCKETS and sum(c.requests for c in history) == 1000
     assert sum(c.new_tokens for c in history) == sum(range(1000))
     assert len({c.requests for c in history[:-1]}) == 1
     first, last = draft.metrics.part(0, 0.1), draft.metrics.part(0.9, 1)
@@ -657,12 +657,12 @@ def test_a_save_that_fails_leaves_none_of_its_parts(name: str, tmp_path: Path, m
 def test_a_draft_without_its_state_takes_the_place_of_one_with_it(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from hf_onlinespec.state import Saved
+    from hf_onlinespec.state import State
 
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
     draft._lora.move(torch.ones_like(draft._lora.params))
-    replace(draft.artifact(), state=Saved()).write(tmp_path)
+    replace(draft.artifact(), state=State()).write(tmp_path)
     assert not (tmp_path / STATE).exists() and not (tmp_path / NEXT).exists()
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
     assert torch.equal(flat_params(again), flat_params(draft)) and again.metrics.requests == 0

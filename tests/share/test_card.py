@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, load_pair, prompts
-from hf_onlinespec.metrics import STRETCHES, Counts, DraftMetrics
-from hf_onlinespec.models.identity import EMBEDDED, EMBEDDED_TARGET, Identity
+from hf_onlinespec.metrics import HISTORY_BUCKETS, Counts, DraftMetrics
+from hf_onlinespec.models.identity import EMBEDDED, EMBEDDED_TARGET, BaseFingerprint
 from hf_onlinespec.share import card
 from hf_onlinespec.share.artifact import CARD, CONFIG, CURVE, Artifact, inspect
 from hf_onlinespec.share.card import model_card
 from hf_onlinespec.share.history import curve, run_record, run_targets
-from hf_onlinespec.state import Saved
+from hf_onlinespec.state import State
 from hf_onlinespec.training.combining import combine, distil
 from hf_onlinespec.training.warm_start import default_arguments, warm_start
 
@@ -34,14 +34,14 @@ WARM = {"target": "org/target", "texts": 0, "prompts": 12, "tokens": 4321}
 WARM_WORDS = "trained offline on 12 prompts (4,321 tokens) for `org/target`"
 ALIGNED = {"target": None, "updates": 3, "tokens": 1500}
 ALIGNED_WORDS = "aligned with a model without a name while that was fine-tuned, on 1,500 tokens of its training"
-BASE = Identity("org/base", "0123abcd", config="c0ffee", weights="beef", tokenizer=None)
+BASE = BaseFingerprint("org/base", "0123abcd", config="c0ffee", weights="beef", tokenizer=None)
 
 
 def from_file(path: Path) -> Artifact:
     """An artifact as far as its run file tells it, which is all that a card needs."""
     told = json.loads(path.read_text(encoding="utf-8"))
-    settings, base = OnlineSpecConfig.from_dict(told["settings"]), Identity.from_dict(told["base"])
-    return Artifact(settings, base, {}, {}, Saved(), told["run"], told["lineage"], told["versions"])
+    settings, base = OnlineSpecConfig.from_dict(told["settings"]), BaseFingerprint.from_dict(told["base"])
+    return Artifact(settings, base, {}, {}, State(), told["run"], told["lineage"], told["versions"])
 
 
 def evolved_orders() -> str:
@@ -62,7 +62,7 @@ def served(requests: int) -> DraftMetrics:
 def artifact(requests: int = 20, **kwargs: Any) -> Artifact:
     values: dict[str, Any] = dict(settings=OnlineSpecConfig(), base=BASE, lineage={})
     values["run"] = run_record(served(requests), ["org/target"])
-    return Artifact(adapter_config={}, adapter={}, state=Saved(), **values | kwargs)
+    return Artifact(adapter_config={}, adapter={}, state=State(), **values | kwargs)
 
 
 def check(value: Any, schema: dict[str, Any], path: str = "$") -> None:
@@ -160,9 +160,9 @@ def test_record_counts() -> None:
 
 
 def test_history_is_bounded() -> None:
-    run = run_record(served(10 * STRETCHES), [])
-    assert len(run["history"]) <= STRETCHES
-    assert sum(row[0] for row in run["history"]) == run["requests"] == 10 * STRETCHES
+    run = run_record(served(10 * HISTORY_BUCKETS), [])
+    assert len(run["history"]) <= HISTORY_BUCKETS
+    assert sum(row[0] for row in run["history"]) == run["requests"] == 10 * HISTORY_BUCKETS
 
 
 def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
@@ -557,7 +557,7 @@ def test_lines_run_once_the_names_are_filled_in(
         (BASE, None, ["target"]),
     ],
 )
-def test_only_unknown_names_have_to_be_filled_in(base: Identity, target: str | None, places: list[str]) -> None:
+def test_only_unknown_names_have_to_be_filled_in(base: BaseFingerprint, target: str | None, places: list[str]) -> None:
     text = model_card(artifact(run=run_record(served(2), [] if target is None else [target]), base=base))
     for place, line in (
         ("base", 'from_pretrained(".", base_model="{}")'),

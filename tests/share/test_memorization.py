@@ -370,7 +370,7 @@ def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     plant(draft, SECRETS[:1], 4)
     adaptation, guard = draft._adaptation, draft._learning.guard
     leaks = adaptation.best()
-    adaptation.restore(draft._lora.silent(leaks))
+    adaptation.restore(draft._lora.with_zero_b(leaks))
     draft.fold()
     assert examine(draft).memorised == 0
     adaptation.restore(leaks)

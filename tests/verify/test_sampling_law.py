@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_memory
-from hf_onlinespec.govern.acceptance import Continuation, Seen
-from hf_onlinespec.govern.budget import Effort
+from hf_onlinespec.govern.acceptance import Continuation, RequestStats
+from hf_onlinespec.govern.budget import LearningBudget
 from hf_onlinespec.govern.governor import Governor, Plan
-from hf_onlinespec.govern.routing import Preference
+from hf_onlinespec.govern.routing import AdapterRouter
 from tests.conftest import tiny_llama
 
 VOCAB, NEW = 6, 3
@@ -119,10 +119,10 @@ class Whims(Governor):
 
     whim = random.Random(3)
 
-    def plan(self, drafts: bool = True, seen: Seen | None = None, room: int = 0, unread: int = 0) -> Plan:
+    def plan(self, drafts: bool = True, seen: RequestStats | None = None, room: int = 0, unread: int = 0) -> Plan:
         return Plan(self.whim.randrange(4) if drafts else 0, 1.0, 0.0)
 
-    def neural_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
+    def model_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
         return position < plan.lookahead and survival > self.whim.uniform(0.0, 0.6)
 
     def memory_pays(
@@ -140,14 +140,14 @@ class Whims(Governor):
         return self.whim.random() < 0.5
 
 
-class Tastes(Preference):
+class Tastes(AdapterRouter):
     """Changes its mind about the draft at random."""
 
-    def frozen_serves(self, preference: float | None = None) -> bool:
+    def use_base(self, preference: float | None = None) -> bool:
         return Whims.whim.random() < 0.3
 
 
-class Generous(Effort):
+class Generous(LearningBudget):
     """Learns from every request."""
 
     def affordable_steps(self) -> int:
@@ -180,7 +180,7 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     assert counts[law == 0].sum() == 0
     assert statistic < limit, f"chi square {statistic:.1f} at {freedom} degrees of freedom, limit {limit:.1f}"
     rounds = (online_memory(target) if draft is None else draft).metrics.decisions.rounds
-    kinds = ("plain", "memory") if alone else ("plain", "neural", "memory", "memory+neural")
+    kinds = ("plain", "memory") if alone else ("plain", "model", "memory", "memory+model")
     assert all(rounds[kind] > DRAWS / 20 for kind in kinds), rounds
     assert alone or draft.metrics.updates > DRAWS / 2
 
