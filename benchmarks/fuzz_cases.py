@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, QuantizedCache, Watermar
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineSpecConfig
-from hf_onlinespec._compat import CACHE
+from hf_onlinespec._compat.caches import CACHE
 from hf_onlinespec.adapt.gated_lora import GatedLora
 from hf_onlinespec.adapt.guard import Guard
 from hf_onlinespec.adapt.learner import Learner

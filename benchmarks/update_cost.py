@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec._compat import CACHE
+from hf_onlinespec._compat.caches import CACHE
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import load_draft, load_pair
 from hf_onlinespec.metrics import Counts

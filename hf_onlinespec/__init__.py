@@ -5,9 +5,7 @@ Importing it teaches `generate` one argument:
     out = target.generate(**inputs, assistant_model=draft, onlinespec=True)
 """
 
-from ._version import __version__ as __version__
 from .adapt.feedback import Feedback, FeedbackRecorder
-from .attachment import attach, attached, detach, online_metrics
 from .commit.combined import OnlineCandidateGenerator
 from .commit.memory_draft import MemoryDraft, online_memory
 from .config import OnlineSpecConfig
@@ -25,8 +23,9 @@ from .errors import (
     UnsupportedError,
     VersionError,
 )
-from .generation import disable, enable
+from .generation import attach, attached, detach, disable, enable, online_metrics
 from .metrics import DraftMetrics, RequestReport, Trace, UpdateReport
+from .runtime.version import __version__ as __version__
 
 __all__ = [
     "ArtifactError",

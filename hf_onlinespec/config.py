@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from .errors import ConfigError, MissingExtraError, brief
 from .metrics import Trace
-from .summary import html_table
+from .metrics.summary import html_table
 
 # Names of what other modules define; a test holds them to it. Written here, so that settings stand on nothing that they set.
 LEARNERS = ("heavy_ball", "ogd", "optimistic")

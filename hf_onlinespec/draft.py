@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import inner_model, model_name
+from ._compat.models import inner_model, model_name
 from .adapt.learned_texts import Examined
 from .commit.learning_draft import LearningDraft
 from .config import OnlineSpecConfig, as_config

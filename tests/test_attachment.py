@@ -41,7 +41,7 @@ from hf_onlinespec import (
     online_memory,
     online_metrics,
 )
-from hf_onlinespec._compat import GenerationMode
+from hf_onlinespec._compat.generation import GenerationMode
 from hf_onlinespec.embedded import EmbeddedPair, load_draft
 from tests.test_generation import tiny_bart, tiny_mamba
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, VersionError
-from hf_onlinespec._compat import OLDEST, SUPPORTED, refuse_older
+from hf_onlinespec._compat.versions import OLDEST, SUPPORTED, refuse_older
 from hf_onlinespec.adapt.learners import HEDGES
 from hf_onlinespec.share.canaries import learn, written
 from hf_onlinespec.share.memorization import examine

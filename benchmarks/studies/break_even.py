@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec._compat import CACHE
+from hf_onlinespec._compat.caches import CACHE
 from hf_onlinespec.embedded import load_draft, load_pair
 from hf_onlinespec.share.provenance import machine
 

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
+from .._compat.adapters import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
 from ..errors import DraftError
 from ..models.borrow import borrow, is_plain
 from ..models.layers import adaptable_layers as adaptable_layers

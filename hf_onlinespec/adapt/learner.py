@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .._compat import CACHE, copied_prefix, keeps_logits
+from .._compat.caches import CACHE, copied_prefix
+from .._compat.models import keeps_logits
 from ..config import OnlineSpecConfig
 from ..errors import ArtifactError
 from ..metrics import Counts, UpdateReport

@@ -17,7 +17,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .._compat import CACHE, crop, forgets, held_tokens, max_positions, rollback_obstacle, rolls_back
+from .._compat.caches import CACHE, crop, forgets, held_tokens, rollback_obstacle, rolls_back
+from .._compat.models import max_positions
 from ..commit.base import Draft
 from ..draft import OnlineDraft
 from ..errors import ConfigError

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from .._compat import model_name
+from .._compat.models import model_name
 from ..adapt.feedback import Feedback
 from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft

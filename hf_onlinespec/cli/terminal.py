@@ -21,9 +21,9 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-from ..attachment import attach
 from ..draft import OnlineDraft
 from ..errors import ConfigError
+from ..generation import attach
 from ..share.artifact import is_artifact
 from ..training.corpus import check_text
 from .chat import Chat

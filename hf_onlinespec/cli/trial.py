@@ -15,8 +15,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .._compat import max_positions, model_name
-from .._version import __version__
+from .._compat.models import max_positions, model_name
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..measure.budget import LEAST_PROMPTS, LONG, Budget
@@ -30,6 +29,7 @@ from ..measure.summary import summarise
 from ..measure.tables import show_result
 from ..measure.trial import SPARE, Outcome, Trial
 from ..measure.verdict import Models, code_for
+from ..runtime.version import __version__
 from ..share.provenance import machine
 from .common import (
     AUTO,

@@ -19,10 +19,10 @@ from ..config import REPORTING, OnlineSpecConfig, ReportTo, as_config
 from ..errors import ConfigError
 from ..govern.governor import Governor
 from ..metrics import Counts, DraftMetrics, RequestReport
+from ..metrics.summary import Summary, counted, size
 from ..runtime.failures import Failures
 from ..runtime.forks import Lock
 from ..runtime.traces import Traces
-from ..summary import Summary, counted, size
 from .suffix_memory import SuffixMemory
 
 _requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from .._compat import CACHE, crop, record_past
+from .._compat.caches import CACHE, crop, record_past
 from ..govern.acceptance import RequestStats
 from ..models.vocabulary import Vocabulary, widened
 from .sampling import draw

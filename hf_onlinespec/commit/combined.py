@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import CandidateGenerator
 
-from .._compat import CandidateGenerator, stateless
+from .._compat.generation import stateless
 from ..adapt.feedback import FeedbackRecorder
 from ..govern.acceptance import Continuation, RequestStats, TokenSource
 from ..govern.governor import FIRST_LOOKAHEAD, MIN_ROOM_TO_EXPLORE, NOTHING_LEARNS, Plan

@@ -18,7 +18,8 @@ from torch.func import functional_call
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import CACHE, max_positions, record_past, uncompiled
+from .._compat.caches import CACHE, record_past
+from .._compat.models import max_positions, uncompiled
 from ..adapt.background import IdleWorker
 from ..adapt.feedback import Feedback, Teacher, acceptance
 from ..adapt.gated_lora import GatedLora
@@ -30,6 +31,7 @@ from ..config import ENSEMBLE, OnlineSpecConfig
 from ..errors import CopyError
 from ..govern.routing import PREFERENCE_TOKENS
 from ..metrics import Counts
+from ..metrics.summary import counted, size
 from ..models.borrow import copy_modules
 from ..models.identity import BaseFingerprint
 from ..models.layers import describe
@@ -38,7 +40,6 @@ from ..models.vocabulary import Vocabulary
 from ..models.watch import ModelWatch
 from ..runtime.forks import Lock
 from ..state import State, copied
-from ..summary import counted, size
 from .base import Draft
 
 if TYPE_CHECKING:

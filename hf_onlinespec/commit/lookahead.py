@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from transformers import GenerationConfig
 
-from .._compat import given
+from .._compat.generation import given
 from ..config import OnlineSpecConfig
 from ..errors import ConfigError
 

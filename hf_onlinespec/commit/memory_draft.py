@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._compat import inner_model
+from .._compat.models import inner_model
 from ..config import OnlineSpecConfig, as_config
 from ..errors import UnsupportedError
 from ..govern.governor import NO_MODEL_DRAFTS, NOTHING_LEARNS

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._compat import cache_tensors
+from .._compat.caches import cache_tensors
 from ..adapt.feedback import FeedbackRecorder
 from ..adapt.learned_texts import Request
 from ..adapt.request_feedback import RequestFeedback
 from ..metrics import Counts
+from ..metrics.summary import counted
 from ..runtime.clock import finished
 from ..runtime.failures import Attempt
-from ..summary import counted
 from .causal_lm import RequestModel
 from .request_memory import MemoryInRequest
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .._compat import keeps_logits, max_positions
+from .._compat.models import keeps_logits, max_positions
 
 IDENTICAL, ROUNDING, FAULT = "identical", "within rounding", "fault"
 LEAST_POSITIONS = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from .._compat import max_positions
+from .._compat.models import max_positions
 from ..errors import ConfigError
 from ..training.corpus import check_text, parse_line, read_lines
 from .records import Prompt

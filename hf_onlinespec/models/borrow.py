@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from .._compat import module_state
+from .._compat.models import module_state
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._compat import commit_hash, model_name
+from .._compat.models import commit_hash, model_name
 from ..embedded import FOLDER
 from ..errors import ArtifactError, brief
 

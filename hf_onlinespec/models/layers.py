@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .._compat import expert_names
+from .._compat.adapters import expert_names
 from ..errors import DraftError
 from .borrow import is_plain
 

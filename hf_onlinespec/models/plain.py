@@ -11,7 +11,9 @@ from peft import LoraModel, PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .._compat import CACHE, LoraLayer, is_offloaded, is_stateful, rolls_back, takes_cache, uncompiled
+from .._compat.adapters import LoraLayer
+from .._compat.caches import CACHE, rolls_back
+from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled
 from ..errors import DraftError, brief
 from .borrow import copy_modules
 

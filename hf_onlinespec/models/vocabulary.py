@@ -21,7 +21,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat import LoraLayer, commit_hash, model_name, unpadded_size
+from .._compat.adapters import LoraLayer
+from .._compat.models import commit_hash, model_name, unpadded_size
 from ..errors import DraftError
 from .identity import tokenizer_file
 

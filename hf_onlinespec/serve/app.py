@@ -25,9 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..commit.base import Draft
-from ..draft import OnlineDraft
-from ._compat import (
+from .._compat.serving import (
     X_REQUEST_ID,
     BaseHandler,
     ChatCompletionHandler,
@@ -36,6 +34,8 @@ from ._compat import (
     ResponseHandler,
     TimedModel,
 )
+from ..commit.base import Draft
+from ..draft import OnlineDraft
 from .clients import ClientMemories, client_of
 from .generating import ASKED, Asked, OneModel, OnlineGenerateManager, RequestError
 from .metrics import ServerMetrics

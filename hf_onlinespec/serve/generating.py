@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from .._compat import max_positions
+from .._compat.models import max_positions
+from .._compat.serving import BaseGenerateManager, Cancelled, GenerateManager, GenerationState
 from ..commit.base import Draft
 from ..errors import OnlineSpecError
 from ..metrics import Counts
-from ._compat import BaseGenerateManager, Cancelled, GenerateManager, GenerationState
 from .clients import ClientMemories
 from .metrics import DONE, FAILED, SOURCES, STOPPED, ServedRequest, ServerMetrics
 from .saving import DraftSaver

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attachment import attach
 from ..cli.common import (
     FAILED,
     best_device,
@@ -25,6 +24,7 @@ from ..cli.common import (
 )
 from ..commit.base import Draft
 from ..errors import ConfigError
+from ..generation import attach
 from ..share.artifact import is_artifact
 from ..share.loading import locate
 

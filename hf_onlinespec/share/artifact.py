@@ -32,10 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._version import __version__
 from ..config import OnlineSpecConfig
 from ..errors import ArtifactError, ConfigError, OnlineSpecError, brief
 from ..models.identity import BaseFingerprint
+from ..runtime.version import __version__
 from ..state import State
 from .files import checksum, exclusive, is_file, is_folder, read_bytes
 from .json_files import MOST_JSON_BYTES, parse_json

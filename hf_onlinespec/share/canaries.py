@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._compat import doubles
+from .._compat.devices import doubles
 from ..adapt.feedback import Feedback, Teacher
 from ..errors import ConfigError, DraftError
 from ..runtime.progress import Bar

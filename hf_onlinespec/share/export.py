@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat import commit_hash, model_name
+from .._compat.models import commit_hash, model_name
 from ..errors import ArtifactError, DraftError
 from ..models.identity import TOKENIZER, tokenizer_file
 from ..models.vocabulary import rows

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .._compat import HUB_FAILURES
+from .._compat.hub import HUB_FAILURES
 from ..errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief
 from ..runtime.forks import Lock, renew_in_child
 from . import card

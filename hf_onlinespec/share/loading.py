@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .._compat import HUB_FAILURES
+from .._compat.hub import HUB_FAILURES
 from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
 from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat import doubles
+from .._compat.devices import doubles
 from ..adapt.learned_texts import Examined, LearnedText, written_often
 from ..models.opening import opening_tokens
 from ..runtime.progress import progress

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._compat import model_name
+from .._compat.models import model_name
 from ..adapt.feedback import Feedback, Teacher
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat import doubles
+from .._compat.devices import doubles
 from ..config import ENSEMBLE, OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .._compat import max_positions, model_name
+from .._compat.models import max_positions, model_name
 from ..adapt.feedback import Teacher
 from ..adapt.losses import LOSSES
 from ..config import ENSEMBLE

@@ -8,19 +8,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from .._compat import (
-    CACHE,
-    SAMPLING_MODES,
-    adds_virtual_tokens,
-    drops_cache,
-    forgets,
-    held_tokens,
-    is_stateful,
-    known_continuation,
-    mask_length,
-    own_loop,
-    rollback_obstacle,
-)
+from .._compat.adapters import adds_virtual_tokens
+from .._compat.caches import CACHE, forgets, held_tokens, rollback_obstacle
+from .._compat.generation import SAMPLING_MODES, known_continuation, mask_length, own_loop
+from .._compat.models import drops_cache, is_stateful
 from ..errors import UnsupportedError
 from ..models.vocabulary import check_vocabularies
 

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat import needs_synced_gpus
+from .._compat.generation import needs_synced_gpus
 from ..commit.base import Draft
 from ..config import OnlineSpecConfig
 from ..errors import UnsupportedError

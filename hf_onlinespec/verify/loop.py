@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat import CACHE
+from .._compat.caches import CACHE
 from ..commit.base import Draft, note_latest
 from ..commit.combined import OnlineCandidateGenerator
 from ..models.vocabulary import Vocabulary

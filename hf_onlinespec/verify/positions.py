@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .._compat import NO_LIMIT, max_positions
+from .._compat.models import NO_LIMIT, max_positions
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from .._compat import CACHE, Alterations, activates_lora, alterations, fresh_cache, matmul_dtypes, own_way
+from .._compat.adapters import activates_lora
+from .._compat.alterations import Alterations, alterations
+from .._compat.caches import CACHE, fresh_cache, own_way
+from .._compat.devices import matmul_dtypes
 from ..errors import UnsupportedError
 from ..runtime.failures import kind_and_place
 from .target import COLUMNS, TEXT, Verifier

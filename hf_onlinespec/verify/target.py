@@ -9,17 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .._compat import (
-    CACHE,
-    continue_inputs,
-    continues_inputs,
-    crop,
-    held_tokens,
-    mask_length,
-    record_past,
-    returned_cache,
-    rollback_obstacle,
-)
+from .._compat.caches import CACHE, crop, held_tokens, record_past, returned_cache, rollback_obstacle
+from .._compat.generation import continue_inputs, continues_inputs, mask_length
 from ..errors import UnsupportedError
 from .positions import PositionLimits
 

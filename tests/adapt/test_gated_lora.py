@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_onlinespec import DraftError, OnlineDraft
-from hf_onlinespec._compat import LoraLayer
+from hf_onlinespec._compat.adapters import LoraLayer
 from hf_onlinespec.adapt.gated_lora import GatedLora, adaptable_layers
 from tests.conftest import tiny_gpt2, tiny_llama
 

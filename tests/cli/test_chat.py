@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, attach, detach
-from hf_onlinespec._compat import held_tokens
+from hf_onlinespec._compat.caches import held_tokens
 from hf_onlinespec.cli import chat as chats
 from hf_onlinespec.cli.chat import Chat, Detokenizer
 from hf_onlinespec.cli.terminal import PROMPT, Terminal, console, ctrl_c, reader

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
-from hf_onlinespec._compat import cache_tensors
+from hf_onlinespec._compat.caches import cache_tensors
 from hf_onlinespec.adapt.feedback import FeedbackRecorder
 from hf_onlinespec.adapt.gated_lora import GatedLora
 from hf_onlinespec.adapt.guard import Guard

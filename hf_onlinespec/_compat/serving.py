@@ -1,4 +1,4 @@
-"""What we use of transformers' serving code, in one place. Checked on transformers 5.23.0 and 5.24.0."""
+"""What we use of transformers' serving code. It needs the packages of `hf_onlinespec[serve]`. Checked on transformers 5.23.0 and 5.24.0."""
 
 from __future__ import annotations
 

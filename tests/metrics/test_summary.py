@@ -13,7 +13,7 @@ import torch
 
 from hf_onlinespec import DraftMetrics, OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec.metrics import Counts, Decisions
-from hf_onlinespec.summary import Summary, size
+from hf_onlinespec.metrics.summary import Summary, size
 
 
 @pytest.fixture

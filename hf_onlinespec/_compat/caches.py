@@ -1,24 +1,27 @@
-"""Transformers' caches: what can be rolled back, and how. The part of `_compat.py` that knows their layers."""
+"""Transformers' caches: what can be rolled back, and how."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig, cache_utils
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
-    LinearAttentionCacheLayerMixin,
-    QuantizedLayer,
-    StaticLayer,
-)
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.utils import ModelOutput
 
-from ._alterations import is_foreign
+from .alterations import is_foreign
+from .versions import imports_of_others
+
+with imports_of_others():
+    from transformers import DynamicCache, PretrainedConfig, cache_utils
+    from transformers.cache_utils import (
+        Cache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        EncoderDecoderCache,
+        LinearAttentionCacheLayerMixin,
+        QuantizedLayer,
+        StaticLayer,
+    )
+    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.utils import ModelOutput
 
 # What the KV cache is called in inputs and outputs: from transformers 5.24 on "cache", where `generate` renames what callers say.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"

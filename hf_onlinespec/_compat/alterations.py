@@ -1,7 +1,4 @@
-"""What makes a model compute otherwise than its classes were written: hooks, and functions put in the place of theirs.
-
-The part of `_compat.py` that knows where transformers, torch and accelerate keep them.
-"""
+"""What makes a model compute otherwise than its classes were written: hooks, and functions put in the place of theirs."""
 
 from __future__ import annotations
 
@@ -15,12 +12,16 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from accelerate.hooks import SequentialHook  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .versions import imports_of_others
+
+with imports_of_others():
+    from accelerate.hooks import SequentialHook  # type: ignore[import-untyped]
+    from transformers import PreTrainedModel
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 HOOK = "_hf_hook"  # where accelerate keeps its hook of a module; what was `forward` before is in `_old_forward` then
 # A hook that one of these registers watches, or places weights and inputs.

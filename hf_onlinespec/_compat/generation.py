@@ -1,0 +1,222 @@
+"""What we use of `generate`: the methods that `enable()` wraps, its modes and processors, and parts that models have of their own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .caches import CACHE
+from .versions import imports_of_others, moved
+
+with imports_of_others():
+    from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+    from transformers.generation import (
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
+        LogitsProcessorList,
+        MinLengthLogitsProcessor,
+        MinNewTokensLengthLogitsProcessor,
+        MinPLogitsWarper,
+        NoBadWordsLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        TypicalLogitsWarper,
+    )
+    from transformers.generation.utils import GenerationMode, is_deepspeed_zero3_enabled, is_fsdp_managed_module
+    from transformers.pipelines import base as pipelines_base
+    from transformers.utils import ModelOutput
+
+# The methods that `enable()` wraps.
+WRAPPED = (
+    (GenerationMixin, "_extract_generation_mode_kwargs"),
+    (GenerationConfig, "get_generation_mode"),
+    (GenerationMixin, "_validate_generation_mode"),
+    (GenerationMixin, "_assisted_decoding"),
+    (GenerationMixin, "_prepare_generation_config"),
+    (GenerationMixin, "generate"),
+    (pipelines_base, "load_assistant_model"),
+)
+
+
+# What `generate` fills in where the user has said nothing, see GenerationConfig._get_default_generation_params.
+ASSISTANT_DEFAULTS = {
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+}
+
+
+_GIVEN = "_onlinespec_given"  # in a configuration that `generate` has prepared: those of them that the user has set
+
+
+def keeps_extras(config: GenerationConfig) -> None:
+    """Lets a configuration be loaded with what it was given beside transformers' own settings.
+
+    Of one that was derived from a model's configuration, as it is where a model has no generation_config.json, transformers reads
+    its own settings alone.
+    """
+    if vars(config).get("_from_model_config"):
+        vars(config)["_from_model_config"] = False
+
+
+def note_given(
+    prepared: GenerationConfig, arguments: dict[str, Any], *configs: GenerationConfig | None
+) -> GenerationConfig:
+    """Notes in a prepared configuration what the user has set: a value that is the default cannot be told from it later.
+
+    Args:
+        arguments: of the call.
+        configs: of the call and of the model, before they were merged.
+    """
+    found = {}
+    for name in ASSISTANT_DEFAULTS:
+        values = [arguments.get(name)]
+        values += [given(config, name, prepared=False) for config in configs if config is not None]
+        set_ones = [value for value in values if value is not None]
+        if set_ones:
+            found[name] = set_ones[0]
+    vars(prepared)[_GIVEN] = found
+    return prepared
+
+
+@functools.cache
+def _fresh() -> dict[str, Any]:
+    """What a configuration holds that nobody has touched."""
+    return vars(GenerationConfig())
+
+
+def given(config: GenerationConfig, name: str, prepared: bool) -> Any:
+    """The value of one of ASSISTANT_DEFAULTS that the user has set; None: they have not.
+
+    Args:
+        prepared: whether `generate` has filled in its defaults. Without our hooks it has noted nothing: then a value that is the
+            default counts as not set.
+    """
+    noted = vars(config).get(_GIVEN)  # pipelines of transformers 5.18 pass a configuration that was prepared before
+    if noted is not None and name in noted:
+        return noted[name]
+    filled = prepared or noted is not None
+    value, unset = vars(config).get(name), ASSISTANT_DEFAULTS[name] if filled else _fresh().get(name)
+    return None if type(value) is type(unset) and value == unset else value
+
+
+def originals() -> list[Any]:
+    """The methods that `enable()` wraps, as they are now. Raises VersionError where one has moved."""
+    for owner, name in WRAPPED:
+        if name not in vars(owner):
+            raise moved(AttributeError(f"transformers has no {owner.__name__}.{name}"))
+    return [vars(owner)[name] for owner, name in WRAPPED]
+
+
+def frames_of_generate() -> int:
+    """How many frames of decorators lie between a caller of `generate` and its body."""
+    return sum(1 for _ in _unwrapped(GenerationMixin.generate)) - 1
+
+
+def _unwrapped(function: Any) -> Iterator[Any]:
+    while function is not None:
+        yield function
+        function = vars(function).get("__wrapped__")
+
+
+SAMPLING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+
+
+# Pure functions of (prefix, scores): applied to the draft too. A subclass may hold state, so types must match exactly.
+STATELESS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Copies of the list's members that are known to be pure functions: what they keep for the size of the first scores is theirs."""
+    return LogitsProcessorList([copy.copy(p) for p in processors if type(p) in STATELESS])
+
+
+def own_loop(model: PreTrainedModel) -> str:
+    """The part of greedy decoding and sampling that a model has a method of its own for, as some for speech have; "": none."""
+    methods = {
+        "_sample": type(model)._sample,  # which `generate` calls on the class
+        "_prefill": model._prefill,
+        "_has_unfinished_sequences": model._has_unfinished_sequences,
+    }
+    own = (name for name, method in methods.items() if _plain(method) is not vars(GenerationMixin)[name])
+    return next(own, "")
+
+
+def _plain(method: Any) -> Any:
+    return method.__func__ if inspect.ismethod(method) else method
+
+
+def own_generate(model: PreTrainedModel) -> str:
+    """The name of a `generate` that stands in the place of transformers', in the class or in the model itself; "": there is none."""
+    found = vars(model).get("generate", type(model).generate)
+    if found is GenerationMixin.generate:
+        return ""
+    named = found if inspect.isfunction(found) or inspect.ismethod(found) else type(found)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def sample(model: PreTrainedModel, *arguments: Any, **model_kwargs: Any) -> Any:
+    """Greedy decoding or sampling without a draft, as `generate` calls it; arguments and result are its own."""
+    return type(model)._sample(model, *arguments, **model_kwargs)
+
+
+def mask_length(generation_config: GenerationConfig) -> int | None:
+    """Length of an all-ones attention mask that `generate` dropped, prefix in the cache included; None if none was."""
+    return generation_config.__dict__.get("_mask_length")
+
+
+# Families of transformers whose own `_update_model_kwargs_for_generation` is compared with plain decoding in the tests. The
+# others (talkers, streamed audio) take states out of their outputs that belong to the last token of a forward alone.
+CONTINUES = ("transformers.models.idefics.", "transformers.models.mllama.", "transformers.models.paligemma.")
+
+
+def continues_inputs(model: PreTrainedModel) -> bool:
+    """Whether a model has its own way to carry inputs from one forward to the next one."""
+    return _continuation(model) is not GenerationMixin._update_model_kwargs_for_generation
+
+
+def known_continuation(model: PreTrainedModel) -> bool:
+    """Whether that way, if it is one of transformers' classes, is known to allow for several tokens in a forward."""
+    module = f"{_continuation(model).__module__}."
+    ours = not continues_inputs(model) or not module.startswith("transformers.")
+    return ours or module.startswith(CONTINUES)
+
+
+def _continuation(model: PreTrainedModel) -> Any:
+    return _plain(model._update_model_kwargs_for_generation)
+
+
+def continue_inputs(model: PreTrainedModel, outputs: ModelOutput | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs for the forward after the next token, without the cache."""
+    inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
+    return {name: value for name, value in inputs.items() if name != CACHE}
+
+
+def needs_synced_gpus(model: PreTrainedModel) -> bool:
+    """Whether several processes hold one model, so that each has to run as many forwards as the longest of them."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return bool(sharded) and several and torch.distributed.get_world_size() > 1
