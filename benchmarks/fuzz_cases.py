@@ -384,7 +384,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 # Where a failure strikes: parts of learning and of the draft, none of which may cost the caller an answer.
 FAILURES: dict[str, tuple[Any, str] | None] = {
     "learning": (Learner, "segment"),
-    "guard": (Guard, "watch"),
+    "guard": (Guard, "observe"),
     "replay": (Replay, "sample"),
     "remembering": (Replay, "add"),
     "folding": (GatedLora, "fold"),

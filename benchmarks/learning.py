@@ -116,22 +116,22 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
         return recall(name, stream, temperature, seed)
     config = OnlineSpecConfig(**(COMMON | LEARNERS[learner] | {"seed": seed}))
     draft = OnlineDraft(source.draft(), config)
-    preference = AdapterRouter()
+    router = AdapterRouter()
     chunk: list[tuple[Recorded, Teacher]] = []
     momentum: Tensor | None = None
     rows = []
     for i, request in enumerate(stream):
         n = len(request.logits)
         chances = {}
-        for frozen in (False, True) if learner == "default, prompt asked" else (False,):
-            with torch.no_grad(), draft.serving(frozen) as model:
-                chances[frozen] = kept_chances(request, model(request.tokens[None, :-1]).logits[0, -n:], temperature)
-        frozen = False
+        for base in (False, True) if learner == "default, prompt asked" else (False,):
+            with torch.no_grad(), draft.serving(base) as model:
+                chances[base] = kept_chances(request, model(request.tokens[None, :-1]).logits[0, -n:], temperature)
+        base = False
         if len(chances) == 2:
-            said, _ = draft.preference(request.tokens[None, :-n], None)
-            frozen = preference.use_base(said)
-            preference.compared(said, sum(chances[False]) / n - sum(chances[True]) / n, n)
-        rounds = expected_rounds(chances[frozen], LOOKAHEAD)
+            said, _ = draft.prompt_log_ratio(request.tokens[None, :-n], None)
+            base = router.use_base(said)
+            router.observe_difference(said, sum(chances[False]) / n - sum(chances[True]) / n, n)
+        rounds = expected_rounds(chances[base], LOOKAHEAD)
         started = time.perf_counter()
         counts = Counts()
         teacher = Teacher.from_logits(request.logits, config.temperature, config.top_k)

@@ -49,7 +49,7 @@ def main() -> None:
             draft.learn_segment(tokens, [Teacher.from_logits(torch.randn(40, 8192))], None, 0, None, Counts())
         guard = draft._learning.guard
         while len(guard.states) < draft.settings.snapshots:  # as many earlier states as there may be
-            guard._keep(draft._adaptation.best())
+            guard._keep(draft._adaptation.best_params())
         size = draft._lora.params.nbytes
         with tempfile.TemporaryDirectory() as folder:
             spent = []

@@ -113,7 +113,7 @@ class OnlineDraft(LearningDraft):
             self.metrics.decisions = self.governor.decisions
             self.lineage, self.examined = _new_lineage(), None
         warnings.warn(
-            f"The draft {type(self._lora.base).__name__} was changed after it was wrapped ({change}): "
+            f"The draft {type(self._lora.tree).__name__} was changed after it was wrapped ({change}): "
             "what was learned does not belong to these weights, and learning begins anew.",
             stacklevel=2,
         )
@@ -161,7 +161,7 @@ class OnlineDraft(LearningDraft):
     def artifact(self) -> Artifact:
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
         with self._learns, self.lock:
-            name = model_name(self._lora.base.config)  # it may be a folder of this machine: PEFT has to find it
+            name = model_name(self._lora.tree.config)  # it may be a folder of this machine: PEFT has to find it
             state = self._learning.state()
             counters = self.metrics.state()
             return Artifact(
@@ -341,7 +341,7 @@ class OnlineDraft(LearningDraft):
         with self._learns, self.lock, torch.inference_mode(False):
             self._learning.adopt(adapter)
             self.examined = None  # that was of the adapter before
-            self.governor.preference = AdapterRouter()  # which of the two serves was found out with the one before
+            self.governor.router = AdapterRouter()  # which of the two serves was found out with the one before
             self._note()
             if texts is None:
                 self.lineage[KEY] = history(self).plus(ELSEWHERE).to_dict()

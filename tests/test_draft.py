@@ -9,7 +9,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.govern.governor import Plan
-from hf_onlinespec.govern.routing import PREFERENCE_TOKENS
+from hf_onlinespec.govern.routing import ROUTING_TOKENS
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_llama
@@ -204,8 +204,8 @@ def test_learning_takes_less_than_half_the_memory_of_a_draft_of_100_million_para
         target.generate(torch.tensor([[start + 1, 2, 3]]), assistant_model=draft, do_sample=False, max_new_tokens=6)
     assert draft.metrics.updates > 0
     # What the guard and the count of passes keep in the end: two states, a candidate, one more in a trial; two moves.
-    guard, best = draft._learning.guard, draft._adaptation.best
-    guard.states, guard._candidate, guard._tried = [best(), best()], best(), [(best(), [])]
+    guard, best = draft._learning.guard, draft._adaptation.best_params
+    guard.states, guard._candidate, guard._candidates = [best(), best()], best(), [(best(), [])]
     draft._learning._moved = {kind: (best(), 0.0, 1) for kind in ("new", "old")}
     replay_most = draft.settings.replay_tokens * (12 + 12 * draft.settings.replay_top_k)
     total = draft.learning_bytes - draft._replay.nbytes + replay_most
@@ -261,33 +261,33 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
 def test_preference_is_the_difference_of_log_likelihoods(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, PLAIN)
     tokens = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(5))
-    assert draft.preference(tokens, None) == (0.0, {})  # nothing was learned
+    assert draft.prompt_log_ratio(tokens, None) == (0.0, {})  # nothing was learned
     moved(draft)
 
-    def likelihood(frozen: bool) -> float:
-        with torch.no_grad(), draft.serving(frozen) as model:
+    def likelihood(base: bool) -> float:
+        with torch.no_grad(), draft.serving(base) as model:
             log_q = model(tokens).logits[0, :-1].log_softmax(-1)
         return log_q.gather(-1, tokens[0, 1:, None]).mean().item()
 
     expected = likelihood(False) - likelihood(True)
     assert abs(expected) > 0.01
-    assert draft.preference(tokens, None)[0] == pytest.approx(expected, abs=1e-4)
+    assert draft.prompt_log_ratio(tokens, None)[0] == pytest.approx(expected, abs=1e-4)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=-1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(tokens)], dim=-1)
-    assert draft.preference(padded, mask)[0] == pytest.approx(expected, abs=1e-4)
-    assert draft.preference(tokens[:, :1], None) == (0.0, {})
-    long = tokens.repeat(1, PREFERENCE_TOKENS // 12 + 1)  # the tiny draft sees more than that
-    assert not draft.preference(long, None)[1], "caches of a part of the prompt"
+    assert draft.prompt_log_ratio(padded, mask)[0] == pytest.approx(expected, abs=1e-4)
+    assert draft.prompt_log_ratio(tokens[:, :1], None) == (0.0, {})
+    long = tokens.repeat(1, ROUTING_TOKENS // 12 + 1)  # the tiny draft sees more than that
+    assert not draft.prompt_log_ratio(long, None)[1], "caches of a part of the prompt"
 
 
-@pytest.mark.parametrize("preference", [-1.0, 1.0])
-def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch, preference: float) -> None:
-    """The frozen draft's tokens are the base model's own, the learned one's are not; neither reads the prompt again."""
+@pytest.mark.parametrize("prompt_log_ratio", [-1.0, 1.0])
+def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch, prompt_log_ratio: float) -> None:
+    """The base draft's tokens are the base model's own, the learned one's are not; neither reads the prompt again."""
     draft = moved(OnlineDraft(draft_model, OnlineSpecConfig(memory_tokens=0)))
-    asked = draft.preference
-    monkeypatch.setattr(draft, "preference", lambda tokens, mask: (preference, asked(tokens, mask)[1]))
-    monkeypatch.setattr(draft.governor, "asks_prompt", lambda tokens, room: True)
-    monkeypatch.setattr(draft.governor, "neural_pays", lambda plan, position, survival, begun: position < 4)
+    asked = draft.prompt_log_ratio
+    monkeypatch.setattr(draft, "prompt_log_ratio", lambda tokens, mask: (prompt_log_ratio, asked(tokens, mask)[1]))
+    monkeypatch.setattr(draft.governor, "decide_prompt_scoring", lambda tokens, room: True)
+    monkeypatch.setattr(draft.governor, "model_pays", lambda plan, position, survival, begun: position < 4)
     monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room, unread: Plan(4, 1.0, 0.0))
     config = draft.generation_config.__class__(do_sample=False, max_length=64)
     candidates = OnlineCandidateGenerator(draft, config, LogitsProcessorList())
@@ -296,19 +296,21 @@ def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch,
     monkeypatch.setattr(model, "logits", lambda served, feed: (fed.append(feed.shape[1]), forward(served, feed))[1])
     drafted = candidates.propose(prompt, 40).tokens
     assert fed == [1, 1, 1, 1]
-    with draft.serving(preference < 0) as model:
+    with draft.serving(prompt_log_ratio < 0) as model:
         anew = model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
     assert torch.equal(drafted, anew)
     base = draft_model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
-    assert torch.equal(drafted, base) == (preference < 0)
-    assert draft.metrics.decisions.serves_base == (preference < 0)
+    assert torch.equal(drafted, base) == (prompt_log_ratio < 0)
+    assert draft.metrics.decisions.serves_base == (prompt_log_ratio < 0)
 
 
 def test_what_is_remembered_is_what_the_target_said_there(target, draft_model, prompt, monkeypatch) -> None:
     """A request that is kept in parts, with nothing affordable at its end: its tail belongs to it."""
     draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=8))
-    monkeypatch.setattr(draft.governor.effort, "affordable_steps", lambda: 0)
-    monkeypatch.setattr(draft.governor.effort, "wake", lambda reason, frozen: None)  # at full effort all would be kept
+    monkeypatch.setattr(draft.governor.budget, "affordable_steps", lambda: 0)
+    monkeypatch.setattr(
+        draft.governor.budget, "reset_full", lambda reason, base: None
+    )  # at full budget all would be kept
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=21)
     (feedback,) = draft.replayed()
     teacher = feedback.teacher
@@ -323,8 +325,8 @@ def test_nothing_is_learned_that_could_not_be_held_against_the_memory(target, dr
     """Affordable only once a request has begun: it is learned from in the next one, where the memory was asked."""
     draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, replay_passes=0))
     affordable, worth = iter([0, *[1] * 100]), []
-    monkeypatch.setattr(draft.governor.effort, "affordable_steps", lambda: next(affordable))
-    monkeypatch.setattr(draft.governor.effort, "compared", lambda value, frozen=False: worth.append(value))
+    monkeypatch.setattr(draft.governor.budget, "affordable_steps", lambda: next(affordable))
+    monkeypatch.setattr(draft.governor.budget, "observe_gain", lambda value, base=False: worth.append(value))
     for updates in (0, 1, 2, 3):
         target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=12)
         assert draft.metrics.updates == updates

@@ -3,7 +3,7 @@
     python benchmarks/studies/sources.py --prompts 60 --temperature 0.8
 
 Plain outputs of a drifting stream (home, unseen, home). At every generated position the target's law p is compared with the
-laws q of the frozen draft, of the learned draft (which learns from every request once it is scored), of the memory, and of
+laws q of the base draft, of the learned draft (which learns from every request once it is scored), of the memory, and of
 mixtures of the last two: Σ min(p, q), greedy whether the argmax agrees. And per request: whether the draft that predicts the
 prompt better is the one that does better on the output.
 """
@@ -75,11 +75,11 @@ def main() -> None:
         start, n = inputs["input_ids"].shape[1], output.shape[1] - inputs["input_ids"].shape[1]
         with torch.no_grad():
             said = pair.target(output[:, :-1]).logits[0, -n:]
-            preference, _ = draft.preference(output[:, :start], None)
-            with draft.serving(frozen=False) as model:
+            prompt_log_ratio, _ = draft.prompt_log_ratio(output[:, :start], None)
+            with draft.serving(base=False) as model:
                 learned = laws(model(output[:, :-1]).logits[0, -n:])
-            with draft.serving(frozen=True) as model:
-                frozen = laws(model(output[:, :-1]).logits[0, -n:])
+            with draft.serving(base=True) as model:
+                base = laws(model(output[:, :-1]).logits[0, -n:])
         target = laws(said)
         recall = RequestMemory(memory, threading.RLock(), output.shape[1], 0, RequestStats(), acceptances)
         cells = scored[part]
@@ -90,7 +90,7 @@ def main() -> None:
             a_q, a_m = kept(p, q), kept(p, m) if found is not None else 0.0
             key, expected_q = acceptances.rate_by_confidence(float(q.max()))
             expected_m = 0.0 if found is None else acceptances.memory(found)[1]
-            cells["frozen draft"].append(kept(p, frozen[i]))
+            cells["frozen draft"].append(kept(p, base[i]))
             cells["learned draft"].append(a_q)
             cells["memory"].append(a_m)
             cells["the likelier of memory and learned draft"].append(a_m if expected_m > expected_q else a_q)
@@ -99,11 +99,13 @@ def main() -> None:
                 cells[f"mixture, k = {k}"].append(kept(p, weight * m + (1 - weight) * q))
             agree = found is not None and found.tokens[0] == int(q.argmax())
             cells["learned draft where both agree" if agree else "learned draft where they differ"].append(a_q)
-            acceptances.verified([TokenSource("model", 0, key)], [a_q], RequestStats())
+            acceptances.observe_round([TokenSource("model", 0, key)], [a_q], RequestStats())
             if found is not None:
-                acceptances.verified([TokenSource("memory", 0, acceptances.memory_key(found))], [a_m], RequestStats())
+                acceptances.observe_round(
+                    [TokenSource("memory", 0, acceptances.memory_key(found))], [a_m], RequestStats()
+                )
         recall.remember(output)
-        gains[part].append((preference, mean(cells["learned draft"][-n:]) - mean(cells["frozen draft"][-n:])))
+        gains[part].append((prompt_log_ratio, mean(cells["learned draft"][-n:]) - mean(cells["frozen draft"][-n:])))
         teacher, counts = Teacher.from_logits(said), Counts()
         draft.learn_segment(output, [teacher], None, 0, None, counts, args.temperature)
         draft.remember(Feedback(output[0], teacher.top(64)))
@@ -114,7 +116,7 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{mean(cells[name]):.3f}" for cells in scored) + " |")
     right = []
     for some in gains:
-        clear = [(preference > 0) == (gain > 0) for preference, gain in some if abs(gain) > CLEAR]
+        clear = [(prompt_log_ratio > 0) == (gain > 0) for prompt_log_ratio, gain in some if abs(gain) > CLEAR]
         right.append(f"{sum(clear)} of {len(clear)}")
     print(
         f"| requests in which the prompt tells the better draft (differences above {CLEAR}) | "

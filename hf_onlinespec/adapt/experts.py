@@ -1,7 +1,7 @@
 """The draft adapts: one learner or several side by side, who of them speaks, and the gradient step.
 
 Every learner owns one block of the adapter. An ensemble reads its feedback in one batched forward: a row for every expert,
-one for the original draft (gate shut) and one for the mixture. What is served is the mixture, or the best single row where
+one for the base draft (gate shut) and one for the mixture. What is served is the mixture, or the best single row where
 that does better.
 """
 
@@ -24,7 +24,7 @@ from .gated_lora import GatedLora
 from .guard import GradientCap
 from .learners import HEDGES, LEARNERS, Direction, RuleState, UpdateRule, adam, into_ball, optimistic, plain
 
-# Chosen: skipped steps in a row, on feedback that the original draft can learn from, after which an adapter of finite parameters
+# Chosen: skipped steps in a row, on feedback that the base draft can learn from, after which an adapter of finite parameters
 # is to blame: at once if its loss is not finite in another forward either, later if nothing but its gradients are not.
 DIVERGED, STUCK = 4, 32
 LARGEST_LOSS = 2.0  # 1 − acceptance, and some rounding
@@ -69,7 +69,7 @@ class Experts:
 
     def __init__(self, lora: GatedLora, settings: OnlineSpecConfig) -> None:
         self.removed = 0  # experts that diverged
-        self.many = settings.learner == ENSEMBLE
+        self.is_ensemble = settings.learner == ENSEMBLE
         self._lora, self._settings = lora, settings
         self._learner = make_learner(settings, lora.params.device)
         self._experts = lora.blocks
@@ -86,11 +86,11 @@ class Experts:
         self._cap = GradientCap(self._settings.gradient_cap)
         # Where each expert's ball is centred.
         self._starts = None if self._settings.radius is None else rows.clone()
-        self.alive = [True] * n
+        self.active = [True] * n
         self.hedge_state = self._hedge.init(n + 1)
-        self.weights = [1 / (n + 1)] * (n + 1)  # of the experts and of the original draft in the mixture
+        self.weights = [1 / (n + 1)] * (n + 1)  # of the experts and of the base draft in the mixture
         self._losses: deque[list[float]] = deque(maxlen=COMPARED)  # of every row
-        self.serving = n + 1  # the row that serves: an expert, the original (n), the mixture (n + 1)
+        self.served_row = n + 1  # the row that serves: an expert, the base draft (n), the mixture (n + 1)
         self._serve()
 
     @property
@@ -103,7 +103,7 @@ class Experts:
     @property
     def rows(self) -> Tensor | None:
         """Gates (rows, experts) of a batched forward: every expert alone, none, the mixture. None: a single learner."""
-        if not self.many:
+        if not self.is_ensemble:
             return None
         n = self._experts
         mixture = torch.tensor([self.weights[:n]])
@@ -113,24 +113,24 @@ class Experts:
     def served(self) -> Tensor | None:
         """Weights (experts,) of the blocks in the served draft; None: a single learner at full weight."""
         rows = self.rows
-        return None if rows is None else rows[self.serving]
+        return None if rows is None else rows[self.served_row]
 
     @property
-    def leader(self) -> int:
+    def best_expert(self) -> int:
         """The living expert of the largest weight."""
-        living = [i for i, ok in enumerate(self.alive) if ok] or [0]
+        living = [i for i, ok in enumerate(self.active) if ok] or [0]
         return max(living, key=lambda i: self.weights[i])
 
     @property
-    def original_serves(self) -> bool:
+    def serves_base(self) -> bool:
         """Whether nothing of what was learned speaks."""
-        return self.steps == 0 or (self.many and self.serving == self._experts)
+        return self.steps == 0 or (self.is_ensemble and self.served_row == self._experts)
 
     def step(
         self,
         losses: Tensor,
         counts: Counts,
-        sound: Callable[[bool], bool] = lambda frozen: False,
+        learnable: Callable[[bool], bool] = lambda base: False,
         earlier: Callable[[], Tensor | None] = lambda: None,
     ) -> bool:
         """Backward, clip, step, for every expert from its own loss (experts,); whether a step was taken.
@@ -138,10 +138,10 @@ class Experts:
         All or nothing: what raises in here leaves parameters, moments and counters as they were. What is not finite skips the
         step and is counted; everything that was learned stays, as long as the parameters themselves are finite. An expert whose
         parameters are not, or that is found to blame for many skipped steps in a row, goes back to an earlier state; without
-        one it begins anew as the original draft, or is removed from an ensemble: its numbers would spoil the others'.
+        one it begins anew as the base draft, or is removed from an ensemble: its numbers would spoil the others'.
 
         Args:
-            sound: whether a loss on the same feedback is finite in a forward of its own, the original draft's (True) or the
+            learnable: whether a loss on the same feedback is finite in a forward of its own, the base draft's (True) or the
                 learned one's (False); asked only where it matters.
             earlier: gives the newest earlier state (parameters,) of one expert; None: there is none.
         """
@@ -153,7 +153,7 @@ class Experts:
             grads = lora.split(lora.grads)  # (experts, parameters)
             norms = grads.norm(dim=-1)
             if not bool((torch.isfinite(losses) & torch.isfinite(norms)).all()):
-                self._skip(losses.detach(), counts, sound, earlier)
+                self._skip(losses.detach(), counts, learnable, earlier)
                 return False
             grads = grads * (self._settings.max_grad_norm / (norms + 1e-6)).clamp_max(1.0)[:, None]
             grads, norms = self._cap.shortened(grads)
@@ -161,8 +161,8 @@ class Experts:
             if not _are_finite(updates, *state.values()):
                 self._skip_for_moments(counts)
                 return False
-            alive = torch.tensor(self.alive, device=updates.device)[:, None]
-            change = lora.join(updates * alive)
+            active = torch.tensor(self.active, device=updates.device)[:, None]
+            change = lora.join(updates * active)
             # From here on nothing is computed any more that could fail.
             lora.move(change)
             self.rule_state = state
@@ -173,7 +173,7 @@ class Experts:
         return True
 
     def _skip(
-        self, losses: Tensor, counts: Counts, sound: Callable[[bool], bool], earlier: Callable[[], Tensor | None]
+        self, losses: Tensor, counts: Counts, learnable: Callable[[bool], bool], earlier: Callable[[], Tensor | None]
     ) -> None:
         """A loss or a gradient was not finite: who is to blame, if anybody is, goes back."""
         counts.skipped_updates += 1
@@ -186,15 +186,15 @@ class Experts:
                     "A loss or a gradient was not finite: the step was skipped, and what was learned stays. Further ones are "
                     "counted in metrics.skipped_updates."
                 )
-            if not sound(True):
+            if not learnable(True):
                 return
             self._skipped += 1
-            if self._skipped < DIVERGED or (self._skipped < STUCK and sound(False)):
+            if self._skipped < DIVERGED or (self._skipped < STUCK and learnable(False)):
                 return
             blamed = self._suspects(losses)
         self._skipped = 0
         for i in blamed:
-            state = earlier() if self.alive[i] else None
+            state = earlier() if self.active[i] else None
             if state is None:
                 self._begin_anew([i])
             else:
@@ -221,25 +221,25 @@ class Experts:
         gone = ~torch.isfinite(rows).all(dim=-1)
         if not bool(gone.any()):  # what is not a number times a gate of zero is none either: only then can losses tell
             gone = ~torch.isfinite(losses)
-        if not bool(gone.any()) or (self.many and bool(gone.all())):
-            alive = torch.tensor(self.alive, device=losses.device)
+        if not bool(gone.any()) or (self.is_ensemble and bool(gone.all())):
+            active = torch.tensor(self.active, device=losses.device)
             size = rows.abs().amax(dim=-1) if bool(gone.all()) else losses
             gone = torch.zeros_like(gone)
-            gone[torch.where(alive, size, -torch.inf).argmax()] = True
+            gone[torch.where(active, size, -torch.inf).argmax()] = True
         found: list[int] = gone.nonzero()[:, 0].tolist()
         return found
 
     def _begin_anew(self, experts: list[int]) -> None:
-        """As the original draft; of an ensemble they are removed."""
+        """As the base draft; of an ensemble they are removed."""
         rows = self._lora.split(self._lora.params).clone()
         for i in experts:
             logger.warning(
                 "An adapter has diverged, and there is no earlier state of it: %s.",
-                "it is removed" if self.many else "it begins anew",
+                "it is removed" if self.is_ensemble else "it begins anew",
             )
-            self.removed += self.alive[i]
-            self.alive[i] = not self.many
-            rows[i] = 0.0 if self.many else self._fresh(rows[i])
+            self.removed += self.active[i]
+            self.active[i] = not self.is_ensemble
+            rows[i] = 0.0 if self.is_ensemble else self._fresh(rows[i])
             self.rule_state = {k: _without(v, i) for k, v in self.rule_state.items()}
         self._lora.put(rows)
         self._weigh(self.weights)
@@ -257,18 +257,18 @@ class Experts:
         """
         n = self._experts
         if not math.isfinite(acceptance[n]):
-            return  # feedback in which the target said nothing: the original draft is always sound
+            return  # feedback in which the target said nothing: the base draft's acceptance is always a number
         losses = [1 - a if math.isfinite(a) else 1.0 for a in acceptance]
         weights, self.hedge_state = self._hedge.update(torch.tensor(losses[: n + 1]), self.hedge_state)
         self._losses.append(losses)
         self._weigh(weights.tolist())
 
     def _weigh(self, weights: list[float]) -> None:
-        weights = [w * ok for w, ok in zip(weights, [*self.alive, True], strict=True)]
+        weights = [w * ok for w, ok in zip(weights, [*self.active, True], strict=True)]
         total = sum(weights)
-        # A weight of nothing but dead experts: the original is left.
+        # A weight of nothing but dead experts: the base draft is left.
         self.weights = [w / total for w in weights] if total > 0 else [0.0] * self._experts + [1.0]
-        self.serving = self._best_row()
+        self.served_row = self._best_row()
         self._serve()
 
     def _best_row(self) -> int:
@@ -276,7 +276,7 @@ class Experts:
         n = self._experts
         if len(self._losses) < 2:
             return n + 1
-        single = [i for i in range(n + 1) if i == n or self.alive[i]]
+        single = [i for i in range(n + 1) if i == n or self.active[i]]
         best = min(single, key=lambda i: statistics.mean(row[i] for row in self._losses))
         lead = [row[n + 1] - row[best] for row in self._losses]
         noise = statistics.stdev(lead) / len(lead) ** 0.5
@@ -289,7 +289,7 @@ class Experts:
         """Takes parameters (parameters,) that were learned elsewhere: they serve, and learning goes on from there, with new moments."""
         self._lora.put(self._lora.split(params))
         self._begin()
-        self.steps = 1  # with none, the original draft would serve
+        self.steps = 1  # with none, the base draft would serve
 
     # Saving
 
@@ -302,10 +302,10 @@ class Experts:
         values = {
             "steps": self.steps,
             "removed": self.removed,
-            "alive": list(self.alive),
+            "alive": list(self.active),
             "weights": list(self.weights),
             "losses": [list(row) for row in self._losses],
-            "serving": self.serving,
+            "serving": self.served_row,
         }
         starts = State({} if self._starts is None else {"starts": self._starts})
         parts = State.joined(learner=State(state), hedge=State(self.hedge_state), cap=self._cap.state(), ball=starts)
@@ -335,29 +335,33 @@ class Experts:
             self._starts = saved.part("ball").tensor("starts", self._starts)
         self.steps, self.removed = saved.count("steps"), saved.count("removed")
         n = self._experts
-        alive, losses, serving = saved.value("alive", list), saved.value("losses", list), saved.value("serving", int)
+        active, losses, serving = saved.value("alive", list), saved.value("losses", list), saved.value("serving", int)
         weights = saved.numbers("weights", n + 1)
         if not all(0 <= weight <= 1 + 1e-6 for weight in weights):
             raise ArtifactError(f"The saved state of the experts has weights={brief(weights)}: expected shares of one.")
-        whole = len(alive) == n and all(isinstance(ok, bool) for ok in alive) and 0 <= serving <= n + 1
+        whole = len(active) == n and all(isinstance(ok, bool) for ok in active) and 0 <= serving <= n + 1
         if not whole or not all(are_numbers(row, LARGEST_LOSS) and len(row) == n + 2 for row in losses):
             raise ArtifactError(
-                f"The saved state of the experts does not fit together: alive={brief(alive)}, expected {n}; losses={brief(losses)}."
+                f"The saved state of the experts does not fit together: alive={brief(active)}, expected {n}; losses={brief(losses)}."
             )
-        self.alive, self.weights, self.serving = alive, weights, serving
+        self.active, self.weights, self.served_row = active, weights, serving
         self._losses = deque(losses, maxlen=COMPARED)
         self._serve()
 
     # Snapshots
 
-    def best(self) -> Tensor:
+    def best_params(self) -> Tensor:
         """A copy of the parameters (parameters,) of the expert that does best now, in bfloat16: half the memory."""
-        return self._lora.split(self._lora.params)[self.leader].bfloat16()
+        return self._lora.split(self._lora.params)[self.best_expert].bfloat16()
 
     def restore(self, params: Tensor, at: int | None = None) -> None:
         """Puts a snapshot in place of an expert; it learns on from there, with new moments. None: of the one that does worst."""
         if at is None:
-            at = min(range(self._experts), key=lambda i: self.weights[i] if self.alive[i] else -1.0) if self.many else 0
+            at = (
+                min(range(self._experts), key=lambda i: self.weights[i] if self.active[i] else -1.0)
+                if self.is_ensemble
+                else 0
+            )
         rows = self._lora.split(self._lora.params).clone()
         rows[at] = params.float()
         state = {k: _without(v, at) for k, v in self.rule_state.items()}
@@ -369,8 +373,8 @@ class Experts:
             rows[at] = self._starts[at] + state["moved"][at]
         self.rule_state = state
         self._lora.put(rows)
-        if self.many:
-            self.alive[at] = True
+        if self.is_ensemble:
+            self.active[at] = True
             scores = self.hedge_state["scores"].clone()
             scores[at] = scores.max()
             self.hedge_state = self.hedge_state | {"scores": scores}

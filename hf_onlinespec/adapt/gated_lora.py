@@ -2,7 +2,7 @@
 
     y = W x + s · B (g ⊙ (A x)),   A: (blocks · rank, d_in),   B: (d_out, blocks · rank),   g: (batch, blocks · rank)
 
-Gate shut: the original draft. The base weights are borrowed, not copied, and never written: the model that the user
+Gate shut: the base draft. The base weights are borrowed, not copied, and never written: the model that the user
 holds is not touched at all.
 """
 
@@ -95,10 +95,10 @@ class GatedLora:
                     f"No adapter fits {type(model).__name__} with the layers {some}: {(str(error).splitlines() or [''])[0][:200]} "
                     "Name layers that the model's text goes through with target_modules=."
                 ) from error
-        self.base: PreTrainedModel = self.model.get_base_model()
-        self.base.eval()
+        self.tree: PreTrainedModel = self.model.get_base_model()
+        self.tree.eval()
         self.rank, self.blocks = rank, blocks
-        self.layers = [module for module in self.base.modules() if isinstance(module, LoraLayer)]
+        self.layers = [module for module in self.tree.modules() if isinstance(module, LoraLayer)]
         self._folded = self._foldable(model)
         self._stale = True  # whether the folded weights lag behind the adapter
         self.changes = 0  # of parameters or weights
@@ -115,7 +115,7 @@ class GatedLora:
 
     def _flatten(self) -> None:
         """Moves all adapter parameters, and their gradients, into one vector each: one step is then one operation."""
-        named = [(name, p) for name, p in self.base.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.tree.named_parameters() if p.requires_grad]
         device, dtype = named[0][1].device, torch.float32
         self.params = torch.empty(sum(p.numel() for _, p in named), device=device, dtype=dtype)
         self.grads = torch.zeros_like(self.params)
@@ -132,16 +132,16 @@ class GatedLora:
             start = end
 
     def _foldable(self, model: PreTrainedModel) -> list[tuple[LoraLayer, nn.Parameter]] | None:
-        """A third module tree, `self.served`, whose adapted layers get weights of their own; None: too large, or not float32."""
+        """A third module tree, `self.folded_tree`, whose adapted layers get weights of their own; None: too large, or not float32."""
         weights = [layer.get_base_layer().weight for layer in self.layers]
         if not all(is_plain(weight) and weight.dtype == torch.float32 for weight in weights):
             return None
         if sum(weight.numel() for weight in weights) > FOLD_MOST:
             return None
-        self.served = borrow(model)
-        modules = dict(self.served.named_modules())
+        self.folded_tree = borrow(model)
+        modules = dict(self.folded_tree.named_modules())
         folded = []
-        for name, layer in self.base.named_modules():
+        for name, layer in self.tree.named_modules():
             if isinstance(layer, LoraLayer):
                 modules[name].weight = nn.Parameter(
                     torch.empty_like(layer.get_base_layer().weight), requires_grad=False
@@ -160,7 +160,7 @@ class GatedLora:
         return self._folded is not None
 
     def fold(self) -> None:
-        """Brings the folded weights up to date with the adapter: W + s · BA in one matrix, in the tree `self.served`.
+        """Brings the folded weights up to date with the adapter: W + s · BA in one matrix, in the tree `self.folded_tree`.
 
         LoRA beside the weights would make each forward of a small draft up to twice as dear. Costs a copy of the adapted
         weights, refreshed where the adapter has moved. Quantised weights cannot be folded, half-precision ones would round
@@ -194,14 +194,14 @@ class GatedLora:
         Raises:
             DraftError: the base is quantised.
         """
-        for name, parameter in self.base.named_parameters():
+        for name, parameter in self.tree.named_parameters():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
                 raise DraftError(
-                    f"{type(self.base).__name__} has quantised weights, {name} for one: no adapter can be merged into them. Load the "
+                    f"{type(self.tree).__name__} has quantised weights, {name} for one: no adapter can be merged into them. Load the "
                     "draft with base_model= in full precision, and export that."
                 )
-        layers = {name: module for name, module in self.base.named_modules() if isinstance(module, LoraLayer)}
-        stored = self.base.state_dict()
+        layers = {name: module for name, module in self.tree.named_modules() if isinstance(module, LoraLayer)}
+        stored = self.tree.state_dict()
         weights: dict[str, Tensor] = {}
         with torch.no_grad():
             for key in each(stored, "Merging", "tensor"):
@@ -313,7 +313,7 @@ class GatedLora:
         self._gate = None if weights is None else weights.repeat_interleave(self.rank, dim=-1)
         self._switch(True)
         try:
-            yield self.base
+            yield self.tree
         finally:
             self._switch(False)
             self._gate = None

@@ -1,6 +1,6 @@
 """Never worse: gradients of bounded length, and earlier states of the adapter for a stream that has left it, or comes back.
 
-Acceptance on new tokens is watched. Where it leaves its level, or what was learned does worse than the original draft, the
+Acceptance on new tokens is watched. Where it leaves its level, or what was learned does worse than the base draft, the
 stream has changed; then, and now and then in any case, earlier states are tried on the same tokens, and the best one takes over
 if it is surely better.
 """
@@ -27,7 +27,7 @@ LEAST_TRIAL, LONGEST_TRIAL = 6, 8  # requests
 CERTAIN = 2.0  # standard errors by which an earlier state has to lead
 LEAVES = 0.1  # acceptance by which a level is left, at least
 LARGEST_LEAD = 2.0  # of one state's acceptance over another's, and some rounding
-WORSE = 0.02  # acceptance below the original draft's that raises suspicion
+WORSE = 0.02  # acceptance below the base draft's that raises suspicion
 
 
 class GradientCap:
@@ -86,61 +86,63 @@ class Guard:
         self._size = size
         self._candidate: Tensor | None = None  # a state from before the latest requests
         self._age = 0  # requests since it was taken
-        self._latest: deque[tuple[float, float | None]] = deque(maxlen=LATEST)  # acceptance, learned and original
+        self._latest: deque[tuple[float, float | None]] = deque(
+            maxlen=LATEST
+        )  # acceptance, of the learned and of the base draft
         self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
-        self._wait = TRY_EVERY  # requests until the next trial
-        # In a trial: states, and their lead on every request; None: the adapter of that moment, silent.
-        self._tried: list[tuple[Tensor | None, list[float]]] = []
+        self._requests_to_trial = TRY_EVERY  # requests until the next trial
+        # In a trial: states, and their lead on every request; None: the adapter of that moment, base_params.
+        self._candidates: list[tuple[Tensor | None, list[float]]] = []
         self._trials = 0  # requests that the trial has taken
 
     @property
     def nbytes(self) -> int:
-        kept = [*self.states, *(state for state, _ in self._tried if state is not None)]
+        kept = [*self.states, *(state for state, _ in self._candidates if state is not None)]
         kept += [] if self._candidate is None else [self._candidate]
         return sum(state.nbytes for state in {id(state): state for state in kept}.values())
 
-    def watch(
+    def observe(
         self,
         learned: Sequence[float],
-        original: Sequence[float] | None,
+        base: Sequence[float] | None,
         best: Callable[[], Tensor],
-        silent: Callable[[], Tensor] | None,
+        base_params: Callable[[], Tensor] | None,
         acceptance: Callable[[Tensor], Sequence[float]],
     ) -> Tensor | None:
         """Takes in the acceptance on a request that was not learned from yet; the state to go back to, or None.
 
         Args:
             learned: at every new token, of what is served.
-            original: of the original draft; None: it was not looked at.
+            base: of the base draft; None: it was not looked at.
             best: gives a copy of the parameters (parameters,) that do best now.
-            silent: gives parameters that change nothing, worth a trial too; None: none.
+            base_params: gives parameters that change nothing, the base draft, worth a trial too; None: not tried.
             acceptance: what other parameters would have reached on the same tokens.
         """
         if not self._size or not learned or not math.isfinite(statistics.mean(learned)):
             return None
-        self._latest.append((statistics.mean(learned), None if original is None else statistics.mean(original)))
-        self._wait -= 1
+        self._latest.append((statistics.mean(learned), None if base is None else statistics.mean(base)))
+        self._requests_to_trial -= 1
         self._age += 1
-        left = len(self._latest) == LATEST and not self._trials and self._left()
+        left = len(self._latest) == LATEST and not self._trials and self._drifted()
         if left:
             self._level = statistics.mean(a for a, _ in self._latest)
             self._latest.clear()
             if self._candidate is not None:
                 self._keep(self._candidate)
-        if left or self._trials or self._wait <= 0:
-            return self._try(learned, best, silent, acceptance)
+        if left or self._trials or self._requests_to_trial <= 0:
+            return self._trial_step(learned, best, base_params, acceptance)
         if self._candidate is None or self._age >= KEEP_EVERY:
             self._candidate, self._age = best(), 0
             while len(self.states) >= self._size:
                 self._forget(range(len(self.states)))
-        self._settle(statistics.mean(learned))
+        self._track_level(statistics.mean(learned))
         return None
 
     def go_back(self) -> Tensor | None:
         """The newest earlier state, for an adapter that has diverged; None: there is none. A state is handed out once."""
         kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
         self.states, self._candidate = [], None
-        self._tried, self._trials, self._wait = [], 0, TRY_EVERY
+        self._candidates, self._trials, self._requests_to_trial = [], 0, TRY_EVERY
         self._latest.clear()
         found = None
         while kept and found is None:
@@ -152,40 +154,40 @@ class Guard:
             self.reason = "the adapter was not finite any more: it learns on from its newest earlier state"
         return found
 
-    def _settle(self, acceptance: float) -> None:
+    def _track_level(self, acceptance: float) -> None:
         first = self._spread == 0.0
         rate = 0.5 if first else 0.1
         self._spread += rate * (abs(acceptance - self._level) - self._spread)
         self._level += (1.0 if first else rate) * (acceptance - self._level)
 
-    def _left(self) -> bool:
-        """Whether acceptance has left its level, up or down, or what was learned does worse than the original draft."""
+    def _drifted(self) -> bool:
+        """Whether acceptance has left its level, up or down, or what was learned does worse than the base draft."""
         now = statistics.mean(a for a, _ in self._latest)
         compared = [a - b for a, b in self._latest if b is not None]
         left = abs(now - self._level) > max(LEAVES, 2 * 1.25 * self._spread / LATEST**0.5)
         return left or (len(compared) >= 2 and statistics.mean(compared) < -WORSE)
 
-    def _try(
+    def _trial_step(
         self,
         learned: Sequence[float],
         best: Callable[[], Tensor],
-        silent: Callable[[], Tensor] | None,
+        base_params: Callable[[], Tensor] | None,
         acceptance: Callable[[Tensor], Sequence[float]],
     ) -> Tensor | None:
         """Everything that was kept is tried on this request, and on the next ones where that leaves a doubt."""
-        if not self._tried:
-            self._tried = [(state, []) for state in self.states]
-            self._tried += [] if silent is None else [(None, [])]
+        if not self._candidates:
+            self._candidates = [(state, []) for state in self.states]
+            self._candidates += [] if base_params is None else [(None, [])]
         self._trials += 1
         winner, least, hopeful = None, 0.0, False
-        for state, leads in self._tried:
+        for state, leads in self._candidates:
             # Requests differ more than tokens do: on a mixed stream every state is better on some of them.
             if leads and min(leads) <= 0:
                 continue
             params = state
             if params is None:
-                assert silent is not None
-                params = silent()
+                assert base_params is not None
+                params = base_params()
             leads.append(statistics.mean(acceptance(params)) - statistics.mean(learned))
             if leads[-1] <= 0:
                 continue
@@ -196,7 +198,7 @@ class Guard:
                 winner, least, gain = params, mean - CERTAIN * doubt, mean
         if winner is None and hopeful and self._trials < LONGEST_TRIAL:
             return None  # it goes on with the next request
-        self._tried, self._trials, self._wait = [], 0, TRY_EVERY
+        self._candidates, self._trials, self._requests_to_trial = [], 0, TRY_EVERY
         if winner is None:
             return None
         self._keep(best())  # what was learned last may be wanted again, too
@@ -235,25 +237,29 @@ class Guard:
             "latest": [list(pair) for pair in self._latest],
             "level": self._level,
             "spread": self._spread,
-            "wait": self._wait,
-            "tried": [[None if state is None else place[id(state)], list(leads)] for state, leads in self._tried],
+            "wait": self._requests_to_trial,
+            "tried": [[None if state is None else place[id(state)], list(leads)] for state, leads in self._candidates],
             "trials": self._trials,
         }
         return State(tensors, values)
 
-    def resume(self, saved: State, like: Tensor, silent: bool = True) -> None:
+    def resume(self, saved: State, like: Tensor, tries_base: bool = True) -> None:
         """The inverse of `saved`; states have the shape and dtype of `like`.
 
         Args:
-            silent: whether an adapter that says nothing may be among what is tried.
+            tries_base: whether the base draft may be among what is tried.
         """
         self.states = [saved.tensor(f"states.{i}", like) for i in range(saved.count("states"))]
         self._candidate = saved.tensor("candidate", like) if "candidate" in saved.tensors else None
         self.rollbacks, self.reason = saved.count("rollbacks"), saved.value("reason", str)
-        self._age, self._trials, self._wait = saved.count("age"), saved.count("trials"), saved.value("wait", int)
+        self._age, self._trials, self._requests_to_trial = (
+            saved.count("age"),
+            saved.count("trials"),
+            saved.value("wait", int),
+        )
         self._level, self._spread = saved.value("level", float), saved.value("spread", float)
         latest, tried = saved.value("latest", list), saved.value("tried", list)
-        if not are_numbers([self._wait, self._level, self._spread]) or len(tried) > len(self.states) + 1:
+        if not are_numbers([self._requests_to_trial, self._level, self._spread]) or len(tried) > len(self.states) + 1:
             raise ArtifactError(f"The saved state of the guard does not fit together: tried={brief(tried)}.")
         try:
             for a, b in latest:
@@ -262,9 +268,9 @@ class Guard:
                 self._latest.append((a, b))
             for at, leads in tried:
                 if not are_numbers(leads, LARGEST_LEAD) or not (
-                    (at is None and silent) or (type(at) is int and 0 <= at < len(self.states))
+                    (at is None and tries_base) or (type(at) is int and 0 <= at < len(self.states))
                 ):
                     raise ValueError(f"tried={brief(tried)}")
-                self._tried.append((None if at is None else self.states[at], leads))
+                self._candidates.append((None if at is None else self.states[at], leads))
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"The saved state of the guard does not fit together ({error}).") from error

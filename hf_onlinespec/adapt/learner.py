@@ -39,7 +39,7 @@ class Reader:
     """How a draft model is given tokens."""
 
     def __init__(self, lora: GatedLora) -> None:
-        self._keeps_logits = keeps_logits(lora.base)
+        self._keeps_logits = keeps_logits(lora.tree)
 
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
         """Model inputs for `tokens` (batch, n) behind `cached` tokens, with the padding of `mask` (batch, prompt)."""
@@ -116,20 +116,20 @@ class Learner:
         the rest, with nothing recomputed. Experts of an ensemble have no cache of their own and read everything.
 
         Args:
-            compare: whether the original draft should be looked at too, in a forward of its own; an ensemble always does.
+            compare: whether the base draft should be looked at too, in a forward of its own; an ensemble always does.
             request: of which the segment is a part; None: it is all that is learned of its request before `remember`.
         """
         n, batch = len(segment.teachers[0]), segment.tokens.shape[0]
         self.texts.grow(segment.rows, n if request is None else segment.tokens.shape[1] - request.prompt, request)
         rows = self.adaptation.rows
-        original = None
+        base = None
         if rows is not None or self._cache_invalid:
             prefix = 0
         if rows is None and compare and self.adaptation.steps:
             with torch.no_grad():
-                original = self._accepts(self._lora.base, segment)
+                base = self._accepts(self._lora.tree, segment)
         started = time.perf_counter()
-        config = self._lora.base.config
+        config = self._lora.tree.config
         past = DynamicCache(config=config)
         if cache is not None and prefix > 0:
             past = copied_prefix(cache, prefix, config)
@@ -143,13 +143,13 @@ class Learner:
             logits = logits.unflatten(0, (copies, batch))  # (rows, batch, n, vocab)
             accepted = [self._acceptance(segment, row).tolist() for row in logits.detach()]
             losses = torch.stack([self._losses(segment.teachers, row).mean() for row in logits[: self._lora.blocks]])
-            self.loss = float(losses.detach()[self.adaptation.leader])
+            self.loss = float(losses.detach()[self.adaptation.best_expert])
             if rows is None:
-                shown = Scores(accepted[0], original)
+                shown = Scores(accepted[0], base)
             else:
-                shown = Scores(accepted[self.adaptation.serving], accepted[self._lora.blocks])
+                shown = Scores(accepted[self.adaptation.served_row], accepted[self._lora.blocks])
         before, skipped = counts.updates, counts.skipped_updates
-        self._step(losses, counts, "new", started, lambda frozen: self._is_learnable(segment, frozen))
+        self._step(losses, counts, "new", started, lambda base: self._is_learnable(segment, base))
         if counts.updates > before:
             counts.learned_tokens += batch * n
             counts.loss_sum += max(0.0, self.loss) * batch * n  # rounding may leave a divergence just below 0
@@ -161,11 +161,11 @@ class Learner:
         return shown
 
     @torch.no_grad()
-    def _is_learnable(self, segment: Segment, frozen: bool) -> bool:
-        """Whether the loss of the original or of the learned draft is finite, in a forward of its own. Experts are not asked."""
-        if self.adaptation.many and not frozen:
+    def _is_learnable(self, segment: Segment, base: bool) -> bool:
+        """Whether the loss of the base or of the learned draft is finite, in a forward of its own. Experts are not asked."""
+        if self.adaptation.is_ensemble and not base:
             return False
-        with nullcontext(self._lora.base) if frozen else self._lora.gated() as model:
+        with nullcontext(self._lora.tree) if base else self._lora.gated() as model:
             logits = self._logits(model, segment)
         return bool(torch.isfinite(self._losses(segment.teachers, logits)).all())
 
@@ -202,7 +202,7 @@ class Learner:
     def _watch(self, segment: Segment, accepted: list[list[float]], shown: Scores) -> None:
         """Judges experts and adapter by what they did, a whole request at a time: small segments of one wait for the others."""
         accepted = [[a if math.isfinite(a) else 0.0 for a in row] for row in accepted]
-        shown = Scores([a if math.isfinite(a) else 0.0 for a in shown.learned], shown.original)
+        shown = Scores([a if math.isfinite(a) else 0.0 for a in shown.learned], shown.base)
         waiting = self._waiting
         if waiting is not None and waiting.continues(segment):
             waiting = waiting.joined(segment, accepted, shown)
@@ -222,29 +222,29 @@ class Learner:
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return
-        if self.adaptation.many:
+        if self.adaptation.is_ensemble:
             self.adaptation.weigh([sum(row) / len(row) for row in waiting.accepted])
-        state = self.guard.watch(
+        state = self.guard.observe(
             waiting.shown.learned,
-            waiting.shown.original,
-            self.adaptation.best,
-            None if self.adaptation.many else self._silent,
+            waiting.shown.base,
+            self.adaptation.best_params,
+            None if self.adaptation.is_ensemble else self._base_params,
             lambda state: self._would(state, waiting.segment),
         )
         if state is not None:
             self.adaptation.restore(state)
             self._moved = {}
 
-    def _silent(self) -> Tensor:
-        """The adapter, saying nothing. In an ensemble the original draft is a row already."""
-        return self._lora.with_zero_b(self.adaptation.best())
+    def _base_params(self) -> Tensor:
+        """The adapter, saying nothing. In an ensemble the base draft is a row already."""
+        return self._lora.with_zero_b(self.adaptation.best_params())
 
     @torch.no_grad()
     def _would(self, state: Tensor, segment: Segment) -> list[float]:
         """Acceptance of other parameters of one block."""
         gates = None
         rows = self._lora.split(self._lora.params).clone()
-        if self.adaptation.many:
+        if self.adaptation.is_ensemble:
             gates = torch.zeros(1, self._lora.blocks, device=rows.device)
             gates[0, 0] = 1.0
         before = self._lora.params.clone()
@@ -312,13 +312,15 @@ class Learner:
         """The inverse of `saved`, for the served adapter that was written beside it."""
         params = self._params(adapter)
         self._forget()
-        if self.adaptation.many:
+        if self.adaptation.is_ensemble:
             experts = saved.part("experts")
             for name, part in self._lora.outputs(params).items():
                 part.copy_(experts.tensor(name, part))
         self._lora.put(self._lora.split(params))
         self.adaptation.resume(saved.part("adaptation"))
-        self.guard.resume(saved.part("guard"), self.adaptation.best(), silent=not self.adaptation.many)
+        self.guard.resume(
+            saved.part("guard"), self.adaptation.best_params(), tries_base=not self.adaptation.is_ensemble
+        )
         self.replay.resume_random(saved.part("replay"))
         loss = saved.part("learning").values.get("loss")
         self.loss = math.inf if loss is None else saved.part("learning").value("loss", float)
@@ -376,12 +378,12 @@ class Learner:
         started = time.perf_counter() if started is None else started
         experts = self._lora.blocks
         gates = torch.eye(experts, device=self._lora.params.device).repeat_interleave(len(requests), dim=0)
-        with torch.enable_grad(), self._lora.gated(gates if self.adaptation.many else None) as model:
+        with torch.enable_grad(), self._lora.gated(gates if self.adaptation.is_ensemble else None) as model:
             rows = self._request_losses(model, requests, experts)
             losses = torch.stack([torch.cat(row).mean() for row in rows])
         before = counts.updates
-        self._step(losses, counts, kind, started, lambda frozen: self._all_learnable(requests, frozen))
-        found = [float(loss.detach().mean()) for loss in rows[self.adaptation.leader]]
+        self._step(losses, counts, kind, started, lambda base: self._all_learnable(requests, base))
+        found = [float(loss.detach().mean()) for loss in rows[self.adaptation.best_expert]]
         if counts.updates > before:
             self._report("new" if kind == "new" else "replay", sum(found) / len(found), started)
         return found
@@ -390,10 +392,10 @@ class Learner:
         self._on_update(UpdateReport(self.adaptation.steps, kind, loss, time.perf_counter() - started))
 
     @torch.no_grad()
-    def _all_learnable(self, requests: list[Feedback], frozen: bool) -> bool:
-        if self.adaptation.many and not frozen:
+    def _all_learnable(self, requests: list[Feedback], base: bool) -> bool:
+        if self.adaptation.is_ensemble and not base:
             return False
-        with nullcontext(self._lora.base) if frozen else self._lora.gated() as model:
+        with nullcontext(self._lora.tree) if base else self._lora.gated() as model:
             losses = self._request_losses(model, requests, 1)[0]
         return bool(torch.isfinite(torch.cat(losses)).all())
 

@@ -41,7 +41,7 @@ class Scores:
     """Acceptance at new tokens (batch · n,), before anything was learned from them."""
 
     learned: list[float]  # of what serves
-    original: list[float] | None  # of the original draft; None: it was not looked at
+    base: list[float] | None  # of the base draft; None: it was not looked at
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PendingRequest:
     def joined(self, segment: Segment, accepted: list[list[float]], shown: Scores) -> PendingRequest:
         teachers = [concatenate([a, b]) for a, b in zip(self.segment.teachers, segment.teachers, strict=True)]
         rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
-        both = self.shown.original is not None and shown.original is not None
-        original = [*(self.shown.original or []), *(shown.original or [])] if both else None
+        both = self.shown.base is not None and shown.base is not None
+        base = [*(self.shown.base or []), *(shown.base or [])] if both else None
         whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature)
-        return PendingRequest(whole, rows, Scores(self.shown.learned + shown.learned, original))
+        return PendingRequest(whole, rows, Scores(self.shown.learned + shown.learned, base))

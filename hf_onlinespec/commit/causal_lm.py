@@ -59,7 +59,7 @@ class RequestModel:
         self.tokens: Tensor | None = None  # (batch, L) the request so far as the draft reads it, on its device
         self.sequence: Tensor | None = None  # the same as the target reads it
         self.prompt = 0  # how much of it was there before
-        self.preference: float | None = None  # how much the prompt speaks for the learned draft
+        self.prompt_log_ratio: float | None = None  # how much the prompt speaks for the learned draft
         self.base = False  # whether the base draft serves this request, whatever was learned
         self.began = True  # whether this round is the first one that it reads in
         self._warpers, self._sample, self._seen = warpers, sample, seen
@@ -84,22 +84,22 @@ class RequestModel:
 
     def choose(self, tokens: Tensor) -> None:
         """Once in a request: whether the learned or the base draft serves it, by its prompt `tokens` as the draft reads it."""
-        if self.preference is not None or self.draft.settings.update_every != "auto":
+        if self.prompt_log_ratio is not None or self.draft.settings.update_every != "auto":
             return
         started, governor = time.perf_counter(), self.draft.governor
-        self.preference, caches = self.draft.preference(tokens, self.mask)
+        self.prompt_log_ratio, caches = self.draft.prompt_log_ratio(tokens, self.mask)
         with self.draft.lock:
             if caches:
-                governor.read(2 * tokens.shape[1], time.perf_counter() - started)
-            governor.preference.asked(self.preference)
+                governor.observe_prefill(2 * tokens.shape[1], time.perf_counter() - started)
+            governor.router.observe_prompt(self.prompt_log_ratio)
             if not self.cached:  # who has begun goes on
-                self.serve(governor.preference.use_base(self.preference))
+                self.serve(governor.router.use_base(self.prompt_log_ratio))
         if caches and not self.cached:  # the prompt is read already
             self.cache, self.cached = caches[self.base], tokens.shape[1] - 1
 
     def serve(self, base: bool) -> None:
         """Who serves this request: the base draft or the learned one."""
-        self.base = self._seen.frozen = self.draft.governor.decisions.serves_base = base
+        self.base = self._seen.serves_base = self.draft.governor.decisions.serves_base = base
 
     def rewind(self, length: int) -> None:
         """Rolls the cache back to what was kept of `length` tokens."""

@@ -20,7 +20,7 @@ from .._compat.generation import stateless
 from ..adapt.feedback import FeedbackRecorder
 from ..govern.acceptance import Continuation, RequestStats, TokenSource
 from ..govern.governor import FIRST_LOOKAHEAD, MIN_ROOM_TO_EXPLORE, NOTHING_LEARNS, Plan
-from ..govern.routing import PREFERENCE_TOKENS
+from ..govern.routing import ROUTING_TOKENS
 from ..metrics import Counts
 from ..models.vocabulary import Vocabulary
 from ..runtime.clock import finished
@@ -168,9 +168,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         model = self._model if self._drafts and input_ids.shape[1] < self._positions else None
         if model is not None and model.tokens is None and self._settings.update_every == "auto":
             with self._draft.lock:
-                asked = min(input_ids.shape[1], PREFERENCE_TOKENS)
-                asks = most >= MIN_ROOM_TO_EXPLORE and self._governor.asks_prompt(asked, most)
-                model.serve(self._governor.preference.use_base())
+                asked = min(input_ids.shape[1], ROUTING_TOKENS)
+                asks = most >= MIN_ROOM_TO_EXPLORE and self._governor.decide_prompt_scoring(asked, most)
+                model.serve(self._governor.router.use_base())
             if asks:
                 with self._drafting():
                     model.choose(model.readable(input_ids))
@@ -251,9 +251,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _memory_speaks(self, round_: ProposalBuilder, plan: Plan | None, found: Continuation, neural: bool) -> bool:
         if plan is None:  # no clock: whoever is accepted more often
             acceptances = self._governor.acceptances
-            _, chance = acceptances.memory(found, not round_.drafted, self._seen.trust)
-            return not neural or chance >= acceptances.mean_rate(self._seen.frozen)
-        return self._governor.memory_pays(
+            _, chance = acceptances.memory(found, not round_.drafted, self._seen.memory_calibration)
+            return not neural or chance >= acceptances.mean_rate(self._seen.serves_base)
+        return self._governor.decide_memory(
             plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
         )
 
@@ -269,7 +269,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
             place = 0
             if self._sample and len(found.tokens) > 1:
                 place = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
-            key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.trust)
+            key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.memory_calibration)
             round_.add_memory_token(found.tokens[place], found, TokenSource("memory", len(round_.drafted), key), chance)
             return True
         return False
@@ -295,7 +295,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         if model.began and not round_.model_s and self._waits:  # it has read the prompt
             seconds = finished(model.draft.device) - started
             with self._draft.lock:
-                self._governor.read(model.cached, seconds)
+                self._governor.observe_prefill(model.cached, seconds)
         round_.model_s += time.perf_counter() - started
 
     def record_round(self, logits: Tensor) -> None:
@@ -342,8 +342,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         decisions = self._governor.decisions
         with failures.records.attempt(), self._draft.lock:
             if schedule is not None and schedule.worked and failures.learning.worked():
-                self._governor.effort.say(f"learning works again after: {failures.learning.reason}")
-            verdict = self._governor.effort.verdict if schedule is not None else ""
+                self._governor.budget.say(f"learning works again after: {failures.learning.reason}")
+            verdict = self._governor.budget.verdict if schedule is not None else ""
             outcome = NOTHING_LEARNS if schedule is None else schedule.outcome()
             decisions.learning = f"{outcome}; {verdict}" if verdict else outcome
         for worked, what in (

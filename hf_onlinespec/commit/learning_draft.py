@@ -29,7 +29,7 @@ from ..adapt.request_feedback import RequestFeedback
 from ..adapt.segment import Segment
 from ..config import ENSEMBLE, OnlineSpecConfig
 from ..errors import CopyError
-from ..govern.routing import PREFERENCE_TOKENS
+from ..govern.routing import ROUTING_TOKENS
 from ..metrics import Counts
 from ..metrics.summary import counted, size
 from ..models.borrow import copy_modules
@@ -85,14 +85,14 @@ class LearningDraft(Draft):
                 blocks=self.settings.experts if self.settings.learner == ENSEMBLE else 1,
                 seed=self.settings.seed,
             )
-            check_cache(lora.base)
+            check_cache(lora.tree)
             learning = Learner(lora, self.settings, self._traces.update)
             # The counters go on where a draft begins anew.
             learning.guard.rollbacks, learning.adaptation.removed = self.metrics.rollbacks, self.metrics.removed_experts
         self.identity, self.vocabulary, self._lora, self._learning = identity, vocabulary, lora, learning
         self._begun += 1
         self._adaptation, self._replay = learning.adaptation, learning.replay
-        self._positions = max_positions(lora.base.config)
+        self._positions = max_positions(lora.tree.config)
         self._watch, self._source = ModelWatch(uncompiled(model)), weakref.ref(model)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -105,7 +105,7 @@ class LearningDraft(Draft):
         left_out = self._lora.left_out
         without = f", left out: {describe(left_out)}" if left_out else ""
         layers = f"{len(self._lora.layers)} adapted layers{without}"
-        return f"{type(self).__name__}({type(self._lora.base).__name__}, {layers})"
+        return f"{type(self).__name__}({type(self._lora.tree).__name__}, {layers})"
 
     def _rows(self) -> list[tuple[str, str]]:
         steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
@@ -120,13 +120,13 @@ class LearningDraft(Draft):
     @property
     def config(self) -> PretrainedConfig:
         """The base draft's model configuration, as `generate` expects of an assistant."""
-        return self._lora.base.config
+        return self._lora.tree.config
 
     @property
     def generation_config(self) -> GenerationConfig:
         """That of the user's model, as it is now."""
         model = self._source()
-        return (self._lora.base if model is None else model).generation_config
+        return (self._lora.tree if model is None else model).generation_config
 
     @property
     def device(self) -> torch.device:
@@ -183,37 +183,37 @@ class LearningDraft(Draft):
             self._lora.fold()
 
     @contextmanager
-    def serving(self, frozen: bool = False) -> Iterator[PreTrainedModel]:
+    def serving(self, base: bool = False) -> Iterator[PreTrainedModel]:
         """The model as it drafts now; a draft that has not learned yet runs at the speed of its base.
 
         Args:
-            frozen: the original draft, whatever was learned.
+            base: the base draft, whatever was learned.
         """
-        if self._lora.folds and not self._adaptation.original_serves and not frozen:
+        if self._lora.folds and not self._adaptation.serves_base and not base:
             if self._lora.stale:
                 self.fold()
             if not self._lora.stale:
                 with self.lock, torch.no_grad():
-                    yield self._lora.served
+                    yield self._lora.folded_tree
                 return
         with self._learns, torch.no_grad():  # learning switches the adapter on and off in this tree
-            if frozen or self._adaptation.original_serves:
-                yield self._lora.base
+            if base or self._adaptation.serves_base:
+                yield self._lora.tree
             else:
                 weights = self._lora.weights
                 with self._lora.gated(None if weights is None else weights[None]) as model:
                     yield model
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, n: int, frozen: bool = False, mask: Tensor | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None) -> Tensor:
         """What the draft says after each of the last n of `tokens` (rows, L): logits (rows, n, vocab).
 
         Args:
-            frozen: the original draft, whatever was learned.
+            base: the base draft, whatever was learned.
             mask: (rows, L) with zeros where a row is padded on the left; None: no padding.
         """
         inputs = self.inputs(tokens.to(self.device), 0, mask)
-        with self.serving(frozen) as model:
+        with self.serving(base) as model:
             logits: Tensor = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
         return logits
 
@@ -258,7 +258,7 @@ class LearningDraft(Draft):
         counts: Counts,
         temperature: float = 1.0,
         recalled: Sequence[float] | None = (),
-        preference: float = 0.0,
+        prompt_log_ratio: float = 0.0,
         request: Request | None = None,
     ) -> None:
         """One step on the last `len(teacher)` tokens of every row of `tokens` (batch, L).
@@ -269,18 +269,18 @@ class LearningDraft(Draft):
         Args:
             temperature: of the call that generated the tokens, 0 for greedy: the governor is told the acceptance there.
             recalled: estimated acceptance of the memory's answers at the n tokens of one row; (): no memory; None: not asked.
-            preference: of the prompt for the learned draft.
+            prompt_log_ratio: of the prompt for the learned draft.
             request: of which the tokens are; None: they are all that is learned of their request before `remember`.
         """
         segment = Segment(tokens, teachers, mask, temperature)
         with self._learns:
             governed = self.settings.update_every == "auto"
-            compare = governed and self.governor.compares(preference)
+            compare = governed and self.governor.decide_comparison(prompt_log_ratio)
             shown = self._learning.segment(segment, cache, prefix, counts, compare, request)
             self._note()
         if governed:
             with self.lock:
-                self.governor.observe_comparison(shown.learned, shown.original, recalled, True, preference)
+                self.governor.observe_comparison(shown.learned, shown.base, recalled, True, prompt_log_ratio)
 
     def learn(self, examples: Sequence[Feedback], counts: Counts) -> None:
         """One gradient step on whole texts, together; the privacy audit will look at them."""
@@ -311,7 +311,7 @@ class LearningDraft(Draft):
     def _note(self) -> None:
         """What the learners say about themselves."""
         adaptation, guard = self._adaptation, self._learning.guard
-        if adaptation.many:
+        if adaptation.is_ensemble:
             self.metrics.expert_weights = tuple(adaptation.weights)
         self.metrics.removed_experts = adaptation.removed
         if guard.rollbacks > self.metrics.rollbacks:
@@ -326,38 +326,38 @@ class LearningDraft(Draft):
         teachers: list[Teacher],
         mask: Tensor | None,
         temperature: float,
-        preference: float | None = None,
+        prompt_log_ratio: float | None = None,
     ) -> None:
-        """Tells the governor the acceptance of the learned and of the frozen draft, as `learn_segment` does."""
+        """Tells the governor the acceptance of the learned and of the base draft, as `learn_segment` does."""
         n = len(teachers[0])
-        if preference is None:
-            preference, _ = self.preference(tokens[:, :-n], mask)
+        if prompt_log_ratio is None:
+            prompt_log_ratio, _ = self.prompt_log_ratio(tokens[:, :-n], mask)
         seen = []
-        for frozen in (False, True) if self.changed else (True,):
-            logits = self.logits(tokens[:, :-1], n, frozen, mask)
+        for base in (False, True) if self.changed else (True,):
+            logits = self.logits(tokens[:, :-1], n, base, mask)
             seen.append(acceptance(teachers, logits, temperature, self.settings.temperature))
         with self.lock:
-            self.governor.observe_comparison(seen[0].tolist(), seen[-1].tolist(), (), False, preference)
+            self.governor.observe_comparison(seen[0].tolist(), seen[-1].tolist(), (), False, prompt_log_ratio)
 
     @torch.no_grad()
-    def preference(self, tokens: Tensor, mask: Tensor | None) -> tuple[float, dict[bool, DynamicCache]]:
-        """Log-likelihood per token of `tokens` (batch, L) under the learned draft minus that under the frozen one.
+    def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None) -> tuple[float, dict[bool, DynamicCache]]:
+        """Log-likelihood per token of `tokens` (batch, L) under the learned draft minus that under the base draft.
 
         Of two drafts, the one that predicts a prompt better is the one that does better on its continuation: measured, see
-        benchmarks/LOG.md. At most `PREFERENCE_TOKENS` last tokens are read, by both without the token that opens the text. Where that is all of them, the KV caches of the
-        learned (False) and of the frozen draft (True) come with it: each holds all tokens but the last.
+        benchmarks/LOG.md. At most `ROUTING_TOKENS` last tokens are read, by both without the token that opens the text. Where that is all of them, the KV caches of the
+        learned (False) and of the base draft (True) come with it: each holds all tokens but the last.
         """
         length = tokens.shape[1]
-        tokens = tokens[:, -PREFERENCE_TOKENS:].to(self.device)
-        if self._adaptation.original_serves or tokens.shape[1] < 2:
+        tokens = tokens[:, -ROUTING_TOKENS:].to(self.device)
+        if self._adaptation.serves_base or tokens.shape[1] < 2:
             return 0.0, {}
         mask = None if mask is None else mask[:, length - tokens.shape[1] :]
         weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
         weight = (weight[:, 1:] * weight[:, :-1]).float()
-        found, caches = [], {frozen: DynamicCache(config=self.config) for frozen in (False, True)}
-        for frozen, cache in caches.items():
+        found, caches = [], {base: DynamicCache(config=self.config) for base in (False, True)}
+        for base, cache in caches.items():
             record_past(cache)
-            with self.serving(frozen) as model:
+            with self.serving(base) as model:
                 logits = model(**{CACHE: cache}, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
             chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
             found.append(float((chosen * weight).sum() / weight.sum().clamp_min(1)))
@@ -373,7 +373,7 @@ class LearningDraft(Draft):
             learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
         """
         with self._learns, torch.inference_mode(False):
-            base, state = self._lora.base, self._learning.state()
+            base, state = self._lora.tree, self._learning.state()
             adapter = copied(self._lora.named(self._lora.served_params()))
             # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
             instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in base.parameters()}

@@ -57,7 +57,9 @@ class RequestMemory:
             return self._expected
         for token in new:
             found = self.ask(self.context)
-            expected = 0.0 if found is None else self._acceptances.memory(found, trust=self._seen.trust)[1]
+            expected = (
+                0.0 if found is None else self._acceptances.memory(found, calibration=self._seen.memory_calibration)[1]
+            )
             self._expected.append(expected)
             self._own.extend((token,))
             self._written.append(token)

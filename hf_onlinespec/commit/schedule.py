@@ -151,7 +151,7 @@ class LearningSchedule:
                 self._counts,
                 temperature=self._temperature,
                 recalled=self._expected(new),
-                preference=model.preference or 0.0,
+                prompt_log_ratio=model.prompt_log_ratio or 0.0,
                 request=self._request,
             )
             self._draft.fold()
@@ -223,7 +223,7 @@ class LearningSchedule:
                 "the last request was not learned from: the target has said nothing about tokens that the draft knows"
             )
         if not self._affordable_steps():
-            return f"the last request was not learned from: {self._governor.effort.account()}"
+            return f"the last request was not learned from: {self._governor.budget.account()}"
         return (
             "the last request was not learned from: when it began, there was no time to ask the memory at every token"
         )
@@ -231,7 +231,7 @@ class LearningSchedule:
     @property
     def _keeps(self) -> bool:
         """Whether what is not learned from is worth remembering for the replay."""
-        return self._lesson.kept or self._governor.decisions.effort == 1.0  # of a request, all or nothing
+        return self._lesson.kept or self._governor.decisions.budget_fraction == 1.0  # of a request, all or nothing
 
     def _look(self, tokens: Tensor) -> None:
         """Shows the governor how the draft would have done on a request in which it neither drafts nor learns."""
@@ -241,14 +241,14 @@ class LearningSchedule:
         teachers = self._lesson.teachers()
         model.choose(tokens[:, : model.prompt])
         self._draft.score_offline(
-            tokens[:, : self._lesson.end], teachers, model.mask, self._temperature, model.preference
+            tokens[:, : self._lesson.end], teachers, model.mask, self._temperature, model.prompt_log_ratio
         )
         if self._keeps:
             self._lesson.keep(teachers)
         seconds = time.perf_counter() - started
         self._counts.update_time_s += seconds
         with self._draft.lock:
-            self._governor.effort.scored(seconds)
+            self._governor.budget.scored(seconds)
 
     # What it may cost
 
@@ -258,11 +258,11 @@ class LearningSchedule:
 
     def _affordable_steps(self) -> int:
         with self._draft.lock:
-            return self._governor.effort.affordable_steps()
+            return self._governor.budget.affordable_steps()
 
     def _charge(self, started: float, updates_before: int) -> None:
         seconds = (finished(self._draft.device) if self.waits else time.perf_counter()) - started
         self._counts.update_time_s += seconds
         if self.timed:
             with self._draft.lock:
-                self._governor.effort.spent(seconds, self._counts.updates - updates_before)
+                self._governor.budget.spent(seconds, self._counts.updates - updates_before)

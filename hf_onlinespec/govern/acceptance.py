@@ -18,7 +18,9 @@ SHARE_PRIORS, UNANIMOUS_PRIORS = (0.12, 0.25, 0.4), (0.62, 0.8, 0.87, 0.95)
 # What a match in an earlier request is worth of one in this request, by its length as in LENGTH_EDGES. Measured on 260 answers of
 # SmolLM2 (runs of 1: right .14 against .29, of 2: .24 against .57) and on 144 of the embedded pair, where the two are alike: between.
 EARLIER_PRIORS = (0.5, 0.6, 0.9, 1.0, 1.0)
-TRUST = 4.0  # expected acceptances that all other requests are worth as evidence about the memory in this one
+CALIBRATION_PRIOR = (
+    4.0  # expected acceptances that all other requests are worth as evidence about the memory in this one
+)
 
 
 def _bin(value: float, edges: Sequence[float]) -> int:
@@ -64,75 +66,75 @@ class RequestStats:
     positions: int = 0
     right: float = 0.0  # acceptance of the memory's answers, summed
     expected: float = 0.0  # and what was expected of them
-    frozen: bool = False  # the original draft serves it, whatever was learned
+    serves_base: bool = False  # the base draft serves it, whatever was learned
 
     @property
-    def trust(self) -> float:
+    def memory_calibration(self) -> float:
         """How right the memory is in this request, over what was expected of it; 1 where it is right more often than that.
 
         A request that copies is right everywhere for a while. That says nothing about the weaker answers behind the copy: what they
         are worth, other requests tell better (measured: LOG 2026-11-26, "Where the loss of `try` was").
         """
-        return min(1.0, (TRUST + self.right) / (TRUST + self.expected))
+        return min(1.0, (CALIBRATION_PRIOR + self.right) / (CALIBRATION_PRIOR + self.expected))
 
 
 class Acceptances:
-    """Estimates for one neural draft and one memory; what the draft and the frozen draft do is kept apart."""
+    """Estimates for one neural draft and one memory; what the draft and the base draft do is kept apart."""
 
     def __init__(self) -> None:
-        # By who serves, the learned draft (False) or the frozen one (True): each has its own kind of requests.
-        self._pooled = {frozen: DecayedMean() for frozen in (False, True)}
-        self._levels = {frozen: ChangeDetector() for frozen in (False, True)}
-        self.latest = False  # who served last
-        self._positions = {frozen: [DecayedMean() for _ in range(MAX_LOOKAHEAD)] for frozen in (False, True)}
+        # By who serves, the learned draft (False) or the base draft (True): each has its own kind of requests.
+        self._pooled = {base: DecayedMean() for base in (False, True)}
+        self._levels = {base: ChangeDetector() for base in (False, True)}
+        self.base_served_last = False  # who served last
+        self._positions = {base: [DecayedMean() for _ in range(MAX_LOOKAHEAD)] for base in (False, True)}
         self._confidence: dict[int, DecayedMean] = {}
         self._memory: dict[tuple[int, ...], DecayedMean] = {}
 
     @property
     def rate(self) -> float:
         """Acceptance rate of the neural draft, as it served last."""
-        return self.mean_rate(self.latest)
+        return self.mean_rate(self.base_served_last)
 
     @property
     def known(self) -> bool:
         """Whether any request has shown an acceptance."""
         return any(level.known for level in self._levels.values())
 
-    def mean_rate(self, frozen: bool) -> float:
+    def mean_rate(self, base: bool) -> float:
         """Acceptance rate of one of the two; what is known of the other one is the best guess where nothing was seen."""
-        return self._pooled[frozen].mean(self._pooled[not frozen].mean(0.5))
+        return self._pooled[base].mean(self._pooled[not base].mean(0.5))
 
-    def here(self, seen: RequestStats) -> tuple[float, float]:
+    def request_rate(self, seen: RequestStats) -> tuple[float, float]:
         """Acceptance rate in a request, and its standard deviation."""
-        strength = self._levels[seen.frozen].prior_strength
+        strength = self._levels[seen.serves_base].prior_strength
         n = strength + seen.positions
-        a = (strength * self.mean_rate(seen.frozen) + seen.acceptance) / n
+        a = (strength * self.mean_rate(seen.serves_base) + seen.acceptance) / n
         return a, (max(0.0, a * (1 - a)) / (n + 1)) ** 0.5
 
-    def at(self, position: int, here: float, frozen: bool = False) -> float:
-        """Acceptance at a position of a round, where it is `here` on average."""
-        general = max(self.mean_rate(frozen), 0.01)
-        place = self._positions[frozen][min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
-        return min(0.99, here * place / general)
+    def rate_at(self, position: int, rate: float, base: bool = False) -> float:
+        """Acceptance at a position of a round, where it is `rate` on average."""
+        general = max(self.mean_rate(base), 0.01)
+        place = self._positions[base][min(position, MAX_LOOKAHEAD - 1)].mean(general, 10.0)
+        return min(0.99, rate * place / general)
 
-    def rate_by_confidence(self, confidence: float, frozen: bool = False) -> tuple[tuple[int, ...], float]:
+    def rate_by_confidence(self, confidence: float, base: bool = False) -> tuple[tuple[int, ...], float]:
         """The key of a law whose most probable token has this probability, and its acceptance."""
         key = _bin(confidence, CONFIDENCE_EDGES)
         share = self._confidence.get(key)
-        prior = 0.5 * (confidence + self.mean_rate(frozen))
+        prior = 0.5 * (confidence + self.mean_rate(base))
         return (key,), prior if share is None else share.mean(prior)
 
     def memory(
-        self, found: Continuation, first: bool = False, trust: float = 1.0
+        self, found: Continuation, first: bool = False, calibration: float = 1.0
     ) -> tuple[tuple[int, int, int, bool, bool], float]:
         """The key of the memory's answer, and its acceptance.
 
         Args:
             first: at the beginning of a round, behind a token of the target's own.
-            trust: of the request, see `RequestStats`.
+            calibration: of the request, see `RequestStats`.
         """
         key = self.memory_key(found, first)
-        return key, min(0.99, trust * self._memory_usual(key))
+        return key, min(0.99, calibration * self._memory_rate(key))
 
     @staticmethod
     def memory_key(found: Continuation, first: bool = False) -> tuple[int, int, int, bool, bool]:
@@ -145,7 +147,7 @@ class Acceptances:
             found.earlier,
         )
 
-    def _memory_usual(self, key: tuple[int, ...]) -> float:
+    def _memory_rate(self, key: tuple[int, ...]) -> float:
         length, share, support, first, earlier = key
         prior = UNANIMOUS_PRIORS[support] if share == len(SHARE_EDGES) else SHARE_PRIORS[share]
         prior *= (0.6 if length == 0 else 1.0) * (0.85 if first else 1.0)
@@ -156,36 +158,36 @@ class Acceptances:
     def non_finite(self, seen: RequestStats) -> None:
         """The draft's law at a position was none: it could draft nothing there."""
         seen.positions += 1
-        self._pooled[seen.frozen].add(0.0)
+        self._pooled[seen.serves_base].add(0.0)
 
-    def verified(
+    def observe_round(
         self, drafted: Sequence[TokenSource], overlaps: Sequence[float], seen: RequestStats, weight: float = 1.0
     ) -> None:
         """Takes in Σ min(p, q) at the verified positions of a round, also into `seen`."""
-        self.latest = seen.frozen
+        self.base_served_last = seen.serves_base
         for d, overlap in zip(drafted, overlaps, strict=False):
             if d.source == "model":
                 seen.acceptance += overlap
                 seen.positions += 1
-                self._pooled[seen.frozen].add(overlap, weight)
-                self._positions[seen.frozen][min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
+                self._pooled[seen.serves_base].add(overlap, weight)
+                self._positions[seen.serves_base][min(d.position, MAX_LOOKAHEAD - 1)].add(overlap, weight)
                 self._confidence.setdefault(d.key[0], DecayedMean()).add(overlap)
             else:
-                seen.expected += self._memory_usual(d.key)
+                seen.expected += self._memory_rate(d.key)
                 seen.right += overlap
                 self._memory.setdefault(d.key, DecayedMean()).add(overlap)
 
-    def shown(self, acceptances: Sequence[float], frozen: bool) -> None:
+    def observe_offline(self, acceptances: Sequence[float], base: bool) -> None:
         """Takes in what the draft would have done at positions where it did not draft."""
-        self.latest = frozen
+        self.base_served_last = base
         weight = min(len(acceptances), 64) / 2  # neighbouring tokens say less than as many rounds would
-        self._pooled[frozen].add(statistics.mean(acceptances), weight)
-        for share in (*self._positions[frozen], *self._confidence.values()):
+        self._pooled[base].add(statistics.mean(acceptances), weight)
+        for share in (*self._positions[base], *self._confidence.values()):
             share.fade(weight)
 
-    def request(self, acceptance: float, positions: int, frozen: bool) -> bool:
+    def observe_request(self, acceptance: float, positions: int, base: bool) -> bool:
         """Takes in the neural acceptance of a whole request, known from so many positions; whether it has fallen of late."""
-        return self._levels[frozen].detect_drop(acceptance, positions)
+        return self._levels[base].detect_drop(acceptance, positions)
 
     def request_ended(self) -> None:
         """An answer of the memory that was wrong in one domain gets a chance in the next."""

@@ -11,15 +11,15 @@ from .estimates import WINDOW
 
 FIRST_WINDOW, LAST_WINDOW = 4, 64  # comparisons between two looks at what learning gained
 LEAST_NOISE = 0.05  # of one comparison: a few that happen to agree prove nothing
-EFFORT_STEP, FIRST_EFFORT, LEAST_EFFORT = 4.0, 1 / 4, 1 / 16
+FRACTION_STEP, FIRST_FRACTION, LEAST_FRACTION = 4.0, 1 / 4, 1 / 16
 LOOK_SHARE = 0.005  # of the time, for looks at requests in which the draft neither drafts nor learns
 
 
 class _PerDraft:
-    """The requests that one of the two drafts serves: the learned one or the frozen one."""
+    """The requests that one of the two drafts serves: the learned one or the base draft."""
 
     def __init__(self) -> None:
-        self.effort = FIRST_EFFORT
+        self.fraction = FIRST_FRACTION
         self.begin()
 
     def begin(self) -> None:
@@ -29,35 +29,35 @@ class _PerDraft:
 
 
 class LearningBudget:
-    """A bank that earns `budget · effort` of the decoding time and pays for gradient steps.
+    """A bank that earns `budget · fraction` of the decoding time and pays for gradient steps.
 
     Over windows of doubling length, learning has to gain half of what it costs (the stream is taken to go on for as long as
-    it has lasted), else the effort is cut. A beginning is worth a quarter, full effort is for a stream that has changed.
-    Requests that the frozen draft serves better are a part of the stream with an effort of its own (`frozen` below).
+    it has lasted), else the fraction is cut. It begins at a quarter; the full budget is for a stream that has changed.
+    Requests that the base draft serves better are a part of the stream with a fraction of its own (`base` below).
 
     Args:
         budget: largest share of the time that learning may take.
         passes: most gradient steps on remembered requests after one request.
-        decisions: where the effort and the reason for it are written.
+        decisions: where the fraction and the reason for it are written.
     """
 
     def __init__(self, budget: float, passes: int, decisions: Decisions) -> None:
         self._budget, self._passes, self._decisions = budget, passes, decisions
-        decisions.effort = FIRST_EFFORT
+        decisions.budget_fraction = FIRST_FRACTION
         self.verdict = ""  # what was found out about learning the last time, and what follows; empty: nothing yet
-        self._parts = {frozen: _PerDraft() for frozen in (False, True)}
+        self._parts = {base: _PerDraft() for base in (False, True)}
         self._balance_s = 0.0
         self._steps_s: deque[float] = deque(maxlen=WINDOW)
         self._step_s = 0.0  # their median: what a gradient step costs
         self._looks_s: deque[float] = deque(maxlen=WINDOW)
         self._since_look_s = 0.0
 
-    def earn(self, seconds: float, frozen: bool = False) -> None:
+    def earn(self, seconds: float, base: bool = False) -> None:
         """So much time was spent on decoding."""
-        self._decisions.effort = self._parts[frozen].effort
+        self._decisions.budget_fraction = self._parts[base].fraction
         if 0 < seconds < float("inf"):
             self._since_look_s += seconds
-            self._balance_s += self._budget * self._decisions.effort * seconds
+            self._balance_s += self._budget * self._decisions.budget_fraction * seconds
             if self._step_s:
                 self._balance_s = min(self._balance_s, 2 * (1 + self._passes) * self._step_s)
 
@@ -91,11 +91,11 @@ class LearningBudget:
             self._looks_s.append(seconds)
             self._since_look_s = 0.0
 
-    def compared(self, worth: float, frozen: bool = False) -> None:
+    def observe_gain(self, worth: float, base: bool = False) -> None:
         """Takes in tokens per round with what was learned over tokens per round without, on the same tokens."""
         if not math.isfinite(worth):
             return
-        part = self._parts[frozen]
+        part = self._parts[base]
         part.window.append(worth)
         if len(part.window) < part.window_size:
             return
@@ -106,42 +106,42 @@ class LearningBudget:
         part.before, part.window = now, []
 
     def _judge(self, part: _PerDraft, gain: float, doubt: float) -> None:
-        """Raises the effort where the last window paid for itself; lowers it where it did not, or nothing shows that it did.
+        """Raises the fraction where the last window paid for itself; lowers it where it did not, or nothing shows that it did.
 
         Args:
-            doubt: standard error of the gain. It counts twice for more effort, and once for going on with a full one.
+            doubt: standard error of the gain. It counts twice for a larger fraction, and once for keeping the full one.
         """
         least = max(doubt, LEAST_NOISE * (2 / len(part.window)) ** 0.5)
-        share = self._budget * part.effort
+        share = self._budget * part.fraction
         part.window_size = min(2 * part.window_size, LAST_WINDOW)
-        if gain - (1 if part.effort == 1.0 else 2) * least > share / 2:
-            if part.effort < 1.0:
+        if gain - (1 if part.fraction == 1.0 else 2) * least > share / 2:
+            if part.fraction < 1.0:
                 part.window_size = FIRST_WINDOW  # more is spent: look again soon
-            part.effort = min(1.0, EFFORT_STEP * part.effort)
-        elif part.effort > FIRST_EFFORT or gain + doubt < share / 2:
-            part.effort = max(LEAST_EFFORT, part.effort / EFFORT_STEP)
-            if part.effort == LEAST_EFFORT:  # comparisons are rare there
+            part.fraction = min(1.0, FRACTION_STEP * part.fraction)
+        elif part.fraction > FIRST_FRACTION or gain + doubt < share / 2:
+            part.fraction = max(LEAST_FRACTION, part.fraction / FRACTION_STEP)
+            if part.fraction == LEAST_FRACTION:  # comparisons are rare there
                 part.window_size = 2 * FIRST_WINDOW
-        self._decisions.effort = part.effort
+        self._decisions.budget_fraction = part.fraction
         self.say(
             f"the last {len(part.window)} comparisons show a gain of {gain:+.1%} (±{doubt:.1%}) in tokens per round, "
-            f"at {share:.1%} of the time: effort {part.effort:.3g}"
+            f"at {share:.1%} of the time: budget fraction {part.fraction:.3g}"
         )
 
-    def reset_full(self, reason: str, frozen: bool = False) -> None:
-        """Full effort: there is something to learn."""
-        part = self._parts[frozen]
-        part.effort = self._decisions.effort = 1.0
-        self.say(f"{reason}: full effort")
+    def reset_full(self, reason: str, base: bool = False) -> None:
+        """The full budget: there is something to learn."""
+        part = self._parts[base]
+        part.fraction = self._decisions.budget_fraction = 1.0
+        self.say(f"{reason}: full budget")
         part.begin()
 
-    def rest(self, reason: str) -> None:
-        """The least effort: there is nothing to learn."""
+    def reset_least(self, reason: str) -> None:
+        """The smallest fraction: there is nothing to learn."""
         for part in self._parts.values():
             part.begin()
-            part.effort, part.window_size = LEAST_EFFORT, 2 * FIRST_WINDOW
-        self._decisions.effort = LEAST_EFFORT
-        self.say(f"{reason}: effort {LEAST_EFFORT:.3g}")
+            part.fraction, part.window_size = LEAST_FRACTION, 2 * FIRST_WINDOW
+        self._decisions.budget_fraction = LEAST_FRACTION
+        self.say(f"{reason}: budget fraction {LEAST_FRACTION:.3g}")
 
     def say(self, verdict: str) -> None:
         """Notes what holds until something else is found out."""
@@ -149,7 +149,7 @@ class LearningBudget:
 
     def account(self) -> str:
         """What gradient steps take, and what there is for them, in words."""
-        share = f"the {self._budget * self._decisions.effort:.1%} of the decoding time that learning may take"
+        share = f"the {self._budget * self._decisions.budget_fraction:.1%} of the decoding time that learning may take"
         if not self._step_s:
             return f"it took more than {share}, and came to no gradient step"
         steps = 1 + self._passes

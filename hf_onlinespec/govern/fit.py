@@ -54,11 +54,11 @@ class Fit:
                 self.message = (
                     f"The draft agrees with the target at {rate:.1%} of {self._tokens} tokens, after {steps} gradient steps: "
                     "most likely it has another tokenizer, with as many tokens, or it was never trained. Use a draft with the "
-                    "target's own tokenizer. Learning goes on with the least effort."
+                    "target's own tokenizer. Learning goes on with the smallest budget."
                 )
 
-    def wants_look(self) -> bool:
-        """Whether a request should be looked at to settle it; asked where nothing was seen of one."""
+    def decide_scoring(self) -> bool:
+        """Whether a request is scored to settle it, where nothing was seen of one; if so, it counts as one of `MOST_LOOKS`."""
         if self._settled or self._steps < LEAST_STEPS or self._looks >= MOST_LOOKS or self._since < LOOK_EVERY - 1:
             return False
         self._looks += 1

@@ -7,7 +7,7 @@ E[tokens] / E[time]. Only the prefix and the laws q before the draw enter, so th
 A request is told apart from the others by what it shows itself: how much that counts follows from how much requests differ
 (empirical Bayes). Where even the optimistic end of what it may turn out to be would pay, it is tried.
 
-Learning. What it brings is the tokens per round that the learned draft adds to the frozen draft and the memory, measured on the
+Learning. What it brings is the tokens per round that the learned draft adds to the base draft and the memory, measured on the
 same tokens; `budget.py` holds that against its cost.
 """
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from ..metrics import Decisions
 from .acceptance import MAX_LOOKAHEAD, Acceptances, Continuation, RequestStats, TokenSource
+from .backoff import Backoff
 from .budget import LearningBudget
 from .estimates import DecayedMean, DraftCost, VerifyCost
 from .fit import Fit
@@ -51,10 +52,10 @@ class Plan:
     lookahead: int  # 0: it does not pay
     rate: float  # expected tokens per plain step; 1 where plain decoding is best
     value: float  # tokens that go on being gained behind a kept token
-    silent: bool = False  # nobody drafts: a plain step is timed again
+    calibrate: bool = False  # nobody drafts: a plain step is timed again
     acceptance: float = 0.5  # estimated acceptance rate of the neural draft in this request
-    trust: float = 1.0  # how right the memory is in this request, over what was expected
-    frozen: bool = False  # the original draft serves it
+    memory_calibration: float = 1.0  # how right the memory is in this request, over what was expected
+    serves_base: bool = False  # the base draft serves it
 
 
 class Governor:
@@ -69,7 +70,7 @@ class Governor:
     def __init__(self, update_budget: float, replay_passes: int, lookahead: int | str = "auto") -> None:
         self.decisions = Decisions()
         self.acceptances = Acceptances()
-        self.effort = LearningBudget(update_budget, replay_passes, self.decisions)
+        self.budget = LearningBudget(update_budget, replay_passes, self.decisions)
         self._fixed = lookahead
         self._drafts = True  # whether there is a draft model
         # Times in plain target steps of the present pace, so that a machine that slows down changes no decision.
@@ -82,16 +83,16 @@ class Governor:
         self._length = 0.0  # new tokens of a request, as they come
         self._now = 0  # rounds so far
         self._plain_at = 0  # the last plain one
-        self._idle_rounds, self._probe_after = 0, FIRST_PROBE
+        self._draft_probe = Backoff(FIRST_PROBE, LAST_PROBE)  # of rounds in which drafting was not worth it
         self._probed_acceptance = 0.0
         self._probe_rounds, self._probing = 0, False
-        self._refused, self._recall_after = 0, FIRST_PROBE  # rounds in which the memory's answer was not worth it
+        self._memory_probe = Backoff(FIRST_PROBE, LAST_PROBE)  # of rounds in which the memory's answer was not worth it
         self._lookahead, self._rate = 0, 0.0  # what the last plan found best
         self._unseen = 0  # requests since the neural draft's acceptance was last seen
         self._shown = False  # whether it was shown since the last request
-        self.preference = AdapterRouter()
+        self.router = AdapterRouter()
         self.fit = Fit()
-        self._lows = {frozen: 0 for frozen in (False, True)}  # requests of low acceptance since one of a better one
+        self._lows = {base: 0 for base in (False, True)}  # requests of low acceptance since one of a better one
 
     # Drafting
 
@@ -111,34 +112,55 @@ class Governor:
             lookahead = FIRST_LOOKAHEAD if drafts and self._pace_s else 0
             if lookahead and self.acceptances.rate < MIN_ACCEPTANCE_TO_START:
                 lookahead = self._probe(0)
-            return Plan(lookahead, 1.0 if drafts else self._usual_rate(), 0.0, trust=seen.trust, frozen=seen.frozen)
-        a, doubt = self.acceptances.here(seen)
-        best, rate = self._best(a, seen.frozen)
-        self._too_long = not self._reads(unread, room, rate if best else 2.0)
+            return Plan(
+                lookahead,
+                1.0 if drafts else self._usual_rate(),
+                0.0,
+                memory_calibration=seen.memory_calibration,
+                serves_base=seen.serves_base,
+            )
+        a, doubt = self.acceptances.request_rate(seen)
+        best, rate = self._best(a, seen.serves_base)
+        self._too_long = not self._prefill_pays(unread, room, rate if best else 2.0)
         if self._too_long:
             best, rate = 0, 1.0
         cost = rate * (self._target.step(best) + self._draft.step())
         value = max(0.0, a - cost) / (1 - min(a, 0.9)) if best else 0.0
         self._lookahead, self._rate = best, rate
         if best and self._now - self._plain_at > REFRESH:
-            return Plan(0, rate, 0.0, silent=True, acceptance=a, trust=seen.trust, frozen=seen.frozen)
+            return Plan(
+                0,
+                rate,
+                0.0,
+                calibrate=True,
+                acceptance=a,
+                memory_calibration=seen.memory_calibration,
+                serves_base=seen.serves_base,
+            )
         lookahead = 0 if self._too_long else self._probe(best)
         if not lookahead and room >= MIN_ROOM_TO_EXPLORE:
-            hope, rate_then = self._best(a + doubt, seen.frozen)
-            if hope and self._reads(2 * unread, room, rate_then):  # it may as well come to nothing
+            optimistic, rate_then = self._best(a + doubt, seen.serves_base)
+            if optimistic and self._prefill_pays(2 * unread, room, rate_then):  # it may as well come to nothing
                 lookahead = PROBE_LOOKAHEAD
-        return Plan(lookahead, rate, value, acceptance=a, trust=seen.trust, frozen=seen.frozen)
+        return Plan(
+            lookahead,
+            rate,
+            value,
+            acceptance=a,
+            memory_calibration=seen.memory_calibration,
+            serves_base=seen.serves_base,
+        )
 
     def _usual_rate(self) -> float:
         """Tokens per plain step of late, without a draft model; 1 where plain decoding is as fast."""
         return max(1.0, self._tokens.mean(1.0, RATE_PRIOR) / self._time_taken.mean(1.0, RATE_PRIOR))
 
-    def _reads(self, unread: int, room: int, rate: float) -> bool:
+    def _prefill_pays(self, unread: int, room: int, rate: float) -> bool:
         """Whether reading so many tokens pays, at a rate over plain decoding on what is likely to come."""
         left = min(room, self._length) if self._length else room
         return unread <= UNREAD or READ_MARGIN * unread * self._read_step <= left * (1 - 1 / rate)
 
-    def read(self, tokens: int, seconds: float) -> None:
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
         """The draft took so long to read so many tokens of a prompt."""
         if self._pace_s and tokens > UNREAD and 0 < seconds < float("inf"):
             step = seconds / tokens / self._pace_s
@@ -146,12 +168,12 @@ class Governor:
                 min(step, 4 * self._read_step or step) - self._read_step
             )
 
-    def _best(self, acceptance: float, frozen: bool) -> tuple[int, float]:
+    def _best(self, acceptance: float, base: bool) -> tuple[int, float]:
         """The best lookahead at an acceptance rate, and its expected tokens per plain step; 0 and 1: plain decoding."""
         best, rate = 0, 1.0
         kept, tokens = 1.0, 1.0
         for k in range(1, MAX_LOOKAHEAD + 1):
-            kept *= self.acceptances.at(k - 1, acceptance, frozen)
+            kept *= self.acceptances.rate_at(k - 1, acceptance, base)
             tokens += kept
             this = tokens / (self._target.at(k) + self._draft.at(k))
             if this > rate:
@@ -164,18 +186,16 @@ class Governor:
         """What is not done is tried now and then, so that its time is known: ever more rarely while nothing has changed."""
         self._probing = False
         if best:
-            self._idle_rounds, self._probe_after = 0, FIRST_PROBE
+            self._draft_probe.reset()
             return best
         if self._probe_rounds:
             self._probe_rounds -= 1
             self._probing = True
             return PROBE_LOOKAHEAD
-        self._idle_rounds += 1
         if abs(self.acceptances.rate - self._probed_acceptance) > 0.1:
-            self._probe_after = FIRST_PROBE
-        if self._idle_rounds < self._probe_after:
+            self._draft_probe.shorten()
+        if not self._draft_probe.due():
             return 0
-        self._idle_rounds, self._probe_after = 0, min(2 * self._probe_after, LAST_PROBE)
         self._probed_acceptance = self.acceptances.rate
         self._probe_rounds = 1  # the next round too: the first one may have to read the prompt, and is not timed
         self._probing = True
@@ -193,12 +213,12 @@ class Governor:
         if not plan.lookahead or position >= MAX_LOOKAHEAD:
             return False
         cost = plan.rate * (self._drafting(begun) + self._target.step(position))
-        return survival * self.acceptances.at(position, plan.acceptance, plan.frozen) > cost
+        return survival * self.acceptances.rate_at(position, plan.acceptance, plan.serves_base) > cost
 
     def _drafting(self, begun: bool) -> float:
         return self._draft.step() if begun else self._draft.at(1)
 
-    def memory_pays(
+    def decide_memory(
         self,
         plan: Plan,
         position: int,
@@ -207,29 +227,24 @@ class Governor:
         neural: bool,
         begun: bool = False,
     ) -> bool:
-        """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's."""
-        if found is None or position >= MAX_MEMORY or not self._pace_s or plan.silent:
+        """Whether the memory's token is the best one for `position`: better than none, and than the neural draft's.
+
+        Counts the rounds in which it is not, and then takes it now and then: what is never tried is never found to be better.
+        """
+        if found is None or position >= MAX_MEMORY or not self._pace_s or plan.calibrate:
             return False
-        _, a = self.acceptances.memory(found, position == 0, plan.trust)
+        _, a = self.acceptances.memory(found, position == 0, plan.memory_calibration)
         more = self._target.step(position)
         gain = survival * a * (1 + plan.value) - plan.rate * more
         if gain <= 0:
-            return position == 0 and not neural and self._recalls_anyway()
-        self._recall_after = FIRST_PROBE
+            return position == 0 and not neural and self._memory_probe.due()
+        self._memory_probe.shorten()
         if not neural:
             return True
-        other = survival * self.acceptances.at(position, plan.acceptance, plan.frozen) * (
+        other = survival * self.acceptances.rate_at(position, plan.acceptance, plan.serves_base) * (
             1 + plan.value
         ) - plan.rate * (more + self._drafting(begun))
         return gain >= other
-
-    def _recalls_anyway(self) -> bool:
-        """Now and then: what is never asked is never found to have become better."""
-        self._refused += 1
-        if self._refused < self._recall_after:
-            return False
-        self._refused, self._recall_after = 0, min(2 * self._recall_after, LAST_PROBE)
-        return True
 
     def observe(
         self,
@@ -257,8 +272,8 @@ class Governor:
         tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "model"]
         if self._probing and tried and statistics.mean(tried) > self.acceptances.rate + 0.2:
             self._probe_rounds = 2  # better than believed: look on until it is believed, or was luck
-        self.acceptances.verified(drafted, overlaps, RequestStats() if seen is None else seen, weight)
-        self.effort.earn(draft_s + target_s, self.acceptances.latest)
+        self.acceptances.observe_round(drafted, overlaps, RequestStats() if seen is None else seen, weight)
+        self.budget.earn(draft_s + target_s, self.acceptances.base_served_last)
 
     def _time(self, k: int, steps: int, draft_s: float, target_s: float) -> None:
         """Takes in the times of a round that verified k tokens, `steps` of them drafted by the neural draft."""
@@ -294,51 +309,51 @@ class Governor:
 
     # Learning
 
-    def compares(self, preference: float) -> bool:
-        """Whether this update should look at the frozen draft too."""
-        return self.preference.compares(preference, self.decisions.effort == 1.0)
+    def decide_comparison(self, prompt_log_ratio: float) -> bool:
+        """Counts an update; whether it scores the base draft too."""
+        return self.router.decide_comparison(prompt_log_ratio, self.decisions.budget_fraction == 1.0)
 
-    def asks_prompt(self, tokens: int = 0, room: int = MIN_ROOM_TO_EXPLORE) -> bool:
-        """Whether a request's prompt should tell who serves it: not where neither draft is expected to draft.
+    def decide_prompt_scoring(self, tokens: int = 0, room: int = MIN_ROOM_TO_EXPLORE) -> bool:
+        """Counts a request; whether its prompt is scored to tell who serves it: not where neither draft is expected to draft.
 
         Args:
             tokens: that both drafts would have to read.
             room: tokens that the request may take.
         """
-        if not self.preference.asks():
+        if not self.router.decide_scoring():
             return False
-        found = [self._best(self.acceptances.mean_rate(frozen), frozen) for frozen in (False, True)]
-        return any(best and self._reads(2 * tokens, room, rate) for best, rate in found)
+        found = [self._best(self.acceptances.mean_rate(base), base) for base in (False, True)]
+        return any(best and self._prefill_pays(2 * tokens, room, rate) for best, rate in found)
 
     def observe_comparison(
         self,
         learned: Sequence[float],
-        frozen: Sequence[float] | None,
+        base: Sequence[float] | None,
         recalled: Sequence[float] | None = (),
         updates: bool = True,
-        preference: float = 0.0,
+        prompt_log_ratio: float = 0.0,
     ) -> None:
-        """Acceptance at new positions that the draft has not learned from, and the frozen draft's at the same ones.
+        """Acceptance at new positions that the draft has not learned from, and the base draft's at the same ones.
 
         Args:
             recalled: estimated acceptance of the memory's answers there, 0 where it has none; (): no memory; None: not asked.
             updates: whether the draft learns from them now.
-            preference: of the prompt, see `AdapterRouter`.
+            prompt_log_ratio: of the prompt, see `AdapterRouter`.
         """
         n = len(learned)
-        if not n or not all(map(math.isfinite, (*learned, *(frozen or ())))):
+        if not n or not all(map(math.isfinite, (*learned, *(base or ())))):
             return  # a draft whose logits are not finite teaches nothing
-        bucket = self.preference.use_base(preference)
-        if frozen is not None:
-            self.preference.compared(preference, statistics.mean(learned) - statistics.mean(frozen), n)
+        bucket = self.router.use_base(prompt_log_ratio)
+        if base is not None:
+            self.router.observe_difference(prompt_log_ratio, statistics.mean(learned) - statistics.mean(base), n)
             if updates and recalled is not None:
                 recalled = recalled or [0.0] * n
-                self.effort.compared(_beside(learned, recalled) / _beside(frozen, recalled), bucket)
+                self.budget.observe_gain(_beside(learned, recalled) / _beside(base, recalled), bucket)
         elif bucket:
             return  # what would have served was not looked at
-        self.fit.note(max(sum(learned), sum(frozen or ())), n)
-        served = frozen if bucket and frozen is not None else learned
-        self.acceptances.shown(served, bucket)
+        self.fit.note(max(sum(learned), sum(base or ())), n)
+        served = base if bucket and base is not None else learned
+        self.acceptances.observe_offline(served, bucket)
         if self._unseen and not self._shown:
             self._shown = True  # one request counts once
             self._see(statistics.mean(served), n, bucket)
@@ -360,10 +375,10 @@ class Governor:
         settled = self.fit.message
         self.fit.request_ended(steps)
         if self.fit.message != settled:
-            self.effort.rest("the draft does not fit the target")
+            self.budget.reset_least("the draft does not fit the target")
         if seen is not None and seen.positions >= LIVE_LEAST:
             self._unseen = 0
-            self._see(seen.acceptance / seen.positions, seen.positions, seen.frozen)
+            self._see(seen.acceptance / seen.positions, seen.positions, seen.serves_base)
         else:
             self._unseen += 1
         self.acceptances.request_ended()
@@ -371,21 +386,21 @@ class Governor:
         unseen = 0 < self._unseen and (self._unseen <= 3 or self._unseen % 4 == 0)
         if new_tokens < LIVE_LEAST or not self._unseen:
             return False
-        return (unseen and self.effort.should_score()) or self.fit.wants_look()
+        return (unseen and self.budget.should_score()) or self.fit.decide_scoring()
 
-    def _see(self, acceptance: float, positions: int, frozen: bool) -> None:
+    def _see(self, acceptance: float, positions: int, base: bool) -> None:
         """Takes in the acceptance of a request, known from so many positions."""
         low = acceptance < LOW_ACCEPTANCE
         if low:  # the first request of all is believed at once
-            self._lows[frozen] = self._lows[frozen] + 1 if self.acceptances.known else LOW_REQUESTS
-        elif self.acceptances.mean_rate(frozen) > 1.5 * LOW_ACCEPTANCE:
-            self._lows[frozen] = 0
+            self._lows[base] = self._lows[base] + 1 if self.acceptances.known else LOW_REQUESTS
+        elif self.acceptances.mean_rate(base) > 1.5 * LOW_ACCEPTANCE:
+            self._lows[base] = 0
         if low and self.fit.message is not None:
-            return  # nothing was learned before, with all effort
-        if self.acceptances.request(acceptance, positions, frozen):
-            self.effort.reset_full("acceptance has fallen, the stream has changed", frozen)
-        elif low and self._lows[frozen] == LOW_REQUESTS:
-            self.effort.reset_full(f"acceptance is {acceptance:.2f}, there is much to learn", frozen)
+            return  # nothing was learned before, with the full budget
+        if self.acceptances.observe_request(acceptance, positions, base):
+            self.budget.reset_full("acceptance has fallen, the stream has changed", base)
+        elif low and self._lows[base] == LOW_REQUESTS:
+            self.budget.reset_full(f"acceptance is {acceptance:.2f}, there is much to learn", base)
 
 
 def _beside(neural: Sequence[float], recalled: Sequence[float]) -> float:

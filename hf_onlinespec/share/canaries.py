@@ -132,8 +132,8 @@ def probe(draft: Audited, canaries: Sequence[Canary], references: int = REFERENC
             others = letters[torch.randint(len(letters), (references, n), generator=generator)]
         secrets = torch.cat([canary.secret[None], others])  # (m + 1, n)
         rows = torch.cat([canary.prefix.expand(len(secrets), -1), secrets], dim=1)
-        evolved, best = read(draft, rows, n, frozen=False)
-        original, _ = read(draft, rows, n, frozen=True)
+        evolved, best = read(draft, rows, n, base=False)
+        original, _ = read(draft, rows, n, base=True)
         score = (evolved - original).sum(-1)
         # Strings of the same score stand in any order: half of them before the canary. (All of them, if nothing was learned.)
         rank = 1 + float((score[1:] > score[0]).sum()) + float((score[1:] == score[0]).sum()) / 2
@@ -142,19 +142,19 @@ def probe(draft: Audited, canaries: Sequence[Canary], references: int = REFERENC
 
 
 @torch.no_grad()
-def read(draft: Audited, tokens: Tensor, n: int, frozen: bool) -> tuple[Tensor, Tensor]:
+def read(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple[Tensor, Tensor]:
     """Log-likelihoods (rows, n) of the last n tokens of every row of `tokens` (rows, L), and whether each is the likeliest."""
     if tokens.shape[1] > draft.positions:
         raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.positions}.")
     size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
     chosen, best = [], []
     for part in tokens.to(draft.device).split(size):
-        logits = draft.logits(part[:, :-1], n, frozen)
+        logits = draft.logits(part[:, :-1], n, base)
         chosen.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
         best.append((logits.argmax(-1) == part[:, -n:]).cpu())
     found = torch.cat(chosen)
     if not bool(torch.isfinite(found).all()):
-        which = "original" if frozen else "evolved"
+        which = "original" if base else "evolved"
         raise DraftError(
             f"The {which} draft's log-likelihoods are not finite: its weights are damaged. Take an earlier state."
         )

@@ -109,7 +109,7 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
 def _publics(draft: Audited) -> Iterator[list[Reader]]:
     """Who never saw the text: the original draft, and the target, where it is at hand."""
     target = draft.target_at_hand
-    readers = [_reader(draft, frozen=True)]
+    readers = [_reader(draft, base=True)]
     if target is None:
         yield readers
         return
@@ -140,8 +140,8 @@ def _speaks_alone(target: PreTrainedModel) -> bool:
         return False
 
 
-def _reader(draft: Audited, frozen: bool) -> Reader:
-    return lambda tokens: draft.logits(tokens, tokens.shape[1], frozen)
+def _reader(draft: Audited, base: bool) -> Reader:
+    return lambda tokens: draft.logits(tokens, tokens.shape[1], base)
 
 
 def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -> bool:
@@ -201,7 +201,7 @@ def _come_out(draft: Audited, publics: Sequence[Reader], windows: Sequence[Windo
     if rows.shape[1] < LEAST_GIVEN + LEAST_END:
         return torch.zeros(len(windows), dtype=torch.bool)
     vocabulary = draft.config.get_text_config().vocab_size
-    evolved, ranks = _read(_reader(draft, frozen=False), rows, vocabulary)
+    evolved, ranks = _read(_reader(draft, base=False), rows, vocabulary)
     padding = torch.arange(1, rows.shape[1]) >= lengths[:, None]
     ranks = ranks.masked_fill(padding, torch.inf)
     ranks_of_often = ranks.masked_fill(~often[:, 1:], torch.inf)

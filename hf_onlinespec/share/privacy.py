@@ -272,7 +272,7 @@ def loss_gap(draft: Audited, own: Sequence[Feedback], held_out: Sequence[Feedbac
         for text in texts:
             check_text(draft, text, draft.vocabulary.size)
             n = len(text.teacher)
-            rows.append([-float(read(draft, text.tokens[None], n, frozen)[0].mean()) for frozen in (True, False)])
+            rows.append([-float(read(draft, text.tokens[None], n, base)[0].mean()) for base in (True, False)])
         losses.append(torch.tensor(rows, dtype=torch.float64, device="cpu"))  # (texts, original and evolved)
     gains = [part[:, 0] - part[:, 1] for part in losses]
     a, b = (len(part) for part in gains)

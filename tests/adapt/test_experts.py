@@ -84,7 +84,7 @@ def test_an_ensemble_learns_and_its_weights_sum_to_one() -> None:
         assert min(draft.metrics.expert_weights) >= 0
     p, q = logits.softmax(-1), draft(tokens).logits[0, 5:11].softmax(-1)
     assert torch.minimum(p, q).sum(-1).mean() > 0.9
-    assert draft.metrics.expert_weights[-1] < 0.1  # the original draft knows nothing of it
+    assert draft.metrics.expert_weights[-1] < 0.1  # the base draft knows nothing of it
 
 
 def test_what_serves_is_the_mixture_or_the_best_row() -> None:
@@ -109,7 +109,7 @@ def test_what_serves_is_the_mixture_or_the_best_row() -> None:
         assert torch.equal(draft(tokens).logits, tiny_llama(2)(tokens).logits)
     for _ in range(8):
         adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.8])  # no worse than the best row
-    assert adaptation.serving == 4
+    assert adaptation.served_row == 4
 
 
 def test_weights_follow_acceptance() -> None:
@@ -138,7 +138,7 @@ def test_an_expert_that_diverges_is_removed_and_counted(target, prompt) -> None:
 
 
 def test_all_experts_may_go() -> None:
-    """The original draft is left, and serves."""
+    """The base draft is left, and serves."""
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 2)
     draft._adaptation._remove(torch.tensor([torch.nan, 1.0, 1.0]))
@@ -217,7 +217,7 @@ def test_who_begins_anew_has_no_moments() -> None:
 
 
 def test_teachers_that_forbid_tokens_blame_nobody() -> None:
-    """Reverse KL is infinite where the target forbids what the draft allows: of the original draft, too."""
+    """Reverse KL is infinite where the target forbids what the draft allows: of the base draft, too."""
     tokens, logits = lesson()
     logits[:, :5] = -torch.inf
     for config in (
@@ -270,8 +270,8 @@ def test_back_in_an_old_domain_an_earlier_state_serves(settings: dict[str, objec
 def test_a_request_of_nonsense_in_a_trial_is_survived() -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(SMALL | {"snapshots": 2})))
     guard, watched = draft._learning.guard, []
-    watch = guard.watch
-    guard.watch = lambda learned, *rest: (watched.append(len(learned)), watch(learned, *rest))[1]
+    watch = guard.observe
+    guard.observe = lambda learned, *rest: (watched.append(len(learned)), watch(learned, *rest))[1]
     generator = torch.Generator().manual_seed(0)
     for i in range(40):
         tokens, logits = torch.randint(32, (1, 50), generator=generator), 3 * torch.randn(40, 32, generator=generator)
@@ -286,13 +286,13 @@ def test_small_segments_of_a_request_are_judged_together(target, prompt) -> None
     config = OnlineSpecConfig(**(SMALL | {"snapshots": 2, "update_when": "round", "learner": "ensemble"}))
     draft = OnlineDraft(tiny_llama(2), config)
     judged: list[int] = []
-    watch = draft._learning.guard.watch
+    watch = draft._learning.guard.observe
 
     def spy(learned: list[float], *rest: object) -> object:
         judged.append(len(learned))
         return watch(learned, *rest)
 
-    draft._learning.guard.watch = spy
+    draft._learning.guard.observe = spy
     for i in range(4):
         target.generate((prompt + i) % 32, assistant_model=draft, do_sample=False, max_new_tokens=48)
     assert draft.metrics.rounds > 40 and len(judged) <= 8 and max(judged) >= 32
@@ -318,7 +318,7 @@ def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
     if learner == "ensemble":
         for _ in range(10):
             adaptation.weigh([0.8, 0.1, 0.5, 0.3, 0.6])
-    best = adaptation.best()
+    best = adaptation.best_params()
     origin = adaptation._starts.clone()
     assert best.dtype == torch.bfloat16
     torch.testing.assert_close(best.float(), lora.split(lora.params)[0], atol=1e-2, rtol=1e-2)

@@ -1,4 +1,4 @@
-"""The gate: shut it is the original draft, open it is LoRA, between it is the exact mixture; the user's model never moves."""
+"""The gate: shut it is the base draft, open it is LoRA, between it is the exact mixture; the user's model never moves."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_shut_gate_is_the_original_bit_for_bit(make) -> None:
     lora = shaken(model)
     with lora.gated() as speaking:
         assert not torch.allclose(speaking(TOKENS).logits, before, atol=1e-2)
-    assert torch.equal(lora.base(TOKENS).logits, before)  # gate shut again
+    assert torch.equal(lora.tree(TOKENS).logits, before)  # gate shut again
     assert torch.equal(model(TOKENS).logits, before)  # the user's own model
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -49,7 +49,7 @@ def test_weights_are_shared_not_copied() -> None:
     model = tiny_llama(2)
     lora = GatedLora(model, rank=4, alpha=4.0)
     theirs = {parameter.data_ptr() for parameter in model.parameters()}
-    ours = {p.data_ptr() for name, p in lora.base.named_parameters() if "lora" not in name}
+    ours = {p.data_ptr() for name, p in lora.tree.named_parameters() if "lora" not in name}
     assert ours == theirs
 
 
@@ -59,7 +59,7 @@ def test_gate_shuts_after_an_exception() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="halt"), lora.gated():
         raise RuntimeError("halt")
     with torch.no_grad():
-        assert torch.equal(lora.base(TOKENS).logits, model(TOKENS).logits)
+        assert torch.equal(lora.tree(TOKENS).logits, model(TOKENS).logits)
 
 
 # PEFT itself warns here, on loading onto the user's model.
@@ -83,11 +83,11 @@ def test_folded_weights_serve_the_same_draft(make) -> None:
     lora = shaken(model, rank=3, alpha=6.0)
     for _ in range(2):
         lora.fold()
-        served = lora.served(TOKENS).logits
+        served = lora.folded_tree(TOKENS).logits
         with lora.gated() as speaking:
             torch.testing.assert_close(served, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
         lora.move(0.1 * torch.randn_like(lora.params))
-    assert torch.equal(model(TOKENS).logits, before) and torch.equal(lora.base(TOKENS).logits, before)
+    assert torch.equal(model(TOKENS).logits, before) and torch.equal(lora.tree(TOKENS).logits, before)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_a_mixture_of_blocks_is_the_mixture_of_updates() -> None:
     for row, mixture in enumerate(weights):
         folded = tiny_llama(2, tie_word_embeddings=False)
         state = folded.state_dict()
-        for name, module in lora.base.named_modules():
+        for name, module in lora.tree.named_modules():
             if name.endswith("embed_tokens"):
                 a, b = module.lora_embedding_A["default"], module.lora_embedding_B["default"]
                 key, delta = f"{name}.weight", [(b[:, i : i + 2] @ a[i : i + 2]).T for i in (0, 2, 4)]
@@ -124,7 +124,7 @@ def test_every_default_layer_learns() -> None:
     assert "model.embed_tokens" in names and "lm_head" in names and len(names) == 2 + 7
     with lora.gated() as speaking:
         speaking(TOKENS).logits.pow(2).sum().backward()
-    parameters = [p for p in lora.base.parameters() if p.requires_grad]
+    parameters = [p for p in lora.tree.parameters() if p.requires_grad]
     assert len(parameters) == 2 * len(names)
     assert all(p.grad.abs().sum() > 0 for p in parameters)
     assert lora.grads.norm() > 0  # the flat vector holds them
@@ -191,7 +191,7 @@ def test_folded_weights_hold_the_mixture(make) -> None:
         lora.serve(gate)
         lora.fold()
         with lora.gated(gate[None]) as speaking:
-            torch.testing.assert_close(lora.served(TOKENS).logits, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(lora.folded_tree(TOKENS).logits, speaking(TOKENS).logits, atol=1e-4, rtol=1e-4)
         lora.serve(gate.clone())
         assert not lora.stale, "the same weights ask for no new fold"
 

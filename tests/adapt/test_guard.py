@@ -24,10 +24,10 @@ class World:
 
     def request(self, place: float, learns: bool = True) -> float:
         learned = self.acceptance(self.at, place)
-        original = self.acceptance(0.0, place)
-        state = self.guard.watch(
+        base = self.acceptance(0.0, place)
+        state = self.guard.observe(
             learned,
-            original,
+            base,
             lambda: torch.tensor([self.at]),
             lambda: torch.zeros(1),
             lambda state: self.acceptance(float(state), place),
@@ -95,7 +95,7 @@ def test_no_earlier_state_without_evidence() -> None:
     for _ in range(200):
         rate = rng.choice((0.1, 0.9))
         tokens = [float(rng.random() < rate) for _ in range(TOKENS)]
-        state = guard.watch(tokens, None, lambda: torch.zeros(1), None, lambda state, t=tokens: t)
+        state = guard.observe(tokens, None, lambda: torch.zeros(1), None, lambda state, t=tokens: t)
         assert state is None
     assert guard.rollbacks == 0
 
@@ -149,8 +149,8 @@ def test_what_a_trial_holds_is_counted() -> None:
     for i in range(40):
         place = 0.8 if i < 20 else 0.2
         tokens = [float(rng.random() < place) for _ in range(TOKENS)]
-        guard.watch(tokens, None, lambda: torch.zeros(8), lambda: torch.zeros(8), lambda state: [1.0] * TOKENS)
-        states = [*guard.states, *(state for state, _ in guard._tried if state is not None)]
+        guard.observe(tokens, None, lambda: torch.zeros(8), lambda: torch.zeros(8), lambda state: [1.0] * TOKENS)
+        states = [*guard.states, *(state for state, _ in guard._candidates if state is not None)]
         states += [] if guard._candidate is None else [guard._candidate]
         assert guard.nbytes == 4 * 8 * len({id(state) for state in states})
         held = max(held, guard.nbytes)

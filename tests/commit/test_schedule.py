@@ -32,7 +32,7 @@ def test_the_first_request_is_learned_from_and_says_so(target, draft_model, prom
 
 def test_a_budget_that_is_spent_says_what_steps_take_and_what_is_left(target, draft_model, prompt) -> None:
     draft = OnlineDraft(draft_model, OnlineSpecConfig(**AUTO))
-    draft.governor.effort.spent(100.0, 1)  # a gradient step takes 100 s: more than requests of this size ever earn
+    draft.governor.budget.spent(100.0, 1)  # a gradient step takes 100 s: more than requests of this size ever earn
     said = after(target, prompt, draft)
     assert draft.metrics.updates == 0
     assert said.startswith(
@@ -49,11 +49,11 @@ def test_numbers_learn_after_every_request(target, draft_model, prompt) -> None:
 
 def test_what_was_found_out_about_learning_stands_behind_it(target, draft_model, prompt) -> None:
     draft = OnlineDraft(draft_model, OnlineSpecConfig(**AUTO))
-    draft.governor.effort.reset_full("the stream has changed")
+    draft.governor.budget.reset_full("the stream has changed")
     after(target, prompt, draft)
     said = after(target, prompt, draft, onlinespec=False)
     assert said.startswith("the last request was only drafted for: onlinespec=False; ") and said.endswith(
-        ": full effort"
+        ": full budget"
     )
 
 

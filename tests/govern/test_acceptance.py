@@ -8,10 +8,10 @@ from hf_onlinespec.commit.suffix_memory import Continuation
 from hf_onlinespec.govern.acceptance import Acceptances, RequestStats, TokenSource
 
 
-def served(acceptances: Acceptances, frozen: bool, overlap: float, n: int = 30) -> None:
-    seen = RequestStats(frozen=frozen)
+def served(acceptances: Acceptances, base: bool, overlap: float, n: int = 30) -> None:
+    seen = RequestStats(serves_base=base)
     for i in range(n):
-        acceptances.verified([TokenSource("model", i % 3, (4,))], [overlap], seen)
+        acceptances.observe_round([TokenSource("model", i % 3, (4,))], [overlap], seen)
 
 
 def test_the_two_drafts_are_kept_apart() -> None:
@@ -22,8 +22,8 @@ def test_the_two_drafts_are_kept_apart() -> None:
     assert acceptances.mean_rate(False) == pytest.approx(0.8, abs=0.05)
     assert acceptances.mean_rate(True) == pytest.approx(0.2, abs=0.05)
     assert acceptances.rate == acceptances.mean_rate(True)  # it served last
-    assert acceptances.at(0, 0.8, frozen=False) == pytest.approx(0.8, abs=0.05)
-    assert acceptances.at(0, 0.2, frozen=True) == pytest.approx(0.2, abs=0.05)
+    assert acceptances.rate_at(0, 0.8, base=False) == pytest.approx(0.8, abs=0.05)
+    assert acceptances.rate_at(0, 0.2, base=True) == pytest.approx(0.2, abs=0.05)
 
 
 def test_a_draft_that_was_never_seen_is_taken_for_the_other_one() -> None:
@@ -36,13 +36,13 @@ def test_a_request_shows_itself() -> None:
     acceptances = Acceptances()
     for rate in (0.05, 0.9) * 10:  # requests differ much
         served(acceptances, False, rate)
-        acceptances.request(rate, 30, False)
+        acceptances.observe_request(rate, 30, False)
     seen = RequestStats()
-    before, doubt = acceptances.here(seen)
+    before, doubt = acceptances.request_rate(seen)
     assert doubt > 0.2
     for _ in range(4):
-        acceptances.verified([TokenSource("model", 0, (4,))], [0.0], seen)
-    after, less = acceptances.here(seen)
+        acceptances.observe_round([TokenSource("model", 0, (4,))], [0.0], seen)
+    after, less = acceptances.request_rate(seen)
     assert after < 0.5 * before and less < doubt
 
 
@@ -60,8 +60,12 @@ def test_a_copied_passage_does_not_speak_for_the_weaker_answers_behind_it() -> N
     copied, weak = Continuation((5,), (1.0,), 12, 1), Continuation((6, 7), (0.5, 0.5), 1, 2)
     key = acceptances.memory_key(copied)
     for _ in range(30):
-        acceptances.verified([TokenSource("memory", 1, key)], [1.0], copying)
-    assert acceptances.memory(weak, trust=copying.trust) == acceptances.memory(weak, trust=RequestStats().trust)
+        acceptances.observe_round([TokenSource("memory", 1, key)], [1.0], copying)
+    assert acceptances.memory(weak, calibration=copying.memory_calibration) == acceptances.memory(
+        weak, calibration=RequestStats().memory_calibration
+    )
     for _ in range(30):
-        acceptances.verified([TokenSource("memory", 1, key)], [0.0], copying)
-    assert acceptances.memory(weak, trust=copying.trust)[1] < 0.8 * acceptances.memory(weak)[1]
+        acceptances.observe_round([TokenSource("memory", 1, key)], [0.0], copying)
+    assert (
+        acceptances.memory(weak, calibration=copying.memory_calibration)[1] < 0.8 * acceptances.memory(weak)[1]
+    )

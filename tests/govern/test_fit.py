@@ -36,8 +36,8 @@ def test_looks_are_few() -> None:
     looks = 0
     for _ in range(100):
         fit.request_ended(3)
-        if fit.wants_look():
+        if fit.decide_scoring():
             looks += 1
             fit.note(1.0, 24)  # stays open
     assert looks == 8
-    assert not run_of(SLOW).wants_look() and not Fit().wants_look()
+    assert not run_of(SLOW).decide_scoring() and not Fit().decide_scoring()

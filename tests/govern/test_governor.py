@@ -21,7 +21,7 @@ class World:
     """A target, a draft and a learner that only cost time; acceptance is what the test says it is.
 
     Args:
-        alpha: (request, gradient steps so far) -> acceptance of the learned and of the frozen draft.
+        alpha: (request, gradient steps so far) -> acceptance of the learned and of the base draft.
         draft_step: seconds per drafted token.
     """
 
@@ -38,14 +38,14 @@ class World:
         self.time_s = self.update_s = 0.0
         self.tokens = self.steps = self.request = 0
         self.seen = RequestStats()
-        self.preference = 0.0  # prompts tell nothing
+        self.prompt_log_ratio = 0.0  # prompts tell nothing
 
     def noisy(self, seconds: float) -> float:
         return seconds * math.exp(self.random.gauss(0, self.noise))
 
     def round(self, room: int, fixed: int | None) -> int:
-        learned, frozen = self.alpha(self.request, self.steps)
-        a = frozen if self.seen.frozen else learned
+        learned, base = self.alpha(self.request, self.steps)
+        a = base if self.seen.serves_base else learned
         drafted: list[TokenSource] = []
         chances: list[float] = []
         if fixed is None:
@@ -75,7 +75,7 @@ class World:
     def run(self, requests: int, fixed: int | None = None, tokens: int = TOKENS) -> float:
         """Tokens per second."""
         for _ in range(requests):
-            self.seen = RequestStats(frozen=self.governor.preference.use_base(self.preference))
+            self.seen = RequestStats(serves_base=self.governor.router.use_base(self.prompt_log_ratio))
             left = tokens
             while left > 0:
                 got = self.round(left - 1, fixed)
@@ -88,24 +88,24 @@ class World:
 
     def learn(self) -> None:
         unseen = self.governor.request_ended(TOKENS, self.seen)
-        steps = self.governor.effort.affordable_steps()
+        steps = self.governor.budget.affordable_steps()
         if not steps and not unseen:
             return
         draws = [self.random.random() for _ in range(TOKENS)]  # both do well on the same tokens
-        learned, frozen = ([float(u < a) for u in draws] for a in self.alpha(self.request, self.steps))
+        learned, base = ([float(u < a) for u in draws] for a in self.alpha(self.request, self.steps))
         if not steps:
-            self.governor.observe_comparison(learned, frozen, updates=False, preference=self.preference)
+            self.governor.observe_comparison(learned, base, updates=False, prompt_log_ratio=self.prompt_log_ratio)
             self.time_s += LOOK
             self.update_s += LOOK
-            self.governor.effort.scored(LOOK)
+            self.governor.budget.scored(LOOK)
             return
-        compares = self.governor.compares(self.preference)
-        self.governor.observe_comparison(learned, frozen if compares else None, preference=self.preference)
+        compares = self.governor.decide_comparison(self.prompt_log_ratio)
+        self.governor.observe_comparison(learned, base if compares else None, prompt_log_ratio=self.prompt_log_ratio)
         seconds = self.noisy(steps * STEP + compares)
         self.steps += steps
         self.time_s += seconds
         self.update_s += seconds
-        self.governor.effort.spent(seconds, steps)
+        self.governor.budget.spent(seconds, steps)
 
 
 def best_static(alpha: Callable[[int, int], tuple[float, float]], requests: int, draft_step: float = 0.15) -> float:
@@ -161,50 +161,50 @@ def test_a_changed_stream_wakes_the_learner() -> None:
     change = 150
     world = World(lambda request, steps: (0.7, 0.7) if request < change else (0.1, 0.1))
     world.run(change)
-    assert world.governor.decisions.effort < 1  # nothing was gained for long
+    assert world.governor.decisions.budget_fraction < 1  # nothing was gained for long
     world.run(6)
-    assert world.governor.decisions.effort == 1.0 and "full effort" in world.governor.decisions.learning
+    assert world.governor.decisions.budget_fraction == 1.0 and "full budget" in world.governor.decisions.learning
 
 
 def test_the_frozen_draft_serves_while_the_learned_one_is_worse() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(8):
         governor.observe_comparison([0.5] * TOKENS, [0.6] * TOKENS)
-    assert governor.preference.use_base(0.0) and abs(governor.acceptances.rate - 0.6) < 0.05
+    assert governor.router.use_base(0.0) and abs(governor.acceptances.rate - 0.6) < 0.05
     for _ in range(12):
         governor.observe_comparison([0.7] * TOKENS, [0.6] * TOKENS)
-    assert not governor.preference.use_base(0.0)
+    assert not governor.router.use_base(0.0)
 
 
 def test_the_prompt_tells_who_serves_unless_experience_says_otherwise() -> None:
     governor = Governor(BUDGET, PASSES)
-    assert governor.preference.use_base(-0.5) and not governor.preference.use_base(0.5)
+    assert governor.router.use_base(-0.5) and not governor.router.use_base(0.5)
     for _ in range(4):
-        governor.observe_comparison([0.7] * TOKENS, [0.2] * TOKENS, preference=0.5)
-    assert governor.preference.use_base(-0.5) and not governor.preference.use_base(
+        governor.observe_comparison([0.7] * TOKENS, [0.2] * TOKENS, prompt_log_ratio=0.5)
+    assert governor.router.use_base(-0.5) and not governor.router.use_base(
         0.5
     )  # another kind of prompt: nothing was learned about it
     for _ in range(4):
-        governor.observe_comparison([0.7] * TOKENS, [0.2] * TOKENS, preference=-0.5)
-    assert not governor.preference.use_base(-0.5)
+        governor.observe_comparison([0.7] * TOKENS, [0.2] * TOKENS, prompt_log_ratio=-0.5)
+    assert not governor.router.use_base(-0.5)
     for _ in range(4):
-        governor.observe_comparison([0.2] * TOKENS, [0.7] * TOKENS, preference=0.5)
-    assert governor.preference.use_base(0.5) and not governor.preference.use_base(-0.5)
+        governor.observe_comparison([0.2] * TOKENS, [0.7] * TOKENS, prompt_log_ratio=0.5)
+    assert governor.router.use_base(0.5) and not governor.router.use_base(-0.5)
 
 
 def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
     world = World(lambda request, steps: (0.8, 0.8))
     world.run(3)
     governor, asked = world.governor, []
-    for preference in [0.5] * 20 + [-0.5] * 4:
-        asked.append(governor.asks_prompt())
+    for prompt_log_ratio in [0.5] * 20 + [-0.5] * 4:
+        asked.append(governor.decide_prompt_scoring())
         if asked[-1]:
-            governor.preference.asked(preference)
+            governor.router.observe_prompt(prompt_log_ratio)
     assert all(asked[:6]) and sum(asked[8:20]) == 4  # then one of three
-    assert governor.preference.use_base() and all(asked[-2:])  # one has spoken for the other draft: all are asked again
+    assert governor.router.use_base() and all(asked[-2:])  # one has spoken for the other draft: all are asked again
     useless = World(lambda request, steps: (0.0, 0.0))
     useless.run(10)
-    assert not useless.governor.asks_prompt()
+    assert not useless.governor.decide_prompt_scoring()
 
 
 def test_a_request_that_may_be_a_good_one_is_tried() -> None:
@@ -227,12 +227,12 @@ def test_a_prompt_is_read_where_that_pays() -> None:
     """Long prompts before short answers cost more than a good draft brings; and of the answers' length the governor learns."""
     governor = world_that_drafts()
     assert governor.plan(room=64, unread=500).lookahead > 0  # what reading costs is not known yet
-    governor.read(500, 500 * 0.05 * governor._pace_s)  # 25 plain steps
+    governor.observe_prefill(500, 500 * 0.05 * governor._pace_s)  # 25 plain steps
     for _ in range(20):
         governor.request_ended(200)
     assert governor.plan(room=300, unread=500).lookahead > 0
     assert governor.plan(room=20, unread=500).lookahead == 0 and governor.plan(room=20, unread=5).lookahead > 0
-    assert governor.asks_prompt(30, 300) and not governor.asks_prompt(500, 30)
+    assert governor.decide_prompt_scoring(30, 300) and not governor.decide_prompt_scoring(500, 30)
     for _ in range(20):
         governor.request_ended(20)
     assert governor.plan(room=300, unread=500).lookahead == 0
@@ -249,7 +249,7 @@ def world_that_drafts() -> Governor:
 def test_what_no_clock_can_have_measured_is_not_taken_in() -> None:
     governor = world_that_drafts()
     for seconds in (0.0, -1.0, float("inf"), float("nan")):
-        governor.read(500, seconds)
+        governor.observe_prefill(500, seconds)
     assert governor.plan(room=20, unread=500).lookahead > 0
 
 
@@ -274,9 +274,12 @@ def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
     for _ in range(12):
         governor.observe([TokenSource("memory", 1, key)], [0.0], 0.0, 1.0, seen)
         governor.observe([TokenSource("memory", 1, key)], [1.0], 0.0, 1.0)  # other requests
-    assert seen.trust < 0.4
-    assert governor.acceptances.memory(answer, trust=seen.trust)[1] < 0.5 * usual
-    assert governor.plan(drafts=False, seen=seen).trust == seen.trust and governor.plan(drafts=False).trust == 1.0
+    assert seen.memory_calibration < 0.4
+    assert governor.acceptances.memory(answer, calibration=seen.memory_calibration)[1] < 0.5 * usual
+    assert (
+        governor.plan(drafts=False, seen=seen).memory_calibration == seen.memory_calibration
+        and governor.plan(drafts=False).memory_calibration == 1.0
+    )
 
 
 def test_a_draft_slower_than_the_target_is_left_alone() -> None:
@@ -307,11 +310,11 @@ def test_a_clock_that_jumps(seconds: float) -> None:
     world = World(lambda request, steps: (0.7, 0.7))
     world.run(20)
     world.governor.observe([TokenSource("model", 0, (3,))], [1.0], seconds, seconds)
-    world.governor.effort.spent(seconds, 1)
+    world.governor.budget.spent(seconds, 1)
     for _ in range(3):
         plan = world.governor.plan()
         assert 0 <= plan.lookahead <= MAX_LOOKAHEAD and math.isfinite(plan.rate) and plan.rate > 0
-        assert world.governor.effort.affordable_steps() in range(2 + PASSES)
+        assert world.governor.budget.affordable_steps() in range(2 + PASSES)
     before = dict(world.governor.decisions.rounds)
     world.run(10)
     after = world.governor.decisions.rounds
@@ -325,7 +328,7 @@ def test_one_stall_switches_nothing_off() -> None:
 
     def memory_round(seconds: float) -> bool:
         plan = governor.plan(drafts=False)
-        speaks = governor.memory_pays(plan, 0, 1.0, answer, neural=False)
+        speaks = governor.decide_memory(plan, 0, 1.0, answer, neural=False)
         drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
         governor.observe(drafted, [1.0] * speaks, 0.0, seconds * (1.1 if speaks else 1.0))
         return speaks
@@ -337,7 +340,7 @@ def test_one_stall_switches_nothing_off() -> None:
     world = World(lambda request, steps: (0.8, 0.8))
     world.run(3)
     world.governor.observe([TokenSource("model", i, (3,)) for i in range(9)], [1.0] * 9, 30.0, 40.0)
-    world.governor.effort.spent(600.0, 1)
+    world.governor.budget.spent(600.0, 1)
     plan = world.governor.plan()
     assert plan.lookahead > 0 and 1 < plan.rate < 4
     before = world.steps
@@ -359,7 +362,7 @@ def test_a_draft_whose_first_times_are_absurd_is_tried_again() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_draft_that_has_become_good_is_found_again_without_learning(seed: int) -> None:
-    """Nothing but its own probes tells: a frozen draft, back in its home domain. One that goes well is followed up."""
+    """Nothing but its own probes tells: a draft that does not learn, back in its home domain. One that goes well is followed up."""
     governor, rng = Governor(BUDGET, PASSES), random.Random(seed)
 
     def rounds(a: float, n: int) -> int:
@@ -382,12 +385,12 @@ def test_a_draft_that_has_become_good_is_found_again_without_learning(seed: int)
 def test_what_was_not_looked_at_tells_nothing_about_who_served() -> None:
     governor = Governor(BUDGET, PASSES)
     for _ in range(4):
-        governor.observe_comparison([0.8] * TOKENS, [0.1] * TOKENS, preference=0.5)
-        governor.observe_comparison([0.1] * TOKENS, [0.7] * TOKENS, preference=-0.5)
+        governor.observe_comparison([0.8] * TOKENS, [0.1] * TOKENS, prompt_log_ratio=0.5)
+        governor.observe_comparison([0.1] * TOKENS, [0.7] * TOKENS, prompt_log_ratio=-0.5)
     before = governor.acceptances.mean_rate(False), governor.acceptances.mean_rate(True)
     assert before[0] > 0.7 and before[1] > 0.6
     for _ in range(4):
-        governor.observe_comparison([0.1] * TOKENS, None, preference=-0.5)  # the frozen draft serves these
+        governor.observe_comparison([0.1] * TOKENS, None, prompt_log_ratio=-0.5)  # the base draft serves these
     assert (governor.acceptances.mean_rate(False), governor.acceptances.mean_rate(True)) == before
 
 
@@ -397,26 +400,26 @@ def test_a_few_tokens_do_not_decide_who_serves() -> None:
         governor.observe_comparison([1.0] * TOKENS, [0.5] * TOKENS)
     for _ in range(6):
         governor.observe_comparison([0.0], [1.0])
-    assert not governor.preference.use_base(0.0)
+    assert not governor.router.use_base(0.0)
 
 
 def test_learning_is_worth_what_it_adds_to_the_memory() -> None:
     right, wrong = [0.95] * TOKENS, [0.0] * TOKENS
-    efforts = []
+    fractions = []
     for recalled in (right, wrong):
         governor = Governor(BUDGET, PASSES)
         for i in range(40):
             governor.observe_comparison([min(0.9, 0.02 * i)] * TOKENS, [0.0] * TOKENS, recalled)
-        efforts.append(governor.decisions.effort)
-    assert efforts[0] < efforts[1] == 1.0
+        fractions.append(governor.decisions.budget_fraction)
+    assert fractions[0] < fractions[1] == 1.0
 
 
 def test_what_is_not_a_number_is_not_taken_in() -> None:
     governor = Governor(BUDGET, PASSES)
-    for learned, frozen in ((math.nan, 0.5), (0.5, math.nan), (math.nan, None)):
-        governor.observe_comparison([0.5, learned], None if frozen is None else [0.5, frozen])
+    for learned, base in ((math.nan, 0.5), (0.5, math.nan), (math.nan, None)):
+        governor.observe_comparison([0.5, learned], None if base is None else [0.5, base])
     governor.observe_comparison([0.6] * TOKENS, [0.5] * TOKENS)
-    assert 0.5 < governor.acceptances.rate < 0.7 and not governor.preference.use_base(0.0)
+    assert 0.5 < governor.acceptances.rate < 0.7 and not governor.router.use_base(0.0)
 
 
 def test_rounds_of_nothing_and_requests_of_one_token() -> None:
@@ -427,8 +430,8 @@ def test_rounds_of_nothing_and_requests_of_one_token() -> None:
         governor.observe((), (), 0.0, 0.0)
         governor.request_ended(1)
         governor.observe_comparison([], None)
-        governor.effort.spent(0.0, 0)
-    assert governor.decisions.rounds["plain"] == 50 and not governor.preference.use_base(0.0)
+        governor.budget.spent(0.0, 0)
+    assert governor.decisions.rounds["plain"] == 50 and not governor.router.use_base(0.0)
 
 
 def test_the_same_story_gives_the_same_decisions() -> None:
@@ -456,10 +459,10 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
         > 0.2
         > governor.acceptances.memory(found(4, 1.0), True)[1]
     )
-    assert governor.memory_pays(plan, 0, 1.0, found(12, 1.0), neural=False)
-    assert not governor.memory_pays(plan, 0, 1.0, found(4, 1.0), neural=False)
-    assert not governor.memory_pays(plan, 5, 0.01, found(12, 1.0), neural=False)  # hardly ever gets that far
-    assert not governor.memory_pays(plan, 0, 1.0, None, neural=False)
+    assert governor.decide_memory(plan, 0, 1.0, found(12, 1.0), neural=False)
+    assert not governor.decide_memory(plan, 0, 1.0, found(4, 1.0), neural=False)
+    assert not governor.decide_memory(plan, 5, 0.01, found(12, 1.0), neural=False)  # hardly ever gets that far
+    assert not governor.decide_memory(plan, 0, 1.0, None, neural=False)
 
 
 def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
@@ -475,7 +478,7 @@ def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
             governor.observe([TokenSource("memory", i, key) for i in range(8)], [right] * (8 if right else 1), 0.0, 1.8)
         plan = governor.plan(drafts=False)
         assert plan.rate == 1.0 if not right else 2.5 < plan.rate < 9 / 1.8
-        pays[right] = governor.memory_pays(plan, 5, 0.99, weak, neural=False)
+        pays[right] = governor.decide_memory(plan, 5, 0.99, weak, neural=False)
     assert pays == {0.0: True, 1.0: False}
 
 
@@ -488,7 +491,7 @@ def test_a_memory_that_has_become_right_is_asked_again() -> None:
     def rounds(right: float, n: int) -> int:
         spoke = 0
         for _ in range(n):
-            speaks = governor.memory_pays(governor.plan(drafts=False), 0, 1.0, answer, neural=False)
+            speaks = governor.decide_memory(governor.plan(drafts=False), 0, 1.0, answer, neural=False)
             drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
             governor.observe(drafted, [right] * speaks, 0.0, 1.2 if speaks else 1.0)
             spoke += speaks
@@ -513,8 +516,8 @@ def test_memory_or_neural_by_what_each_brings() -> None:
             governor.observe(
                 [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))], [share], 0.0, 1.1
             )
-    assert governor.memory_pays(plan, 0, 1.0, good, neural=True)
-    assert not governor.memory_pays(plan, 0, 1.0, bad, neural=True)
+    assert governor.decide_memory(plan, 0, 1.0, good, neural=True)
+    assert not governor.decide_memory(plan, 0, 1.0, bad, neural=True)
 
 
 def test_a_machine_that_slows_down_changes_no_decision() -> None:

@@ -34,7 +34,7 @@ def test_a_draft_that_does_not_fit_is_said_once(settings: dict[str, object]) -> 
     assert len(heard) == 1, heard
     assert "agrees with the target at" in heard[0] and "another tokenizer" in heard[0]
     if not settings:
-        assert draft.metrics.decisions.effort == 1 / 16, "learning goes on costing"
+        assert draft.metrics.decisions.budget_fraction == 1 / 16, "learning goes on costing"
 
 
 def test_an_unknown_domain_is_no_misfit(pair) -> None:

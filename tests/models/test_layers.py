@@ -124,7 +124,7 @@ def test_plain_peft_loads_the_same_draft(name: str, tmp_path) -> None:
     lora.fold()
     with lora.gated() as speaking:
         torch.testing.assert_close(speaking(TOKENS).logits, reloaded(TOKENS).logits, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(lora.served(TOKENS).logits, reloaded(TOKENS).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lora.folded_tree(TOKENS).logits, reloaded(TOKENS).logits, atol=1e-4, rtol=1e-4)
 
 
 class Routed(nn.Module):
@@ -178,9 +178,9 @@ def test_rows_of_a_batch_are_the_experts_one_by_one(make) -> None:
         torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
         lora.serve(own)
         lora.fold()
-        folded = lora.served(tokens[row : row + 1]).logits[0]
+        folded = lora.folded_tree(tokens[row : row + 1]).logits[0]
         torch.testing.assert_close(together[row], folded, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(together[2], lora.base(tokens[2:]).logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together[2], lora.tree(tokens[2:]).logits[0], atol=1e-4, rtol=1e-4)
 
 
 def left_out(draft: OnlineDraft) -> str:

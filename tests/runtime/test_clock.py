@@ -51,14 +51,14 @@ def test_the_draft_is_priced_by_the_time_that_the_device_takes(monkeypatch, targ
     draft = OnlineDraft(draft_model, OnlineSpecConfig(lookahead=3, memory_tokens=0, update_when="request"))
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
     queue, told = Queue(monkeypatch, target), []
-    observe, read = draft.governor.observe, draft.governor.read
+    observe, read = draft.governor.observe, draft.governor.observe_prefill
     draft.governor.observe = lambda drafted, overlaps, draft_s, *rest: (
         queue.work(),  # the answer of the target was read by then
         told.append((len(drafted), draft_s)),
         observe(drafted, overlaps, draft_s, *rest),
     )[2]
     prompts: list[float] = []
-    draft.governor.read = lambda tokens, seconds: (prompts.append(seconds), read(tokens, seconds))[1]
+    draft.governor.observe_prefill = lambda tokens, seconds: (prompts.append(seconds), read(tokens, seconds))[1]
     assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=24))
     drafted = [(k, draft_s) for k, draft_s in told[1:] if k]  # the first round reads the prompt
     assert drafted and all(draft_s == pytest.approx(float(k)) for k, draft_s in drafted)

@@ -135,15 +135,15 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "the budget, with a clock": (LearningBudget, "affordable_steps", {"update_every": "auto", "lookahead": "auto"}),
     "scoring": (Learner, "_acceptance", {}),
     "folding": (GatedLora, "fold", {}),
-    "the guard": (Guard, "watch", {}),
+    "the guard": (Guard, "observe", {}),
     "the guard's trial": (Learner, "_would", {"snapshots": 2}),
     "the end of the request": (LearningDraft, "end_request", {}),
     "the replay": (Replay, "add", {}),
     "the replay's steps": (Learner, "replay_step", {}),
-    "the prompt's preference": (LearningDraft, "preference", {"update_every": "auto"}),
+    "the prompt's preference": (LearningDraft, "prompt_log_ratio", {"update_every": "auto"}),
     "the prompt's preference, before it drafts": (
         LearningDraft,
-        "preference",
+        "prompt_log_ratio",
         {"update_every": "auto", "lookahead": "auto"},
     ),
     "a look": (LearningDraft, "score_offline", {"update_every": "auto", "lookahead": "auto"}),
@@ -165,7 +165,7 @@ LEADING: dict[str, list[tuple[Any, str, Any]]] = {
     "the prompt's preference": [(LearningBudget, "affordable_steps", lambda *_: 1)],
     "the prompt's preference, before it drafts": [
         (candidates, "MIN_ROOM_TO_EXPLORE", 1),
-        (Governor, "asks_prompt", lambda *_: True),
+        (Governor, "decide_prompt_scoring", lambda *_: True),
     ],
     "a look": [(LearningBudget, "affordable_steps", lambda *_: 0), (Governor, "request_ended", lambda *_: True)],
 }
@@ -187,8 +187,8 @@ def test_nothing_beside_decoding_fails_a_call(target, prompt, monkeypatch, place
         for leading in LEADING.get(place, []):
             patch.setattr(*leading)
         if place == "the guard's trial":
-            draft._learning.guard._wait = 0
-            draft._learning.guard.states = [draft._adaptation.best()]
+            draft._learning.guard._requests_to_trial = 0
+            draft._learning.guard.states = [draft._adaptation.best_params()]
         answers(target, prompt, 2, assistant_model=draft)
     assert raised, "the place was not reached"
     answers(target, prompt, 1, assistant_model=draft)
@@ -208,7 +208,7 @@ def test_a_draft_whose_forward_fails_is_out_for_the_request(
     draft = draft_of(lookahead=lookahead, memory_tokens=0, update_when="round")
     answers(target, prompt, 4, assistant_model=draft)
     drafted, calls = draft.metrics.drafted_tokens, []
-    forward = type(draft._lora.base).forward
+    forward = type(draft._lora.tree).forward
 
     def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not target:
@@ -220,7 +220,7 @@ def test_a_draft_whose_forward_fails_is_out_for_the_request(
     for at in (0, 4):
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(type(draft._lora.base), "forward", fails)
+            patch.setattr(type(draft._lora.tree), "forward", fails)
             if sample:
                 found = answer(target, prompt, assistant_model=draft, do_sample=True)
                 assert isinstance(found, torch.Tensor) and found.shape == (1, prompt.shape[1] + 8), repr(found)
@@ -270,7 +270,7 @@ def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monk
 # What is called while the memory drafts, and with which settings; None: without a draft model.
 ON_THE_WAY: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "its answer is looked up": (SuffixMemory, "continuation", None),
-    "its answer is priced": (Governor, "memory_pays", None),
+    "its answer is priced": (Governor, "decide_memory", None),
     "its answer is priced, beside a model": (Acceptances, "memory", {}),
     "its answer is taken": (ProposalBuilder, "add_memory_token", None),
     "its answer is taken, beside a model": (ProposalBuilder, "add_memory_token", {}),

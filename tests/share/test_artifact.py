@@ -104,16 +104,16 @@ def test_the_guard_resumes_in_the_middle_of_a_trial(tmp_path: Path) -> None:
     """States that are tried, their leads, and the latest state are kept."""
     config = OnlineSpecConfig(**REPEATABLE)
     draft = OnlineDraft(tiny_llama(2), config)
-    guard, like = draft._learning.guard, draft._adaptation.best()
+    guard, like = draft._learning.guard, draft._adaptation.best_params()
     guard.states = [torch.randn_like(like), torch.randn_like(like)]
-    guard._tried = [(guard.states[1], [0.5, 0.25]), (None, [-0.125])]
+    guard._candidates = [(guard.states[1], [0.5, 0.25]), (None, [-0.125])]
     guard._trials, guard._level, guard.reason = 2, 0.3, "why"
     guard._latest.append((0.5, None))
     draft.save_pretrained(tmp_path)
     found = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._learning.guard
     assert [torch.equal(a, b) for a, b in zip(found.states, guard.states, strict=True)] == [True, True]
-    assert found._tried[0][0] is found.states[1] and found._tried[0][1] == [0.5, 0.25]
-    assert found._tried[1] == (None, [-0.125])
+    assert found._candidates[0][0] is found.states[1] and found._candidates[0][1] == [0.5, 0.25]
+    assert found._candidates[1] == (None, [-0.125])
     assert (found._trials, found._level, found.reason, list(found._latest)) == (2, 0.3, "why", [(0.5, None)])
 
 
@@ -156,7 +156,7 @@ def test_sizes(tmp_path: Path) -> None:
         config = OnlineSpecConfig(**(REPEATABLE | {"learner": learner, "rank": 64, "alpha": 64.0}))
         draft = OnlineDraft(tiny_llama(2, hidden=64), config)
         guard = draft._learning.guard
-        guard.states = [draft._adaptation.best() for _ in range(config.snapshots)]
+        guard.states = [draft._adaptation.best_params() for _ in range(config.snapshots)]
         draft.save_pretrained(tmp_path)
         size = flat_params(draft).nbytes
         assert (tmp_path / ADAPTER).stat().st_size <= 1.1 * size
@@ -548,7 +548,7 @@ def test_an_artifact_is_a_copy(target: PreTrainedModel) -> None:
     draft.lineage["alignment"] = {"tokens": 1}
     artifact = draft.artifact()
     before = json.dumps(artifact.state.values)
-    draft._adaptation.alive[1] = False
+    draft._adaptation.active[1] = False
     draft.lineage["alignment"]["tokens"] = 2
     serve(target, draft, range(2))
     assert json.dumps(artifact.state.values) == before and artifact.lineage["alignment"] == {"tokens": 1}
@@ -613,7 +613,7 @@ def test_loaded_under_inference_mode_it_goes_back_to_earlier_states(tmp_path: Pa
     draft.save_pretrained(tmp_path)
     with torch.inference_mode():
         again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    again._adaptation.restore(again._adaptation.best())
+    again._adaptation.restore(again._adaptation.best_params())
     assert not again._lora.params.is_inference()
 
 

@@ -102,7 +102,7 @@ def test_half_precision(tmp_path) -> None:
     exact = evolved(half)
     exact._lora.put(wide._lora.split(wide._lora.params))  # a new adapter's first values are rounded as its base is
     exact.fold()
-    reference = exact._lora.served.state_dict()
+    reference = exact._lora.folded_tree.state_dict()
     merge_and_export(wide, tmp_path / "half")
     merge_and_export(wide, tmp_path / "wide", torch.float32)
     for name, value in stored(tmp_path / "half").items():
@@ -186,7 +186,7 @@ def test_a_torn_export_is_not_there(tmp_path, monkeypatch) -> None:
 
 def test_quantised_weights_are_refused(tmp_path) -> None:
     draft = evolved(tiny_llama(2))
-    layer = draft._lora.base.model.layers[0].mlp.up_proj.get_base_layer()
+    layer = draft._lora.tree.model.layers[0].mlp.up_proj.get_base_layer()
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(DraftError, match=r"up_proj.*full precision"):
         merge_and_export(draft, tmp_path / "out")

@@ -369,7 +369,7 @@ def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     draft = OnlineDraft(load_draft(), FIXED)
     plant(draft, SECRETS[:1], 4)
     adaptation, guard = draft._adaptation, draft._learning.guard
-    leaks = adaptation.best()
+    leaks = adaptation.best_params()
     adaptation.restore(draft._lora.with_zero_b(leaks))
     draft.fold()
     assert examine(draft).memorised == 0

@@ -38,7 +38,7 @@ def changes(draft: OnlineDraft) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         return {
             name: draft._lora._change(module)
-            for name, module in draft._lora.base.named_modules()
+            for name, module in draft._lora.tree.named_modules()
             if module in draft._lora.layers
         }
 

@@ -125,7 +125,7 @@ class Whims(Governor):
     def model_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
         return position < plan.lookahead and survival > self.whim.uniform(0.0, 0.6)
 
-    def memory_pays(
+    def decide_memory(
         self,
         plan: Plan,
         position: int,
@@ -136,14 +136,14 @@ class Whims(Governor):
     ) -> bool:
         return found is not None and position < 4 and self.whim.random() < 0.6
 
-    def asks_prompt(self, tokens: int = 0, room: int = 0) -> bool:
+    def decide_prompt_scoring(self, tokens: int = 0, room: int = 0) -> bool:
         return self.whim.random() < 0.5
 
 
 class Tastes(AdapterRouter):
     """Changes its mind about the draft at random."""
 
-    def use_base(self, preference: float | None = None) -> bool:
+    def use_base(self, log_ratio: float | None = None) -> bool:
         return Whims.whim.random() < 0.3
 
 
@@ -162,8 +162,8 @@ def test_law_with_early_stops_and_sources_that_change(name: str, alone: bool, mo
     target, model = models()
     law = exact_law(target, settings)
     monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
-    monkeypatch.setattr("hf_onlinespec.govern.governor.Effort", Generous)
-    monkeypatch.setattr("hf_onlinespec.govern.governor.Preference", Tastes)
+    monkeypatch.setattr("hf_onlinespec.govern.governor.LearningBudget", Generous)
+    monkeypatch.setattr("hf_onlinespec.govern.governor.AdapterRouter", Tastes)
     monkeypatch.setattr(Whims, "whim", random.Random(3))
     config = OnlineSpecConfig(memory_tokens=200, rank=2, alpha=2.0, lr=3e-3, replay_passes=0)
     draft = None if alone else OnlineDraft(model, config)
