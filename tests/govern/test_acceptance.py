@@ -66,6 +66,4 @@ def test_a_copied_passage_does_not_speak_for_the_weaker_answers_behind_it() -> N
     )
     for _ in range(30):
         acceptances.observe_round([TokenSource("memory", 1, key)], [0.0], copying)
-    assert (
-        acceptances.memory(weak, calibration=copying.memory_calibration)[1] < 0.8 * acceptances.memory(weak)[1]
-    )
+    assert acceptances.memory(weak, calibration=copying.memory_calibration)[1] < 0.8 * acceptances.memory(weak)[1]
