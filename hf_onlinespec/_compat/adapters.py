@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from .versions import imports_of_others
 
@@ -24,10 +26,20 @@ __all__ = [
     "LoraLayer",
     "activates_lora",
     "adds_virtual_tokens",
+    "base_of",
+    "delta_weight",
     "disable_lora",
     "embedding_scale",
     "expert_names",
+    "lora_factors",
 ]
+
+
+def base_of(model: PeftModel) -> PreTrainedModel:
+    """The model that the adapter is on: annotated as any module."""
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def adds_virtual_tokens(model: PreTrainedModel) -> bool:
@@ -45,6 +57,20 @@ def activates_lora(model: PreTrainedModel) -> bool:
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     offsets = (hook.keywords.get("alora_offsets") or [] for hook in hooks if isinstance(hook, functools.partial))
     return any(offset is not None for row in offsets for offset in row)
+
+
+def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
+    """What a LoRA layer adds to its weights, laid out as they are."""
+    change: Tensor = cast(Any, layer).get_delta_weight(adapter)  # the base class of LoRA layers is annotated without it
+    return change
+
+
+def lora_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, bool]:
+    """A (rank, in), B (out, rank), and whether the layer's weights are laid out as (in, out)."""
+    if isinstance(layer, LoraEmbedding):
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], True
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return cast(Tensor, a), cast(Tensor, b), bool(cast(Any, layer).fan_in_fan_out)
 
 
 def disable_lora(layer: LoraLayer, disabled: bool) -> None:
@@ -67,6 +93,6 @@ def expert_names(model: PreTrainedModel, names: Collection[str]) -> set[str]:
         except ValueError:  # it wants all the names of one fused weight
             found.add(name)
         else:
-            if name not in settings.target_modules:
+            if name not in (settings.target_modules or ()):
                 found.add(name)
     return found

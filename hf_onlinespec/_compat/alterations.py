@@ -78,8 +78,8 @@ def _altered(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[A
             yield from _foreign(function, WITH_CLASSES)
     classes = dict.fromkeys(type(module) for module in modules)
     for cls in classes:
-        for method in (cls.forward, cls.__call__):
-            yield from _foreign(method, (*WITH_CLASSES, _root(cls)))
+        for written in (cls.forward, cls.__call__):
+            yield from _foreign(written, (*WITH_CLASSES, _root(cls)))
     for name in dict.fromkeys(cls.__module__ for cls in classes):
         if name.startswith("transformers."):
             space = vars(sys.modules[name])

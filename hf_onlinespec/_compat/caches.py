@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -101,6 +101,7 @@ def forgets(cache: Cache, n: int) -> bool:
     return any(
         layer.cumulative_length >= layer.sliding_window and layer.keys.shape[-2] < layer.sliding_window - 1 + n
         for layer in windows
+        if layer.keys is not None
     )
 
 
@@ -135,14 +136,26 @@ def crop(cache: Cache, n: int) -> None:
     if len(filled) == len(layers):
         cache.crop(-n)
     else:
-        for layer in filled:
+        for layer in cast(list[DynamicLayer], filled):  # what cannot be cropped was refused, see rollback_obstacle
             layer.crop(-n)
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every filled layer, each (batch, heads, length, head_dim)."""
-    own = [layer for layer in cache.layers if type(layer) not in KEYLESS]
-    return [(layer.keys, layer.values) for layer in own if layer.is_initialized]
+    return [(layer.keys, layer.values) for layer in _filled(cache)]
+
+
+class _KeyedLayer(Protocol):
+    """A layer with keys and values of its own, each (batch, heads, length, head_dim) once it is filled."""
+
+    is_initialized: bool
+    keys: Tensor
+    values: Tensor
+
+
+def _filled(cache: Cache) -> list[_KeyedLayer]:
+    own = cast(list[_KeyedLayer], [layer for layer in cache.layers if type(layer) not in KEYLESS])
+    return [layer for layer in own if layer.is_initialized]
 
 
 def copied_prefix(cache: Cache, length: int, config: PretrainedConfig) -> DynamicCache:
@@ -154,9 +167,7 @@ def copied_prefix(cache: Cache, length: int, config: PretrainedConfig) -> Dynami
     taken = DynamicCache(config=config)
     for index, (keys, values) in enumerate(cache_tensors(cache)):
         taken.update(keys[..., :length, :].detach(), values[..., :length, :].detach(), index)
-    for layer in taken.layers:
-        if type(layer) in KEYLESS or not layer.is_initialized:
-            continue
+    for layer in _filled(taken):
         if layer.keys.is_inference() or layer.values.is_inference():
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     return taken

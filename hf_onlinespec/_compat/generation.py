@@ -6,9 +6,10 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from .caches import CACHE
 from .versions import imports_of_others, moved
@@ -18,6 +19,7 @@ with imports_of_others():
     from transformers.generation import (
         EpsilonLogitsWarper,
         EtaLogitsWarper,
+        GenerateDecoderOnlyOutput,
         LogitsProcessorList,
         MinLengthLogitsProcessor,
         MinNewTokensLengthLogitsProcessor,
@@ -154,15 +156,50 @@ def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
     return LogitsProcessorList([copy.copy(p) for p in processors if type(p) in STATELESS])
 
 
+class GenerativeModel(Protocol):
+    """What we call of a model that generates: transformers loads one as a PreTrainedModel, which is annotated without it."""
+
+    def generate(self, inputs: Tensor | None = None, **arguments: Any) -> Any: ...
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]: ...
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput | None, model_kwargs: dict[str, Any], is_encoder_decoder: bool
+    ) -> dict[str, Any]: ...
+
+
+def generative(model: PreTrainedModel) -> GenerativeModel:
+    """The same model, for the type checker: as one that generates."""
+    return cast(GenerativeModel, model)
+
+
+def processed_scores(processors: LogitsProcessorList, prefix: Tensor, scores: Tensor) -> Tensor:
+    """Scores as the processors leave them, both (batch, vocab). They are annotated for LongTensor, which no tensor is."""
+    return processors(cast(torch.LongTensor, prefix), scores)
+
+
+def generated_output(
+    sequences: Tensor, scores: tuple[Tensor, ...] | None, logits: tuple[Tensor, ...] | None, cache: Any
+) -> GenerateDecoderOnlyOutput:
+    """What `generate` returns with return_dict_in_generate: sequences (batch, L), scores and logits (batch, vocab) a token."""
+    fields: dict[str, Any] = {"sequences": sequences, "scores": scores, "logits": logits, CACHE: cache}
+    return GenerateDecoderOnlyOutput(**fields)
+
+
 def own_loop(model: PreTrainedModel) -> str:
     """The part of greedy decoding and sampling that a model has a method of its own for, as some for speech have; "": none."""
     methods = {
-        "_sample": type(model)._sample,  # which `generate` calls on the class
+        "_sample": _of_class(model, "_sample"),  # which `generate` calls on the class
         "_prefill": model._prefill,
         "_has_unfinished_sequences": model._has_unfinished_sequences,
     }
     own = (name for name, method in methods.items() if _plain(method) is not vars(GenerationMixin)[name])
     return next(own, "")
+
+
+def _of_class(model: PreTrainedModel, name: str) -> Any:
+    """A method that the class of a model that generates has."""
+    return getattr(type(model), name)
 
 
 def _plain(method: Any) -> Any:
@@ -171,7 +208,7 @@ def _plain(method: Any) -> Any:
 
 def own_generate(model: PreTrainedModel) -> str:
     """The name of a `generate` that stands in the place of transformers', in the class or in the model itself; "": there is none."""
-    found = vars(model).get("generate", type(model).generate)
+    found = vars(model).get("generate", _of_class(model, "generate"))
     if found is GenerationMixin.generate:
         return ""
     named = found if inspect.isfunction(found) or inspect.ismethod(found) else type(found)
@@ -180,7 +217,7 @@ def own_generate(model: PreTrainedModel) -> str:
 
 def sample(model: PreTrainedModel, *arguments: Any, **model_kwargs: Any) -> Any:
     """Greedy decoding or sampling without a draft, as `generate` calls it; arguments and result are its own."""
-    return type(model)._sample(model, *arguments, **model_kwargs)
+    return _of_class(model, "_sample")(model, *arguments, **model_kwargs)
 
 
 def mask_length(generation_config: GenerationConfig) -> int | None:
@@ -211,7 +248,7 @@ def _continuation(model: PreTrainedModel) -> Any:
 
 def continue_inputs(model: PreTrainedModel, outputs: ModelOutput | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs for the forward after the next token, without the cache."""
-    inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
+    inputs = generative(model)._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
     return {name: value for name, value in inputs.items() if name != CACHE}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .adapters import base_of
 from .alterations import HOOK
 from .caches import CACHE
 from .versions import imports_of_others
@@ -24,7 +26,7 @@ def inner_model(model: Any) -> PreTrainedModel:
         if compiled is not None:
             model = compiled
         elif isinstance(model, PeftModel):
-            model = model.get_base_model()
+            model = base_of(model)
         else:
             inner: PreTrainedModel = model
             return inner
@@ -50,6 +52,16 @@ def keeps_logits(model: nn.Module) -> bool:
 def drops_cache(model: PreTrainedModel) -> bool:
     """Whether the model is in training with gradient checkpointing, under which transformers reads without the cache."""
     return any(module.training and vars(module).get("gradient_checkpointing") for module in model.modules())
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weights of an embedding, a head or a linear layer: torch annotates every attribute as a tensor or a module."""
+    return cast(Tensor, layer.weight)
+
+
+def placed(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """The model, moved to a device. Transformers wraps `to` in a way that hides its arguments from a type checker."""
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def is_stateful(model: PreTrainedModel) -> bool:

@@ -20,7 +20,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat.adapters import LoraEmbedding, LoraLayer, disable_lora, embedding_scale
+from .._compat.adapters import (
+    LoraEmbedding,
+    LoraLayer,
+    base_of,
+    delta_weight,
+    disable_lora,
+    embedding_scale,
+    lora_factors,
+)
+from .._compat.models import weight_of
 from ..errors import DraftError
 from ..models.borrow import borrow, is_plain
 from ..models.layers import adaptable_layers as adaptable_layers
@@ -82,7 +91,11 @@ class GatedLora:
         if target_modules is not None and not self.left_out:
             names = list(target_modules)  # as they were given; those that are not there are PEFT's to name
         settings = LoraConfig(
-            r=blocks * rank, lora_alpha=alpha * blocks, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
+            r=blocks * rank,
+            lora_alpha=alpha * blocks,  # type: ignore[arg-type]  # need not be whole
+            target_modules=names,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
         )
         with seeded(base, seed), warnings.catch_warnings():
             # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.
@@ -95,7 +108,7 @@ class GatedLora:
                     f"No adapter fits {type(model).__name__} with the layers {some}: {(str(error).splitlines() or [''])[0][:200]} "
                     "Name layers that the model's text goes through with target_modules=."
                 ) from error
-        self.tree: PreTrainedModel = self.model.get_base_model()
+        self.tree = base_of(self.model)
         self.tree.eval()
         self.rank, self.blocks = rank, blocks
         self.layers = [module for module in self.tree.modules() if isinstance(module, LoraLayer)]
@@ -133,7 +146,7 @@ class GatedLora:
 
     def _foldable(self, model: PreTrainedModel) -> list[tuple[LoraLayer, nn.Parameter]] | None:
         """A third module tree, `self.folded_tree`, whose adapted layers get weights of their own; None: too large, or not float32."""
-        weights = [layer.get_base_layer().weight for layer in self.layers]
+        weights = [weight_of(layer.get_base_layer()) for layer in self.layers]
         if not all(is_plain(weight) and weight.dtype == torch.float32 for weight in weights):
             return None
         if sum(weight.numel() for weight in weights) > FOLD_MOST:
@@ -143,10 +156,9 @@ class GatedLora:
         folded = []
         for name, layer in self.tree.named_modules():
             if isinstance(layer, LoraLayer):
-                modules[name].weight = nn.Parameter(
-                    torch.empty_like(layer.get_base_layer().weight), requires_grad=False
-                )
-                folded.append((layer, modules[name].weight))
+                weight = nn.Parameter(torch.empty_like(weight_of(layer.get_base_layer())), requires_grad=False)
+                modules[name].weight = weight
+                folded.append((layer, weight))
         return folded
 
     @property
@@ -170,7 +182,7 @@ class GatedLora:
             return
         with torch.no_grad():
             for layer, weight in self._folded:
-                torch.add(layer.get_base_layer().weight, self._change(layer), out=weight)
+                torch.add(weight_of(layer.get_base_layer()), self._change(layer), out=weight)
             # What is not finite is not served: it is folded again the next time, and until then speaks beside the weights.
             sums = torch.stack([weight.sum() for _, weight in self._folded])
             self._stale = not bool(torch.isfinite(sums).all())
@@ -178,12 +190,10 @@ class GatedLora:
     def _change(self, layer: LoraLayer) -> Tensor:
         """s · B (w ⊙ A) of one layer, laid out as its weights are."""
         if self.weights is None:
-            return layer.get_delta_weight(ADAPTER)
-        embeds = isinstance(layer, LoraEmbedding)
-        a = layer.lora_embedding_A[ADAPTER] if embeds else layer.lora_A[ADAPTER].weight
-        b = layer.lora_embedding_B[ADAPTER] if embeds else layer.lora_B[ADAPTER].weight
+            return delta_weight(layer, ADAPTER)
+        a, b, transposed = lora_factors(layer, ADAPTER)
         change = (b * self.weights.repeat_interleave(self.rank)) @ a * layer.scaling[ADAPTER]
-        return change.T if embeds or layer.fan_in_fan_out else change
+        return change.T if transposed else change
 
     def merged_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The base's weights with the adapter in them as it serves, by the base's own names. The sums are made in float32.
@@ -299,8 +309,9 @@ class GatedLora:
     def adapter_config(self, base_name: str) -> LoraConfig:
         """What PEFT has to know to load the adapter, of rank blocks · rank, onto the base of this name."""
         config = copy.copy(self.model.peft_config[ADAPTER])
+        assert isinstance(config, LoraConfig)
         config.inference_mode, config.base_model_name_or_path = True, base_name
-        config.target_modules = sorted(config.target_modules)
+        config.target_modules = sorted(config.target_modules or ())
         return config
 
     @contextmanager

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .._compat.caches import CACHE, crop, forgets, held_tokens, rollback_obstacle, rolls_back
+from .._compat.generation import generative
 from .._compat.models import max_positions
+from .._compat.tokenizers import chat_inputs
 from ..commit.base import Draft
 from ..draft import OnlineDraft
 from ..errors import ConfigError
@@ -79,7 +81,7 @@ class Detokenizer:
         return text[len(before) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
@@ -198,7 +200,7 @@ class Chat:
         teller, stop = _Teller(self.tokenizer, show), _Stop(stopped)
         served = self.drafts.metrics.requests
         started = time.perf_counter()
-        output = self.target.generate(
+        output = generative(self.target).generate(
             prompt.to(self.target.device),
             attention_mask=torch.ones_like(prompt, device=self.target.device),
             max_new_tokens=min(self._max_new_tokens, room),
@@ -246,9 +248,7 @@ class Chat:
             new = self.tokenizer(text, add_special_tokens=begins, return_tensors="pt").input_ids
             return torch.cat([self._sequence, new.view(1, -1).long()], dim=1)
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [*self._messages, *more], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            rendered = chat_inputs(self.tokenizer, [*self._messages, *more])
         except TemplateError as error:
             raise ConfigError(f"The chat template of this model does not take this conversation ({error}).") from error
         prompt: Tensor = rendered["input_ids"]
@@ -303,7 +303,7 @@ class Chat:
             return
         self._cache, stop = None, _Stop(stopped)
         started = time.perf_counter()
-        output = self.target.generate(
+        output = generative(self.target).generate(
             sequence,
             stopping_criteria=StoppingCriteriaList([stop]),
             attention_mask=torch.ones_like(sequence),

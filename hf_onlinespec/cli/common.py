@@ -16,6 +16,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .._compat.models import placed
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError, MissingExtraError, OnlineSpecError, brief
 from ..models.vocabulary import check_vocabularies
@@ -301,8 +302,7 @@ def load_draft_model(
             "base_model=...) takes it from another place."
         ) from error
     check_vocabularies(target, model.config, tokenizer)
-    placed: PreTrainedModel = model.to(device)
-    return placed, True
+    return placed(model, device), True
 
 
 def _loaded(kind: Any, option: str, name: str, what: str = "model", **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from .._compat.caches import CACHE, crop, record_past
+from .._compat.generation import processed_scores
 from ..govern.acceptance import RequestStats
 from ..models.vocabulary import Vocabulary, widened
 from .sampling import draw
@@ -126,7 +127,7 @@ class RequestModel:
         if self._warpers:
             # They index the target's vocabulary; what the draft does not propose is impossible before and after them.
             scores = widened(scores.to(prefix.device), self.vocabulary.said, -torch.inf)
-            scores = self._warpers(prefix, scores)
+            scores = processed_scores(self._warpers, prefix, scores)
         scores = scores.to(prefix.device)
         host = prefix.device.type == "cpu" and prefix.shape[0] == 1  # elsewhere, reading a value waits for the device
         law = None

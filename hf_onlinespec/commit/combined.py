@@ -379,7 +379,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
     # memory is not asked, and the draft learns every `update_every` rounds whatever `update_when` says; whoever made the
     # generator may call `finish()` for the rest and for the replay.
 
-    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def get_candidates(  # type: ignore[override]  # annotated for LongTensor, and as if there were always a q
+        self, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """`(input_ids with the drafted tokens, log q)`, for transformers' assisted decoding."""
         k = FIRST_LOOKAHEAD if self._fixed is None else self._fixed
         k = max(0, min(k, self._max_length - input_ids.shape[1] - 1))

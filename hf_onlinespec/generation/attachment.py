@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -24,6 +24,7 @@ from ..runtime.warning import warn_or_log
 from ..share.loading import load_beside
 from ..verify.checks import check_target
 from .call import ATTACHED, Attachment
+from .setting import wanted
 
 
 def attach(
@@ -63,7 +64,7 @@ def attach(
         )
     check_target(inner)
     config = as_config(config, **settings)
-    saved = inner.generation_config.onlinespec
+    saved = wanted(inner.generation_config)
     if config is None and isinstance(saved, OnlineSpecConfig) and not isinstance(draft, Draft):
         config = saved
     if isinstance(draft, str | Path):
@@ -97,7 +98,7 @@ def _model_draft(target: PreTrainedModel, draft: object, config: OnlineSpecConfi
     model = draft if isinstance(draft, OnlineDraft) else uncompiled(draft)
     if isinstance(model, PreTrainedModel | PeftModel):
         check_vocabularies(target, model)  # before an adapter is made for nothing
-    found = online_draft(draft, config)
+    found = online_draft(cast(PreTrainedModel, draft), config)  # which refuses other modules itself
     check_vocabularies(target, found.model)
     return found
 

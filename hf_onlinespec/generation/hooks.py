@@ -31,7 +31,7 @@ from ..verify.checks import check_call, check_inputs, check_mode, check_synced_g
 from ..verify.custom_generate import GenerateFn
 from ..verify.loop import decode
 from .call import Call, anything_attached, call_of, call_with, calling
-from .setting import OnlineSpecSetting, says, wanted
+from .setting import add_setting, remove_setting, says, unset, wanted
 
 Function = Callable[..., Any]
 
@@ -55,7 +55,7 @@ def enable() -> None:
     )
     for (owner, name), wrapper in zip(WRAPPED, wrappers, strict=True):
         setattr(owner, name, wrapper)
-    GenerationConfig.onlinespec = OnlineSpecSetting()
+    add_setting()
 
 
 def disable() -> None:
@@ -64,7 +64,7 @@ def disable() -> None:
         return
     for (owner, name), original in zip(WRAPPED, _originals, strict=True):
         setattr(owner, name, original)
-    del GenerationConfig.onlinespec
+    remove_setting()
     _originals.clear()
 
 
@@ -238,7 +238,7 @@ def _wrap_prepare(prepare: Function) -> Function:
         if call is not None and not call.explicit:
             call.explicit = says(kwargs.get("onlinespec"), generation_config, self.generation_config)
             if not call.explicit:
-                config.onlinespec = None  # what was saved with the model does not go before what was attached
+                unset(config)  # what was saved with the model does not go before what was attached
                 call.config = config
         return config, model_kwargs
 

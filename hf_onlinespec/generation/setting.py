@@ -52,9 +52,23 @@ class OnlineSpecSetting:
             raise ConfigError(f"onlinespec={value!r}: expected True, False or an OnlineSpecConfig.")
 
 
+def add_setting() -> None:
+    """Gives transformers' configurations the attribute, which their annotations know nothing of."""
+    GenerationConfig.onlinespec = OnlineSpecSetting()  # type: ignore[attr-defined]
+
+
+def remove_setting() -> None:
+    del GenerationConfig.onlinespec  # type: ignore[attr-defined]
+
+
+def unset(config: GenerationConfig) -> None:
+    """Lets a configuration say nothing."""
+    config.onlinespec = None  # type: ignore[attr-defined]
+
+
 def wanted(config: GenerationConfig) -> OnlineSpecConfig | bool | None:
     """What a configuration says; None: nothing."""
-    return config.onlinespec
+    return config.onlinespec  # type: ignore[attr-defined]
 
 
 def says(argument: Any, config: GenerationConfig | None, saved: GenerationConfig) -> bool:

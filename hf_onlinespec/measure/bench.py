@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat.generation import generative
 from ..commit.base import Draft
 from ..commit.memory_draft import online_memory
 from ..draft import OnlineDraft
@@ -220,7 +221,7 @@ class Runner:
     def _generate(self, inputs: BatchEncoding, new_tokens: int, arm: Arm, number: int) -> tuple[Tensor, float]:
         torch.manual_seed(1000 * self._seed + number)
         started = self._now()
-        output = self._target.generate(**inputs, **self._options, max_new_tokens=new_tokens, **arm)
+        output = generative(self._target).generate(**inputs, **self._options, max_new_tokens=new_tokens, **arm)
         return output, self._now() - started
 
     def _now(self) -> float:

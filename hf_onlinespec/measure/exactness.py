@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from .._compat.generation import generative
 from .._compat.models import keeps_logits, max_positions
 
 IDENTICAL, ROUNDING, FAULT = "identical", "within rounding", "fault"
@@ -95,7 +96,7 @@ class Examiner:
         """Plain generation once more, over the tokens of `plain`: its logits and processed scores, (n, V) in float32 each."""
         prompt = inputs["input_ids"].shape[1]
         replay = _Replay(plain[0], prompt)
-        out = self._target.generate(
+        out = generative(self._target).generate(
             **inputs,
             do_sample=False,
             max_new_tokens=plain.shape[1] - prompt,

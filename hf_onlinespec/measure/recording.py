@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat.generation import generative
 from ..adapt.feedback import Feedback, Teacher
 from ..errors import ConfigError
 from ..runtime.progress import each
@@ -150,7 +151,7 @@ def record(
     for number, prompt in enumerate(each(prompts, "Recording", "prompt")):
         inputs = tokenizer(prompt.text, return_tensors="pt").to(target.device)
         torch.manual_seed(seed + number)
-        out = target.generate(
+        out = generative(target).generate(
             **inputs,
             **law,
             max_new_tokens=prompt.new_tokens,

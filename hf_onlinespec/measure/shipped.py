@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from .._compat.tokenizers import chat_inputs
 from .records import Prompt
 
 FOLDER = Path(__file__).with_name("prompts")  # SOURCES.md in it: whose they are, under which licence
@@ -23,6 +24,4 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BatchEncoding
     """Text to the inputs of a model, (1, L): by the chat template where the tokenizer has one, as the user's only message."""
     if tokenizer.chat_template is None:
         return lambda text: tokenizer(text, return_tensors="pt")
-    return lambda text: tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    return lambda text: chat_inputs(tokenizer, [{"role": "user", "content": text}])

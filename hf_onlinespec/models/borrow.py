@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from .._compat.models import module_state
+from .._compat.models import module_state, weight_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,7 +34,7 @@ def borrow(model: PreTrainedModel) -> PreTrainedModel:
     tree = copy_modules(model, {id(p): _frozen(p) if is_plain(p) else p for p in model.parameters()})
     head, embedding = tree.get_output_embeddings(), tree.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is embedding.weight:
-        head.weight = _frozen(head.weight)
+        head.weight = _frozen(weight_of(head))
         tree.config.tie_word_embeddings = False
     return tree.eval()
 

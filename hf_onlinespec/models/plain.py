@@ -11,9 +11,9 @@ from peft import LoraModel, PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .._compat.adapters import LoraLayer
+from .._compat.adapters import LoraLayer, base_of
 from .._compat.caches import CACHE, rolls_back
-from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled
+from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled, weight_of
 from ..errors import DraftError, brief
 from .borrow import copy_modules
 
@@ -113,11 +113,11 @@ def _merged(model: PeftModel) -> PreTrainedModel:
         )
     # Weights of its own, because merging writes into them.
     model = copy_modules(model, {id(parameter): copy.deepcopy(parameter) for parameter in model.parameters()})
-    base = model.get_base_model()
+    base = base_of(model)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    if head is not None and embedding is not None and head.weight is embedding.weight:
         # Merged while tied, the two adapters would be added to one matrix.
         inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
-        inner.weight = nn.Parameter(inner.weight.detach().clone())
+        inner.weight = nn.Parameter(weight_of(inner).detach().clone())
         base.config.tie_word_embeddings = False
     return model.merge_and_unload()

@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat.adapters import LoraLayer
+from .._compat.adapters import LoraLayer, base_of
 from .._compat.models import commit_hash, model_name, unpadded_size
 from ..errors import DraftError
 from .identity import tokenizer_file
@@ -49,7 +49,7 @@ class Vocabulary:
     def of(cls, model: PreTrainedModel | PeftModel | PretrainedConfig) -> Vocabulary:
         """That of a model, or the one that a configuration promises."""
         if isinstance(model, PeftModel):
-            model = model.get_base_model()
+            model = base_of(model)
         config = model if isinstance(model, PretrainedConfig) else model.config
         text = config.get_text_config()
         stated = int(text.vocab_size)
@@ -124,10 +124,11 @@ def check_vocabularies(
     sizes = (
         f"The target has {own.size} tokens in its vocabulary ({own.source}) and the draft {other.size} ({other.source})"
     )
-    sources = [t or _file(_config(model)) for t, model in zip(given, (target, draft), strict=True)]
+    source, other_source = (t or _file(_config(model)) for t, model in zip(given, (target, draft), strict=True))
     compared = None
-    if sources[0] is not None and sources[1] is not None:
-        compared = _compared(*sources, min(own.size, other.size), *map(_stamp, sources))
+    if source is not None and other_source is not None:
+        stamps = _stamp(source), _stamp(other_source)
+        compared = _compared(source, other_source, min(own.size, other.size), *stamps)
     if compared is None:
         if abs(own.size - other.size) > MAX_PADDING:
             raise DraftError(

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat.serving import (
     X_REQUEST_ID,
-    BaseHandler,
     ChatCompletionHandler,
     CompletionHandler,
     ModelManager,
@@ -42,6 +41,8 @@ from .metrics import ServerMetrics
 from .saving import DraftSaver
 
 logger = logging.getLogger(__name__)
+
+Handler = ChatCompletionHandler | CompletionHandler | ResponseHandler  # of one endpoint each
 
 PAGE = Path(__file__).with_name("page.html")
 LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -98,7 +99,8 @@ def build_app(served: Served) -> Starlette:
     manager = OnlineGenerateManager(served.target, served.draft, metrics, memories, saver)
     models = ModelManager(model_timeout=-1)
     key = models.process_model_name(served.name)
-    models.loaded_models[key] = TimedModel(served.target, timeout_seconds=-1, processor=served.tokenizer)
+    tokenizer: Any = served.tokenizer  # annotated for the one of the classes that AutoTokenizer makes
+    models.loaded_models[key] = TimedModel(served.target, timeout_seconds=-1, processor=tokenizer)
     models.force_model = served.name
     generation = OneModel(manager)
 
@@ -147,7 +149,11 @@ def build_app(served: Served) -> Starlette:
         about = {"model": served.name, "draft": served.draft_name, "isolated": served.isolate, "clients": len(memories)}
         return JSONResponse(about | metrics.page(int(after)), headers={"Cache-Control": "no-store"})
 
-    handlers = {"chat": ChatCompletionHandler, "completions": CompletionHandler, "responses": ResponseHandler}
+    handlers: dict[str, type[Handler]] = {
+        "chat": ChatCompletionHandler,
+        "completions": CompletionHandler,
+        "responses": ResponseHandler,
+    }
     api = {
         endpoint: _route(endpoint, kind(model_manager=models, generation_state=generation), metrics)
         for endpoint, kind in handlers.items()
@@ -176,7 +182,7 @@ def build_app(served: Served) -> Starlette:
     return app
 
 
-def _route(endpoint: str, handler: BaseHandler, metrics: ServerMetrics) -> Callable[[Request], Awaitable[Response]]:
+def _route(endpoint: str, handler: Handler, metrics: ServerMetrics) -> Callable[[Request], Awaitable[Response]]:
     async def route(request: Request) -> Response:
         request_id = request.headers.get(X_REQUEST_ID, "")
         if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):

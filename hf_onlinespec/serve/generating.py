@@ -11,16 +11,18 @@ from concurrent.futures import TimeoutError
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from .._compat.generation import generative
 from .._compat.models import max_positions
 from .._compat.serving import BaseGenerateManager, Cancelled, GenerateManager, GenerationState
 from ..commit.base import Draft
 from ..errors import OnlineSpecError
+from ..generation.setting import wanted
 from ..metrics import Counts
 from .clients import ClientMemories
 from .metrics import DONE, FAILED, SOURCES, STOPPED, ServedRequest, ServerMetrics
@@ -88,7 +90,7 @@ class OnlineGenerateManager(BaseGenerateManager):
         self._inner = GenerateManager()
         self._numbers = 0
 
-    def generate_streaming(
+    def generate_streaming(  # type: ignore[override]  # transformers 5.24 has arguments that 5.23 has not
         self,
         model: PreTrainedModel,
         processor: Any,
@@ -99,12 +101,14 @@ class OnlineGenerateManager(BaseGenerateManager):
     ) -> Any:
         call = self._call(inputs, gen_config, streams=True)
         try:
-            return self._inner.generate_streaming(call, processor, inputs, gen_config, request_id, **kwargs)
+            return self._inner.generate_streaming(
+                cast(PreTrainedModel, call), processor, inputs, gen_config, request_id, **kwargs
+            )
         except Exception:  # such as a tokenizer that cannot decode token by token: it never came to wait
             self.metrics.left()
             raise
 
-    async def generate_non_streaming(
+    async def generate_non_streaming(  # type: ignore[override]  # the base class says list[int], its managers a tensor
         self,
         model: PreTrainedModel,
         processor: Any,
@@ -114,7 +118,7 @@ class OnlineGenerateManager(BaseGenerateManager):
     ) -> tuple[str, int, Tensor]:
         call = self._call(inputs, gen_config, streams=False)
         answer = asyncio.ensure_future(
-            self._inner.generate_non_streaming(call, processor, inputs, gen_config, request_id)
+            self._inner.generate_non_streaming(cast(PreTrainedModel, call), processor, inputs, gen_config, request_id)
         )
         try:
             # The thread would fail to set the result of what is cancelled.
@@ -177,7 +181,7 @@ class Call:
             if self.stopped.is_set() or manager.closed.is_set():
                 raise Cancelled
             kwargs["stopping_criteria"] = StoppingCriteriaList([Stopped(self.stopped, manager.closed)])
-            output = manager.target.generate(**kwargs)
+            output = generative(manager.target).generate(**kwargs)
             status = STOPPED if self.stopped.is_set() or manager.closed.is_set() else DONE
         except Cancelled as stopped:
             status, fault = STOPPED, stopped
@@ -250,7 +254,7 @@ def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTr
         gen_config.max_new_tokens = min(most, longest - prompt_tokens)
     if streams and gen_config.num_beams not in (None, 1):
         raise RequestError(400, f"num_beams={gen_config.num_beams}: a stream takes 1. Send it without stream.")
-    if gen_config.onlinespec not in (None, True, False):
+    if wanted(gen_config) not in (None, True, False):
         raise RequestError(400, "onlinespec: expected true or false; how this server drafts is not a request's to say.")
     if not gen_config.sequence_bias:  # an empty logit_bias is none
         gen_config.sequence_bias = None

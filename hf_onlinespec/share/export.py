@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat.models import commit_hash, model_name
+from .._compat.adapters import base_of
+from .._compat.models import commit_hash, model_name, weight_of
 from ..errors import ArtifactError, DraftError
 from ..models.identity import TOKENIZER, tokenizer_file
 from ..models.vocabulary import rows
@@ -94,7 +95,7 @@ def merge_and_export(
 @torch.no_grad()
 def _plain(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model of the base's class with the merged weights, to be saved: buffers that no file holds are empty."""
-    base: PreTrainedModel = draft.model.get_base_model()
+    base = base_of(draft.model)
     weights = draft.merged_weights(dtype)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
@@ -120,7 +121,7 @@ def _tied(base: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
     """Whether head and embedding were one, and still say the same."""
     names = {id(module): name for name, module in base.named_modules()}
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or head.weight.data_ptr() != embedding.weight.data_ptr():
+    if head is None or weight_of(head).data_ptr() != weight_of(embedding).data_ptr():
         return False
     return torch.equal(*(weights[f"{names[id(module)]}.weight"] for module in (embedding, head)))
 

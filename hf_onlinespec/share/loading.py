@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .._compat.hub import HUB_FAILURES
+from .._compat.models import placed
 from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
 from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
@@ -111,7 +112,7 @@ def load_beside(source: str | Path, target: PreTrainedModel, config: OnlineSpecC
     origin = locate(source)
     base = load_model(str(source), None, None) if origin.folder is None else NamedBase.of(origin).load()
     device = target.device if target.device.type != "meta" else base.device  # "meta": its weights lie elsewhere
-    return load(source, base.to(device), config, None, False, None)
+    return load(source, placed(base, device), config, None, False, None)
 
 
 def is_evolved(source: str) -> bool:

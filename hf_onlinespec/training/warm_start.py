@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .._compat.generation import generative
 from .._compat.models import max_positions, model_name
 from ..adapt.feedback import Teacher
 from ..adapt.losses import LOSSES
@@ -323,7 +324,9 @@ def _written(
             longest = max(map(len, batch))
             tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch], device=target.device)
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=target.device)
-            out = target.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=0, **law)
+            out = generative(target).generate(
+                tokens, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=0, **law
+            )
             for prompt, row in zip(batch, out[:, longest:].tolist(), strict=True):
                 n = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
                 yield Passage(prompt + row[:n], len(prompt))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from .._compat.generation import processed_scores
 from ..commit.proposal import Proposal
 from ..commit.sampling import draw
 from ..models.vocabulary import widened
@@ -48,7 +49,7 @@ def accept(
     accepted = 0
     overlaps: list[float] = []
     for i in range(k + 1):
-        processed = processors(tokens, logits[:, i])  # (batch, vocab)
+        processed = processed_scores(processors, tokens, logits[:, i])  # (batch, vocab)
         drafted = proposal.tokens[:, i] if i < k else None
         if not sample:
             token = processed.argmax(-1)

@@ -46,7 +46,8 @@ def check_call(
         draft: the model that drafts; None: the suffix memory drafts alone.
         tokenizer, assistant_tokenizer: of target and draft, where `generate` was given them.
     """
-    check_mode(generation_config, generation_config.get_generation_mode(draft))
+    # It asks only whether there is one.
+    check_mode(generation_config, generation_config.get_generation_mode(draft))  # type: ignore[arg-type]
     check_target(target)
     name, config = type(target).__name__, generation_config
     if adds_virtual_tokens(target):

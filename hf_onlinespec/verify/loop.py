@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat.caches import CACHE
+from .._compat.generation import generated_output
 from ..commit.base import Draft, note_latest
 from ..commit.combined import OnlineCandidateGenerator
 from ..models.vocabulary import Vocabulary
@@ -146,9 +146,4 @@ def _loop(
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return input_ids
-    return GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=scores,
-        logits=raw_logits if keep_logits else None,
-        **{CACHE: verifier.cache},
-    )
+    return generated_output(input_ids, scores, raw_logits if keep_logits else None, verifier.cache)

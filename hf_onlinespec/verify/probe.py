@@ -141,7 +141,9 @@ def _known_module(name: str) -> bool:
 
 def _tolerance(target: PreTrainedModel) -> float:
     """How far two logits may be apart by rounding alone, in the precision that the target is computed with now."""
-    dtypes = {p.dtype for p in target.parameters()}  # of quantised weights too, which are multiplied in half precision
+    dtypes: set[torch.dtype | str] = {
+        p.dtype for p in target.parameters()
+    }  # of quantised weights too, which are multiplied in half precision
     if torch.float32 in dtypes:
         dtypes -= {torch.float32}
         dtypes |= matmul_dtypes(target.device.type)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE, crop, held_tokens, record_past, returned_cache, rollback_obstacle
-from .._compat.generation import continue_inputs, continues_inputs, mask_length
+from .._compat.generation import continue_inputs, continues_inputs, generative, mask_length
 from ..errors import UnsupportedError
 from .positions import PositionLimits
 
@@ -118,7 +118,7 @@ class Verifier:
             place = end + self._surplus[name]
             self._columns[name] = _continued(values, place, COLUMNS[name])
             inputs[name] = self._columns[name][..., :place]
-        inputs = self._target.prepare_inputs_for_generation(
+        inputs = generative(self._target).prepare_inputs_for_generation(
             tokens,
             next_sequence_length=end - self._cached,
             is_first_iteration=self._first,
