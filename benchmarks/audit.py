@@ -20,8 +20,9 @@ from transformers.utils import logging
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import load_draft
+from hf_onlinespec.share.audit_report import times
 from hf_onlinespec.share.canaries import learn
-from hf_onlinespec.share.privacy import BEHIND, audit, times
+from hf_onlinespec.share.privacy import AFTERWARDS, audit
 
 LR = OnlineSpecConfig().lr
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,30 +46,30 @@ def main() -> None:
     source = Source()
     n = args.prompts
     print(
-        "| settings | seed | canaries | behind | mean exposure, bits (of 8) | written out |\n|---|---|---|---|---|---|"
+        "| settings | seed | canaries | afterwards | mean exposure, bits (of 8) | written out |\n|---|---|---|---|---|---|"
     )
     for seed in range(args.seeds):
-        stream = source.stream("stationary", n + BEHIND + APART, 0.0, seed, 48)
+        stream = source.stream("stationary", n + AFTERWARDS + APART, 0.0, seed, 48)
         requests = [Feedback(r.tokens, Teacher.from_logits(r.logits)) for r in stream]
-        seen, behind, apart = requests[:n], requests[n : n + BEHIND], requests[n + BEHIND :]
+        seen, afterwards, apart = requests[:n], requests[n : n + AFTERWARDS], requests[n + AFTERWARDS :]
         for name in args.settings:
             config = OnlineSpecConfig(**({"update_every": 1, "memory_tokens": 0, "seed": seed} | SETTINGS[name]))
             draft = OnlineDraft(load_draft(), config)
             draft.serves(source.target)
             learn(draft, seen)
             started = time.process_time()
-            report = audit(draft, own=seen, held_out=apart, behind=behind, seed=seed)
+            report = audit(draft, own=seen, held_out=apart, afterwards=afterwards, seed=seed)
             spent = time.process_time() - started
             for p in report.probed:
                 out = f"{p.extracted} of {len(p.exposures)}"
-                print(f"| {name} | {seed} | {times(p.repeats)} | {p.behind} | {p.bits:.2f} | {out} |")
+                print(f"| {name} | {seed} | {times(p.repeats)} | {p.afterwards} | {p.bits:.2f} | {out} |")
             gap = report.gap
             assert gap is not None
             gained = gap.held_out[0] - gap.held_out[1]
             print(
                 f"{name}, seed {seed}: gap {gap.gap:.3f} ± {gap.error:.3f} nats per token beside {gained:.2f} gained on held-out "
                 f"text, AUC {gap.auc:.3f}; {report.seen} of {report.vocabulary} tokens can be read off; "
-                f"memorised {report.history.memorised} of {report.history.texts} texts; "
+                f"memorised {report.record.memorised} of {report.record.texts} texts; "
                 f"refused for {len(report.refusals())} reasons; {spent:.1f} s of CPU",
                 flush=True,
             )

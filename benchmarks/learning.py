@@ -29,7 +29,7 @@ from hf_onlinespec.commit.suffix_memory import REACH, SuffixMemory
 from hf_onlinespec.govern.routing import AdapterRouter
 from hf_onlinespec.measure.regret import expected_rounds
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.share.provenance import machine
+from hf_onlinespec.share.provenance import provenance
 
 LOOKAHEAD = 5
 CHUNK = 40  # requests between two updates of the released code
@@ -207,7 +207,7 @@ def main() -> None:
                     stream = stream or source.stream(name, args.prompts, args.temperature, seed, args.new_tokens)
                     rows = run(learner, source, name, stream, args.temperature, seed)
                     with open(args.out, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"machine": machine()}) + "\n")
+                        file.write(json.dumps({"machine": provenance().to_dict()}) + "\n")
                         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
                     quarter = rows[-(len(rows) // 4) :]
                     print(

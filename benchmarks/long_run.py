@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import DOMAINS, load_pair, prompts
-from hf_onlinespec.share.provenance import machine
+from hf_onlinespec.share.provenance import provenance
 
 PLAIN_EVERY = 10
 
@@ -100,7 +100,7 @@ def main() -> None:
     print(lines[-1])
     command = f"python benchmarks/long_run.py --requests {args.requests} --blocks {args.blocks} --new-tokens {args.new_tokens} --threads {args.threads} --config '{args.config}'"
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "long_run.md").write_text(f"`{command}`\n\n{json.dumps(machine())}\n\n" + "\n".join(lines))
+    (args.out / "long_run.md").write_text(f"`{command}`\n\n{json.dumps(provenance().to_dict())}\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import load_draft, prompts
-from hf_onlinespec.share.canaries import learn, make_canaries, written
+from hf_onlinespec.share.canaries import as_feedback, learn, make_canaries
 from hf_onlinespec.share.memorization import examine
 from hf_onlinespec.share.privacy import check_privacy
 
@@ -80,7 +80,7 @@ def judge(source: Source, args: argparse.Namespace) -> None:
         secrets += [canary.tokens for canary in make_canaries(2048, 2, seed)]
         secrets = [] if args.again or not args.repeats else secrets
         for often in args.repeats or [1]:
-            requests = some + some[: args.again] * (often - 1) + [written(secret) for secret in secrets] * often
+            requests = some + some[: args.again] * (often - 1) + [as_feedback(secret) for secret in secrets] * often
             random.Random(seed).shuffle(requests)
             draft = make(seed, json.loads(args.config))
             draft.serves(source.target)

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.share.artifact import ADAPTER, STATE
+from hf_onlinespec.share.folder import ADAPTER, STATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is not installed
 

@@ -31,7 +31,7 @@ from hf_onlinespec import attach
 from hf_onlinespec.cli.common import best_device, load_model
 from hf_onlinespec.measure.shipped import shipped_prompts
 from hf_onlinespec.serve.app import Served, build_app
-from hf_onlinespec.share.provenance import machine
+from hf_onlinespec.share.provenance import provenance
 
 DRAWS = 2000  # of the bootstrap
 TIMEOUT_S = 1800.0
@@ -168,7 +168,7 @@ def main() -> None:
         "model": args.model,
         "draft": args.draft,
         "dtype": args.dtype,
-        "machine": machine(),
+        "machine": provenance().to_dict(),
         "clients": args.clients,
         "pairs": [asdict(pair) for pair in pairs],
         "ratio": [value, low, high],

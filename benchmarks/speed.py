@@ -33,7 +33,7 @@ from hf_onlinespec import OnlineDraft
 from hf_onlinespec.embedded import load_pair
 from hf_onlinespec.measure.bench import Arm, Runner
 from hf_onlinespec.measure.records import OUTPUTS, PLAIN, Record, by_arm, speed_ratio, totals
-from hf_onlinespec.share.provenance import machine
+from hf_onlinespec.share.provenance import provenance
 
 WINDOW = 8  # requests in a running mean
 COLOURS = ("#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")  # Okabe and Ito
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, file: TextIO) -> None:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "machine": machine(),
+        "machine": provenance().to_dict(),
         "node": platform.node(),
         "stream": args.stream,
         "temperature": args.temperature,

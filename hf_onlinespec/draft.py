@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +29,17 @@ from .models.plain import no_model
 from .runtime.forks import Lock
 from .share.artifact import Artifact
 from .share.card import write
+from .share.checkpoints import Checkpoints
 from .share.export import merge_and_export
-from .share.history import run_record, run_targets
-from .share.hub import Checkpoints, Push
-from .share.learned_from import ELSEWHERE, KEY, history, loaded_history
+from .share.history import ServingHistory
+from .share.hub import Push
+from .share.learned_from import loaded_record, privacy_record
+from .share.lineage import Lineage
 from .share.loading import Loaded, load
+from .share.lora_options import LoraOptions
 from .share.memorization import SAVE_S, examine
 from .share.privacy import check_privacy
+from .share.privacy_record import TRAINED_ELSEWHERE
 from .state import State, copied
 from .verify.custom_generate import GenerateFn
 
@@ -72,7 +75,7 @@ class OnlineDraft(LearningDraft):
         **settings: Any,
     ) -> None:
         super().__init__(model, config, **settings)
-        self.lineage = _new_lineage()
+        self.lineage = Lineage.new()
         self.targets: list[str] = []  # names of the models that it has drafted for
         self.loaded_rollbacks = 0  # of the guard, before it was loaded
         self.examined: Examined | None = None  # what came out of what it learned from, when that was last looked at
@@ -111,7 +114,7 @@ class OnlineDraft(LearningDraft):
             self._begin(source)
             self.governor = self._new_governor()
             self.metrics.decisions = self.governor.decisions
-            self.lineage, self.examined = _new_lineage(), None
+            self.lineage, self.examined = Lineage.new(), None
         warnings.warn(
             f"The draft {type(self._lora.tree).__name__} was changed after it was wrapped ({change}): "
             "what was learned does not belong to these weights, and learning begins anew.",
@@ -167,11 +170,11 @@ class OnlineDraft(LearningDraft):
             return Artifact(
                 settings=self.settings.of_draft(),
                 base=self.identity,
-                adapter_config=self._lora.adapter_config(name).to_dict(),
+                options=LoraOptions.of(self._lora.adapter_config(name).to_dict()),
                 adapter=copied(self._lora.named(self._lora.served_params())),
                 state=State(copied(state.tensors), state.values | {"metrics": counters.values}),
-                run=run_record(self.metrics, self.targets),
-                lineage=copy.deepcopy(self.lineage) | {KEY: history(self).to_dict()},
+                serving=ServingHistory.of(self.metrics, self.targets),
+                lineage=replace(copy.deepcopy(self.lineage), privacy=privacy_record(self)),
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -266,7 +269,7 @@ class OnlineDraft(LearningDraft):
             create_pr,
         )
         options.check(checkpoint_every)
-        options = options.named()
+        options = options.with_user()
         with self._learns:  # whatever is sent, the audit has seen
             if not private and not skip_audit:
                 check_privacy(self)
@@ -314,7 +317,7 @@ class OnlineDraft(LearningDraft):
             draft.resume(loaded.artifact)
         elif loaded.adapter is not None:
             draft.adopt(loaded.adapter)
-        draft.lineage |= loaded.lineage
+        draft.lineage = draft.lineage.going_on_from(loaded.lineage)
         return draft
 
     def resume(self, artifact: Artifact) -> None:
@@ -323,10 +326,10 @@ class OnlineDraft(LearningDraft):
             self._learning.resume(artifact.adapter, artifact.state)
             self.metrics.resume(artifact.state.part("metrics"))
             self._replay.refused = self.metrics.replay_refused
-            self.targets = run_targets(artifact.run)
+            self.targets = list(artifact.serving.targets)
             self.loaded_rollbacks = self._learning.guard.rollbacks
             self.metrics.decisions.rollback = self._learning.guard.reason
-            self.lineage[KEY] = loaded_history(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
+            self.lineage.privacy = loaded_record(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
             self._note()
 
     def adopt(
@@ -344,7 +347,7 @@ class OnlineDraft(LearningDraft):
             self.governor.router = AdapterRouter()  # which of the two serves was found out with the one before
             self._note()
             if texts is None:
-                self.lineage[KEY] = history(self).plus(ELSEWHERE).to_dict()
+                self.lineage.privacy = privacy_record(self).plus(TRAINED_ELSEWHERE)
                 return
             for text in texts:
                 self._learning.texts.finish(text, 0)  # it counts how often each stands, whole
@@ -353,11 +356,6 @@ class OnlineDraft(LearningDraft):
 
 def _scale(settings: OnlineSpecConfig) -> float:
     return settings.alpha / settings.rank
-
-
-def _new_lineage() -> dict[str, Any]:
-    """Where a draft came from, see the model card; the number tells its pushes from those of others."""
-    return {"draft": uuid.uuid4().hex}
 
 
 _drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()

@@ -55,3 +55,18 @@ def brief(value: object) -> str:
     except (ValueError, RecursionError):  # a number of more digits than Python writes; nested too deep
         return f"a {type(value).__name__} that is too large to be written"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"
+
+
+def require_whole(name: str, value: object, least: int = 1, most: int | None = None, otherwise: str = "") -> int:
+    """The value, if it is a whole number in these bounds; a bool is none.
+
+    Args:
+        otherwise: what else is allowed, for the error: ", or 'auto'".
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
+        return value
+    bound = "" if most is None else f" and at most {most:,}"
+    raise ConfigError(f"{name}={brief(value)}: expected a whole number, at least {least}{bound}{otherwise}.")

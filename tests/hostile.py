@@ -31,8 +31,10 @@ from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, HubError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.share import card as cards
-from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, NEXT, STATE, Artifact, own_checksum
-from hf_onlinespec.training.combining import combine, read
+from hf_onlinespec.share.artifact import Artifact
+from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CONFIG, STAGING, STATE
+from hf_onlinespec.share.manifest import own_checksum
+from hf_onlinespec.training.combining import combine, read_evolved
 
 MOST_S, MOST_BYTES = 10, 1 << 30  # of one case: of the processor, and of memory
 BLOCKED_S = 60  # by the clock: on a busy machine a case may have to wait
@@ -375,7 +377,7 @@ def change_rank(folder: Path, rng: random.Random) -> None:
 
 def change_kind(folder: Path, rng: random.Random) -> None:
     """Something else in the place of a file: a link, a pipe, a device, a folder, a name of somebody else's file."""
-    name = rng.choice((*FILES, NEXT, ".onlinespec_lock", f"{NEXT}/{CONFIG}"))
+    name = rng.choice((*FILES, STAGING, ".onlinespec_lock", f"{STAGING}/{CONFIG}"))
     path, victim = folder / name, folder.parent / "victim"
     path.parent.mkdir(exist_ok=True)
     if path.exists():
@@ -493,7 +495,7 @@ class Trial:
         pull(at, at.with_name(f"{at.name}-pulled"))
 
     def _merge(self, at: Path) -> None:
-        draft = combine([read(at), read(self.folder / "other")], self.base())
+        draft = combine([read_evolved(at), read_evolved(self.folder / "other")], self.base())
         assert torch.equal(self._generate(assistant_model=draft), self.plain), "another text after merging"
 
     def _card(self, at: Path) -> None:

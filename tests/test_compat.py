@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, VersionError
 from hf_onlinespec._compat.versions import OLDEST, SUPPORTED, refuse_older
 from hf_onlinespec.adapt.learners import HEDGES
-from hf_onlinespec.share.canaries import learn, written
+from hf_onlinespec.share.canaries import as_feedback, learn
 from hf_onlinespec.share.memorization import examine
 from hf_onlinespec.share.privacy import loss_gap
 
@@ -60,7 +60,7 @@ def test_the_device_of_these_tests_notes_float64() -> None:
 
 
 def test_likelihoods_are_computed_without_float64_on_the_device(on_mps: list[str]) -> None:
-    texts = [written(torch.randint(3, 32, (12,)), 6) for _ in range(4)]
+    texts = [as_feedback(torch.randint(3, 32, (12,)), 6) for _ in range(4)]
     draft = OnlineDraft(
         tiny_llama(2), OnlineSpecConfig(rank=4, alpha=4.0, update_every=1, lookahead=3, memory_tokens=0)
     )
@@ -69,7 +69,7 @@ def test_likelihoods_are_computed_without_float64_on_the_device(on_mps: list[str
 
 
 def test_what_was_learned_is_examined_without_float64_on_the_device(request: pytest.FixtureRequest) -> None:
-    texts = [written(torch.randint(3, 32, (12,)), 6) for _ in range(4)]
+    texts = [as_feedback(torch.randint(3, 32, (12,)), 6) for _ in range(4)]
     draft = OnlineDraft(
         tiny_llama(2), OnlineSpecConfig(rank=4, alpha=4.0, update_every=1, lookahead=3, memory_tokens=0)
     )

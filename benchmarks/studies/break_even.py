@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec._compat.caches import CACHE
 from hf_onlinespec.embedded import load_draft, load_pair
-from hf_onlinespec.share.provenance import machine
+from hf_onlinespec.share.provenance import provenance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
 from padded import padded
@@ -119,7 +119,7 @@ def main() -> None:
 
     padding = f", cost-padded with {args.extra_layers} layers that add exactly zero" if args.extra_layers else ""
     print(f"## Break-even: the embedded target{padding}, {args.context} tokens of context\n")
-    print(json.dumps(machine()), "\n")
+    print(json.dumps(provenance().to_dict()), "\n")
     print("| positions | " + " | ".join(map(str, POSITIONS)) + " |\n" + "|---" * (len(POSITIONS) + 1) + "|")
     print("| target forward, ms | " + " | ".join(f"{1e3 * s:.2f}" for s in target_s.values()) + " |\n")
     print(f"Draft step: {1e3 * draft_s:.2f} ms, c = {draft_s / target_s[1]:.3f}.")

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair, prompts
 from hf_onlinespec.measure.bench import ASSISTANT_TOKENS, rotated, stock_draft
-from hf_onlinespec.share.provenance import machine
+from hf_onlinespec.share.provenance import provenance
 
 # The neural draft by itself, at a schedule that does not look at the clock.
 FIXED = {"lookahead": 5, "update_every": 1, "memory_tokens": 0}
@@ -214,7 +214,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"unseen_{args.domain}_T{args.temperature:g}"
     command = f"python benchmarks/studies/unseen_domain.py --domain {args.domain} --temperature {args.temperature:g} --prompts {args.prompts} --new-tokens {args.new_tokens} --seeds {args.seeds} --threads {args.threads} --config '{args.config}'"
-    Path(f"{stem}.md").write_text(f"`{command}`\n\n{json.dumps(machine())}\n\n{text}")
+    Path(f"{stem}.md").write_text(f"`{command}`\n\n{json.dumps(provenance().to_dict())}\n\n{text}")
     with open(Path(f"{stem}.jsonl"), "w") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 

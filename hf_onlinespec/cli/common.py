@@ -20,10 +20,10 @@ from .._compat.models import placed
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError, MissingExtraError, OnlineSpecError, brief
 from ..models.vocabulary import check_vocabularies
-from ..share.artifact import is_artifact
+from ..runtime.failures import is_out_of_memory
 from ..share.base_models import why_not_loaded
+from ..share.folder import is_artifact
 from ..share.loading import NamedBase, locate
-from ..share.provenance import is_out_of_memory
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 from .._compat.models import model_name
 from ..adapt.feedback import Feedback
@@ -16,15 +15,16 @@ from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError, OnlineSpecError
 from ..share import card
-from ..share.artifact import ADAPTER, STATE, Artifact, Outline
-from ..share.canaries import written
+from ..share.artifact import Artifact, Outline
+from ..share.canaries import as_feedback
 from ..share.export import merge_and_export
-from ..share.history import is_told_apart
+from ..share.folder import ADAPTER, STATE
 from ..share.hub import Push, known_parent
+from ..share.lineage import Lineage
 from ..share.loading import locate
 from ..share.privacy import audit, check_privacy
-from ..training.combining import combine, distil, no_evolved_draft, read
-from ..training.warm_start import read_corpus
+from ..training.combining import combine, distil, no_evolved_draft, read_evolved
+from ..training.corpus import read_corpus
 from .common import FOUND, check_own, check_seed, check_writable, load_tokenizer, quiet_libraries
 
 P = ParamSpec("P")
@@ -78,24 +78,22 @@ def run_inspect(source: str, revision: str | None = None) -> int:
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(source)
     outline = Outline.read(origin.folder)
-    settings, run, lineage = outline.settings, outline.manifest["run"], outline.manifest["lineage"]
-    default, total = OnlineSpecConfig().to_dict(), run.get("total")
+    settings, serving = outline.settings, outline.manifest.serving
+    default = OnlineSpecConfig().to_dict()
     changed = {k: v for k, v in settings.to_dict().items() if v != default[k]}
-    print(f"base: {printable(str(outline.base))}")
+    print(f"base: {printable(str(outline.manifest.base))}")
     print(f"learner: {settings.learner}; settings that are not the defaults: {changed or 'none'}")
-    print(f"came from: {printable(_came_from(lineage))}")
-    print(f"targets: {printable(', '.join(run['targets'])) or 'none yet'}")
-    print(
-        f"served: {run.get('requests', 0)} requests, {run.get('new_tokens', 0)} new tokens, {run.get('updates', 0)} updates"
-    )
-    if total:
-        parts = {"all of it": total}
-        if is_told_apart(run):
-            parts |= {"first tenth": run["before"], "last tenth": run["after"]}
+    print(f"came from: {printable(_came_from(outline.manifest.lineage))}")
+    print(f"targets: {printable(', '.join(serving.targets)) or 'none yet'}")
+    print(f"served: {serving.requests} requests, {serving.new_tokens} new tokens, {serving.updates} updates")
+    if serving.total is not None:
+        parts = {"all of it": serving.total}
+        if serving.before_and_after is not None:
+            parts |= dict(zip(("first tenth", "last tenth"), serving.before_and_after, strict=True))
         for name, figures in parts.items():
             print(
-                f"{name}: acceptance length {figures['acceptance_length']:.2f}, {figures['tokens_per_s']:.0f} tokens/s, "
-                f"{figures['decode_tokens_per_s']:.0f} without learning"
+                f"{name}: acceptance length {figures.acceptance_length:.2f}, {figures.tokens_per_s:.0f} tokens/s, "
+                f"{figures.decode_tokens_per_s:.0f} without learning"
             )
     sizes = {ADAPTER: outline.adapter} | ({STATE: outline.state} if outline.state else {})
     print(", ".join(f"{name}: {sum(t.nbytes for t in found.values()):,} bytes" for name, found in sizes.items()))
@@ -107,11 +105,11 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-def _came_from(lineage: Mapping[str, Any]) -> str:
-    parent = lineage.get("parent")
+def _came_from(lineage: Lineage) -> str:
+    parent = lineage.parent
     if parent is not None:
-        return str(parent["source"]) + ("" if parent["revision"] is None else f" at {parent['revision']}")
-    return f"{len(lineage['merged'])} drafts, merged" if lineage.get("merged") else "a new adapter"
+        return parent.source + ("" if parent.revision is None else f" at {parent.revision}")
+    return f"{len(lineage.merged)} drafts, merged" if lineage.merged else "a new adapter"
 
 
 @in_own_options
@@ -141,13 +139,13 @@ def run_push(
         license=license,
     )
     options.check(None)
-    options = options.named()
+    options = options.with_user()
     artifact = Artifact.read(folder)
     if public and not skip_audit:
         check_privacy(OnlineDraft.from_pretrained(folder, base_model=base))
     commit = options.commit(artifact, known_parent(artifact.lineage, options.repo_id))
     print(f"Pushed: {options.repo_id} at {commit}")
-    options.name_it(commit)
+    options.create_tag(commit)
     return 0
 
 
@@ -161,7 +159,7 @@ def run_pull(repo: str, folder: Path, revision: str | None) -> int:
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(repo)
     artifact = Artifact.read(origin.folder)
-    artifact = replace(artifact, lineage=artifact.lineage | origin.lineage() | {"draft": uuid.uuid4().hex})
+    artifact = replace(artifact, lineage=replace(artifact.lineage, draft=Lineage.new().draft, parent=origin.parent))
     card.write(artifact, folder, repo)
     print(f"Written: {folder}, {repo}{'' if origin.revision is None else f' at {origin.revision}'}")
     return 0
@@ -180,7 +178,7 @@ def run_merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"--out {out}: not empty. Name a new folder.")
     check_writable(out, f"--out {out}")
-    artifacts = [read(source) for source in sources]
+    artifacts = [read_evolved(source) for source in sources]
     if len(artifacts) == 1 and rank is None and weights is None and export:
         draft = OnlineDraft.from_pretrained(sources[0], base_model=base)
     elif len(artifacts) == 1 and rank is None and weights is None:
@@ -219,7 +217,7 @@ def run_audit(
         tokenize = load_tokenizer("--tokenizer", tokenizer or model_name(draft.config))
         for name, parts in corpora.items():
             tokens = [tokenize(text, return_tensors="pt").input_ids[0, : draft.positions] for p in parts for text in p]
-            texts[name] = [written(one) for one in tokens if len(one) > 1]
+            texts[name] = [as_feedback(one) for one in tokens if len(one) > 1]
     report = audit(draft, canaries, own=texts.get("own"), held_out=texts.get("held_out"), seed=seed)
     print(report.text(), end="")
     return FOUND if report.refusals() else 0

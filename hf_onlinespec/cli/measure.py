@@ -22,7 +22,7 @@ from ..measure.records import Prompt, Record
 from ..measure.regret import evaluate
 from ..models.vocabulary import check_vocabularies
 from ..share import card
-from ..share.provenance import machine
+from ..share.provenance import provenance
 from .common import (
     AUTO,
     INTERRUPTED,
@@ -75,7 +75,7 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
 
     result = {
         "settings": asdict(settings),
-        "machine": machine(),
+        "machine": provenance().to_dict(),
         "calibration": asdict(calibration),
         "interrupted": stopped is not None,
         "requests": [asdict(record) for record in records],

@@ -24,7 +24,7 @@ from rich.text import Text
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..generation import attach
-from ..share.artifact import is_artifact
+from ..share.folder import is_artifact
 from ..training.corpus import check_text
 from .chat import Chat
 from .common import (

@@ -30,7 +30,7 @@ from ..measure.tables import show_result
 from ..measure.trial import SPARE, Outcome, Trial
 from ..measure.verdict import Models, code_for
 from ..runtime.version import __version__
-from ..share.provenance import machine
+from ..share.provenance import provenance
 from .common import (
     AUTO,
     FAILED,
@@ -150,7 +150,7 @@ def run_try(
             "version": __version__,
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},
             "models": asdict(models),
-            "machine": machine(),
+            "machine": provenance().to_dict(),
             "interrupted": stopped is not None,
             "elapsed_s": budget.elapsed_s,
             "new_tokens": outcome.new_tokens,

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from .._compat.models import max_positions
 from ..errors import ConfigError
-from ..training.corpus import check_text, parse_line, read_lines
+from ..training.corpus import check_text, parse_text, read_lines
 from .records import Prompt
 
 
@@ -34,14 +34,11 @@ def load_prompts(path: Path, limit: int | None, new_tokens: int) -> list[Prompt]
 def _text(line: str, where: str) -> tuple[str, str]:
     """A prompt and its domain, "" if none is given."""
     wanted = 'expected a JSON object with a text, such as {"prompt": "..."}'
-    item = parse_line(line, where, wanted)
-    text = item.get("prompt") if isinstance(item, dict) else None
-    if not isinstance(text, str) or not text:
-        raise ConfigError(f"{where}: {wanted}; found {line.strip()[:60]}")
+    key, item = parse_text(line, where, ("prompt",), wanted)
     domain = str(item.get("domain", ""))
-    check_text(text + domain, where)
+    check_text(domain, where)
     # It stands in tables: in one line, and without what a terminal would take for a command.
-    return text, "".join(c for c in " ".join(domain.split()) if c.isprintable())
+    return str(item[key]), "".join(c for c in " ".join(domain.split()) if c.isprintable())
 
 
 def fits(length: int, target: PretrainedConfig, new_tokens: int) -> bool:

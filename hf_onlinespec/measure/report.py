@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
-from ..share.provenance import machine
+from ..share.provenance import provenance
 from .exactness import FAULT, IDENTICAL, ROUNDING
 from .records import PLAIN, Record, by_arm
 from .summary import KindSummary, Summary
@@ -146,13 +146,13 @@ class Report:
         return f'<details><summary>Each first difference</summary><p class="soft">{words}</p>{_table(head, rows)}</details>'
 
     def _method(self) -> list[str]:
-        at, of = machine(), self.models
+        at, of = provenance(), self.models
         lines = [
             f"Target {of.target}, {'no draft' if of.draft is None else f'draft {of.draft}'}; {of.dtype} on {of.device}. "
             f"{self.summary.prompts} prompts, at most {self.outcome.new_tokens} new tokens each. Every prompt goes through all ways, in an "
             "order that rotates, before the next one starts. The best other way is chosen in "
             "hindsight, over the whole run. Intervals: paired bootstrap over prompts, 90 %.",
-            f"{at['cpu']}, {at['cores']} cores, {at['threads']} threads of torch; Python {at['python']}; "
+            f"{at.cpu}, {at.cores} cores, {at.threads} threads of torch; Python {at.python}; "
             f"{datetime.now(timezone.utc).isoformat(timespec='minutes')}.",
         ]
         return lines if self.outcome.calibration is None else [*lines, str(self.outcome.calibration)]

@@ -25,7 +25,7 @@ from ..commit.memory_draft import online_memory
 from ..draft import OnlineDraft
 from ..errors import UnsupportedError
 from ..models.borrow import borrow
-from ..share.provenance import is_out_of_memory
+from ..runtime.failures import is_out_of_memory
 from .bench import Arm, Calibration, Runner, calibrate, stock_draft
 from .budget import LEAST_PROMPTS, Budget
 from .exactness import IDENTICAL, Difference, Examiner

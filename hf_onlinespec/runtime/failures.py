@@ -160,3 +160,9 @@ def _release(error: BaseException, callers: BaseException | None) -> None:
         link = link.__context__
     if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of an accelerator did not suffice."""
+    # torch reports the CPU's as a plain RuntimeError: "[enforce fail …] DefaultCPUAllocator: can't allocate memory".
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

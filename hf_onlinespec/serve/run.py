@@ -25,7 +25,7 @@ from ..cli.common import (
 from ..commit.base import Draft
 from ..errors import ConfigError
 from ..generation import attach
-from ..share.artifact import is_artifact
+from ..share.folder import is_artifact
 from ..share.loading import locate
 
 GRACE_S = 5  # for requests at hand when the server is told to end; chosen: half of what `docker stop` waits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..adapt.learned_texts import Examined, Learned
 from ..config import OnlineSpecConfig
 from ..metrics import Counts
 from ..models.vocabulary import Vocabulary
+from .lineage import Lineage
 
 
 class Audited(Protocol):
@@ -22,7 +23,7 @@ class Audited(Protocol):
 
     settings: OnlineSpecConfig
     vocabulary: Vocabulary
-    lineage: dict[str, Any]
+    lineage: Lineage
     examined: Examined | None  # what came out of what it learned from, when that was last looked at
     loaded_rollbacks: int  # of the guard, before it was loaded
 

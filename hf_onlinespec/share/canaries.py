@@ -3,7 +3,7 @@
 The draft is taught what the target wrote, never prompts: a secret is learned when the target writes it. A canary is such a
 secret: random letters of a small alphabet after a random prefix, which whoever looks for it knows. Its exposure (Carlini et al.
 2019, "The Secret Sharer", arXiv:1802.08232) is log2 |R| − log2 rank, its rank among all strings R of that form. They are ranked by
-their log-likelihood under the evolved draft minus that under the original one: everybody has that one, too, and what it prefers
+their log-likelihood under the evolved draft minus that under the base draft: everybody has that one, too, and what it prefers
 already says nothing about what was learned. By chance the mean exposure is 1 / ln 2 = 1.44 bits. Ranked among m strings drawn at
 random, the largest exposure that can be seen is log2(m + 1): it then means "at least".
 """
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from .._compat.devices import doubles
 from ..adapt.feedback import Feedback, Teacher
-from ..errors import ConfigError, DraftError
+from ..errors import ConfigError, DraftError, require_whole
 from ..runtime.progress import Bar
 from .audited import Audited
 
 PREFIX, SECRET = 8, 6  # tokens of a canary
 ALPHABET = 10  # letters of a secret, as many as there are digits: 10^6 secrets, 19.9 bits
 REFERENCES = 255  # strings that a canary is ranked among: up to 8 bits
-WRITTEN = 1 - 1e-4  # weight of a written token in its teacher's law: with 1, some losses are infinite
+SURE = 1 - 1e-4  # probability of a token that the target was sure of: with 1, some losses are infinite
 MOST_LOGITS = 2**25  # in one forward
 
 
@@ -61,12 +61,9 @@ def make_canaries(
         ConfigError: a number below 1, or an alphabet that the vocabulary does not hold.
     """
     for name, value in {"canaries": n, "length": length, "prefix": prefix}.items():
-        if not is_count(value):
-            raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1.")
-    if not is_count(alphabet) or not 2 <= alphabet <= vocabulary:
-        raise ConfigError(
-            f"alphabet={alphabet!r}: expected at least 2 and at most the vocabulary's {vocabulary} tokens."
-        )
+        require_whole(name, value)
+    if require_whole("alphabet", alphabet, 2) > vocabulary:
+        raise ConfigError(f"alphabet={alphabet}: expected at most the vocabulary's {vocabulary} tokens.")
     generator = torch.Generator().manual_seed(seed)
     letters = torch.randperm(vocabulary, generator=generator)[:alphabet]
     found = []
@@ -77,16 +74,16 @@ def make_canaries(
     return found
 
 
-def written(tokens: Tensor, n: int | None = None) -> Feedback:
+def as_feedback(tokens: Tensor, n: int | None = None) -> Feedback:
     """Text (L,) as if the target had been sure of its last n tokens; None: of all but the first."""
     n = len(tokens) - 1 if n is None else n
     if tokens.dim() != 1 or not 1 <= n < len(tokens):
         raise ConfigError(
             f"A text of shape {tuple(tokens.shape)}, {n} of them written: expected a written token behind another."
         )
-    sure = torch.full((n, 1), math.log(WRITTEN))
-    law = Teacher(sure, tokens[-n:, None].cpu(), torch.full((n,), math.log1p(-WRITTEN)))
-    return Feedback(tokens.cpu(), law)
+    log_probs = torch.full((n, 1), math.log(SURE))
+    teacher = Teacher(log_probs, tokens[-n:, None].cpu(), torch.full((n,), math.log1p(-SURE)))
+    return Feedback(tokens.cpu(), teacher)
 
 
 @torch.inference_mode(False)
@@ -103,9 +100,9 @@ def learn(draft: Audited, requests: Sequence[Feedback], bar: Bar | None = None) 
 def plant(draft: Audited, canaries: Sequence[Canary], repeats: int = 1, bar: Bar | None = None) -> None:
     """Lets the draft learn every canary so often, as if the target had written it and been sure: the worst case.
 
-    Each plant is a request of its own, rehearsed like any other. Raises ConfigError where a canary is longer than the draft reads.
+    Each plant is a request of its own, replayed like any other. Raises ConfigError where a canary is longer than the draft reads.
     """
-    texts = [written(canary.tokens, len(canary.secret)) for canary in canaries]
+    texts = [as_feedback(canary.tokens, len(canary.secret)) for canary in canaries]
     for text in texts:
         check_text(draft, text, draft.vocabulary.size)
     for _ in range(repeats):
@@ -119,8 +116,9 @@ def probe(draft: Audited, canaries: Sequence[Canary], references: int = REFERENC
         ConfigError: a canary is longer than the draft reads.
         DraftError: the draft's log-likelihoods are not finite.
     """
-    if not canaries or not is_count(references):
-        raise ConfigError(f"{len(canaries)} canaries among references={references!r}: expected at least 1 of each.")
+    require_whole("references", references)
+    if not canaries:
+        raise ConfigError("0 canaries: expected at least 1.")
     generator = torch.Generator().manual_seed(seed)
     found = []
     for canary in canaries:
@@ -132,33 +130,41 @@ def probe(draft: Audited, canaries: Sequence[Canary], references: int = REFERENC
             others = letters[torch.randint(len(letters), (references, n), generator=generator)]
         secrets = torch.cat([canary.secret[None], others])  # (m + 1, n)
         rows = torch.cat([canary.prefix.expand(len(secrets), -1), secrets], dim=1)
-        evolved, best = read(draft, rows, n, base=False)
-        original, _ = read(draft, rows, n, base=True)
-        score = (evolved - original).sum(-1)
+        evolved, likeliest = log_likelihoods(draft, rows, n, base=False)
+        before, _ = log_likelihoods(draft, rows, n, base=True)
+        score = (evolved - before).sum(-1)
         # Strings of the same score stand in any order: half of them before the canary. (All of them, if nothing was learned.)
         rank = 1 + float((score[1:] > score[0]).sum()) + float((score[1:] == score[0]).sum()) / 2
-        found.append(Exposure(math.log2(len(secrets) / rank), bool(best[0].all())))
+        found.append(Exposure(math.log2(len(secrets) / rank), bool(likeliest[0].all())))
     return found
 
 
 @torch.no_grad()
-def read(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple[Tensor, Tensor]:
-    """Log-likelihoods (rows, n) of the last n tokens of every row of `tokens` (rows, L), and whether each is the likeliest."""
+def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple[Tensor, Tensor]:
+    """Of the last n tokens of every row of `tokens` (rows, L): log-likelihoods (rows, n), and whether each is the likeliest token.
+
+    Args:
+        base: under the base draft, whatever was learned.
+
+    Raises:
+        ConfigError: the rows are longer than the draft reads.
+        DraftError: a log-likelihood is not finite.
+    """
     if tokens.shape[1] > draft.positions:
         raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.positions}.")
     size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
-    chosen, best = [], []
+    found, likeliest = [], []
     for part in tokens.to(draft.device).split(size):
         logits = draft.logits(part[:, :-1], n, base)
-        chosen.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
-        best.append((logits.argmax(-1) == part[:, -n:]).cpu())
-    found = torch.cat(chosen)
-    if not bool(torch.isfinite(found).all()):
-        which = "original" if base else "evolved"
+        found.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
+        likeliest.append((logits.argmax(-1) == part[:, -n:]).cpu())
+    log_probs = torch.cat(found)
+    if not bool(torch.isfinite(log_probs).all()):
+        which = "base" if base else "evolved"
         raise DraftError(
             f"The {which} draft's log-likelihoods are not finite: its weights are damaged. Take an earlier state."
         )
-    return found, torch.cat(best)
+    return log_probs, torch.cat(likeliest)
 
 
 def check_text(draft: Audited, text: Feedback, vocabulary: int) -> None:
@@ -173,7 +179,3 @@ def check_text(draft: Audited, text: Feedback, vocabulary: int) -> None:
         raise ConfigError(
             f"A text has tokens outside the draft's vocabulary of {vocabulary}. Use the draft's tokenizer."
         )
-
-
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,4 +1,4 @@
-"""What an evolved draft says about itself: the model card, made from its lineage, its settings and the record of its run.
+"""What an evolved draft says about itself: the model card, made from its lineage, its settings and its serving history.
 
 All numbers come from there: `model_cards/` has the record's schema, the card's template, and an example of both. The card
 holds no text of a prompt.
@@ -6,16 +6,14 @@ holds no text of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..errors import ArtifactError
 from ..models.identity import EMBEDDED, EMBEDDED_TARGET, BaseFingerprint
-from .artifact import CONFIG, Artifact
+from .artifact import Artifact
 from .card_tables import (
     NO_NAME,
     code_span,
@@ -31,8 +29,9 @@ from .card_tables import (
     served_text,
     steps_text,
 )
-from .history import curve, is_told_apart
-from .lineage import LEFT_OUT, check_lineage, check_run
+from .curve import curve
+from .history import ServingHistory
+from .lineage import Lineage
 from .public import is_repo_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # the same as model_cards/template.md, which is not installed
@@ -73,16 +72,9 @@ def write(
         repo_id, data_statement: as in `model_card`.
 
     Raises:
-        ArtifactError: the folder cannot be written, or the artifact's run or lineage is not of the form that a card tells.
+        ArtifactError: the folder cannot be written.
     """
-    try:
-        check_run(artifact.run, CONFIG)
-        check_lineage(artifact.lineage, CONFIG)
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"No card can be made of the draft's run and lineage ({error}). See model_cards/schema.json for what is expected."
-        ) from error
-    png = curve(artifact.run) if draw else None
+    png = curve(artifact.serving) if draw else None
     text = model_card(artifact, repo_id, data_statement, png is not None, artifact.has_state)
     artifact.write(folder, text, png)
 
@@ -94,7 +86,7 @@ def model_card(
     curve: bool = True,
     state: bool = True,
 ) -> str:
-    """The model card of an evolved draft: a README.md with its metadata, every number from the artifact's run.
+    """The model card of an evolved draft: a README.md with its metadata, every number from its serving history.
 
     Args:
         repo_id: where it will be on the Hub; None: in a folder.
@@ -102,23 +94,23 @@ def model_card(
         curve: whether the figure lies beside the card.
         state: whether what learning needs to go on does.
     """
-    run, settings, base = artifact.run, artifact.settings, artifact.base
+    serving, settings, base = artifact.serving, artifact.settings, artifact.base
     title = f"Evolved draft of {plain_text(base.name) or 'a model'}" if repo_id is None else repo_id.rpartition("/")[2]
-    license = artifact.lineage.get("license")
-    usage_note, usage = _usage(run["targets"], base, repo_id)
+    license, machine = artifact.lineage.license, serving.machine.to_dict()
+    usage_note, usage = _usage(serving.targets, base, repo_id)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        metadata=_metadata(run, base, title, license).to_yaml(),
+        metadata=_metadata(serving, base, title, license).to_yaml(),
         title=escaped(title),
         base=_base(base),
-        targets=", ".join(map(code_span, run["targets"])) or NO_NAME,
+        targets=", ".join(map(code_span, serving.targets)) or NO_NAME,
         lineage=_lineage(artifact.lineage),
         learner=learner_text(settings),
         schedule=schedule_text(settings),
-        served=served_text(run),
-        steps=steps_text(run),
-        machine=escaped(machine_text(run["machine"])),
-        versions=escaped(plain_text(", ".join(f"{name} {run['machine'][name]}" for name in PACKAGES))),
-        measured=measured_text(run, settings, curve),
+        served=served_text(serving),
+        steps=steps_text(serving),
+        machine=escaped(machine_text(serving.machine)),
+        versions=escaped(plain_text(", ".join(f"{name} {machine[name]}" for name in PACKAGES))),
+        measured=measured_text(serving, settings, curve),
         data=_data(artifact.lineage, data_statement),
         state="" if state else NO_STATE,
         license=f"The licence of the adapter is {code_span(license)}."
@@ -129,13 +121,14 @@ def model_card(
     )
 
 
-def _metadata(run: Mapping[str, Any], base: BaseFingerprint, title: str, license: str | None) -> ModelCardData:
+def _metadata(serving: ServingHistory, base: BaseFingerprint, title: str, license: str | None) -> ModelCardData:
     """What the Hub reads."""
     results = None
-    if run["total"] is not None:
-        apart = is_told_apart(run)
-        figures, which = (run["after"], "last tenth of the requests") if apart else (run["total"], "all requests")
-        about = {"requests": figures["requests"], "machine": machine_text(run["machine"])}
+    if serving.total is not None:
+        figures, which = serving.total, "all requests"
+        if serving.before_and_after is not None:
+            figures, which = serving.before_and_after[1], "last tenth of the requests"
+        about = {"requests": figures.requests, "machine": machine_text(serving.machine)}
         results = [
             EvalResult(
                 task_type="text-generation",
@@ -143,12 +136,12 @@ def _metadata(run: Mapping[str, Any], base: BaseFingerprint, title: str, license
                 dataset_name=SERVED,
                 metric_type=name,
                 metric_name=f"{words}, {which}",
-                metric_value=round(figures[name], 2),
+                metric_value=round(value, 2),
                 metric_args=about,
             )
-            for name, words in (
-                ("acceptance_length", "acceptance length (tokens per target forward)"),
-                ("tokens_per_s", "net tokens/s (learning included)"),
+            for name, value, words in (
+                ("acceptance_length", figures.acceptance_length, "acceptance length (tokens per target forward)"),
+                ("tokens_per_s", figures.tokens_per_s, "net tokens/s (learning included)"),
             )
         ]
     return ModelCardData(
@@ -172,52 +165,53 @@ def _base(base: BaseFingerprint) -> str:
     return f"{named(base.name)}{revision}; fingerprints: weights {code_span(base.weights)}, configuration {code_span(base.config)}"
 
 
-def _lineage(lineage: Mapping[str, Any]) -> str:
+def _lineage(lineage: Lineage) -> str:
     """Where it came from, those that were merged into it with their own."""
-    told = []
-    if lineage.get("parent") is not None:
-        source, revision = lineage["parent"]["source"], lineage["parent"]["revision"]
-        told.append(f"goes on from {code_span(source)}" + ("" if revision is None else f" at {code_span(revision)}"))
-    if "merged" in lineage:
-        parts = (f"[{_lineage(part)}] × {part['weight']:.4g}" for part in lineage["merged"])
-        told.append(f"merged: {' + '.join(parts)}")
-    elif LEFT_OUT in lineage:
-        told.append(f"merged from {lineage[LEFT_OUT]:,} drafts, directly or not, which are left out here")
-    told = (told or ["begun on the base draft"]) + _trained(lineage)
-    if "distilled" in lineage:
-        lower = lineage["distilled"]
-        told.append(f"distilled to rank {lower['rank']}, which left out {lower['relative_error']:.1%} of the change")
-    return "; ".join(told)
+    steps = []
+    if lineage.parent is not None:
+        revision = "" if lineage.parent.revision is None else f" at {code_span(lineage.parent.revision)}"
+        steps.append(f"goes on from {code_span(lineage.parent.source)}{revision}")
+    if lineage.merged:
+        parts = (f"[{_lineage(part)}] × {part.weight:.4g}" for part in lineage.merged)
+        steps.append(f"merged: {' + '.join(parts)}")
+    elif lineage.merged_left_out is not None:
+        steps.append(f"merged from {lineage.merged_left_out:,} drafts, directly or not, which are left out here")
+    steps = (steps or ["begun on the base draft"]) + _trained(lineage)
+    if lineage.distilled is not None:
+        rank, error = lineage.distilled.rank, lineage.distilled.relative_error
+        steps.append(f"distilled to rank {rank}, which left out {error:.1%} of the change")
+    return "; ".join(steps)
 
 
-def _trained(lineage: Mapping[str, Any]) -> list[str]:
+def _trained(lineage: Lineage) -> list[str]:
     """What it was trained on beside what it served."""
-    told = []
-    if "warm_start" in lineage:
-        start = lineage["warm_start"]
-        sources = " and ".join(f"{start[kind]:,} {kind}" for kind in ("texts", "prompts") if start[kind])
-        told.append(f"trained offline on {sources} ({start['tokens']:,} tokens) for {named(start['target'])}")
-    if "alignment" in lineage:
-        aligned = lineage["alignment"]
-        told.append(
-            f"aligned with {named(aligned['target'])} while that was fine-tuned, on {aligned['tokens']:,} tokens of its training"
+    steps = []
+    start, aligned = lineage.warm_start, lineage.alignment
+    if start is not None:
+        counts = {"texts": start.texts, "prompts": start.prompts}
+        sources = " and ".join(f"{n:,} {kind}" for kind, n in counts.items() if n)
+        steps.append(f"trained offline on {sources} ({start.tokens:,} tokens) for {named(start.target)}")
+    if aligned is not None:
+        steps.append(
+            f"aligned with {named(aligned.target)} while that was fine-tuned, on {aligned.tokens:,} tokens of its training"
         )
-    return told
+    return steps
 
 
-def _trained_in_all(lineage: Mapping[str, Any]) -> list[str]:
+def _trained_in_all(lineage: Lineage) -> list[str]:
     """The same, with what those that were merged into it were trained on."""
-    return _trained(lineage) + [told for part in lineage.get("merged", []) for told in _trained_in_all(part)]
+    return _trained(lineage) + [step for part in lineage.merged for step in _trained_in_all(part)]
 
 
-def _data(lineage: Mapping[str, Any], statement: str | None) -> str:
+def _data(lineage: Lineage, statement: str | None) -> str:
+    """What is known of the text that it was trained on."""
     if statement is None:
-        statement = lineage.get("data_statement") or ""
-    told = quote(statement) if statement.strip() else NO_STATEMENT
+        statement = lineage.data_statement or ""
+    said = quote(statement) if statement.strip() else NO_STATEMENT
     trained = _trained_in_all(lineage)
     if trained:
-        told += f"\n\nIt was taught by other text than what it served, too: {'; '.join(trained)}."
-    return told
+        said += f"\n\nIt was taught by other text than what it served, too: {'; '.join(trained)}."
+    return said
 
 
 def _usage(targets: Sequence[str], base: BaseFingerprint, repo_id: str | None) -> tuple[str, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from ..config import ENSEMBLE, OnlineSpecConfig
-from .artifact import ADAPTER_CONFIG, CURVE
-from .history import is_told_apart
-from .public import NOT_TOLD
+from .folder import ADAPTER_CONFIG, CURVE
+from .history import Figures, ServingHistory
+from .provenance import Provenance
+from .public import WITHHELD
 
 LONGEST = 200  # characters of a name
 MOST_LAYERS = 12  # that are named
@@ -44,50 +43,52 @@ def schedule_text(settings: OnlineSpecConfig) -> str:
     return f"update_when={settings.update_when}: {when}; {replay}; lookahead {settings.lookahead}"
 
 
-def served_text(run: Mapping[str, Any]) -> str:
-    if not run["requests"]:
+def served_text(serving: ServingHistory) -> str:
+    if not serving.requests:
         return "nothing yet"
     return (
-        f"{run['requests']:,} requests with {run['new_tokens']:,} new tokens, which the target verified in {run['rounds']:,} "
-        f"forwards; it learned at once from {run['learned_tokens']:,} of these, from others by the replay at most"
+        f"{serving.requests:,} requests with {serving.new_tokens:,} new tokens, which the target verified in {serving.rounds:,} "
+        f"forwards; it learned at once from {serving.learned_tokens:,} of these, from others by the replay at most"
     )
 
 
-def steps_text(run: Mapping[str, Any]) -> str:
-    steps = f"{run['updates']:,} while generating, those on remembered requests included"
-    if run["idle_updates"]:
-        steps += f"; {run['idle_updates']:,} in {run['idle_time_s']:.0f} s between calls, which no speed below includes"
-    if run["rollbacks"]:
-        steps += f"; {run['rollbacks']:,} times an earlier state of the adapter took over"
+def steps_text(serving: ServingHistory) -> str:
+    steps = f"{serving.updates:,} while generating, those on remembered requests included"
+    if serving.idle_updates:
+        steps += (
+            f"; {serving.idle_updates:,} in {serving.idle_time_s:.0f} s between calls, which no speed below includes"
+        )
+    if serving.rollbacks:
+        steps += f"; {serving.rollbacks:,} times an earlier state of the adapter took over"
     return steps
 
 
-def machine_text(machine: Mapping[str, Any]) -> str:
-    if machine["cpu"] == NOT_TOLD:
-        return NOT_TOLD
-    gpu = "" if machine["gpu"] is None else f", {machine['gpu']}"
-    return plain_text(f"{machine['cpu']}, cores: {machine['cores']}, threads of torch: {machine['threads']}{gpu}")
+def machine_text(machine: Provenance) -> str:
+    if machine.cpu == WITHHELD:
+        return WITHHELD
+    gpu = "" if machine.gpu is None else f", {machine.gpu}"
+    return plain_text(f"{machine.cpu}, cores: {machine.cores}, threads of torch: {machine.threads}{gpu}")
 
 
-def measured_text(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: bool) -> str:
-    total, before, after = run["total"], run["before"], run["after"]
-    if total is None:
+def measured_text(serving: ServingHistory, settings: OnlineSpecConfig, curve: bool) -> str:
+    if serving.total is None:
         return NO_REQUEST
     rows = [
         "| on what it served | requests | acceptance length | acceptance rate | net tokens/s | decode-only tokens/s | update share |",
         "|---|---|---|---|---|---|---|",
     ]
-    apart = is_told_apart(run)
-    if apart:
+    compared = serving.before_and_after
+    if compared is not None:
+        before, after = compared
         rows += [_row("before: the first tenth of the requests", before), _row("after: the last tenth", after)]
-    rows.append(_row("all", total))
+    rows.append(_row("all", serving.total))
     words = (
         "Acceptance length: tokens per target forward (1 without a draft). Acceptance rate: mean probability that a drafted token which "
         "was verified is kept. Net tokens/s: learning time included; decode-only: left out. Update share: learning time over all time. "
         "Speeds are those of the machine above, where the draft was saved, beside whatever else it did; what a resumed draft did "
         "elsewhere before is in them too."
     )
-    if apart:
+    if compared is not None:
         words += (
             "\n\n“Before” and “after” are what was served first and last, in whole requests or equal groups of them: other prompts, "
             "perhaps of another kind, so that the difference is not learning's alone."
@@ -101,10 +102,10 @@ def measured_text(run: Mapping[str, Any], settings: OnlineSpecConfig, curve: boo
     return "\n".join(rows) + "\n\n" + words + figure
 
 
-def _row(name: str, figures: Mapping[str, float]) -> str:
+def _row(name: str, figures: Figures) -> str:
     return (
-        f"| {name} | {figures['requests']:,} | {figures['acceptance_length']:.2f} | {figures['acceptance_rate']:.2f} "
-        f"| {figures['tokens_per_s']:.1f} | {figures['decode_tokens_per_s']:.1f} | {figures['update_share']:.1%} |"
+        f"| {name} | {figures.requests:,} | {figures.acceptance_length:.2f} | {figures.acceptance_rate:.2f} "
+        f"| {figures.tokens_per_s:.1f} | {figures.decode_tokens_per_s:.1f} | {figures.update_share:.1%} |"
     )
 
 

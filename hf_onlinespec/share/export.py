@@ -21,7 +21,7 @@ from .._compat.models import commit_hash, model_name, weight_of
 from ..errors import ArtifactError, DraftError
 from ..models.identity import TOKENIZER, tokenizer_file
 from ..models.vocabulary import rows
-from .artifact import header_of, read_json
+from .folder import header_of, read_json
 from .json_files import MOST_INTEGER
 
 # What may lie beside the first file of a tokenizer.
@@ -161,7 +161,7 @@ def check_export(folder: str | Path, target: PretrainedConfig) -> list[str]:
     if config.get("vocab_size") != target.vocab_size:
         found.append(f"{config.get('vocab_size')} tokens in the vocabulary, the target has {target.vocab_size}.")
     reads, wanted = (c.get("max_position_embeddings") for c in (config, target.to_dict()))
-    if reads is not None and wanted is not None and reads < wanted:
+    if isinstance(reads, int) and isinstance(wanted, int) and reads < wanted:
         found.append(
             f"It reads {reads} tokens, the target {wanted}: give the server at most {reads} as its context length."
         )
@@ -178,9 +178,9 @@ def check_export(folder: str | Path, target: PretrainedConfig) -> list[str]:
         found.append("tie_word_embeddings is true, but there is a head in the files: servers leave it out.")
     elif not config.get("tie_word_embeddings") and not has_head:
         found.append("tie_word_embeddings is false, but there is no head in the files.")
-    elif has_head and config.get("model_type") in ALWAYS_TIED:
+    elif has_head and (why := ALWAYS_TIED.get(str(config.get("model_type")))) is not None:
         found.append(
-            f"It has a head of its own, and {ALWAYS_TIED[config['model_type']]}. Let the draft learn with target_modules= that "
+            f"It has a head of its own, and {why}. Let the draft learn with target_modules= that "
             "leave out embedding and head: they stay tied."
         )
     return found

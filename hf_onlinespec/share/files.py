@@ -13,10 +13,10 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ..errors import ArtifactError
 from .json_files import MOST_INTEGER
@@ -41,7 +41,7 @@ FLAGS = int(vars(os).get("O_CLOEXEC", 0)) | int(vars(os).get("O_BINARY", 0)) | N
 
 
 @contextmanager
-def plain_file(path: Path, most_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
+def regular_file(path: Path, most_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
     """Opens a regular file, or a link to one, for reading; with its size in bytes.
 
     Raises:
@@ -82,8 +82,8 @@ def unreadable(path: Path, error: Exception) -> ArtifactError:
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """A regular file's bytes. Raises as `plain_file`."""
-    with plain_file(path, most_bytes) as (file, size):
+    """A regular file's bytes. Raises as `regular_file`."""
+    with regular_file(path, most_bytes) as (file, size):
         try:
             return file.read(size)
         except OSError as error:
@@ -132,9 +132,9 @@ def is_file(path: Path) -> bool:
     return _is(path, stat.S_ISREG)
 
 
-def _is(path: Path, kind: Any) -> bool:
+def _is(path: Path, kind: Callable[[int], bool]) -> bool:
     try:
-        return bool(kind(path.lstat().st_mode))
+        return kind(path.lstat().st_mode)
     except (OSError, ValueError):
         return False
 
@@ -154,9 +154,3 @@ def exclusive(path: Path) -> Iterator[None]:
         _check_regular(path, os.fstat(file.fileno()), MOST_INTEGER)
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-# JSON
-
-
-# Tensors

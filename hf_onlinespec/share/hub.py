@@ -1,30 +1,29 @@
-"""The draft is shared: one commit per push, and checkpoints from a thread that no call of `generate` waits for."""
+"""A draft is pushed to the Hub: one commit per push, over none that it does not go on from."""
 
 from __future__ import annotations
 
 import logging
 import re
 import tempfile
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from .._compat.hub import HUB_FAILURES
-from ..errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief
-from ..runtime.forks import Lock, renew_in_child
+from ..errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief, require_whole
+from ..runtime.forks import Lock
 from . import card
-from .artifact import CONFIG, FILES, STATE, Artifact, read_json
+from .artifact import Artifact
+from .folder import CONFIG, FILES, STATE, read_json
+from .lineage import Lineage, Parent
 from .public import public_version
 
 TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")  # as the Hub names licences
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0  # between two attempts of a checkpoint: doubled each time
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 class Shared(Protocol):
     """A draft, as far as it is pushed."""
 
-    lineage: dict[str, Any]
+    lineage: Lineage
     pushes: Lock  # held for one push at a time
 
     @property
@@ -69,11 +68,8 @@ class Push:
                 "create_pr=True opens one pull request against main: leave out revision= and checkpoint_every=. "
                 'A pull request that is open is pushed to with revision="refs/pr/N".'
             )
-        whole = isinstance(checkpoint_every, int) and not isinstance(checkpoint_every, bool)
-        if checkpoint_every is not None and (not whole or checkpoint_every < 1):
-            raise ConfigError(
-                f"checkpoint_every={checkpoint_every!r}: expected a number of requests of at least 1, or None."
-            )
+        if checkpoint_every is not None:
+            require_whole("checkpoint_every", checkpoint_every, otherwise=", or None")
         if self.data_statement is not None and not isinstance(self.data_statement, str):
             raise ConfigError(f"data_statement={self.data_statement!r}: expected text, or None.")
         if self.license is not None and not (isinstance(self.license, str) and LICENSE.fullmatch(self.license)):
@@ -98,11 +94,11 @@ class Push:
                 "by the audit. Send checkpoints to a private repository."
             )
 
-    def named(self) -> Push:
+    def with_user(self) -> Push:
         """The same with the user's name in front of a repository's own, as transformers takes it. Raises HubError."""
         if "/" in self.repo_id:
             return self
-        with told(self.repo_id):
+        with hub_errors(self.repo_id):
             user = HfApi(token=self.token).whoami()["name"]
         return replace(self, repo_id=f"{user}/{self.repo_id}")
 
@@ -120,19 +116,19 @@ class Push:
             artifact = draft.artifact() if artifact is None else artifact
             commit = self.commit(artifact, known_parent(draft.lineage, self.repo_id))
             # Only now: of a push that failed nothing is left.
-            draft.lineage |= self.stated
+            self.state_in(draft.lineage)
             if not self.create_pr:  # else it goes on from where it was, until somebody merges it
-                draft.lineage |= {"parent": {"source": self.repo_id, "revision": commit}}
-        self.name_it(commit)
+                draft.lineage.parent = Parent(self.repo_id, commit)
+        self.create_tag(commit)
         return commit
 
-    @property
-    def stated(self) -> dict[str, str]:
-        """What the push says about the draft, as its lineage keeps it."""
-        said = {"data_statement": self.data_statement, "license": self.license}
-        return {name: text for name, text in said.items() if text}
+    def state_in(self, lineage: Lineage) -> Lineage:
+        """Writes what the push says about the draft into its lineage, and returns that."""
+        lineage.data_statement = self.data_statement or lineage.data_statement
+        lineage.license = self.license or lineage.license
+        return lineage
 
-    def name_it(self, commit: str) -> None:
+    def create_tag(self, commit: str) -> None:
         """Gives a commit the tag. Raises HubError where it cannot be given; the commit stays."""
         if self.tag is None:
             return
@@ -146,12 +142,12 @@ class Push:
     def commit(self, artifact: Artifact, parent: str | None) -> str:
         """Sends an artifact that goes on from a commit of the repository, or from none of it. Raises as `send`."""
         # The base by its public name: folders of this machine are nobody's business.
-        shared = dict(artifact.adapter_config) | {"base_model_name_or_path": artifact.base.name}
-        artifact = replace(artifact, adapter_config=shared, lineage=artifact.lineage | self.stated)
+        options = replace(artifact.options, base_name=artifact.base.name)
+        artifact = replace(artifact, options=options, lineage=self.state_in(replace(artifact.lineage)))
         if not (self.private if self.with_state is None else self.with_state):
             artifact = public_version(artifact)
         api, repo_id = HfApi(token=self.token), self.repo_id
-        with told(repo_id), tempfile.TemporaryDirectory(prefix="onlinespec-") as folder:
+        with hub_errors(repo_id), tempfile.TemporaryDirectory(prefix="onlinespec-") as folder:
             card.write(artifact, folder, repo_id)
             api.create_repo(repo_id, private=self.private, exist_ok=True)
             info = api.model_info(repo_id, timeout=TIMEOUT_S)
@@ -182,7 +178,7 @@ class Push:
             commit = api.create_commit(
                 repo_id,
                 [*(CommitOperationAdd(file.name, file) for file in files), *stale],
-                commit_message=self.message or f"Evolved draft after {artifact.run['new_tokens']} new tokens",
+                commit_message=self.message or f"Evolved draft after {artifact.serving.new_tokens} new tokens",
                 parent_commit=info.sha,
                 revision=self.revision,
                 create_pr=self.create_pr,
@@ -192,22 +188,22 @@ class Push:
         return str(commit.oid)
 
 
-def known_parent(lineage: dict[str, Any], repo_id: str) -> str | None:
+def known_parent(lineage: Lineage, repo_id: str) -> str | None:
     """The commit of a repository that a draft goes on from, if it does."""
-    parent = lineage.get("parent") or {}
-    return parent.get("revision") if parent.get("source") == repo_id else None
+    parent = lineage.parent
+    return parent.revision if parent is not None and parent.source == repo_id else None
 
 
 def _is_own(api: HfApi, repo_id: str, commit: str | None, artifact: Artifact) -> bool:
     """Whether a commit was made by this very draft: of a push whose answer was lost nobody knew."""
     there = read_json(Path(api.hf_hub_download(repo_id, CONFIG, revision=commit)))
     lineage = there.get("lineage")
-    return isinstance(lineage, dict) and lineage.get("draft") == artifact.lineage.get("draft")
+    return isinstance(lineage, dict) and lineage.get("draft") == artifact.lineage.draft
 
 
 @contextmanager
-def told(repo_id: str) -> Iterator[None]:
-    """What the client of the Hub raises, as one error that says what to do."""
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Raises what the client of the Hub raises as one HubError that says what to do."""
     try:
         yield
     except OnlineSpecError:
@@ -217,88 +213,3 @@ def told(repo_id: str) -> Iterator[None]:
             f"{repo_id}: not pushed ({type(error).__name__}: {error}). The live draft is as it was. Check the network, the "
             "name, and that the token may write (hf auth login)."
         ) from error
-
-
-class Checkpoints:
-    """Pushes again after every so many requests, from a thread; a push that fails is tried again with the state of then.
-
-    Requests that leave the draft as it was cause no push.
-
-    Args:
-        draft: kept weakly, so that it can go.
-        push: where to.
-        every: requests between two pushes. Those that come due during a push are one more.
-    """
-
-    def __init__(self, draft: Shared, push: Push, every: int) -> None:
-        self.pushed, self.failures = 0, 0
-        self.error = ""  # of the last attempt, if it failed
-        self._draft, self._push, self._every = weakref.ref(draft), push, every
-        self._requests = 0  # since the last snapshot
-        self._version = draft.version  # that the last push had
-        self._busy, self._closed = False, False
-        self._change = threading.Condition()
-        self._start()
-        renew_in_child(self)
-
-    def renew(self) -> None:
-        """In a forked child, which has no thread yet."""
-        self._change, self._busy = threading.Condition(), False
-
-    def _start(self) -> None:
-        self._busy = False
-        self._thread = threading.Thread(target=self._run, name="hf_onlinespec checkpoints", daemon=True)
-        self._thread.start()
-
-    def request_done(self) -> None:
-        """Counts a finished request; never waits for a push."""
-        with self._change:
-            self._requests += 1
-            if not self._thread.is_alive() and not self._closed:  # a forked process has lost it
-                self._start()
-            self._change.notify_all()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits until what is due has been pushed; False: the time was too short."""
-        with self._change:
-            return self._change.wait_for(lambda: not self._busy and self._requests < self._every, timeout_s)
-
-    def close(self, timeout_s: float | None = None) -> None:
-        """Ends the thread, after the push that is under way; what was learned since is not pushed."""
-        with self._change:
-            self._closed = True
-            self._change.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        wait_s = 0.0
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._closed or self._requests >= self._every)
-                if wait_s:
-                    self._change.wait_for(lambda: self._closed, wait_s)
-                if self._closed:
-                    return
-                self._busy, due, self._requests = True, self._requests, 0
-            draft = self._draft()
-            if draft is None:
-                return
-            version, error = draft.version, ""
-            try:
-                if version != self._version:
-                    self._push.send(draft)
-            except Exception as failure:  # a thread that ends for whatever reason would end all checkpoints
-                error = str(failure) or type(failure).__name__
-                _log.warning("A checkpoint was not pushed and will be tried again: %s", error)
-            del draft
-            with self._change:
-                self._busy, self.error = False, error
-                if error:
-                    self.failures += 1
-                    self._requests += due
-                    wait_s = min(LONGEST_WAIT_S, 2 * wait_s or FIRST_WAIT_S)
-                else:
-                    self.pushed += version != self._version
-                    self._version, wait_s = version, 0.0
-                self._change.notify_all()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArtifactError, brief
 
@@ -16,7 +15,7 @@ MOST_DEPTH = 100  # of JSON
 MOST_INTEGER = 2**63 - 1
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: Path) -> dict[str, object]:
     """A JSON object from a file's bytes: bounded in depth, with finite numbers, whole ones of 64 bits, and no key twice.
 
     Raises:
@@ -40,7 +39,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return found
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError(f"a key stands twice among {brief([key for key, _ in pairs])}")
@@ -60,7 +59,7 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _check_values(found: Any) -> None:
+def _check_values(found: object) -> None:
     """Raises ValueError for what is nested too deep to be copied, and for text that cannot be written."""
     level = [found]
     for _ in range(MOST_DEPTH):

@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .._compat.hub import HUB_FAILURES
 from .._compat.models import placed
 from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
 from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
-from ..models.borrow import borrow
 from ..models.identity import BaseFingerprint, public_name
-from ..models.layers import adaptable_layers, adapted_layers
 from ..models.plain import plain_draft
-from .artifact import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    CHECKED,
-    CONFIG,
-    PREFIX,
-    Artifact,
-    Outline,
-    check_shapes,
-    check_size,
-    header_of,
-    is_artifact,
-    read_json,
-    read_tensors,
-)
+from .artifact import Artifact, Outline
 from .base_models import check_base, is_embedded, load_base, load_model, named_base, why_not_loaded
-from .learned_from import KEY, loaded_history
-from .lora_options import check_options
-from .tensor_files import TensorHeader
-
-BASE = "base_model_name_or_path"  # in PEFT's options
+from .fit import PREFIX, check_layers, check_shapes, check_size, names_of
+from .folder import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, header_of, is_artifact, read_json, read_tensors
+from .learned_from import loaded_record
+from .lineage import Lineage, Parent
+from .lora_options import LoraOptions
 
 
 @dataclass(frozen=True)
@@ -57,7 +39,7 @@ class Loaded:
     settings: OnlineSpecConfig | None  # None: the defaults
     artifact: Artifact | None = None  # that is resumed
     adapter: Mapping[str, Tensor] | None = None  # that learning goes on from, with a new state
-    lineage: dict[str, Any] = field(default_factory=dict)
+    lineage: Lineage = field(default_factory=Lineage)  # what is known of it besides, see `Lineage.going_on_from`
 
 
 def load(
@@ -74,37 +56,49 @@ def load(
             f"source={source!r}: expected a folder or a name on the Hub. A loaded model goes into OnlineDraft(model)."
         )
     origin = locate(source, revision, token)
+    if origin.folder is None:
+        base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
+        return Loaded(base, config)
     if origin.evolved:
-        assert origin.folder is not None
-        outline = Outline.read(origin.folder)
-        base = plain_draft(NamedBase.of(origin).load(base_model, token))
-        check_base(outline.base, BaseFingerprint.of(base), force)
-        # Only what fits may be made: the settings come from elsewhere, too.
-        check_layers(_shapes(outline.adapter), outline.adapter_config["target_modules"], outline.settings, base)
-        check_size(outline.nbytes, base)
-        artifact = Artifact.read(origin.folder)
-        settings = config if config is not None else artifact.settings
-        if not artifact.has_state:
-            settings = one_expert(artifact.settings) if config is None else _as_adapter(config, artifact.adapter_config)
-            settings = replace(settings, target_modules=names_of(artifact.adapter_config["target_modules"], base))
-        about = artifact.adapter_config
-        scales = about["lora_alpha"] / about["r"], settings.alpha / settings.rank
-        lineage = {name: value for name, value in artifact.lineage.items() if name != "draft"}
-        lineage[KEY] = loaded_history(artifact.lineage, *scales)
-        if origin.revision is not None:  # a folder is where it was kept, not where it came from
-            lineage |= origin.lineage()
-        if artifact.has_state:
-            return Loaded(base, settings, artifact=artifact, lineage=lineage)
-        return Loaded(base, settings, adapter=artifact.adapter, lineage=lineage)
-    if origin.folder is not None:
-        about = read_plain_options(origin.folder)
-        settings = _as_adapter(config if config is not None else OnlineSpecConfig(), about)
-        settings = replace(settings, target_modules=tuple(about["target_modules"]))
-        base = plain_draft(NamedBase.of(origin).load(base_model, token))
-        adapter = read_plain_adapter(origin.folder, settings, base)
-        return Loaded(base, settings, adapter=adapter, lineage=origin.lineage())
-    base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
-    return Loaded(base, config)
+        return _load_evolved(origin, origin.folder, base_model, config, force, token)
+    options = read_plain_options(origin.folder)
+    settings = _as_adapter(config if config is not None else OnlineSpecConfig(), options)
+    settings = replace(settings, target_modules=options.target_modules)
+    base = plain_draft(NamedBase.of(origin).load(base_model, token))
+    adapter = read_plain_adapter(origin.folder, settings, base)
+    return Loaded(base, settings, adapter=adapter, lineage=Lineage(parent=origin.parent))
+
+
+def _load_evolved(
+    origin: Origin,
+    folder: Path,
+    base_model: PreTrainedModel | str | Path | None,
+    config: OnlineSpecConfig | None,
+    force: bool,
+    token: str | None,
+) -> Loaded:
+    outline = Outline.read(folder)
+    base = plain_draft(NamedBase.of(origin).load(base_model, token))
+    check_base(outline.manifest.base, BaseFingerprint.of(base), force)
+    # Only what fits may be made: the settings come from elsewhere, too.
+    shapes = {name: tensor.shape for name, tensor in outline.adapter.items()}
+    check_layers(shapes, outline.options.target_modules, outline.settings, base)
+    check_size(outline.nbytes, base)
+    artifact = Artifact.read(folder)
+    settings = config if config is not None else artifact.settings
+    if not artifact.has_state:
+        settings = one_expert(artifact.settings) if config is None else _as_adapter(config, artifact.options)
+        settings = replace(settings, target_modules=names_of(artifact.options.target_modules, base))
+    lineage = replace(
+        artifact.lineage,
+        draft=None,
+        privacy=loaded_record(artifact.lineage, artifact.options.scale, settings.alpha / settings.rank),
+    )
+    if origin.revision is not None:  # a folder is where it was kept, not where it came from
+        lineage.parent = origin.parent
+    if artifact.has_state:
+        return Loaded(base, settings, artifact=artifact, lineage=lineage)
+    return Loaded(base, settings, adapter=artifact.adapter, lineage=lineage)
 
 
 def load_beside(source: str | Path, target: PreTrainedModel, config: OnlineSpecConfig | None = None) -> Loaded:
@@ -138,9 +132,10 @@ class Origin:
     def evolved(self) -> bool:
         return self.folder is not None and is_artifact(self.folder)
 
-    def lineage(self) -> dict[str, Any]:
-        """What the card says about where a draft came from."""
-        return {"parent": {"source": public_name(self.source), "revision": self.revision}}
+    @property
+    def parent(self) -> Parent:
+        """What a lineage says of it."""
+        return Parent(public_name(self.source), self.revision)
 
 
 @dataclass(frozen=True)
@@ -157,9 +152,9 @@ class NamedBase:
         assert origin.folder is not None
         if origin.evolved:
             outline = Outline.read(origin.folder)
-            return cls(outline.base, str(outline.adapter_config.get(BASE) or ""), None)
-        about = read_plain_options(origin.folder)
-        return cls(None, str(about.get(BASE) or ""), str(about.get("revision") or "") or None)
+            return cls(outline.manifest.base, outline.options.base_name or "", None)
+        options = read_plain_options(origin.folder)
+        return cls(None, options.base_name or "", options.revision or None)
 
     def load(self, base_model: PreTrainedModel | str | Path | None = None, token: str | None = None) -> PreTrainedModel:
         """The model; arguments and errors are those of `load_base`."""
@@ -205,19 +200,18 @@ def _holds_adapter(folder: Path) -> bool:
     return is_artifact(folder) or os.path.lexists(folder / ADAPTER_CONFIG)
 
 
-def read_plain_options(folder: Path) -> dict[str, Any]:
+def read_plain_options(folder: Path) -> LoraOptions:
     """The options of an ordinary LoRA adapter.
 
     Raises:
         ArtifactError: it is no LoRA adapter in safetensors, or has an option under which PEFT would serve another model than we do.
     """
-    about = read_json(folder / ADAPTER_CONFIG)
-    check_options(about, folder / ADAPTER_CONFIG)
+    options = LoraOptions.from_dict(read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     if not os.path.lexists(folder / ADAPTER):
         raise ArtifactError(
             f"{folder}: no {ADAPTER}; adapters in another format are not read. Save it with safetensors."
         )
-    return about
+    return options
 
 
 def read_plain_adapter(folder: Path, settings: OnlineSpecConfig, base: PreTrainedModel) -> dict[str, Tensor]:
@@ -233,7 +227,7 @@ def read_plain_adapter(folder: Path, settings: OnlineSpecConfig, base: PreTraine
     # Where embedding and head carry an adapter, PEFT writes their base weights beside it.
     parts = {name: tensor for name, tensor in header.items() if ".base_layer." not in name}
     check_shapes(parts, settings.rank, folder / ADAPTER)
-    check_layers(_shapes(parts), settings.target_modules or (), settings, base)
+    check_layers({name: tensor.shape for name, tensor in parts.items()}, settings.target_modules or (), settings, base)
     check_size(sum(tensor.nbytes for tensor in parts.values()), base)
     own = {f"{PREFIX}{name}": weight for name, weight in base.state_dict().items()}
     beside = {name: name.replace(".base_layer.", ".") for name in header if name not in parts}
@@ -268,79 +262,10 @@ def _are_alike(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(lower).to(wide), other.to("cpu", lower).to(wide))
 
 
-def check_layers(
-    shapes: Mapping[str, Sequence[int]],
-    target_modules: Sequence[str],
-    settings: OnlineSpecConfig,
-    base: PreTrainedModel,
-) -> None:
-    """Raises ArtifactError unless an adapter has its two parts, of the right width, on just the layers that PEFT and we adapt.
-
-    Args:
-        shapes: of the adapter's parts, by PEFT's names.
-        target_modules: the layers by PEFT's options; those of `settings` are ours.
-    """
-    modules = dict(base.named_modules())
-    ours, _ = adapted_layers(borrow(base), settings.target_modules, settings.blocks)
-    wanted: dict[str, tuple[str, int, int | None]] = {}  # part: layer, dimension, width
-    for layer in ours:
-        widths = _widths(modules[layer])
-        kind = "lora_embedding_{}" if isinstance(modules[layer], nn.Embedding) else "lora_{}.weight"
-        for part, dimension, width in zip("AB", (1, 0), widths, strict=True):
-            wanted[f"{PREFIX}{layer}.{kind.format(part)}"] = (layer, dimension, width)
-    odd = sorted(set(wanted) ^ set(shapes))
-    if odd:
-        raise ArtifactError(
-            f"The adapter and this base with these settings do not fit: {len(odd)} tensors differ, {brief(odd[0])} for one."
-        )
-    if sorted(matching(modules, target_modules)) != sorted(ours):
-        raise ArtifactError(
-            f"{ADAPTER_CONFIG} has target_modules={brief(list(target_modules))}: PEFT would adapt other layers of this base than "
-            f"{ADAPTER} holds, and serve another model than we do. Take an earlier copy, or save the draft anew."
-        )
-    for name, (layer, dimension, width) in wanted.items():
-        if width is not None and shapes[name][dimension] != width:
-            raise ArtifactError(
-                f"The adapter has for {brief(name)}: {tuple(shapes[name])}, expected {width} in dimension {dimension}, as {layer} of "
-                "this base. It belongs to another base."
-            )
-
-
-def names_of(layers: Sequence[str], base: PreTrainedModel) -> tuple[str, ...] | None:
-    """The layers of a base as the setting `target_modules` names them: None where they are those that it adapts by default."""
-    return None if set(layers) == set(adaptable_layers(base)) else tuple(sorted(layers))
-
-
-def matching(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
-    """The modules that PEFT adapts for a list of target_modules: by their whole names, or the last parts of them."""
-    wanted = set(names)
-
-    def ends(name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[i:]) in wanted for i in range(len(parts)))
-
-    return [name for name in modules if name and ends(name)]
-
-
-def _widths(layer: nn.Module) -> tuple[int | None, int | None]:
-    """How many numbers go into a layer, and come out; None: PEFT knows this kind of layer, and we do not."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return None, None
-
-
-def _shapes(adapter: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in adapter.items()}
-
-
-def _as_adapter(settings: OnlineSpecConfig, about: Mapping[str, Any]) -> OnlineSpecConfig:
+def _as_adapter(settings: OnlineSpecConfig, options: LoraOptions) -> OnlineSpecConfig:
     """Settings with the size of an adapter that begins anew. Raises ConfigError."""
     if settings.learner == ENSEMBLE:
         raise ConfigError(
             "learner='ensemble': an ordinary adapter holds one expert. Use another learner to go on with it."
         )
-    return replace(settings, rank=about["r"], alpha=about["lora_alpha"])
+    return replace(settings, rank=options.rank, alpha=options.alpha)

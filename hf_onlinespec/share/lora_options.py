@@ -5,12 +5,15 @@ Every field of peft 0.21.2's LoraConfig is in one of the two lists here, or has 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import MOST, MOST_RANK
 from ..errors import ArtifactError, brief
 
+RANK, ALPHA, LAYERS, BASE, REVISION = "r", "lora_alpha", "target_modules", "base_model_name_or_path", "revision"
 # Where it comes from, how it was trained or first filled, and how a layout that PEFT sets by the layer's type was stored.
 WITHOUT_EFFECT = frozenset(
     (
@@ -36,7 +39,53 @@ TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")  # under others PEFT wraps the
 FIRST_VALUES = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
-def check_options(about: dict[str, Any], path: Path) -> None:
+@dataclass(frozen=True)
+class LoraOptions:
+    """What adapter_config.json holds."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    base_name: str | None  # a folder of the machine that made it, or a name
+    revision: str | None  # of the base
+    other: Mapping[str, object]  # all other options, by PEFT's names
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> LoraOptions:
+        """From what `LoraConfig.to_dict` gives, or from JSON that was checked."""
+        return cls(
+            rank=values[RANK],
+            alpha=values[ALPHA],
+            target_modules=tuple(values[LAYERS]),
+            base_name=None if values.get(BASE) is None else str(values[BASE]),
+            revision=None if values.get(REVISION) is None else str(values[REVISION]),
+            other={name: v for name, v in values.items() if name not in (RANK, ALPHA, LAYERS, BASE, REVISION)},
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], path: Path) -> LoraOptions:
+        """From JSON. Raises as `check_options`."""
+        check_options(values, path)
+        return cls.of(values)
+
+    def to_dict(self) -> dict[str, object]:
+        """By PEFT's names."""
+        return {
+            **self.other,
+            RANK: self.rank,
+            ALPHA: self.alpha,
+            LAYERS: list(self.target_modules),
+            BASE: self.base_name,
+            REVISION: self.revision,
+        }
+
+    @property
+    def scale(self) -> float:
+        """What B @ A is multiplied by."""
+        return self.alpha / self.rank
+
+
+def check_options(about: Mapping[str, object], path: Path) -> None:
     """Raises ArtifactError for an adapter that PEFT would serve as another model than we do, and names the option.
 
     Args:
@@ -66,7 +115,7 @@ def check_options(about: dict[str, Any], path: Path) -> None:
         raise _refused(path, f"target_modules={brief(names)}", "a list of layers is expected, which no pattern gives")
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     """Whether an option is off. A number is not: layer 0 is a layer."""
     return value is None or value is False or value in ("", [], {})
 

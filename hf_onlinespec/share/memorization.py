@@ -2,11 +2,11 @@
 
 While a draft learns, the texts of the requests stay in its process (`learned_texts.py`), never saved. At a save and before a public
 push they are cut into short windows, and the adapter itself is asked (`examine`): given the beginning of a window and nothing
-else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the original draft, and the
+else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the base draft, and the
 target without the request around it: what either says by itself is no secret of a user. A text of which `GAIN_BITS` come out is
 memorised; one whose prompt may have stood more than `FEW` times, if `OFTEN_BITS` do, and so is one with a part that the target
 may have written so often, behind whatever prompts, if `OFTEN_BITS` of that part do.
-What is kept is numbers (`History`): requests, how many were examined, how many came out, how often one prompt stood in the
+What is kept is numbers (`PrivacyRecord`): requests, how many were examined, how many came out, how often one prompt stood in the
 stream, the settings of learning. They travel in the lineage: through saving, loading with other settings, merging, distilling.
 Where one prompt makes much of the stream, canaries planted as often decide too (`privacy.py`): under every setting that ever learned.
 Whatever has no such record (adapters from elsewhere, fine-tuned ones, older artifacts, texts that were not examined) is refused.
@@ -31,7 +31,8 @@ from ..adapt.learned_texts import Examined, LearnedText, written_often
 from ..models.opening import opening_tokens
 from ..runtime.progress import progress
 from .audited import Audited
-from .learned_from import GAIN_BITS, OFTEN_BITS, History, examined_state
+from .learned_from import examined_state
+from .privacy_record import GAIN_BITS, OFTEN_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
     """
     started = time.perf_counter()
     with draft.at_rest() as here:
-        done, lineage = draft.examined, History.of(draft.lineage)
-    before = 0 if lineage is None else lineage.repeats
+        done, record = draft.examined, draft.lineage.privacy
+    before = 0 if record is None else record.repeats
     state = examined_state(here, before)
     if done is not None and (done.state, done.texts) == (state, len(here.texts)):
         return done
@@ -76,8 +77,8 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
     often = written_often(texts, before)
     examined, memorised = 0, 0
     known: set[Window] = set()  # that were looked at: those of a system prompt once
-    with _publics(draft) as publics, progress(len(texts), "Looking whether texts come out", "text") as bar:
-        opens = _needs_opening(draft, publics[0], texts)
+    with _references(draft) as references, progress(len(texts), "Looking whether texts come out", "text") as bar:
+        opens = _needs_opening(draft, references[0], texts)
         for at in range(0, len(texts), GROUP):
             if time.perf_counter() - started > seconds:
                 break
@@ -95,7 +96,7 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
                     break
                 some = windows[part : part + TOGETHER]
                 bits = [OFTEN_BITS if group[n].stands_often(before) else GAIN_BITS for n, _ in some]
-                out += _come_out(draft, publics, [window for _, window in some], bits).tolist()
+                out += _come_out(draft, references, [window for _, window in some], bits).tolist()
             memorised += len({n for (n, _), comes in zip(windows, out, strict=False) if comes})
             if len(out) < len(windows):
                 break  # none of the group was read to its end
@@ -106,8 +107,8 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
 
 
 @contextmanager
-def _publics(draft: Audited) -> Iterator[list[Reader]]:
-    """Who never saw the text: the original draft, and the target, where it is at hand."""
+def _references(draft: Audited) -> Iterator[list[Reader]]:
+    """Models that never saw the text: the base draft, and the target, where it is at hand."""
     target = draft.target_at_hand
     readers = [_reader(draft, base=True)]
     if target is None:
@@ -116,23 +117,23 @@ def _publics(draft: Audited) -> Iterator[list[Reader]]:
     modes = [(module, module.training) for module in target.modules()]
     target.eval()  # one that is trained may have dropout
     try:
-        if _speaks_alone(target):
-            readers.append(partial(_said_by, target))
+        if _takes_tokens_alone(target):
+            readers.append(partial(_target_logits, target))
         yield readers
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def _said_by(target: PreTrainedModel, tokens: Tensor) -> Tensor:
+def _target_logits(target: PreTrainedModel, tokens: Tensor) -> Tensor:
     logits: Tensor = target(input_ids=tokens.to(target.device), use_cache=False).logits
     return logits
 
 
-def _speaks_alone(target: PreTrainedModel) -> bool:
-    """Whether a target takes tokens and nothing else. Without it the original draft alone is compared with: more is refused."""
+def _takes_tokens_alone(target: PreTrainedModel) -> bool:
+    """Whether a target takes tokens and nothing else. Without it only the base draft is compared with: more is refused."""
     try:
-        return _said_by(target, torch.zeros(1, 2, dtype=torch.long)).dim() == 3
+        return _target_logits(target, torch.zeros(1, 2, dtype=torch.long)).dim() == 3
     except Exception as error:  # whatever another class of models asks for
         logger.info(
             "The target says nothing to tokens alone (%s): its word does not excuse what the draft writes.", error
@@ -187,8 +188,8 @@ def _windows(draft: Audited, text: Tensor, often: Tensor, opens: bool) -> list[W
     return [window for window in found if max(window.tokens, default=vocabulary) < vocabulary]
 
 
-def _come_out(draft: Audited, publics: Sequence[Reader], windows: Sequence[Window], bits: Sequence[float]) -> Tensor:
-    """Whether the end of each window (n,) comes out of the evolved draft, by so many bits likelier than of everybody else.
+def _come_out(draft: Audited, references: Sequence[Reader], windows: Sequence[Window], bits: Sequence[float]) -> Tensor:
+    """Whether the end of each window (n,) comes out of the evolved draft, by so many bits likelier than under any reference.
 
     Of an end that the target wrote often, `OFTEN_BITS` are enough.
     """
@@ -201,16 +202,16 @@ def _come_out(draft: Audited, publics: Sequence[Reader], windows: Sequence[Windo
     if rows.shape[1] < LEAST_GIVEN + LEAST_END:
         return torch.zeros(len(windows), dtype=torch.bool)
     vocabulary = draft.config.get_text_config().vocab_size
-    evolved, ranks = _read(_reader(draft, base=False), rows, vocabulary)
+    evolved, ranks = _bits_and_ranks(_reader(draft, base=False), rows, vocabulary)
     padding = torch.arange(1, rows.shape[1]) >= lengths[:, None]
     ranks = ranks.masked_fill(padding, torch.inf)
     ranks_of_often = ranks.masked_fill(~often[:, 1:], torch.inf)
-    public = torch.full_like(evolved, -torch.inf)
+    reference = torch.full_like(evolved, -torch.inf)
     least = torch.tensor(bits, dtype=evolved.dtype)
     left = torch.arange(len(rows))  # windows of which something comes out as yet
-    for reader in publics:
-        public[left] = torch.maximum(public[left], _read(reader, rows[left], vocabulary)[0])
-        gains = (evolved - public)[left]
+    for reader in references:
+        reference[left] = torch.maximum(reference[left], _bits_and_ranks(reader, rows[left], vocabulary)[0])
+        gains = (evolved - reference)[left]
         by_itself = _best_gain(gains, ranks[left]) >= least[left]
         left = left[by_itself | (_best_gain(gains, ranks_of_often[left], LEAST_OFTEN) >= OFTEN_BITS)]
         if not len(left):
@@ -220,17 +221,17 @@ def _come_out(draft: Audited, publics: Sequence[Reader], windows: Sequence[Windo
     return found
 
 
-def _read(reader: Reader, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _bits_and_ranks(reader: Reader, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Log-likelihood in bits (n, L - 1) of every token but the first of each row (n, L), and the logarithm of its rank."""
     likely, ranks = [], []
     for part in rows.split(max(1, MOST_LOGITS // (rows.shape[1] * vocabulary))):
         logits = reader(part[:, :-1]).float()
-        law = logits.log_softmax(-1)
-        said = part[:, 1:, None].to(law.device)
-        known = said < law.shape[-1]  # of two vocabularies, one may be larger
-        own = law.gather(-1, said.clamp_max(law.shape[-1] - 1)).masked_fill(~known, -torch.inf)
+        log_probs = logits.log_softmax(-1)
+        tokens = part[:, 1:, None].to(log_probs.device)
+        known = tokens < log_probs.shape[-1]  # of two vocabularies, one may be larger
+        own = log_probs.gather(-1, tokens.clamp_max(log_probs.shape[-1] - 1)).masked_fill(~known, -torch.inf)
         likely.append(doubles(own.squeeze(-1)) / math.log(2))
-        ranks.append(doubles((law > own).sum(-1) + 1).log2())
+        ranks.append(doubles((log_probs > own).sum(-1) + 1).log2())
     return torch.cat(likely), torch.cat(ranks)
 
 

@@ -8,154 +8,25 @@ The other rows of canaries tell what its present settings would retain of a secr
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from ..adapt.feedback import Feedback
-from ..errors import ConfigError, PrivacyError
+from ..errors import ConfigError, PrivacyError, require_whole
 from ..runtime.progress import progress
+from .audit_report import AuditReport, LossGap, Probed
 from .audited import Audited
-from .canaries import REFERENCES, Exposure, check_text, is_count, learn, make_canaries, plant, probe, read
-from .learned_from import ONE_ADAPTER, History, history, learned_settings
+from .canaries import REFERENCES, Canary, check_text, learn, log_likelihoods, make_canaries, plant, probe
+from .learned_from import learned_settings, privacy_record
 from .memorization import examine
+from .privacy_record import OTHER_EXPERTS, PrivacyRecord
 
-BEHIND = 40  # requests learned behind the canaries, at most: whether they are forgotten
-# Bits of mean exposure above which a push is refused: whoever guesses a secret needs an eighth of the guesses. The mean of eight
-# canaries that were never planted is above it in 0.8 % of all audits (a sum of eight exponentials), of one canary in 12.5 %.
-# A secret written once by the embedded pair: 6.9 of 8 bits with the default settings, 3.2 without replay, 1.5 with a tenth of that
-# step size too (benchmarks/results/audit.md).
-MOST_BITS = 3.0
-# Chance above which own text is told from text that was not seen (0.5: not at all), if that is sure by two standard errors: one
-# right answer in ten more than a coin gives. Measured, as above: 0.68, 0.54, 0.50.
-MOST_AUC = 0.6
-SURE = 2.0
+AFTERWARDS = 40  # requests learned after the canaries, at most: whether these are forgotten
 CANARIES = 8  # of a check
 MOST_REPEATS = (
     16  # that canaries are planted, at most: from there on all of them come out (benchmarks/results/audit.md)
 )
-
-
-@dataclass(frozen=True)
-class Probed:
-    """Canaries, and what the draft had learned when they were probed."""
-
-    repeats: int  # how often the target wrote them; 0: never
-    behind: int  # other requests learned behind them
-    exposures: list[Exposure]
-
-    @property
-    def bits(self) -> float:
-        """Mean exposure."""
-        return statistics.mean(e.bits for e in self.exposures)
-
-    @property
-    def extracted(self) -> int:
-        return sum(e.extracted for e in self.exposures)
-
-
-@dataclass(frozen=True)
-class LossGap:
-    """Loss in nats per written token, averaged over texts: of the stream's own, and of held-out ones."""
-
-    own: tuple[float, float]  # under the original draft, under the evolved one
-    held_out: tuple[float, float]
-    texts: tuple[int, int]
-    gap: float  # what learning gained on own text beyond what it gained on held-out text
-    error: float  # standard error of it
-    auc: float  # chance that of an own and a held-out text the own one gained more: 0.5 tells nothing
-    auc_error: float  # its standard error where there is nothing to tell
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """What was found. The same draft, seed and texts give the same report."""
-
-    probed: list[Probed]
-    most_bits: float  # the largest exposure that could be seen
-    gap: LossGap | None  # None: no held-out text
-    seen: int | None  # tokens of the vocabulary whose embedding the adapter changes; None: it leaves embeddings alone
-    vocabulary: int
-    history: History = field(default_factory=History)  # what it learned from, and what comes out
-    compared: bool = False  # whether what the target says by itself was known
-    as_it_learned: list[Probed] = field(default_factory=list)  # where one prompt makes much of its stream
-
-    def refusals(self) -> list[str]:
-        """Why the draft should not be public; none: nothing that was looked at speaks against it."""
-        found = self.history.reasons()
-        for p in self.as_it_learned:
-            if p.bits > MOST_BITS or p.extracted:
-                found.append(
-                    f"One prompt stood {times(self.history.repeats)} in its stream, among {self.history.texts} texts: too much of it to "
-                    f"judge by what comes out alone. Under settings with which it learned, a secret that the target writes "
-                    f"{times(p.repeats)} is exposed by {p.bits:.1f} of at most {self.most_bits:.1f} bits (more than {MOST_BITS:g}; "
-                    f"chance: 1.4); {p.extracted} of {len(p.exposures)} are written out to the last token."
-                )
-        gap = self.gap
-        if gap is not None and gap.auc > MOST_AUC and gap.auc - 0.5 > SURE * gap.auc_error:
-            found.append(
-                f"The text it learned from is told from text it never saw with a chance of {gap.auc:.2f} (more than {MOST_AUC:g}; "
-                f"by guessing: 0.5); it gained {gap.gap:.2f} nats per token more there."
-            )
-        return found
-
-    def text(self) -> str:
-        """The report in Markdown."""
-        lines = ["| canaries written | other requests behind | mean exposure, bits | largest | written out |"]
-        lines += ["|---|---|---|---|---|"]
-        named = [(times(p.repeats), p) for p in self.probed]
-        for name, p in named + [(f"{times(p.repeats)}, as it learned", p) for p in self.as_it_learned]:
-            largest = max(e.bits for e in p.exposures)
-            lines.append(
-                f"| {name} | {p.behind} | {p.bits:.2f} | {largest:.2f} | {p.extracted} of {len(p.exposures)} |"
-            )
-        lines += ["", f"Exposure: 1.44 bits by chance, at most {self.most_bits:.2f} can be seen."]
-        if self.as_it_learned:
-            lines.append(
-                f'One prompt stood {times(self.history.repeats)} in its stream, among {self.history.texts} texts: the rows "as it '
-                'learned" decide.'
-            )
-        else:
-            lines.append("These rows tell what its settings retain, and do not decide.")
-        if not any(p.behind for p in self.probed):
-            lines.append("No other requests were at hand: what they would have changed was not measured.")
-        h = self.history
-        lines.append(
-            f"Texts that it learned from: {h.texts}; not examined: {h.unexamined}; memorised: {h.memorised}"
-            + ("." if self.compared else ", beside the original draft alone: the target was not at hand.")
-        )
-        if self.gap is None:
-            lines.append("No held-out text was at hand: own and unseen text were not compared.")
-        else:
-            g = self.gap
-            lines += ["", "| nats per token | texts | original draft | evolved draft |", "|---|---|---|---|"]
-            for name, n, (original, evolved) in zip(("own", "held out"), g.texts, (g.own, g.held_out), strict=True):
-                lines.append(f"| {name} | {n} | {original:.3f} | {evolved:.3f} |")
-            lines += [
-                "",
-                f"Gained on own text beyond what was gained on held-out text: {g.gap:.3f} ± {g.error:.3f} nats per token. "
-                f"Chance of telling own from held-out text: {g.auc:.2f} (0.50 ± {g.auc_error:.2f} where there is nothing to tell).",
-            ]
-        if self.seen is not None:
-            lines.append(
-                f"Whoever holds the adapter can read off which tokens occurred in what it learned from, prompts included: "
-                f"{self.seen} of {self.vocabulary}, those whose embedding it changes."
-            )
-        lines += ["Not looked at: moments and earlier states of the adapter, which are saved beside it.", ""]
-        refusals = self.refusals()
-        if refusals:
-            lines += ["A public push is refused:", "", *(f"- {reason}" for reason in refusals)]
-        else:
-            lines.append(
-                f"A public push is not refused: nothing comes out of the {h.texts} texts that it learned from."
-            )
-            if any(p.extracted for p in self.probed):
-                lines.append(
-                    "With these settings it would give away secrets as in the rows above, if its stream held such."
-                )
-        return "\n".join(lines) + "\n"
 
 
 @torch.inference_mode(False)
@@ -165,57 +36,69 @@ def audit(
     repeats: Sequence[int] = (1, 4, 16),
     own: Sequence[Feedback] | None = None,
     held_out: Sequence[Feedback] | None = None,
-    behind: Sequence[Feedback] | None = None,
+    afterwards: Sequence[Feedback] | None = None,
     seed: int = 0,
 ) -> AuditReport:
     """What a draft gives away. It is not touched: everything happens in a copy that shares its base's weights.
 
-    For the embedded draft about 20 s of one CPU core; most of it is learning canaries and the requests behind them.
+    For the embedded draft about 20 s of one CPU core; most of it is learning canaries and the requests after them.
 
     Args:
         repeats: how often the target writes each canary; one measurement each.
-        own: what the draft learned from, see `written` for plain text; None: what its replay remembers.
+        own: what the draft learned from, see `as_feedback` for plain text; None: what its replay remembers.
         held_out: text of the same kind that it never saw; None: no comparison.
-        behind: what is learned behind the canaries in one more measurement; None: the last `BEHIND` of `own`.
+        afterwards: what is learned after the canaries in one more measurement; None: the last `AFTERWARDS` of `own`.
         seed: of canaries and references.
 
     Raises:
         ConfigError: nothing to plant, canaries that are too long or of too large an alphabet, too few or too long texts.
         DraftError: the draft's numbers are not finite.
     """
-    if not repeats or any(not is_count(r) for r in repeats):
-        raise ConfigError(f"repeats={repeats!r}: expected whole numbers of at least 1.")
+    if not repeats:
+        raise ConfigError("repeats is empty: expected whole numbers, at least 1.")
+    for often in repeats:
+        require_whole("repeats", often)
     vocabulary = draft.vocabulary.size
     secrets = make_canaries(vocabulary, canaries, seed)
     if own is None:
         own = draft.replayed()
-    behind = own[-BEHIND:] if behind is None else behind
-    for text in (*own, *(held_out or ()), *behind):
+    afterwards = own[-AFTERWARDS:] if afterwards is None else afterwards
+    for text in (*own, *(held_out or ()), *afterwards):
         check_text(draft, text, vocabulary)
     gap = None if held_out is None else loss_gap(draft, own, held_out)
+    probed = _plant_and_probe(draft, secrets, sorted(set(repeats)), afterwards, seed)
+    examine(draft)
+    known, decisive = _as_it_learned(draft, privacy_record(draft))
+    compared = draft.target_at_hand is not None
+    return AuditReport(
+        probed, math.log2(REFERENCES + 1), gap, _tokens_seen(draft), vocabulary, known, compared, decisive
+    )
 
+
+def _plant_and_probe(
+    draft: Audited, secrets: Sequence[Canary], repeats: Sequence[int], afterwards: Sequence[Feedback], seed: int
+) -> list[Probed]:
+    """How exposed canaries are that were never planted, that were planted so often, and after other requests."""
     copied = draft.clone_for_audit()
     probed, planted = [Probed(0, 0, probe(copied, secrets, seed=seed))], 0
-    with progress(canaries * (max(repeats) + min(repeats) * bool(behind)) + len(behind), "Planting", "text") as bar:
-        for often in sorted(set(repeats)):
+    steps = len(secrets) * (repeats[-1] + repeats[0] * bool(afterwards)) + len(afterwards)
+    with progress(steps, "Planting", "text") as bar:
+        for often in repeats:
             plant(copied, secrets, often - planted, bar)
             planted = often
             probed.append(Probed(often, 0, probe(copied, secrets, seed=seed)))
-        if behind:
+        if afterwards:
             copied = draft.clone_for_audit()
-            plant(copied, secrets, min(repeats), bar)
-            learn(copied, behind, bar)
-            probed.append(Probed(min(repeats), len(behind), probe(copied, secrets, seed=seed)))
-    examine(draft)
-    known, decisive = _as_it_learned(draft, history(draft))
-    compared = draft.target_at_hand is not None
-    return AuditReport(probed, math.log2(REFERENCES + 1), gap, _seen(draft), vocabulary, known, compared, decisive)
+            plant(copied, secrets, repeats[0], bar)
+            learn(copied, afterwards, bar)
+            probed.append(Probed(repeats[0], len(afterwards), probe(copied, secrets, seed=seed)))
+    return probed
 
 
-def _as_it_learned(draft: Audited, known: History) -> tuple[History, list[Probed]]:
+def _as_it_learned(draft: Audited, known: PrivacyRecord) -> tuple[PrivacyRecord, list[Probed]]:
     """Canaries planted as often as the main prompt stood in the stream, under every setting that ever learned; none without one.
 
-    Where that cannot be done, the history says so.
+    Where that cannot be done, the record says so.
     """
     found: list[Probed] = []
     if not known.has_main_prompt or not draft.changed:
@@ -224,7 +107,7 @@ def _as_it_learned(draft: Audited, known: History) -> tuple[History, list[Probed
     for learned in known.settings:
         settings = learned_settings(draft, learned)
         if settings is None:
-            known = known.plus(ONE_ADAPTER)
+            known = known.plus(OTHER_EXPERTS)
             continue
         copied = draft.clone_for_audit(settings)
         with progress(often * len(secrets), "Planting as it learned", "text") as bar:
@@ -242,7 +125,7 @@ def check_privacy(draft: Audited) -> None:
     if not draft.changed:
         return
     examine(draft)
-    known = history(draft)
+    known = privacy_record(draft)
     refusals = known.reasons()
     if not refusals:
         known, decisive = _as_it_learned(draft, known)
@@ -272,8 +155,10 @@ def loss_gap(draft: Audited, own: Sequence[Feedback], held_out: Sequence[Feedbac
         for text in texts:
             check_text(draft, text, draft.vocabulary.size)
             n = len(text.teacher)
-            rows.append([-float(read(draft, text.tokens[None], n, base)[0].mean()) for base in (True, False)])
-        losses.append(torch.tensor(rows, dtype=torch.float64, device="cpu"))  # (texts, original and evolved)
+            rows.append(
+                [-float(log_likelihoods(draft, text.tokens[None], n, base)[0].mean()) for base in (True, False)]
+            )
+        losses.append(torch.tensor(rows, dtype=torch.float64, device="cpu"))  # (texts, base and evolved)
     gains = [part[:, 0] - part[:, 1] for part in losses]
     a, b = (len(part) for part in gains)
     ahead = gains[0][:, None] - gains[1]
@@ -289,13 +174,8 @@ def loss_gap(draft: Audited, own: Sequence[Feedback], held_out: Sequence[Feedbac
     )
 
 
-def _seen(draft: Audited) -> int | None:
+def _tokens_seen(draft: Audited) -> int | None:
     """Tokens whose embedding the adapter changes: that part of A starts at zero, and moves only for tokens that were read."""
     parts = draft.adapter_params()
     moved = [(part != 0).any(0) for name, part in parts.items() if "lora_embedding_A" in name]  # each (vocabulary,)
     return int(torch.stack(moved).any(0).sum()) if moved else None
-
-
-def times(n: int) -> str:
-    """A number of times in words."""
-    return {0: "never", 1: "once"}.get(n, f"{n} times")

@@ -1,36 +1,59 @@
-"""The machine that numbers were measured on."""
+"""Where numbers were measured: the machine, and the versions of the packages."""
 
 from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+import peft
 import torch
+import transformers
 
-from .artifact import versions
+from ..runtime.version import __version__
+from .records import Record
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the settings."""
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+@dataclass
+class Provenance(Record):
+    """What speeds depend on beside the settings."""
+
+    cpu: str
+    cores: int | None
+    threads: int  # of torch
+    gpu: str | None
+    platform: str
+    python: str
+    hf_onlinespec: str
+    torch: str
+    transformers: str
+    peft: str
+
+
+def provenance() -> Provenance:
+    """Of what this process measures."""
+    found = versions()
+    return Provenance(
+        cpu=_cpu(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
         # Only where this process has used it: asking would start it.
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **versions(),
-    }
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
+        platform=platform.platform(),
+        python=platform.python_version(),
+        hf_onlinespec=found["hf_onlinespec"],
+        torch=found["torch"],
+        transformers=found["transformers"],
+        peft=found["peft"],
+    )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of an accelerator did not suffice."""
-    # torch reports the CPU's as a plain RuntimeError: "[enforce fail …] DefaultCPUAllocator: can't allocate memory".
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+def versions() -> dict[str, str]:
+    """Of this package and of those that decide what it computes."""
+    packages = {"torch": torch, "transformers": transformers, "peft": peft}
+    return {"hf_onlinespec": __version__} | {name: str(module.__version__) for name, module in packages.items()}
 
 
 @cache

@@ -6,9 +6,8 @@ moments and earlier states of the adapter, from which more could be read out tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -17,10 +16,10 @@ from ..config import ENSEMBLE, one_expert
 from ..models.identity import EMBEDDED, EMBEDDED_TARGET
 from ..state import State
 from .artifact import Artifact
+from .lineage import Lineage
 
-NOT_TOLD = "not told"
-KEPT_OF_MACHINE = ("threads", "python", "hf_onlinespec", "torch", "transformers", "peft")
-NOT_PUBLIC = {"cpu": NOT_TOLD, "cores": None, "platform": NOT_TOLD}
+L = TypeVar("L", bound=Lineage)
+WITHHELD = "not told"  # in place of a name
 
 
 def public_version(artifact: Artifact) -> Artifact:
@@ -28,23 +27,28 @@ def public_version(artifact: Artifact) -> Artifact:
     base = artifact.base
     if not is_public(base.name, base.revision):
         base = replace(base, name="")
-    machine = artifact.run["machine"]
-    gpu = None if machine["gpu"] is None else NOT_TOLD
-    run = artifact.run | {
-        "targets": [name for name in artifact.run["targets"] if is_public(name)],
-        "machine": {name: machine[name] for name in KEPT_OF_MACHINE} | NOT_PUBLIC | {"gpu": gpu},
-    }
+    machine = artifact.serving.machine
+    gpu = None if machine.gpu is None else WITHHELD
+    serving = replace(
+        artifact.serving,
+        targets=tuple(name for name in artifact.serving.targets if is_public(name)),
+        machine=replace(machine, cpu=WITHHELD, cores=None, gpu=gpu, platform=WITHHELD, other={}),
+    )
     settings = one_expert(artifact.settings)
     if artifact.settings.learner == ENSEMBLE:  # which leaves out layers that one expert would adapt
-        settings = replace(settings, target_modules=tuple(artifact.adapter_config["target_modules"]))
+        settings = replace(settings, target_modules=artifact.options.target_modules)
     return replace(
         artifact,
         settings=settings,
         base=base,
-        adapter_config=artifact.adapter_config
-        | {"base_model_name_or_path": base.name, "revision": None, "auto_mapping": None},
+        options=replace(
+            artifact.options,
+            base_name=base.name,
+            revision=None,
+            other={**artifact.options.other, "auto_mapping": None},
+        ),
         state=State(),
-        run=run,
+        serving=serving,
         lineage=_public_lineage(artifact.lineage),
     )
 
@@ -68,14 +72,13 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-def _public_lineage(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(lineage)
-    found.pop("parent", None)  # mostly the private repository that it was kept in before
-    for name in ("warm_start", "alignment"):
-        if name in found and not is_public(found[name]["target"]):
-            found[name] = dict(found[name]) | {"target": None}
-    if "merged" in found:
-        parts = [_public_lineage(part) for part in found["merged"]]
-        # What was said of a part was said of its own push.
-        found["merged"] = [{key: value for key, value in part.items() if key != "data_statement"} for part in parts]
+def _public_lineage(lineage: L) -> L:
+    """Without names of folders, and without the parent: mostly the private repository that the draft was kept in before."""
+    # What was said of a part was said of its own push.
+    merged = tuple(replace(_public_lineage(part), data_statement=None) for part in lineage.merged)
+    found = replace(lineage, parent=None, merged=merged)
+    if found.warm_start is not None and not is_public(found.warm_start.target):
+        found.warm_start = replace(found.warm_start, target=None)
+    if found.alignment is not None and not is_public(found.alignment.target):
+        found.alignment = replace(found.alignment, target=None)
     return found

@@ -11,13 +11,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, brief
-from .files import CHUNK_BYTES, check_holes, plain_file, unreadable
+from .files import CHUNK_BYTES, check_holes, regular_file, unreadable
 from .json_files import MOST_JSON_BYTES, parse_json
 
 MOST_TENSOR_BYTES = 16 << 30  # of one file; the shapes in it are held against the base besides
@@ -52,8 +52,8 @@ class TensorHeader:
 
 
 def read_header(path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> dict[str, TensorHeader]:
-    """The shapes of a safetensors file's tensors, without the tensors. Raises as `plain_file`."""
-    with plain_file(path, most_bytes) as (file, size):
+    """The shapes of a safetensors file's tensors, without the tensors. Raises as `regular_file`."""
+    with regular_file(path, most_bytes) as (file, size):
         return _header(file, size, path)[0]
 
 
@@ -78,7 +78,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, most_bytes: int = MOST_TENSOR_BYTES) -> None:
         self.path = path
-        with plain_file(path, most_bytes) as (file, size):
+        with regular_file(path, most_bytes) as (file, size):
             self.header, self.about, self._places = _header(file, size, path)
             self._size, self._begin = size, size - sum(tensor.nbytes for tensor in self.header.values())
             descriptor = os.dup(file.fileno())
@@ -140,7 +140,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def write(self, path: Path, about: Mapping[str, str]) -> None:
         """Writes another file with these tensors, a chunk at a time. Raises OSError."""
-        header: dict[str, Any] = {"__metadata__": dict(about)}
+        header: dict[str, object] = {"__metadata__": dict(about)}
         for name, tensor in self.header.items():
             header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": self._places[name]}
         text = json.dumps(header).encode()
@@ -185,7 +185,7 @@ def _header(file: BinaryIO, size: int, path: Path) -> Header:
     return tensors, about, places
 
 
-def _entry(name: str, entry: Any, path: Path) -> tuple[TensorHeader, tuple[int, int]]:
+def _entry(name: str, entry: object, path: Path) -> tuple[TensorHeader, tuple[int, int]]:
     """One tensor of a header, and where its bytes begin and end."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _unsound(path, f"{brief(name)} is {brief(entry)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .._compat.models import model_name
 from ..adapt.feedback import Feedback, Teacher
 from ..draft import OnlineDraft
-from ..errors import ConfigError, DraftError
+from ..errors import ConfigError, DraftError, require_whole
 from ..metrics import Counts
 from ..models.identity import public_name
 from ..models.opening import opening_tokens
 from ..models.vocabulary import check_vocabularies
+from ..share.lineage import Alignment
 
 IGNORED = -100  # the label of a token that is not trained on
 
@@ -50,13 +52,12 @@ class DraftAlignment(TrainerCallback):
 
     def __init__(self, draft: OnlineDraft, every: int = 1, max_tokens: int = 512) -> None:
         for name, value in (("every", every), ("max_tokens", max_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r}: expected a whole number, at least 1.")
+            require_whole(name, value)
         self.draft, self.every, self.max_tokens = draft, every, max_tokens
         self.updates, self.tokens, self.time_s = 0, 0, 0.0
         self._hook: RemovableHandle | None = None
-        self._listens = False  # whether the next training batch is to be learned
-        self._heard: list[Feedback] = []
+        self._records_next = False  # whether the next training batch is to be learned
+        self._recorded: list[Feedback] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,27 +70,23 @@ class DraftAlignment(TrainerCallback):
             )
         model = kwargs["model"]
         check_vocabularies(model, self.draft.model)
-        self._hook = model.register_forward_hook(self._hear, with_kwargs=True)
+        self._hook = model.register_forward_hook(self._record_batch, with_kwargs=True)
         name = public_name(model_name(model.config)) or None
-        before = self.draft.lineage.get("alignment", {})  # of an earlier one, which goes on counting
-        self.draft.lineage["alignment"] = {
-            "target": name,
-            "updates": before.get("updates", 0),
-            "tokens": before.get("tokens", 0),
-        }
+        before = self.draft.lineage.alignment or Alignment(name, 0, 0)  # of an earlier one, which goes on counting
+        self.draft.lineage.alignment = replace(before, target=name)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._heard = []
+        self._recorded = []
         due = (state.global_step + 1) % self.every == 0
-        self._listens = due and self.draft.failures.learning.begin()
+        self._records_next = due and self.draft.failures.learning.begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._listens = False
-        heard, self._heard = self._heard, []
-        if heard:
-            self._learn(heard)
+        self._records_next = False
+        batch, self._recorded = self._recorded, []
+        if batch:
+            self._learn(batch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -103,27 +100,28 @@ class DraftAlignment(TrainerCallback):
     def _stop(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._listens, self._heard = None, False, []
+        self._hook, self._records_next, self._recorded = None, False, []
 
-    def _learn(self, heard: list[Feedback]) -> None:
+    def _learn(self, batch: list[Feedback]) -> None:
         draft, started, counts = self.draft, time.perf_counter(), Counts()
         with draft.failures.learning.attempt():  # a step that fails is no reason to end a training
-            draft.learn(heard, counts)
+            draft.learn(batch, counts)
         if counts.updates:
             draft.failures.learning.worked()
+        tokens = counts.updates * sum(len(feedback.teacher) for feedback in batch)
         self.updates += counts.updates
-        self.tokens += counts.updates * sum(len(feedback.teacher) for feedback in heard)
+        self.tokens += tokens
         self.time_s += time.perf_counter() - started
-        taught = draft.lineage["alignment"]
-        taught["updates"] += counts.updates
-        taught["tokens"] += counts.updates * sum(len(feedback.teacher) for feedback in heard)
+        total = draft.lineage.alignment
+        assert total is not None  # since the training began
+        draft.lineage.alignment = replace(total, updates=total.updates + counts.updates, tokens=total.tokens + tokens)
 
     @torch.no_grad()
-    def _hear(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Keeps copies of what the first batch of a step says; of an accumulated one the others pass by."""
-        if not (self._listens and model.training):
+    def _record_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keeps what the first batch of a step teaches; the other batches of an accumulated step are left out."""
+        if not (self._records_next and model.training):
             return
-        self._listens = False
+        self._records_next = False
         tokens = args[0] if args else kwargs.get("input_ids")
         logits = output.get("logits") if isinstance(output, dict) else None
         if tokens is None or logits is None or logits.shape[:-1] != tokens.shape:
@@ -144,7 +142,7 @@ class DraftAlignment(TrainerCallback):
             left -= len(feedback.tokens)
             if left < 0:
                 break
-            self._heard.append(feedback)
+            self._recorded.append(feedback)
 
     def _feedback(self, tokens: Tensor, trained: Tensor, logits: Tensor) -> Feedback | None:
         """What one row without its padding teaches: from the first token that is trained on to the last one.
@@ -162,8 +160,8 @@ class DraftAlignment(TrainerCallback):
         opening = opening_tokens(draft.config, tokens[:1].tolist()) if begin else []
         begin += len(opening)
         first = max(int(at[0]), begin + 1)
-        said = logits[first - 1 : end - 1].detach()
-        teacher = Teacher.from_logits(said, settings.temperature, settings.top_k, draft.vocabulary.size)
+        predicted = logits[first - 1 : end - 1].detach()
+        teacher = Teacher.from_logits(predicted, settings.temperature, settings.top_k, draft.vocabulary.size)
         if not teacher.teaches:
             return None
         read = draft.vocabulary.readable(torch.cat([tokens[: len(opening)], tokens[begin:end]]))

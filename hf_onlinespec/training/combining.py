@@ -22,19 +22,19 @@ from transformers import PreTrainedModel
 from .._compat.devices import doubles
 from ..config import ENSEMBLE, OnlineSpecConfig
 from ..draft import OnlineDraft
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, require_whole
 from ..models.identity import BaseFingerprint
 from ..models.plain import plain_draft
 from ..runtime.progress import each
-from ..share.artifact import PARTS, PREFIX, Artifact, check_size
+from ..share.artifact import Artifact
 from ..share.base_models import check_base, load_base
-from ..share.history import run_targets
-from ..share.learned_from import KEY, merged_history
-from ..share.lineage import shortened
-from ..share.loading import check_layers, locate, names_of
+from ..share.fit import PARTS, PREFIX, check_layers, check_size, names_of
+from ..share.learned_from import merged_record
+from ..share.lineage import Distilled, merged_lineages
+from ..share.loading import locate
 from ..share.tensor_files import shapes_of
 
-NOTHING = 1e-7  # singular values below this share of the largest are rounding
+RANK_TOLERANCE = 1e-7  # singular values below this share of the largest are rounding
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Distilled:
+class Distillation:
     """What an approximation of lower rank leaves out: Frobenius norms of the rest, relative to the whole change."""
 
     rank: int
@@ -54,7 +54,7 @@ class Distilled:
     errors: dict[str, float]  # by layer
 
 
-def read(source: str | Path, revision: str | None = None, token: str | None = None) -> Artifact:
+def read_evolved(source: str | Path, revision: str | None = None, token: str | None = None) -> Artifact:
     """An evolved draft from a folder or from the Hub, to be combined.
 
     Raises:
@@ -65,8 +65,7 @@ def read(source: str | Path, revision: str | None = None, token: str | None = No
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(source)
     artifact = Artifact.read(origin.folder)
-    lineage = {key: value for key, value in artifact.lineage.items() if key != "draft"}
-    return replace(artifact, lineage=lineage | origin.lineage())
+    return replace(artifact, lineage=replace(artifact.lineage, draft=None, parent=origin.parent))
 
 
 def no_evolved_draft(source: str | Path) -> ArtifactError:
@@ -89,7 +88,7 @@ def combine(
     (benchmarks/studies/combining.py). It is a start to learn on from.
 
     Args:
-        artifacts: what `read` or `OnlineDraft.artifact` gave.
+        artifacts: what `read_evolved` or `OnlineDraft.artifact` gave.
         base_model: the base draft, or its name; None: the one that the first was made for.
         weights: factors of the adapters' changes; None: 1 / n each, their mean.
         config: settings to go on with, of a single learner; None: those of the first. Rank, alpha and layers are set here.
@@ -111,18 +110,17 @@ def combine(
                 f"  one:     {first.base}\n  another: {other.base}"
             )
     layers = sorted(set().union(*(_layers(artifact.adapter) for artifact in artifacts)))
-    draft = _begin(artifacts, base_model, config, sum(artifact.adapter_config["r"] for artifact in artifacts), layers)
+    draft = _new_draft(artifacts, base_model, config, sum(artifact.options.rank for artifact in artifacts), layers)
     changes = [_changes(artifact) for artifact in artifacts]
     joined: dict[str, Factors] = {}
     for layer in layers:
         parts = [(change[layer], w) for change, w in zip(changes, weights, strict=True) if layer in change]
         joined[layer] = Factors(torch.cat([p.a for p, _ in parts]), torch.cat([w * p.b for p, w in parts], dim=1))
     _adopt(draft, joined)
-    merged = shortened([{**a.lineage, "weight": float(w)} for a, w in zip(artifacts, weights, strict=True)])
-    for lineage in merged:
-        lineage.pop(KEY, None)  # of all together:
-    draft.lineage["merged"] = merged
-    draft.lineage[KEY] = merged_history([artifact.lineage for artifact in artifacts], weights)
+    lineages = [artifact.lineage for artifact in artifacts]
+    without_record = [replace(lineage, privacy=None) for lineage in lineages]  # the record is one of all together
+    draft.lineage.merged = merged_lineages(without_record, list(map(float, weights)))
+    draft.lineage.privacy = merged_record(lineages, weights)
     return draft
 
 
@@ -131,7 +129,7 @@ def distil(
     rank: int,
     base_model: PreTrainedModel | str | Path | None = None,
     config: OnlineSpecConfig | None = None,
-) -> tuple[OnlineDraft, Distilled]:
+) -> tuple[OnlineDraft, Distillation]:
     """The best approximation of lower rank, layer by layer, and what it leaves out. It learns on with a new state.
 
     Of the weights, that is: of all changes of this rank the one nearest to the whole in the Frobenius norm. No prompt is looked
@@ -145,21 +143,23 @@ def distil(
         ConfigError: the rank is below 1.
         ArtifactError: the adapter was not made for this base.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"rank={rank!r}: expected a whole number, at least 1.")
-    draft = _begin([artifact], base_model, config, rank, sorted(_layers(artifact.adapter)))
+    require_whole("rank", rank)
+    draft = _new_draft([artifact], base_model, config, rank, sorted(_layers(artifact.adapter)))
     changes = _changes(artifact)
-    near: dict[str, Factors] = {}
+    approximated: dict[str, Factors] = {}
     lost: dict[str, float] = {}
     whole: dict[str, float] = {}
     for layer in each(changes, "Distilling", "layer"):
-        near[layer], lost[layer], whole[layer] = nearest(changes[layer], rank)
-    _adopt(draft, near)
+        approximated[layer], lost[layer], whole[layer] = nearest(changes[layer], rank)
+    _adopt(draft, approximated)
     error = _share(math.hypot(*lost.values()), math.hypot(*whole.values()))
-    own = draft.lineage["draft"]
-    draft.lineage = {**artifact.lineage, "draft": own, "distilled": {"rank": rank, "relative_error": error}}
-    draft.lineage[KEY] = merged_history([artifact.lineage], [1.0])
-    return draft, Distilled(rank, error, {layer: _share(lost[layer], whole[layer]) for layer in changes})
+    draft.lineage = replace(
+        artifact.lineage,
+        draft=draft.lineage.draft,
+        distilled=Distilled(rank, error),
+        privacy=merged_record([artifact.lineage], [1.0]),
+    )
+    return draft, Distillation(rank, error, {layer: _share(lost[layer], whole[layer]) for layer in changes})
 
 
 def nearest(factors: Factors, rank: int) -> tuple[Factors, float, float]:
@@ -171,7 +171,7 @@ def nearest(factors: Factors, rank: int) -> tuple[Factors, float, float]:
     q1, r1 = torch.linalg.qr(doubles(factors.b))  # (d_out, m), (m, r)
     q2, r2 = torch.linalg.qr(doubles(factors.a).T)  # (d_in, n), (n, r)
     u, values, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
-    kept = min(rank, int((values > NOTHING * values[0]).sum()))
+    kept = min(rank, int((values > RANK_TOLERANCE * values[0]).sum()))
     root = values[:kept].sqrt()
     a, b = root[:, None] * (vt[:kept] @ q2.T), (q1 @ u[:, :kept]) * root
     return Factors(a.float(), b.float()), float(values[kept:].norm()), float(values.norm())
@@ -183,9 +183,8 @@ def _share(part: float, whole: float) -> float:
 
 def _changes(artifact: Artifact) -> dict[str, Factors]:
     """What an adapter changes, by the name of the layer. Raises ArtifactError where that is not finite."""
-    scale = artifact.adapter_config["lora_alpha"] / artifact.adapter_config["r"]
     changes = {
-        layer: Factors(artifact.adapter[a].cpu().float(), artifact.adapter[b].cpu().float() * scale)
+        layer: Factors(artifact.adapter[a].cpu().float(), artifact.adapter[b].cpu().float() * artifact.options.scale)
         for layer, (a, b) in _layers(artifact.adapter).items()
     }
     for layer, factors in changes.items():
@@ -206,7 +205,7 @@ def _layers(adapter: Iterable[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _begin(
+def _new_draft(
     artifacts: Sequence[Artifact],
     base_model: PreTrainedModel | str | Path | None,
     config: OnlineSpecConfig | None,
@@ -220,18 +219,24 @@ def _begin(
         if config is not None:
             raise ConfigError("learner='ensemble': combined adapters are one expert. Use another learner to go on.")
         settings = replace(settings, learner=settings.expert_learner)
-    scale = first.adapter_config["lora_alpha"] / first.adapter_config["r"]  # as before: steps keep their size
-    lies_at = str(first.adapter_config.get("base_model_name_or_path", ""))
-    base = plain_draft(load_base(base_model, first.base, lies_at))
+    base = plain_draft(load_base(base_model, first.base, first.options.base_name or ""))
     check_base(first.base, BaseFingerprint.of(base), force=False)
     sizes = []
     for artifact in artifacts:
         shapes = shapes_of(artifact.adapter)
-        check_layers(shapes, artifact.adapter_config["target_modules"], artifact.settings, base)
+        check_layers(shapes, artifact.options.target_modules, artifact.settings, base)
         sizes += [4 * math.prod(shape) for shape in shapes.values()]
     check_size(sum(sizes), base)
-    draft = OnlineDraft(base, replace(settings, rank=rank, alpha=scale * rank, target_modules=names_of(layers, base)))
-    draft.targets = list(dict.fromkeys(name for artifact in artifacts for name in run_targets(artifact.run)))
+    draft = OnlineDraft(
+        base,
+        replace(
+            settings,
+            rank=rank,
+            alpha=first.options.scale * rank,  # so that steps keep their size
+            target_modules=names_of(layers, base),
+        ),
+    )
+    draft.targets = list(dict.fromkeys(name for artifact in artifacts for name in artifact.serving.targets))
     return draft
 
 

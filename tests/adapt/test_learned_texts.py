@@ -22,7 +22,7 @@ from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.learned_texts import LearnedTexts
 from hf_onlinespec.commit.learning_draft import LearningDraft
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.share.canaries import learn, written
+from hf_onlinespec.share.canaries import as_feedback, learn
 from hf_onlinespec.share.memorization import examine
 from tests.conftest import tiny_llama
 
@@ -246,7 +246,7 @@ def test_they_are_a_part_of_the_memory_of_learning() -> None:
 
 def test_an_examination_ends_when_its_time_is_over() -> None:
     draft = OnlineDraft(tiny_llama(2), TINY)
-    learn(draft, [written(torch.arange(1, 20))])
+    learn(draft, [as_feedback(torch.arange(1, 20))])
     assert examine(draft, seconds=0.0).texts == 0
     assert examine(draft).texts == 1
 
@@ -254,7 +254,7 @@ def test_an_examination_ends_when_its_time_is_over() -> None:
 def test_a_text_whose_prompt_has_become_frequent_is_examined_again() -> None:
     """Also where no step was taken in between."""
     draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-6))
-    learn(draft, [written(torch.arange(12), 8)] * 4)
+    learn(draft, [as_feedback(torch.arange(12), 8)] * 4)
     assert examine(draft).often == 0
     draft._learning.texts.finish(torch.arange(12), 8)
     assert examine(draft).often == 1
@@ -277,5 +277,5 @@ def test_a_text_is_examined_behind_the_token_that_opens_it() -> None:
     draft = OnlineDraft(model, replace(TINY, lr=3e-2, replay_passes=0))
     text = torch.randint(3, 32, (44,))
     text[0] = 1
-    learn(draft, [written(text, 12)] * 40)
+    learn(draft, [as_feedback(text, 12)] * 40)
     assert examine(draft).memorised == 1

@@ -24,7 +24,7 @@ from hf_onlinespec.cli.chat import Chat, Detokenizer
 from hf_onlinespec.cli.terminal import PROMPT, Terminal, console, ctrl_c, reader
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
 from hf_onlinespec.errors import ConfigError
-from hf_onlinespec.share.artifact import inspect
+from hf_onlinespec.share.manifest import Manifest
 from hf_onlinespec_cli import main
 from tests.conftest import tiny_llama
 
@@ -312,7 +312,7 @@ def test_commands(chat: Chat, tmp_path: Path) -> None:
     ):
         assert words in said, words
     assert chat.answers == 2
-    assert inspect(tmp_path / "x")["run"]["requests"] == 1
+    assert Manifest.read(tmp_path / "x").serving.requests == 1
     assert "\x1b" not in out.getvalue() + said
 
 
@@ -382,7 +382,7 @@ def test_a_draft_is_saved_into_a_folder_of_its_own(chat: Chat, tmp_path: Path) -
     assert said[0] == said[3] == f"Saved: {kept}. Go on with --draft {kept}."
     assert said[1] == f"/save {other}: another draft was saved there. Name a new folder."
     assert "'README.md' lies there" in said[2] and (mine / "README.md").read_text() == "mine"
-    assert inspect(other)["settings"]["rank"] == 2
+    assert Manifest.read(other).settings["rank"] == 2
 
 
 def test_leaving_saves(chat: Chat, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_leaving_saves(chat: Chat, tmp_path: Path) -> None:
         chat, Console(file=io.StringIO()), Console(file=notes), lambda: next(reads)(), save=tmp_path / "kept"
     )
     assert terminal.run() == 130
-    assert inspect(tmp_path / "kept")["run"]["requests"] == 1
+    assert Manifest.read(tmp_path / "kept").serving.requests == 1
     assert "Saved" in notes.getvalue()
 
 

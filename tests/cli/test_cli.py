@@ -20,7 +20,8 @@ from hf_onlinespec.measure.demo import ARMS, Bench, Request, Settings, choose_pr
 from hf_onlinespec.measure.plots import conclusion, outputs_line
 from hf_onlinespec.measure.records import Ratio, Record
 from hf_onlinespec.models.identity import EMBEDDED_TARGET
-from hf_onlinespec.share.artifact import CARD, inspect
+from hf_onlinespec.share.folder import CARD
+from hf_onlinespec.share.manifest import Manifest
 from hf_onlinespec_cli import main
 
 SMALL = ["--prompts", "1", "--new-tokens", "8", "--threads", "1"]
@@ -71,9 +72,9 @@ def test_demo_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[st
         # A tie is decided by rounding, which differs between machines.
         assert found["compared"] == 3 and found["different"] == 0 and found["identical"] + found["tie"] == 3
 
-    run = inspect(out / "evolved")["run"]
+    serving = Manifest.read(out / "evolved").serving
     tokens = sum(r["new_tokens"] for r in records if r["arm"] == "learning")
-    assert (run["requests"], run["new_tokens"], run["targets"]) == (3, tokens, [EMBEDDED_TARGET])
+    assert (serving.requests, serving.new_tokens, serving.targets) == (3, tokens, (EMBEDDED_TARGET,))
     assert f"{tokens:,} new tokens" in (out / "evolved" / CARD).read_text(encoding="utf-8")
     assert OnlineDraft.from_pretrained(out / "evolved").metrics.requests == 3
 

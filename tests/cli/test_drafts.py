@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.share.artifact import ADAPTER, CARD, CONFIG
+from hf_onlinespec.share.folder import ADAPTER, CARD, CONFIG
 from tests.conftest import tiny_llama
 from tests.loopback_hub import LoopbackHub
 from tests.share.test_artifact import REPEATABLE, TOKENS, same_state, serve
@@ -82,7 +82,7 @@ def test_merge(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     one = OnlineDraft.from_pretrained(saved)
     said(capsys, "merge", saved, saved, "--weights", "0.25", "0.75", "--out", tmp_path / "both")
     both = OnlineDraft.from_pretrained(tmp_path / "both")
-    assert both.settings.rank == 2 * one.settings.rank and len(both.lineage) > 0
+    assert both.settings.rank == 2 * one.settings.rank and len(both.lineage.merged) == 2
     torch.testing.assert_close(both(TOKENS).logits, one(TOKENS).logits, atol=1e-5, rtol=1e-4)
     assert "left out" in said(capsys, "merge", saved, saved, "--rank", "2", "--out", tmp_path / "small")
     small = OnlineDraft.from_pretrained(tmp_path / "small")  # the same twice has the rank of one

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from transformers import Phi3Config, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.share.canaries import learn, written
+from hf_onlinespec.share.canaries import as_feedback, learn
 from tests.conftest import tiny_llama
 from tests.tiny_models import SPOKEN, random_model
 
@@ -163,13 +163,13 @@ def test_frequencies_that_a_forward_overwrites_are_the_draft_s_own() -> None:
     )
     target = random_model(config, 1)
     draft = OnlineDraft(target, SETTINGS)  # of itself: its modules are the target's, but for what learns
-    learn(draft, [written(torch.arange(1, 13), 6)])
+    learn(draft, [as_feedback(torch.arange(1, 13), 6)])
     long = torch.arange(24)[None]
     with torch.no_grad():
         before = target(long).logits
         frequencies = {name: buffer.clone() for name, buffer in target.named_buffers()}
         draft(TOKENS)  # both of its trees
-        learn(draft, [written(torch.arange(1, 13), 6)])
+        learn(draft, [as_feedback(torch.arange(1, 13), 6)])
         assert len(frequencies) > 0
         assert all(torch.equal(buffer, frequencies[name]) for name, buffer in target.named_buffers())
         short = {name: buffer.clone() for name, buffer in draft._lora.tree.named_buffers()}

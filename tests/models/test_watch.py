@@ -61,11 +61,11 @@ def test_a_changed_draft_is_said_and_begins_anew(target, draft_model, prompt, wr
     passed = wrap(draft_model)
     serve(target, passed, prompt)
     draft = online_draft(passed)
-    steps, number = draft.steps, draft.lineage["draft"]
+    steps, number = draft.steps, draft.lineage.draft
     change(draft_model)
     with pytest.warns(UserWarning, match=f"changed after it was wrapped.*{words}"):
         serve(target, passed, prompt)
-    assert online_draft(passed) is draft and steps == draft.steps == 1 and draft.lineage["draft"] != number
+    assert online_draft(passed) is draft and steps == draft.steps == 1 and draft.lineage.draft != number
     with torch.no_grad(), draft.serving(base=True) as base:
         assert torch.equal(base(TOKENS).logits, draft_model(TOKENS).logits)
     served = draft(TOKENS).logits
@@ -158,7 +158,7 @@ def test_of_two_threads_that_notice_a_change_one_begins_anew(
 
     def begin() -> None:
         draft.begin_anew_if_changed()
-        numbers.append(draft.lineage["draft"])
+        numbers.append(draft.lineage.draft)
 
     threads = [threading.Thread(target=begin) for _ in range(2)]
     with warnings.catch_warnings(record=True) as told:

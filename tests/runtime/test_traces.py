@@ -265,7 +265,8 @@ def test_where_a_process_reports_is_no_part_of_a_saved_draft(target, draft_model
 
 
 def test_a_folder_from_elsewhere_cannot_say_where_this_machine_writes(draft_model, tmp_path) -> None:
-    from hf_onlinespec.share.artifact import CONFIG, own_checksum
+    from hf_onlinespec.share.folder import CONFIG
+    from hf_onlinespec.share.manifest import own_checksum
 
     OnlineDraft(draft_model, OnlineSpecConfig(**LEARNS)).save_pretrained(tmp_path / "saved")
     manifest = json.loads((tmp_path / "saved" / CONFIG).read_text())

@@ -32,7 +32,7 @@ from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
 from hf_onlinespec.serve import app
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
 from hf_onlinespec.serve.metrics import ServerMetrics
-from hf_onlinespec.share.artifact import is_artifact
+from hf_onlinespec.share.folder import is_artifact
 from hf_onlinespec.verify.target import Verifier
 from tests.serving import NAME, Running, plain, running, wait_for
 

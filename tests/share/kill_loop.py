@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.share.artifact import NEXT
+from hf_onlinespec.share.folder import STAGING
 from tests.conftest import tiny_llama
 
 
@@ -65,7 +65,7 @@ def main() -> None:
             heard += more
         os.close(hears)
         report["kills"] += 1
-        report["killed_inside_a_save"] += (folder / NEXT).exists()
+        report["killed_inside_a_save"] += (folder / STAGING).exists()
         said = int(heard.splitlines()[-1])
         try:
             steps = OnlineDraft.from_pretrained(folder, tiny_llama(2)).steps

@@ -22,18 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.metrics import HISTORY_BUCKETS
-from hf_onlinespec.share.artifact import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    CONFIG,
-    NEXT,
-    STATE,
-    Artifact,
-    checksum,
-    inspect,
-    own_checksum,
-    settle,
-)
+from hf_onlinespec.share.artifact import Artifact, checksum
+from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CONFIG, STAGING, STATE
+from hf_onlinespec.share.lineage import Alignment, Parent, WarmStart
+from hf_onlinespec.share.manifest import Manifest, own_checksum
+from hf_onlinespec.share.replacing import finish_interrupted_write
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import flat_params
 
@@ -362,7 +355,7 @@ def test_a_base_in_a_folder_is_found_again(
     draft.save_pretrained(tmp_path / "evolved")
     again = OnlineDraft.from_pretrained(tmp_path / "evolved")
     assert same_state(draft, again)
-    assert "parent" not in again.lineage and again.lineage["draft"] != draft.lineage["draft"]
+    assert again.lineage.parent is None and again.lineage.draft != draft.lineage.draft
     assert again.identity.name == "base"  # without the folders of this machine
     (tmp_path / "base").rename(tmp_path / "moved")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -416,13 +409,13 @@ def test_what_was_complete_is_found_wherever_it_lies(moved: int, tmp_path: Path)
     draft.save_pretrained(tmp_path / "a")
     draft._lora.move(torch.ones_like(draft._lora.params))
     draft.save_pretrained(tmp_path / "b")
-    (tmp_path / "b").rename(tmp_path / "a" / NEXT)
+    (tmp_path / "b").rename(tmp_path / "a" / STAGING)
     for name in (ADAPTER_CONFIG, ADAPTER, STATE)[:moved]:
-        (tmp_path / "a" / NEXT / name).replace(tmp_path / "a" / name)
+        (tmp_path / "a" / STAGING / name).replace(tmp_path / "a" / name)
     found = Artifact.read(tmp_path / "a")
     assert all(torch.equal(t, draft.artifact().adapter[name]) for name, t in found.adapter.items())
-    settle(tmp_path / "a")
-    assert not (tmp_path / "a" / NEXT).exists()
+    finish_interrupted_write(tmp_path / "a")
+    assert not (tmp_path / "a" / STAGING).exists()
     assert Artifact.read(tmp_path / "a").state.values == found.state.values
 
 
@@ -432,8 +425,8 @@ def test_a_save_that_fails_keeps_what_was_complete_aside(tmp_path: Path) -> None
     draft.save_pretrained(tmp_path / "a")
     draft._lora.move(torch.ones_like(draft._lora.params))
     draft.save_pretrained(tmp_path / "b")
-    (tmp_path / "b").rename(tmp_path / "a" / NEXT)
-    (tmp_path / "a" / NEXT / ADAPTER).replace(tmp_path / "a" / ADAPTER)
+    (tmp_path / "b").rename(tmp_path / "a" / STAGING)
+    (tmp_path / "a" / STAGING / ADAPTER).replace(tmp_path / "a" / ADAPTER)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
@@ -448,12 +441,12 @@ def test_a_save_that_fails_keeps_what_was_complete_aside(tmp_path: Path) -> None
 def test_what_was_not_complete_is_forgotten(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
-    (tmp_path / NEXT).mkdir()
-    (tmp_path / NEXT / ADAPTER).write_bytes(b"half of")
-    settle(tmp_path)
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / ADAPTER).write_bytes(b"half of")
+    finish_interrupted_write(tmp_path)
     assert OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)).metrics.requests == 0
     draft.save_pretrained(tmp_path)
-    assert not (tmp_path / NEXT).exists()
+    assert not (tmp_path / STAGING).exists()
 
 
 def test_killed_at_any_instant(tmp_path: Path) -> None:
@@ -475,9 +468,9 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
 def test_inspect_reads_without_a_model(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
-    found = inspect(tmp_path)
-    assert found["settings"] == draft.settings.to_dict() and found["base"]["weights"] == draft.identity.weights
-    assert found["versions"]["torch"] == torch.__version__
+    found = Manifest.read(tmp_path)
+    assert found.settings == draft.settings.to_dict() and found.base.weights == draft.identity.weights
+    assert found.versions["torch"] == torch.__version__
 
 
 def test_a_history_stays_bounded(target: PreTrainedModel) -> None:
@@ -545,23 +538,23 @@ def test_two_writers_take_turns(tmp_path: Path) -> None:
 
 def test_an_artifact_is_a_copy(target: PreTrainedModel) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(REPEATABLE | {"learner": "ensemble"})))
-    draft.lineage["alignment"] = {"tokens": 1}
+    draft.lineage.alignment = Alignment(None, updates=1, tokens=1)
     artifact = draft.artifact()
     before = json.dumps(artifact.state.values)
     draft._adaptation.active[1] = False
-    draft.lineage["alignment"]["tokens"] = 2
+    draft.lineage.alignment.tokens = 2
     serve(target, draft, range(2))
-    assert json.dumps(artifact.state.values) == before and artifact.lineage["alignment"] == {"tokens": 1}
+    assert json.dumps(artifact.state.values) == before and artifact.lineage.alignment.tokens == 1
 
 
 def test_a_history_of_what_it_was_trained_on_survives(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
-    taught = {"target": None, "texts": 3, "prompts": 0, "tokens": 90}
-    draft.lineage |= {"warm_start": taught, "parent": {"source": "me/draft", "revision": "abc"}}
+    start = WarmStart(None, texts=3, prompts=0, tokens=90)
+    draft.lineage.warm_start, draft.lineage.parent = start, Parent("me/draft", "abc")
     for _ in range(2):
         draft.save_pretrained(tmp_path)
         draft = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    assert draft.lineage["warm_start"] == taught and draft.lineage["parent"]["revision"] == "abc"
+    assert draft.lineage.warm_start == start and draft.lineage.parent == Parent("me/draft", "abc")
 
 
 def test_the_same_base_with_other_words_around_it(tmp_path: Path) -> None:
@@ -663,7 +656,7 @@ def test_a_draft_without_its_state_takes_the_place_of_one_with_it(tmp_path: Path
     draft.save_pretrained(tmp_path)
     draft._lora.move(torch.ones_like(draft._lora.params))
     replace(draft.artifact(), state=State()).write(tmp_path)
-    assert not (tmp_path / STATE).exists() and not (tmp_path / NEXT).exists()
+    assert not (tmp_path / STATE).exists() and not (tmp_path / STAGING).exists()
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
     assert torch.equal(flat_params(again), flat_params(draft)) and again.metrics.requests == 0
 
@@ -673,10 +666,10 @@ def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) ->
     draft.save_pretrained(tmp_path)
     before = flat_params(draft)
     draft._lora.move(torch.ones_like(before))
-    statement = draft.lineage["data_statement"] = "x" * (9 << 20)
+    statement = draft.lineage.data_statement = "x" * (9 << 20)
     with pytest.raises(ArtifactError, match="can be read again"):
         draft.save_pretrained(tmp_path)
     assert torch.equal(flat_params(OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))), before)
-    draft.lineage["data_statement"] = statement[:1000]
+    draft.lineage.data_statement = statement[:1000]
     draft.save_pretrained(tmp_path)
-    assert OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)).lineage["data_statement"] == statement[:1000]
+    assert OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)).lineage.data_statement == statement[:1000]

@@ -20,9 +20,14 @@ from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, load_pair, 
 from hf_onlinespec.metrics import HISTORY_BUCKETS, Counts, DraftMetrics
 from hf_onlinespec.models.identity import EMBEDDED, EMBEDDED_TARGET, BaseFingerprint
 from hf_onlinespec.share import card
-from hf_onlinespec.share.artifact import CARD, CONFIG, CURVE, Artifact, inspect
+from hf_onlinespec.share.artifact import Artifact
 from hf_onlinespec.share.card import model_card
-from hf_onlinespec.share.history import curve, run_record, run_targets
+from hf_onlinespec.share.curve import curve
+from hf_onlinespec.share.folder import CARD, CONFIG, CURVE
+from hf_onlinespec.share.history import ServingHistory
+from hf_onlinespec.share.lineage import Lineage, WarmStart
+from hf_onlinespec.share.lora_options import LoraOptions
+from hf_onlinespec.share.privacy_record import PrivacyRecord
 from hf_onlinespec.state import State
 from hf_onlinespec.training.combining import combine, distil
 from hf_onlinespec.training.warm_start import default_arguments, warm_start
@@ -37,11 +42,15 @@ ALIGNED_WORDS = "aligned with a model without a name while that was fine-tuned, 
 BASE = BaseFingerprint("org/base", "0123abcd", config="c0ffee", weights="beef", tokenizer=None)
 
 
+OPTIONS = LoraOptions(4, 4.0, ("q_proj",), "org/base", None, {})
+
+
 def from_file(path: Path) -> Artifact:
     """An artifact as far as its run file tells it, which is all that a card needs."""
     told = json.loads(path.read_text(encoding="utf-8"))
     settings, base = OnlineSpecConfig.from_dict(told["settings"]), BaseFingerprint.from_dict(told["base"])
-    return Artifact(settings, base, {}, {}, State(), told["run"], told["lineage"], told["versions"])
+    serving, lineage = ServingHistory.from_dict(told["run"], str(path)), Lineage.from_dict(told["lineage"], str(path))
+    return Artifact(settings, base, OPTIONS, {}, State(), serving, lineage, told["versions"])
 
 
 def evolved_orders() -> str:
@@ -59,10 +68,14 @@ def served(requests: int) -> DraftMetrics:
     return metrics
 
 
-def artifact(requests: int = 20, **kwargs: Any) -> Artifact:
-    values: dict[str, Any] = dict(settings=OnlineSpecConfig(), base=BASE, lineage={})
-    values["run"] = run_record(served(requests), ["org/target"])
-    return Artifact(adapter_config={}, adapter={}, state=State(), **values | kwargs)
+def artifact(requests: int = 20, lineage: dict[str, Any] | None = None, **kwargs: Any) -> Artifact:
+    values: dict[str, Any] = dict(settings=OnlineSpecConfig(), base=BASE)
+    values["serving"] = ServingHistory.of(served(requests), ["org/target"])
+    values["lineage"] = Lineage.from_dict(lineage or {}, "a lineage")
+    return Artifact(options=OPTIONS, adapter={}, state=State(), **values | kwargs)
+
+
+RUN = ServingHistory.of(served(2), []).to_dict()
 
 
 def check(value: Any, schema: dict[str, Any], path: str = "$") -> None:
@@ -103,13 +116,11 @@ def cells(text: str, name: str) -> list[str]:
 def test_card_and_run_file_agree() -> None:
     assert (CARDS / "evolved_orders.md").read_text(encoding="utf-8") == evolved_orders()
     assert (CARDS / "evolved_orders.png").read_bytes().startswith(PNG)
-    run = from_file(CARDS / "evolved_orders.json").run
-    assert run["targets"] == [EMBEDDED_TARGET] and run["requests"] == sum(row[0] for row in run["history"]) == 90
-    assert run["new_tokens"] == sum(row[1] for row in run["history"])
-    assert (run["before"]["requests"], run["after"]["requests"]) == (
-        8,
-        10,
-    )  # 45 pairs of requests: 4 of them, 5 of them
+    serving = from_file(CARDS / "evolved_orders.json").serving
+    assert serving.targets == (EMBEDDED_TARGET,) and serving.requests == sum(row[0] for row in serving.history) == 90
+    assert serving.new_tokens == sum(row[1] for row in serving.history)
+    # Of 45 pairs of requests 4 and 5.
+    assert [part.requests for part in serving.before_and_after] == [8, 10]
 
 
 def test_template_is_the_packaged_one() -> None:
@@ -124,7 +135,7 @@ def test_template_is_the_packaged_one() -> None:
 def test_run_files_fit_the_schema(schema: dict[str, Any], tmp_path: Path, draft_model: PreTrainedModel) -> None:
     check(json.loads((CARDS / "evolved_orders.json").read_text(encoding="utf-8")), schema)
     OnlineDraft(draft_model, OnlineSpecConfig(**SMALL)).save_pretrained(tmp_path)
-    told = inspect(tmp_path)
+    told = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
     check(told, schema)
     for path, value in ((("run", "rounds"), 1.5), (("run", "total"), []), (("base", "weights"), None)):
         wrong = json.loads(json.dumps(told))
@@ -143,7 +154,7 @@ def test_run_files_fit_the_schema(schema: dict[str, Any], tmp_path: Path, draft_
 
 
 def test_record_counts() -> None:
-    run = run_record(served(20), ["a", "b"])
+    run = ServingHistory.of(served(20), ["a", "b"]).to_dict()
     assert run["targets"] == ["a", "b"]
     assert (run["requests"], run["rounds"], run["new_tokens"], run["updates"]) == (20, 40, 210, 60)
     assert run["learned_tokens"] == 190
@@ -160,23 +171,24 @@ def test_record_counts() -> None:
 
 
 def test_history_is_bounded() -> None:
-    run = run_record(served(10 * HISTORY_BUCKETS), [])
-    assert len(run["history"]) <= HISTORY_BUCKETS
-    assert sum(row[0] for row in run["history"]) == run["requests"] == 10 * HISTORY_BUCKETS
+    serving = ServingHistory.of(served(10 * HISTORY_BUCKETS), [])
+    assert len(serving.history) <= HISTORY_BUCKETS
+    assert sum(row[0] for row in serving.history) == serving.requests == 10 * HISTORY_BUCKETS
 
 
 def test_resumed_run_goes_on(tmp_path: Path, target: PreTrainedModel, draft_model: PreTrainedModel) -> None:
     target.config._name_or_path = "org/target"
     draft = OnlineDraft(draft_model, OnlineSpecConfig(**SMALL))
-    draft.lineage |= {"warm_start": WARM, "data_statement": "Our orders."}
+    draft.lineage.warm_start = WarmStart.from_dict(WARM, "a warm start")
+    draft.lineage.data_statement = "Our orders."
     prompt = torch.tensor([[3, 14, 15]])
     target.generate(prompt, max_new_tokens=4, do_sample=False, assistant_model=draft)
     draft.save_pretrained(tmp_path)
     again = OnlineDraft.from_pretrained(tmp_path, base_model=draft_model)
-    assert again.artifact().run == draft.artifact().run
+    assert again.artifact().serving == draft.artifact().serving
     target.generate(prompt, max_new_tokens=4, do_sample=False, assistant_model=again)
-    run = again.artifact().run
-    assert (run["requests"], run["new_tokens"], run["targets"]) == (2, 8, ["org/target"])
+    serving = again.artifact().serving
+    assert (serving.requests, serving.new_tokens, serving.targets) == (2, 8, ("org/target",))
     text = model_card(again.artifact())
     assert WARM_WORDS in cells(text, "lineage")[0] and "## Data\n\n> Our orders.\n" in text
 
@@ -197,7 +209,7 @@ def test_learned_tokens_are_those_that_a_step_took(target: PreTrainedModel, draf
 @pytest.mark.parametrize("targets", ["org/target", [1], None])
 def test_targets_of_another_kind(targets: Any) -> None:
     with pytest.raises(ArtifactError, match="targets="):
-        run_targets({"targets": targets})
+        ServingHistory.from_dict(ServingHistory.of(served(2), []).to_dict() | {"targets": targets}, "a history")
 
 
 def test_targets_are_named_once_and_without_folders(
@@ -237,7 +249,7 @@ def test_no_text_of_prompts(tmp_path: Path, pair: EmbeddedPair) -> None:
         for answer in heard:
             assert pair.tokenizer.decode(answer).strip() not in text
             assert ",".join(map(str, answer[:4])) not in squeezed
-    run = inspect(tmp_path)["run"]
+    run = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))["run"]
     assert set(strings(run)) == set(strings(run["machine"])) | {EMBEDDED_TARGET}
 
 
@@ -253,7 +265,7 @@ def test_numbers_of_the_card() -> None:
     assert "20 requests with 210 new tokens, which the target verified in 40 forwards" in cells(text, "served")[0]
     assert "at once from 190 of these" in cells(text, "served")[0]
     assert cells(text, "gradient steps") == ["60 while generating, those on remembered requests included"]
-    made.run["idle_updates"], made.run["idle_time_s"], made.run["rollbacks"] = 7, 3.2, 2
+    made = replace(made, serving=replace(made.serving, idle_updates=7, idle_time_s=3.2, rollbacks=2))
     told = cells(model_card(made), "gradient steps")[0]
     assert "; 7 in 3 s between calls" in told and "; 2 times an earlier state" in told
 
@@ -265,8 +277,8 @@ def test_metadata() -> None:
     assert {"hf_onlinespec", "speculative-decoding", "lora"} <= set(data.tags)
     results = {result.metric_type: result for result in data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {
-        "acceptance_length": made.run["after"]["acceptance_length"],
-        "tokens_per_s": made.run["after"]["tokens_per_s"],
+        "acceptance_length": made.serving.after.acceptance_length,
+        "tokens_per_s": made.serving.after.tokens_per_s,
     }
     assert results["tokens_per_s"].dataset_name == "the prompts that it served"
     assert results["tokens_per_s"].metric_args["requests"] == 2
@@ -299,13 +311,13 @@ def test_a_few_requests_have_no_before_and_after(requests: int) -> None:
     assert not any(words in text for words in ("| before", "| after", "“Before”", "tenth"))
     for result in ModelCard(text).data.eval_results:
         assert result.metric_name.endswith(", all requests") and result.metric_args["requests"] == requests
-        assert result.metric_value == round(made.run["total"][result.metric_type], 2)
+        assert result.metric_value == round(made.serving.total.to_dict()[result.metric_type], 2)
 
 
 def test_requests_of_one_group_have_no_before_and_after() -> None:
-    run = artifact(20).run
-    run["before"] = run["after"] = run["total"]  # all of them in one stretch
-    assert "| before" not in model_card(artifact(run=run))
+    serving = artifact(20).serving
+    serving = replace(serving, before=serving.total, after=serving.total)  # all of them in one bucket
+    assert "| before" not in model_card(artifact(serving=serving))
 
 
 def test_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,8 +327,8 @@ def test_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card.write(made, tmp_path)
     assert (tmp_path / CURVE).read_bytes().startswith(PNG)
     assert f"]({CURVE})" in (tmp_path / CARD).read_text(encoding="utf-8")
-    assert curve(artifact(3).run) != curve(made.run)
-    monkeypatch.setattr("hf_onlinespec.share.history.find_spec", lambda name: None)
+    assert curve(artifact(3).serving) != curve(made.serving)
+    monkeypatch.setattr("hf_onlinespec.share.curve.find_spec", lambda name: None)
     card.write(made, tmp_path / "plain")
     assert not (tmp_path / "plain" / CURVE).exists()
     assert CURVE not in (tmp_path / "plain" / CARD).read_text(encoding="utf-8")
@@ -367,7 +379,7 @@ def test_a_real_warm_start_is_told(pair: EmbeddedPair) -> None:
     args.max_steps = 1
     warm_start(draft, pair.target, pair.tokenizer, ["set -e"], ["Create an order"], new_tokens=4, training_args=args)
     (told,) = cells(model_card(draft.artifact()), "lineage")
-    tokens = draft.lineage["warm_start"]["tokens"]
+    tokens = draft.lineage.warm_start.tokens
     assert tokens > 0
     assert told.endswith(f"; trained offline on 1 texts and 1 prompts ({tokens} tokens) for `{EMBEDDED_TARGET}`")
 
@@ -385,8 +397,11 @@ def test_lineage_of_a_merged_and_distilled_draft(draft_model: PreTrainedModel) -
     "wrong",
     [
         {"run": {}},
-        {"run": run_record(served(2), []) | {"history": [[1, 2]]}},
-        {"run": run_record(served(2), []) | {"rounds": "many"}},
+        {"run": RUN | {"history": [[1, 2]]}},
+        {"run": RUN | {"rounds": "many"}},
+        {"run": RUN | {"rounds": True}},
+        {"run": RUN | {"rounds": -1}},
+        {"run": RUN | {"before": None}},
         {"lineage": {"merged": [{}]}},
         {"lineage": {"parent": "me/draft"}},
         {"lineage": {"warm_start": {"texts": 1}}},
@@ -394,10 +409,30 @@ def test_lineage_of_a_merged_and_distilled_draft(draft_model: PreTrainedModel) -
         {"lineage": {"data_statement": 7}},
     ],
 )
-def test_odd_runs_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="No card can be made"):
-        card.write(artifact(**wrong), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+def test_odd_runs_and_lineages_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match=r" has | is "):
+        ServingHistory.from_dict(wrong.get("run", RUN), "a folder: run")
+        Lineage.from_dict(wrong.get("lineage", {}), "a folder: lineage")
+
+
+def test_what_a_later_version_wrote_besides_is_kept() -> None:
+    lineage = {
+        "draft": "1f",
+        "later": {"a": [1]},
+        "merged": [{"weight": -0.5, "parent": {"source": "x", "revision": None, "b": 2}}],
+    }
+    assert Lineage.from_dict(lineage, "a lineage").to_dict() == lineage
+    run = RUN | {"later": 1, "machine": RUN["machine"] | {"disk": "x"}, "total": RUN["total"] | {"energy": 3.5}}
+    assert ServingHistory.from_dict(run, "a run").to_dict() == run
+    record = PrivacyRecord(texts=3, unknown=("why",)).to_dict() | {"later": [1]}
+    assert PrivacyRecord.from_dict(record).to_dict() == record
+
+
+def test_a_history_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    made = artifact()
+    with pytest.raises(ArtifactError, match="run has rounds=10000000000000000: expected a whole number"):
+        card.write(replace(made, serving=replace(made.serving, rounds=10**16)), tmp_path / "new")
+    assert not (tmp_path / "new" / CONFIG).exists()
 
 
 def test_settings_are_told() -> None:
@@ -458,8 +493,8 @@ def test_data_statement_and_what_users_have_to_know() -> None:
 
 
 def test_odd_names_break_nothing() -> None:
-    run = run_record(served(2), ['a|b`c\nd"e$x'])
-    text = model_card(artifact(run=run, base=replace(BASE, name="x|y\n# z", revision=None)))
+    serving = ServingHistory.of(served(2), ['a|b`c\nd"e$x'])
+    text = model_card(artifact(serving=serving, base=replace(BASE, name="x|y\n# z", revision=None)))
     assert cells(text, "target") == ['`a/bc d"e$x`']
     assert "\n# Evolved draft of x/y # z\n" in text
     assert ModelCard(text).data.model_name == "Evolved draft of x/y # z"
@@ -472,20 +507,20 @@ HOSTILE = "x\n---\nlicense: mit\n---\n# Audited and safe\n```\n<img src=x onerro
 @pytest.mark.parametrize("where", ["statement", "base", "target", "parent", "teacher", "machine"])
 def test_words_from_elsewhere_are_quoted(where: str) -> None:
     """They make no heading, no link, no HTML, no row, and nothing of the metadata."""
-    run, base, lineage = run_record(served(2), ["org/target"]), BASE, {}
+    serving, base, lineage = ServingHistory.of(served(2), ["org/target"]), BASE, {}
     if where == "statement":
         lineage = {"data_statement": HOSTILE}
     elif where == "base":
         base = replace(BASE, name=HOSTILE, revision=None)
     elif where == "target":
-        run["targets"] = [HOSTILE]
+        serving.targets = (HOSTILE,)
     elif where == "parent":
         lineage = {"parent": {"source": HOSTILE, "revision": HOSTILE}}
     elif where == "teacher":
         lineage = {"warm_start": WARM | {"target": HOSTILE}}
     else:
-        run["machine"] |= {"cpu": HOSTILE, "torch": HOSTILE}
-    text = model_card(artifact(run=run, base=base, lineage=lineage))
+        serving.machine = replace(serving.machine, cpu=HOSTILE, torch=HOSTILE)
+    text = model_card(artifact(serving=serving, base=base, lineage=lineage))
     assert ModelCard(text).data.license is None and text.count("\n---\n") == 1
     outside = re.sub(r"`[^`\n]*`", "", text.partition("\n---\n")[2])  # in a code span nothing is markup
     assert not re.search(r"(?<!\\)<img|(?<!\\)\[here|^# Audited|\u202e", outside, re.MULTILINE)
@@ -558,7 +593,7 @@ def test_lines_run_once_the_names_are_filled_in(
     ],
 )
 def test_only_unknown_names_have_to_be_filled_in(base: BaseFingerprint, target: str | None, places: list[str]) -> None:
-    text = model_card(artifact(run=run_record(served(2), [] if target is None else [target]), base=base))
+    text = model_card(artifact(serving=ServingHistory.of(served(2), [] if target is None else [target]), base=base))
     for place, line in (
         ("base", 'from_pretrained(".", base_model="{}")'),
         ("target", 'CausalLM.from_pretrained("{}")'),

@@ -25,8 +25,11 @@ from transformers import PreTrainedModel
 
 from hf_onlinespec import ArtifactError, DraftError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.share import card as cards
-from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG, LOCK, NEXT, STATE, Artifact, own_checksum
-from hf_onlinespec.training.combining import combine, read
+from hf_onlinespec.share.artifact import Artifact
+from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CONFIG, LOCK, STAGING, STATE
+from hf_onlinespec.share.lineage import Lineage
+from hf_onlinespec.share.manifest import own_checksum
+from hf_onlinespec.training.combining import combine, read_evolved
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params
 from tests.hostile import (
@@ -117,7 +120,7 @@ def test_a_lock_that_is_anothers_file_is_not_emptied(link: Callable[[Path, Path]
 def test_a_set_aside_that_is_anothers_folder_is_left_there(tmp_path: Path) -> None:
     saved(tmp_path / "draft")
     save(tmp_path / "other", alpha=3.0)
-    (tmp_path / "draft" / NEXT).symlink_to(tmp_path / "other")
+    (tmp_path / "draft" / STAGING).symlink_to(tmp_path / "other")
     assert load(tmp_path / "draft").settings.alpha == 2.0
     assert ending(lambda: save(tmp_path / "draft")) == "refused"
     assert load(tmp_path / "other").settings.alpha == 3.0
@@ -158,20 +161,20 @@ def test_a_set_aside_that_is_not_ours_is_kept_and_saving_goes_on(
     """Complete by its names or not: a save would lose what a live draft has learned."""
     draft = load(saved(tmp_path))
     for number, name in enumerate((CONFIG, "notes.txt"), 1):
-        (tmp_path / NEXT).mkdir()
-        (tmp_path / NEXT / name).write_text("mine")
+        (tmp_path / STAGING).mkdir()
+        (tmp_path / STAGING / name).write_text("mine")
         draft._lora.move(torch.ones_like(draft._lora.params))
         assert ending(lambda: draft.save_pretrained(tmp_path)) == "done"
         assert torch.equal(flat_params(load(tmp_path)), flat_params(draft))
         assert [path.read_text() for path in tmp_path.glob(f"*/{name}")] == ["mine"]
-        assert len(caplog.records) == number and NEXT in caplog.text
+        assert len(caplog.records) == number and STAGING in caplog.text
 
 
 def test_a_set_aside_that_cannot_be_read_is_kept_and_saving_goes_on(tmp_path: Path) -> None:
     draft = load(saved(tmp_path / "draft"))
-    (tmp_path / "draft" / NEXT).mkdir()
-    (tmp_path / "draft" / NEXT / "notes.txt").write_text("mine")
-    (tmp_path / "draft" / NEXT).chmod(0)
+    (tmp_path / "draft" / STAGING).mkdir()
+    (tmp_path / "draft" / STAGING / "notes.txt").write_text("mine")
+    (tmp_path / "draft" / STAGING).chmod(0)
     user = os.geteuid()
     if user == 0:  # who may read everything
         for path in tmp_path.parents:  # as deep as the test runner has put it
@@ -186,7 +189,7 @@ def test_a_set_aside_that_cannot_be_read_is_kept_and_saving_goes_on(tmp_path: Pa
     finally:
         os.seteuid(user)
     assert torch.equal(flat_params(load(tmp_path / "draft")), flat_params(draft))
-    (kept,) = tmp_path.glob(f"draft/{NEXT}*")
+    (kept,) = tmp_path.glob(f"draft/{STAGING}*")
     kept.chmod(0o700)
     assert (kept / "notes.txt").read_text() == "mine"
 
@@ -302,7 +305,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "load": load,
     "inspect": inspect,
     "pull": lambda at: pull(at, at.parent / "pulled"),
-    "merge": lambda at: combine([read(at), read(at)], tiny_llama(2)),
+    "merge": lambda at: combine([read_evolved(at), read_evolved(at)], tiny_llama(2)),
     "card": lambda at: cards.write(Artifact.read(at), at.parent / "card", draw=False),
 }
 
@@ -357,7 +360,7 @@ def test_tensors_are_copied_without_being_held(tmp_path: Path) -> None:
     forge(tmp_path / "draft")
 
     def copy() -> None:
-        replace(Artifact.read(tmp_path / "draft"), lineage={}).write(tmp_path / "pulled")
+        replace(Artifact.read(tmp_path / "draft"), lineage=Lineage()).write(tmp_path / "pulled")
 
     assert ending(copy, 1 << 25) == "done"
     assert (tmp_path / "pulled" / ADAPTER).stat().st_size > 48 << 20

@@ -14,7 +14,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_onlinespec import ConfigError, DraftError, HubError, OnlineDraft, OnlineSpecConfig, PrivacyError
-from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, STATE
+from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, STATE
+from hf_onlinespec.share.lineage import Parent, WarmStart
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params
 from tests.loopback_hub import LoopbackHub
@@ -44,7 +45,7 @@ def test_what_is_pushed_comes_back(hub: LoopbackHub, draft: OnlineDraft, target:
     assert {ADAPTER, ADAPTER_CONFIG, CONFIG, STATE} <= set(hub.repos[REPO].head.files)
     found = again()
     assert same_state(found, draft) and torch.equal(found(TOKENS).logits, draft(TOKENS).logits)
-    assert found.lineage["parent"] == {"source": REPO, "revision": commit}
+    assert found.lineage.parent == Parent(REPO, commit)
     serve(target, found, range(3, 5))
     later = found.push_to_hub(REPO, tag="v2", message="Two requests more")
     assert list(hub.repos[REPO].commits)[-2:] == [commit, later]
@@ -59,7 +60,7 @@ def test_what_is_pushed_comes_back(hub: LoopbackHub, draft: OnlineDraft, target:
 def test_a_name_alone_is_a_repository_of_ones_own(hub: LoopbackHub, draft: OnlineDraft) -> None:
     commit = draft.push_to_hub("draft")
     assert list(hub.repos) == [REPO] and hub.repos[REPO].private
-    assert draft.lineage["parent"] == {"source": REPO, "revision": commit}
+    assert draft.lineage.parent == Parent(REPO, commit)
     draft.push_to_hub(REPO)  # the same repository: it goes on from there
     assert same_state(again(), draft)
 
@@ -98,7 +99,7 @@ def test_a_pull_request_leaves_main_and_where_the_draft_goes_on_from(
     serve(target, draft, range(3, 4))
     commit = draft.push_to_hub(REPO, create_pr=True, commit_message="Better on orders")
     assert hub.repos[REPO].head.sha == first and hub.repos[REPO].branches["refs/pr/1"].sha == commit
-    assert draft.lineage["parent"] == {"source": REPO, "revision": first}
+    assert draft.lineage.parent == Parent(REPO, first)
     assert same_state(again(revision="refs/pr/1"), draft)
     draft.push_to_hub(REPO)
     assert same_state(again(), draft)
@@ -258,7 +259,7 @@ def test_without_a_network(hub: LoopbackHub, draft: OnlineDraft, tmp_path: Path)
     found = again()
     hub.close()
     try:
-        assert same_state(again(revision=found.lineage["parent"]["revision"]), found)  # from the cache
+        assert same_state(again(revision=found.lineage.parent.revision), found)  # from the cache
         with pytest.raises(HubError):
             draft.push_to_hub(REPO)
         draft.save_pretrained(tmp_path)
@@ -288,7 +289,7 @@ def test_checkpoints_never_block_a_call(hub: LoopbackHub, draft: OnlineDraft, ta
 def test_checkpoints_that_fail_are_tried_again(
     hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_onlinespec.share.hub.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hf_onlinespec.share.checkpoints.FIRST_WAIT_S", 0.01)
     draft.push_to_hub(REPO, checkpoint_every=1)
     assert draft.checkpoints is not None
     hub.fail("POST", "/commit/", status=503, times=3)
@@ -376,7 +377,7 @@ def test_milestones_and_failures_leave_checkpoints_on(
 def test_checkpoints_survive_what_nobody_thought_of(
     hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_onlinespec.share.hub.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hf_onlinespec.share.checkpoints.FIRST_WAIT_S", 0.01)
     draft.push_to_hub(REPO, checkpoint_every=1)
     assert draft.checkpoints is not None
     times = iter([1])
@@ -452,20 +453,20 @@ def test_a_public_version_carries_what_serving_needs(
     target.config._name_or_path = str(tmp_path / "secret-target")
     config = OnlineSpecConfig(**REPEATABLE | {"learner": learner})
     draft = OnlineDraft.from_pretrained(tmp_path / "secret-base", config=config)
-    draft.lineage["warm_start"] = {"target": "secret-teacher", "texts": 1, "prompts": 0, "tokens": 5}
+    draft.lineage.warm_start = WarmStart("secret-teacher", texts=1, prompts=0, tokens=5)
     serve(target, draft, range(3))
     draft.push_to_hub(REPO, private=False, data_statement=SAYS, skip_audit=True)
     files = hub.repos[REPO].head.files
     assert STATE not in files and {ADAPTER, ADAPTER_CONFIG, CONFIG, CARD} <= set(files)
-    machine = draft.artifact().run["machine"]
+    machine = draft.artifact().serving.machine
     for path in files:
         data = hub.read(REPO, path)
-        for told in ("secret-", str(tmp_path), machine["platform"], machine["cpu"]):
+        for told in ("secret-", str(tmp_path), machine.platform, machine.cpu):
             assert told.encode() not in data
     # It serves, for us and for PEFT, and learns anew.
     found = again()
     assert torch.allclose(found(TOKENS).logits, draft(TOKENS).logits, atol=1e-5)
-    assert found.metrics.requests == 0 and found.lineage["data_statement"] == SAYS
+    assert found.metrics.requests == 0 and found.lineage.data_statement == SAYS
     serve(target, found, range(3, 5))
     assert found.metrics.updates > 0
     with warnings_of_tied_models():

@@ -14,8 +14,10 @@ from peft import PeftModel
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.embedded import EmbeddedPair, load_draft, prompts
 from hf_onlinespec.share import privacy as audit
-from hf_onlinespec.share.artifact import ADAPTER, ADAPTER_CONFIG, CONFIG
-from hf_onlinespec.share.canaries import learn, make_canaries, plant, probe, written
+from hf_onlinespec.share.canaries import as_feedback, learn, make_canaries, plant, probe
+from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CONFIG
+from hf_onlinespec.share.learned_from import privacy_record
+from hf_onlinespec.share.lineage import Lineage
 from hf_onlinespec.share.privacy import check_privacy
 from hf_onlinespec.training.combining import combine, distil
 from hf_onlinespec.training.warm_start import warm_start
@@ -60,7 +62,7 @@ def reloaded(folder: Path) -> OnlineDraft:
 
 def resumed(folder: Path) -> OnlineDraft:
     draft = OnlineDraft.from_pretrained(folder, config=GENTLE)
-    learn(draft, [written(torch.arange(n, n + 16), 8) for n in (100, 200)])
+    learn(draft, [as_feedback(torch.arange(n, n + 16), 8) for n in (100, 200)])
     return draft
 
 
@@ -151,7 +153,7 @@ def test_a_warm_start_passes(pair: EmbeddedPair, tmp_path: Path) -> None:
 
 def test_an_adapter_without_a_record_is_refused_in_words(leaky: Path) -> None:
     artifact = OnlineDraft.from_pretrained(leaky).artifact()
-    record = artifact.lineage["privacy"]
+    record = artifact.lineage.privacy.to_dict()
     odd = {"privacy": record | {"settings": [record["settings"][0] | {"lr": "large"}]}}
     for lineage, words in (
         ({}, "kept no record"),
@@ -160,14 +162,14 @@ def test_an_adapter_without_a_record_is_refused_in_words(leaky: Path) -> None:
         (odd, "cannot be read"),
     ):
         draft = OnlineDraft(load_draft(), GENTLE)
-        draft.resume(replace(artifact, lineage=lineage))
+        draft.resume(replace(artifact, lineage=Lineage.from_dict(lineage, "a lineage")))
         assert words in refusal(draft)
 
 
 @pytest.mark.parametrize("way", ["a larger alpha", "a larger weight"])
 def test_a_louder_adapter_is_not_judged_by_the_quiet_one(way: str) -> None:
     draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-5))
-    learn(draft, [written(torch.arange(12), 8)])
+    learn(draft, [as_feedback(torch.arange(12), 8)])
     assert refusal(draft) == ""
     loud = OnlineDraft(tiny_llama(2), replace(TINY, alpha=400.0))
     loud.resume(draft.artifact())
@@ -180,7 +182,7 @@ def test_a_louder_adapter_is_not_judged_by_the_quiet_one(way: str) -> None:
 def test_what_is_no_longer_at_hand_cannot_be_judged(tmp_path: Path) -> None:
     for room, left in ((0, 3), (24, 1), (10_000, 0)):
         draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-6, audit_tokens=room))
-        learn(draft, [written(torch.arange(n, n + 12), 8) for n in range(3)])
+        learn(draft, [as_feedback(torch.arange(n, n + 12), 8) for n in range(3)])
         draft.save_pretrained(tmp_path / str(room))
         for one in (draft, OnlineDraft.from_pretrained(tmp_path / str(room), base_model=tiny_llama(2))):
             assert ("" if left == 0 else f"of the 3 texts that it learned from, {left} were not examined") in refusal(
@@ -191,7 +193,7 @@ def test_what_is_no_longer_at_hand_cannot_be_judged(tmp_path: Path) -> None:
 
 def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-6))
-    learn(draft, [written(torch.arange(12), 8)])
+    learn(draft, [as_feedback(torch.arange(12), 8)])
 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
@@ -204,7 +206,7 @@ def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: 
 # Prompts that repeat
 
 
-SAME = written(torch.arange(8), 3)  # a text of which little comes out: three tokens were written
+SAME = as_feedback(torch.arange(8), 3)  # a text of which little comes out: three tokens were written
 
 
 def stream_of_one_prompt(times: int, lr: float, replay_passes: int = 0) -> OnlineDraft:
@@ -229,7 +231,7 @@ def test_a_prompt_that_makes_much_of_the_stream_is_judged_by_the_settings_that_l
     learn(draft, [SAME])
     draft.save_pretrained(tmp_path)
     again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2), config=replace(TINY, lr=1e-6))
-    record = again.lineage["privacy"]
+    record = again.lineage.privacy.to_dict()
     assert record["repeats"] == 5 and [one["lr"] for one in record["settings"]] == [1e-3]
     assert "stood 5 times in its stream, among 1 texts" in refusal(again)
 
@@ -238,7 +240,7 @@ def test_a_prompt_that_stands_often_among_many_is_judged_by_its_own_text() -> No
     """More strictly than others: 14 bits of it come out."""
     draft = stream_of_one_prompt(4, lr=3e-3, replay_passes=2)
     # As if loaded, after a hundred others.
-    draft.lineage["privacy"] = draft.artifact().lineage["privacy"] | {"texts": 100, "unexamined": 0, "repeats": 0}
+    draft.lineage.privacy = replace(draft.artifact().lineage.privacy, texts=100, unexamined=0, repeats=0)
     assert refusal(draft) == ""
     learn(draft, [SAME])
     assert "memorised 1 of the 101" in refusal(draft)
@@ -247,7 +249,7 @@ def test_a_prompt_that_stands_often_among_many_is_judged_by_its_own_text() -> No
 def test_a_prompt_that_stood_before_and_after_loading_is_judged_by_its_own_text(tmp_path: Path) -> None:
     """As strictly as if it had stood so often in one process. Its first texts are gone: they were examined when it was saved."""
     draft = stream_of_one_prompt(3, lr=3e-3, replay_passes=2)
-    draft.lineage["privacy"] = draft.artifact().lineage["privacy"] | {"texts": 100, "unexamined": 0, "repeats": 0}
+    draft.lineage.privacy = replace(draft.artifact().lineage.privacy, texts=100, unexamined=0, repeats=0)
     draft.save_pretrained(tmp_path)
     assert refusal(draft) == ""
     again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2))
@@ -271,7 +273,7 @@ def test_an_answer_that_stands_behind_many_prompts_is_judged_more_strictly(
     rng = torch.Generator().manual_seed(1)
     asked = torch.randint(0, 32, (16, 5), generator=rng)[:prompts]
     answers = ANSWER.expand(16, -1) if same else torch.randint(0, 32, (16, 6), generator=rng)
-    learn(draft, [written(torch.cat(pair), 6) for pair in zip(asked, answers, strict=False)])
+    learn(draft, [as_feedback(torch.cat(pair), 6) for pair in zip(asked, answers, strict=False)])
     with draft.at_rest() as learned:
         assert learned.repeats == 1
     assert bool(refusal(draft)) == memorised
@@ -323,7 +325,7 @@ def test_numbers_are_saved_and_no_text(leaky: Path) -> None:
 def test_the_texts_of_a_warm_start_that_are_not_at_hand_count_as_not_examined() -> None:
     draft = OnlineDraft(tiny_llama(2), TINY)
     text = torch.arange(1, 20)
-    learn(draft, [written(text)])
+    learn(draft, [as_feedback(text)])
     draft.adopt(draft.artifact().adapter, [text], n_texts=3)
     assert "not examined" in refusal(draft)
 
@@ -332,13 +334,13 @@ def test_a_text_that_stands_often_in_a_warm_start_is_counted() -> None:
     draft = stream_of_one_prompt(1, lr=1e-3)
     draft.adopt(draft.artifact().adapter, [torch.arange(1, 20), torch.arange(2, 20)] * 3)
     learn(draft, [SAME])
-    record = draft.artifact().lineage["privacy"]
+    record = draft.artifact().lineage.privacy.to_dict()
     assert (record["texts"], record["repeats"]) == (3, 3)
 
 
 def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), TINY)
-    learn(draft, [written(torch.arange(1, 20))])
+    learn(draft, [as_feedback(torch.arange(1, 20))])
     draft.save_pretrained(tmp_path)
     again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2))
     assert "earlier state" not in refusal(again)
@@ -348,7 +350,6 @@ def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp
 
 def test_what_was_examined_was_the_adapter_of_then() -> None:
     """Another one, taught the same texts, takes as many steps."""
-    from hf_onlinespec.share.learned_from import history
     from hf_onlinespec.share.memorization import examine
 
     draft = OnlineDraft(tiny_llama(2), TINY)
@@ -356,14 +357,13 @@ def test_what_was_examined_was_the_adapter_of_then() -> None:
     texts = [torch.arange(30) % 32]
     draft.adopt(adapter, texts=texts)
     examine(draft, 60)
-    assert history(draft).unexamined == 0
+    assert privacy_record(draft).unexamined == 0
     draft.adopt({name: tensor + 1 for name, tensor in adapter.items()}, texts=texts)
-    assert history(draft).unexamined == 1
+    assert privacy_record(draft).unexamined == 1
 
 
 def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     """It takes over between two steps, and has taken as many."""
-    from hf_onlinespec.share.learned_from import history
     from hf_onlinespec.share.memorization import examine
 
     draft = OnlineDraft(load_draft(), FIXED)
@@ -376,5 +376,5 @@ def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     adaptation.restore(leaks)
     draft.fold()
     guard.rollbacks += 1
-    assert history(draft).unexamined == 1
+    assert privacy_record(draft).unexamined == 1
     assert examine(draft).memorised == 1

@@ -18,9 +18,10 @@ from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, Online
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.embedded import load_draft
 from hf_onlinespec.share import privacy as audit
-from hf_onlinespec.share.canaries import Canary, Exposure, learn, make_canaries, plant, probe, written
+from hf_onlinespec.share.audit_report import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed
+from hf_onlinespec.share.canaries import Canary, Exposure, as_feedback, learn, make_canaries, plant, probe
 from hf_onlinespec.share.card import write
-from hf_onlinespec.share.privacy import MOST_AUC, MOST_BITS, AuditReport, LossGap, Probed, check_privacy, loss_gap
+from hf_onlinespec.share.privacy import check_privacy, loss_gap
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import flat_params
 
@@ -30,7 +31,7 @@ FIXED = OnlineSpecConfig(lookahead=4, update_every=1, memory_tokens=0, rank=4, a
 
 def texts(n: int, seed: int, length: int = 12) -> list[Feedback]:
     generator = torch.Generator().manual_seed(seed)
-    return [written(torch.randint(VOCABULARY, (length,), generator=generator), 8) for _ in range(n)]
+    return [as_feedback(torch.randint(VOCABULARY, (length,), generator=generator), 8) for _ in range(n)]
 
 
 def learned(**settings: Any) -> OnlineDraft:
@@ -222,7 +223,7 @@ def test_an_audit_leaves_the_draft_as_it_was(wrong: bool, update_when: str, monk
             audit.audit(draft, 2, held_out=texts(3, seed=9))
     else:
         report = audit.audit(draft, 2, (1, 3), held_out=texts(3, seed=9))
-        assert [(p.repeats, p.behind) for p in report.probed] == [(0, 0), (1, 0), (3, 0), (1, 4)]
+        assert [(p.repeats, p.afterwards) for p in report.probed] == [(0, 0), (1, 0), (3, 0), (1, 4)]
     assert_same(before, everything(draft))
 
 
@@ -255,14 +256,16 @@ def test_it_counts_the_tokens_that_can_be_read_off() -> None:
     assert audit.audit(blind, 1, (1,)).seen is None
 
 
-def report(gap: LossGap | None = None, bits: float | None = None, behind: bool = False, **history: Any) -> AuditReport:
+def report(
+    gap: LossGap | None = None, bits: float | None = None, afterwards: bool = False, **record: Any
+) -> AuditReport:
     """Of a draft whose present settings give everything away; with `bits`, so much is exposed as it learned."""
-    from hf_onlinespec.share.learned_from import History
+    from hf_onlinespec.share.privacy_record import PrivacyRecord
 
-    rows = [(0, 0, 1.4), (1, 0, 8.0), (16, 0, 8.0), *([(1, 40, 8.0)] if behind else [])]
+    rows = [(0, 0, 1.4), (1, 0, 8.0), (16, 0, 8.0), *([(1, 40, 8.0)] if afterwards else [])]
     probed = [Probed(repeats, after, [Exposure(bits, bits > 7)] * 2) for repeats, after, bits in rows]
     decisive = [] if bits is None else [Probed(5, 0, [Exposure(bits, bits > 7)] * 2)]
-    return AuditReport(probed, 8.0, gap, 12, 100, History(**history), as_it_learned=decisive)
+    return AuditReport(probed, 8.0, gap, 12, 100, PrivacyRecord(**record), as_it_learned=decisive)
 
 
 def test_refusals_on_both_sides_of_the_thresholds() -> None:
@@ -290,7 +293,7 @@ def test_rows_say_whether_they_decide() -> None:
 
 
 def test_the_report_says_what_was_not_done() -> None:
-    bare, full = report().text(), report(LossGap((2, 1), (2, 1.5), (3, 4), 0.5, 0.1, 0.6, 0.2), behind=True).text()
+    bare, full = report().text(), report(LossGap((2, 1), (2, 1.5), (3, 4), 0.5, 0.1, 0.6, 0.2), afterwards=True).text()
     assert "not compared" in bare and "not measured" in bare and "12 of 100" in bare
     assert "not compared" not in full and "not measured" not in full and "| held out | 4 | 2.000 | 1.500 |" in full
     assert "| 16 times | 0 | 8.00 | 8.00 | 2 of 2 |" in full
@@ -334,7 +337,7 @@ def test_what_an_ensemble_goes_on_with_is_judged_as_it_was_learned() -> None:
     learn(one, texts(1, seed=0) * 5)
     many = OnlineDraft(tiny_llama(2), replace(FIXED, learner="ensemble", replay_passes=0))
     learn(many, texts(1, seed=1))
-    many.lineage["privacy"] = one.artifact().lineage["privacy"] | {"unexamined": 0}
+    many.lineage.privacy = replace(one.artifact().lineage.privacy, unexamined=0)
     assert [p.repeats for p in audit.audit(many, 1, (1,)).as_it_learned] == [6, 6]
 
 
@@ -376,7 +379,7 @@ def test_what_cannot_be_audited() -> None:
         plant(draft, make_canaries(5000, 1))
     for tokens, n in ((torch.arange(3), 3), (torch.arange(3), 0), (torch.arange(1), None), (torch.ones(2, 2), 1)):
         with pytest.raises(ConfigError, match="written"):
-            written(tokens, n)
+            as_feedback(tokens, n)
     nothing = Feedback(torch.arange(4), Teacher(torch.zeros(0, VOCABULARY)))
     with pytest.raises(ConfigError, match="0 of them written"):
         audit.audit(draft, 1, own=[nothing])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from hf_onlinespec import ConfigError, DraftError, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.losses import LOSSES
-from hf_onlinespec.share.artifact import inspect
+from hf_onlinespec.share.lineage import Alignment
+from hf_onlinespec.share.manifest import Manifest
 from hf_onlinespec.share.privacy import check_privacy
 from hf_onlinespec.training.alignment import DraftAlignment
 from tests.conftest import tiny_llama
@@ -37,13 +39,15 @@ def make(**settings: Any) -> OnlineDraft:
 
 
 def hear(alignment: DraftAlignment, model: nn.Module, **inputs: torch.Tensor) -> list[Any]:
-    """What a callback keeps of one training forward."""
+    """What a callback would let its draft learn from one training forward."""
     args, state, control = TrainingArguments(use_cpu=True), TrainerState(), TrainerControl()
-    alignment.on_train_begin(args, state, control, model=model)
-    alignment.on_step_begin(args, state, control)
-    model(**inputs)
-    heard = alignment._heard
-    alignment.on_train_end(args, state, control)
+    heard: list[Any] = []
+    with patch.object(alignment.draft, "learn", lambda requests, counts: heard.extend(requests)):
+        alignment.on_train_begin(args, state, control, model=model)
+        alignment.on_step_begin(args, state, control)
+        model(**inputs)
+        alignment.on_step_end(args, state, control)
+        alignment.on_train_end(args, state, control)
     return heard
 
 
@@ -65,15 +69,15 @@ def test_the_target_is_trained_to_the_same_bit(tmp_path, learner) -> None:
 def test_a_step_of_the_draft_that_fails_does_not_end_the_training(target, tmp_path, monkeypatch) -> None:
     draft = make()
     alignment, failed = DraftAlignment(draft), []
-    learn_from = draft._learning.learn_from
+    learn = draft.learn
 
     def fails_at_first(*arguments: Any) -> Any:
         if not failed:
             failed.append(True)
             raise torch.OutOfMemoryError("simulated")
-        return learn_from(*arguments)
+        return learn(*arguments)
 
-    monkeypatch.setattr(draft._learning, "learn_from", fails_at_first)
+    monkeypatch.setattr(draft, "learn", fails_at_first)
     try:
         fine_tune(target, tmp_path, [alignment], max_steps=6)
     except torch.OutOfMemoryError as error:
@@ -102,7 +106,7 @@ def test_it_learns_every_so_many_steps_and_never_from_evaluation(target, tmp_pat
     fine_tune(target, tmp_path, [alignment], eval_strategy="steps", eval_steps=1, gradient_accumulation_steps=2)
     assert alignment.updates == updates == draft.steps
     assert alignment.tokens == updates * 4 * 11  # of the first batch of a step alone
-    assert draft.lineage["alignment"] == {"target": None, "updates": updates, "tokens": updates * 44}
+    assert draft.lineage.alignment == Alignment(None, updates, updates * 44)
     assert not target._forward_hooks
 
 
@@ -157,7 +161,7 @@ def test_the_draft_lies_beside_every_checkpoint(target, tmp_path) -> None:
     model = tiny_llama(2)
     draft = OnlineDraft(model, OnlineSpecConfig(rank=4, alpha=4.0))
     fine_tune(target, tmp_path, [DraftAlignment(draft)], save_strategy="steps", save_steps=3)
-    updates = [inspect(tmp_path / f"checkpoint-{n}" / "draft")["lineage"]["alignment"]["updates"] for n in (3, 6)]
+    updates = [Manifest.read(tmp_path / f"checkpoint-{n}" / "draft").lineage.alignment.updates for n in (3, 6)]
     assert updates == [3, 6]
     again = OnlineDraft.from_pretrained(tmp_path / "checkpoint-6" / "draft", base_model=model)
     tokens = data(1)[0]["input_ids"][None]

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.errors import ArtifactError, ConfigError
 from hf_onlinespec.share.artifact import Artifact
-from hf_onlinespec.training.combining import Factors, combine, distil, nearest, read
+from hf_onlinespec.share.lineage import Distilled, Lineage, MergedLineage, WarmStart, merged_lineages
+from hf_onlinespec.training.combining import Factors, combine, distil, nearest, read_evolved
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import flat_params
 
@@ -101,13 +102,13 @@ def test_it_learns_on_and_is_saved_with_its_parents(tmp_path) -> None:
     for name, draft, target in (("weekday", one, "big"), ("weekend", other, "bigger")):
         draft.targets = [target]
         draft.save_pretrained(tmp_path / name)
-    whole = combine([read(tmp_path / "weekday"), read(tmp_path / "weekend")], tiny_llama(2), [0.5, 2])
+    whole = combine([read_evolved(tmp_path / "weekday"), read_evolved(tmp_path / "weekend")], tiny_llama(2), [0.5, 2])
     assert whole.targets == ["big", "bigger"]
-    assert whole.lineage["merged"] == [
+    assert whole.lineage.to_dict()["merged"] == [
         {"parent": {"source": "weekday", "revision": None}, "weight": 0.5},
         {"parent": {"source": "weekend", "revision": None}, "weight": 2.0},
     ]
-    assert whole.lineage["draft"] not in (one.lineage["draft"], other.lineage["draft"])
+    assert whole.lineage.draft not in (one.lineage.draft, other.lineage.draft)
     whole.save_pretrained(tmp_path / "both")
     assert Artifact.read(tmp_path / "both").lineage == whole.lineage
     again = OnlineDraft.from_pretrained(tmp_path / "both", tiny_llama(2))
@@ -166,8 +167,8 @@ def test_the_report_says_what_was_left_out() -> None:
         lost = sum(float((c - rest[n]).square().sum()) for n, c in all_of_it.items())
         total = sum(float(c.square().sum()) for c in all_of_it.values())
         assert report.error == pytest.approx((lost / total) ** 0.5, abs=1e-4)
-        assert near.lineage["distilled"] == {"rank": rank, "relative_error": report.error}
-        assert near.lineage["merged"] == whole.lineage["merged"]
+        assert near.lineage.distilled == Distilled(rank, report.error)
+        assert near.lineage.merged == whole.lineage.merged
         errors.append(report.error)
     assert 1 > errors[0] > errors[1] > errors[2] > 0
 
@@ -204,7 +205,7 @@ def test_other_bad_input_is_refused(tmp_path) -> None:
         distil(broken, 1, tiny_llama(2))
     tiny_llama(2).save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match="no evolved draft"):
-        read(tmp_path)
+        read_evolved(tmp_path)
 
 
 def test_settings_to_go_on_with() -> None:
@@ -214,36 +215,44 @@ def test_settings_to_go_on_with() -> None:
     assert (whole.settings.rank, whole.settings.alpha) == (4, 4.0)
 
 
-def parts(lineage: dict) -> int:
+def parts(lineage: Lineage) -> int:
     """How many lineages of what was merged are told."""
-    return sum(1 + parts(part) for part in lineage.get("merged", []))
+    return sum(1 + parts(part) for part in lineage.merged)
 
 
 def test_merges_of_merges_are_saved_however_many(tmp_path) -> None:
     """The most distant lineages are left out, and the card says how many."""
     one = evolved(tiny_llama(2), 3).artifact()
-    lineage: dict = {"warm_start": {"target": None, "texts": 7, "prompts": 0, "tokens": 9}}
+    lineage = Lineage(warm_start=WarmStart(None, texts=7, prompts=0, tokens=9))
     for _ in range(48):  # a chain
-        lineage = {"merged": [{**lineage, "weight": 0.5}, {"weight": 0.5}]}
+        lineage = Lineage(merged=(MergedLineage(**vars(lineage), weight=0.5), MergedLineage(weight=0.5)))
     for _ in range(9):  # each with itself
         whole = combine([replace(one, lineage=lineage)] * 2, tiny_llama(2))
         lineage = whole.lineage
     whole.save_pretrained(tmp_path)
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    assert again.lineage["merged"] == whole.lineage["merged"] and parts(again.lineage) <= 200
-    assert [part["weight"] for part in again.lineage["merged"]] == [0.5, 0.5]
+    assert again.lineage.merged == whole.lineage.merged and parts(again.lineage) <= 200
+    assert [part.weight for part in again.lineage.merged] == [0.5, 0.5]
     assert "drafts, directly or not, which are left out here" in (tmp_path / "README.md").read_text()
 
 
 def test_what_a_long_lineage_leaves_out_is_counted() -> None:
-    from hf_onlinespec.share.lineage import LEFT_OUT, shortened
-
-    lineage: dict = {}
+    lineage = Lineage()
     for _ in range(120):
-        lineage = {"merged": shortened([{**lineage, "weight": 0.5}, {"weight": 0.5}])}
+        lineage = Lineage(merged=merged_lineages([lineage, Lineage()], [0.5, 0.5]))
     told, counted, part = parts(lineage), 0, lineage
-    while "merged" in part:
-        part = part["merged"][0]
-        counted += part.get(LEFT_OUT, 0)
+    while part.merged:
+        part = part.merged[0]
+        counted += part.merged_left_out or 0
     assert told < 120 and told + counted == 240
-    assert shortened([{"weight": 1.0, "parent": None}]) == [{"weight": 1.0, "parent": None}]
+    assert merged_lineages([Lineage()], [1.0]) == (MergedLineage(weight=1.0),)
+
+
+def test_the_lineage_that_was_merged_is_left_as_it_is() -> None:
+    """Shortening works on copies, however deep."""
+    lineage = Lineage()
+    for _ in range(30):
+        lineage = Lineage(merged=(MergedLineage(**vars(lineage), weight=1.0),))
+    before = lineage.to_dict()
+    assert parts(Lineage(merged=merged_lineages([lineage], [1.0]))) < 30 == parts(lineage)
+    assert lineage.to_dict() == before

@@ -16,8 +16,11 @@ from hf_onlinespec import ConfigError, DraftError, Feedback, OnlineDraft, Online
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.metrics import Counts
-from hf_onlinespec.share.artifact import inspect
-from hf_onlinespec.training.warm_start import Passage, Student, _collate, _pieces, _written, read_corpus, warm_start
+from hf_onlinespec.share.manifest import Manifest
+from hf_onlinespec.training.corpus import read_corpus
+from hf_onlinespec.training.passages import Passage, collate, continuations, pieces
+from hf_onlinespec.training.student import Student
+from hf_onlinespec.training.warm_start import warm_start
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import flat_params
 
@@ -70,7 +73,7 @@ def test_student_has_the_loss_and_the_gradient_of_online_learning(target, loss, 
         said = Teacher(teacher.log_probs[passage.start - 1 :])
         feedback = Feedback(torch.tensor(tokens), said if top_k is None else said.top(top_k))
         student.zero_grad()
-        found = student(**_collate([passage]))["loss"]
+        found = student(**collate([passage]))["loss"]
         found.backward()
         start = flat_params(draft)
         online = draft._learning.learn_from([feedback], Counts())
@@ -85,8 +88,8 @@ def test_padding_counts_for_nothing(target) -> None:
     passages = [Passage(tokenizer(TEXTS[0]).input_ids, 3), Passage(tokenizer(TEXTS[1]).input_ids, 6)]
     n = [len(p.tokens) - p.start for p in passages]
     with torch.no_grad():
-        both = student(**_collate(passages))["loss"]
-        each = [student(**_collate([p]))["loss"] for p in passages]
+        both = student(**collate(passages))["loss"]
+        each = [student(**collate([p]))["loss"] for p in passages]
     assert n[0] != n[1]
     torch.testing.assert_close(both * sum(n), each[0] * n[0] + each[1] * n[1])
 
@@ -94,7 +97,7 @@ def test_padding_counts_for_nothing(target) -> None:
 def test_a_draft_that_is_the_target_has_nothing_to_learn(target) -> None:
     draft = OnlineDraft(copy.deepcopy(target))
     with torch.no_grad():
-        assert Student(draft, target)(**_collate([Passage(tokenizer(TEXTS[0]).input_ids, 1)]))["loss"] < 1e-5
+        assert Student(draft, target)(**collate([Passage(tokenizer(TEXTS[0]).input_ids, 1)]))["loss"] < 1e-5
 
 
 def test_warm_start_brings_the_draft_to_the_target_and_it_learns_on(target, tmp_path) -> None:
@@ -128,25 +131,25 @@ def test_prompts_are_written_on_by_the_target_in_batches_as_one_by_one(tmp_path)
     target.generation_config.eos_token_id = end
     alone = [greedy(target, prompt, 12) for prompt in prompts]
     state = torch.random.get_rng_state()
-    found = list(_written(target, prompts, 12, 0.0, arguments(tmp_path)))
+    found = list(continuations(target, prompts, 12, 0.0, arguments(tmp_path)))
     assert found == [Passage(tokens, len(prompt)) for tokens, prompt in zip(alone, prompts, strict=True)]
     assert len(found[1].tokens) - found[1].start <= 3 < len(found[0].tokens) - found[0].start
-    sampled = [list(_written(target, prompts, 12, 1.0, arguments(tmp_path, seed=seed))) for seed in (1, 1, 2)]
+    sampled = [list(continuations(target, prompts, 12, 1.0, arguments(tmp_path, seed=seed))) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_long_texts_are_read_in_pieces() -> None:
-    assert _pieces(list(range(7)), 3, CONFIG) == [Passage([0, 1, 2], 1), Passage([3, 4, 5], 1)]
-    assert _pieces([5], 3, CONFIG) == []
+    assert pieces(list(range(7)), 3, CONFIG) == [Passage([0, 1, 2], 1), Passage([3, 4, 5], 1)]
+    assert pieces([5], 3, CONFIG) == []
 
 
 def test_every_piece_opens_as_its_text_does() -> None:
     """With the token that opens all texts of a model, if this text has it."""
     opens = LlamaConfig(bos_token_id=9)
-    assert _pieces([9, 1, 2, 3, 4], 3, opens) == [Passage([9, 1, 2], 1), Passage([9, 3, 4], 1)]
-    assert _pieces([9, 1, 2], 3, opens) == [Passage([9, 1, 2], 1)]
-    assert _pieces([5, 1, 2, 3, 4], 3, opens) == [Passage([5, 1, 2], 1), Passage([3, 4], 1)]
+    assert pieces([9, 1, 2, 3, 4], 3, opens) == [Passage([9, 1, 2], 1), Passage([9, 3, 4], 1)]
+    assert pieces([9, 1, 2], 3, opens) == [Passage([9, 1, 2], 1)]
+    assert pieces([5, 1, 2, 3, 4], 3, opens) == [Passage([5, 1, 2], 1), Passage([3, 4], 1)]
 
 
 def test_the_target_tells_a_piece_what_it_says_behind_the_opening(tmp_path) -> None:
@@ -165,7 +168,7 @@ def test_pieces_are_no_longer_than_the_models_take(tmp_path) -> None:
     draft = OnlineDraft(tiny_gpt2(2), OnlineSpecConfig(rank=2, alpha=2.0))  # 64 positions
     args = arguments(tmp_path, max_steps=1)
     warm_start(draft, tiny_llama(1), tokenizer, ["abc" * 50], training_args=args)
-    assert draft.lineage["warm_start"]["tokens"] == 63 + 63 + 21
+    assert draft.lineage.warm_start.tokens == 63 + 63 + 21
 
 
 def test_a_draft_that_had_learned_goes_on_with_a_new_state(target, tmp_path) -> None:
@@ -218,7 +221,7 @@ def test_the_artifact_is_that_of_an_evolved_draft_without_any_text(target, tmp_p
     warm_start(draft, target, tokenizer, TEXTS, prompts=["secret"], new_tokens=4)
     draft.save_pretrained(tmp_path / "warm")
     learned = sum(len(text) - 1 for text in TEXTS) + 4
-    assert inspect(tmp_path / "warm")["lineage"]["warm_start"] == {
+    assert Manifest.read(tmp_path / "warm").lineage.warm_start.to_dict() == {
         "target": None,
         "texts": 3,
         "prompts": 1,
@@ -250,7 +253,7 @@ def test_input_that_teaches_nothing_is_refused(target, tmp_path, given, says) ->
     draft = make()
     with pytest.raises(ConfigError, match=says):
         warm_start(draft, target, tokenizer, training_args=arguments(tmp_path), **given)
-    assert "warm_start" not in draft.lineage
+    assert draft.lineage.warm_start is None
 
 
 def test_ensembles_and_other_vocabularies_are_refused(target) -> None:
@@ -272,7 +275,7 @@ def test_training_that_fails_leaves_the_draft_as_it_was(target, tmp_path) -> Non
     with pytest.raises(ConfigError, match=r"learning_rate=1e\+30: take less"):
         warm_start(draft, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=1e30))
     assert torch.equal(flat_params(draft), start)
-    assert "warm_start" not in draft.lineage
+    assert draft.lineage.warm_start is None
 
 
 # Files
