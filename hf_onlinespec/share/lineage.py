@@ -30,15 +30,16 @@ class WarmStart(Record):
     prompts: int
     tokens: int
 
-    def and_then(self, later: WarmStart) -> WarmStart:
+    def after(self, earlier: WarmStart | None) -> WarmStart:
         """Both together."""
-        return replace(
-            self,
-            target=later.target,
-            texts=self.texts + later.texts,
-            prompts=self.prompts + later.prompts,
-            tokens=self.tokens + later.tokens,
+        if earlier is None:
+            return self
+        texts, prompts, tokens = (
+            earlier.texts + self.texts,
+            earlier.prompts + self.prompts,
+            earlier.tokens + self.tokens,
         )
+        return replace(earlier, target=self.target, texts=texts, prompts=prompts, tokens=tokens)
 
 
 @dataclass

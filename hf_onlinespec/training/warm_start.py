@@ -10,7 +10,6 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,8 +58,7 @@ def warm_start(
     its adapter with a new state of the learner. Until then the draft serves as before.
 
     Args:
-        texts: tokenised as they are; one that is longer than `max_length` is cut into pieces that are read on their own, each behind
-            the token that opens the text, where the model has one.
+        texts: tokenised as they are; a longer one is cut into pieces, each behind the token that opens a text, if the model has one.
         prompts: the target writes up to `new_tokens` tokens after each.
         temperature: of these continuations; 0: greedy. Take the one at which the draft will serve.
         max_length: tokens of a piece, prompt and continuation included; no more than both models take.
@@ -89,8 +87,7 @@ def warm_start(
     draft.keep_at_hand(target)
     learned_tokens = sum(len(p.tokens) - p.start for p in passages)
     here = WarmStart(public_name(model_name(target.config)) or None, len(texts), len(prompts), learned_tokens)
-    earlier = draft.lineage.warm_start
-    draft.lineage.warm_start = here if earlier is None else earlier.and_then(here)
+    draft.lineage.warm_start = here.after(draft.lineage.warm_start)
     return draft
 
 
