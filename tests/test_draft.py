@@ -8,8 +8,8 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.govern.governor import Plan
-from hf_onlinespec.govern.routing import ROUTING_TOKENS
+from hf_onlinespec.govern.planner import Plan
+from hf_onlinespec.govern.routing import RouterConstants
 from hf_onlinespec.metrics import Counts
 
 from .conftest import tiny_llama
@@ -276,7 +276,7 @@ def test_preference_is_the_difference_of_log_likelihoods(draft_model: PreTrained
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(tokens)], dim=-1)
     assert draft.prompt_log_ratio(padded, mask)[0] == pytest.approx(expected, abs=1e-4)
     assert draft.prompt_log_ratio(tokens[:, :1], None) == (0.0, {})
-    long = tokens.repeat(1, ROUTING_TOKENS // 12 + 1)  # the tiny draft sees more than that
+    long = tokens.repeat(1, RouterConstants().prompt_tokens // 12 + 1)  # the tiny draft sees more than that
     assert not draft.prompt_log_ratio(long, None)[1], "caches of a part of the prompt"
 
 

@@ -19,8 +19,8 @@ from transformers.generation import CandidateGenerator
 from .._compat.generation import stateless
 from ..adapt.feedback import FeedbackRecorder
 from ..govern.acceptance import Continuation, RequestStats, TokenSource
-from ..govern.governor import FIRST_LOOKAHEAD, MIN_ROOM_TO_EXPLORE, NOTHING_LEARNS, Plan
-from ..govern.routing import ROUTING_TOKENS
+from ..govern.governor import NOTHING_LEARNS
+from ..govern.planner import Plan
 from ..metrics import Counts
 from ..models.vocabulary import Vocabulary
 from ..runtime.clock import finished
@@ -168,8 +168,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
         model = self._model if self._drafts and input_ids.shape[1] < self._positions else None
         if model is not None and model.tokens is None and self._settings.update_every == "auto":
             with self._draft.lock:
-                asked = min(input_ids.shape[1], ROUTING_TOKENS)
-                asks = most >= MIN_ROOM_TO_EXPLORE and self._governor.decide_prompt_scoring(asked, most)
+                scored = min(input_ids.shape[1], self._governor.router.constants.prompt_tokens)
+                asks = self._governor.decide_prompt_scoring(scored, most)
                 model.serve(self._governor.router.use_base())
             if asks:
                 with self._drafting():
@@ -251,7 +251,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
     def _memory_speaks(self, round_: ProposalBuilder, plan: Plan | None, found: Continuation, neural: bool) -> bool:
         if plan is None:  # no clock: whoever is accepted more often
             acceptances = self._governor.acceptances
-            _, chance = acceptances.memory(found, not round_.drafted, self._seen.memory_calibration)
+            _, chance = acceptances.memory(found, not round_.drafted, acceptances.memory_calibration(self._seen))
             return not neural or chance >= acceptances.mean_rate(self._seen.serves_base)
         return self._governor.decide_memory(
             plan, len(round_.drafted), round_.survival, found, neural, begun=round_.neural
@@ -269,7 +269,8 @@ class OnlineCandidateGenerator(CandidateGenerator):
             place = 0
             if self._sample and len(found.tokens) > 1:
                 place = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
-            key, chance = self._governor.acceptances.memory(found, not round_.drafted, self._seen.memory_calibration)
+            known = self._governor.acceptances
+            key, chance = known.memory(found, not round_.drafted, known.memory_calibration(self._seen))
             round_.add_memory_token(found.tokens[place], found, TokenSource("memory", len(round_.drafted), key), chance)
             return True
         return False
@@ -383,7 +384,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """`(input_ids with the drafted tokens, log q)`, for transformers' assisted decoding."""
-        k = FIRST_LOOKAHEAD if self._fixed is None else self._fixed
+        k = self._governor.constants.planner.first_lookahead if self._fixed is None else self._fixed
         k = max(0, min(k, self._max_length - input_ids.shape[1] - 1))
         with torch.inference_mode(False), torch.no_grad():
             tokens = input_ids.clone()

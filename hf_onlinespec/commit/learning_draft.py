@@ -29,7 +29,6 @@ from ..adapt.request_feedback import RequestFeedback
 from ..adapt.segment import Segment
 from ..config import ENSEMBLE, OnlineSpecConfig
 from ..errors import CopyError
-from ..govern.routing import ROUTING_TOKENS
 from ..metrics import Counts
 from ..metrics.summary import counted, size
 from ..models.borrow import copy_modules
@@ -344,11 +343,11 @@ class LearningDraft(Draft):
         """Log-likelihood per token of `tokens` (batch, L) under the learned draft minus that under the base draft.
 
         Of two drafts, the one that predicts a prompt better is the one that does better on its continuation: measured, see
-        benchmarks/LOG.md. At most `ROUTING_TOKENS` last tokens are read, by both without the token that opens the text. Where that is all of them, the KV caches of the
+        benchmarks/LOG.md. At most the router's `prompt_tokens` last tokens are read, by both without the token that opens the text. Where that is all of them, the KV caches of the
         learned (False) and of the base draft (True) come with it: each holds all tokens but the last.
         """
         length = tokens.shape[1]
-        tokens = tokens[:, -ROUTING_TOKENS:].to(self.device)
+        tokens = tokens[:, -self.governor.router.constants.prompt_tokens :].to(self.device)
         if self._adaptation.serves_base or tokens.shape[1] < 2:
             return 0.0, {}
         mask = None if mask is None else mask[:, length - tokens.shape[1] :]

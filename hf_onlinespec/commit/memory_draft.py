@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from .._compat.models import inner_model
 from ..config import OnlineSpecConfig, as_config
 from ..errors import UnsupportedError
-from ..govern.governor import NO_MODEL_DRAFTS, NOTHING_LEARNS
+from ..govern.governor import NOTHING_LEARNS
+from ..govern.planner import NO_MODEL_DRAFTS
 from .base import Draft
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..govern.acceptance import LENGTH_EDGES, Acceptances, Continuation, RequestStats
+from ..govern.acceptance import Acceptances, Continuation, RequestStats
 from .suffix_memory import REACH, SuffixMemory
 
 
@@ -57,9 +57,8 @@ class RequestMemory:
             return self._expected
         for token in new:
             found = self.ask(self.context)
-            expected = (
-                0.0 if found is None else self._acceptances.memory(found, calibration=self._seen.memory_calibration)[1]
-            )
+            calibration = self._acceptances.memory_calibration(self._seen)
+            expected = 0.0 if found is None else self._acceptances.memory(found, calibration=calibration)[1]
             self._expected.append(expected)
             self._own.extend((token,))
             self._written.append(token)
@@ -76,7 +75,7 @@ class RequestMemory:
         if before is None:
             return here
         before = replace(before, earlier=True)
-        if here is None or before.length >= LENGTH_EDGES[-1] > here.length:
+        if here is None or (self._acceptances.is_long(before) and not self._acceptances.is_long(here)):
             return before
         chances = [self._acceptances.memory(found)[1] for found in (here, before)]
         return before if chances[1] > chances[0] else here

@@ -5,31 +5,50 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from dataclasses import dataclass
 
 from ..metrics import Decisions
-from .estimates import WINDOW
 
-FIRST_WINDOW, LAST_WINDOW = 4, 64  # comparisons between two looks at what learning gained
-LEAST_NOISE = 0.05  # of one comparison: a few that happen to agree prove nothing
-FRACTION_STEP, FIRST_FRACTION, LEAST_FRACTION = 4.0, 1 / 4, 1 / 16
-LOOK_SHARE = 0.005  # of the time, for looks at requests in which the draft neither drafts nor learns
+
+@dataclass(frozen=True)
+class BudgetConstants:
+    """Of how the fraction of the budget follows what learning gains. Its beginning: LOG 2026-11-22 "Why ours lost to the memory
+    alone, and what was changed"."""
+
+    first_fraction: float = 1 / 4  # of the budget, to begin with; chosen
+    least_fraction: float = 1 / 16  # where nothing is gained; chosen
+    fraction_step: float = 4.0  # by which it is multiplied or divided; chosen
+    first_window: int = 4  # comparisons between two looks at what learning gained; chosen
+    last_window: int = 64  # the same, at most; chosen
+    payback: float = 0.5  # part of its cost that learning has to gain within as long as it took; chosen
+    least_noise: float = 0.05  # of one comparison: a few that happen to agree prove nothing; chosen
+    errors_to_raise: float = 2.0  # standard errors that count against a larger fraction; chosen
+    price_window: int = 48  # recent times whose median is the price of a gradient step, or of scoring; chosen
+    stall: float = (
+        10.0  # a step counts as so many times its price at most: a stall is no reason to stop for long; chosen
+    )
+    saved_rounds: float = 2.0  # learning after so many requests is what may be saved up; chosen
+    scoring_share: float = (
+        0.005  # of the time, for scoring requests in which the draft neither drafts nor learns; chosen
+    )
 
 
 class _PerDraft:
     """The requests that one of the two drafts serves: the learned one or the base draft."""
 
-    def __init__(self) -> None:
-        self.fraction = FIRST_FRACTION
+    def __init__(self, constants: BudgetConstants) -> None:
+        self._constants = constants
+        self.fraction = constants.first_fraction
         self.begin()
 
     def begin(self) -> None:
         """Forgets what was compared."""
         self.window: list[float] = []
-        self.window_size, self.before = FIRST_WINDOW, 0.0
+        self.window_size, self.before = self._constants.first_window, 0.0
 
 
 class LearningBudget:
-    """A bank that earns `budget · fraction` of the decoding time and pays for gradient steps.
+    """Earns `budget · fraction` of the decoding time and pays for gradient steps.
 
     Over windows of doubling length, learning has to gain half of what it costs (the stream is taken to go on for as long as
     it has lasted), else the fraction is cut. It begins at a quarter; the full budget is for a stream that has changed.
@@ -41,28 +60,32 @@ class LearningBudget:
         decisions: where the fraction and the reason for it are written.
     """
 
-    def __init__(self, budget: float, passes: int, decisions: Decisions) -> None:
+    def __init__(
+        self, budget: float, passes: int, decisions: Decisions, constants: BudgetConstants = BudgetConstants()
+    ) -> None:
         self._budget, self._passes, self._decisions = budget, passes, decisions
-        decisions.budget_fraction = FIRST_FRACTION
+        self._constants = constants
+        decisions.budget_fraction = constants.first_fraction
         self.verdict = ""  # what was found out about learning the last time, and what follows; empty: nothing yet
-        self._parts = {base: _PerDraft() for base in (False, True)}
+        self._parts = {base: _PerDraft(constants) for base in (False, True)}
         self._balance_s = 0.0
-        self._steps_s: deque[float] = deque(maxlen=WINDOW)
+        self._steps_s: deque[float] = deque(maxlen=constants.price_window)
         self._step_s = 0.0  # their median: what a gradient step costs
-        self._looks_s: deque[float] = deque(maxlen=WINDOW)
-        self._since_look_s = 0.0
+        self._scorings_s: deque[float] = deque(maxlen=constants.price_window)
+        self._since_scoring_s = 0.0
 
     def earn(self, seconds: float, base: bool = False) -> None:
         """So much time was spent on decoding."""
         self._decisions.budget_fraction = self._parts[base].fraction
-        if 0 < seconds < float("inf"):
-            self._since_look_s += seconds
+        if 0 < seconds < math.inf:
+            self._since_scoring_s += seconds
             self._balance_s += self._budget * self._decisions.budget_fraction * seconds
             if self._step_s:
-                self._balance_s = min(self._balance_s, 2 * (1 + self._passes) * self._step_s)
+                most = self._constants.saved_rounds * (1 + self._passes) * self._step_s
+                self._balance_s = min(self._balance_s, most)
 
     def affordable_steps(self) -> int:
-        """Gradient steps that the bank can pay for now: one on what is new, the others on what is remembered."""
+        """Gradient steps that can be paid for now: one on what is new, the others on what is remembered."""
         step = self._step_s
         if not step:
             return 1 + self._passes if self._balance_s >= 0 else 0  # below: it took time, and came to no step
@@ -71,32 +94,33 @@ class LearningBudget:
 
     def spent(self, seconds: float, steps: int) -> None:
         """Learning took so many seconds for so many gradient steps."""
-        if not 0 <= seconds < float("inf"):
+        if not 0 <= seconds < math.inf:
             return
         price = self._step_s
-        if price:  # a stall is no reason to stop learning for long
-            seconds = min(seconds, 10 * max(steps, 1) * price)
+        if price:
+            seconds = min(seconds, self._constants.stall * max(steps, 1) * price)
         self._balance_s = max(self._balance_s - seconds, -(1 + self._passes) * price if price else -seconds)
         if steps:
             self._steps_s.append(seconds / steps)
             self._step_s = statistics.median(self._steps_s)
 
     def should_score(self) -> bool:
-        """Whether a look at a request is affordable."""
-        return not self._looks_s or LOOK_SHARE * self._since_look_s >= statistics.median(self._looks_s)
+        """Whether scoring a request is affordable."""
+        share = self._constants.scoring_share
+        return not self._scorings_s or share * self._since_scoring_s >= statistics.median(self._scorings_s)
 
     def scored(self, seconds: float) -> None:
-        """A look at a request took so long."""
-        if 0 <= seconds < float("inf"):
-            self._looks_s.append(seconds)
-            self._since_look_s = 0.0
+        """Scoring a request took so long."""
+        if 0 <= seconds < math.inf:
+            self._scorings_s.append(seconds)
+            self._since_scoring_s = 0.0
 
-    def observe_gain(self, worth: float, base: bool = False) -> None:
+    def observe_gain(self, ratio: float, base: bool = False) -> None:
         """Takes in tokens per round with what was learned over tokens per round without, on the same tokens."""
-        if not math.isfinite(worth):
+        if not math.isfinite(ratio):
             return
         part = self._parts[base]
-        part.window.append(worth)
+        part.window.append(ratio)
         if len(part.window) < part.window_size:
             return
         now = statistics.mean(part.window)
@@ -109,19 +133,20 @@ class LearningBudget:
         """Raises the fraction where the last window paid for itself; lowers it where it did not, or nothing shows that it did.
 
         Args:
-            doubt: standard error of the gain. It counts twice for a larger fraction, and once for keeping the full one.
+            doubt: standard error of the gain. It counts once for keeping the full budget.
         """
-        least = max(doubt, LEAST_NOISE * (2 / len(part.window)) ** 0.5)
+        constants = self._constants
+        least = max(doubt, constants.least_noise * (2 / len(part.window)) ** 0.5)
         share = self._budget * part.fraction
-        part.window_size = min(2 * part.window_size, LAST_WINDOW)
-        if gain - (1 if part.fraction == 1.0 else 2) * least > share / 2:
+        part.window_size = min(2 * part.window_size, constants.last_window)
+        if gain - (1 if part.fraction == 1.0 else constants.errors_to_raise) * least > share * constants.payback:
             if part.fraction < 1.0:
-                part.window_size = FIRST_WINDOW  # more is spent: look again soon
-            part.fraction = min(1.0, FRACTION_STEP * part.fraction)
-        elif part.fraction > FIRST_FRACTION or gain + doubt < share / 2:
-            part.fraction = max(LEAST_FRACTION, part.fraction / FRACTION_STEP)
-            if part.fraction == LEAST_FRACTION:  # comparisons are rare there
-                part.window_size = 2 * FIRST_WINDOW
+                part.window_size = constants.first_window  # more is spent: look again soon
+            part.fraction = min(1.0, constants.fraction_step * part.fraction)
+        elif part.fraction > constants.first_fraction or gain + doubt < share * constants.payback:
+            part.fraction = max(constants.least_fraction, part.fraction / constants.fraction_step)
+            if part.fraction == constants.least_fraction:  # comparisons are rare there
+                part.window_size = 2 * constants.first_window
         self._decisions.budget_fraction = part.fraction
         self.say(
             f"the last {len(part.window)} comparisons show a gain of {gain:+.1%} (±{doubt:.1%}) in tokens per round, "
@@ -137,11 +162,12 @@ class LearningBudget:
 
     def reset_least(self, reason: str) -> None:
         """The smallest fraction: there is nothing to learn."""
+        least = self._constants.least_fraction
         for part in self._parts.values():
             part.begin()
-            part.fraction, part.window_size = LEAST_FRACTION, 2 * FIRST_WINDOW
-        self._decisions.budget_fraction = LEAST_FRACTION
-        self.say(f"{reason}: budget fraction {LEAST_FRACTION:.3g}")
+            part.fraction, part.window_size = least, 2 * self._constants.first_window
+        self._decisions.budget_fraction = least
+        self.say(f"{reason}: budget fraction {least:.3g}")
 
     def say(self, verdict: str) -> None:
         """Notes what holds until something else is found out."""

@@ -61,9 +61,12 @@ def test_a_copied_passage_does_not_speak_for_the_weaker_answers_behind_it() -> N
     key = acceptances.memory_key(copied)
     for _ in range(30):
         acceptances.observe_round([TokenSource("memory", 1, key)], [1.0], copying)
-    assert acceptances.memory(weak, calibration=copying.memory_calibration) == acceptances.memory(
-        weak, calibration=RequestStats().memory_calibration
+    assert acceptances.memory(weak, calibration=acceptances.memory_calibration(copying)) == acceptances.memory(
+        weak, calibration=acceptances.memory_calibration(RequestStats())
     )
     for _ in range(30):
         acceptances.observe_round([TokenSource("memory", 1, key)], [0.0], copying)
-    assert acceptances.memory(weak, calibration=copying.memory_calibration)[1] < 0.8 * acceptances.memory(weak)[1]
+    assert (
+        acceptances.memory(weak, calibration=acceptances.memory_calibration(copying))[1]
+        < 0.8 * acceptances.memory(weak)[1]
+    )

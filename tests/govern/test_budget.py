@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from hf_onlinespec.govern.budget import FIRST_FRACTION, FIRST_WINDOW, LEAST_FRACTION, LearningBudget
+from hf_onlinespec.govern.budget import BudgetConstants, LearningBudget
 from hf_onlinespec.metrics import Decisions
 
 BUDGET, PASSES = 0.1, 2
+CONSTANTS = BudgetConstants()
 
 
 def compared(budget: LearningBudget, gain: float, noise: float, n: int, base: bool = False, seed: int = 0) -> None:
@@ -22,9 +23,9 @@ def compared(budget: LearningBudget, gain: float, noise: float, n: int, base: bo
 def test_effort_is_cut_where_nothing_is_gained_and_raised_where_much_is() -> None:
     decisions = Decisions()
     budget = LearningBudget(BUDGET, PASSES, decisions)
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
     compared(budget, 0.0, 0.005, 40)
-    assert decisions.budget_fraction == LEAST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.least_fraction
     compared(budget, 0.05, 0.02, 80)
     assert decisions.budget_fraction == 1.0 and "gain of +" in decisions.learning
 
@@ -34,12 +35,12 @@ def test_a_doubtful_gain_keeps_a_small_effort_and_cuts_a_full_one() -> None:
     budget = LearningBudget(BUDGET, PASSES, decisions)
     for value in (1.0, 1.4, 0.8, 1.2) * 2:  # the same mean twice, and much noise
         budget.observe_gain(value)
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
     budget.reset_full("for a test")
     assert decisions.budget_fraction == 1.0
     for value in (1.0, 1.4, 0.8, 1.2) * 2:
         budget.observe_gain(value)
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
 
 
 def test_the_frozen_draft_s_requests_have_an_effort_of_their_own() -> None:
@@ -47,12 +48,12 @@ def test_the_frozen_draft_s_requests_have_an_effort_of_their_own() -> None:
     budget = LearningBudget(BUDGET, PASSES, decisions)
     compared(budget, 0.0, 0.005, 40, base=True)
     budget.earn(1.0, base=True)
-    assert decisions.budget_fraction == LEAST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.least_fraction
     budget.earn(1.0, base=False)
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
     budget.reset_full("for a test", base=True)
     budget.earn(1.0, base=False)
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
 
 
 def test_steps_are_paid_from_the_budget() -> None:
@@ -88,9 +89,9 @@ def test_looks_are_rare_where_they_are_dear() -> None:
 def test_comparisons_that_are_no_numbers_are_left_out(value: float) -> None:
     decisions = Decisions()
     budget = LearningBudget(BUDGET, PASSES, decisions)
-    for _ in range(4 * FIRST_WINDOW):
+    for _ in range(4 * CONSTANTS.first_window):
         budget.observe_gain(value)
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
 
 
 def test_after_a_raise_it_is_looked_at_soon() -> None:
@@ -98,13 +99,13 @@ def test_after_a_raise_it_is_looked_at_soon() -> None:
     budget = LearningBudget(BUDGET, PASSES, decisions)
     for value in (0.8, 1.2) * 8:  # windows of 4, 4 and 8: doubtful, so that the next one has 16
         budget.observe_gain(value)
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
     for _ in range(16):
         budget.observe_gain(3.0)
     assert decisions.budget_fraction == 1.0
-    for _ in range(FIRST_WINDOW):
+    for _ in range(CONSTANTS.first_window):
         budget.observe_gain(3.0)  # no further gain
-    assert decisions.budget_fraction == FIRST_FRACTION
+    assert decisions.budget_fraction == CONSTANTS.first_fraction
 
 
 def test_time_that_comes_to_no_step_is_paid_for_too() -> None:

@@ -6,11 +6,12 @@ import random
 
 import pytest
 
-from hf_onlinespec.govern.estimates import ALIKE_LEAST, ALIKE_MOST, ChangeDetector, DecayedMean, DraftCost, VerifyCost
+from hf_onlinespec.govern.costs import CostConstants, DraftCost, VerifyCost
+from hf_onlinespec.govern.estimates import ChangeConstants, ChangeDetector, DecayedMean
 
 
 def test_times_follow_a_line() -> None:
-    times = DraftCost(0.05)
+    times = DraftCost(CostConstants(draft_slope=0.05))
     assert times.at(3) == 0.0 and times.step() == 0.0 and not times.known
     times.add(3, 1.1)
     assert times.at(3) == pytest.approx(1.1) and times.at(4) == pytest.approx(1.15)  # 5 % of one position's time each
@@ -20,7 +21,7 @@ def test_times_follow_a_line() -> None:
     assert times.at(4) == pytest.approx(1.15, abs=0.01) and times.step() == pytest.approx(0.05, abs=0.01)
     times.add(9, 12.0)  # a size seen once, in a stall: the line stays
     assert times.at(4) == pytest.approx(1.15, abs=0.01)
-    falling = DraftCost(0.05)
+    falling = DraftCost(CostConstants(draft_slope=0.05))
     falling.add(2, 2.0)
     falling.add(6, 1.0)
     assert falling.step() == 0.0 and falling.at(9) > 0
@@ -30,9 +31,9 @@ def test_shares_forget() -> None:
     share = DecayedMean(0.9)
     for _ in range(100):
         share.add(1.0)
-    assert share.mean(0.0) == pytest.approx(10 / 14, abs=0.01)
+    assert share.mean(0.0, strength=4.0) == pytest.approx(10 / 14, abs=0.01)
     share.fade(1000)
-    assert share.mean(0.3) == pytest.approx(0.3)
+    assert share.mean(0.3, strength=4.0) == pytest.approx(0.3)
 
 
 def test_a_level_falls_by_more_than_its_noise() -> None:
@@ -55,7 +56,8 @@ def requests(level: ChangeDetector, rates: tuple[float, ...], n: int, seed: int 
 
 def test_requests_are_alike_where_they_differ_by_chance_only() -> None:
     level = ChangeDetector()
-    assert ALIKE_LEAST < level.prior_strength < ALIKE_MOST  # nothing is known
+    constants = ChangeConstants()
+    assert constants.least_strength < level.prior_strength < constants.most_strength  # nothing is known
     requests(level, (0.6,), 60)
     assert level.prior_strength > 25
     requests(level, (0.05, 0.9), 60)

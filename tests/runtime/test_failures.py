@@ -22,14 +22,14 @@ from hf_onlinespec.adapt.guard import Guard
 from hf_onlinespec.adapt.learner import Learner
 from hf_onlinespec.adapt.replay import Replay
 from hf_onlinespec.adapt.request_feedback import RequestFeedback
-from hf_onlinespec.commit import combined as candidates
 from hf_onlinespec.commit.learning_draft import LearningDraft
 from hf_onlinespec.commit.proposal import ProposalBuilder
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.govern.acceptance import Acceptances
 from hf_onlinespec.govern.budget import LearningBudget
-from hf_onlinespec.govern.governor import Governor, Plan
+from hf_onlinespec.govern.governor import Governor
+from hf_onlinespec.govern.planner import Plan
 from hf_onlinespec.metrics import DraftMetrics
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params
@@ -164,7 +164,6 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 LEADING: dict[str, list[tuple[Any, str, Any]]] = {
     "the prompt's preference": [(LearningBudget, "affordable_steps", lambda *_: 1)],
     "the prompt's preference, before it drafts": [
-        (candidates, "MIN_ROOM_TO_EXPLORE", 1),
         (Governor, "decide_prompt_scoring", lambda *_: True),
     ],
     "a look": [(LearningBudget, "affordable_steps", lambda *_: 0), (Governor, "request_ended", lambda *_: True)],

@@ -20,7 +20,8 @@ from transformers import (
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.govern.acceptance import Continuation, RequestStats
 from hf_onlinespec.govern.budget import LearningBudget
-from hf_onlinespec.govern.governor import Governor, Plan
+from hf_onlinespec.govern.governor import Governor
+from hf_onlinespec.govern.planner import Plan
 from hf_onlinespec.govern.routing import AdapterRouter
 from tests.chi_square import THOUSAND, follows
 from tests.tiny_models import tiny_llama
