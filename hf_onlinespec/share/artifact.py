@@ -5,11 +5,10 @@
     onlinespec_state.safetensors                      moments, weights of experts, earlier states, counters, random state
     README.md, curve.png                              the model card and its figure
 
-A folder is replaced as a whole: everything is written aside, the file with the checksums last, and then moved into place. A
-process that is killed leaves the previous state or the new one, and at every instant an adapter that PEFT loads (unless its rank or
-layers change with it). Writers wait for each other where the system has file locks; whoever reads meanwhile gets one state or the
-other. Nothing is unpickled, and no file is opened whose name came from a file. A folder may hold no state: its adapter serves, and
-learning begins anew.
+A folder is replaced as a whole (`replacing.py`): a process that is killed leaves the previous state or the new one, and at every
+instant an adapter that PEFT loads (unless its rank or layers change with it). Writers wait for each other where the system has
+file locks; whoever reads meanwhile gets one state or the other. Nothing is unpickled, and no file is opened whose name came from a
+file. A folder may hold no state: its adapter serves, and learning begins anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the privacy audit asks of a draft: what it learned from, what it says to a text, and a copy that may learn secrets."""
+"""What the privacy audit needs of a draft: what it learned from, its logits, and a copy that may learn secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base that an adapter names: found, loaded without its own code, held against the fingerprint; and why it could not be loaded."""
+"""The base that an adapter names: found, loaded without its own code, compared with its fingerprint; and why it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ from ..models.identity import EMBEDDED, BaseFingerprint
 def load_base(
     base_model: PreTrainedModel | str | Path | None,
     expected: BaseFingerprint | None = None,
-    lies_at: str = "",
+    name_or_path: str = "",
     token: str | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """The base draft: a model as it is, or loaded by name; None: the one that the adapter was made for.
 
     Args:
-        lies_at: where the adapter says that it is: a folder of the machine that made it, or a name.
-        revision: of `lies_at`, where nothing is expected.
+        name_or_path: of the base, in PEFT's options: a folder of the machine that made the adapter, or a name.
+        revision: of `name_or_path`, where nothing is expected.
     """
     if isinstance(base_model, str | Path):
         return load_model(str(base_model), None, token)
     if base_model is not None:
         return base_model
-    if is_embedded(expected, lies_at):
+    if is_embedded(expected, name_or_path):
         return load_draft()
-    name, revision = named_base(expected, lies_at, revision)
+    name, revision = named_base(expected, name_or_path, revision)
     return load_model(name, revision, token)
 
 
-def is_embedded(expected: BaseFingerprint | None, lies_at: str) -> bool:
-    return EMBEDDED in (lies_at, "" if expected is None else expected.name)
+def is_embedded(expected: BaseFingerprint | None, name_or_path: str) -> bool:
+    return EMBEDDED in (name_or_path, "" if expected is None else expected.name)
 
 
-def named_base(expected: BaseFingerprint | None, lies_at: str, revision: str | None) -> tuple[str, str | None]:
+def named_base(expected: BaseFingerprint | None, name_or_path: str, revision: str | None) -> tuple[str, str | None]:
     """Name or folder, and revision, of the base that an adapter names. Raises DraftError."""
     if expected is not None:
         revision = expected.revision
-        if not os.path.isdir(lies_at):
-            lies_at = expected.name
-    if not lies_at:
+        if not os.path.isdir(name_or_path):
+            name_or_path = expected.name
+    if not name_or_path:
         raise DraftError("It is not known which base the adapter belongs to: pass base_model=, a model or its name.")
-    return lies_at, revision
+    return name_or_path, revision
 
 
 def load_model(name: str, revision: str | None, token: str | None) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Canaries: secrets that are planted in a draft, and how much of them it gives away.
 
 The draft is taught what the target wrote, never prompts: a secret is learned when the target writes it. A canary is such a
-secret: random letters of a small alphabet after a random prefix, which whoever looks for it knows. Its exposure (Carlini et al.
+secret: random letters of a small alphabet after a random prefix that an attacker knows. Its exposure (Carlini et al.
 2019, "The Secret Sharer", arXiv:1802.08232) is log2 |R| − log2 rank, its rank among all strings R of that form. They are ranked by
 their log-likelihood under the evolved draft minus that under the base draft: everybody has that one, too, and what it prefers
 already says nothing about what was learned. By chance the mean exposure is 1 / ln 2 = 1.44 bits. Ranked among m strings drawn at

@@ -207,11 +207,11 @@ def _data(lineage: Lineage, statement: str | None) -> str:
     """What is known of the text that it was trained on."""
     if statement is None:
         statement = lineage.data_statement or ""
-    said = quote(statement) if statement.strip() else NO_STATEMENT
+    text = quote(statement) if statement.strip() else NO_STATEMENT
     trained = _trained_in_all(lineage)
     if trained:
-        said += f"\n\nIt was taught by other text than what it served, too: {'; '.join(trained)}."
-    return said
+        text += f"\n\nIt was taught by other text than what it served, too: {'; '.join(trained)}."
+    return text
 
 
 def _usage(targets: Sequence[str], base: BaseFingerprint, repo_id: str | None) -> tuple[str, str]:

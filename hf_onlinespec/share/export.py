@@ -1,4 +1,4 @@
-"""The way out: an evolved draft as a plain causal language model, that needs nothing of ours and nothing of PEFT to be loaded.
+"""An evolved draft exported as a plain causal language model, which neither this package nor PEFT is needed to load.
 
 transformers takes it as `assistant_model`, vLLM and SGLang as a draft model, llama.cpp's converter as a model like any other.
 """
@@ -73,7 +73,7 @@ def merge_and_export(
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ArtifactError(f"{folder}: not empty. An export is never written over something: name a new folder.")
-        model = _plain(draft, dtype)
+        model = _merged_model(draft, dtype)
         aside = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)  # what a process that was killed has left
         aside.mkdir(parents=True)
@@ -93,22 +93,22 @@ def merge_and_export(
 
 
 @torch.no_grad()
-def _plain(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedModel:
+def _merged_model(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model of the base's class with the merged weights, to be saved: buffers that no file holds are empty."""
     base = base_of(draft.model)
     weights = draft.merged_weights(dtype)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
-    said, read = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())
-    if said is not None and said == read:  # a head that was widened without the configuration
-        config.get_text_config().vocab_size = said
+    in_head, in_embedding = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())
+    if in_head is not None and in_head == in_embedding:  # a head that was widened without the configuration
+        config.get_text_config().vocab_size = in_head
     with torch.device("meta"):
         model: PreTrainedModel = type(base)(config)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise DraftError(
-            f"{type(base).__name__} has other weights than its configuration describes ({said} rows in its head, {read} in its "
+            f"{type(base).__name__} has other weights than its configuration describes ({in_head} rows in its head, {in_embedding} in its "
             f"embedding): {error}. Resize it with resize_token_embeddings, and learn anew."
         ) from error
     if config.tie_word_embeddings:
@@ -118,7 +118,7 @@ def _plain(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def _tied(base: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
-    """Whether head and embedding were one, and still say the same."""
+    """Whether head and embedding were one weight, and still are equal."""
     names = {id(module): name for name, module in base.named_modules()}
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if head is None or weight_of(head).data_ptr() != weight_of(embedding).data_ptr():

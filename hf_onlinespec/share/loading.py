@@ -143,7 +143,7 @@ class NamedBase:
     """The model that an adapter was made for, as its folder names it."""
 
     expected: BaseFingerprint | None  # None: of an ordinary adapter
-    lies_at: str  # a folder of the machine that made it, or a name
+    name_or_path: str  # a folder of the machine that made the adapter, or a name
     revision: str | None
 
     @classmethod
@@ -158,14 +158,14 @@ class NamedBase:
 
     def load(self, base_model: PreTrainedModel | str | Path | None = None, token: str | None = None) -> PreTrainedModel:
         """The model; arguments and errors are those of `load_base`."""
-        return load_base(base_model, self.expected, self.lies_at, token, self.revision)
+        return load_base(base_model, self.expected, self.name_or_path, token, self.revision)
 
     def config(self) -> PretrainedConfig | None:
         """Its configuration alone, before weights are read; None: `load` will say why there is none. Raises DraftError."""
-        if is_embedded(self.expected, self.lies_at):
+        if is_embedded(self.expected, self.name_or_path):
             name, revision = str(FOLDER / "draft"), None
         else:
-            name, revision = named_base(self.expected, self.lies_at, self.revision)
+            name, revision = named_base(self.expected, self.name_or_path, self.revision)
         try:
             found: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError):
@@ -230,36 +230,36 @@ def read_plain_adapter(folder: Path, settings: OnlineSpecConfig, base: PreTraine
     check_layers({name: tensor.shape for name, tensor in parts.items()}, settings.target_modules or (), settings, base)
     check_size(sum(tensor.nbytes for tensor in parts.values()), base)
     own = {f"{PREFIX}{name}": weight for name, weight in base.state_dict().items()}
-    beside = {name: name.replace(".base_layer.", ".") for name in header if name not in parts}
-    for name, of in beside.items():
+    copies = {name: name.replace(".base_layer.", ".") for name in header if name not in parts}
+    for name, of in copies.items():
         if of not in own or header[name].shape != own[of].shape:
-            raise _other_weights(folder, name)
+            raise _not_a_copy(folder, name)
     tensors = read_tensors(folder / ADAPTER)
-    for name, of in beside.items():
-        if not _are_alike(tensors[name], own[of]):
-            raise _other_weights(folder, name)
+    for name, of in copies.items():
+        if not _is_copy(tensors[name], own[of]):
+            raise _not_a_copy(folder, name)
     return {name: tensors[name] for name in parts}
 
 
-def _other_weights(folder: Path, name: str) -> ArtifactError:
+def _not_a_copy(folder: Path, name: str) -> ArtifactError:
     return ArtifactError(
         f"{folder / ADAPTER}: {brief(name)} is not the weight of this base: the adapter changes more than LoRA does, or belongs to "
         "another base. Merge it into its base with merge_and_unload, and begin a new draft with that."
     )
 
 
-def _are_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether a copy of a weight, and the base's own, are one, perhaps in two precisions.
+def _is_copy(saved: Tensor, own: Tensor) -> bool:
+    """Whether one weight is the other, perhaps in another precision.
 
-    A copy of 8 bits is another weight, which PEFT would load over the base's, unless the base's own has just these 8 bits.
+    A copy of 8 bits is no copy, unless the base's own weight has these 8 bits: PEFT would load it over the base's.
     """
-    if not (one.is_floating_point() and other.is_floating_point()):
+    if not (saved.is_floating_point() and own.is_floating_point()):
         return False
-    lower = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    if one.dtype.itemsize < 2 and one.dtype != other.dtype:
+    lower = min(saved.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    if saved.dtype.itemsize < 2 and saved.dtype != own.dtype:
         return False
     wide = torch.float32 if lower.itemsize < 2 else lower  # not every version of torch compares numbers of 8 bits
-    return torch.equal(one.to(lower).to(wide), other.to("cpu", lower).to(wide))
+    return torch.equal(saved.to(lower).to(wide), own.to("cpu", lower).to(wide))
 
 
 def _as_adapter(settings: OnlineSpecConfig, options: LoraOptions) -> OnlineSpecConfig:

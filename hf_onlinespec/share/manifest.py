@@ -111,8 +111,8 @@ def _texts(manifest: Mapping[str, object], name: str, path: Path) -> dict[str, s
 
 def own_checksum(manifest: Mapping[str, object]) -> str:
     """Of what a manifest says, however it is laid out, without its own checksum."""
-    said = {key: value for key, value in manifest.items() if key != "checksum"}
-    return checksum(json.dumps(said, sort_keys=True, default=_json_value).encode())
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return checksum(json.dumps(rest, sort_keys=True, default=_json_value).encode())
 
 
 def to_json(value: object) -> str:

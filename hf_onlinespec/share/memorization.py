@@ -1,15 +1,17 @@
-"""What of the texts that a draft has learned from comes out of it again: the record that decides on a public push.
+"""Which texts that a draft has learned from come out of it again: the examination that decides on a public push.
 
-While a draft learns, the texts of the requests stay in its process (`learned_texts.py`), never saved. At a save and before a public
-push they are cut into short windows, and the adapter itself is asked (`examine`): given the beginning of a window and nothing
-else, does the evolved draft write its end, and more likely so than whoever never saw the text? That is the base draft, and the
-target without the request around it: what either says by itself is no secret of a user. A text of which `GAIN_BITS` come out is
-memorised; one whose prompt may have stood more than `FEW` times, if `OFTEN_BITS` do, and so is one with a part that the target
-may have written so often, behind whatever prompts, if `OFTEN_BITS` of that part do.
-What is kept is numbers (`PrivacyRecord`): requests, how many were examined, how many came out, how often one prompt stood in the
-stream, the settings of learning. They travel in the lineage: through saving, loading with other settings, merging, distilling.
-Where one prompt makes much of the stream, canaries planted as often decide too (`privacy.py`): under every setting that ever learned.
-Whatever has no such record (adapters from elsewhere, fine-tuned ones, older artifacts, texts that were not examined) is refused.
+While a draft learns, the texts of its requests stay in its process (`learned_texts.py`) and are never saved. At a save and before a
+public push they are cut into short windows, and `examine` asks the adapter itself: given only the beginning of a window, does the
+evolved draft write its end, and is that end much likelier than under models that never saw the text? These are the base draft, and
+the target without the rest of the request: what they write by themselves is no secret of a user. A text is memorised if
+`GAIN_BITS` of it come out. `OFTEN_BITS` are enough if its prompt may have stood more than `FEW` times in the stream, and for a
+part that the target may have written that often, whatever the prompts were.
+
+What is kept is numbers (`PrivacyRecord`): how many texts there were, how many were examined, how many came out, how often the most
+frequent prompt stood in the stream, the settings of learning. They travel in the lineage: through saving, loading with other
+settings, merging, distilling. Where one prompt makes much of the stream, canaries planted as often decide too (`privacy.py`), under
+every setting that was in use. A draft without such a record is refused: an adapter from elsewhere, a fine-tuned one, an older
+artifact, texts that were not examined.
 """
 
 from __future__ import annotations
@@ -46,11 +48,11 @@ MOST_RANKS = 64
 LEAST_OFTEN = 4
 SAVE_S = 20.0  # seconds that a save may spend on it; chosen: forty requests of the embedded pair take 8
 MOST_LOGITS = 2**25  # in one forward
-# Σ min(p, q) of what the base draft says to a part of a text with and without the token that opens it: chosen, between 0.86 of the
-# embedded draft, which was trained on texts in pieces, and what a model says that never saw a text without.
+# Σ min(p, q) of the base draft's distributions after a part of a text, with and without the token that opens texts. Chosen: the
+# embedded draft, which was trained on texts in pieces, has 0.86; a model that never saw a text without that token has far less.
 LEAST_OVERLAP = 0.5
 GROUP = 16  # texts that are examined together
-TOGETHER = 256  # windows between two looks at the clock
+TOGETHER = 256  # windows of one batch; the clock is read after each
 LARGE = 1e6  # in place of infinity, so that differences of sums stay numbers
 
 
@@ -59,7 +61,7 @@ Reader = Callable[[Tensor], Tensor]  # logits (rows, L, vocab) of tokens (rows, 
 
 @torch.no_grad()
 def examine(draft: Audited, seconds: float = math.inf) -> Examined:
-    """Looks which of the texts that a draft has learned from come out of it, and notes it with the draft.
+    """Finds out which of the texts that a draft has learned from come out of it, and keeps the result with the draft.
 
     Those whose prompt stands often come first, then the newest.
 
@@ -67,17 +69,17 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
         seconds: after which it stops; what is left counts as not examined.
     """
     started = time.perf_counter()
-    with draft.at_rest() as here:
+    with draft.at_rest() as learned:
         done, record = draft.examined, draft.lineage.privacy
     before = 0 if record is None else record.repeats
-    state = examined_state(here, before)
-    if done is not None and (done.state, done.texts) == (state, len(here.texts)):
+    state = examined_state(learned, before)
+    if done is not None and (done.state, done.texts) == (state, len(learned.texts)):
         return done
-    texts = sorted(here.texts[::-1], key=lambda text: not text.stands_often(before))
+    texts = sorted(learned.texts[::-1], key=lambda text: not text.stands_often(before))
     often = written_often(texts, before)
     examined, memorised = 0, 0
     known: set[Window] = set()  # that were looked at: those of a system prompt once
-    with _references(draft) as references, progress(len(texts), "Looking whether texts come out", "text") as bar:
+    with _reference_models(draft) as references, progress(len(texts), "Looking whether texts come out", "text") as bar:
         opens = _needs_opening(draft, references[0], texts)
         for at in range(0, len(texts), GROUP):
             if time.perf_counter() - started > seconds:
@@ -107,7 +109,7 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
 
 
 @contextmanager
-def _references(draft: Audited) -> Iterator[list[Reader]]:
+def _reference_models(draft: Audited) -> Iterator[list[Reader]]:
     """Models that never saw the text: the base draft, and the target, where it is at hand."""
     target = draft.target_at_hand
     readers = [_reader(draft, base=True)]
@@ -136,7 +138,8 @@ def _takes_tokens_alone(target: PreTrainedModel) -> bool:
         return _target_logits(target, torch.zeros(1, 2, dtype=torch.long)).dim() == 3
     except Exception as error:  # whatever another class of models asks for
         logger.info(
-            "The target says nothing to tokens alone (%s): its word does not excuse what the draft writes.", error
+            "The target takes more than tokens (%s): what the draft writes is compared with the base draft alone.",
+            error,
         )
         return False
 
@@ -146,7 +149,7 @@ def _reader(draft: Audited, base: bool) -> Reader:
 
 
 def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -> bool:
-    """Whether the base draft says something else to a part of a text without the token that opens the text (see opening.py)."""
+    """Whether the base draft predicts differently after a part of a text without the token that opens texts (see opening.py)."""
     overlaps: list[float] = []
     for text in texts:
         opening = opening_tokens(draft.config, text.tokens.tolist())
@@ -154,8 +157,8 @@ def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -
         if opening and len(part) >= LEAST_GIVEN + LEAST_END and len(overlaps) < GROUP:
             half = len(part) // 2
             without = base(part[None])[0, half:].float().softmax(-1)
-            behind = base(torch.cat([part.new_tensor(opening), part])[None])[0, -len(without) :].float().softmax(-1)
-            overlaps.append(float(torch.minimum(without, behind).sum(-1).mean()))
+            opened = base(torch.cat([part.new_tensor(opening), part])[None])[0, -len(without) :].float().softmax(-1)
+            overlaps.append(float(torch.minimum(without, opened).sum(-1).mean()))
     return bool(overlaps) and sum(overlaps) / len(overlaps) < LEAST_OVERLAP
 
 
@@ -172,7 +175,7 @@ def _windows(draft: Audited, text: Tensor, often: Tensor, opens: bool) -> list[W
 
     Args:
         often: (L,) which of its tokens stand in a part that the target wrote often.
-        opens: whether every window opens as the text does: some models say nothing sensible without that.
+        opens: whether every window begins with the token that opens the text: some models predict nonsense without it.
     """
     config = draft.config.get_text_config()
     vocabulary = config.vocab_size
@@ -183,8 +186,8 @@ def _windows(draft: Audited, text: Tensor, often: Tensor, opens: bool) -> list[W
     found = []
     for begin in begins:
         before = opening if begin else []
-        part, written = tokens[begin : begin + size], flags[begin : begin + size]
-        found.append(Window((*before, *part), (*(False for _ in before), *written)))
+        part, flagged = tokens[begin : begin + size], flags[begin : begin + size]
+        found.append(Window((*before, *part), (*(False for _ in before), *flagged)))
     return [window for window in found if max(window.tokens, default=vocabulary) < vocabulary]
 
 

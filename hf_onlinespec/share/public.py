@@ -1,4 +1,4 @@
-"""The public version of an evolved draft: what serving and reuse need, and no more.
+"""The public version of an evolved draft: only what serving and reuse need.
 
 The adapter, its options, the settings, the base by its public name and fingerprints, the figures of the run. Not: the learner's
 moments and earlier states of the adapter, from which more could be read out than was audited; names of folders; the machine.

@@ -243,7 +243,7 @@ def _new_draft(
 def _adopt(draft: OnlineDraft, changes: Mapping[str, Factors]) -> None:
     """Makes a new draft serve these changes, each of at most its rank.
 
-    What they do not use keeps a new adapter's values, A at random and B at zero: it says nothing, and can learn.
+    Ranks that they do not use keep a new adapter's values, A at random and B at zero: they change nothing, and can learn.
     """
     scale = draft.settings.alpha / draft.settings.rank
     adapter = draft.adapter_params()

@@ -51,7 +51,7 @@ def warm_start(
     max_length: int = 512,
     training_args: TrainingArguments | None = None,
 ) -> OnlineDraft:
-    """Teaches a draft what the target says to texts, and to prompts that the target writes on; returns the same draft.
+    """Distils the target into a draft, on texts and on what the target writes after prompts; returns the same draft.
 
     On a text the draft learns the target's distribution at every token, on a prompt at those that the target wrote. The loss and its
     temperature are those of the draft's settings. Training begins at what the draft has learned already, and ends in

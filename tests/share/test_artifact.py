@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CONFIG, STAGING,
 from hf_onlinespec.share.lineage import Alignment, Parent, WarmStart
 from hf_onlinespec.share.manifest import Manifest, own_checksum
 from hf_onlinespec.share.replacing import finish_interrupted_write
+from hf_onlinespec.state import State
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.drafts import flat_params
+from tests.drafts import flat_params, move
 
 # Numbers instead of "auto", and nothing that holds users' tokens: then a resumed draft has to do the very same.
 REPEATABLE: dict[str, Any] = {
@@ -93,21 +95,25 @@ def test_resumed_is_uninterrupted(settings: dict[str, Any], target: PreTrainedMo
     assert parts.metrics.requests == 24 and sum(stretch.requests for stretch in parts.metrics.history) == 24
 
 
+def with_earlier_states(draft: OnlineDraft, n: int, **values: Any) -> Artifact:
+    """What a draft saves whose guard has kept n earlier states, and is where these values say."""
+    artifact = draft.artifact()
+    states = {f"guard.states.{i}": torch.randn_like(flat_params(draft)).bfloat16() for i in range(n)}
+    guard = artifact.state.values["guard"] | {"states": n} | values
+    return replace(
+        artifact, state=State({**artifact.state.tensors, **states}, artifact.state.values | {"guard": guard})
+    )
+
+
 def test_the_guard_resumes_in_the_middle_of_a_trial(tmp_path: Path) -> None:
     """States that are tried, their leads, and the latest state are kept."""
-    config = OnlineSpecConfig(**REPEATABLE)
-    draft = OnlineDraft(tiny_llama(2), config)
-    guard, like = draft._learning.guard, draft._adaptation.best_params()
-    guard.states = [torch.randn_like(like), torch.randn_like(like)]
-    guard._candidates = [(guard.states[1], [0.5, 0.25]), (None, [-0.125])]
-    guard._trials, guard._level, guard.reason = 2, 0.3, "why"
-    guard._latest.append((0.5, None))
-    draft.save_pretrained(tmp_path)
-    found = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))._learning.guard
-    assert [torch.equal(a, b) for a, b in zip(found.states, guard.states, strict=True)] == [True, True]
-    assert found._candidates[0][0] is found.states[1] and found._candidates[0][1] == [0.5, 0.25]
-    assert found._candidates[1] == (None, [-0.125])
-    assert (found._trials, found._level, found.reason, list(found._latest)) == (2, 0.3, "why", [(0.5, None)])
+    trial = {"tried": [[1, [0.5, 0.25]], [None, [-0.125]]], "trials": 2, "level": 0.3, "latest": [[0.5, None]]}
+    saved = with_earlier_states(OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE)), 2, reason="why", **trial)
+    saved.write(tmp_path)
+    found = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2)).artifact().state
+    assert found.values["guard"] == saved.state.values["guard"]
+    states = [name for name in found.tensors if name.startswith("guard.states.")]
+    assert len(states) == 2 and all(torch.equal(found.tensors[name], saved.state.tensors[name]) for name in states)
 
 
 @pytest.mark.parametrize("learner", ["optimistic", "ensemble"])
@@ -148,9 +154,7 @@ def test_sizes(tmp_path: Path) -> None:
     for learner in ("optimistic", "ensemble"):
         config = OnlineSpecConfig(**(REPEATABLE | {"learner": learner, "rank": 64, "alpha": 64.0}))
         draft = OnlineDraft(tiny_llama(2, hidden=64), config)
-        guard = draft._learning.guard
-        guard.states = [draft._adaptation.best_params() for _ in range(config.snapshots)]
-        draft.save_pretrained(tmp_path)
+        with_earlier_states(draft, config.snapshots).write(tmp_path)
         size = flat_params(draft).nbytes
         assert (tmp_path / ADAPTER).stat().st_size <= 1.1 * size
         assert (tmp_path / STATE).stat().st_size <= 3.2 * size
@@ -178,7 +182,7 @@ def test_nothing_of_the_text_is_saved(target: PreTrainedModel, tmp_path: Path) -
         ):
             assert not any(text.encode() in path.read_bytes() for path in files)
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    assert len(again._replay) == 0 and again.memory is not None and len(again.memory) == 0
+    assert again.replayed() == [] and again.memory is not None and len(again.memory) == 0
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -371,7 +375,7 @@ def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
     before = flat_params(draft)
-    draft._lora.move(torch.ones_like(before))
+    move(draft)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
@@ -407,7 +411,7 @@ def test_what_was_complete_is_found_wherever_it_lies(moved: int, tmp_path: Path)
     """Killed after so many files were moved into place: the new state is read, by us from both places."""
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path / "a")
-    draft._lora.move(torch.ones_like(draft._lora.params))
+    move(draft)
     draft.save_pretrained(tmp_path / "b")
     (tmp_path / "b").rename(tmp_path / "a" / STAGING)
     for name in (ADAPTER_CONFIG, ADAPTER, STATE)[:moved]:
@@ -423,7 +427,7 @@ def test_a_save_that_fails_keeps_what_was_complete_aside(tmp_path: Path) -> None
     """Killed while its files were moved; then the disk is full: the complete set is not thrown away for the new one."""
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path / "a")
-    draft._lora.move(torch.ones_like(draft._lora.params))
+    move(draft)
     draft.save_pretrained(tmp_path / "b")
     (tmp_path / "b").rename(tmp_path / "a" / STAGING)
     (tmp_path / "a" / STAGING / ADAPTER).replace(tmp_path / "a" / ADAPTER)
@@ -493,23 +497,21 @@ def test_a_history_stays_bounded(target: PreTrainedModel) -> None:
 
 def test_a_reader_beside_a_writer_gets_one_state_or_the_other(tmp_path: Path) -> None:
     """The adapter and the state that are read belong together, while another thread saves one state after the other."""
-    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
-    draft._adaptation.steps = 1
+    start = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE)).artifact()
 
-    def advance() -> None:
-        draft._lora.params.fill_(float(draft.steps))
-        draft._adaptation.steps += 1
-        draft.save_pretrained(tmp_path)
+    def write(number: int) -> None:
+        adapter = {name: torch.full_like(part, number) for name, part in start.adapter.items()}
+        replace(start, adapter=adapter, state=State(start.state.tensors, {"number": number})).write(tmp_path)
 
-    advance()
-    writer = threading.Thread(target=lambda: [advance() for _ in range(60)])
+    write(0)
+    writer = threading.Thread(target=lambda: [write(number) for number in range(1, 61)])
     writer.start()
     seen = set()
     while writer.is_alive():
         found = Artifact.read(tmp_path)
-        steps = found.state.values["adaptation"]["steps"]
-        assert all(bool((t == steps - 1).all()) for t in found.adapter.values())
-        seen.add(steps)
+        number = found.state.values["number"]
+        assert all(bool((part == number).all()) for part in found.adapter.values())
+        seen.add(number)
     writer.join()
     assert len(seen) > 1
 
@@ -519,7 +521,7 @@ def test_two_writers_take_turns(tmp_path: Path) -> None:
     failed: list[Exception] = []
 
     def work(number: int) -> None:
-        drafts[number]._lora.params.fill_(float(number))
+        move(drafts[number], lambda part: torch.full_like(part, number))
         try:
             for _ in range(20):
                 drafts[number].save_pretrained(tmp_path)
@@ -541,7 +543,7 @@ def test_an_artifact_is_a_copy(target: PreTrainedModel) -> None:
     draft.lineage.alignment = Alignment(None, updates=1, tokens=1)
     artifact = draft.artifact()
     before = json.dumps(artifact.state.values)
-    draft._adaptation.active[1] = False
+    draft.artifact().state.values["adaptation"]["alive"][1] = False
     draft.lineage.alignment.tokens = 2
     serve(target, draft, range(2))
     assert json.dumps(artifact.state.values) == before and artifact.lineage.alignment.tokens == 1
@@ -606,15 +608,16 @@ def test_loaded_under_inference_mode_it_goes_back_to_earlier_states(tmp_path: Pa
     draft.save_pretrained(tmp_path)
     with torch.inference_mode():
         again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    again._adaptation.restore(again._adaptation.best_params())
-    assert not again._lora.params.is_inference()
+    move(again)
+    assert not any(part.is_inference() for part in again.adapter_params().values())
+    serve(tiny_llama(1, layers=2), again, range(2))
+    assert again.metrics.updates > 0 and again.metrics.failed_updates == 0
 
 
 def test_what_an_ensemble_says_of_itself_is_back(target: PreTrainedModel, tmp_path: Path) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(REPEATABLE | {"learner": "ensemble"})))
     serve(target, draft, range(3))
-    draft._learning.guard.reason = "why"
-    draft.save_pretrained(tmp_path)
+    with_earlier_states(draft, 0, reason="why").write(tmp_path)
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
     assert len(again.metrics.expert_weights) == 4 and again.metrics.expert_weights == draft.metrics.expert_weights
     assert again.metrics.decisions.rollback == "why"
@@ -635,7 +638,7 @@ def test_a_save_that_fails_leaves_none_of_its_parts(name: str, tmp_path: Path, m
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    draft._lora.move(torch.ones_like(draft._lora.params))
+    move(draft)
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -648,13 +651,9 @@ def test_a_save_that_fails_leaves_none_of_its_parts(name: str, tmp_path: Path, m
 
 
 def test_a_draft_without_its_state_takes_the_place_of_one_with_it(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from hf_onlinespec.state import State
-
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
-    draft._lora.move(torch.ones_like(draft._lora.params))
+    move(draft)
     replace(draft.artifact(), state=State()).write(tmp_path)
     assert not (tmp_path / STATE).exists() and not (tmp_path / STAGING).exists()
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
@@ -665,7 +664,7 @@ def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) ->
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
     draft.save_pretrained(tmp_path)
     before = flat_params(draft)
-    draft._lora.move(torch.ones_like(before))
+    move(draft)
     statement = draft.lineage.data_statement = "x" * (9 << 20)
     with pytest.raises(ArtifactError, match="can be read again"):
         draft.save_pretrained(tmp_path)

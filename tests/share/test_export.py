@@ -17,6 +17,7 @@ from hf_onlinespec.embedded import load_draft, load_pair, prompts
 from hf_onlinespec.errors import ArtifactError
 from hf_onlinespec.share.export import check_export, merge_and_export
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.drafts import move
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 30, 7], [4, 4, 8, 11, 3, 0]])
 MODELS = {
@@ -30,8 +31,8 @@ SMALL = {"rank": 2, "alpha": 2.0, "lookahead": 3, "update_every": 1}
 def evolved(model: PreTrainedModel, size: float = 0.3, **settings: object) -> OnlineDraft:
     """A draft whose adapter has moved away from its start."""
     draft = OnlineDraft(model, OnlineSpecConfig(**(SMALL | settings)))
-    draft._lora.move(size * torch.randn(draft._lora.params.shape, generator=torch.Generator().manual_seed(3)))
-    draft._adaptation.steps = 1
+    generator = torch.Generator().manual_seed(3)
+    move(draft, lambda part: part + size * torch.randn(part.shape, generator=generator))
     return draft
 
 
@@ -100,9 +101,9 @@ def test_half_precision(tmp_path) -> None:
     """Merged in float32 and rounded once: as the base has it, or wider."""
     wide, half = evolved(tiny_llama(2).to(torch.bfloat16)), tiny_llama(2).to(torch.bfloat16).float()
     exact = evolved(half)
-    exact._lora.put(wide._lora.split(wide._lora.params))  # a new adapter's first values are rounded as its base is
-    exact.fold()
-    reference = exact._lora.folded_tree.state_dict()
+    exact.adopt(wide.adapter_params())  # a new adapter's first values are rounded as its base is
+    merge_and_export(exact, tmp_path / "exact")
+    reference = stored(tmp_path / "exact")
     merge_and_export(wide, tmp_path / "half")
     merge_and_export(wide, tmp_path / "wide", torch.float32)
     for name, value in stored(tmp_path / "half").items():
@@ -186,7 +187,7 @@ def test_a_torn_export_is_not_there(tmp_path, monkeypatch) -> None:
 
 def test_quantised_weights_are_refused(tmp_path) -> None:
     draft = evolved(tiny_llama(2))
-    layer = draft._lora.tree.model.layers[0].mlp.up_proj.get_base_layer()
+    layer = draft.model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer()
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(DraftError, match=r"up_proj.*full precision"):
         merge_and_export(draft, tmp_path / "out")

@@ -31,7 +31,7 @@ from hf_onlinespec.share.lineage import Lineage
 from hf_onlinespec.share.manifest import own_checksum
 from hf_onlinespec.training.combining import combine, read_evolved
 from tests.conftest import tiny_llama
-from tests.drafts import flat_params
+from tests.drafts import flat_params, move
 from tests.hostile import (
     BLOCKED_S,
     EMPTY_SHAPES,
@@ -163,7 +163,7 @@ def test_a_set_aside_that_is_not_ours_is_kept_and_saving_goes_on(
     for number, name in enumerate((CONFIG, "notes.txt"), 1):
         (tmp_path / STAGING).mkdir()
         (tmp_path / STAGING / name).write_text("mine")
-        draft._lora.move(torch.ones_like(draft._lora.params))
+        move(draft)
         assert ending(lambda: draft.save_pretrained(tmp_path)) == "done"
         assert torch.equal(flat_params(load(tmp_path)), flat_params(draft))
         assert [path.read_text() for path in tmp_path.glob(f"*/{name}")] == ["mine"]

@@ -302,9 +302,10 @@ def test_checkpoints_that_fail_are_tried_again(
 
 def test_a_draft_that_is_gone_ends_its_thread(hub: LoopbackHub) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
+    draft.push_to_hub(REPO)
+    before = {thread for thread in threading.enumerate() if "checkpoints" in thread.name}
     draft.push_to_hub(REPO, checkpoint_every=1)
-    assert draft.checkpoints is not None
-    thread = draft.checkpoints._thread
+    (thread,) = {thread for thread in threading.enumerate() if "checkpoints" in thread.name} - before
     del draft
     thread.join(20)
     assert not thread.is_alive()

@@ -23,7 +23,7 @@ from hf_onlinespec.share.canaries import Canary, Exposure, as_feedback, learn, m
 from hf_onlinespec.share.card import write
 from hf_onlinespec.share.privacy import check_privacy, loss_gap
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.drafts import flat_params
+from tests.drafts import flat_params, move
 
 VOCABULARY = 32
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1, memory_tokens=0, rank=4, alpha=4.0)
@@ -44,9 +44,8 @@ def learned(**settings: Any) -> OnlineDraft:
 def everything(draft: OnlineDraft) -> dict[str, Any]:
     """All that learning has left in a draft, and what it says."""
     state = draft.artifact().state
-    with draft.serving() as model:
-        logits = model(torch.arange(10)[None]).logits
-    tensors = state.tensors | {"params": draft._lora.params.clone(), "grads": draft._lora.grads.clone()}
+    logits = draft.logits(torch.arange(10)[None], 10)
+    tensors = state.tensors | draft.adapter_params() | {"gradient": draft.gradient()}
     replay = [r.tokens for r in draft.replayed()]
     return {"tensors": tensors | {"logits": logits, "replay": torch.cat(replay)}, "values": state.values}
 
@@ -388,7 +387,7 @@ def test_what_cannot_be_audited() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_damaged_weights_are_named(value: float) -> None:
     draft = learned()
-    draft._lora.move(torch.full_like(draft._lora.params, value))
+    move(draft, lambda part: torch.full_like(part, value))
     with pytest.raises(DraftError, match="evolved draft's log-likelihoods are not finite"):
         probe(draft, make_canaries(VOCABULARY, 1))
     with pytest.raises(DraftError, match="not finite"):

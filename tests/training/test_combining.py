@@ -14,7 +14,7 @@ from hf_onlinespec.share.artifact import Artifact
 from hf_onlinespec.share.lineage import Distilled, Lineage, MergedLineage, WarmStart, merged_lineages
 from hf_onlinespec.training.combining import Factors, combine, distil, nearest, read_evolved
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.drafts import flat_params
+from tests.drafts import flat_params, move
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 30, 7], [4, 4, 8, 11, 3, 0]])
 MODELS = {
@@ -29,19 +29,19 @@ def evolved(model: PreTrainedModel, seed: int, **settings: object) -> OnlineDraf
     """A draft whose adapter has moved away from its start."""
     draft = OnlineDraft(model, OnlineSpecConfig(**(SMALL | settings)))
     generator = torch.Generator().manual_seed(seed)
-    draft._lora.move(0.3 * torch.randn(draft._lora.params.shape, generator=generator))
-    draft._adaptation.steps = 1
+    move(draft, lambda part: part + 0.3 * torch.randn(part.shape, generator=generator))
     return draft
 
 
 def changes(draft: OnlineDraft) -> dict[str, torch.Tensor]:
-    """What a draft adds to the weights of each layer, dense."""
-    with torch.no_grad():
-        return {
-            name: draft._lora._change(module)
-            for name, module in draft._lora.tree.named_modules()
-            if module in draft._lora.layers
-        }
+    """What a draft adds to the weights of each layer, dense (d_out, d_in)."""
+    found, parts = {}, draft.artifact().adapter
+    for name, a in parts.items():
+        if "lora_A" in name or "lora_embedding_A" in name:
+            layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            b = parts[name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")]
+            found[layer] = draft.settings.alpha / draft.settings.rank * b @ a
+    return found
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -91,7 +91,8 @@ def test_layers_that_only_one_adapts() -> None:
 def test_an_ensemble_gives_the_mixture_that_serves() -> None:
     """Folded as in its file, as one expert that its expert_learner goes on with."""
     many = evolved(tiny_llama(2), 3, learner="ensemble", experts=2, expert_learner="heavy_ball")
-    assert many._lora.weights is not None and many._lora.weights.tolist() != [1.0, 1.0]
+    learned, served = many.adapter_params(), many.artifact().adapter
+    assert not all(torch.equal(served[name], part) for name, part in learned.items()), "their weights are in the file"
     whole = combine([many.artifact()], tiny_llama(2), [1.0])
     assert (whole.settings.learner, whole.settings.rank) == ("heavy_ball", 4)
     torch.testing.assert_close(whole(TOKENS).logits, many(TOKENS).logits, atol=1e-4, rtol=1e-4)

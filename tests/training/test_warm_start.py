@@ -62,11 +62,11 @@ def greedy(target: Any, prompt: list[int], n: int) -> list[int]:
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_student_has_the_loss_and_the_gradient_of_online_learning(target, loss, top_k) -> None:
-    draft = make(loss=loss, temperature=1.5, top_k=top_k, max_grad_norm=1e9, gradient_cap=None, lr=1e-2)
+    # Steps of plain gradient descent: they are the gradient.
+    plain = dict(learner="ogd", preconditioner="none", lr=1.0, max_grad_norm=1e9, gradient_cap=None, replay_passes=0)
+    draft = make(loss=loss, temperature=1.5, top_k=top_k, **plain)
     tokens = tokenizer(TEXTS[0]).input_ids
-    draft.learn_segment(
-        torch.tensor([tokens]), [law(target, tokens, 1.5)], None, 0, None, Counts()
-    )  # B is not zero now
+    draft.learn_request(Feedback(torch.tensor(tokens), law(target, tokens, 1.5)))  # B is not zero now
     student = Student(draft, target)
     for passage in (Passage(tokens, 1), Passage(tokens, 9)):
         teacher = law(target, tokens, 1.5)
@@ -75,12 +75,12 @@ def test_student_has_the_loss_and_the_gradient_of_online_learning(target, loss, 
         student.zero_grad()
         found = student(**collate([passage]))["loss"]
         found.backward()
-        start = flat_params(draft)
-        online = draft._learning.learn_from([feedback], Counts())
-        draft._lora.put(draft._lora.split(start))
-        assert online == [pytest.approx(float(found.detach()), rel=1e-4)]
-        for part, grad in zip(student.parts, draft._lora.named(draft._lora.grads).values(), strict=True):
-            torch.testing.assert_close(part.grad, grad, rtol=1e-4, atol=1e-6)
+        start = draft.adapter_params()
+        counts, after = draft.learn_request(feedback), draft.adapter_params()
+        draft.adopt(start)
+        assert counts.updates == 1 and counts.mean_loss == pytest.approx(float(found.detach()), rel=1e-4)
+        for part, name in zip(student.parts, start, strict=True):
+            torch.testing.assert_close(part.grad, start[name] - after[name], rtol=1e-4, atol=1e-6)
 
 
 def test_padding_counts_for_nothing(target) -> None:
@@ -173,17 +173,17 @@ def test_pieces_are_no_longer_than_the_models_take(tmp_path) -> None:
 
 def test_a_draft_that_had_learned_goes_on_with_a_new_state(target, tmp_path) -> None:
     """What it learned before is where training begins, and its moments are not those of the new weights."""
-    tokens = torch.tensor([tokenizer(TEXTS[0]).input_ids])
-    teacher = law(target, tokens[0].tolist())
-    old, new = make(), make()
+    tokens = tokenizer(TEXTS[0]).input_ids
+    request = Feedback(torch.tensor(tokens), law(target, tokens))
+    old, new = make(replay_passes=0), make(replay_passes=0)
     for _ in range(5):
-        old.learn_segment(tokens, [teacher], None, 0, None, Counts())
+        old.learn_request(request)
     before = flat_params(old)
     warm_start(old, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=0.0))
     assert torch.equal(flat_params(old), before)
-    new.adopt(old._lora.named(before))
+    new.adopt(old.adapter_params())
     for draft in (old, new):
-        draft.learn_segment(tokens, [teacher], None, 0, None, Counts())
+        draft.learn_request(request)
     assert torch.equal(flat_params(old), flat_params(new))
 
 
