@@ -98,7 +98,8 @@ def test_resumed_is_uninterrupted(settings: dict[str, Any], target: PreTrainedMo
 def with_earlier_states(draft: OnlineDraft, n: int, **values: Any) -> Artifact:
     """What a draft saves whose guard has kept n earlier states, and is where these values say."""
     artifact = draft.artifact()
-    states = {f"guard.states.{i}": torch.randn_like(flat_params(draft)).bfloat16() for i in range(n)}
+    of_an_expert = flat_params(draft)[:: draft.settings.blocks].bfloat16()
+    states = {f"guard.states.{i}": torch.randn_like(of_an_expert) for i in range(n)}
     guard = artifact.state.values["guard"] | {"states": n} | values
     return replace(
         artifact, state=State({**artifact.state.tensors, **states}, artifact.state.values | {"guard": guard})
