@@ -6,10 +6,10 @@ import inspect
 import pytest
 
 from hf_onlinespec import ConfigError, OnlineSpecConfig, OnlineSpecError
-from hf_onlinespec import config as config_module
 from hf_onlinespec.adapt.learners import HEDGES, LEARNERS
 from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.adapt.replay import SAMPLING
+from hf_onlinespec.config import allowed
 
 
 def test_json_round_trip() -> None:
@@ -124,7 +124,7 @@ def test_a_name_of_transformers_or_peft_is_told_what_it_is_called_here() -> None
 
 
 def test_the_names_that_settings_may_have_are_those_that_exist() -> None:
-    assert sorted(LEARNERS) == sorted(config_module.LEARNERS)
-    assert sorted(HEDGES) == sorted(config_module.HEDGES)
-    assert sorted(LOSSES) == sorted(config_module.LOSSES)
-    assert sorted(SAMPLING) == sorted(config_module.REPLAY_SAMPLING)
+    assert sorted(LEARNERS) == sorted(allowed.LEARNERS)
+    assert sorted(HEDGES) == sorted(allowed.HEDGES)
+    assert sorted(LOSSES) == sorted(allowed.LOSSES)
+    assert sorted(SAMPLING) == sorted(allowed.REPLAY_SAMPLING)

@@ -16,11 +16,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "hf_onlinespec"
 # Packages that every other one may import: they lie below all of them.
-GROUND = {"_compat", "metrics"}
+GROUND = {"_compat", "config", "metrics"}
 # What a package must not import; "*": any other package but those of GROUND. Checked as soon as it exists.
 NEVERS = {
-    "_compat": {"*"},
-    "metrics": {"*", "_compat"},
+    "_compat": {"*", "config", "metrics"},
+    "config": {"*", "_compat"},
+    "metrics": {"*", "_compat", "config"},
     "models": {"*"},
     "runtime": {"*"},
     "govern": {"*", "_compat", "torch"},
@@ -32,7 +33,6 @@ NEVERS = {
 # Modules at the top that are plain data: what they may import of packages.
 PLAIN_DATA: dict[str, set[str]] = {
     "rounds": {"govern"},
-    "config": {"metrics"},
     "errors": set(),
     "state": set(),
 }
@@ -116,7 +116,7 @@ def test_the_reader_of_imports_finds_all_three_kinds() -> None:
     """Of modules that this package is sure to have: the check below would pass on an empty graph, too."""
     found = own_imports()
     assert {"config", "draft", "errors", "generation"} <= found[""]
-    assert "errors" in found["config"] and len(found) > 60
+    assert "errors" in found["state"] and len(found) > 60
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"], ["d"]]
 
 

@@ -25,7 +25,7 @@ from hf_onlinespec import (
     UpdateReport,
     online_memory,
 )
-from hf_onlinespec import config as config_module
+from hf_onlinespec.config import allowed
 from hf_onlinespec.runtime.traces import Traces
 from tests.conftest import tiny_llama
 
@@ -213,7 +213,7 @@ def test_what_is_no_trace_is_refused_by_name(wanted) -> None:
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio"])
 def test_a_missing_package_is_told_with_the_command_that_installs_it(name, monkeypatch) -> None:
-    monkeypatch.setattr(config_module, "find_spec", lambda package: None)
+    monkeypatch.setattr(allowed, "find_spec", lambda package: None)
     with pytest.raises(MissingExtraError, match=rf"{name}.*pip install") as caught:
         OnlineSpecConfig(report_to=("jsonl", name))
     assert isinstance(caught.value, ImportError)

@@ -6,54 +6,31 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from .errors import ConfigError, MissingExtraError, brief
-from .metrics import Trace
-from .metrics.summary import html_table
+from ..errors import ConfigError, brief
+from ..metrics import Trace
+from ..metrics.summary import html_table
+from .allowed import (
+    ENSEMBLE,
+    HEDGES,
+    LEARNERS,
+    LOSSES,
+    REPLAY_SAMPLING,
+    REPORT_TO,
+    REPORTING,
+    UPDATE_WHEN,
+    ReportTo,
+    check_names,
+    check_places,
+    check_values,
+    checked_modules,
+    checked_reports,
+)
 
-# Names of what other modules define; a test holds them to it. Written here, so that settings stand on nothing that they set.
-LEARNERS = ("heavy_ball", "ogd", "optimistic")
-HEDGES = ("cumulative", "discounted", "fixed_share", "last_chunk")
-LOSSES = ("cross_entropy", "forward_kl", "js", "reverse_kl", "skew_kl", "tv")
-REPLAY_SAMPLING = ("loss", "mixed", "near", "recent", "uniform")
-UPDATE_WHEN = ("round", "request", "idle")
-ENSEMBLE = "ensemble"  # the learner that is many
-AUTO = ("lookahead", "update_every")  # settings that may be "auto"
-OPTIONAL = ("radius", "hedge_rate", "gradient_cap")  # numbers that may be None
-# Whole numbers, from least to most. The upper bounds are chosen: far beyond what helps, and so that settings which somebody else
-# wrote cannot take a machine's memory before anything else about them was looked at.
-WHOLE = {
-    "rank": (1, 16_384),  # above the width of any draft: from there on an adapter is the whole matrix
-    "experts": (1, 64),
-    "snapshots": (0, 64),  # copies of the adapter in half precision
-    "lookahead": (0, 4_096),
-    "update_every": (1, 10**9),
-    "replay_passes": (0, 64),
-    "replay_batch": (1, 1_024),
-    "replay_tokens": (0, 2**31),  # taken as they come
-    "replay_top_k": (1, 2**22),  # above any vocabulary
-    "audit_tokens": (0, 2**31),  # taken as they come
-    "memory_tokens": (0, 2**25),  # taken at once: 16 to 20 bytes each, 0.7 GB
-    "context_tokens": (1, 2**24),
-    "seed": (0, 2**63 - 1),
-    "top_k": (1, 2**22),
-}
-MOST_RANK = 16_384  # of all experts together
-LEAST, MOST = 1e-30, 1e12  # of the other numbers: their products and powers stay finite
-MOST_RATIO = 1e4  # of the step sizes of two experts
-MOST_NAMES, LONGEST_NAME = 20_000, 1_000  # of adapted layers
-# Where requests can be reported by name, and the package that each needs; None: none.
-REPORT_TO = {"tensorboard": "tensorboard", "trackio": "trackio", "jsonl": None}
-# Settings of a process. They are not part of a draft: a folder from elsewhere must not say where this machine writes.
-REPORTING = ("report_to", "logging_dir", "project", "run_name")
-# What transformers and PEFT call the same.
-CALLED = {"learning_rate": "lr", "r": "rank", "lora_alpha": "alpha", "num_assistant_tokens": "lookahead"}
 T = TypeVar("T")
-ReportTo = str | Trace | Sequence[str | Trace] | None
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -61,14 +38,7 @@ def _setting(default: Any, help: str) -> Any:
 
 
 def _check_names(values: Collection[str]) -> None:
-    """Raises ConfigError on settings that do not exist."""
-    known = [f.name for f in fields(OnlineSpecConfig)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        called = [f"{name} is called {CALLED[name]} here" for name in unknown if name in CALLED]
-        hint = f" ({', '.join(called)})" if called else ""
-        listed = "" if len(called) == len(unknown) else f" Known settings: {sorted(known)}."
-        raise ConfigError(f"Unknown settings {brief(unknown)}{hint}.{listed}")
+    check_names(values, [f.name for f in fields(OnlineSpecConfig)])
 
 
 def _names_checked(cls: type[T]) -> type[T]:
@@ -167,73 +137,13 @@ class OnlineSpecConfig:
     run_name: str | None = _setting(None, "name of the run for 'trackio'; None: it makes one; not saved with a draft")
 
     def __post_init__(self) -> None:
-        self._one_of("learner", [*LEARNERS, ENSEMBLE])
-        self._one_of("expert_learner", LEARNERS)
-        self._one_of("hedge", HEDGES)
-        self._one_of("replay_sampling", REPLAY_SAMPLING)
-        self._one_of("loss", LOSSES)
-        self._one_of("update_when", UPDATE_WHEN)
-        self._one_of("preconditioner", ("adam", "none"))
-        for name, (least, most) in WHOLE.items():
-            value = getattr(self, name)
-            if not (name in AUTO and value == "auto") and not (name == "top_k" and value is None):
-                self._whole(name, least, most)
-        if self.learner == ENSEMBLE and self.rank * self.experts > MOST_RANK:
-            raise ConfigError(
-                f"experts={self.experts} of rank={self.rank}: expected at most {MOST_RANK:,} ranks together. Take fewer or smaller ones."
-            )
-        for name in (
-            "lr",
-            "max_grad_norm",
-            "alpha",
-            "temperature",
-            "update_budget",
-            "expert_ratio",
-            "radius",
-            "hedge_rate",
-            "gradient_cap",
-        ):
-            value = getattr(self, name)
-            if value is None and name in OPTIONAL:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not LEAST <= value <= MOST:
-                raise ConfigError(
-                    f"{name}={brief(value)}: expected a finite number above 0, from {LEAST:g} to {MOST:g}."
-                )
-        if self.expert_ratio > MOST_RATIO:
-            raise ConfigError(f"expert_ratio={self.expert_ratio!r}: expected at most {MOST_RATIO:g}.")
-        memory = self.hint_memory
-        if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 <= memory < 1:
-            raise ConfigError(f"hint_memory={brief(memory)}: expected a number of at least 0 and below 1.")
-        if self.update_budget > 1:
-            raise ConfigError(
-                f"update_budget={self.update_budget!r}: expected a share of the time, above 0 and at most 1."
-            )
+        check_values(vars(self))
         if self.target_modules is not None:
-            names = self.target_modules
-            listed = isinstance(names, list | tuple) and 0 < len(names) <= MOST_NAMES
-            if not listed or not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in names):
-                raise ConfigError(f"target_modules={brief(names)}: expected a non-empty list of layer names, or None.")
-            object.__setattr__(self, "target_modules", tuple(names))
-        object.__setattr__(self, "report_to", _reports(self.report_to))
+            object.__setattr__(self, "target_modules", checked_modules(self.target_modules))
+        object.__setattr__(self, "report_to", checked_reports(self.report_to))
         if isinstance(self.logging_dir, os.PathLike):
             object.__setattr__(self, "logging_dir", os.fspath(self.logging_dir))
-        for name in ("logging_dir", "project", "run_name"):
-            value = getattr(self, name)
-            if not (value is None and name != "project") and not (isinstance(value, str) and value):
-                raise ConfigError(f"{name}={brief(value)}: expected a name{'' if name == 'project' else ', or None'}.")
-
-    def _one_of(self, name: str, allowed: Any) -> None:
-        if getattr(self, name) not in list(allowed):
-            raise ConfigError(f"{name}={brief(getattr(self, name))}: expected one of {sorted(allowed)}.")
-
-    def _whole(self, name: str, least: int, most: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            or_auto = ", or 'auto'" if name in AUTO else ""
-            raise ConfigError(
-                f"{name}={brief(value)}: expected a whole number, at least {least} and at most {most:,}{or_auto}."
-            )
+        check_places(vars(self))
 
     @property
     def blocks(self) -> int:
@@ -351,26 +261,3 @@ def one_expert(settings: OnlineSpecConfig) -> OnlineSpecConfig:
         return settings
     rank, alpha = settings.blocks * settings.rank, settings.blocks * settings.alpha
     return replace(settings, learner=settings.expert_learner, rank=rank, alpha=alpha)
-
-
-def _reports(wanted: Any) -> tuple[str | Trace, ...]:
-    """`report_to` as names and objects. Raises ConfigError, and MissingExtraError where a package is missing."""
-    if wanted is None:
-        return ()
-    listed = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-    if listed == ["none"]:
-        return ()
-    if listed == ["all"]:
-        return tuple(name for name, package in REPORT_TO.items() if package is None or find_spec(package))
-    for one in listed:
-        if not isinstance(one, Trace) and not (isinstance(one, str) and one in REPORT_TO):
-            raise ConfigError(
-                f"report_to={brief(wanted)}: expected {', '.join(map(repr, REPORT_TO))}, a list of them, 'all', 'none', or an object "
-                "of a class that extends hf_onlinespec.Trace."
-            )
-        package = REPORT_TO[one] if isinstance(one, str) else None
-        if package is not None and find_spec(package) is None:
-            raise MissingExtraError(
-                f'report_to={one!r} needs the package {package}: pip install "hf_onlinespec[report]", or pip install {package}.'
-            )
-    return tuple(one for n, one in enumerate(listed) if one not in listed[:n])
