@@ -28,7 +28,7 @@ from transformers.cli.serve import Serve
 from transformers.utils import logging
 
 from hf_onlinespec import attach
-from hf_onlinespec.cli.common import best_device, load_model
+from hf_onlinespec.cli.loading import best_device, load_model
 from hf_onlinespec.measure.shipped import shipped_prompts
 from hf_onlinespec.serve.app import Served, build_app
 from hf_onlinespec.share.provenance import provenance

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, errors as one line, the best device and dtype, models loaded by an option."""
+"""What the commands share: exit codes, errors as one line, checks of what the options name."""
 
 from __future__ import annotations
 
@@ -9,21 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # accelerate brings it
-import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .._compat.models import placed
-from ..draft import OnlineDraft
-from ..errors import ConfigError, DraftError, MissingExtraError, OnlineSpecError, brief
-from ..models.vocabulary import check_vocabularies
+from ..errors import ConfigError, MissingExtraError, OnlineSpecError, brief
 from ..runtime.failures import is_out_of_memory
-from ..share.base_models import why_not_loaded
 from ..share.folder import is_artifact
-from ..share.loading import NamedBase, locate
 
 FOUND, FAILED, INTERRUPTED = 1, 2, 130  # exit codes beside 0; the help of hf-onlinespec says when
 AUTO = "auto"  # of --dtype
@@ -116,6 +108,12 @@ def check_files(**paths: Path | None) -> None:
             raise ConfigError(f"--{first} and --{name} are one file, {path}. Name another one.")
 
 
+def check_least(option: str, value: float | None, least: int) -> None:
+    """Raises ConfigError where a number is too small, or infinite; None: the option was not given."""
+    if value is not None and not least <= value < float("inf"):
+        raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+
+
 def check_seed(seed: int) -> None:
     """Raises ConfigError where torch would not take a seed."""
     if not 0 <= seed <= MOST_SEED:
@@ -147,213 +145,6 @@ def quiet_libraries(bars: bool = False) -> None:
         logging.disable_progress_bar()
     if is_seen and downloads:
         enable_progress_bars()
-
-
-def best_device(wanted: str | None = None) -> torch.device:
-    """The device of `--device`; without it an accelerator where there is one, else the CPU. Raises ConfigError."""
-    if wanted is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return torch.device("cpu") if found is None else found
-    try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device).item()  # one that holds no numbers, "meta", has none to give
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the second from a build of torch without it
-        raise ConfigError(f"--device {wanted}: torch cannot use it here. Use cpu, for one.") from error
-    return device
-
-
-def best_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> torch.dtype | str:
-    """The dtype of `--dtype`; for "auto" the checkpoint's own, with two exceptions.
-
-    float16 becomes float32 on a CPU, most of which have no arithmetic for it. A checkpoint that states none is read in
-    bfloat16 on an accelerator and in float32 on a CPU; a quantized one decides itself ("auto").
-    """
-    if wanted != AUTO:
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
-    if "quantization_config" in vars(config):
-        return AUTO
-    stated = config.get_text_config().dtype or config.dtype
-    on_cpu = device.type == "cpu"
-    if stated is None:
-        return torch.float32 if on_cpu else torch.bfloat16
-    stated = getattr(torch, stated) if isinstance(stated, str) else stated
-    return torch.float32 if on_cpu and stated == torch.float16 else stated
-
-
-def load_config(option: str, name: str) -> PretrainedConfig:
-    """The configuration of a model. Raises ConfigError in one line, named after the option."""
-    config: PretrainedConfig = _loaded(AutoConfig, option, name)
-    return config
-
-
-def load_tokenizer(option: str, name: str) -> Any:
-    """The tokenizer of a model. Raises ConfigError in one line, named after the option."""
-    return _loaded(AutoTokenizer, option, name, "tokenizer")
-
-
-def check_template(option: str, name: str, tokenizer: Any) -> None:
-    """Raises ConfigError where a model's chat template, if it has one, cannot write a message."""
-    if tokenizer.chat_template is None:
-        return
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "."}], add_generation_prompt=True)
-    except Exception as error:  # a template is a program
-        raise ConfigError(
-            f"{option} {name}: its chat template fails at a plain message ({type(error).__name__}: {error}). Correct it, in "
-            "chat_template.jinja or tokenizer_config.json."
-        ) from error
-
-
-def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the device and in the dtype that are best or were asked for.
-
-    Args:
-        option: as it stands in errors, such as "--draft".
-        dtype: of `--dtype`.
-        device: None: the best one.
-
-    Raises:
-        ConfigError: it cannot be loaded; one line that says why, and for want of memory how much was needed.
-    """
-    device = best_device() if device is None else device
-    config = load_config(option, name)
-    chosen = best_dtype(dtype, config, device)
-    if device.type == "cpu":
-        needed, free = _needed_bytes(config, chosen), psutil.virtual_memory().available
-        if needed > free:  # Linux may end the process without a word
-            print(f"hf-onlinespec: warning: {_memory(option, name, needed, free, chosen)}", file=sys.stderr, flush=True)
-    try:
-        model, found = _loaded(AutoModelForCausalLM, option, name, dtype=chosen, output_loading_info=True)
-        missing = sorted(found["missing_keys"])
-        if missing:
-            print(
-                f"hf-onlinespec: warning: {option} {name}: {len(missing)} of its weights are not in the checkpoint, "
-                f"{missing[0]} for one, and have random values.",
-                file=sys.stderr,
-                flush=True,
-            )
-        placed: PreTrainedModel = model.to(device).eval()
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        needed = _needed_bytes(config, chosen)
-        raise ConfigError(_memory(option, name, needed, free_bytes(device), chosen)) from error
-    return placed
-
-
-def load_draft(
-    option: str,
-    name: str,
-    target: PretrainedConfig,
-    tokenizer: Any,
-    dtype: str,
-    device: torch.device,
-    base: str | None = None,
-) -> OnlineDraft:
-    """The draft of an option: a saved one goes on, a LoRA adapter or a causal language model begins a new one.
-
-    Args:
-        target: its configuration: a draft with another tokenizer is refused before its weights are read.
-        tokenizer: of the target; None: there is none.
-        base: the model that a saved draft has to be made for; None: the one that it names.
-
-    Raises:
-        ConfigError, DraftError, ArtifactError, HubError: in one line.
-    """
-    model, is_adapter = load_draft_model(option, name, target, tokenizer, dtype, device, base)
-    return OnlineDraft.from_pretrained(name, base_model=model) if is_adapter else OnlineDraft(model)
-
-
-def load_draft_model(
-    option: str,
-    name: str,
-    target: PretrainedConfig,
-    tokenizer: Any,
-    dtype: str,
-    device: torch.device,
-    base: str | None = None,
-) -> tuple[PreTrainedModel, bool]:
-    """The model of a draft without what it learned, and whether the option names more than that: an adapter for it.
-
-    Args and errors are those of `load_draft`.
-    """
-    origin = locate(name)
-    is_adapter = origin.folder is not None
-    if not is_adapter or base is not None:
-        name = base if is_adapter and base is not None else name
-        config = load_config(option, name)
-        try:
-            own = load_tokenizer(option, name)
-        except ConfigError:  # it may lie with the target alone
-            own = None
-        check_vocabularies(target, config, tokenizer, own)
-        return load_model(option, name, dtype, device), is_adapter
-    named = NamedBase.of(origin)
-    before = named.config()
-    if before is not None:
-        check_vocabularies(target, before, tokenizer)
-    try:
-        model = named.load()
-    except DraftError as error:
-        why = str(error).partition(" Expected an evolved draft")[0]
-        raise DraftError(
-            f"{option} {name}: the base of this adapter cannot be loaded: {why} In Python, OnlineDraft.from_pretrained({name!r}, "
-            "base_model=...) takes it from another place."
-        ) from error
-    check_vocabularies(target, model.config, tokenizer)
-    return placed(model, device), True
-
-
-def _loaded(kind: Any, option: str, name: str, what: str = "model", **kwargs: Any) -> Any:
-    # Transformers asks the user whether code that a model brings may run; an answer from a pipe would be a message or nothing.
-    trusted = None if sys.stdin is not None and sys.stdin.isatty() else False
-    try:
-        return kind.from_pretrained(name, trust_remote_code=trusted, **kwargs)
-    except Exception as error:  # files from elsewhere may make any of the libraries raise anything
-        if is_out_of_memory(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"{option} {name}: this model brings code of its own, which is not run unasked. If you trust it, load the model "
-                "in Python with trust_remote_code=True and use hf_onlinespec.attach."
-            ) from error
-        if is_artifact(Path(name)):
-            place = "" if option == "--draft" else " It is given as --draft."
-            raise ConfigError(f"{option} {name}: a saved draft lies there, and no whole model.{place}") from error
-        raise ConfigError(f"{option} {name}: {why_not_loaded(error, name, what)}") from error
-
-
-def _needed_bytes(config: PretrainedConfig, dtype: torch.dtype | str) -> int:
-    """Of the weights; 0 where that is not known before they are read: quantized ones, or those of no causal language model."""
-    if not isinstance(dtype, torch.dtype):
-        return 0
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # a configuration from elsewhere: loading says what is wrong with it
-        return 0
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-
-
-def free_bytes(device: torch.device) -> int | None:
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
-
-
-def _memory(option: str, name: str, needed: int, free: int | None, dtype: torch.dtype | str) -> str:
-    has = "" if free is None else f", and {_size(free)} are free"
-    words = f"{option} {name}: its weights need {_size(needed)} in {str(dtype).removeprefix('torch.')}{has}."
-    if isinstance(dtype, torch.dtype) and dtype.itemsize > 2:
-        half = needed // dtype.itemsize * 2
-        fits = "" if free is None else ", which would do" if half < free else ", still too much"
-        return f"{words} With --dtype bfloat16 they need {_size(half)}{fits}."
-    return f"{words} No smaller dtype would do: take a smaller or a quantized model, or another --device."
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def finite(value: Any) -> Any:

@@ -25,7 +25,8 @@ from ..share.loading import locate
 from ..share.privacy import audit, check_privacy
 from ..training.combining import combine, distil, no_evolved_draft, read_evolved
 from ..training.corpus import read_corpus
-from .common import FOUND, check_own, check_seed, check_writable, load_tokenizer, quiet_libraries
+from .common import FOUND, check_own, check_seed, check_writable, quiet_libraries
+from .loading import load_tokenizer
 
 P = ParamSpec("P")
 

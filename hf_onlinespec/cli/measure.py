@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import OnlineSpecConfig
 from ..embedded import FOLDER
 from ..errors import ConfigError
+from ..measure.bench import Calibration
 from ..measure.demo import Bench, Settings, choose_prompts, intervals, summarise
 from ..measure.own_prompts import check_lengths, load_prompts
 from ..measure.recording import Recorded, Recording, record
@@ -26,17 +27,15 @@ from ..share.provenance import provenance
 from .common import (
     AUTO,
     INTERRUPTED,
-    best_device,
     check_extra,
     check_files,
     check_folder,
+    check_least,
     check_seed,
     finite,
-    load_config,
-    load_model,
-    load_tokenizer,
     quiet_libraries,
 )
+from .loading import best_device, load_config, load_model, load_tokenizer
 
 EVOLVED = "evolved"  # folder of the demo's evolved draft, beside its result
 
@@ -52,12 +51,7 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
 
     stream, spare = choose_prompts(settings)
     bench = Bench(settings)
-    what, calls = "Warming up and calibrating", bench.preparations(spare)
-    if not sys.stderr.isatty():
-        print(f"{what}: {calls} calls of generate …", file=sys.stderr, flush=True)
-    with tqdm(total=calls, desc=what, unit=" call", leave=False, disable=None) as bar:
-        bench.warm_up(spare, bar)
-        calibration = bench.calibrate(spare, bar)
+    calibration = _calibrate(bench, spare)
     print(calibration, file=sys.stderr if as_json else sys.stdout, flush=True)
     bench.load_arms(calibration.chosen)
     records: list[Record] = []
@@ -95,6 +89,16 @@ def run_demo(settings: Settings, out: Path, as_json: bool) -> int:
     return 0 if stopped is None else INTERRUPTED
 
 
+def _calibrate(bench: Bench, spare: list[str]) -> Calibration:
+    """Warms up and chooses the static draft's number of tokens, with a bar."""
+    what, calls = "Warming up and calibrating", bench.preparations(spare)
+    if not sys.stderr.isatty():
+        print(f"{what}: {calls} calls of generate …", file=sys.stderr, flush=True)
+    with tqdm(total=calls, desc=what, unit=" call", leave=False, disable=None) as bar:
+        bench.warm_up(spare, bar)
+        return bench.calibrate(spare, bar)
+
+
 @dataclass(frozen=True)
 class OwnModels:
     """The user's target and draft, as the options of `record` name them."""
@@ -127,13 +131,9 @@ def run_record(
     models: OwnModels, prompts_file: Path, out: Path, new_tokens: int, limit: int | None, temperature: float, seed: int
 ) -> int:
     """Records what the user's target says to their prompts."""
-    for option, value, least in (
-        ("--new-tokens", new_tokens, 1),
-        ("--limit", limit, 1),
-        ("--temperature", temperature, 0),
-    ):
-        if value is not None and not least <= value < float("inf"):
-            raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+    check_least("--new-tokens", new_tokens, 1)
+    check_least("--limit", limit, 1)
+    check_least("--temperature", temperature, 0)
     check_seed(seed)
     check_files(prompts=prompts_file, out=out)
     check_folder(out.parent, f"--out {out}")

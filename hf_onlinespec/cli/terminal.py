@@ -27,21 +27,8 @@ from ..generation import attach
 from ..share.folder import is_artifact
 from ..training.corpus import check_text
 from .chat import Chat
-from .common import (
-    AUTO,
-    INTERRUPTED,
-    best_device,
-    check_folder,
-    check_own,
-    check_saving,
-    check_template,
-    explain,
-    load_config,
-    load_draft,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-)
+from .common import AUTO, INTERRUPTED, check_folder, check_own, check_saving, explain, quiet_libraries
+from .loading import best_device, check_template, load_config, load_draft, load_model, load_tokenizer
 
 PROMPT = "› "
 DRAFTED, QUIET = "green", "dim"  # styles

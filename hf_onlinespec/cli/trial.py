@@ -6,9 +6,9 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +33,18 @@ from ..runtime.version import __version__
 from ..share.provenance import provenance
 from .common import (
     AUTO,
-    FAILED,
     FOUND,
     INTERRUPTED,
-    best_device,
     check_files,
     check_folder,
+    check_least,
     check_saving,
     check_seed,
-    check_template,
-    explain,
     finite,
-    free_bytes,
-    load_config,
-    load_draft_model,
-    load_model,
-    load_tokenizer,
     quiet_libraries,
 )
+from .loading import best_device, check_template, free_bytes, load_config, load_draft_model, load_model, load_tokenizer
+from .outputs import Outputs
 
 BUSY = 0.75  # load per core from which other work is likely to decide the speeds (chosen)
 
@@ -73,13 +67,9 @@ class TrySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, value, least in (
-            ("--minutes", self.minutes, 0),
-            ("--new-tokens", self.new_tokens, 1),
-            ("--temperature", self.temperature, 0),
-        ):
-            if value is not None and not least <= value < float("inf"):
-                raise ConfigError(f"{option} {value}: expected a value of at least {least}.")
+        check_least("--minutes", self.minutes, 0)
+        check_least("--new-tokens", self.new_tokens, 1)
+        check_least("--temperature", self.temperature, 0)
         check_seed(self.seed)
 
     def check_outputs(self) -> None:
@@ -108,83 +98,76 @@ def run_try(
     settings.check_outputs()
     quiet_libraries()
     busy = _busy()
-    stopped: BaseException | None = None
     with progress(budget) as show:
         show("loading", Outcome())
         trial, models = _prepared(settings, budget, clock, show)
         trial.outcome.notes += busy
-        try:
-            trial.prepare()
-            trial.run()
-        except (KeyboardInterrupt, Exception) as reason:
-            if not trial.outcome.records:
-                raise
-            stopped = reason
-            words = "Interrupted" if isinstance(reason, KeyboardInterrupt) else f"Stopped by an error ({reason})"
-            trial.outcome.notes.append(f"{words}: only the finished prompts count.")
-    outcome, learned = trial.outcome, trial.learned
-    console = Console(highlight=False)
-    lost: dict[str, BaseException] = {}  # outputs that could not be written, by option
-    written = []
-
-    def write(option: str, path: Path | None, write_to: Callable[[Path], None], words: str) -> None:
-        if path is None:
-            return
-        try:
-            write_to(path)
-            written.append(words)
-        except (KeyboardInterrupt, Exception) as error:  # the others are still to be written
-            lost[f"{option} {path}"] = error
-
+        stopped = _measure(trial)
+    learned = trial.learned
+    outputs = Outputs()
     if settings.save is not None:
         print(f"Saving the draft in {settings.save} …", file=sys.stderr, flush=True)  # it may take some 20 s
     go_on = f"OnlineDraft.from_pretrained({str(settings.save)!r})"
     saved = f"Saved: the evolved draft, {settings.save}. Go on from it with {go_on}."
-    write("--save", settings.save, lambda folder: _save(trial, folder), saved)
-    summary = summarise(outcome)
+    outputs.write("--save", settings.save, lambda folder: _save(trial, folder), saved)
+    summary = summarise(trial.outcome)
     code = code_for(summary.verdict, models)
-    show_result(console, outcome, summary, learned, code)
+    console = Console(highlight=False)
+    show_result(console, trial.outcome, summary, learned, code)
+    report = Report(models, trial.outcome, summary, learned, code)
 
     def write_json(path: Path) -> None:
-        result: dict[str, Any] = {
-            "version": __version__,
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},
-            "models": asdict(models),
-            "machine": provenance().to_dict(),
-            "interrupted": stopped is not None,
-            "elapsed_s": budget.elapsed_s,
-            "new_tokens": outcome.new_tokens,
-            "prompt_s": outcome.prompt_s,
-            "notes": outcome.notes,
-            "calibration": None if outcome.calibration is None else asdict(outcome.calibration),
-            "summary": asdict(summary),
-            "verdict": summary.verdict.text(outcome.prompt_s),
-            "learned": asdict(learned),
-            "differences": [asdict(e) | {"kind": e.difference.kind} for e in outcome.examined],
-            "requests": [asdict(record) for record in outcome.records],
-            "code": code,
-        }
+        result = _values(settings, report, stopped is not None, budget.elapsed_s)
         path.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def write_report(path: Path) -> None:
-        path.write_text(Report(models, outcome, summary, learned, code).html(), encoding="utf-8")
+        path.write_text(report.html(), encoding="utf-8")
 
-    write("--json", settings.json, write_json, f"Written: {settings.json}")
-    write("--out", settings.out, write_report, f"Written: {settings.out}")
-    for words in written:
-        console.print(words, markup=False, soft_wrap=True)
-    for option, error in lost.items():
-        line = explain(error) if isinstance(error, Exception) else "interrupted"
-        if line is None:
-            traceback.print_exception(error)
-        print(f"hf-onlinespec: error: {option}: {line or repr(error)}", file=sys.stderr, flush=True)
+    outputs.write("--json", settings.json, write_json, f"Written: {settings.json}")
+    outputs.write("--out", settings.out, write_report, f"Written: {settings.out}")
+    outputs.tell(console)
     if isinstance(stopped, Exception):
         raise stopped
-    if stopped is not None or any(isinstance(error, KeyboardInterrupt) for error in lost.values()):
+    if stopped is not None:
         return INTERRUPTED
-    if lost:
-        return FAILED
-    return FOUND if summary.faults else 0
+    return outputs.exit_code or (FOUND if summary.faults else 0)
+
+
+def _measure(trial: Trial) -> BaseException | None:
+    """Runs a trial; what ended it early, once some prompts were finished."""
+    try:
+        trial.prepare()
+        trial.run()
+    except (KeyboardInterrupt, Exception) as reason:
+        if not trial.outcome.records:
+            raise
+        words = "Interrupted" if isinstance(reason, KeyboardInterrupt) else f"Stopped by an error ({reason})"
+        trial.outcome.notes.append(f"{words}: only the finished prompts count.")
+        return reason
+    return None
+
+
+def _values(settings: TrySettings, report: Report, interrupted: bool, elapsed_s: float) -> dict[str, Any]:
+    """All numbers, as `--json` writes them."""
+    outcome = report.outcome
+    return {
+        "version": __version__,
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},
+        "models": asdict(report.models),
+        "machine": provenance().to_dict(),
+        "interrupted": interrupted,
+        "elapsed_s": elapsed_s,
+        "new_tokens": outcome.new_tokens,
+        "prompt_s": outcome.prompt_s,
+        "notes": outcome.notes,
+        "calibration": None if outcome.calibration is None else asdict(outcome.calibration),
+        "summary": asdict(report.summary),
+        "verdict": report.summary.verdict.text(outcome.prompt_s),
+        "learned": asdict(report.learned),
+        "differences": [asdict(e) | {"kind": e.difference.kind} for e in outcome.examined],
+        "requests": [asdict(record) for record in outcome.records],
+        "code": report.code,
+    }
 
 
 def _busy() -> list[str]:
@@ -223,17 +206,14 @@ def _prepared(
         notes.append(
             f"With fewer than {LEAST_PROMPTS + SPARE} prompts, warm-up and calibration use prompts that are measured too."
         )
-    draft, is_adapter = None, False
+    draft, make = None, None
     if settings.draft is not None:
         draft, is_adapter = load_draft_model("--draft", settings.draft, config, tokenizer, settings.dtype, device)
-
-    def saved_draft() -> OnlineDraft:
-        return OnlineDraft.from_pretrained(str(settings.draft), base_model=draft)
-
-    if is_adapter:
-        notes.append(
-            "Ours goes on from the adapter of --draft; transformers' assisted generation drafts with its base model."
-        )
+        if is_adapter:
+            make = partial(OnlineDraft.from_pretrained, settings.draft, base_model=draft)
+            notes.append(
+                "Ours goes on from the adapter of --draft; transformers' assisted generation drafts with its base model."
+            )
     target = load_model("TARGET", settings.target, settings.dtype, device)
     examiner = Examiner(target, lambda: float32_copy(target, free_bytes(device)))
     trial = Trial(
@@ -244,7 +224,7 @@ def _prepared(
         spare,
         budget,
         examiner,
-        saved_draft if is_adapter else None,
+        make,
         settings.new_tokens,
         settings.temperature,
         settings.seed,
@@ -252,13 +232,12 @@ def _prepared(
         show,
     )
     trial.outcome.notes += notes
-    plain, saved = settings.draft, settings.draft if is_adapter else None
-    if draft is not None:
-        plain = model_name(draft.config) if is_adapter else plain
-        saved = saved if settings.save is None else str(settings.save)
-    return trial, Models(
-        settings.target, plain, str(target.dtype), str(device), tokenizer.chat_template is not None, saved
-    )
+    base = settings.draft if draft is None or make is None else model_name(draft.config)
+    saved = None if make is None else settings.draft
+    if draft is not None and settings.save is not None:
+        saved = str(settings.save)
+    is_chat = tokenizer.chat_template is not None
+    return trial, Models(settings.target, base, str(target.dtype), str(device), is_chat, saved)
 
 
 def set_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

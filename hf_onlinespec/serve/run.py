@@ -11,17 +11,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli.common import (
-    FAILED,
-    best_device,
-    check_extra,
-    check_saving,
-    load_config,
-    load_draft,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-)
+from ..cli.common import FAILED, check_extra, check_saving, quiet_libraries
+from ..cli.loading import best_device, load_config, load_draft, load_model, load_tokenizer
 from ..commit.base import Draft
 from ..errors import ConfigError
 from ..generation import attach

@@ -19,8 +19,8 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Pre
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, attach, detach
 from hf_onlinespec._compat.caches import held_tokens
-from hf_onlinespec.cli import chat as chats
-from hf_onlinespec.cli.chat import Chat, Detokenizer
+from hf_onlinespec.cli.chat import Chat
+from hf_onlinespec.cli.streaming import UNFINISHED, Detokenizer
 from hf_onlinespec.cli.terminal import PROMPT, Terminal, console, ctrl_c, reader
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
 from hf_onlinespec.errors import ConfigError
@@ -190,7 +190,7 @@ def test_measuring_plain_generation_changes_nothing_and_costs_little(
     assert speed.measurements == 1 and speed.time_s > 0
     speed.time_s = 0.0
     chat.measure_plain()
-    assert speed.measurements == 2 and len(chat._cached) == held_tokens(chat._cache)
+    assert speed.measurements == 2 and len(chat.kept.tokens) == held_tokens(chat.kept.cache)
     assert any(f"measuring that took {speed.time_s:.1f} s" in line for line in chat.stats())
 
 
@@ -218,7 +218,7 @@ def test_a_system_message(target: PreTrainedModel, tokenizer: PreTrainedTokenize
     chat.answer(questions()[0], quiet)
     chat.reset()
     chat.answer(questions()[0], quiet)
-    assert chat._messages[0] == {"role": "system", "content": "Be brief."}
+    assert chat.conversation.messages[0] == {"role": "system", "content": "Be brief."}
     tokenizer.chat_template = NO_SYSTEM
     with pytest.raises(ConfigError, match=r"--system: .*Perhaps it takes no system message"):
         Chat(target, tokenizer, drafts, "Be brief.")
@@ -231,7 +231,8 @@ def test_a_system_message(target: PreTrainedModel, tokenizer: PreTrainedTokenize
     chat = Chat(target, tokenizer, drafts, "# shell\n", 4, GREEDY)
     first = chat.answer("ls", quiet)
     assert (
-        first.new_tokens > 0 and chat._sequence.shape[1] == len(tokenizer("# shell\nls").input_ids) + first.new_tokens
+        first.new_tokens > 0
+        and chat.conversation.sequence.shape[1] == len(tokenizer("# shell\nls").input_ids) + first.new_tokens
     )
 
 
@@ -240,7 +241,7 @@ def test_characters_of_several_tokens_come_whole(pair: EmbeddedPair) -> None:
     tokens = pair.tokenizer(text).input_ids
     detokenizer = Detokenizer(pair.tokenizer)
     pieces = [detokenizer.add(token) for token in tokens]
-    assert len(tokens) > len(text) and "".join(pieces) == text and chats.UNFINISHED not in "".join(pieces)
+    assert len(tokens) > len(text) and "".join(pieces) == text and UNFINISHED not in "".join(pieces)
     cut = Detokenizer(pair.tokenizer)
     assert "".join(cut.add(token) for token in tokens[:1]) + cut.end() != ""
 

@@ -22,16 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
 import hf_onlinespec_cli
 from hf_onlinespec import OnlineDraft
-from hf_onlinespec.cli import common
-from hf_onlinespec.cli.common import (
-    best_device,
-    best_dtype,
-    check_folder,
-    check_writable,
-    load_draft,
-    load_model,
-    load_tokenizer,
-)
+from hf_onlinespec.cli import common, loading
+from hf_onlinespec.cli.common import check_folder, check_writable
+from hf_onlinespec.cli.loading import best_device, best_dtype, load_draft, load_model, load_tokenizer
 from hf_onlinespec.embedded import DOMAINS, HOME_DOMAIN
 from hf_onlinespec.embedded import FOLDER as EMBEDDED
 from hf_onlinespec.errors import ConfigError, DraftError, VersionError
@@ -289,8 +282,8 @@ def test_a_warning_before_memory_runs_out(
 ) -> None:
     """Linux ends a process that takes too much, and then it says nothing any more."""
     tiny_llama(1).save_pretrained(tmp_path)
-    free = type(common.psutil.virtual_memory())
-    monkeypatch.setattr(common.psutil, "virtual_memory", lambda: free(*(0 for _ in free._fields)))
+    free = type(loading.psutil.virtual_memory())
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: free(*(0 for _ in free._fields)))
     load_model("--target", str(tmp_path), device=torch.device("cpu"))
     assert "and 0.0 MB are free" in capsys.readouterr().err
 
