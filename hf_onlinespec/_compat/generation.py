@@ -173,6 +173,16 @@ def generative(model: PreTrainedModel) -> GenerativeModel:
     return cast(GenerativeModel, model)
 
 
+def sampled_at(temperature: float) -> dict[str, Any]:
+    """Arguments of `generate` that sample from the whole vocabulary at a temperature; 0: greedy.
+
+    A model's own generation_config may say otherwise, and transformers' default keeps the 50 most probable tokens alone.
+    """
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
 def processed_scores(processors: LogitsProcessorList, prefix: Tensor, scores: Tensor) -> Tensor:
     """Scores as the processors leave them, both (batch, vocab). They are annotated for LongTensor, which no tensor is."""
     return processors(cast(torch.LongTensor, prefix), scores)

@@ -58,10 +58,7 @@ def attach(
         >>> pipe("Once upon a time"); draft.metrics.acceptance_length          # doctest: +SKIP
     """
     inner = _generating(target)
-    if "onlinespec" not in vars(GenerationConfig):
-        raise UnsupportedError(
-            "attach: hf_onlinespec is disabled, so that generate cannot see a draft. Call enable() first."
-        )
+    _check_enabled()
     check_target(inner)
     config = as_config(config, **settings)
     saved = wanted(inner.generation_config)
@@ -77,14 +74,25 @@ def attach(
     before = ATTACHED.get(inner)
     if before is None or before.draft is not model_draft:
         ATTACHED[inner] = Attachment(model_draft)
-    own = own_generate(inner)
+    _warn_of_own_generate(inner)
+    return ATTACHED[inner].drafts_for(inner)
+
+
+def _check_enabled() -> None:
+    if "onlinespec" not in vars(GenerationConfig):
+        raise UnsupportedError(
+            "attach: hf_onlinespec is disabled, so that generate cannot see a draft. Call enable() first."
+        )
+
+
+def _warn_of_own_generate(target: PreTrainedModel) -> None:
+    own = own_generate(target)
     if own:
         warn_or_log(
-            f"{type(inner).__name__} has a generate of its own ({own}): what is attached drafts only where that comes to transformers' "
+            f"{type(target).__name__} has a generate of its own ({own}): what is attached drafts only where that comes to transformers' "
             "generate on this model. online_metrics(model).rounds says whether it did.",
-            3,
+            4,
         )
-    return ATTACHED[inner].drafts_for(inner)
 
 
 def _model_draft(target: PreTrainedModel, draft: object, config: OnlineSpecConfig | None) -> OnlineDraft:

@@ -1,4 +1,4 @@
-"""Recorded streams: what a target said to a list of prompts, with its laws, so that learning can be replayed without it.
+"""Recorded streams: what a target said to a list of prompts, with its distributions, so that learning can be replayed without it.
 
 A recording holds the prompts and the answers as tokens. It is written where you say and nowhere else.
 """
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat.generation import generative
+from .._compat.generation import generative, sampled_at
 from ..adapt.feedback import Feedback, Teacher
 from ..errors import ConfigError
 from ..runtime.progress import each
@@ -33,7 +33,7 @@ class Recorded:
     """One request."""
 
     domain: str
-    feedback: Feedback  # its tokens, and the target's law at the n new ones
+    feedback: Feedback  # its tokens, and the target's distributions at the n new ones
     log_p: Tensor  # (n,) log-probability of each new token, at the temperature of the recording
 
 
@@ -47,24 +47,24 @@ class Recording:
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file."""
-        laws = [r.feedback.teacher for r in self.requests]
+        teachers = [r.feedback.teacher for r in self.requests]
         tensors = {
             "tokens": torch.cat([r.feedback.tokens for r in self.requests]),
             "lengths": torch.tensor([len(r.feedback.tokens) for r in self.requests]),
-            "new": torch.tensor([len(law) for law in laws]),
-            "log_probs": torch.cat([law.log_probs for law in laws]),
-            "ids": torch.cat([law.tokens for law in laws if law.tokens is not None]),
-            "log_tail": torch.cat([law.log_tail for law in laws if law.log_tail is not None]),
+            "new": torch.tensor([len(teacher) for teacher in teachers]),
+            "log_probs": torch.cat([teacher.log_probs for teacher in teachers]),
+            "ids": torch.cat([teacher.tokens for teacher in teachers if teacher.tokens is not None]),
+            "log_tail": torch.cat([teacher.log_tail for teacher in teachers if teacher.log_tail is not None]),
             "log_p": torch.cat([r.log_p for r in self.requests]),
         }
         about = {
             "format": FORMAT,
             "temperature": json.dumps(self.temperature),
             "draft": self.draft,
-            "vocabulary": json.dumps(laws[0].vocabulary if laws else None),
+            "vocabulary": json.dumps(teachers[0].vocabulary if teachers else None),
             "domains": json.dumps([r.domain for r in self.requests]),
         }
-        powers = [law.log_tail_power for law in laws if law.log_tail_power is not None]
+        powers = [teacher.log_tail_power for teacher in teachers if teacher.log_tail_power is not None]
         if powers:
             tensors[TAIL_POWER] = torch.cat(powers)
         aside = path.with_name(path.name + ".part")
@@ -119,10 +119,10 @@ class Recording:
         requests = [
             Recorded(
                 domain,
-                Feedback(text, Teacher(law, ids, tail, vocabulary, False, _power(power, temperature), power)),
+                Feedback(text, Teacher(log_probs, ids, tail, vocabulary, False, _power(power, temperature), power)),
                 log_p,
             )
-            for domain, text, power, law, ids, tail, log_p in zip(domains, tokens, powers, *parts, strict=True)
+            for domain, text, power, log_probs, ids, tail, log_p in zip(domains, tokens, powers, *parts, strict=True)
         ]
         return cls(requests, temperature, about.get("draft", ""))
 
@@ -140,20 +140,18 @@ def record(
     seed: int = 0,
     top_k: int = 512,
 ) -> Iterator[Recorded]:
-    """What the target says to each prompt, with the `top_k` most probable tokens of every law and the mass of the others.
+    """What the target says to each prompt, with the `top_k` most probable tokens of every distribution and the mass of the others.
 
     Args:
         prompts: with a text, a domain and a number of new tokens, see `records.Prompt`.
     """
-    law: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling = sampled_at(temperature)
     for number, prompt in enumerate(each(prompts, "Recording", "prompt")):
         inputs = tokenizer(prompt.text, return_tensors="pt").to(target.device)
         torch.manual_seed(seed + number)
         out = generative(target).generate(
             **inputs,
-            **law,
+            **sampling,
             max_new_tokens=prompt.new_tokens,
             return_dict_in_generate=True,
             output_logits=True,

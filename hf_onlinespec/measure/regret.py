@@ -36,9 +36,14 @@ class Curve:
     """One way of serving a stream: a number per request."""
 
     losses: list[float] = field(default_factory=list)  # mean loss f_t
-    tv: list[float] = field(default_factory=list)  # mean total variation distance, of the laws of the accept test
+    tv: list[float] = field(default_factory=list)  # mean total variation distance of p and q, as in the accept test
     kl: list[float] = field(default_factory=list)  # mean KL(p‖q) of these
     rounds: list[float] = field(default_factory=list)  # expected rounds of verification
+
+    def extend(self, later: Curve) -> None:
+        """Appends the requests of another stretch."""
+        for name, values in vars(later).items():
+            vars(self)[name].extend(values)
 
 
 @dataclass
@@ -49,7 +54,7 @@ class RegretReport:
     new_tokens: list[int]
     lookahead: int
     served: Curve
-    frozen: Curve
+    frozen: Curve  # the base draft, which learns nothing
     fixed: Curve  # the best adapter for the whole stream in hindsight
     segments: Curve  # the best one for each segment
     path_length: float  # Σ ‖u_{s+1} − u_s‖ over the segments' adapters
@@ -195,44 +200,50 @@ def evaluate(
     """
     if config.temperature != 1.0 or config.top_k is not None:
         raise ConfigError(
-            f"temperature={config.temperature}, top_k={config.top_k}: a recording holds the target's laws as they are. Use 1 and None."
+            f"temperature={config.temperature}, top_k={config.top_k}: a recording holds the target's distributions as they are. Use 1 and None."
         )
     if lookahead < 1:
         raise ConfigError(f"lookahead={lookahead}: expected at least 1.")
     config = replace(config, update_every=1)
     draft = OnlineDraft(model(), config)
     requests, temperature = _fitting(recording.requests, draft), recording.temperature
-    domains = [r.domain for r in requests]
-    served, frozen = Curve(), Curve()
-    gradients = _Gradients()
     show("learning")
+    served, frozen, gradients = _online(requests, draft, temperature, lookahead)
+
+    def best(requests: Sequence[Recorded], name: str) -> tuple[Curve, Tensor]:
+        return _comparator(requests, model, config, temperature, lookahead, epochs, name)
+
+    show("the best fixed adapter")
+    fixed, whole = best(requests, "The best fixed adapter")
+    segments, states = Curve(), []
+    groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: r.domain)]
+    for group in groups:
+        domain = group[0].domain
+        show(f"the best adapter for {domain}")
+        part, state = (fixed, whole) if len(groups) == 1 else best(group, f"The best adapter for {domain}")
+        states.append(state)
+        segments.extend(part)
+    path = sum(float((b - a).norm()) for a, b in itertools.pairwise(states))
+    domains, new_tokens = [r.domain for r in requests], [len(r.log_p) for r in requests]
+    return RegretReport(
+        domains, new_tokens, lookahead, served, frozen, fixed, segments, path, gradients.variation, gradients.mean
+    )
+
+
+def _online(
+    requests: Sequence[Recorded], draft: OnlineDraft, temperature: float, lookahead: int
+) -> tuple[Curve, Curve, _Gradients]:
+    """Learns after every request: how the learned draft and the base draft did on each before that, and the gradients."""
+    served, frozen, gradients = Curve(), Curve(), _Gradients()
     for request in each(requests, "Learning", "request"):
-        _add(served, draft, request, temperature, lookahead, frozen=False)
-        _add(frozen, draft, request, temperature, lookahead, frozen=True)
+        _add(served, draft, request, temperature, lookahead, base=False)
+        _add(frozen, draft, request, temperature, lookahead, base=True)
         tokens, teacher = request.feedback.tokens, request.feedback.teacher
         draft.learn_segment(tokens[None], [teacher], None, 0, None, Counts(), temperature)
         gradients.add(draft.gradient())
         draft.remember(request.feedback)
-        draft.replay_step(Counts(), config.replay_passes)
-    show("the best fixed adapter")
-    name = "The best fixed adapter"
-    fixed, whole = _comparator(requests, model, config, temperature, lookahead, epochs, name)
-    segments, states = Curve(), []
-    groups = [list(group) for _, group in itertools.groupby(requests, key=lambda r: r.domain)]
-    for group in groups:
-        show(f"the best adapter for {group[0].domain}")
-        part, state = fixed, whole
-        if len(groups) > 1:
-            name = f"The best adapter for {group[0].domain}"
-            part, state = _comparator(group, model, config, temperature, lookahead, epochs, name)
-        states.append(state)
-        for name, values in vars(part).items():
-            vars(segments)[name].extend(values)
-    path = sum(float((b - a).norm()) for a, b in itertools.pairwise(states))
-    new_tokens = [len(r.log_p) for r in requests]
-    return RegretReport(
-        domains, new_tokens, lookahead, served, frozen, fixed, segments, path, gradients.variation, gradients.mean
-    )
+        draft.replay_step(Counts(), draft.settings.replay_passes)
+    return served, frozen, gradients
 
 
 def _fitting(requests: Sequence[Recorded], draft: OnlineDraft) -> list[Recorded]:
@@ -275,26 +286,26 @@ class _Gradients:
 
 
 @torch.no_grad()
-def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, frozen: bool) -> None:
+def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, base: bool) -> None:
     """What the draft as it is now does on a request."""
     tokens, n = request.feedback.tokens[None], len(request.log_p)
-    logits = draft.logits(tokens[:, :-1], n, frozen)[0]
-    law = request.feedback.teacher
-    logits = law.common(logits)
+    logits = draft.logits(tokens[:, :-1], n, base)[0]
+    teacher = request.feedback.teacher
+    logits = teacher.common(logits)
     settings = draft.settings
     tail = settings.loss != "cross_entropy"
-    curve.losses.append(float(LOSSES[settings.loss](*law.compare(logits, settings.temperature, tail)).mean()))
-    # Of the laws of the accept test: greedy ones are point masses, whose TV is the share of different tokens.
-    curve.tv.append(1 - float(acceptance([law], logits[None], temperature).mean()))
+    curve.losses.append(float(LOSSES[settings.loss](*teacher.compare(logits, settings.temperature, tail)).mean()))
+    # Of p and q as in the accept test: greedy ones are point masses, whose TV is the share of different tokens.
+    curve.tv.append(1 - float(acceptance([teacher], logits[None], temperature).mean()))
     kl = float("inf")
     if temperature:
-        kl = float(LOSSES["forward_kl"](*law.compare_at(logits, temperature)).mean())
+        kl = float(LOSSES["forward_kl"](*teacher.compare_at(logits, temperature)).mean())
     curve.kl.append(kl)
     curve.rounds.append(expected_rounds(kept_chances(request, logits, temperature), lookahead))
 
 
 def _comparator(
-    requests: list[Recorded],
+    requests: Sequence[Recorded],
     model: Callable[[], PreTrainedModel],
     config: OnlineSpecConfig,
     temperature: float,
@@ -307,17 +318,17 @@ def _comparator(
     draft = OnlineDraft(model(), single)
     generator = torch.Generator().manual_seed(config.seed)
     weights = [len(r.log_p) for r in requests]
-    original = Curve()
+    base = Curve()
     for request in requests:
-        _add(original, draft, request, temperature, lookahead, frozen=True)
-    best, best_params = _mean(original.losses, weights), draft.adapter_params()  # the original draft is one, too
+        _add(base, draft, request, temperature, lookahead, base=True)
+    best, best_params = _mean(base.losses, weights), draft.adapter_params()  # the base draft is one, too
     for _ in each(range(epochs), name, "epoch"):  # at most: it may be done sooner
         order = torch.randperm(len(requests), generator=generator).tolist()
         for start in range(0, len(order), BATCH):
             draft.learn([requests[i].feedback for i in order[start : start + BATCH]], Counts())
         curve = Curve()
         for request in requests:
-            _add(curve, draft, request, temperature, lookahead, frozen=False)
+            _add(curve, draft, request, temperature, lookahead, base=False)
         mean = _mean(curve.losses, weights)
         improved = best - mean
         if improved > 0:
@@ -327,5 +338,5 @@ def _comparator(
     draft.adopt(best_params)
     curve = Curve()
     for request in requests:
-        _add(curve, draft, request, temperature, lookahead, frozen=False)
+        _add(curve, draft, request, temperature, lookahead, base=False)
     return curve, torch.cat([part.flatten() for part in best_params.values()])

@@ -43,6 +43,11 @@ from .saving import DraftSaver
 logger = logging.getLogger(__name__)
 
 Handler = ChatCompletionHandler | CompletionHandler | ResponseHandler  # of one endpoint each
+HANDLERS: dict[str, type[Handler]] = {
+    "chat": ChatCompletionHandler,
+    "completions": CompletionHandler,
+    "responses": ResponseHandler,
+}
 
 PAGE = Path(__file__).with_name("page.html")
 LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -86,6 +91,74 @@ class Served:
     hosts: tuple[str, ...] | None = LOCAL
 
 
+@dataclass
+class _Pages:
+    """What is answered beside generation.
+
+    Args:
+        key: of the target in `models`.
+    """
+
+    served: Served
+    metrics: ServerMetrics
+    memories: ClientMemories
+    models: ModelManager
+    key: str
+
+    async def list_models(self, request: Request) -> Response:
+        about = {
+            "id": self.served.name,
+            "object": "model",
+            "created": int(self.metrics.started_at_s),
+            "owned_by": "hf_onlinespec",
+        }
+        return JSONResponse({"object": "list", "data": [about]})
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def load_model(self, request: Request) -> Response:
+        """As there, for the model that is served: `transformers chat` asks before its first request."""
+        try:
+            asked = (await _body(request)).get("model")
+        except RequestError as error:
+            return _error(error.status, error.message)
+        if asked not in (self.served.name, self.key):
+            return _error(400, f"This server serves {self.served.name!r} alone.")
+        return StreamingResponse(self.models.load_model_streaming(self.key), media_type="text/event-stream")
+
+    async def reset(self, request: Request) -> Response:
+        return _error(403, CLOSED)
+
+    async def prometheus(self, request: Request) -> Response:
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    async def numbers(self, request: Request) -> Response:
+        after = request.query_params.get("after", "0")
+        if not re.fullmatch(r"[0-9]{1,18}", after):
+            return _error(400, "after: expected the number of a request.")
+        about = {
+            "model": self.served.name,
+            "draft": self.served.draft_name,
+            "isolated": self.served.isolate,
+            "clients": len(self.memories),
+        }
+        return JSONResponse(about | self.metrics.page(int(after)), headers={"Cache-Control": "no-store"})
+
+
+def _models(served: Served) -> tuple[ModelManager, str]:
+    """Transformers' manager of models with the target as the one that it has, and the name that it has there."""
+    models = ModelManager(model_timeout=-1)
+    key = models.process_model_name(served.name)
+    tokenizer: Any = served.tokenizer  # annotated for the one of the classes that AutoTokenizer makes
+    models.loaded_models[key] = TimedModel(served.target, timeout_seconds=-1, processor=tokenizer)
+    models.force_model = served.name
+    return models, key
+
+
 def build_app(served: Served) -> Starlette:
     """The app. It saves the draft when it ends; `state.saver` has the rest of that, `state.metrics` the counts.
 
@@ -97,12 +170,9 @@ def build_app(served: Served) -> Starlette:
         saver = DraftSaver(served.draft, served.saves_to, served.save_every, metrics)
     memories = ClientMemories(served.draft, served.isolate)
     manager = OnlineGenerateManager(served.target, served.draft, metrics, memories, saver)
-    models = ModelManager(model_timeout=-1)
-    key = models.process_model_name(served.name)
-    tokenizer: Any = served.tokenizer  # annotated for the one of the classes that AutoTokenizer makes
-    models.loaded_models[key] = TimedModel(served.target, timeout_seconds=-1, processor=tokenizer)
-    models.force_model = served.name
+    models, key = _models(served)
     generation = OneModel(manager)
+    pages = _Pages(served, metrics, memories, models, key)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -111,52 +181,9 @@ def build_app(served: Served) -> Starlette:
         if saver is not None:
             await asyncio.to_thread(saver.close)
 
-    async def list_models(request: Request) -> Response:
-        about = {
-            "id": served.name,
-            "object": "model",
-            "created": int(metrics.started_at_s),
-            "owned_by": "hf_onlinespec",
-        }
-        return JSONResponse({"object": "list", "data": [about]})
-
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def load_model(request: Request) -> Response:
-        """As there, for the model that is served: `transformers chat` asks before its first request."""
-        try:
-            asked = (await _body(request)).get("model")
-        except RequestError as error:
-            return _error(error.status, error.message)
-        if asked not in (served.name, key):
-            return _error(400, f"This server serves {served.name!r} alone.")
-        return StreamingResponse(models.load_model_streaming(key), media_type="text/event-stream")
-
-    async def reset(request: Request) -> Response:
-        return _error(403, CLOSED)
-
-    async def prometheus(request: Request) -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def page(request: Request) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
-
-    async def numbers(request: Request) -> Response:
-        after = request.query_params.get("after", "0")
-        if not re.fullmatch(r"[0-9]{1,18}", after):
-            return _error(400, "after: expected the number of a request.")
-        about = {"model": served.name, "draft": served.draft_name, "isolated": served.isolate, "clients": len(memories)}
-        return JSONResponse(about | metrics.page(int(after)), headers={"Cache-Control": "no-store"})
-
-    handlers: dict[str, type[Handler]] = {
-        "chat": ChatCompletionHandler,
-        "completions": CompletionHandler,
-        "responses": ResponseHandler,
-    }
     api = {
         endpoint: _route(endpoint, kind(model_manager=models, generation_state=generation), metrics)
-        for endpoint, kind in handlers.items()
+        for endpoint, kind in HANDLERS.items()
     }
     middleware = [Middleware(_NoTracebacks)]
     if served.hosts is not None:  # a page from elsewhere cannot reach it by a name that it makes point here
@@ -166,13 +193,13 @@ def build_app(served: Served) -> Starlette:
             Route("/v1/chat/completions", api["chat"], methods=["POST"]),
             Route("/v1/completions", api["completions"], methods=["POST"]),
             Route("/v1/responses", api["responses"], methods=["POST"]),
-            Route("/v1/models", list_models),
-            Route("/health", health),
-            Route("/load_model", load_model, methods=["POST"]),
-            Route("/reset", reset, methods=["POST"]),
-            Route("/metrics", prometheus),
-            Route("/onlinespec", page),
-            Route("/onlinespec.json", numbers),
+            Route("/v1/models", pages.list_models),
+            Route("/health", pages.health),
+            Route("/load_model", pages.load_model, methods=["POST"]),
+            Route("/reset", pages.reset, methods=["POST"]),
+            Route("/metrics", pages.prometheus),
+            Route("/onlinespec", pages.page),
+            Route("/onlinespec.json", pages.numbers),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _refusal},

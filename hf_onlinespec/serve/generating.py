@@ -155,6 +155,15 @@ class Stopped(StoppingCriteria):
         return torch.full((input_ids.shape[0],), stops, device=input_ids.device, dtype=torch.bool)
 
 
+@dataclass(frozen=True)
+class _Before:
+    """What the draft had counted when a request began."""
+
+    started_s: float
+    requests: int
+    rounds: dict[str, int]  # by who drafted
+
+
 class Call:
     """One request, in the place of the model that transformers' manager would call."""
 
@@ -169,8 +178,7 @@ class Call:
     def generate(self, **kwargs: Any) -> Any:
         """`generate` of the target, on the one thread that generates. Raises RequestError."""
         manager, draft = self._manager, self._manager.draft
-        started, requests_before = time.perf_counter(), draft.metrics.requests
-        sources_before = dict(draft.metrics.decisions.rounds)
+        before = _Before(time.perf_counter(), draft.metrics.requests, dict(draft.metrics.decisions.rounds))
         status, output = FAILED, None
         fault: Exception | None = None
         manager.metrics.begun()
@@ -190,25 +198,7 @@ class Call:
         # Only now: what is raised while an error is handled keeps that one, which may quote the request.
         with draft.failures.records.attempt():
             new_tokens = 0 if output is None else output.shape[-1] - self._prompt_tokens
-            # Calls that our loop does not take leave the draft's counters as they were.
-            looped = draft.metrics.requests > requests_before
-            counts = draft.metrics.last if looped else Counts(new_tokens=new_tokens)
-            rounds = draft.metrics.decisions.rounds
-            request = ServedRequest(
-                number=self._number,
-                endpoint=self._asked.endpoint,
-                status=status,
-                ended_at_s=time.time(),
-                prompt_tokens=self._prompt_tokens,
-                new_tokens=counts.new_tokens,
-                waited_s=started - self._queued_at,
-                wall_time_s=time.perf_counter() - started,
-                update_time_s=counts.update_time_s,
-                rounds=counts.rounds,
-                drafted_tokens=counts.drafted_tokens,
-                accepted_tokens=counts.accepted_tokens,
-                sources={name: max(0, rounds[name] - sources_before[name]) for name in SOURCES if looped},
-            )
+            request = self._served(status, new_tokens, before)
             manager.metrics.ended(request)
             logger.info("%s", request.line())
             if manager.saver is not None:
@@ -219,6 +209,29 @@ class Call:
             finally:
                 fault = None  # it holds this frame
         return output
+
+    def _served(self, status: str, new_tokens: int, before: _Before) -> ServedRequest:
+        """This request as it is counted, now that it has ended."""
+        metrics = self._manager.draft.metrics
+        # Calls that our loop does not take leave the draft's counters as they were.
+        looped = metrics.requests > before.requests
+        counts = metrics.last if looped else Counts(new_tokens=new_tokens)
+        rounds = metrics.decisions.rounds
+        return ServedRequest(
+            number=self._number,
+            endpoint=self._asked.endpoint,
+            status=status,
+            ended_at_s=time.time(),
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=counts.new_tokens,
+            waited_s=before.started_s - self._queued_at,
+            wall_time_s=time.perf_counter() - before.started_s,
+            update_time_s=counts.update_time_s,
+            rounds=counts.rounds,
+            drafted_tokens=counts.drafted_tokens,
+            accepted_tokens=counts.accepted_tokens,
+            sources={name: max(0, rounds[name] - before.rounds[name]) for name in SOURCES if looped},
+        )
 
     def _told(self, error: Exception) -> RequestError:
         """What the client hears of an error; the log hears where it was raised, and no word of the request."""

@@ -59,8 +59,7 @@ def serve(
     # For somebody who stops a service this is Ctrl-C; uvicorn gives both back once it has ended.
     terminates = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        place = best_device(device)
-        resumes = save is not None and is_artifact(save)
+        place, resumes = best_device(device), save is not None and is_artifact(save)
         config, tokenizer = load_config("TARGET", target), load_tokenizer("TARGET", target)
         from . import app  # noqa: F401  # of a transformers that it was not written for, it says so before weights are read
 
