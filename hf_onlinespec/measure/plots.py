@@ -188,7 +188,7 @@ def outputs_line(summary: dict[str, Any]) -> str:
     """How many outputs are those of plain generation."""
     if not summary["outputs"]:
         return (
-            "Outputs are not compared when sampling: draws differ, their law is the target's exactly, "
+            "Outputs are not compared when sampling: draws differ, their distribution is the target's exactly, "
             "which the test suite checks."
         )
     parts = []

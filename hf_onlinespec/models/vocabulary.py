@@ -1,8 +1,8 @@
 """Two vocabularies: how many token ids each model has, which of them are common, and whether these are the same tokens.
 
 Models of one tokenizer may differ in size, because an embedding is padded to a multiple of some number (Qwen2.5: 151,936 and
-152,064 ids) or because a few tokens were added. The ids below the smaller size are common. The draft proposes these alone: its law q
-is 0 on all others, so that speculative sampling stays exact. It learns the target's law restricted to them and normalised
+152,064 ids) or because a few tokens were added. The ids below the smaller size are common. The draft proposes these alone: its distribution q
+is 0 on all others, so that speculative sampling stays exact. It learns the target's distribution restricted to them and normalised
 again. Where a text has a token that the draft cannot read, it reads another one in its place (`Vocabulary.readable`).
 """
 

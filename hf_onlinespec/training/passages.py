@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
-from .._compat.generation import generative
+from .._compat.generation import generative, sampled_at
 from ..models.opening import opening_tokens
 from ..runtime.progress import each
 from ..runtime.seeding import seeded
@@ -60,9 +60,7 @@ def continuations(
     target: PreTrainedModel, prompts: list[list[int]], new_tokens: int, temperature: float, args: TrainingArguments
 ) -> Iterator[Passage]:
     """What the target writes after each prompt; the process's random state is left as it was."""
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling = sampled_at(temperature)
     ends = target.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
     size = args.per_device_train_batch_size
