@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_onlinespec.adapt.learners import Learner, hedge, ogd, optimistic
+from hf_onlinespec.adapt.learners import UpdateRule, hedge, ogd, optimistic
 
 HORIZONS = (250, 500, 1000, 2000, 4000)
 VOCAB, FEATURES, SEEDS = 4, 3, 40
@@ -26,7 +26,7 @@ def slope(points: list[tuple[int, float]]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
-def dynamic_regret(make: Callable[[float], Learner], rate: float, horizon: int, path: float) -> float:
+def dynamic_regret(make: Callable[[float], UpdateRule], rate: float, horizon: int, path: float) -> float:
     """Expected loss of the draft minus the teacher's own, summed, mean over seeds.
 
     The teacher's weights walk `path` radii along a circle; the draft sees one context and one sampled token at a time.
@@ -52,7 +52,9 @@ def dynamic_regret(make: Callable[[float], Learner], rate: float, horizon: int, 
 
 @pytest.mark.parametrize("make", [ogd, optimistic])
 @pytest.mark.parametrize("growth", [0.0, 0.25, 0.5])
-def test_dynamic_regret_grows_as_the_root_of_horizon_and_path(make: Callable[[float], Learner], growth: float) -> None:
+def test_dynamic_regret_grows_as_the_root_of_horizon_and_path(
+    make: Callable[[float], UpdateRule], growth: float
+) -> None:
     """P = T^growth: the bound grows with T to the power of (1 + growth) / 2."""
     points = []
     for horizon in HORIZONS:
@@ -68,7 +70,7 @@ def test_a_step_size_that_ignores_the_path_pays_for_it() -> None:
     assert slope(points) > 0.75 + ABOVE
 
 
-def linear_regret(make: Callable[[float], Learner], rate: float, horizon: int) -> float:
+def linear_regret(make: Callable[[float], UpdateRule], rate: float, horizon: int) -> float:
     """Static regret on linear losses over the unit disc, whose gradient never changes."""
     learner = make(rate)
     w = torch.zeros(2, dtype=torch.float64)
