@@ -14,10 +14,10 @@ from .._compat.models import placed
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError
 from ..models.vocabulary import check_vocabularies
-from ..share.folder import is_artifact
-from ..share.base_models import why_not_loaded
-from ..share.loading import NamedBase, locate
 from ..runtime.failures import is_out_of_memory
+from ..share.base_models import why_not_loaded
+from ..share.folder import is_artifact
+from ..share.loading import NamedBase, locate
 from .common import AUTO
 
 
