@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 from .._compat.hub import HUB_FAILURES
 from ..errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief, require_whole
@@ -149,21 +149,7 @@ class Push:
         api, repo_id = HfApi(token=self.token), self.repo_id
         with hub_errors(repo_id), tempfile.TemporaryDirectory(prefix="onlinespec-") as folder:
             card.write(artifact, folder, repo_id)
-            api.create_repo(repo_id, private=self.private, exist_ok=True)
-            info = api.model_info(repo_id, timeout=TIMEOUT_S)
-            if self.private and not info.private:
-                raise PrivacyError(
-                    f"{repo_id} is public. Push to a private repository, or with private=False and a data_statement."
-                )
-            if not self.private and info.private:
-                raise PrivacyError(
-                    f"{repo_id} is there already, and private. Push to a new repository: whoever makes that one public shows all "
-                    "its earlier commits, which no audit has seen."
-                )
-            if self.revision is not None and not self.create_pr:
-                if not self.revision.startswith("refs/pr/"):
-                    api.create_branch(repo_id, branch=self.revision, exist_ok=True)
-                info = api.model_info(repo_id, revision=self.revision, timeout=TIMEOUT_S)
+            info = self._branch(api)
             there = {file.rfilename for file in info.siblings or []}
             holds = CONFIG in there
             overwrites = holds and not self.create_pr and not self.force
@@ -186,6 +172,25 @@ class Push:
             if commit.pr_url is not None:
                 _log.info("%s: opened as %s", repo_id, commit.pr_url)
         return str(commit.oid)
+
+    def _branch(self, api: HfApi) -> ModelInfo:
+        """What the Hub says of the branch to push to, which is made where it does not exist. Raises PrivacyError."""
+        api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+        info = api.model_info(self.repo_id, timeout=TIMEOUT_S)
+        if self.private and not info.private:
+            raise PrivacyError(
+                f"{self.repo_id} is public. Push to a private repository, or with private=False and a data_statement."
+            )
+        if not self.private and info.private:
+            raise PrivacyError(
+                f"{self.repo_id} is there already, and private. Push to a new repository: whoever makes that one public shows all "
+                "its earlier commits, which no audit has seen."
+            )
+        if self.revision is None or self.create_pr:
+            return info
+        if not self.revision.startswith("refs/pr/"):
+            api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        return api.model_info(self.repo_id, revision=self.revision, timeout=TIMEOUT_S)
 
 
 def known_parent(lineage: Lineage, repo_id: str) -> str | None:

@@ -27,7 +27,6 @@ from hf_onlinespec.share.folder import CARD, CONFIG, CURVE
 from hf_onlinespec.share.history import ServingHistory
 from hf_onlinespec.share.lineage import Lineage, WarmStart
 from hf_onlinespec.share.lora_options import LoraOptions
-from hf_onlinespec.share.privacy_record import PrivacyRecord
 from hf_onlinespec.state import State
 from hf_onlinespec.training.combining import combine, distil
 from hf_onlinespec.training.warm_start import default_arguments, warm_start
@@ -391,41 +390,6 @@ def test_lineage_of_a_merged_and_distilled_draft(draft_model: PreTrainedModel) -
     assert told.startswith(
         "merged: [begun on the base draft] × 0.5 + [begun on the base draft] × 0.5; distilled to rank 2"
     )
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"run": {}},
-        {"run": RUN | {"history": [[1, 2]]}},
-        {"run": RUN | {"rounds": "many"}},
-        {"run": RUN | {"rounds": True}},
-        {"run": RUN | {"rounds": -1}},
-        {"run": RUN | {"before": None}},
-        {"lineage": {"merged": [{}]}},
-        {"lineage": {"parent": "me/draft"}},
-        {"lineage": {"warm_start": {"texts": 1}}},
-        {"lineage": {"alignment": {"target": None, "tokens": "many"}}},
-        {"lineage": {"data_statement": 7}},
-    ],
-)
-def test_odd_runs_and_lineages_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ArtifactError, match=r" has | is "):
-        ServingHistory.from_dict(wrong.get("run", RUN), "a folder: run")
-        Lineage.from_dict(wrong.get("lineage", {}), "a folder: lineage")
-
-
-def test_what_a_later_version_wrote_besides_is_kept() -> None:
-    lineage = {
-        "draft": "1f",
-        "later": {"a": [1]},
-        "merged": [{"weight": -0.5, "parent": {"source": "x", "revision": None, "b": 2}}],
-    }
-    assert Lineage.from_dict(lineage, "a lineage").to_dict() == lineage
-    run = RUN | {"later": 1, "machine": RUN["machine"] | {"disk": "x"}, "total": RUN["total"] | {"energy": 3.5}}
-    assert ServingHistory.from_dict(run, "a run").to_dict() == run
-    record = PrivacyRecord(texts=3, unknown=("why",)).to_dict() | {"later": [1]}
-    assert PrivacyRecord.from_dict(record).to_dict() == record
 
 
 def test_a_history_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
