@@ -12,6 +12,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,14 +22,23 @@ from ..errors import ArtifactError, brief
 from ..metrics import Counts
 from ..state import MOST_COUNT, State, are_numbers
 from .gated_lora import GatedLora
-from .guard import GradientCap
+from .gradient_cap import CapConstants, GradientCap
 from .learners import HEDGES, LEARNERS, Direction, RuleState, UpdateRule, adam, into_ball, optimistic, plain
 
-# Chosen: skipped steps in a row, on feedback that the base draft can learn from, after which an adapter of finite parameters
-# is to blame: at once if its loss is not finite in another forward either, later if nothing but its gradients are not.
-DIVERGED, STUCK = 4, 32
 LARGEST_LOSS = 2.0  # 1 − acceptance, and some rounding
-COMPARED = 8  # updates over which a single row has to do better than the mixture to serve in its place
+
+
+@dataclass(frozen=True)
+class ExpertsConstants:
+    """Of when an adapter is taken to have diverged, and who of an ensemble serves."""
+
+    cap: CapConstants = field(default_factory=CapConstants)
+    # Skipped steps in a row, on feedback that the base draft can learn from, after which an adapter of finite parameters is to
+    # blame: at once if its loss is not finite in another forward either, later if nothing but its gradients are not. Chosen.
+    diverged: int = 4
+    stuck: int = 32
+    compared: int = 8  # updates over which a single row has to do better than the mixture to serve in its place; chosen
+
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +77,12 @@ class Experts:
         lora: the adapter, with one block per expert.
     """
 
-    def __init__(self, lora: GatedLora, settings: OnlineSpecConfig) -> None:
+    def __init__(
+        self, lora: GatedLora, settings: OnlineSpecConfig, constants: ExpertsConstants = ExpertsConstants()
+    ) -> None:
         self.removed = 0  # experts that diverged
         self.is_ensemble = settings.learner == ENSEMBLE
-        self._lora, self._settings = lora, settings
+        self._lora, self._settings, self._constants = lora, settings, constants
         self._learner = make_learner(settings, lora.params.device)
         self._experts = lora.blocks
         self._hedge = HEDGES[settings.hedge](settings.hedge_rate)
@@ -83,13 +95,13 @@ class Experts:
         self._skipped = 0  # steps in a row that were not finite, and not on account of the feedback
         self._warned = False  # whether the log has told of skipped steps since the last one that was taken
         self.rule_state: RuleState = self._learner.init(rows)
-        self._cap = GradientCap(self._settings.gradient_cap)
+        self._cap = GradientCap(self._settings.gradient_cap, self._constants.cap)
         # Where each expert's ball is centred.
         self._starts = None if self._settings.radius is None else rows.clone()
         self.active = [True] * n
         self.hedge_state = self._hedge.init(n + 1)
         self.weights = [1 / (n + 1)] * (n + 1)  # of the experts and of the base draft in the mixture
-        self._losses: deque[list[float]] = deque(maxlen=COMPARED)  # of every row
+        self._losses: deque[list[float]] = deque(maxlen=self._constants.compared)  # of every row
         self.served_row = n + 1  # the row that serves: an expert, the base draft (n), the mixture (n + 1)
         self._serve()
 
@@ -189,7 +201,7 @@ class Experts:
             if not learnable(True):
                 return
             self._skipped += 1
-            if self._skipped < DIVERGED or (self._skipped < STUCK and learnable(False)):
+            if self._skipped < self._constants.diverged or (self._skipped < self._constants.stuck and learnable(False)):
                 return
             blamed = self._suspects(losses)
         self._skipped = 0
@@ -329,7 +341,7 @@ class Experts:
         for name, tensor in self.hedge_state.items():
             if not bool((tensor.abs() <= MOST_COUNT).all()) or (name == "round" and float(tensor) < 0):
                 raise ArtifactError(f"The saved state of the experts has {name}={brief(tensor.tolist())}.")
-        self._cap = GradientCap(self._settings.gradient_cap)
+        self._cap = GradientCap(self._settings.gradient_cap, self._constants.cap)
         self._cap.resume(saved.part("cap"), self._lora.params.new_zeros(self._experts))
         if self._starts is not None:
             self._starts = saved.part("ball").tensor("starts", self._starts)
@@ -345,7 +357,7 @@ class Experts:
                 f"The saved state of the experts does not fit together: alive={brief(active)}, expected {n}; losses={brief(losses)}."
             )
         self.active, self.weights, self.served_row = active, weights, serving
-        self._losses = deque(losses, maxlen=COMPARED)
+        self._losses = deque(losses, maxlen=self._constants.compared)
         self._serve()
 
     # Snapshots

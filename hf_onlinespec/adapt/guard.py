@@ -1,4 +1,4 @@
-"""Never worse: gradients of bounded length, and earlier states of the adapter for a stream that has left it, or comes back.
+"""Never worse: earlier states of the adapter, for a stream that has left it, or comes back.
 
 Acceptance on new tokens is watched. Where it leaves its level, or what was learned does worse than the base draft, the
 stream has changed; then, and now and then in any case, earlier states are tried on the same tokens, and the best one takes over
@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,79 +19,45 @@ from torch import Tensor
 from ..errors import ArtifactError, brief
 from ..state import State, are_numbers
 
-CAP_WINDOW = 64  # gradients whose median is usual
-KNOWN_GRADIENTS = 8  # before that no length is usual
-KEEP_EVERY = 8  # requests between two states that may be kept
-LATEST = 3  # requests that tell how it is now
-TRY_EVERY = 8  # requests after a trial before the next one, where nothing is suspicious
-LEAST_TRIAL, LONGEST_TRIAL = 6, 8  # requests
-CERTAIN = 2.0  # standard errors by which an earlier state has to lead
-LEAVES = 0.1  # acceptance by which a level is left, at least
 LARGEST_LEAD = 2.0  # of one state's acceptance over another's, and some rounding
-WORSE = 0.02  # acceptance below the base draft's that raises suspicion
 
 
-class GradientCap:
-    """Shortens gradients (experts, parameters) that are much longer than usual: no single request moves an adapter far.
+@dataclass(frozen=True)
+class GuardConstants:
+    """Of when earlier states are kept and tried, and when one of them takes over."""
 
-    Gradients, not steps: so a learner's moments, hints and projections know of what was really done.
-
-    Args:
-        most: times the median of the lengths before; None: no cap.
-    """
-
-    def __init__(self, most: float | None) -> None:
-        self._most = most
-        self._norms: deque[Tensor] = deque(maxlen=CAP_WINDOW)
-
-    def __call__(self, grads: Tensor) -> Tensor:
-        grads, norms = self.shortened(grads)
-        self.note(norms)
-        return grads
-
-    def shortened(self, grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients as long as they may be, and their lengths (experts,)."""
-        norms = grads.norm(dim=-1)
-        if self._most is not None and len(self._norms) >= KNOWN_GRADIENTS:
-            most = self._most * torch.stack(list(self._norms)).median(dim=0).values
-            # After gradients of nothing, a first one is not unusual.
-            shorter = torch.where(most > 0, (most / norms.clamp_min(1e-30)).clamp_max(1.0), 1.0)
-            grads, norms = grads * shorter[:, None], norms * shorter
-        return grads, norms
-
-    def note(self, norms: Tensor) -> None:
-        """Takes in the lengths (experts,) of gradients that were stepped along."""
-        if self._most is not None:
-            self._norms.append(norms)
-
-    def state(self) -> State:
-        return State({"norms": torch.stack(list(self._norms))} if self._norms else {})
-
-    def resume(self, saved: State, like: Tensor) -> None:
-        """The inverse of `saved`; lengths are (experts,) like these."""
-        norms = saved.tensors.get("norms")
-        if norms is None:
-            return
-        if norms.dim() != 2 or norms.shape[1:] != like.shape or len(norms) > CAP_WINDOW:
-            raise ArtifactError(f"The saved lengths of gradients have shape {tuple(norms.shape)}.")
-        self._norms = deque(norms.to(like), maxlen=CAP_WINDOW)
+    keep_every: int = 8  # requests between two states that may be kept; chosen
+    latest: int = 3  # requests that tell how it is now; chosen
+    try_every: int = 8  # requests after a trial before the next one, where nothing is suspicious; chosen
+    # Requests of a trial, of which the state that takes over has to lead on every one, by so many standard errors of its mean lead.
+    # Three requests alone cost acceptance on a gradual drift (2.18 against 2.30): LOG 2026-11-22 "The learners, compared".
+    least_trial: int = 6
+    longest_trial: int = 8  # chosen
+    certain: float = 2.0
+    least_drift: float = 0.1  # of acceptance, by which it has left its level, at least; chosen
+    drift_deviations: float = 2.0  # standard errors by which it has; chosen
+    worse: float = 0.02  # acceptance below the base draft's that raises suspicion; chosen
+    level_rate: float = 0.1  # how fast level and spread follow requests; chosen
+    first_spread_rate: float = (
+        0.5  # part of the first request's distance from no level that is the first spread; chosen
+    )
 
 
 class Guard:
     """Keeps up to `size` earlier states of an adapter, the latest one included, and says when to go back to one."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, constants: GuardConstants = GuardConstants()) -> None:
         self.states: list[Tensor] = []  # the newest last
         self.rollbacks = 0
         self.reason = ""  # of the last rollback
-        self._size = size
+        self._size, self._constants = size, constants
         self._candidate: Tensor | None = None  # a state from before the latest requests
         self._age = 0  # requests since it was taken
         self._latest: deque[tuple[float, float | None]] = deque(
-            maxlen=LATEST
+            maxlen=constants.latest
         )  # acceptance, of the learned and of the base draft
         self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
-        self._requests_to_trial = TRY_EVERY  # requests until the next trial
+        self._requests_to_trial = constants.try_every  # requests until the next trial
         # In a trial: states, and their lead on every request; None: the adapter of that moment, base_params.
         self._candidates: list[tuple[Tensor | None, list[float]]] = []
         self._trials = 0  # requests that the trial has taken
@@ -123,7 +90,7 @@ class Guard:
         self._latest.append((statistics.mean(learned), None if base is None else statistics.mean(base)))
         self._requests_to_trial -= 1
         self._age += 1
-        left = len(self._latest) == LATEST and not self._trials and self._drifted()
+        left = len(self._latest) == self._constants.latest and not self._trials and self._drifted()
         if left:
             self._level = statistics.mean(a for a, _ in self._latest)
             self._latest.clear()
@@ -131,7 +98,7 @@ class Guard:
                 self._keep(self._candidate)
         if left or self._trials or self._requests_to_trial <= 0:
             return self._trial_step(learned, best, base_params, acceptance)
-        if self._candidate is None or self._age >= KEEP_EVERY:
+        if self._candidate is None or self._age >= self._constants.keep_every:
             self._candidate, self._age = best(), 0
             while len(self.states) >= self._size:
                 self._forget(range(len(self.states)))
@@ -142,7 +109,7 @@ class Guard:
         """The newest earlier state, for an adapter that has diverged; None: there is none. A state is handed out once."""
         kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
         self.states, self._candidate = [], None
-        self._candidates, self._trials, self._requests_to_trial = [], 0, TRY_EVERY
+        self._candidates, self._trials, self._requests_to_trial = [], 0, self._constants.try_every
         self._latest.clear()
         found = None
         while kept and found is None:
@@ -155,17 +122,20 @@ class Guard:
         return found
 
     def _track_level(self, acceptance: float) -> None:
-        first = self._spread == 0.0
-        rate = 0.5 if first else 0.1
-        self._spread += rate * (abs(acceptance - self._level) - self._spread)
+        first, rate = self._spread == 0.0, self._constants.level_rate
+        spread_rate = self._constants.first_spread_rate if first else rate
+        self._spread += spread_rate * (abs(acceptance - self._level) - self._spread)
         self._level += (1.0 if first else rate) * (acceptance - self._level)
 
     def _drifted(self) -> bool:
         """Whether acceptance has left its level, up or down, or what was learned does worse than the base draft."""
+        constants = self._constants
         now = statistics.mean(a for a, _ in self._latest)
-        compared = [a - b for a, b in self._latest if b is not None]
-        left = abs(now - self._level) > max(LEAVES, 2 * 1.25 * self._spread / LATEST**0.5)
-        return left or (len(compared) >= 2 and statistics.mean(compared) < -WORSE)
+        leads = [a - b for a, b in self._latest if b is not None]
+        # A standard deviation is 1.25 mean absolute deviations.
+        error = 1.25 * self._spread / constants.latest**0.5
+        left = abs(now - self._level) > max(constants.least_drift, constants.drift_deviations * error)
+        return left or (len(leads) >= 2 and statistics.mean(leads) < -constants.worse)
 
     def _trial_step(
         self,
@@ -192,13 +162,16 @@ class Guard:
             if leads[-1] <= 0:
                 continue
             hopeful = True
-            doubt = statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) >= LEAST_TRIAL else math.inf
+            doubt = (
+                statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) >= self._constants.least_trial else math.inf
+            )
             mean = statistics.mean(leads)
-            if mean - CERTAIN * doubt > least:
-                winner, least, gain = params, mean - CERTAIN * doubt, mean
-        if winner is None and hopeful and self._trials < LONGEST_TRIAL:
+            sure = mean - self._constants.certain * doubt
+            if sure > least:
+                winner, least, gain = params, sure, mean
+        if winner is None and hopeful and self._trials < self._constants.longest_trial:
             return None  # it goes on with the next request
-        self._candidates, self._trials, self._requests_to_trial = [], 0, TRY_EVERY
+        self._candidates, self._trials, self._requests_to_trial = [], 0, self._constants.try_every
         if winner is None:
             return None
         self._keep(best())  # what was learned last may be wanted again, too

@@ -14,9 +14,18 @@ from ..errors import ArtifactError
 from ..state import State
 from .feedback import Feedback
 
-PASSES_WINDOW = 8  # requests that decide on the number of passes
-PASSES_LEAST = 0.5  # return per second of a pass over that of a step on new tokens
-PROFILE = 256  # bins of a request's token profile
+PROFILE = 256  # bins of a request's token profile; chosen
+LIKENESS_SCALE = 8.0  # how much likelier requests with a like profile are sampled by "near": up to exp of this; chosen
+LOSS_RANGE = (1e-6, 1e3)  # losses by which requests are sampled by "loss"; chosen
+
+
+@dataclass(frozen=True)
+class ReplayConstants:
+    """Of what is remembered, and how often it is learned from."""
+
+    recent_share: float = 0.5  # of the room, for the newest requests; chosen
+    window: int = 8  # requests that decide on the number of passes; chosen
+    least_return: float = 0.5  # per second, of a pass over that of a step on new tokens; chosen
 
 
 @dataclass
@@ -42,12 +51,20 @@ class Replay:
     probability, and a profile of 1 KiB per request.
 
     Args:
-        sampling: which requests are rehearsed, a key of `SAMPLING`.
+        sampling: which requests are replayed, a key of `SAMPLING`.
         seed: of all choices.
     """
 
-    def __init__(self, max_tokens: int, top_k: int, seed: int, sampling: str = "uniform") -> None:
+    def __init__(
+        self,
+        max_tokens: int,
+        top_k: int,
+        seed: int,
+        sampling: str = "uniform",
+        constants: ReplayConstants = ReplayConstants(),
+    ) -> None:
         self.max_tokens = max_tokens
+        self._recent_tokens = constants.recent_share * max_tokens  # room for the newest requests
         self.top_k = top_k
         self.refused = 0  # requests longer than the bound
         self.recent: list[Remembered] = []  # the newest last
@@ -64,7 +81,7 @@ class Replay:
             return
         self.recent.append(Remembered(small, profile(small.tokens), loss))
         while self.tokens > self.max_tokens:
-            if len(self.recent) > 1 and self._size(self.recent) > self.max_tokens / 2:
+            if len(self.recent) > 1 and self._size(self.recent) > self._recent_tokens:
                 self._retire(self.recent.pop(0))
             else:
                 self.old.pop(self._random.randrange(len(self.old)))
@@ -72,7 +89,7 @@ class Replay:
     def _retire(self, request: Remembered) -> None:
         """Into the reservoir, with the chance that any earlier request has to be there."""
         self._left += 1
-        if self._size(self.old) + request.size <= self.max_tokens / 2:
+        if self._size(self.old) + request.size <= self.max_tokens - self._recent_tokens:
             self.old.append(request)
         elif self.old and self._random.random() < len(self.old) / self._left:
             self.old[self._random.randrange(len(self.old))] = request
@@ -133,8 +150,8 @@ class ReplaySchedule:
         most: passes after one request.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most, self.now = most, most
+    def __init__(self, most: int, constants: ReplayConstants = ReplayConstants()) -> None:
+        self.most, self.now, self._constants = most, most, constants
         self._new: list[tuple[float, float]] = []  # what it brought, seconds
         self._old: list[tuple[float, float]] = []  # of one pass
 
@@ -144,10 +161,10 @@ class ReplaySchedule:
             return
         self._new.append(new)
         self._old.append(old)
-        if len(self._old) < PASSES_WINDOW:
+        if len(self._old) < self._constants.window:
             return
         per_s = [sum(g for g, _ in some) / max(sum(s for _, s in some), 1e-9) for some in (self._old, self._new)]
-        worth = per_s[0] > 0 and per_s[0] >= PASSES_LEAST * per_s[1]
+        worth = per_s[0] > 0 and per_s[0] >= self._constants.least_return * per_s[1]
         self.now = min(self.most, self.now + 1) if worth else max(min(1, self.most), self.now - 1)
         self._new, self._old = [], []
 
@@ -175,14 +192,17 @@ def _mixed(rng: random.Random, recent: list[Remembered], old: list[Remembered], 
 def _loss(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
     """The more likely, the higher the loss was; what was never learned from comes first."""
     everything = recent + old
-    return _weighted(rng, everything, [min(max(r.loss, 1e-6), 1e3) if r.loss == r.loss else 1e3 for r in everything], n)
+    least, most = LOSS_RANGE
+    return _weighted(
+        rng, everything, [min(max(r.loss, least), most) if r.loss == r.loss else most for r in everything], n
+    )
 
 
 def _near(rng: random.Random, recent: list[Remembered], old: list[Remembered], n: int) -> list[Remembered]:
     """The more likely, the more alike their tokens are to those of the newest request."""
     everything = recent + old
     likeness = torch.stack([r.profile for r in everything]) @ recent[-1].profile
-    return _weighted(rng, everything, (8 * likeness).exp().tolist(), n)
+    return _weighted(rng, everything, (LIKENESS_SCALE * likeness).exp().tolist(), n)
 
 
 def _weighted(rng: random.Random, requests: list[Remembered], weights: list[float], n: int) -> list[Remembered]:

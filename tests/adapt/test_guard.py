@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from hf_onlinespec.adapt.guard import KNOWN_GRADIENTS, LATEST, LONGEST_TRIAL, GradientCap, Guard
+from hf_onlinespec.adapt.gradient_cap import CapConstants, GradientCap
+from hf_onlinespec.adapt.guard import Guard, GuardConstants
 
 TOKENS = 60
 
@@ -82,7 +83,7 @@ def test_after_a_burst_that_led_it_astray_it_goes_back() -> None:
         before = sum(world.request(1.5) for _ in range(10)) / 10
         for _ in range(20):
             world.request(-3.0)
-        for _ in range(LATEST + 2 * LONGEST_TRIAL):
+        for _ in range(GuardConstants().latest + 2 * GuardConstants().longest_trial):
             world.request(1.5)
         assert sum(world.request(1.5) for _ in range(10)) / 10 > before - 0.1
         assert world.guard.rollbacks >= 1
@@ -121,7 +122,7 @@ def test_of_too_many_states_the_newest_and_the_most_different_stay() -> None:
 def test_gradients_longer_than_usual_are_shortened() -> None:
     cap = GradientCap(3.0)
     usual = torch.tensor([[3.0, 4.0], [0.0, 0.1]])
-    for _ in range(KNOWN_GRADIENTS):
+    for _ in range(CapConstants().least):
         assert torch.equal(cap(usual), usual)
     torch.testing.assert_close(cap(100 * usual), 3 * usual)
     torch.testing.assert_close(cap(usual), usual)
@@ -129,14 +130,14 @@ def test_gradients_longer_than_usual_are_shortened() -> None:
         long = cap(1e6 * usual)
     assert long.norm() <= 3.0**3 * usual.norm()
     free = GradientCap(None)
-    for _ in range(2 * KNOWN_GRADIENTS):
+    for _ in range(2 * CapConstants().least):
         free(usual)
     assert torch.equal(free(1e6 * usual), 1e6 * usual)
 
 
 def test_first_gradients_after_none_are_not_shortened() -> None:
     cap = GradientCap(3.0)
-    for _ in range(KNOWN_GRADIENTS):
+    for _ in range(CapConstants().least):
         cap(torch.zeros(1, 2))
     first = torch.tensor([[1.0, 2.0]])
     assert torch.equal(cap(first), first)

@@ -5,7 +5,7 @@ import torch
 
 from hf_onlinespec import Feedback
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.adapt.replay import PASSES_WINDOW, PROFILE, SAMPLING, Replay, ReplaySchedule
+from hf_onlinespec.adapt.replay import PROFILE, SAMPLING, Replay, ReplayConstants, ReplaySchedule
 
 
 def request(i: int, length: int = 10, new: int = 6, vocab: int = 50) -> Feedback:
@@ -115,7 +115,7 @@ def test_passes_shrink_and_grow_with_what_they_bring() -> None:
     passes = ReplaySchedule(3)
 
     def see(times: int, new: tuple[float, float], old: tuple[float, float]) -> int:
-        for _ in range(times * PASSES_WINDOW):
+        for _ in range(times * ReplayConstants().window):
             passes.observe(new, old)
         return passes.now
 
@@ -126,6 +126,6 @@ def test_passes_shrink_and_grow_with_what_they_bring() -> None:
     assert see(1, (-1.0, 0.1), (0.5, 0.1)) == 2
     assert see(9, (float("nan"), 0.1), (-5.0, 0.1)) == 2  # says nothing
     none = ReplaySchedule(0)
-    for _ in range(3 * PASSES_WINDOW):
+    for _ in range(3 * ReplayConstants().window):
         none.observe((1.0, 0.1), (0.0, 0.1))
     assert none.now == 0
