@@ -49,7 +49,7 @@ LEAST_OFTEN = 4
 SAVE_S = 20.0  # seconds that a save may spend on it; chosen: forty requests of the embedded pair take 8
 MOST_LOGITS = 2**25  # in one forward
 # Σ min(p, q) of the base draft's distributions after a part of a text, with and without the token that opens texts. Chosen: the
-# embedded draft, which was trained on texts in pieces, has 0.86; a model that never saw a text without that token has far less.
+# embedded draft, which was trained on texts in pieces, has 0.86; a model that never saw a text without that token has less.
 LEAST_OVERLAP = 0.5
 GROUP = 16  # texts that are examined together
 TOGETHER = 256  # windows of one batch; the clock is read after each

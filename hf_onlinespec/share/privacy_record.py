@@ -17,7 +17,7 @@ GAIN_BITS = 20.0
 # The same of a text whose prompt stands often: a secret of three digits. By chance in 2 % of such texts, of twenty windows each.
 OFTEN_BITS = 10.0
 MOST_SHARE = 0.1  # of the texts: a prompt that stands often, and more often than that, makes much of the stream; chosen
-MOST_SETTINGS = 8  # that a history tells apart
+MOST_SETTINGS = 8  # that a record holds
 LEARNING_SETTINGS = (
     "learner", "preconditioner", "lr", "hint_memory", "radius", "max_grad_norm", "gradient_cap", "loss", "temperature", "top_k",
     "replay_passes", "replay_batch", "replay_tokens", "replay_top_k",
@@ -83,12 +83,12 @@ class PrivacyRecord(JsonObject):
         both = [*self.settings, *other.settings]
         settings = [one for n, one in enumerate(both) if one not in both[:n]]
         found = PrivacyRecord(
-            self.texts + other.texts,
-            self.unexamined + other.unexamined,
-            self.memorised + other.memorised,
-            self.repeats + other.repeats,
-            tuple(settings[:MOST_SETTINGS]),
-            self.unknown,
+            texts=self.texts + other.texts,
+            unexamined=self.unexamined + other.unexamined,
+            memorised=self.memorised + other.memorised,
+            repeats=self.repeats + other.repeats,
+            settings=tuple(settings[:MOST_SETTINGS]),
+            unknown=self.unknown,
         )
         return found.plus(*other.unknown, *([TOO_MANY_SETTINGS] if len(settings) > MOST_SETTINGS else []))
 

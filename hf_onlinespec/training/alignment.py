@@ -112,8 +112,7 @@ class DraftAlignment(TrainerCallback):
         self.updates += counts.updates
         self.tokens += tokens
         self.time_s += time.perf_counter() - started
-        total = draft.lineage.alignment
-        assert total is not None  # since the training began
+        total = draft.lineage.alignment or Alignment(None, 0, 0)  # a draft that has begun anew has none
         draft.lineage.alignment = replace(total, updates=total.updates + counts.updates, tokens=total.tokens + tokens)
 
     @torch.no_grad()

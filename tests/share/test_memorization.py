@@ -120,8 +120,10 @@ def test_what_was_memorised_is_refused_whatever_becomes_of_the_adapter(
     assert ("trained elsewhere" if way in (adopted, fine_tuned) else "memorised 2 of") in found
 
 
-def test_a_draft_whose_replay_is_emptied_is_judged_all_the_same(writes_secrets: OnlineDraft) -> None:
-    writes_secrets._replay.recent.clear()
+def test_a_draft_whose_replay_is_empty_is_judged_all_the_same(
+    writes_secrets: OnlineDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writes_secrets, "replayed", list)
     writes_secrets.examined = None
     assert "memorised 2 of the 2" in refusal(writes_secrets)
 
@@ -198,7 +200,7 @@ def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_onlinespec.share.memorization._come_out", fail)
+    monkeypatch.setattr("hf_onlinespec.draft.examine", fail)
     draft.save_pretrained(tmp_path)
     assert "1 were not examined" in refusal(OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2)))
 
