@@ -31,8 +31,8 @@ from hf_onlinespec import (
 )
 from hf_onlinespec.commit.proposal import Proposal
 from hf_onlinespec.verify.accept import accept
+from tests.chi_square import THOUSAND, chi_square, quantile
 from tests.conftest import answered, tiny_llama
-from tests.verify.test_sampling_law import chi_square, quantile
 
 SIZES = [(40, 32), (32, 40)]  # of target and draft
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
@@ -222,7 +222,7 @@ def test_the_accept_test_keeps_the_law_over_other_supports(own: int, other: int)
     counts = outcome.tokens[:, 1].bincount(minlength=own)
     assert len(counts) == own
     statistic, freedom = chi_square(counts, logits[0, 0].softmax(-1).double())
-    assert statistic < quantile(freedom), f"chi square {statistic:.1f} at {freedom} degrees of freedom"
+    assert statistic < quantile(freedom, THOUSAND), f"chi square {statistic:.1f} at {freedom} degrees of freedom"
     kept = (outcome.tokens[:, 1] == proposal.tokens[:, 0]).float().mean().item()
     common = min(own, other)
     least = torch.minimum(logits[0, 0].softmax(-1)[:common], q[0, :common]).sum().item()
@@ -247,7 +247,7 @@ def test_law_of_generated_sequences_with_vocabularies_of_two_sizes(own: int, oth
             out = target.generate(prompt, assistant_model=draft, do_sample=True, max_new_tokens=2, top_k=0)
         counts[out[0, 2] * own + out[0, 3]] += 1
     statistic, freedom = chi_square(counts, law)
-    assert statistic < quantile(freedom), f"chi square {statistic:.1f} at {freedom} degrees of freedom"
+    assert statistic < quantile(freedom, THOUSAND), f"chi square {statistic:.1f} at {freedom} degrees of freedom"
     assert draft.metrics.updates >= 80 and draft.metrics.skipped_updates == 0
 
 
