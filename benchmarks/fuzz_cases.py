@@ -388,7 +388,7 @@ FAILURES: dict[str, tuple[Any, str] | None] = {
     "replay": (Replay, "sample"),
     "remembering": (Replay, "add"),
     "folding": (GatedLora, "fold"),
-    "memory": (RequestMemory, "remember"),
+    "memory": (RequestMemory, "commit"),
     "backward": None,
     "not finite": None,
     "draft": None,

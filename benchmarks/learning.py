@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.commit.suffix_memory import REACH, SuffixMemory
 from hf_onlinespec.govern.routing import AdapterRouter
 from hf_onlinespec.measure.regret import expected_rounds
@@ -124,11 +125,11 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
         n = len(request.logits)
         chances = {}
         for base in (False, True) if learner == "default, prompt asked" else (False,):
-            with torch.no_grad(), draft.serving(base) as model:
+            with torch.no_grad(), draft.causal_lm.serving(base) as model:
                 chances[base] = kept_chances(request, model(request.tokens[None, :-1]).logits[0, -n:], temperature)
         base = False
         if len(chances) == 2:
-            said, _ = draft.prompt_log_ratio(request.tokens[None, :-n], None)
+            said, _ = draft.causal_lm.prompt_log_ratio(request.tokens[None, :-n], None, 128)
             base = router.use_base(said)
             router.observe_difference(said, sum(chances[False]) / n - sum(chances[True]) / n, n)
         rounds = expected_rounds(chances[base], LOOKAHEAD)
@@ -137,7 +138,7 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
         teacher = Teacher.from_logits(request.logits, config.temperature, config.top_k)
 
         def learn(one: Recorded, law: Teacher, counts: Counts = counts) -> None:
-            draft.learn_segment(one.tokens[None], [law], None, 0, None, counts, temperature)
+            draft.learning.learn_segment(Segment(one.tokens[None], [law], None, temperature), counts)
 
         if learner == "released chunks":
             # Every forty requests, two epochs over them; the moments are dropped with every chunk.
@@ -145,32 +146,34 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
             if len(chunk) == CHUNK:
                 for one in (*chunk, *chunk):
                     learn(*one)
-                draft._adaptation.rule_state = draft._adaptation._learner.init(draft._lora.split(draft._lora.params))
+                draft.learning.learner.experts.rule_state = draft.learning.learner.experts._learner.init(
+                    draft.causal_lm.adapter.split(draft.causal_lm.adapter.params)
+                )
                 chunk = []
         elif learner == "released momentum":
             # SGD with an unmatched momentum of 0.9, its buffer dropped with every chunk.
-            before = draft._lora.params.clone()
+            before = draft.causal_lm.adapter.params.clone()
             learn(request, teacher)
-            step = draft._lora.params - before
+            step = draft.causal_lm.adapter.params - before
             momentum = step if momentum is None or i % CHUNK == 0 else 0.9 * momentum + step
-            draft._lora.move(momentum - step)
+            draft.causal_lm.adapter.move(momentum - step)
         elif learner == "every 4 requests":
             chunk.append((request, teacher))
             if len(chunk) == 4:
                 for one in chunk:
                     learn(*one)
-                    draft.remember(Feedback(one[0].tokens, one[1]))
-                draft.replay_step(counts, 4 * config.replay_passes)
+                    draft.learning.remember(Feedback(one[0].tokens, one[1]))
+                draft.learning.replay_steps(counts, 4 * config.replay_passes)
                 chunk = []
         elif learner == "adapt once":
             if i < CHUNK:
                 learn(request, teacher)
-                draft.remember(Feedback(request.tokens, teacher))
-                draft.replay_step(counts, config.replay_passes)
+                draft.learning.remember(Feedback(request.tokens, teacher))
+                draft.learning.replay_steps(counts, config.replay_passes)
         elif learner != "frozen":
             learn(request, teacher)
-            draft.remember(Feedback(request.tokens, teacher))
-            draft.replay_step(counts, config.replay_passes)
+            draft.learning.remember(Feedback(request.tokens, teacher))
+            draft.learning.replay_steps(counts, config.replay_passes)
         draft.fold()
         spent = time.perf_counter() - started
         weights = tuple(round(w, 4) for w in draft.metrics.expert_weights)

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.folder import ADAPTER, STATE
 
@@ -46,11 +47,13 @@ def main() -> None:
         draft = OnlineDraft(model(), OnlineSpecConfig(learner=learner, rank=rank, alpha=float(rank), update_every=1))
         for seed in range(10):
             tokens = torch.randint(8192, (1, 48), generator=torch.Generator().manual_seed(seed))
-            draft.learn_segment(tokens, [Teacher.from_logits(torch.randn(40, 8192))], None, 0, None, Counts())
-        guard = draft._learning.guard
+            draft.learning.learn_segment(
+                Segment(tokens, [Teacher.from_logits(torch.randn(40, 8192))], None, 1.0), Counts()
+            )
+        guard = draft.learning.learner.guard
         while len(guard.states) < draft.settings.snapshots:  # as many earlier states as there may be
-            guard._keep(draft._adaptation.best_params())
-        size = draft._lora.params.nbytes
+            guard._keep(draft.learning.learner.experts.best_params())
+        size = draft.causal_lm.adapter.params.nbytes
         with tempfile.TemporaryDirectory() as folder:
             spent = []
             for _ in range(args.repeats + 1):
@@ -63,7 +66,7 @@ def main() -> None:
             load_s = time.perf_counter() - started
             files = [(Path(folder) / name).stat().st_size / size for name in (ADAPTER, STATE)]
         print(
-            f"| {learner} | {draft._lora.params.numel():,} | {spent[0]:.2f} | {statistics.median(spent[1:]):.2f} "
+            f"| {learner} | {draft.causal_lm.adapter.params.numel():,} | {spent[0]:.2f} | {statistics.median(spent[1:]):.2f} "
             f"| {load_s:.2f} | {files[0]:.3f} | {files[1]:.3f} |",
             flush=True,
         )

@@ -22,6 +22,8 @@ from transformers.utils import logging
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec._compat.caches import CACHE
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.segment import Segment
+from hf_onlinespec.adapt.trainable import Prefix
 from hf_onlinespec.embedded import load_draft, load_pair
 from hf_onlinespec.metrics import Counts
 
@@ -100,7 +102,7 @@ def main() -> None:
         tokens = torch.randint(vocab, (1, prompt + new))
         teacher = [Teacher.from_logits(torch.randn(new, vocab))]
         cache = DynamicCache(config=draft.config)
-        with draft.serving() as model:
+        with draft.causal_lm.serving() as model:
             model(tokens[:, :prompt], **{CACHE: cache})
 
         def step(
@@ -109,7 +111,9 @@ def main() -> None:
             teacher: list[Teacher] = teacher,
             cache: DynamicCache = cache,
         ) -> None:
-            draft.learn_segment(tokens, teacher, cache, prefix, None, Counts())
+            draft.learning.learn_segment(
+                Segment(tokens, teacher, None, 1.0), Counts(), prefix=Prefix(cache, prefix) if prefix else None
+            )
 
         found = medians_ms({"cache": lambda p=prompt: step(p - 1), "anew": lambda: step(0)}, args.repeats)
         print(

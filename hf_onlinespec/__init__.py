@@ -6,7 +6,7 @@ Importing it teaches `generate` one argument:
 """
 
 from .adapt.feedback import Feedback, FeedbackRecorder
-from .commit.combined import OnlineCandidateGenerator
+from .commit.assisted import OnlineCandidateGenerator
 from .commit.memory_draft import MemoryDraft, online_memory
 from .config import OnlineSpecConfig
 from .draft import OnlineDraft, online_draft

@@ -7,25 +7,40 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, final
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat.models import inner_model, model_name
-from .adapt.learned_texts import Examined
-from .commit.learning_draft import LearningDraft
-from .config import OnlineSpecConfig, as_config
-from .errors import ConfigError, NotAModelError
+from ._compat.models import inner_model, model_name, uncompiled
+from .adapt.experts import Experts
+from .adapt.feedback import Feedback
+from .adapt.gated_lora import GatedLora
+from .adapt.learned_texts import Examined, Learned
+from .adapt.learner import Learner
+from .adapt.schedule import LearningSchedule
+from .adapt.service import LearningService
+from .commit.base import Call, Draft, Proposer
+from .commit.causal_lm import CausalLM, RowModel
+from .commit.combined import Combined
+from .config import ENSEMBLE, OnlineSpecConfig, as_config
+from .errors import ConfigError, CopyError, NotAModelError
+from .govern.acceptance import RequestStats
 from .govern.routing import AdapterRouter
-from .models.identity import public_name
-from .models.plain import no_model
+from .metrics import Counts
+from .metrics.summary import counted, size
+from .models.borrow import copy_modules
+from .models.identity import BaseFingerprint, public_name
+from .models.layers import describe
+from .models.plain import check_cache, no_model, plain_draft
+from .models.vocabulary import Vocabulary
+from .models.watch import ModelWatch
 from .runtime.forks import Lock
 from .share.artifact import Artifact
 from .share.card import write
@@ -49,7 +64,7 @@ LAST_WAIT_S = 5.0  # for a push that is under way when the draft goes, or the pr
 
 
 @final
-class OnlineDraft(LearningDraft):
+class OnlineDraft(Draft):
     """A draft that learns while it serves; pass it as `assistant_model`.
 
     The model itself is not touched: its weights are shared, its modules are not, and the adapter lives here.
@@ -58,6 +73,10 @@ class OnlineDraft(LearningDraft):
         model: a causal language model, or a `PeftModel` around one (its adapter is merged into a copy).
         config: how to draft and to learn, an OnlineSpecConfig or a dict of its settings; None: the defaults.
         settings: single settings of an OnlineSpecConfig, such as `lookahead=4`; they go before those of `config`.
+
+    Attributes:
+        causal_lm: the model with its adapter.
+        learning: what moves the adapter.
 
     Raises:
         DraftError: the model is an encoder–decoder, keeps a state that cannot be rolled back, or has no layer for LoRA.
@@ -74,7 +93,11 @@ class OnlineDraft(LearningDraft):
         config: OnlineSpecConfig | dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(model, config, **settings)
+        super().__init__(config, **settings)
+        self._begun = 0  # how often it began, on the model's weights as they were then
+        self._learns = Lock()  # held for one gradient step at a time, see LearningService
+        self.learning = LearningService(self.settings, self.metrics, self._traces, self.lock, self._learns)
+        self._begin(model)
         self.lineage = Lineage.new()
         self.targets: list[str] = []  # names of the models that it has drafted for
         self.loaded_rollbacks = 0  # of the guard, before it was loaded
@@ -82,6 +105,35 @@ class OnlineDraft(LearningDraft):
         self._target: weakref.ref[PreTrainedModel] | None = None
         self.pushes = Lock(waits=False)  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
+
+    def _begin(self, model: PreTrainedModel | PeftModel) -> None:
+        """A new adapter on the model's weights as they are now."""
+        settings = self.settings
+        with torch.inference_mode(False):
+            base = plain_draft(model)
+            identity, vocabulary = BaseFingerprint.of(base), Vocabulary.of(base)
+            adapter = GatedLora(
+                base,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                target_modules=settings.target_modules,
+                blocks=settings.experts if settings.learner == ENSEMBLE else 1,
+                seed=settings.seed,
+            )
+            check_cache(adapter.tree)
+            experts = Experts(adapter, settings)
+            causal_lm = CausalLM(adapter, experts, vocabulary, self.lock, self._learns)
+            learner = Learner(causal_lm, experts, settings, self._traces.update)
+        self.identity, self.vocabulary, self.causal_lm = identity, vocabulary, causal_lm
+        self.learning.begin(learner, self.governor, causal_lm.positions)
+        self._begun += 1
+        self._watch, self._source = ModelWatch(uncompiled(model)), weakref.ref(model)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CopyError(
+            f"An {type(self).__name__} is not copied or pickled: it shares its weights and learns on in this process. "
+            "Use draft.save_pretrained(folder), and OnlineDraft.from_pretrained(folder) for another one."
+        )
 
     if not TYPE_CHECKING:  # a type checker goes on finding names that are not there
 
@@ -111,12 +163,16 @@ class OnlineDraft(LearningDraft):
             change = self._watch.change()  # another thread may have been faster
             if change is None:
                 return
-            self._begin(source)
-            self.governor = self._new_governor()
+            governor, self.governor = self.governor, self._new_governor()
+            try:
+                self._begin(source)
+            except BaseException:  # what was learned is still there
+                self.governor = governor
+                raise
             self.metrics.decisions = self.governor.decisions
             self.lineage, self.examined = Lineage.new(), None
         warnings.warn(
-            f"The draft {type(self._lora.tree).__name__} was changed after it was wrapped ({change}): "
+            f"The draft {type(self.causal_lm.adapter.tree).__name__} was changed after it was wrapped ({change}): "
             "what was learned does not belong to these weights, and learning begins anew.",
             stacklevel=2,
         )
@@ -130,6 +186,96 @@ class OnlineDraft(LearningDraft):
         `stop_strings=`.
         """
         return GenerateFn(self, streamer, tokenizer)
+
+    def _title(self) -> str:
+        adapter = self.causal_lm.adapter
+        without = f", left out: {describe(adapter.left_out)}" if adapter.left_out else ""
+        layers = f"{len(adapter.layers)} adapted layers{without}"
+        return f"{type(self).__name__}({type(adapter.tree).__name__}, {layers})"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
+        learned = f"{steps} by this adapter of {size(self.causal_lm.adapter.params.nbytes)}, {share:.1%} of the time"
+        return [self._memory_row(), ("learned", learned)]
+
+    @property
+    def model(self) -> PeftModel:
+        """The PEFT model: the base draft's weights and the adapter. Its gate is shut outside our own calls."""
+        return self.causal_lm.adapter.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base draft's model configuration, as `generate` expects of an assistant."""
+        return self.causal_lm.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """That of the user's model, as it is now."""
+        model = self._source()
+        return (self.causal_lm.adapter.tree if model is None else model).generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
+    @property
+    def positions(self) -> int:
+        """The longest context that the draft may see; beyond it the target goes on alone."""
+        return self.causal_lm.positions
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps that the adapter has taken."""
+        return self.causal_lm.steps
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was learned: else it says what its base says."""
+        return self.steps > 0
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one whenever what is served has changed: by a step, an adapter that was adopted, an earlier state, a new base."""
+        return self._begun, self.causal_lm.adapter.changes
+
+    @property
+    def learning_bytes(self) -> int:
+        """Memory that learning holds now.
+
+        The adapter, its gradients, moments, folded weights and earlier states; what the replay remembers; what was recorded in
+        requests that are in progress: up to `context_tokens` target distributions over the whole vocabulary each, 4 bytes per
+        token of the vocabulary, or `top_k` of them; requests that wait to be evaluated, or to be learned when idle. A gradient
+        step takes more for its own time: what a forward and a backward of the draft over the new tokens take.
+        """
+        return self.learning.nbytes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The evolved draft's forward, without gradients: arguments and output of the base model."""
+        with self.causal_lm.serving() as model:
+            return model(*args, **kwargs)
+
+    def proposer(self, call: Call) -> Proposer:
+        """See `Draft`: the memory alone, where preparing the model for the call fails."""
+        stats = [RequestStats() for _ in range(call.rows)]
+        memory = self.call_memory(call)
+        models: list[RowModel] = []
+        schedule = None
+        if self.failures.preparing.begin():
+            with self.failures.preparing.attempt(call.count_failed_draft):
+                rows = [RowModel(self.causal_lm, self.governor, self.lock, call, i, own) for i, own in enumerate(stats)]
+                schedule = LearningSchedule(
+                    self.learning,
+                    self.failures,
+                    rows,
+                    memory,
+                    call.counts,
+                    call.temperature,
+                    learns=call.learns,
+                    timed=call.timed,
+                    waits=call.waits(self.settings),
+                )
+                models = rows
+        return Combined(self, call, models, memory, stats, schedule)
 
     def serves(self, target: PreTrainedModel) -> None:
         """Notes the name of a model that it drafts for, without the folders of this machine; a model may have none."""
@@ -151,7 +297,7 @@ class OnlineDraft(LearningDraft):
     @contextmanager
     def generating(self) -> Iterator[None]:
         try:
-            with nullcontext() if self._idle is None else self._idle.call():
+            with self.learning.generating():
                 yield
         finally:
             checkpoints = self.checkpoints
@@ -159,20 +305,127 @@ class OnlineDraft(LearningDraft):
                 with self.failures.records.attempt():
                     checkpoints.request_done()
 
+    # What it says, and what it learns outside of a call
+
+    def logits(self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None) -> Tensor:
+        """What the draft says after each of the last n of `tokens` (rows, L): logits (rows, n, vocab).
+
+        Args:
+            base: the base draft, whatever was learned.
+            mask: (rows, L) with zeros where a row is padded on the left; None: no padding.
+        """
+        return self.causal_lm.logits(tokens, n, base, mask)
+
+    def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> Tensor:
+        """What the draft says with these tensors in the place of its adapter's, by PEFT's names; gradients flow to them.
+
+        Args:
+            inputs: of the model: tokens (rows, L) and their mask.
+        """
+        return self.causal_lm.logits_with(adapter, **inputs)
+
+    def adapter_params(self) -> dict[str, Tensor]:
+        """A copy of the adapter by PEFT's names: of all experts, with no weight of theirs in it."""
+        with self._learns:
+            return copied(self.causal_lm.adapter.named(self.causal_lm.adapter.params))
+
+    def merged_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The base's weights with what serves now in them, see `GatedLora.merged_weights`."""
+        with self._learns, self.lock:  # between two gradient steps
+            return self.causal_lm.adapter.merged_weights(dtype)
+
+    def fold(self) -> None:
+        """Brings the weights that draft up to date with what was learned."""
+        self.causal_lm.fold()
+
+    def at_rest(self) -> AbstractContextManager[Learned]:
+        """What it has learned from in this process; no gradient step is taken inside of the context."""
+        return self.learning.at_rest()
+
+    def learn(self, examples: Sequence[Feedback], counts: Counts) -> None:
+        """One gradient step on whole texts, together; the privacy audit will look at them."""
+        self.learning.learn(examples, counts)
+
+    def learn_request(self, request: Feedback) -> Counts:
+        """Learns a request as after a call of `generate`, replay included, however little time there is."""
+        return self.learning.learn_request(request)
+
+    def gradient(self) -> Tensor:
+        """A copy of the adapter's gradient (parameters,) in the latest step."""
+        with self._learns:
+            return self.causal_lm.adapter.grads.clone()
+
+    def replayed(self) -> list[Feedback]:
+        """What the replay remembers."""
+        with self._learns:
+            return self.learning.learner.replay.requests
+
+    def catch_up(self, timeout_s: float | None = None) -> bool:
+        """Waits until everything that was handed to the worker is learned, and whether it was.
+
+        What waits after a failure is tried at once. False: the time was too short, or some of what was handed over since the last
+        call is lost, because there was no room (`metrics.idle_dropped`) or learning from it raised (`metrics.idle_failures`).
+        """
+        return self.learning.catch_up(timeout_s)
+
+    def clone_for_audit(self, learning: OnlineSpecConfig | None = None) -> OnlineDraft:
+        """A copy that learns on by itself, over the same base weights: always, after every request, whatever time it takes.
+
+        It remembers no requests, as a draft that was saved and loaded again.
+
+        Args:
+            learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
+        """
+        with self._learns, torch.inference_mode(False):
+            lora, state = self.causal_lm.adapter, self.learning.learner.state()
+            adapter = copied(lora.named(lora.served_params()))
+            # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
+            instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in lora.tree.parameters()}
+            instead |= {id(layer): layer.get_base_layer() for layer in lora.layers}
+            plain = copy_modules(lora.tree, instead)
+            vars(plain).pop("peft_config", None)
+            settings = (learning or self.settings).of_draft()
+            clone = OnlineDraft(plain, replace(settings, update_when="request", update_every=1, memory_tokens=0))
+            if learning is None:
+                clone.learning.learner.resume(adapter, State(copied(state.tensors), state.values))
+            else:
+                clone.learning.learner.adopt(adapter)
+        return clone
+
     # Saving and loading
+
+    def state(self) -> State:
+        with self._learns, self.lock:
+            adapter, learned = self.causal_lm.adapter, self.learning.learner.state()
+            return State.joined(
+                adapter=State(copied(adapter.named(adapter.served_params()))),
+                learning=State(copied(learned.tensors), learned.values),
+                metrics=self.metrics.state(),
+            )
+
+    def resume(self, state: State) -> None:
+        self._resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
+
+    def _resume(self, adapter: Mapping[str, Tensor], learned: State, metrics: State) -> None:
+        with self._learns, self.lock, torch.inference_mode(False):
+            self.learning.learner.resume(adapter, learned)
+            self.metrics.resume(metrics)
+            self.learning.learner.replay.refused = self.metrics.replay_refused
+            self.loaded_rollbacks = self.learning.learner.guard.rollbacks
+            self.learning.resumed()
 
     def artifact(self) -> Artifact:
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
         with self._learns, self.lock:
-            name = model_name(self._lora.tree.config)  # it may be a folder of this machine: PEFT has to find it
-            state = self._learning.state()
-            counters = self.metrics.state()
+            name = model_name(self.causal_lm.config)  # it may be a folder of this machine: PEFT has to find it
+            state = self.state()
+            learned = state.part("learning")
             return Artifact(
                 settings=self.settings.of_draft(),
                 base=self.identity,
-                options=LoraOptions.of(self._lora.adapter_config(name).to_dict()),
-                adapter=copied(self._lora.named(self._lora.served_params())),
-                state=State(copied(state.tensors), state.values | {"metrics": counters.values}),
+                options=LoraOptions.of(self.causal_lm.adapter.adapter_config(name).to_dict()),
+                adapter=state.part("adapter").tensors,
+                state=State(learned.tensors, learned.values | {"metrics": state.part("metrics").values}),
                 serving=ServingHistory.of(self.metrics, self.targets),
                 lineage=replace(copy.deepcopy(self.lineage), privacy=privacy_record(self)),
             )
@@ -191,7 +444,7 @@ class OnlineDraft(LearningDraft):
             ArtifactError: the folder cannot be written; what it held is still there.
         """
         # No step comes in between: what is saved is what was examined.
-        with nullcontext() if self._idle is None else self._idle.call():
+        with self.learning.generating():
             if self.changed:
                 try:
                     examine(self, SAVE_S)
@@ -314,23 +567,18 @@ class OnlineDraft(LearningDraft):
         """A draft of what was read and checked."""
         draft = cls(loaded.base, loaded.settings)
         if loaded.artifact is not None:
-            draft.resume(loaded.artifact)
+            draft.restore(loaded.artifact)
         elif loaded.adapter is not None:
             draft.adopt(loaded.adapter)
         draft.lineage = draft.lineage.going_on_from(loaded.lineage)
         return draft
 
-    def resume(self, artifact: Artifact) -> None:
+    def restore(self, artifact: Artifact) -> None:
         """Takes over everything that was saved, for a new draft of the same base and settings. Raises ArtifactError."""
-        with self._learns, self.lock, torch.inference_mode(False):
-            self._learning.resume(artifact.adapter, artifact.state)
-            self.metrics.resume(artifact.state.part("metrics"))
-            self._replay.refused = self.metrics.replay_refused
+        with self._learns:
+            self._resume(artifact.adapter, artifact.state, artifact.state.part("metrics"))
             self.targets = list(artifact.serving.targets)
-            self.loaded_rollbacks = self._learning.guard.rollbacks
-            self.metrics.decisions.rollback = self._learning.guard.reason
             self.lineage.privacy = loaded_record(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
-            self._note()
 
     def adopt(
         self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] | None = None, n_texts: int | None = None
@@ -342,16 +590,16 @@ class OnlineDraft(LearningDraft):
             n_texts: how many there were, where `texts` is a part of them: the others cannot be judged; None: no more.
         """
         with self._learns, self.lock, torch.inference_mode(False):
-            self._learning.adopt(adapter)
+            self.learning.learner.adopt(adapter)
             self.examined = None  # that was of the adapter before
             self.governor.router = AdapterRouter()  # which of the two serves was found out with the one before
-            self._note()
+            self.learning.resumed()
             if texts is None:
                 self.lineage.privacy = privacy_record(self).plus(TRAINED_ELSEWHERE)
                 return
             for text in texts:
-                self._learning.texts.finish(text, 0)  # it counts how often each stands, whole
-            self._learning.texts.dropped += max(0, (n_texts or 0) - len(texts))
+                self.learning.learner.texts.finish(text, 0)  # it counts how often each stands, whole
+            self.learning.learner.texts.dropped += max(0, (n_texts or 0) - len(texts))
 
 
 def _scale(settings: OnlineSpecConfig) -> float:

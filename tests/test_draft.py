@@ -6,11 +6,17 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from hf_onlinespec import Feedback, OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.govern.planner import Plan
+from hf_onlinespec.adapt.learner import StepReturns
+from hf_onlinespec.adapt.trainable import Prefix
+from hf_onlinespec.commit.base import Call
+from hf_onlinespec.commit.request import Request
+from hf_onlinespec.govern.governor import Plan
 from hf_onlinespec.govern.routing import RouterConstants
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.rounds import Rows
+from tests.drafts import learn_segment
 
 from .conftest import tiny_llama
 from .drafts import flat_params
@@ -23,8 +29,10 @@ PLAIN = OnlineSpecConfig(
 
 def moved(draft: OnlineDraft) -> OnlineDraft:
     """An adapter away from its start, where B = 0 hides the gradient of A."""
-    draft._lora.move(0.1 * torch.randn(draft._lora.params.shape, generator=torch.Generator().manual_seed(4)))
-    draft._adaptation.steps = 1
+    draft.causal_lm.adapter.move(
+        0.1 * torch.randn(draft.causal_lm.adapter.params.shape, generator=torch.Generator().manual_seed(4))
+    )
+    draft.learning.learner.experts.steps = 1
     return draft
 
 
@@ -35,24 +43,24 @@ def segment() -> tuple[torch.Tensor, torch.Tensor]:
 
 def manual_gradient(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     """The gradient of mean KL(p‖q), written out anew: the logits that predict token j sit at j − 1."""
-    draft._lora.grads.zero_()
-    with draft._lora.gated() as model:
+    draft.causal_lm.adapter.grads.zero_()
+    with draft.causal_lm.adapter.gated() as model:
         logits_q = model(tokens).logits[0]
     loss = torch.zeros(())
     for row, j in enumerate(range(6, 10)):
         p, log_q = logits_p[row].softmax(-1), logits_q[j - 1].log_softmax(-1)
         loss = loss + (p * (p.log() - log_q)).sum() / 4
     loss.backward()
-    return draft._lora.grads.clone()
+    return draft.causal_lm.adapter.grads.clone()
 
 
 def step_taken(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor, prefix: int) -> torch.Tensor:
     """−Δw / η of one plain step, which is its gradient."""
     before = flat_params(draft)
     cache = DynamicCache(config=draft.config)
-    with torch.no_grad(), draft.serving() as model:
+    with torch.no_grad(), draft.causal_lm.serving() as model:
         model(tokens[:, :prefix] if prefix else tokens[:, :1], **{CACHE: cache}, use_cache=True)
-    draft.learn_segment(tokens, [Teacher.from_logits(logits_p)], cache, prefix, None, Counts())
+    learn_segment(draft, tokens, [Teacher.from_logits(logits_p)], prefix=Prefix(cache, prefix) if prefix else None)
     return (before - flat_params(draft)) / 0.1
 
 
@@ -66,19 +74,17 @@ def test_teacher_rows_meet_the_positions_that_predict_them(draft_model: PreTrain
     assert torch.cosine_similarity(expected, shifted, dim=0) < 0.9
 
 
-def test_replay_of_unequal_lengths_gives_the_mean_gradient(draft_model: PreTrainedModel) -> None:
+def test_replay_of_unequal_lengths_gives_the_mean_gradient() -> None:
     """A padded batch of requests is the mean over all their taught positions."""
-    draft = moved(OnlineDraft(draft_model, PLAIN))
     requests = [
         Feedback(torch.randint(32, (length,)), Teacher.from_logits(torch.randn(new, 32)))
         for length, new in ((9, 4), (6, 5), (12, 1))
     ]
 
     def gradient(batch: list[Feedback]) -> torch.Tensor:
-        draft._lora.grads.zero_()
-        with draft._lora.gated() as model:
-            torch.cat(draft._learning._request_losses(model, batch, 1)[0]).mean().backward()
-        return draft._lora.grads.clone()
+        draft = moved(OnlineDraft(tiny_llama(2), PLAIN))
+        draft.learn(batch, Counts())
+        return draft.gradient()
 
     apart = sum(gradient([request]) * len(request.teacher) for request in requests) / 10
     torch.testing.assert_close(gradient(requests), apart, atol=1e-5, rtol=1e-3)
@@ -98,7 +104,7 @@ def test_learns_a_fixed_teacher(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=8, alpha=8.0, lr=1e-2, replay_passes=0))
     tokens, logits_p = segment()
     for _ in range(200):
-        draft.learn_segment(tokens, [Teacher.from_logits(logits_p)], DynamicCache(), 0, None, Counts())
+        learn_segment(draft, tokens, [Teacher.from_logits(logits_p)], Counts())
     q = draft(tokens).logits[0, 5:9].softmax(-1)
     assert torch.minimum(q, logits_p.softmax(-1)).sum(-1).mean() > 0.9
 
@@ -181,7 +187,7 @@ def test_a_non_finite_request_is_not_remembered(target, draft_model, prompt, mon
             Teacher, "from_logits", classmethod(lambda cls, logits, *a: original(cls, logits * torch.nan, *a))
         )
         target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10)
-    assert draft.metrics.skipped_updates == 1 and len(draft._replay) == 0
+    assert draft.metrics.skipped_updates == 1 and len(draft.learning.learner.replay) == 0
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=10)
     assert draft.metrics.skipped_updates == 1 and draft.metrics.updates > 1
 
@@ -204,12 +210,17 @@ def test_learning_takes_less_than_half_the_memory_of_a_draft_of_100_million_para
         target.generate(torch.tensor([[start + 1, 2, 3]]), assistant_model=draft, do_sample=False, max_new_tokens=6)
     assert draft.metrics.updates > 0
     # What the guard and the count of passes keep in the end: two states, a candidate, one more in a trial; two moves.
-    guard, best = draft._learning.guard, draft._adaptation.best_params
+    guard, best = draft.learning.learner.guard, draft.learning.learner.experts.best_params
     guard.states, guard._candidate, guard._candidates = [best(), best()], best(), [(best(), [])]
-    draft._learning._moved = {kind: (best(), 0.0, 1) for kind in ("new", "old")}
+    draft.learning.learner._returns = returns = StepReturns()
+    for kind in ("new", "old"):
+        returns.note(kind, best(), best(), 0.0)
     replay_most = draft.settings.replay_tokens * (12 + 12 * draft.settings.replay_top_k)
-    total = draft.learning_bytes - draft._replay.nbytes + replay_most
-    assert draft._replay.nbytes < replay_most and total + draft.metrics.memory_bytes < 0.5 * 4 * model.num_parameters()
+    total = draft.learning_bytes - draft.learning.learner.replay.nbytes + replay_most
+    assert (
+        draft.learning.learner.replay.nbytes < replay_most
+        and total + draft.metrics.memory_bytes < 0.5 * 4 * model.num_parameters()
+    )
 
 
 def test_a_function_in_place_of_forward_is_left_behind(target, prompt) -> None:
@@ -231,7 +242,7 @@ def test_gradients_are_clipped(draft_model: PreTrainedModel) -> None:
     draft = moved(OnlineDraft(draft_model, config))
     before = flat_params(draft)
     tokens, logits_p = segment()
-    draft.learn_segment(tokens, [Teacher.from_logits(5 * logits_p)], DynamicCache(), 0, None, Counts())
+    learn_segment(draft, tokens, [Teacher.from_logits(5 * logits_p)], Counts())
     assert (flat_params(draft) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -244,7 +255,7 @@ def test_metrics_add_up(target) -> None:
     assert 0 <= m.acceptance_rate <= 1 and m.verified_positions >= m.accepted_tokens
     assert 0 < m.update_share < 1 and m.decode_tokens_per_s > m.tokens_per_s > 0
     assert m.draft_time_s + m.target_time_s + m.update_time_s < m.wall_time_s
-    assert m.replay_bytes == draft._replay.nbytes > 0
+    assert m.replay_bytes == draft.learning.learner.replay.nbytes > 0
     assert m.last.requests == 1 and m.last.new_tokens == 16
 
 
@@ -252,7 +263,7 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
     draft = run(target)
     tokens = torch.tensor([[1, 2, 3]])
     out = draft(input_ids=tokens)
-    with draft._lora.gated() as model:
+    with draft.causal_lm.adapter.gated() as model:
         torch.testing.assert_close(out.logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
     assert not torch.equal(out.logits, tiny_llama(2)(tokens).logits)
     assert torch.equal(draft.model(tokens).logits, tiny_llama(2)(tokens).logits)  # gate shut outside
@@ -261,42 +272,46 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
 def test_preference_is_the_difference_of_log_likelihoods(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, PLAIN)
     tokens = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(5))
-    assert draft.prompt_log_ratio(tokens, None) == (0.0, {})  # nothing was learned
+    assert draft.causal_lm.prompt_log_ratio(tokens, None, 128) == (0.0, {})  # nothing was learned
     moved(draft)
 
-    def likelihood(base: bool) -> float:
-        with torch.no_grad(), draft.serving(base) as model:
+    def likelihood(frozen: bool) -> float:
+        with torch.no_grad(), draft.causal_lm.serving(frozen) as model:
             log_q = model(tokens).logits[0, :-1].log_softmax(-1)
         return log_q.gather(-1, tokens[0, 1:, None]).mean().item()
 
     expected = likelihood(False) - likelihood(True)
     assert abs(expected) > 0.01
-    assert draft.prompt_log_ratio(tokens, None)[0] == pytest.approx(expected, abs=1e-4)
+    assert draft.causal_lm.prompt_log_ratio(tokens, None, 128)[0] == pytest.approx(expected, abs=1e-4)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=-1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(tokens)], dim=-1)
-    assert draft.prompt_log_ratio(padded, mask)[0] == pytest.approx(expected, abs=1e-4)
-    assert draft.prompt_log_ratio(tokens[:, :1], None) == (0.0, {})
+    assert draft.causal_lm.prompt_log_ratio(padded, mask, 128)[0] == pytest.approx(expected, abs=1e-4)
+    assert draft.causal_lm.prompt_log_ratio(tokens[:, :1], None, 128) == (0.0, {})
     long = tokens.repeat(1, RouterConstants().prompt_tokens // 12 + 1)  # the tiny draft sees more than that
-    assert not draft.prompt_log_ratio(long, None)[1], "caches of a part of the prompt"
+    assert not draft.causal_lm.prompt_log_ratio(long, None, 128)[1], "caches of a part of the prompt"
 
 
 @pytest.mark.parametrize("prompt_log_ratio", [-1.0, 1.0])
 def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch, prompt_log_ratio: float) -> None:
     """The base draft's tokens are the base model's own, the learned one's are not; neither reads the prompt again."""
     draft = moved(OnlineDraft(draft_model, OnlineSpecConfig(memory_tokens=0)))
-    asked = draft.prompt_log_ratio
-    monkeypatch.setattr(draft, "prompt_log_ratio", lambda tokens, mask: (prompt_log_ratio, asked(tokens, mask)[1]))
+    asked = draft.causal_lm.prompt_log_ratio
+    monkeypatch.setattr(
+        draft.causal_lm, "prompt_log_ratio", lambda tokens, mask, most: (prompt_log_ratio, asked(tokens, mask, most)[1])
+    )
     monkeypatch.setattr(draft.governor, "decide_prompt_scoring", lambda tokens, room: True)
     monkeypatch.setattr(draft.governor, "model_pays", lambda plan, position, survival, begun: position < 4)
     monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room, unread: Plan(4, 1.0, 0.0))
     config = draft.generation_config.__class__(do_sample=False, max_length=64)
-    candidates = OnlineCandidateGenerator(draft, config, LogitsProcessorList())
-    model = candidates._model
-    fed, forward = [], model.logits
-    monkeypatch.setattr(model, "logits", lambda served, feed: (fed.append(feed.shape[1]), forward(served, feed))[1])
-    drafted = candidates.propose(prompt, 40).tokens
-    assert fed == [1, 1, 1, 1]
-    with draft.serving(prompt_log_ratio < 0) as model:
+    request = Request(draft, Call(config, LogitsProcessorList()))
+    fed, inputs = [], draft.causal_lm.inputs
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            draft.causal_lm, "inputs", lambda tokens, *rest: (fed.append(tokens.shape[1]), inputs(tokens, *rest))[1]
+        )
+        drafted = request.propose(Rows.of(prompt), 40).tokens
+    assert fed == [5, 5, 1, 1, 1, 1]  # the learned draft and the base read the prompt, once each
+    with draft.causal_lm.serving(prompt_log_ratio < 0) as model:
         anew = model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
     assert torch.equal(drafted, anew)
     base = draft_model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
@@ -309,8 +324,8 @@ def test_what_is_remembered_is_what_the_target_said_there(target, draft_model, p
     draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=8))
     monkeypatch.setattr(draft.governor.budget, "affordable_steps", lambda: 0)
     monkeypatch.setattr(
-        draft.governor.budget, "reset_full", lambda reason, base: None
-    )  # at full budget all would be kept
+        draft.governor.budget, "reset_full", lambda reason, frozen: None
+    )  # at full effort all would be kept
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=21)
     (feedback,) = draft.replayed()
     teacher = feedback.teacher

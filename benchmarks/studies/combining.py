@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.training.combining import combine, distil
 
@@ -40,9 +41,9 @@ def learned(draft: OnlineDraft, lessons: Sequence[Recorded]) -> OnlineDraft:
     settings = draft.settings
     for one in lessons:
         counts, law = Counts(), Teacher.from_logits(one.logits, settings.temperature, settings.top_k)
-        draft.learn_segment(one.tokens[None], [law], None, 0, None, counts, 0.0)
-        draft.remember(Feedback(one.tokens, law))
-        draft.replay_step(counts, settings.replay_passes)
+        draft.learning.learn_segment(Segment(one.tokens[None], [law], None, 0.0), counts)
+        draft.learning.remember(Feedback(one.tokens, law))
+        draft.learning.replay_steps(counts, settings.replay_passes)
     return draft
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.commit.request_memory import RequestMemory
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.embedded import load_pair
@@ -75,17 +76,17 @@ def main() -> None:
         start, n = inputs["input_ids"].shape[1], output.shape[1] - inputs["input_ids"].shape[1]
         with torch.no_grad():
             said = pair.target(output[:, :-1]).logits[0, -n:]
-            prompt_log_ratio, _ = draft.prompt_log_ratio(output[:, :start], None)
-            with draft.serving(base=False) as model:
+            prompt_log_ratio, _ = draft.causal_lm.prompt_log_ratio(output[:, :start], None, 128)
+            with draft.causal_lm.serving(base=False) as model:
                 learned = laws(model(output[:, :-1]).logits[0, -n:])
-            with draft.serving(base=True) as model:
+            with draft.causal_lm.serving(base=True) as model:
                 base = laws(model(output[:, :-1]).logits[0, -n:])
         target = laws(said)
         recall = RequestMemory(memory, threading.RLock(), output.shape[1], 0, RequestStats(), acceptances)
         cells = scored[part]
         for i in range(n):
             recall.read(output[:, : start + i])
-            found = recall.ask(recall.context)
+            found = recall.lookup(recall.context)
             p, q, m = target[i], learned[i], law_of(found, target.shape[-1])
             a_q, a_m = kept(p, q), kept(p, m) if found is not None else 0.0
             key, expected_q = acceptances.rate_by_confidence(float(q.max()))
@@ -104,12 +105,12 @@ def main() -> None:
                 acceptances.observe_round(
                     [TokenSource("memory", 0, acceptances.memory_key(found))], [a_m], RequestStats()
                 )
-        recall.remember(output)
+        recall.commit(output)
         gains[part].append((prompt_log_ratio, mean(cells["learned draft"][-n:]) - mean(cells["frozen draft"][-n:])))
         teacher, counts = Teacher.from_logits(said), Counts()
-        draft.learn_segment(output, [teacher], None, 0, None, counts, args.temperature)
-        draft.remember(Feedback(output[0], teacher.top(64)))
-        draft.replay_step(counts, 2)
+        draft.learning.learn_segment(Segment(output, [teacher], None, args.temperature), counts)
+        draft.learning.remember(Feedback(output[0], teacher.top(64)))
+        draft.learning.replay_steps(counts, 2)
 
     print("| acceptance per position | 1 home | 2 unseen | 3 home |\n|---|---|---|---|")
     for name in scored[0]:

@@ -18,6 +18,7 @@ import torch
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.embedded import DOMAINS, load_draft, prompts
 from hf_onlinespec.measure.regret import expected_rounds
 from hf_onlinespec.metrics import Counts
@@ -71,9 +72,9 @@ def run(config: OnlineSpecConfig, stream: list[Recorded]) -> tuple[list[float], 
         started = time.perf_counter()
         teacher = Teacher.from_logits(request.logits, config.temperature, config.top_k)
         counts = Counts()
-        draft.learn_segment(request.tokens[None], [teacher], None, 0, None, counts)
-        draft.remember(Feedback(request.tokens, teacher))
-        draft.replay_step(counts, config.replay_passes)
+        draft.learning.learn_segment(Segment(request.tokens[None], [teacher], None, 1.0), counts)
+        draft.learning.remember(Feedback(request.tokens, teacher))
+        draft.learning.replay_steps(counts, config.replay_passes)
         update_time_s += time.perf_counter() - started
     quarter = len(spent) // 4
     lengths = []

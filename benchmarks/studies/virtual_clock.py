@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from hf_onlinespec.commit.combined import OnlineCandidateGenerator
+from hf_onlinespec.commit.assisted import OnlineCandidateGenerator
 from hf_onlinespec.commit.memory_draft import MemoryDraft
 from hf_onlinespec.measure.shipped import encoder, shipped_prompts
 from hf_onlinespec.measure.trial import LOOKUP_TOKENS

@@ -269,7 +269,3 @@ class FeedbackRecorder(LogitsProcessor):
         """The first n rows since the last call, (batch, n, V); those behind them are dropped as off the kept path."""
         rows, self.rows = self.rows[:n], []
         return torch.stack(rows, dim=1)
-
-    def record_round(self, logits: Tensor) -> None:
-        """A whole round (batch, k + 1, V) at once, where the loop hands it over before any processor sees it."""
-        self.rows = list(logits.clone().unbind(1))

@@ -20,6 +20,11 @@ class Segment:
     temperature: float  # of the call that generated the tokens, 0 for greedy
 
     @property
+    def n(self) -> int:
+        """New tokens of every row."""
+        return len(self.teachers[0])
+
+    @property
     def nbytes(self) -> int:
         return self.tokens.nbytes + sum(teacher.nbytes for teacher in self.teachers)
 
@@ -31,8 +36,8 @@ class Segment:
         return [row[int((mask == 0).sum()) :] for row, mask in zip(self.tokens, self.mask, strict=True)]
 
     @property
-    def sound(self) -> bool:
-        """Whether the target has said something everywhere."""
+    def is_finite(self) -> bool:
+        """Whether the target's distribution is one everywhere: no NaN, no +∞."""
         return not any(bool((t.log_probs.isnan() | t.log_probs.isposinf()).any()) for t in self.teachers)
 
 
@@ -50,17 +55,28 @@ class PendingRequest:
 
     segment: Segment
     accepted: list[list[float]]  # by row of the batched forward
-    shown: Scores
+    scores: Scores
 
     def continues(self, segment: Segment) -> bool:
         """Whether a segment is the next one of the same request."""
         before, new = self.segment.tokens, len(segment.teachers[0])
         return segment.tokens.shape[1] - new == before.shape[1] and torch.equal(segment.tokens[:, :-new], before)
 
-    def joined(self, segment: Segment, accepted: list[list[float]], shown: Scores) -> PendingRequest:
+    def joined(self, segment: Segment, accepted: list[list[float]], scores: Scores) -> PendingRequest:
         teachers = [concatenate([a, b]) for a, b in zip(self.segment.teachers, segment.teachers, strict=True)]
         rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
-        both = self.shown.base is not None and shown.base is not None
-        base = [*(self.shown.base or []), *(shown.base or [])] if both else None
+        both = self.scores.base is not None and scores.base is not None
+        original = [*(self.scores.base or []), *(scores.base or [])] if both else None
         whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature)
-        return PendingRequest(whole, rows, Scores(self.shown.learned + shown.learned, base))
+        return PendingRequest(whole, rows, Scores(self.scores.learned + scores.learned, original))
+
+
+def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Rows (L_i,) as a batch (rows, longest) that is padded on the left, and its mask; None: all are equally long."""
+    longest = max(map(len, rows))
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long, device=rows[0].device)
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = 1
+    return tokens, None if min(map(len, rows)) == longest else mask

@@ -1,4 +1,4 @@
-"""Draft: what every kind of draft has from call to call, and what each of them has to say for itself."""
+"""What every kind of draft implements: `Draft` from call to call, and `Proposer` in one call of `generate`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,106 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from .._compat.generation import stateless
+from ..adapt.schedule import LearningSchedule
 from ..config import REPORTING, OnlineSpecConfig, ReportTo, as_config
 from ..errors import ConfigError
 from ..govern.governor import Governor
 from ..metrics import Counts, DraftMetrics, RequestReport
 from ..metrics.summary import Summary, counted, size
+from ..models.vocabulary import Vocabulary
+from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Failures
 from ..runtime.forks import Lock
 from ..runtime.traces import Traces
+from ..state import State
+from .request_memory import CallMemory
 from .suffix_memory import SuffixMemory
 
 _requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `generate`, as a draft is told of it."""
+
+    config: GenerationConfig
+    processors: LogitsProcessorList  # of the target
+    rows: int = 1  # sequences that are generated
+    mask: Tensor | None = None  # (batch, prompt) with zeros where the prompt is padded on the left; None: no padding
+    learns: bool = True  # False: this request is only drafted, nothing is remembered or learned
+    vocabulary: Vocabulary | None = None  # of the target; None: the draft's own
+    timed: bool = (
+        True  # whether the loop tells times; where it does not, all of the room is drafted, by the model alone
+    )
+    lookahead: int | None = None  # tokens per round, as the user has fixed them; None: the governor decides
+    counts: Counts = field(default_factory=Counts)  # of the request
+
+    @property
+    def stateless(self) -> LogitsProcessorList:
+        """Copies of the processors that are applied to a draft too."""
+        return stateless(self.processors)
+
+    @property
+    def sample(self) -> bool:
+        return bool(self.config.do_sample)
+
+    @property
+    def temperature(self) -> float:
+        """That tokens are sampled at; 0: greedy."""
+        return float(self.config.temperature or 1.0) if self.sample else 0.0
+
+    @property
+    def end_tokens(self) -> set[int]:
+        eos = self.config.eos_token_id
+        return set(torch.tensor([] if eos is None else eos).view(-1).long().tolist())
+
+    def waits(self, settings: OnlineSpecConfig) -> bool:
+        """Whether anything is decided by times: only then is an accelerator waited for."""
+        return self.timed and (self.lookahead is None or settings.update_every == "auto")
+
+    def count_failed_draft(self) -> None:
+        """Something that drafts has raised; the call goes on without it."""
+        self.counts.failed_drafts += 1
+
+    def padding(self, row: int) -> int:
+        """Tokens on the left of a row that are none."""
+        return 0 if self.mask is None else int((self.mask[row] == 0).sum())
+
+
+class Proposer(ABC):
+    """What a draft is in one call of `generate`: it owns caches, and nothing that outlives the call."""
+
+    schedule: LearningSchedule | None = None  # when the request is learned; None: there is nothing to train
+
+    @abstractmethod
+    def propose(self, rows: Rows, room: int) -> Proposal:
+        """Commits to at most `room` candidates behind every row, and to no more than are expected to pay.
+
+        Whether a token is drafted, and by whom, may depend on the prefix and on q before the draw alone: every token that was drawn
+        from q is submitted. That keeps the target's law.
+        """
+
+    @abstractmethod
+    def observe(self, verdict: Verdict) -> None:
+        """Takes in the outcome of a round."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets what it has read: a proposal failed, and caches may hold anything."""
+
+    @abstractmethod
+    def finish(self) -> bool:
+        """The end of the request: what was written is remembered. Whether learning should score it, having learned nothing of it."""
 
 
 class Draft(ABC):
@@ -87,6 +168,30 @@ class Draft(ABC):
     @abstractmethod
     def model(self) -> PeftModel | None:
         """The model that drafts; None: the suffix memory drafts alone."""
+
+    def call_memory(self, call: Call) -> CallMemory:
+        """The suffix memory in one call."""
+        size = min(call.config.max_length + 1, self.settings.memory_tokens)
+        padding = [call.padding(row) for row in range(call.rows)]
+        usable = self.failures.memory.begin()
+        return CallMemory(self.memory, usable, self.lock, self.governor.acceptances, size, padding)
+
+    @property
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig | None:
+        """Of the model that drafts: transformers takes `num_assistant_tokens` from it. None: there is no model."""
+
+    @abstractmethod
+    def proposer(self, call: Call) -> Proposer:
+        """What drafts in one call of `generate`."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """What it needs to go on as if it had never stopped, in a copy; no text of a request is in it."""
+
+    @abstractmethod
+    def resume(self, state: State) -> None:
+        """The inverse of `state`, for a new draft of the same kind and settings. Raises ArtifactError."""
 
     @abstractmethod
     def generating(self) -> AbstractContextManager[None]:

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 from .._compat.models import inner_model
 from ..config import OnlineSpecConfig, as_config
 from ..errors import UnsupportedError
+from ..govern.acceptance import RequestStats
 from ..govern.governor import NOTHING_LEARNS
 from ..govern.planner import NO_MODEL_DRAFTS
-from .base import Draft
+from ..state import State
+from .base import Call, Draft, Proposer
+from .combined import Combined
 
 
 @final
@@ -30,6 +33,21 @@ class MemoryDraft(Draft):
     @property
     def model(self) -> None:
         return None
+
+    @property
+    def generation_config(self) -> None:
+        return None
+
+    def proposer(self, call: Call) -> Proposer:
+        return Combined(self, call, [], self.call_memory(call), [RequestStats() for _ in range(call.rows)])
+
+    def state(self) -> State:
+        with self.lock:
+            return State.joined(metrics=self.metrics.state())
+
+    def resume(self, state: State) -> None:
+        with self.lock:
+            self.metrics.resume(state.part("metrics"))
 
     def generating(self) -> AbstractContextManager[None]:
         return nullcontext()

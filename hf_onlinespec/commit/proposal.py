@@ -1,24 +1,13 @@
-"""What is committed to in one round, and how it grows token by token."""
+"""How a proposal for one row grows, token by token."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..govern.acceptance import Continuation, TokenSource
+from ..rounds import Proposal
 from .suffix_memory import REACH
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What is committed to in one round; k may be 0."""
-
-    tokens: Tensor  # (batch, k) drafted tokens
-    q: Tensor | None  # (batch, k, target's vocab) the law each was drawn from; None: greedy, no law needed
-    drafted: tuple[TokenSource, ...] = ()  # k times: where each came from
-    model_s: float = 0.0  # time that the neural draft took
 
 
 class ProposalBuilder:
@@ -30,54 +19,54 @@ class ProposalBuilder:
         self.ended = False
         self.drafted: list[TokenSource] = []
         self.model_s = 0.0
-        self.neural = False  # whether the neural draft has spoken
+        self.has_model_token = False  # whether the draft model has drafted
         self._length = input_ids.shape[1]
-        self._prefix, self._recited = input_ids, list[int]()  # what was drafted so far, and tokens that it still lacks
-        self._laws: list[Tensor | Continuation] = []
+        self._prefix, self._pending = input_ids, list[int]()  # what was drafted so far, and tokens that it still lacks
+        self._q: list[Tensor | Continuation] = []
         self._eos = eos
 
     @property
     def prefix(self) -> Tensor:
         """(batch, L + i) with what was drafted so far."""
-        if self._recited:
-            self._prefix = torch.cat([self._prefix, self._prefix.new_tensor([self._recited])], dim=-1)
-            self._recited = []
+        if self._pending:
+            self._prefix = torch.cat([self._prefix, self._prefix.new_tensor([self._pending])], dim=-1)
+            self._pending = []
         return self._prefix
 
     def add_model_token(
-        self, token: Tensor, known: int | None, law: Tensor | None, drafted: TokenSource, chance: float
+        self, token: Tensor, known: int | None, probs: Tensor | None, drafted: TokenSource, chance: float
     ) -> None:
-        """A token (batch, 1) of the neural draft's, and its law (batch, V), 0 at further ids; `known` where the host has it."""
+        """A token (batch, 1) of the draft model's, and the distribution (batch, V) that it was drawn from, 0 at further ids; `known` where the host has it."""
         self._prefix = torch.cat([self.prefix, token], dim=-1)
-        self.neural = True
-        self._add(known, law, drafted, chance)
+        self.has_model_token = True
+        self._add(known, probs, drafted, chance)
 
     def add_memory_token(self, known: int, found: Continuation, drafted: TokenSource, chance: float) -> None:
         """A token of the memory's."""
-        self._recited.append(known)
+        self._pending.append(known)
         self._add(known, found, drafted, chance)
 
-    def _add(self, known: int | None, law: Tensor | Continuation | None, drafted: TokenSource, chance: float) -> None:
+    def _add(self, known: int | None, probs: Tensor | Continuation | None, drafted: TokenSource, chance: float) -> None:
         self.drafted.append(drafted)
-        if law is not None:
-            self._laws.append(law)
+        if probs is not None:
+            self._q.append(probs)
         self.survival *= chance
         self.ended = known is not None and known in self._eos
         if self.context is not None:
             self.context = None if known is None else [*self.context[1 - REACH :], known]
 
     def proposal(self, vocab: int) -> Proposal:
-        """What has become of it; `vocab`: size of the laws, 0: greedy."""
+        """What has become of it; `vocab`: size of the distributions, 0: greedy."""
         tokens = self.prefix[:, self._length :]
         q = None
-        if vocab and self._laws:
-            # In float32 whatever the default is: q is the law that was drawn from.
+        if vocab and self._q:
+            # In float32 whatever the default is: q is the distribution that was drawn from.
             q = torch.zeros(*tokens.shape, vocab, dtype=torch.float32, device=tokens.device)
-            for i, law in enumerate(self._laws):
-                if isinstance(law, Continuation):
-                    q[0, i, torch.tensor(law.tokens, device=q.device)] = torch.tensor(
-                        law.probs, dtype=torch.float32, device=q.device
+            for i, probs in enumerate(self._q):
+                if isinstance(probs, Continuation):
+                    q[0, i, torch.tensor(probs.tokens, device=q.device)] = torch.tensor(
+                        probs.probs, dtype=torch.float32, device=q.device
                     )
                 else:
-                    q[:, i, : law.shape[-1]] = law
-        return Proposal(tokens, q, tuple(self.drafted), self.model_s)
+                    q[:, i, : probs.shape[-1]] = probs
+        return Proposal(tokens, q, (tuple(self.drafted),), self.model_s)

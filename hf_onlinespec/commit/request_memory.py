@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..govern.acceptance import Acceptances, Continuation, RequestStats
+from ..rounds import Rows
 from .suffix_memory import REACH, SuffixMemory
 
 
@@ -21,7 +22,7 @@ class RequestMemory:
         lock: held while it is asked.
         size: tokens that the request can have at most.
         padding: tokens on the left that are none.
-        seen: what the request has shown of the memory.
+        stats: what the request has shown of the memory.
         acceptances: how likely its answers are.
         asks: whether it is asked about every generated token before it reads it, for learning to be held against.
     """
@@ -32,13 +33,13 @@ class RequestMemory:
         lock: AbstractContextManager[Any],
         size: int,
         padding: int,
-        seen: RequestStats,
+        stats: RequestStats,
         acceptances: Acceptances,
         asks: bool = False,
     ) -> None:
         self._memory, self._lock, self._padding = memory, lock, padding
         self._own = SuffixMemory(size)
-        self._seen, self._acceptances, self._asks = seen, acceptances, asks
+        self._stats, self._acceptances, self._asks = stats, acceptances, asks
         self._written: list[int] = []  # the request, without padding
         # Per generated token the estimated acceptance of the memory's answer; 0: it had none.
         self._expected: list[float] = []
@@ -56,15 +57,15 @@ class RequestMemory:
             self._written += new
             return self._expected
         for token in new:
-            found = self.ask(self.context)
-            calibration = self._acceptances.memory_calibration(self._seen)
+            found = self.lookup(self.context)
+            calibration = self._acceptances.memory_calibration(self._stats)
             expected = 0.0 if found is None else self._acceptances.memory(found, calibration=calibration)[1]
             self._expected.append(expected)
             self._own.extend((token,))
             self._written.append(token)
         return self._expected
 
-    def ask(self, context: Sequence[int]) -> Continuation | None:
+    def lookup(self, context: Sequence[int]) -> Continuation | None:
         """What followed the longest match of `context` in this request, or in earlier ones where that is likelier to be right.
 
         A long match in an earlier one goes before a short one in this: that request is asked once more, or a part of it.
@@ -80,7 +81,7 @@ class RequestMemory:
         chances = [self._acceptances.memory(found)[1] for found in (here, before)]
         return before if chances[1] > chances[0] else here
 
-    def remember(self, tokens: Tensor) -> int:
+    def commit(self, tokens: Tensor) -> int:
         """Gives the whole request to the memory, once what it would have said is known; its bytes."""
         self.read(tokens)
         with self._lock:
@@ -91,13 +92,64 @@ class RequestMemory:
             return self._memory.nbytes
 
 
-@dataclass
-class MemoryInRequest:
-    """Whether one request is served by the suffix memory."""
+class CallMemory:
+    """The suffix memory in one call of `generate`, as each of its rows sees it.
 
-    usable: bool  # False: it has failed, or is left out after a failure
-    recall: RequestMemory | None = None  # None: there is no memory, or it was not asked yet
+    Args:
+        memory: of earlier requests; None: there is none.
+        usable: False: it is left out of this call.
+        lock: held while it is asked.
+        acceptances: how likely its answers are.
+        size: tokens that a row can have at most.
+        padding: per row, tokens on the left that are none.
+    """
+
+    def __init__(
+        self,
+        memory: SuffixMemory | None,
+        usable: bool,
+        lock: AbstractContextManager[Any],
+        acceptances: Acceptances,
+        size: int,
+        padding: Sequence[int],
+    ) -> None:
+        self.asks = False  # whether it is asked about every generated token, for learning to be held against
+        self._usable, self._memory = usable, memory
+        self._lock, self._acceptances, self._size, self._padding = lock, acceptances, size, padding
+        self._rows: dict[int, RequestMemory] = {}
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it takes part in this call."""
+        return bool(self._rows)
+
+    @property
+    def usable(self) -> bool:
+        """False: there is none, or it has failed."""
+        return self._usable and self._memory is not None
+
+    def row(self, i: int, tokens: Tensor, stats: RequestStats) -> RequestMemory:
+        """The memory once it has read a row (1, L); only where it is usable."""
+        assert self._memory is not None
+        if i not in self._rows:
+            self._rows[i] = RequestMemory(
+                self._memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
+            )
+        self._rows[i].read(tokens)
+        return self._rows[i]
+
+    def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
+        """The estimated acceptance of its answers at new tokens of a row; None: it was not asked. No memory expects nothing."""
+        if not self._usable:
+            return None
+        if i not in self._rows:
+            return ()
+        return self._rows[i].read(tokens)[new] if self.asks else None
 
     def stop(self) -> None:
-        """The request goes on without it."""
-        self.usable, self.recall = False, None
+        """The call goes on without it."""
+        self._usable, self._rows = False, {}
+
+    def commit(self, rows: Rows) -> int:
+        """Gives every row to the memory; its bytes."""
+        return max(row.commit(rows.row(i)) for i, row in self._rows.items())

@@ -69,8 +69,8 @@ def disable() -> None:
 
 
 def _is_ours(config: GenerationConfig, assistant: object) -> bool:
-    """An OnlineDraft always decodes in our loop (with onlinespec=False it only drafts); any other draft when asked to."""
-    return isinstance(assistant, OnlineDraft) or bool(wanted(config))
+    """A draft of ours always decodes in our loop (with onlinespec=False it only drafts); any other draft when asked to."""
+    return isinstance(assistant, Draft) or bool(wanted(config))
 
 
 class _CustomArguments(dict[str, Any]):
@@ -117,7 +117,7 @@ def _wrap_validate(validate: Function, get_mode: Function) -> Function:
                 f"onlinespec={wanted(config)!r} is ignored: custom_generate= decodes in its place. Leave one of the two out.",
                 stacklevel=3 + frames_of_generate(),
             )
-        if isinstance(assistant, OnlineDraft):
+        if isinstance(assistant, Draft):
             assistant.begin_anew_if_changed()
         call = call_of(self)
         if call is not None and assistant is None and wanted(config):
@@ -140,11 +140,11 @@ def _check_ours(
     """Raises what our loop would refuse the call with."""
     if isinstance(assistant, nn.Module):
         assistant = uncompiled(assistant)
-    if assistant is not None and not isinstance(assistant, OnlineDraft | PreTrainedModel | PeftModel):
+    if assistant is not None and not isinstance(assistant, Draft | PreTrainedModel | PeftModel):
         raise no_model(assistant)
     check_synced_gpus(bool(mode_kwargs.get("synced_gpus")))
     tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
-    check_call(target, assistant.model if isinstance(assistant, OnlineDraft) else assistant, config, *tokenizers)
+    check_call(target, assistant.model if isinstance(assistant, Draft) else assistant, config, *tokenizers)
 
 
 # The arguments of a decoding method that go before the named ones.
@@ -218,6 +218,10 @@ def _decode_attached(
 
 def _draft_for(target: PreTrainedModel, assistant: Any, settings: OnlineSpecConfig | None) -> Draft:
     """What drafts in a call with onlinespec=: the given draft, or the target's suffix memory."""
+    if isinstance(assistant, Draft):
+        assistant.begin_anew_if_changed()
+        assistant.check_setting(settings)
+        return assistant
     if assistant is not None:
         return online_draft(assistant, settings)
     if settings is not None and settings.memory_tokens == 0:

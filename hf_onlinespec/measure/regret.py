@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..adapt.feedback import Feedback, acceptance
 from ..adapt.losses import LOSSES
+from ..adapt.segment import Segment
 from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ConfigError
@@ -239,10 +240,10 @@ def _online(
         _add(served, draft, request, temperature, lookahead, base=False)
         _add(frozen, draft, request, temperature, lookahead, base=True)
         tokens, teacher = request.feedback.tokens, request.feedback.teacher
-        draft.learn_segment(tokens[None], [teacher], None, 0, None, Counts(), temperature)
+        draft.learning.learn_segment(Segment(tokens[None], [teacher], None, temperature), Counts())
         gradients.add(draft.gradient())
-        draft.remember(request.feedback)
-        draft.replay_step(Counts(), draft.settings.replay_passes)
+        draft.learning.remember(request.feedback)
+        draft.learning.replay_steps(Counts(), draft.settings.replay_passes)
     return served, frozen, gradients
 
 

@@ -96,7 +96,7 @@ def widened(scores: Tensor, size: int, value: float) -> Tensor:
 
 
 # Where the tokens of an id range can be looked up: a tokenizer, or the file of one.
-TokenSource: TypeAlias = PreTrainedTokenizerBase | Path
+VocabularySource: TypeAlias = PreTrainedTokenizerBase | Path
 
 
 def check_vocabularies(
@@ -151,7 +151,7 @@ def _file(config: PretrainedConfig) -> Path | None:
     return tokenizer_file(model_name(config), commit_hash(config))
 
 
-def _stamp(source: TokenSource) -> int:
+def _stamp(source: VocabularySource) -> int:
     """Changes when a tokenizer gets more tokens, or its file is written again."""
     return source.stat().st_mtime_ns if isinstance(source, Path) else len(source)
 
@@ -167,7 +167,7 @@ class _Compared:
 
 @functools.lru_cache(maxsize=8)  # reading two large vocabularies takes a second, and every call asks
 def _compared(
-    target: TokenSource, draft: TokenSource, size: int, target_stamp: int, draft_stamp: int
+    target: VocabularySource, draft: VocabularySource, size: int, target_stamp: int, draft_stamp: int
 ) -> _Compared | None:
     """Compares the tokens below `size`; None: one of the two cannot be read. An id that one of them lacks is no difference."""
     own, other = _tokens(target), _tokens(draft)
@@ -178,7 +178,7 @@ def _compared(
     return _Compared() if token is None else _Compared(token, own[token], other[token])
 
 
-def _tokens(source: TokenSource) -> dict[int, str] | None:
+def _tokens(source: VocabularySource) -> dict[int, str] | None:
     """Tokens by id; None: a file that cannot be read without its library (tokenizer.model)."""
     if isinstance(source, PreTrainedTokenizerBase):
         return {i: token for token, i in source.get_vocab().items()}

@@ -9,6 +9,11 @@ import torch
 QUEUES = ("cuda", "mps", "xpu")  # types of devices that work through a queue while Python goes on
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether values on a device can be read without waiting for it."""
+    return device.type == "cpu"
+
+
 def finished(device: torch.device) -> float:
     """`time.perf_counter()` once a device has done all that it was told; on a CPU that is at once.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.generation import generated_output
-from ..commit.base import Draft, note_latest
-from ..commit.combined import OnlineCandidateGenerator
+from ..commit.base import Call, Draft, note_latest
+from ..commit.request import Request
 from ..models.vocabulary import Vocabulary
+from ..rounds import Rows, Verdict
 from .accept import accept
 from .checks import check_call, check_inputs
 from .probe import why_plain
@@ -64,19 +66,17 @@ def decode(
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-        vocabulary = Vocabulary.of(target)
-        candidates = OnlineCandidateGenerator(draft, generation_config, processors, mask, learn, vocabulary)
-        # In this loop the recorder hears a round at a time, instead of being called at every position.
-        processors = LogitsProcessorList(p for p in processors if p is not candidates.recorder)
+        call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
+        request = Request(draft, call)
         try:
-            output = _loop(input_ids, verifier, candidates, processors, stopping_criteria, generation_config, streamer)
-            candidates.finish()
+            output = _loop(input_ids, verifier, request, processors, stopping_criteria, generation_config, streamer)
+            request.finish()
             reason = verifier.plain_because or verifier.limited_because
             if reason:
                 with draft.lock:
                     draft.metrics.decisions.drafting = reason
         finally:  # an interrupted call counts too: the draft may have learned in it
-            candidates.close(started)
+            request.close(started)
     try:
         draft.warn_once(draft.governor.fit.message)
     except UserWarning as warning:  # where warnings are errors; the answer is there
@@ -84,66 +84,71 @@ def decode(
     return output
 
 
+@dataclass
+class _Asked:
+    """What `generate` hands back beside the tokens, as far as it was asked for."""
+
+    scores: tuple[Tensor, ...] | None  # processed, (batch, vocab) of every new token
+    logits: tuple[Tensor, ...] | None  # raw ones
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> _Asked:
+        in_dict = config.return_dict_in_generate
+        return cls(() if in_dict and config.output_scores else None, () if in_dict and config.output_logits else None)
+
+    def add(self, verdict: Verdict) -> None:
+        if self.scores is not None and verdict.scores is not None:
+            self.scores += tuple(scores[None] for scores in verdict.scores[0])
+        if self.logits is not None and verdict.logits is not None:
+            self.logits += tuple(verdict.logits[:, i] for i in range(verdict.new_tokens[0]))
+
+
 def _loop(
     input_ids: Tensor,
     verifier: Verifier,
-    candidates: OnlineCandidateGenerator,
+    request: Request,
     processors: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    counts = candidates.counts
-    sample = bool(generation_config.do_sample)
-    keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-    keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
-    scores: tuple[Tensor, ...] | None = () if keep_scores else None
-    raw_logits: tuple[Tensor, ...] = ()
-
-    done = False
+    sample, asked = bool(generation_config.do_sample), _Asked.of(generation_config)
+    rows, done = Rows.of(input_ids), False
     while not done:
         # 1. The draft commits. The last token of a round is the target's own, so one place is left for it.
         clock = time.perf_counter()
-        room = min(generation_config.max_length - input_ids.shape[1] - 1, verifier.room(input_ids))
-        proposal = candidates.propose(input_ids, max(0, room))
+        room = min(generation_config.max_length - rows.lengths[0] - 1, verifier.room(rows.tokens))
+        proposal = request.propose(rows, max(0, room))
         draft_s = time.perf_counter() - clock
 
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
-        logits = verifier.verify(input_ids, proposal.tokens)  # (batch, k + 1, vocab)
-        candidates.record_round(logits)
-        if keep_logits:
-            raw = logits.clone()
+        logits = verifier.verify(rows.tokens, proposal.tokens)  # (batch, n + 1, vocab)
+        raw = request.copied(logits) if asked.logits is None else logits.clone()
 
         # 3. Accept a prefix, and one token more.
-        outcome = accept(proposal, logits, input_ids, processors, stopping_criteria, sample, scores)
-        new_tokens = outcome.tokens.shape[1] - input_ids.shape[1]
-        target_s = time.perf_counter() - clock
-        if keep_logits:
-            raw_logits += tuple(raw[:, i] for i in range(new_tokens))
-        if isinstance(streamer, OriginStreamer):
-            streamer.put_round(outcome.tokens[0, input_ids.shape[1] :].cpu(), outcome.accepted)
-        elif streamer is not None:
-            for token in outcome.tokens[0, input_ids.shape[1] :].cpu():
-                streamer.put(token.view(1))
-        input_ids, scores, done = outcome.tokens, outcome.scores, outcome.done
-        verifier.keep(input_ids)
-        counts.draft_time_s += draft_s
-        counts.target_time_s += target_s
-        counts.rounds += 1
-        counts.new_tokens += new_tokens
-        counts.drafted_tokens += proposal.tokens.shape[1]
-        counts.accepted_tokens += outcome.accepted
-        counts.verified_positions += outcome.verified
-        counts.overlap += sum(outcome.overlaps)
-        sources = {drafted.source for drafted in proposal.drafted}
-        counts.drafted_by("memory" in sources, "model" in sources)
+        verdict = accept(proposal, logits, rows, processors, stopping_criteria, sample, asked.scores)
+        verdict = replace(verdict, logits=raw, draft_s=draft_s, target_s=time.perf_counter() - clock)
+        asked.add(verdict)
+        if streamer is not None:
+            _stream(streamer, verdict)
+        rows, done = verdict.rows, all(verdict.done)
+        verifier.keep(rows.tokens)
 
-        # 4. The draft adapts. The first forward reads the prompt: its time says nothing about a round's.
-        candidates.observe(input_ids, proposal, outcome.overlaps, draft_s, target_s if counts.rounds > 1 else 0.0)
+        # 4. The draft adapts.
+        request.observe(verdict)
 
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
-        return input_ids
-    return generated_output(input_ids, scores, raw_logits if keep_logits else None, verifier.cache)
+        return rows.tokens
+    return generated_output(rows.tokens, asked.scores, asked.logits, verifier.cache)
+
+
+def _stream(streamer: BaseStreamer, verdict: Verdict) -> None:
+    tokens = verdict.rows.row(0)[0, -verdict.new_tokens[0] :].cpu()
+    if isinstance(streamer, OriginStreamer):
+        streamer.put_round(tokens, verdict.accepted[0])
+        return
+    for token in tokens:
+        streamer.put(token.view(1))

@@ -159,7 +159,7 @@ def test_learns_after_the_call_has_returned(target, draft_model, prompt) -> None
         assert draft.catch_up(LONG_S)
     assert draft.metrics.updates == 0 and draft.metrics.update_time_s == 0  # nothing of it inside the calls
     assert draft.metrics.idle_updates == 9 and draft.metrics.idle_time_s > 0
-    assert len(draft._replay) == 3
+    assert len(draft.learning.learner.replay) == 3
     changed = draft(prompt).logits
     with torch.no_grad():
         assert not torch.equal(changed, draft_model(prompt).logits)
@@ -176,7 +176,7 @@ def test_a_failing_update_never_reaches_a_call_and_is_tried_again(
         raise RuntimeError("on purpose")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "hf_onlinespec"):
-        patch.setattr(draft._learning, "segment", broken)
+        patch.setattr(draft.learning.learner, "segment", broken)
         for _ in range(3):
             assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))
             draft.catch_up(LONG_S)
@@ -224,7 +224,7 @@ def test_the_thread_goes_with_the_draft(target, draft_model, prompt) -> None:
     draft = OnlineDraft(draft_model, IDLE)
     target.generate(prompt, assistant_model=draft, **GREEDY)
     assert draft.catch_up(LONG_S)
-    thread, gone = draft._idle._thread, weakref.ref(draft)
+    thread, gone = draft.learning._idle._thread, weakref.ref(draft)
     assert thread is not None and thread.is_alive()
     del draft
     gc.collect()

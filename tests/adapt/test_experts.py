@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.experts import step_sizes
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.metrics import Counts
 from tests.conftest import tiny_llama
-from tests.drafts import flat_params
+from tests.drafts import flat_params, learn_segment
 
 SMALL = {"rank": 4, "alpha": 4.0, "lookahead": 3, "update_every": 1, "snapshots": 0}
 MANY = OnlineSpecConfig(learner="ensemble", **SMALL)
@@ -29,7 +30,7 @@ def teach(draft: OnlineDraft, times: int = 1, seed: int = 1) -> Counts:
     tokens, logits = lesson(seed)
     counts = Counts()
     for _ in range(times):
-        draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, counts)
+        learn_segment(draft, tokens, [Teacher.from_logits(logits)], counts)
     return counts
 
 
@@ -49,20 +50,20 @@ def test_every_expert_learns_as_it_would_alone(learner: str, preconditioner: str
         tiny_llama(2),
         OnlineSpecConfig(learner="ensemble", expert_learner=learner, preconditioner=preconditioner, lr=0.01, **SMALL),
     )
-    starts = many._lora.split(many._lora.params).clone()
+    starts = many.causal_lm.adapter.split(many.causal_lm.adapter.params).clone()
     alone = []
     for i, lr in enumerate(step_sizes(many.settings)):
         draft = OnlineDraft(
             tiny_llama(2), OnlineSpecConfig(learner=learner, preconditioner=preconditioner, lr=lr, **SMALL)
         )
-        draft._lora.params.copy_(starts[i])
+        draft.causal_lm.adapter.params.copy_(starts[i])
         alone.append(draft)
     for draft in (many, *alone):
         for seed in (1, 2, 3):
             teach(draft, seed=seed)
-        draft.remember(feedback())
-        draft.replay_step(Counts(), 2)
-    rows = many._lora.split(many._lora.params)
+        draft.learning.remember(feedback())
+        draft.learning.replay_steps(Counts(), 2)
+    rows = many.causal_lm.adapter.split(many.causal_lm.adapter.params)
     for row, start, draft in zip(rows, starts, alone, strict=True):
         torch.testing.assert_close(row - start, flat_params(draft) - start, atol=2e-5, rtol=2e-2)
         assert (row - start).norm() > 1e-3
@@ -90,7 +91,7 @@ def test_an_ensemble_learns_and_its_weights_sum_to_one() -> None:
 def test_what_serves_is_the_mixture_or_the_best_row() -> None:
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 3)
-    adaptation, lora = draft._adaptation, draft._lora
+    adaptation, lora = draft.learning.learner.experts, draft.causal_lm.adapter
     tokens, _ = lesson()
 
     def served(weights: list[float]) -> torch.Tensor:
@@ -115,15 +116,15 @@ def test_what_serves_is_the_mixture_or_the_best_row() -> None:
 def test_weights_follow_acceptance() -> None:
     draft = OnlineDraft(tiny_llama(2), MANY)
     for _ in range(60):
-        draft._adaptation.weigh([0.2, 0.7, 0.3, 0.1, 0.5])
-    assert max(draft._adaptation.weights) == draft._adaptation.weights[1] > 0.8
+        draft.learning.learner.experts.weigh([0.2, 0.7, 0.3, 0.1, 0.5])
+    assert max(draft.learning.learner.experts.weights) == draft.learning.learner.experts.weights[1] > 0.8
 
 
 def test_an_expert_that_diverges_is_removed_and_counted(target, prompt) -> None:
     """Serving goes on, the others go on learning, and nothing of the broken numbers reaches them."""
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 3)
-    lora = draft._lora
+    lora = draft.causal_lm.adapter
     rows = lora.split(lora.params).clone()
     rows[2] = torch.inf
     lora.params.copy_(lora.join(rows))
@@ -141,10 +142,10 @@ def test_all_experts_may_go() -> None:
     """The base draft is left, and serves."""
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 2)
-    draft._adaptation._remove(torch.tensor([torch.nan, 1.0, 1.0]))
-    draft._adaptation._remove(torch.tensor([1.0, torch.nan, 1.0]))
-    draft._adaptation._remove(torch.tensor([1.0, 1.0, torch.nan]))
-    assert draft.metrics.requests == 0 and draft._adaptation.weights == [0.0, 0.0, 0.0, 1.0]
+    draft.learning.learner.experts._remove(torch.tensor([torch.nan, 1.0, 1.0]))
+    draft.learning.learner.experts._remove(torch.tensor([1.0, torch.nan, 1.0]))
+    draft.learning.learner.experts._remove(torch.tensor([1.0, 1.0, torch.nan]))
+    assert draft.metrics.requests == 0 and draft.learning.learner.experts.weights == [0.0, 0.0, 0.0, 1.0]
     before = flat_params(draft)
     teach(draft, 3)
     assert torch.equal(flat_params(draft), before)
@@ -158,8 +159,8 @@ def test_a_teacher_that_is_not_finite_blames_no_expert() -> None:
     teach(draft, 2)
     tokens, logits = lesson()
     before, counts = flat_params(draft), Counts()
-    draft.learn_segment(tokens, [Teacher.from_logits(logits * torch.nan)], None, 0, None, counts)
-    assert counts.skipped_updates == 1 and draft._adaptation.removed == 0
+    learn_segment(draft, tokens, [Teacher.from_logits(logits * torch.nan)], counts)
+    assert counts.skipped_updates == 1 and draft.learning.learner.experts.removed == 0
     assert torch.equal(flat_params(draft), before)
     assert all(math.isfinite(w) for w in draft.metrics.expert_weights)
 
@@ -179,14 +180,14 @@ def test_generation_with_an_ensemble_says_what_the_target_says(target, prompt, e
 def test_ensembles_where_nothing_is_folded(target, prompt) -> None:
     """Half-precision drafts keep the adapter beside the weights: the gate speaks there."""
     draft = OnlineDraft(tiny_llama(2).to(torch.bfloat16), OnlineSpecConfig(learner="ensemble", lr=1e-2, **SMALL))
-    assert not draft._lora.folds
+    assert not draft.causal_lm.adapter.folds
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
     for _ in range(3):
         assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=24))
     tokens, _ = lesson()
     for _ in range(8):
-        draft._adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.6])
-    with torch.no_grad(), draft._lora.gated(torch.tensor([[0.0, 1.0, 0.0]])) as model:
+        draft.learning.learner.experts.weigh([0.4, 0.8, 0.5, 0.3, 0.6])
+    with torch.no_grad(), draft.causal_lm.adapter.gated(torch.tensor([[0.0, 1.0, 0.0]])) as model:
         expected = model(tokens).logits
     assert torch.equal(draft(tokens).logits, expected)
 
@@ -195,7 +196,7 @@ def test_a_learner_that_diverges_with_finite_numbers_begins_anew(target, prompt)
     for config in (OnlineSpecConfig(**SMALL), MANY):
         draft = OnlineDraft(tiny_llama(2), config)
         teach(draft, 3)
-        draft._lora.put(draft._lora.split(draft._lora.params) * 0 + 1e30)
+        draft.causal_lm.adapter.put(draft.causal_lm.adapter.split(draft.causal_lm.adapter.params) * 0 + 1e30)
         counts = teach(draft, 30)
         assert counts.updates >= 20 and draft.metrics.removed_experts >= 1
         assert bool(torch.isfinite(flat_params(draft)).all())
@@ -206,9 +207,9 @@ def test_a_learner_that_diverges_with_finite_numbers_begins_anew(target, prompt)
 def test_who_begins_anew_has_no_moments() -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**SMALL))
     teach(draft, 3)
-    assert all(bool(value.any()) for value in draft._adaptation.rule_state.values())
-    draft._adaptation._remove(torch.tensor([torch.nan]))
-    assert not any(bool(value.any()) for value in draft._adaptation.rule_state.values())
+    assert all(bool(value.any()) for value in draft.learning.learner.experts.rule_state.values())
+    draft.learning.learner.experts._remove(torch.tensor([torch.nan]))
+    assert not any(bool(value.any()) for value in draft.learning.learner.experts.rule_state.values())
     tokens, _ = lesson()
     with torch.no_grad():  # it says nothing, and learns
         torch.testing.assert_close(draft(tokens).logits, tiny_llama(2)(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -227,11 +228,11 @@ def test_teachers_that_forbid_tokens_blame_nobody() -> None:
         draft = OnlineDraft(tiny_llama(2), config)
         counts = Counts()
         for _ in range(3):
-            draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, counts)
-        assert counts.skipped_updates == 3 and draft._adaptation.removed == 0
+            learn_segment(draft, tokens, [Teacher.from_logits(logits)], counts)
+        assert counts.skipped_updates == 3 and draft.learning.learner.experts.removed == 0
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**SMALL))  # forward KL: what is impossible costs nothing
     counts = Counts()
-    draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, counts)
+    learn_segment(draft, tokens, [Teacher.from_logits(logits)], counts)
     assert counts.updates == 1
 
 
@@ -247,36 +248,39 @@ def test_back_in_an_old_domain_an_earlier_state_serves(settings: dict[str, objec
             logits = torch.full((40, 32), -4.0)
             # Each mind has a successor of its own for every token.
             logits[torch.arange(40), (tokens[0, 19:59] * (3 if mind else 7) + 5 + mind) % 32] = 4.0
-            draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, Counts(), 1.0)
+            learn_segment(draft, tokens, [Teacher.from_logits(logits)], Counts())
 
     rng = torch.Generator().manual_seed(0)
     requests(0, 120, rng)
     requests(1, 120, rng)
     before, restored = draft.metrics.rollbacks, []
-    restore = draft._adaptation.restore
+    restore = draft.learning.learner.experts.restore
 
     def spy(state: torch.Tensor) -> None:
         restore(state)
-        rows = draft._lora.split(draft._lora.params)
+        rows = draft.causal_lm.adapter.split(draft.causal_lm.adapter.params)
         restored.append(float((rows - state.float()).norm(dim=-1).min()))
 
-    draft._adaptation.restore = spy
+    draft.learning.learner.experts.restore = spy
     requests(0, 20, rng)
     assert restored and max(restored) < 1e-4, "the state is in the adapter"
     assert draft.metrics.rollbacks > before and "earlier state" in draft.metrics.decisions.rollback
-    assert draft.learning_bytes > draft._lora.nbytes + 2 * 2 * flat_params(draft).numel() // draft._lora.blocks
+    assert (
+        draft.learning_bytes
+        > draft.causal_lm.adapter.nbytes + 2 * 2 * flat_params(draft).numel() // draft.causal_lm.adapter.blocks
+    )
 
 
 def test_a_request_of_nonsense_in_a_trial_is_survived() -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**(SMALL | {"snapshots": 2})))
-    guard, watched = draft._learning.guard, []
+    guard, watched = draft.learning.learner.guard, []
     watch = guard.observe
     guard.observe = lambda learned, *rest: (watched.append(len(learned)), watch(learned, *rest))[1]
     generator = torch.Generator().manual_seed(0)
     for i in range(40):
         tokens, logits = torch.randint(32, (1, 50), generator=generator), 3 * torch.randn(40, 32, generator=generator)
         bad = torch.nan if i % 5 == 3 else 1.0
-        draft.learn_segment(tokens, [Teacher.from_logits(logits * bad)], None, 0, None, Counts(), 0.8)
+        learn_segment(draft, tokens, [Teacher.from_logits(logits * bad)], Counts(), temperature=0.8)
     assert watched == [40] * 32, "what the target did not say is no evidence"
     assert math.isfinite(guard._level) and math.isfinite(guard._spread) and guard._trials <= 8
 
@@ -286,17 +290,17 @@ def test_small_segments_of_a_request_are_judged_together(target, prompt) -> None
     config = OnlineSpecConfig(**(SMALL | {"snapshots": 2, "update_when": "round", "learner": "ensemble"}))
     draft = OnlineDraft(tiny_llama(2), config)
     judged: list[int] = []
-    watch = draft._learning.guard.observe
+    watch = draft.learning.learner.guard.observe
 
     def spy(learned: list[float], *rest: object) -> object:
         judged.append(len(learned))
         return watch(learned, *rest)
 
-    draft._learning.guard.observe = spy
+    draft.learning.learner.guard.observe = spy
     for i in range(4):
         target.generate((prompt + i) % 32, assistant_model=draft, do_sample=False, max_new_tokens=48)
     assert draft.metrics.rounds > 40 and len(judged) <= 8 and max(judged) >= 32
-    draft._learning._judge()
+    draft.learning.end_request()
     assert sum(judged) == draft.metrics.new_tokens
 
 
@@ -307,14 +311,14 @@ def test_an_idle_ensemble_is_weighed(target, prompt) -> None:
         target.generate((prompt + i) % 32, assistant_model=draft, do_sample=False, max_new_tokens=40)
         assert draft.catch_up(60)
     assert len(draft.metrics.expert_weights) == 4 and len(set(draft.metrics.expert_weights)) > 1
-    assert draft._learning.guard._candidate is not None
+    assert draft.learning.learner.guard._candidate is not None
 
 
 @pytest.mark.parametrize("learner", ["ogd", "optimistic", "ensemble"])
 def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(learner=learner, radius=5.0, lr=1e-2, **SMALL))
     teach(draft, 5)
-    adaptation, lora = draft._adaptation, draft._lora
+    adaptation, lora = draft.learning.learner.experts, draft.causal_lm.adapter
     if learner == "ensemble":
         for _ in range(10):
             adaptation.weigh([0.8, 0.1, 0.5, 0.3, 0.6])
@@ -353,8 +357,8 @@ def test_a_burst_cannot_move_the_adapter_far(draft_model: PreTrainedModel) -> No
     usual = (before - (teach(draft), flat_params(draft))[1]).norm()
     before = flat_params(draft)
     tokens, logits = lesson()
-    draft._learning._loss = lambda p, q: 1e6 * (p.exp() * (p - q)).sum(-1)
-    draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, Counts())
+    draft.learning.learner._loss = lambda p, q: 1e6 * (p.exp() * (p - q)).sum(-1)
+    learn_segment(draft, tokens, [Teacher.from_logits(logits)], Counts())
     assert (flat_params(draft) - before).norm() < 10 * usual
 
 
@@ -365,13 +369,13 @@ def test_a_divergence_is_counted_once() -> None:
     target = tiny_llama(1, layers=2)
     prompt = torch.tensor([[3, 14, 15, 9]])
     target.generate(prompt, max_new_tokens=8, assistant_model=draft, do_sample=False)
-    draft._lora.params.fill_(float("nan"))
-    draft._lora.move(torch.zeros_like(draft._lora.params))
+    draft.causal_lm.adapter.params.fill_(float("nan"))
+    draft.causal_lm.adapter.move(torch.zeros_like(draft.causal_lm.adapter.params))
     expected = target.generate(prompt, max_new_tokens=16, do_sample=False)
     assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
     assert draft.metrics.rollbacks + draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
     assert bool(torch.isfinite(flat_params(draft)).all()) and draft.metrics.last.updates > 8
-    assert not draft._learning._cache_invalid  # the next request reads its own cache again
+    assert not draft.learning.learner._cache_invalid  # the next request reads its own cache again
 
 
 def guarded(learner: str = "optimistic", **settings: object) -> OnlineDraft:
@@ -380,13 +384,13 @@ def guarded(learner: str = "optimistic", **settings: object) -> OnlineDraft:
     draft = OnlineDraft(tiny_llama(2), config)
     for seed in range(4):
         teach(draft, 2, seed)
-        draft.remember(feedback())
-    assert draft._learning.guard.nbytes > 0
+        draft.learning.remember(feedback())
+    assert draft.learning.learner.guard.nbytes > 0
     return draft
 
 
 def held(draft: OnlineDraft) -> list[torch.Tensor]:
-    adaptation = draft._adaptation
+    adaptation = draft.learning.learner.experts
     return [
         flat_params(draft),
         *(v.clone() for v in adaptation.rule_state.values()),
@@ -399,11 +403,11 @@ def held(draft: OnlineDraft) -> list[torch.Tensor]:
 def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, where, monkeypatch, caplog) -> None:
     draft = guarded(learner)
     before = held(draft)
-    losses, counts = draft._learning._losses, Counts()
+    losses, counts = Objective.losses, Counts()
 
-    def spoilt(teachers, logits):
+    def spoilt(self, teachers, logits):
         """The first loss that has a gradient is not finite, or its gradient is not."""
-        found = losses(teachers, logits)
+        found = losses(self, teachers, logits)
         if not found.requires_grad:
             return found
         monkeypatch.undo()
@@ -411,16 +415,16 @@ def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, wh
             return found + (0 * found).sqrt()  # finite; its derivative is not
         return found * (torch.nan if where != "one row's loss" else torch.inf)
 
-    monkeypatch.setattr(draft._learning, "_losses", spoilt)
+    monkeypatch.setattr(Objective, "losses", spoilt)
     tokens, logits = lesson(7)
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         if where == "the replay":
-            draft.replay_step(counts, 1)
+            draft.learning.replay_steps(counts, 1)
         else:
-            draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, counts)
+            learn_segment(draft, tokens, [Teacher.from_logits(logits)], counts)
     assert all(torch.equal(a, b) for a, b in zip(before, held(draft), strict=True)), "what was learned stays"
     assert counts.skipped_updates == 1 and counts.updates == 0 and "skipped" in caplog.text
-    assert draft._adaptation.removed == draft._learning.guard.rollbacks == 0
+    assert draft.learning.learner.experts.removed == draft.learning.learner.guard.rollbacks == 0
     assert teach(draft, 2, 8).updates == 2 and not torch.equal(before[0], flat_params(draft))
 
 
@@ -428,14 +432,14 @@ def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, wh
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 def test_parameters_that_are_not_finite_go_back_to_the_newest_earlier_state(learner: str, bad: float, caplog) -> None:
     draft = guarded(learner)
-    earlier, at = draft._learning.guard._candidate.clone(), 1 if learner == "ensemble" else 0
-    rows = draft._lora.split(draft._lora.params).clone()
+    earlier, at = draft.learning.learner.guard._candidate.clone(), 1 if learner == "ensemble" else 0
+    rows = draft.causal_lm.adapter.split(draft.causal_lm.adapter.params).clone()
     others = [row.clone() for i, row in enumerate(rows) if i != at]
     rows[at] = bad
-    draft._lora.put(rows)
+    draft.causal_lm.adapter.put(rows)
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         counts = teach(draft, 1)
-    now = draft._lora.split(draft._lora.params)
+    now = draft.causal_lm.adapter.split(draft.causal_lm.adapter.params)
     torch.testing.assert_close(now[at], earlier.float(), atol=0, rtol=0)
     assert all(
         torch.equal(row, other) for row, other in zip([r for i, r in enumerate(now) if i != at], others, strict=True)
@@ -448,13 +452,13 @@ def test_parameters_that_are_not_finite_go_back_to_the_newest_earlier_state(lear
 def test_a_state_to_go_back_to_is_used_once() -> None:
     """One that is no better leads to an older one, and without any the draft begins anew."""
     draft = guarded()
-    guard = draft._learning.guard
+    guard = draft.learning.learner.guard
     guard.states = [torch.full_like(guard._candidate, 0.25), torch.full_like(guard._candidate, torch.nan)]
     for expected in (guard._candidate.clone(), guard.states[0].clone()):
-        draft._lora.params.fill_(torch.nan)
+        draft.causal_lm.adapter.params.fill_(torch.nan)
         teach(draft, 1)
         assert torch.equal(flat_params(draft), expected.float())
-    draft._lora.params.fill_(torch.nan)
+    draft.causal_lm.adapter.params.fill_(torch.nan)
     teach(draft, 1)
     assert draft.metrics.removed_experts == 1 and draft.metrics.rollbacks == 2
     tokens, _ = lesson()
@@ -468,12 +472,12 @@ def test_moments_that_are_not_finite_begin_anew_and_the_parameters_stay(learner:
     draft = guarded(learner, radius=radius)
     before = flat_params(draft)
     key = "m"
-    draft._adaptation.rule_state[key][0, 3] = torch.nan
+    draft.learning.learner.experts.rule_state[key][0, 3] = torch.nan
     counts = teach(draft, 1)
     assert torch.equal(flat_params(draft), before) and counts.skipped_updates == 1
     counts = teach(draft, 3)
     assert counts.updates == 3 and bool(torch.isfinite(flat_params(draft)).all())
-    assert all(bool(torch.isfinite(v).all()) for v in draft._adaptation.rule_state.values())
+    assert all(bool(torch.isfinite(v).all()) for v in draft.learning.learner.experts.rule_state.values())
     assert (flat_params(draft) - before).abs().max() < 10 * draft.settings.lr * draft.settings.expert_ratio * 3
 
 
@@ -481,22 +485,23 @@ def test_weights_that_are_folded_to_nan_are_not_served(monkeypatch) -> None:
     draft = guarded()
     teach(draft, 1)
     tokens, _ = lesson()
-    with torch.no_grad(), draft._lora.gated() as model:
+    with torch.no_grad(), draft.causal_lm.adapter.gated() as model:
         expected = model(tokens).logits
-    change = draft._lora._change
+    change = draft.causal_lm.adapter._change
     with monkeypatch.context() as patch:
-        patch.setattr(draft._lora, "_change", lambda layer: change(layer) * torch.nan)
+        patch.setattr(draft.causal_lm.adapter, "_change", lambda layer: change(layer) * torch.nan)
         torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
-    assert not draft._lora.stale
+    assert not draft.causal_lm.adapter.stale
 
 
-def test_a_request_that_is_not_finite_is_no_evidence() -> None:
+def test_a_request_that_is_not_finite_is_no_evidence(monkeypatch) -> None:
     """Neither for the weights of experts nor for the guard."""
     draft = guarded("ensemble")
-    draft.end_request()
-    weights, latest = list(draft._adaptation.weights), list(draft._learning.guard._latest)
-    draft._learning._loss = lambda p, q: (p.exp() * (p - q)).sum(-1) * torch.nan
+    draft.learning.end_request()
+    weights, latest = list(draft.learning.learner.experts.weights), list(draft.learning.learner.guard._latest)
+    losses = Objective.losses
+    monkeypatch.setattr(Objective, "losses", lambda self, *given: losses(self, *given) * torch.nan)
     teach(draft, 1)
-    draft.end_request()
-    assert draft._adaptation.weights == weights and list(draft._learning.guard._latest) == latest
+    draft.learning.end_request()
+    assert draft.learning.learner.experts.weights == weights and list(draft.learning.learner.guard._latest) == latest

@@ -69,15 +69,17 @@ def test_acceptance_is_that_of_the_call_whatever_the_teacher_was_softened_by(rec
     assert acceptance(teachers, other, 0, recorded).mean().item() == pytest.approx(agree)
 
 
-def test_a_round_is_heard_at_once_and_copied() -> None:
+def test_what_was_not_taken_of_the_last_round_is_gone() -> None:
     recorder = FeedbackRecorder()
-    logits = torch.randn(1, 4, 8)
+    logits = torch.randn(4, 1, 8)
     expected = logits.clone()
-    recorder.record_round(logits)
+    for row in logits:
+        recorder(torch.zeros(1, 1), row)
     logits.zero_()  # a processor writes in place
-    assert torch.equal(recorder.take(2), expected[:, :2])
-    recorder.record_round(expected)
-    assert recorder.take(4).shape == (1, 4, 8)  # what was not taken of the last round is gone
+    assert torch.equal(recorder.take(2), expected[:2].transpose(0, 1))
+    for row in expected:
+        recorder(torch.zeros(1, 1), row)
+    assert recorder.take(4).shape == (1, 4, 8)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.5, 0.8, 1.5])

@@ -20,11 +20,12 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt import learned_texts
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.learned_texts import LearnedTexts
-from hf_onlinespec.commit.learning_draft import LearningDraft
+from hf_onlinespec.adapt.service import LearningService
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.canaries import as_feedback, learn
 from hf_onlinespec.share.memorization import examine
 from tests.conftest import tiny_llama
+from tests.drafts import learn_segment
 
 TINY = OnlineSpecConfig(lookahead=4, update_every=1, memory_tokens=0, rank=4, alpha=4.0, lr=1e-2)
 
@@ -125,7 +126,7 @@ def test_the_prompt_of_a_request_in_which_learning_fails_was_learned_from(
     for _ in range(5):
         draft.failures.learning.resume()
         with monkeypatch.context() as patched:
-            patched.setattr(LearningDraft, "remember", fails)
+            patched.setattr(LearningService, "remember", fails)
             ask(tiny_llama(1), draft)
             draft.catch_up(60)
     assert draft.steps >= 5
@@ -153,7 +154,7 @@ def test_padding_is_no_text() -> None:
     draft = OnlineDraft(tiny_llama(2), TINY)
     tokens, mask = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     teachers = [Teacher(torch.zeros(1, 32).log_softmax(-1))] * 2
-    draft.learn_segment(tokens, teachers, None, 0, mask, Counts())
+    learn_segment(draft, tokens, teachers, Counts(), mask=mask)
     with draft.at_rest() as learned:
         assert [text.tokens.tolist() for text in learned.texts] == [[5, 6, 7], [1, 2, 3, 4, 5]]
         assert (learned.steps, learned.seen, learned.repeats) == (1, 2, 1)
@@ -240,7 +241,7 @@ def test_their_bytes_are_those_of_the_process() -> None:
 def test_they_are_a_part_of_the_memory_of_learning() -> None:
     draft = OnlineDraft(tiny_llama(2), TINY)
     before = draft.learning_bytes
-    draft._learning.texts.finish(torch.arange(2000), 8)
+    draft.learning.learner.texts.finish(torch.arange(2000), 8)
     assert draft.learning_bytes > before + 4 * 2000
 
 
@@ -256,7 +257,7 @@ def test_a_text_whose_prompt_has_become_frequent_is_examined_again() -> None:
     draft = OnlineDraft(tiny_llama(2), replace(TINY, lr=1e-6))
     learn(draft, [as_feedback(torch.arange(12), 8)] * 4)
     assert examine(draft).often == 0
-    draft._learning.texts.finish(torch.arange(12), 8)
+    draft.learning.learner.texts.finish(torch.arange(12), 8)
     assert examine(draft).often == 1
 
 

@@ -13,9 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt import feedback
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.metrics import Counts
 from tests.conftest import tiny_llama
-from tests.drafts import flat_params
+from tests.drafts import flat_params, learn_segment
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 4.0, "lookahead": 3, "update_every": 1, "lr": 1e-2, "memory_tokens": 0}
@@ -75,7 +76,7 @@ def test_what_is_recorded_of_a_request_is_a_part_of_the_memory_of_learning(promp
     assert draft.learning_bytes < watch.seen[0] + 36 * 4096 * 4, "they are gone with the request"
 
 
-def saved_bytes(learning: Any, teacher: Teacher, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
+def saved_bytes(objective: Objective, teacher: Teacher, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Bytes that the loss keeps for its backward pass besides teacher and logits, and its gradient."""
     kept: dict[int, int] = {}
     given = {t.untyped_storage().data_ptr() for t in (logits, teacher.log_probs)}
@@ -89,7 +90,7 @@ def saved_bytes(learning: Any, teacher: Teacher, logits: torch.Tensor) -> tuple[
     leaf = logits.clone().requires_grad_()
     given.add(leaf.untyped_storage().data_ptr())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = learning._losses([teacher], leaf[None]).mean()
+        loss = objective.losses([teacher], leaf[None]).mean()
     loss.backward()
     return sum(kept.values()), leaf.grad
 
@@ -98,13 +99,13 @@ def saved_bytes(learning: Any, teacher: Teacher, logits: torch.Tensor) -> tuple[
 @pytest.mark.parametrize("loss", ["forward_kl", "js", "cross_entropy"])
 def test_the_loss_of_a_large_vocabulary_is_taken_in_parts(monkeypatch, loss: str, top_k: int | None) -> None:
     """The gradient is the same; log-probabilities of all positions at once are several times as large as the logits."""
-    draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**SMALL, loss=loss))
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(40, 1000, generator=generator)
     teacher = Teacher.from_logits(3 * torch.randn(40, 1000, generator=generator), 1.0, top_k)
-    _, whole = saved_bytes(draft._learning, teacher, logits)
+    objective = Objective(OnlineSpecConfig(**SMALL, loss=loss))
+    _, whole = saved_bytes(objective, teacher, logits)
     monkeypatch.setattr(feedback, "MOST_LOGITS", 4000, raising=False)
-    held, parted = saved_bytes(draft._learning, teacher, logits)
+    held, parted = saved_bytes(objective, teacher, logits)
     torch.testing.assert_close(parted, whole, atol=1e-7, rtol=1e-5)
     assert held < 0.5 * logits.nbytes
 
@@ -114,19 +115,19 @@ def test_adopting_an_adapter_forgets_the_one_before(target, learner: str) -> Non
     config = OnlineSpecConfig(**SMALL, learner=learner, radius=5.0)
     draft = served(OnlineDraft(tiny_llama(2), config), target, 4)
     other = served(OnlineDraft(tiny_llama(2), config), tiny_llama(4, layers=2), 2)
-    assert draft._learning.guard.nbytes > 0 and draft.steps > 1
+    assert draft.learning.learner.guard.nbytes > 0 and draft.steps > 1
     draft.adopt(other.artifact().adapter)
     fresh = OnlineDraft(tiny_llama(2), config)
     fresh.adopt(other.artifact().adapter)
-    assert draft._learning.guard.nbytes == 0 and draft.steps == fresh.steps == 1
-    ours, theirs = draft._learning.state(), fresh._learning.state()
+    assert draft.learning.learner.guard.nbytes == 0 and draft.steps == fresh.steps == 1
+    ours, theirs = draft.learning.learner.state(), fresh.learning.learner.state()
     for part in ("adaptation", "guard", "experts", "learning"):
         a, b = ours.part(part), theirs.part(part)
         assert a.values == b.values and a.tensors.keys() == b.tensors.keys()
         assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
-    draft._lora.params.fill_(torch.nan)
+    draft.causal_lm.adapter.params.fill_(torch.nan)
     tokens, counts = torch.tensor([[1, 2, 3, 4]]), Counts()
-    draft.learn_segment(tokens, [Teacher.from_logits(torch.randn(3, 32))], None, 0, None, counts)
+    learn_segment(draft, tokens, [Teacher.from_logits(torch.randn(3, 32))], counts)
     assert draft.metrics.rollbacks == 0, "no state of the adapter that was replaced comes back"
 
 
@@ -134,7 +135,7 @@ def test_resuming_forgets_what_was_there(target) -> None:
     config = OnlineSpecConfig(**SMALL, learner="ensemble")
     saved = served(OnlineDraft(tiny_llama(2), config), target, 5).artifact()
     used = served(OnlineDraft(tiny_llama(2), config), tiny_llama(4, layers=2), 4)
-    used.resume(saved)
+    used.restore(saved)
     again = used.artifact().state
     assert again.values == saved.state.values
     assert again.tensors.keys() == saved.state.tensors.keys()

@@ -1,5 +1,6 @@
 """Drafting on a cropped cache gives what a fresh forward gives; the same object serves transformers' own loop."""
 
+from dataclasses import replace
 from types import MethodType
 
 import pytest
@@ -8,7 +9,9 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.commit.proposal import Proposal
+from hf_onlinespec.commit.base import Call
+from hf_onlinespec.commit.request import Request
+from hf_onlinespec.rounds import Proposal, Rows, Verdict
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import flat_params
 
@@ -18,16 +21,22 @@ def fixed(lookahead: int, **settings: object) -> OnlineSpecConfig:
     return OnlineSpecConfig(**({"lookahead": lookahead, "update_every": 1, "memory_tokens": 0} | settings))
 
 
-def generator(draft: OnlineDraft, *, learn: bool = False, **settings: object) -> OnlineCandidateGenerator:
-    config = draft.generation_config.__class__(**({"do_sample": False, "max_length": 64} | settings))
-    return OnlineCandidateGenerator(draft, config, LogitsProcessorList(), learn=learn)
+class Drafting:
+    """A draft in one call, of one row."""
+
+    def __init__(self, draft: OnlineDraft, *, learn: bool = False, **settings: object) -> None:
+        config = draft.generation_config.__class__(**({"do_sample": False, "max_length": 64} | settings))
+        self.request = Request(draft, Call(config, LogitsProcessorList(), learns=learn))
+
+    def propose(self, tokens: torch.Tensor, room: int) -> Proposal:
+        return self.request.propose(Rows.of(tokens), room)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_proposals_after_rejections_equal_fresh_ones(make) -> None:
     """Whatever was accepted before, the draft proposes its own greedy continuation of the prefix."""
     model = make(2)
-    candidates = generator(OnlineDraft(model, fixed(4)))
+    candidates = Drafting(OnlineDraft(model, fixed(4)))
     prefix = torch.tensor([[1, 2, 3]])
     for kept in (0, 4, 2, 1, 3, 0):
         with torch.no_grad():
@@ -41,7 +50,7 @@ def test_proposals_after_rejections_equal_fresh_ones(make) -> None:
 @torch.no_grad()
 def test_rejected_tokens_leave_nothing_behind_in_silent_rounds(draft_model: PreTrainedModel) -> None:
     """A round that is rejected, two rounds in which nothing is drafted, and the draft's next words are those of a fresh one."""
-    candidates = generator(OnlineDraft(draft_model, fixed(6)))
+    candidates = Drafting(OnlineDraft(draft_model, fixed(6)))
     prefix = torch.tensor([[1, 2, 3]])
     first = candidates.propose(prefix, 6).tokens
     for i in range(3):
@@ -52,16 +61,15 @@ def test_rejected_tokens_leave_nothing_behind_in_silent_rounds(draft_model: PreT
     expected = draft_model.generate(prefix, max_new_tokens=6, do_sample=False)[:, prefix.shape[1] :]
     assert torch.equal(proposal.tokens, expected)
     tokens = torch.cat([prefix, proposal.tokens[:, :5]], dim=-1)
-    fresh = draft_model(tokens, use_cache=True).past_key_values
-    for ours, theirs in zip(candidates._model.cache.layers, fresh.layers, strict=True):
-        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-4)
+    again = candidates.propose(torch.cat([tokens, tokens[:, :1]], dim=-1), 6)  # from a cache that holds all of them
+    fresh = Drafting(OnlineDraft(draft_model, fixed(6))).propose(torch.cat([tokens, tokens[:, :1]], dim=-1), 6)
+    assert torch.equal(again.tokens, fresh.tokens)
 
 
 @torch.no_grad()
 def test_sampled_law_is_the_draft_s_own(draft_model: PreTrainedModel) -> None:
     prefix = torch.tensor([[1, 2, 3]])
-    proposal = generator(OnlineDraft(draft_model, fixed(3)), do_sample=True).propose(prefix, 9)
+    proposal = Drafting(OnlineDraft(draft_model, fixed(3)), do_sample=True).propose(prefix, 9)
     logits = draft_model(torch.cat([prefix, proposal.tokens], dim=-1)).logits
     torch.testing.assert_close(proposal.q[0], logits[0, 2:5].softmax(-1), atol=1e-5, rtol=1e-4)
 
@@ -69,15 +77,15 @@ def test_sampled_law_is_the_draft_s_own(draft_model: PreTrainedModel) -> None:
 @torch.no_grad()
 def test_stops_after_an_end_of_sequence(draft_model: PreTrainedModel) -> None:
     prefix = torch.tensor([[1, 2, 3]])
-    full = generator(OnlineDraft(draft_model, fixed(5))).propose(prefix, 9).tokens[0].tolist()
-    stopped = generator(OnlineDraft(draft_model, fixed(5)), eos_token_id=full[1]).propose(prefix, 9).tokens[0].tolist()
+    full = Drafting(OnlineDraft(draft_model, fixed(5))).propose(prefix, 9).tokens[0].tolist()
+    stopped = Drafting(OnlineDraft(draft_model, fixed(5)), eos_token_id=full[1]).propose(prefix, 9).tokens[0].tolist()
     assert stopped == full[: full.index(full[1]) + 1]
 
 
 @torch.no_grad()
 def test_never_drafts_beyond_its_own_positions() -> None:
     """GPT-2 has a table of 64 positions and fails beyond it; the draft then simply stays silent."""
-    candidates = generator(OnlineDraft(tiny_gpt2(2), fixed(5)))
+    candidates = Drafting(OnlineDraft(tiny_gpt2(2), fixed(5)))
     assert candidates.propose(torch.ones(1, 62, dtype=torch.long), 5).tokens.shape == (1, 2)
     assert candidates.propose(torch.ones(1, 66, dtype=torch.long), 5).tokens.shape == (1, 0)
 
@@ -85,9 +93,9 @@ def test_never_drafts_beyond_its_own_positions() -> None:
 @torch.no_grad()
 def test_a_draft_that_lost_its_mind_proposes_nothing(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, fixed(4))
-    draft._lora.move(torch.full_like(draft._lora.params, torch.nan))
-    draft._adaptation.steps = 1
-    assert generator(draft, do_sample=True).propose(torch.tensor([[1, 2]]), 4).tokens.shape == (1, 0)
+    draft.causal_lm.adapter.move(torch.full_like(draft.causal_lm.adapter.params, torch.nan))
+    draft.learning.learner.experts.steps = 1
+    assert Drafting(draft, do_sample=True).propose(torch.tensor([[1, 2]]), 4).tokens.shape == (1, 0)
 
 
 @pytest.mark.parametrize("when", ["round", "request"])
@@ -113,14 +121,16 @@ def test_inside_transformers_own_loop(
         assert torch.equal(out, target.generate(prompt, do_sample=False, max_new_tokens=30))
     with torch.inference_mode():
         target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=10)
-    rows = sum(len(teacher) for teacher in made[0]._schedule._lesson._kept[0])
-    assert rows == 30  # one row per emitted token, none from behind a rejection
+    made[0].finish()
+    assert [len(feedback.teacher) for feedback in draft.replayed()] == [
+        30
+    ]  # one row per emitted token, none from behind a rejection
 
 
 @torch.no_grad()
 def test_q_is_the_law_that_was_drawn_from_whatever_the_default_type(draft_model: PreTrainedModel) -> None:
     prefix = torch.tensor([[1, 2, 3]])
-    candidates = generator(OnlineDraft(draft_model, fixed(3)), do_sample=True)
+    candidates = Drafting(OnlineDraft(draft_model, fixed(3)), do_sample=True)
     torch.set_default_dtype(torch.bfloat16)
     try:
         proposal = candidates.propose(prefix, 9)
@@ -132,13 +142,16 @@ def test_q_is_the_law_that_was_drawn_from_whatever_the_default_type(draft_model:
 
 
 def test_the_memory_s_time_belongs_to_the_round(draft_model: PreTrainedModel, monkeypatch) -> None:
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(rank=4, alpha=4.0))
-    candidates = generator(draft)
-    proposal = Proposal(torch.zeros(1, 0, dtype=torch.long), None, (), model_s=0.2)
+    draft = OnlineDraft(draft_model, fixed(3))
+    candidates = Drafting(draft)
     told: list[tuple[float, float]] = []
     monkeypatch.setattr(
-        draft.governor, "observe", lambda drafted, overlaps, draft_s, target_s, seen: told.append((draft_s, target_s))
+        draft.governor, "observe", lambda sources, overlaps, draft_s, target_s, stats: told.append((draft_s, target_s))
     )
-    candidates._model.began = False
-    candidates.observe(torch.tensor([[1, 2]]), proposal, [], draft_s=0.5, target_s=1.0)
-    assert told == [(0.2, pytest.approx(1.3))]
+    tokens = torch.tensor([[1, 2, 3]])
+    for _ in range(2):  # the first one reads the prompt
+        proposal = replace(candidates.propose(tokens, 4), model_s=0.2)
+    verdict = Verdict(proposal, Rows.of(tokens), (0,), (0,), ((),), (False,), None, None, draft_s=0.5, target_s=1.0)
+    for _ in range(2):  # the first round is not timed
+        candidates.request.observe(verdict)
+    assert told[-1] == (0.2, pytest.approx(1.3))

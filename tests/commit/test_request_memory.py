@@ -28,18 +28,18 @@ def test_the_likelier_match_answers() -> None:
     acceptances = Acceptances()
     ours = recall(filled(), acceptances=acceptances)
     ours.read(torch.tensor([[9, 4, 7, 3, 4]]))
-    earlier = ours.ask([2, 3, 4])
+    earlier = ours.lookup([2, 3, 4])
     assert earlier is not None and earlier.tokens == (5,)  # seen as 2 3 4 5 before; here, 4 was followed by 7
-    two = ours.ask([3, 4])
+    two = ours.lookup([3, 4])
     # Two tokens that match an earlier request say no more than one of this one.
     assert two is not None and two.tokens == (7,)
     for _ in range(40):  # earlier requests are wrong, though their matches are longer
         acceptances.observe_round([TokenSource("memory", 1, acceptances.memory_key(earlier))], [0.0], RequestStats())
-    now = ours.ask([2, 3, 4])
+    now = ours.lookup([2, 3, 4])
     assert now is not None and now.tokens == (7,)
-    here = ours.ask([9, 4])
+    here = ours.lookup([9, 4])
     assert here is not None and here.tokens == (7,)
-    assert ours.ask([31]) is None
+    assert ours.lookup([31]) is None
 
 
 def test_a_request_that_is_asked_once_more_is_answered_from_the_earlier_one() -> None:
@@ -49,7 +49,7 @@ def test_a_request_that_is_asked_once_more_is_answered_from_the_earlier_one() ->
     memory.close()
     ours = recall(memory)
     ours.read(torch.tensor([[*[18, 19, 31] * 6, *text]]))
-    found = ours.ask(text)
+    found = ours.lookup(text)
     assert found is not None and found.tokens == (30,)
 
 
@@ -58,7 +58,7 @@ def test_a_short_match_in_an_earlier_request_is_believed_less() -> None:
     acceptances = Acceptances()
     ours = recall(filled(), acceptances=acceptances)
     ours.read(torch.tensor([[30, 31, 32]]))
-    earlier, here = ours.ask([4]), ours.ask([31])
+    earlier, here = ours.lookup([4]), ours.lookup([31])
     assert earlier is not None and here is not None and earlier.length == here.length == 1
     usual = acceptances.memory(here)[1]
     assert acceptances.memory(earlier)[1] < 0.7 * usual
@@ -73,7 +73,7 @@ def test_padding_is_not_read() -> None:
     ours.read(torch.tensor([[0, 0, 5, 6]]))
     assert ours.context == [5, 6]
     held = len(memory)
-    ours.remember(torch.tensor([[0, 0, 5, 6, 7]]))
+    ours.commit(torch.tensor([[0, 0, 5, 6, 7]]))
     assert len(memory) == held + 3
 
 
@@ -94,9 +94,9 @@ def test_remembering_gives_the_whole_request_once() -> None:
     ours = recall(memory)
     tokens = torch.tensor([[11, 12, 13, 14]])
     ours.read(tokens[:, :2])
-    assert ours.remember(tokens) == memory.nbytes
+    assert ours.commit(tokens) == memory.nbytes
     found = memory.continuation([11, 12, 13])
     assert found is not None and found.tokens == (14,) and found.support == 1
-    recall(memory).remember(torch.tensor([[15, 16]]))
+    recall(memory).commit(torch.tensor([[15, 16]]))
     seam = memory.continuation([14, 15])
     assert seam is not None and seam.length == 1  # two requests are two sequences

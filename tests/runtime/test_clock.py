@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.commit.learning_draft import LearningDraft
+from hf_onlinespec.commit.causal_lm import CausalLM
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params
 
@@ -27,7 +27,7 @@ class Queue:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, target: PreTrainedModel) -> None:
         self.now, self.queued, self.waited = 0.0, 0.0, 0
-        monkeypatch.setattr(LearningDraft, "device", property(lambda draft: FakeDevice("cpu")))
+        monkeypatch.setattr(CausalLM, "device", property(lambda draft: FakeDevice("cpu")))
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         forward = type(target).forward  # the draft's too

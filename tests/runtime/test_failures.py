@@ -16,14 +16,20 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec._compat.caches import cache_tensors
-from hf_onlinespec.adapt.feedback import FeedbackRecorder
 from hf_onlinespec.adapt.gated_lora import GatedLora
 from hf_onlinespec.adapt.guard import Guard
+from hf_onlinespec.adapt.judging import Evaluator
 from hf_onlinespec.adapt.learner import Learner
+from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.adapt.replay import Replay
 from hf_onlinespec.adapt.request_feedback import RequestFeedback
-from hf_onlinespec.commit.learning_draft import LearningDraft
+from hf_onlinespec.adapt.schedule import LearningSchedule
+from hf_onlinespec.adapt.segment import Segment
+from hf_onlinespec.adapt.service import LearningService
+from hf_onlinespec.adapt.trainable import Prefix
+from hf_onlinespec.commit.causal_lm import CausalLM
 from hf_onlinespec.commit.proposal import ProposalBuilder
+from hf_onlinespec.commit.request import Request
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.govern.acceptance import Acceptances
@@ -81,7 +87,7 @@ def runs_out(*_: Any, **__: Any) -> Any:
 
 
 def learned_state(draft: OnlineDraft) -> dict[str, torch.Tensor]:
-    adaptation = draft._adaptation
+    adaptation = draft.learning.learner.experts
     state = {"params": flat_params(draft), "steps": torch.tensor(adaptation.steps)}
     state |= {f"learner.{k}": v for k, v in adaptation.rule_state.items()}
     state |= {f"hedge.{k}": v for k, v in adaptation.hedge_state.items()} | {"w": torch.tensor(adaptation.weights)}
@@ -103,12 +109,12 @@ def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypa
     draft = draft_of(learner=learner, update_when=when, replay_passes=0)
     answers(target, prompt, 2, assistant_model=draft)
     before, updates = learned_state(draft), draft.metrics.updates
-    adaptation = draft._adaptation
+    adaptation = draft.learning.learner.experts
     with monkeypatch.context() as patch:
         if where == "backward":
             patch.setattr(torch.Tensor, "backward", runs_out)
         elif where == "loss":
-            patch.setattr(draft._learning, "_losses", runs_out)
+            patch.setattr(Objective, "losses", runs_out)
         elif where == "learner":
             patch.setattr(adaptation, "_learner", adaptation._learner._replace(update=runs_out))
         else:
@@ -126,30 +132,30 @@ def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypa
 
 
 # Modules that earlier packages do not have are named by their paths, so that the rest can be run against these.
-REQUEST_MODEL = "hf_onlinespec.commit.causal_lm.RequestModel"
+REQUEST_MODEL = "hf_onlinespec.commit.causal_lm.RowModel"
 PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "the draft model's cache": ("hf_onlinespec.commit.causal_lm", "record_past", {}),
     "the draft model's part": (REQUEST_MODEL, "__init__", {"update_when": "round"}),
     "the part of learning": (RequestFeedback, "__init__", {}),
     "the budget": (LearningBudget, "affordable_steps", {"update_every": "auto"}),
     "the budget, with a clock": (LearningBudget, "affordable_steps", {"update_every": "auto", "lookahead": "auto"}),
-    "scoring": (Learner, "_acceptance", {}),
+    "scoring": (Objective, "acceptance", {}),
     "folding": (GatedLora, "fold", {}),
     "the guard": (Guard, "observe", {}),
-    "the guard's trial": (Learner, "_would", {"snapshots": 2}),
-    "the end of the request": (LearningDraft, "end_request", {}),
+    "the guard's trial": (Evaluator, "_score_candidate", {"snapshots": 2}),
+    "the end of the request": (LearningService, "end_request", {}),
     "the replay": (Replay, "add", {}),
     "the replay's steps": (Learner, "replay_step", {}),
-    "the prompt's preference": (LearningDraft, "prompt_log_ratio", {"update_every": "auto"}),
+    "the prompt's preference": (CausalLM, "prompt_log_ratio", {"update_every": "auto"}),
     "the prompt's preference, before it drafts": (
-        LearningDraft,
+        CausalLM,
         "prompt_log_ratio",
         {"update_every": "auto", "lookahead": "auto"},
     ),
-    "a look": (LearningDraft, "score_offline", {"update_every": "auto", "lookahead": "auto"}),
-    "recording": (FeedbackRecorder, "take", {}),
-    "the copy of the logits": (FeedbackRecorder, "record_round", {}),
-    "what is handed over": (LearningDraft, "learn_later", {"update_when": "idle"}),
+    "a look": (LearningService, "score_offline", {"update_every": "auto", "lookahead": "auto"}),
+    "recording": (LearningSchedule, "record", {}),
+    "the copy of the logits": (LearningSchedule, "copied", {}),
+    "what is handed over": (LearningService, "learn_later", {"update_when": "idle"}),
     "the memory's answer": (SuffixMemory, "continuation", {}),
     "the memory's tokens": (SuffixMemory, "extend", {}),
     "the governor": (Governor, "observe", {}),
@@ -186,8 +192,8 @@ def test_nothing_beside_decoding_fails_a_call(target, prompt, monkeypatch, place
         for leading in LEADING.get(place, []):
             patch.setattr(*leading)
         if place == "the guard's trial":
-            draft._learning.guard._requests_to_trial = 0
-            draft._learning.guard.states = [draft._adaptation.best_params()]
+            draft.learning.learner.guard._requests_to_trial = 0
+            draft.learning.learner.guard.states = [draft.learning.learner.experts.best_params()]
         answers(target, prompt, 2, assistant_model=draft)
     assert raised, "the place was not reached"
     answers(target, prompt, 1, assistant_model=draft)
@@ -207,7 +213,7 @@ def test_a_draft_whose_forward_fails_is_out_for_the_request(
     draft = draft_of(lookahead=lookahead, memory_tokens=0, update_when="round")
     answers(target, prompt, 4, assistant_model=draft)
     drafted, calls = draft.metrics.drafted_tokens, []
-    forward = type(draft._lora.tree).forward
+    forward = type(draft.causal_lm.adapter.tree).forward
 
     def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not target:
@@ -219,7 +225,7 @@ def test_a_draft_whose_forward_fails_is_out_for_the_request(
     for at in (0, 4):
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(type(draft._lora.tree), "forward", fails)
+            patch.setattr(type(draft.causal_lm.adapter.tree), "forward", fails)
             if sample:
                 found = answer(target, prompt, assistant_model=draft, do_sample=True)
                 assert isinstance(found, torch.Tensor) and found.shape == (1, prompt.shape[1] + 8), repr(found)
@@ -252,12 +258,12 @@ def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monk
         tries.append(draft.metrics.requests)
         runs_out()
 
-    hear = FeedbackRecorder.record_round
+    copied = LearningSchedule.copied
     monkeypatch.setattr(torch.Tensor, "backward", fails)
     monkeypatch.setattr(
-        FeedbackRecorder,
-        "record_round",
-        lambda self, logits: (kept.append(draft.metrics.requests), hear(self, logits))[1],
+        LearningSchedule,
+        "copied",
+        lambda self, logits: (self.learns and kept.append(draft.metrics.requests), copied(self, logits))[1],
     )
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         answers(target, prompt, 30, assistant_model=draft)
@@ -326,7 +332,7 @@ def test_learning_reads_no_rejected_tokens_after_what_failed(target, prompt, mon
     """The request goes on plain, and learns on at every round: from the cache that it has, of what was written alone."""
     draft = draft_of(update_when="round", lookahead="auto", memory_tokens=0, replay_passes=0, lr=1e-30)
     rounds, read = [], []
-    learn, close = LearningDraft.learn_segment, ProposalBuilder.proposal
+    learn, close = LearningService.learn_segment, ProposalBuilder.proposal
 
     def plans(*_: Any, **__: Any) -> Plan:
         rounds.append(None)
@@ -339,16 +345,15 @@ def test_learning_reads_no_rejected_tokens_after_what_failed(target, prompt, mon
             raise RuntimeError("on purpose")
         return close(*arguments)
 
-    def learns(
-        self: Any, tokens: torch.Tensor, teachers: Any, cache: Any, prefix: int, *rest: Any, **more: Any
-    ) -> None:
-        if prefix:
-            read.append((tokens[:, :prefix], [keys[..., :prefix, :].clone() for keys, _ in cache_tensors(cache)]))
-        learn(self, tokens, teachers, cache, prefix, *rest, **more)
+    def learns(self: Any, segment: Segment, counts: Any, *, prefix: Prefix | None, **more: Any) -> None:
+        if prefix is not None:
+            keys = [keys[..., : prefix.length, :].clone() for keys, _ in cache_tensors(prefix.cache)]
+            read.append((segment.tokens[:, : prefix.length], keys))
+        learn(self, segment, counts, prefix=prefix, **more)
 
     monkeypatch.setattr(Governor, "plan", plans)
     monkeypatch.setattr(ProposalBuilder, "proposal", closes)
-    monkeypatch.setattr(LearningDraft, "learn_segment", learns)
+    monkeypatch.setattr(LearningService, "learn_segment", learns)
     answers(target, prompt, 1, assistant_model=draft)
     assert draft.metrics.failed_drafts == 1 and draft.metrics.drafted_tokens > draft.metrics.accepted_tokens
     assert read and draft.metrics.updates == draft.metrics.rounds > 3
@@ -388,7 +393,7 @@ def test_what_is_said_of_a_failure_quotes_no_text(target, prompt, monkeypatch, c
     assert len(caplog.records) == 1 and SECRET not in caplog.text
     assert SECRET not in draft.metrics.decisions.learning
     for told in (caplog.records[0].message, draft.metrics.decisions.learning):
-        assert re.search(r"Learning failed \(RuntimeError in learning_draft\.py:\d+\)", told)
+        assert re.search(r"Learning failed \(RuntimeError in service\.py:\d+\)", told)
     assert "in fails" in caplog.text  # the lines that led there
 
 
@@ -406,14 +411,14 @@ def test_what_failed_holds_no_memory(target, prompt, monkeypatch) -> None:
     import weakref
 
     draft, made = draft_of(), []
-    losses = Learner._losses
+    losses = Objective.losses
 
-    def watched(self: Learner, *args: Any) -> torch.Tensor:
+    def watched(self: Objective, *args: Any) -> torch.Tensor:
         found = losses(self, *args)
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Learner, "_losses", watched)
+    monkeypatch.setattr(Objective, "losses", watched)
     monkeypatch.setattr(torch.Tensor, "backward", runs_out)
     answers(target, prompt, 1, assistant_model=draft)
     assert made and all(found() is None for found in made)
@@ -443,8 +448,6 @@ def test_a_checkpoint_thread_that_cannot_start_costs_no_answer(target, prompt) -
 
 def test_transformers_own_loop_survives_it_too(target, prompt, monkeypatch) -> None:
     from transformers import LogitsProcessorList
-
-    from hf_onlinespec import OnlineCandidateGenerator
 
     draft = draft_of(memory_tokens=0)
     config = draft.generation_config.__class__(do_sample=False, max_length=40)
@@ -499,7 +502,7 @@ def test_what_the_caller_was_handling_keeps_its_frames(target, prompt, monkeypat
 
 def test_a_finished_request_holds_nothing(target, prompt) -> None:
     def held() -> set[int]:
-        return {id(one) for one in gc.get_objects() if type(one) is OnlineCandidateGenerator}
+        return {id(one) for one in gc.get_objects() if type(one) is Request}
 
     draft = draft_of()
     gc.collect()

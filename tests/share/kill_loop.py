@@ -19,13 +19,14 @@ from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.folder import STAGING
 from tests.conftest import tiny_llama
+from tests.drafts import learn_segment
 
 
 def learn(draft: OnlineDraft) -> None:
     n = draft.steps
     tokens = torch.randint(32, (1, 10), generator=torch.Generator().manual_seed(n))
     logits = torch.randn(4, 32, generator=torch.Generator().manual_seed(n))
-    draft.learn_segment(tokens, [Teacher.from_logits(logits)], None, 0, None, Counts())
+    learn_segment(draft, tokens, [Teacher.from_logits(logits)], Counts())
 
 
 def work(folder: Path, says: int) -> None:

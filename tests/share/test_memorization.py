@@ -68,7 +68,7 @@ def resumed(folder: Path) -> OnlineDraft:
 
 def resumed_by_hand(folder: Path) -> OnlineDraft:
     draft = OnlineDraft(load_draft(), GENTLE)
-    draft.resume(OnlineDraft.from_pretrained(folder).artifact())
+    draft.restore(OnlineDraft.from_pretrained(folder).artifact())
     return draft
 
 
@@ -164,7 +164,7 @@ def test_an_adapter_without_a_record_is_refused_in_words(leaky: Path) -> None:
         (odd, "cannot be read"),
     ):
         draft = OnlineDraft(load_draft(), GENTLE)
-        draft.resume(replace(artifact, lineage=Lineage.from_dict(lineage, "a lineage")))
+        draft.restore(replace(artifact, lineage=Lineage.from_dict(lineage, "a lineage")))
         assert words in refusal(draft)
 
 
@@ -174,7 +174,7 @@ def test_a_louder_adapter_is_not_judged_by_the_quiet_one(way: str) -> None:
     learn(draft, [as_feedback(torch.arange(12), 8)])
     assert refusal(draft) == ""
     loud = OnlineDraft(tiny_llama(2), replace(TINY, alpha=400.0))
-    loud.resume(draft.artifact())
+    loud.restore(draft.artifact())
     if way == "a larger weight":
         loud = combine([draft.artifact()], tiny_llama(2), [100.0])
     assert "scaled up" in refusal(loud)
@@ -370,9 +370,9 @@ def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
 
     draft = OnlineDraft(load_draft(), FIXED)
     plant(draft, SECRETS[:1], 4)
-    adaptation, guard = draft._adaptation, draft._learning.guard
+    adaptation, guard = draft.learning.learner.experts, draft.learning.learner.guard
     leaks = adaptation.best_params()
-    adaptation.restore(draft._lora.with_zero_b(leaks))
+    adaptation.restore(draft.causal_lm.adapter.with_zero_b(leaks))
     draft.fold()
     assert examine(draft).memorised == 0
     adaptation.restore(leaks)

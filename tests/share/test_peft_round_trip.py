@@ -14,6 +14,7 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.drafts import learn_segment
 
 SETTINGS = OnlineSpecConfig(rank=4, alpha=8.0)
 # What PEFT and transformers say to a fine-tune of such an adapter, whoever made it.
@@ -42,7 +43,7 @@ def evolved(base: PreTrainedModel, target: PreTrainedModel, tokens: torch.Tensor
     with torch.no_grad():
         teacher = Teacher.from_logits(target(tokens).logits[0, :-1])
     for _ in range(5):
-        draft.learn_segment(tokens, [teacher], None, 0, None, Counts())
+        learn_segment(draft, tokens, [teacher], Counts())
     return draft
 
 
@@ -87,6 +88,6 @@ def test_out_and_back(base, embedding, dtype, target, prompt, tmp_path) -> None:
     counts = Counts()
     with torch.no_grad():
         teacher = Teacher.from_logits(target(prompt).logits[0, :-1])
-    back.learn_segment(prompt, [teacher], None, 0, None, counts)
+    learn_segment(back, prompt, [teacher], counts)
     assert counts.updates == 1
     assert not torch.allclose(back(prompt).logits, tuned, atol=1e-3)

@@ -22,7 +22,7 @@ from hf_onlinespec.training.passages import Passage, collate, continuations, pie
 from hf_onlinespec.training.student import Student
 from hf_onlinespec.training.warm_start import warm_start
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.drafts import flat_params
+from tests.drafts import flat_params, learn_segment
 
 TEXTS = ["the quick brown fox jumps", "over the lazy dog", "pack my box with five dozen jugs"]
 
@@ -118,7 +118,7 @@ def test_warm_start_brings_the_draft_to_the_target_and_it_learns_on(target, tmp_
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     counts = Counts()
     for _ in range(10):
-        draft.learn_segment(tokens, [law(target, tokens[0].tolist())], None, 0, None, counts)
+        learn_segment(draft, tokens, [law(target, tokens[0].tolist())], counts)
     assert counts.updates == 10
     assert distance() < warm
 

@@ -9,9 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
-from hf_onlinespec.verify.accept import speculative_sample
+from hf_onlinespec.govern.acceptance import TokenSource
+from hf_onlinespec.rounds import Proposal, Rows, Verdict
+from hf_onlinespec.verify.accept import accept, speculative_sample
 from tests.chi_square import MILLION, follows
 
 ROWS = 100_000
@@ -106,3 +111,93 @@ def test_rounding_that_empties_the_residual_falls_back_to_p(monkeypatch) -> None
     )  # rejects even p = q
     token, kept = speculative_sample(p, p.clone(), torch.tensor([1]))
     assert not kept and token.item() in (0, 1)
+
+
+def proposal_of(tokens: Tensor, lengths: list[int], q: Tensor | None = None) -> Proposal:
+    sources = tuple(tuple(TokenSource("model", i, (0,)) for i in range(length)) for length in lengths)
+    return Proposal(tokens, q, sources)
+
+
+def never(tokens: Tensor, scores: object, **kwargs: object) -> Tensor:
+    return torch.zeros(len(tokens), dtype=torch.bool)
+
+
+def test_every_row_of_a_batch_keeps_the_law_of_its_own() -> None:
+    """Rows of three kinds, with 0, 1 and 2 candidates and prefixes of two lengths, decided in one call."""
+    torch.manual_seed(23)
+    kinds = 3
+    logits = 1.5 * torch.randn(kinds, 3, 6)
+    q = (1.5 * torch.randn(kinds, 2, 6)).softmax(-1)
+    for kind, length in enumerate((0, 1, 2)):
+        q[kind, length:] = 0.0
+    row_kind = torch.arange(ROWS) % kinds
+    drafted = torch.stack(
+        [torch.multinomial(q[:, i] + 1e-30, ROWS, replacement=True)[row_kind, torch.arange(ROWS)] for i in (0, 1)], 1
+    )
+    lengths = row_kind.tolist()
+    before = Rows(torch.zeros(ROWS, 4, dtype=torch.long), tuple(3 + (i // kinds) % 2 for i in range(ROWS)))
+    verdict = accept(
+        proposal_of(drafted, lengths, q[row_kind]),
+        logits[row_kind],
+        before,
+        LogitsProcessorList(),
+        StoppingCriteriaList([never]),
+        True,
+        None,
+    )
+    p = logits.double().softmax(-1)
+    starts, accepted = torch.tensor(before.lengths), torch.tensor(verdict.accepted)
+    new = torch.stack([verdict.rows.tokens[torch.arange(ROWS), (starts + i).clamp_max(6)] for i in range(3)], 1)
+    for kind in range(kinds):
+        mine = row_kind == kind
+        assert verdict.rows.lengths[kind] == before.lengths[kind] + verdict.new_tokens[kind]
+        assert torch.equal(accepted[mine] + 1, torch.tensor(verdict.new_tokens)[mine])
+        for i in range(kind + 1):  # position i is reached where all candidates before it were kept
+            there = mine & (accepted >= i)
+            assert follows(torch.bincount(new[there, i], minlength=6), p[kind, i], MILLION)
+            if i < kind:
+                kept = float((accepted[there] > i).double().mean())
+                assert kept == pytest.approx(float(torch.minimum(p[kind, i], q[kind, i]).sum()), abs=0.02)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_row_in_a_batch_is_decided_as_alone(sample: bool) -> None:
+    """Processors and criteria see its own prefix, once for every kept token; its neighbours change nothing."""
+    generator = torch.Generator().manual_seed(31)
+    lengths, prefixes = [3, 0, 2, 3, 1], [4, 6, 4, 5, 6]
+    tokens = torch.randint(1, 8, (5, 6), generator=generator)
+    for row, length in enumerate(prefixes):
+        tokens[row, length:] = 0
+    logits = 4 * torch.randn(5, 4, 8, generator=generator)
+    drafted = logits[:, :3].argmax(-1)  # kept, unless the penalty has changed the best token
+    drafted[0, 1] = (drafted[0, 1] + 1) % 8
+    q = F.one_hot(drafted, 8).float() * (torch.arange(3) < torch.tensor(lengths)[:, None])[..., None]
+    criteria = StoppingCriteriaList([lambda tokens, scores, **kwargs: tokens[:, -1] == int(drafted[3, 0])])
+
+    def decided(rows: list[int], seen: list[list[int]]) -> Verdict:
+        class Watching(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                seen.extend(input_ids.tolist())
+                return scores
+
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), Watching()])
+        if sample:  # so sharp that the draw is settled
+            processors.append(TemperatureLogitsWarper(1e-4))
+        longest = max(prefixes[row] for row in rows)
+        before = Rows(tokens[rows, :longest], tuple(prefixes[row] for row in rows))
+        proposal = proposal_of(drafted[rows], [lengths[row] for row in rows], q[rows] if sample else None)
+        return accept(proposal, logits[rows], before, processors, criteria, sample, ())
+
+    together: list[list[int]] = []
+    batch = decided([0, 1, 2, 3, 4], together)
+    apart: list[list[int]] = []
+    for row in range(5):
+        alone = decided([row], apart)
+        assert torch.equal(batch.rows.row(row), alone.rows.row(0))
+        mine = (batch.accepted[row], batch.overlaps[row], batch.done[row], batch.new_tokens[row])
+        assert mine == (alone.accepted[0], alone.overlaps[0], alone.done[0], alone.new_tokens[0])
+        assert batch.scores is not None and alone.scores is not None
+        for ours, theirs in zip(batch.scores[row], alone.scores[0], strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert sorted(together) == sorted(apart)
+    assert len(set(batch.new_tokens)) > 1 and batch.done[3] and not all(batch.done)

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.commit.combined import OnlineCandidateGenerator, Proposal
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import flat_params
+from tests.fakes import PlainDraft, ScriptedProposer
 from tests.tiny_models import CACHE
 
 LEARNING = OnlineSpecConfig(update_when="round", rank=4, alpha=4.0, lr=3e-3, lookahead=4)
@@ -113,24 +113,10 @@ def test_sliding_window_draft_beyond_the_window(prompt) -> None:
     assert draft.metrics.updates > 0
 
 
-class Fake(OnlineCandidateGenerator):
-    """Drafts from a script instead of a model."""
-
-    script: torch.Tensor
-    shift = 0
-
-    def propose(self, input_ids: torch.Tensor, k: int) -> Proposal:
-        super().propose(input_ids, 0)
-        start, k = input_ids.shape[1], min(k, 4)
-        return Proposal((self.script[:, start : start + k] + self.shift) % 32, None)
-
-
 @pytest.mark.parametrize(("shift", "length"), [(0, 5.0), (1, 1.0)], ids=["always accepted", "never accepted"])
-def test_fakes(target, draft, prompt, monkeypatch, shift: int, length: float) -> None:
+def test_a_scripted_draft(target, prompt, shift: int, length: float) -> None:
     plain = target.generate(prompt, do_sample=False, max_new_tokens=40)
-    monkeypatch.setattr(Fake, "script", plain, raising=False)
-    monkeypatch.setattr(Fake, "shift", shift)
-    monkeypatch.setattr("hf_onlinespec.verify.loop.OnlineCandidateGenerator", Fake)
+    draft = PlainDraft(ScriptedProposer((plain + shift) % 32))
     ours = target.generate(prompt, do_sample=False, max_new_tokens=40, assistant_model=draft)
     last = draft.metrics.last
     assert torch.equal(plain, ours)

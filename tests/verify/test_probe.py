@@ -316,7 +316,7 @@ SCALE = {"of all": 0.0}
 
 
 def switched_by_number(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    switch = Switched(nn.BaseFingerprint())
+    switch = Switched(nn.Identity())
     target.model.norm.register_forward_hook(switch.scaled)
     return lambda: setattr(switch, "scale", 1.0)
 

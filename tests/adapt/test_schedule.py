@@ -85,7 +85,7 @@ def test_a_failure_is_the_reason_while_it_lasts(target, draft_model, prompt, mon
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patched, caplog.at_level(logging.CRITICAL, "hf_onlinespec"):
-        patched.setattr(draft, "learn_segment", fails)
+        patched.setattr(draft.learning, "learn_segment", fails)
         assert after(target, prompt, draft).startswith("Learning failed (OutOfMemoryError")
     assert after(target, prompt, draft).startswith("Learning failed (OutOfMemoryError")  # left out for a request
     said = after(target, prompt, draft)

@@ -1,0 +1,253 @@
+"""Learning from call to call: one gradient step at a time, what governor and counters are told, and learning when idle."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PretrainedConfig
+
+from ..config import OnlineSpecConfig
+from ..govern.governor import Governor
+from ..metrics import Counts, DraftMetrics
+from ..metrics.summary import counted
+from ..runtime.forks import Lock
+from ..runtime.traces import Traces
+from .background import IdleWorker
+from .feedback import Feedback, acceptance
+from .learned_texts import Learned, Request
+from .learner import Learner
+from .request_feedback import RequestFeedback
+from .segment import Segment
+from .trainable import Prefix
+
+logger = logging.getLogger(__name__)
+
+
+class LearningService:
+    """What learns for one draft; safe with several threads.
+
+    Args:
+        lock: of the draft, held for the moments in which the served weights or the counters change. It may be taken while `steps`
+            is held, not the other way round.
+        steps: held for one gradient step at a time.
+    """
+
+    def __init__(
+        self, settings: OnlineSpecConfig, metrics: DraftMetrics, traces: Traces, lock: Lock, steps: Lock
+    ) -> None:
+        self.settings, self.metrics, self.lock, self.steps_lock = settings, metrics, lock, steps
+        self._traces = traces
+        self._requests = weakref.WeakSet[RequestFeedback]()  # feedback of those in progress
+        self.learner: Learner
+        self.governor: Governor
+        self.positions = 0  # the longest context that the draft may see
+        self._idle: IdleWorker[tuple[Feedback, float]] | None = None
+        if settings.update_when == "idle":
+            self._idle = IdleWorker(self._learn_when_idle, metrics, lambda item: item[0].nbytes)
+            weakref.finalize(self, self._idle.close)  # at the end of the process too
+
+    def begin(self, learner: Learner, governor: Governor, positions: int) -> None:
+        """Learning begins with this learner; the counters go on."""
+        learner.guard.rollbacks, learner.experts.removed = self.metrics.rollbacks, self.metrics.removed_experts
+        self.learner, self.governor, self.positions = learner, governor, positions
+
+    @property
+    def device(self) -> torch.device:
+        return self.learner.trainable.adapter.params.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that learning holds now, see `OnlineDraft.learning_bytes`."""
+        with self.lock:
+            recorded = sum(request.nbytes for request in list(self._requests))
+        return self.learner.nbytes + recorded + (0 if self._idle is None else self._idle.nbytes)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[Learned]:
+        """What was learned from in this process; no gradient step is taken inside of the context."""
+        with self.steps_lock:
+            texts, guard = self.learner.texts, self.learner.guard
+            yield Learned(self.learner.experts.steps, guard.rollbacks, texts.seen, texts.repeats, tuple(texts.texts))
+
+    def fold(self) -> None:
+        """Brings the weights that draft up to date with what was learned."""
+        with self.steps_lock, self.lock:
+            self.learner.trainable.adapter.fold()
+
+    # A request
+
+    def new_feedback(self, common: int, temperature: float, config: PretrainedConfig) -> RequestFeedback:
+        """Where a row that begins keeps what it will be learned from."""
+        feedback = RequestFeedback(self.settings, common, temperature, config)
+        with self.lock:
+            self._requests.add(feedback)
+        return feedback
+
+    def learn_segment(
+        self,
+        segment: Segment,
+        counts: Counts,
+        *,
+        prefix: Prefix | None = None,
+        recalled: Sequence[float] | None = (),
+        prompt_log_ratio: float = 0.0,
+        request: Request | None = None,
+    ) -> None:
+        """One step on new tokens; the governor is told how the draft would have done on them.
+
+        Args:
+            prefix: what the learned draft has read of them: it is not computed anew, and no gradient flows into it.
+            recalled: estimated acceptance of the memory's answers at the n tokens of one row; (): no memory; None: not asked.
+            prompt_log_ratio: how much the prompt speaks for the learned draft.
+            request: of which the tokens are; None: they are all that is learned of their request before `remember`.
+        """
+        with self.steps_lock:
+            governed = self.settings.update_every == "auto"
+            compare = governed and self.governor.decide_comparison(prompt_log_ratio)
+            scores = self.learner.segment(segment, prefix, counts, compare, request)
+            self._note()
+        if governed:
+            with self.lock:
+                self.governor.observe_comparison(scores.learned, scores.base, recalled, True, prompt_log_ratio)
+
+    @torch.no_grad()
+    def score_offline(self, segment: Segment, prompt_log_ratio: float | None = None) -> None:
+        """Tells the governor the acceptance of the learned and of the base draft, as `learn_segment` does."""
+        trainable, n = self.learner.trainable, len(segment.teachers[0])
+        if prompt_log_ratio is None:
+            prompt_log_ratio, _ = trainable.prompt_log_ratio(
+                segment.tokens[:, :-n], segment.mask, self.governor.router.constants.prompt_tokens
+            )
+        seen = []
+        for base in (False, True) if self.learner.experts.steps else (True,):
+            logits = trainable.logits(segment.tokens[:, :-1], n, base, segment.mask)
+            seen.append(acceptance(segment.teachers, logits, segment.temperature, self.settings.temperature))
+        with self.lock:
+            self.governor.observe_comparison(seen[0].tolist(), seen[-1].tolist(), (), False, prompt_log_ratio)
+
+    def deferred(self) -> None:
+        """A request was not learned from at once."""
+        self.governor.decisions.deferred_updates += 1
+
+    def end_request(self) -> None:
+        """Evaluates what the draft showed in a request that is over, or was broken off."""
+        with self.steps_lock:
+            self.learner.end_request()
+            self._note()
+
+    def remember(self, feedback: Feedback, request: Request | None = None) -> None:
+        """Keeps a finished request for the replay."""
+        with self.steps_lock:
+            self.end_request()
+            self.learner.remember(feedback, request)
+            replay = self.learner.replay
+            self.metrics.replay_bytes, self.metrics.replay_refused = replay.nbytes, replay.refused
+
+    def replay_steps(self, counts: Counts, passes: int) -> None:
+        """The replay's gradient steps: each on a few remembered requests, in one padded batch.
+
+        With `update_every="auto"` no more than were worth their time of late.
+        """
+        if self.settings.update_every == "auto":
+            passes = min(passes, self.learner.passes.now)
+            self.metrics.decisions.replay_passes = self.learner.passes.now
+        for _ in range(passes):
+            with self.steps_lock:
+                if not self.learner.replay_step(counts):
+                    return
+
+    # Whole texts
+
+    def learn(self, examples: Sequence[Feedback], counts: Counts) -> None:
+        """One gradient step on whole texts, together; the privacy audit will look at them."""
+        with self.steps_lock:
+            for example in examples:
+                self.learner.texts.grow([example.tokens], len(example.teacher))
+                self.learner.texts.finish(example.tokens, len(example.teacher))
+            self.learner.learn_from(list(examples), counts)
+
+    def learn_request(self, request: Feedback) -> Counts:
+        """Learns a request as after a call of `generate`, replay included, however little time there is."""
+        counts = Counts()
+        self.learn_segment(Segment(request.tokens[None], [request.teacher], None, 1.0), counts)
+        self.remember(request)
+        self.replay_steps(counts, self.settings.replay_passes)
+        return counts
+
+    def _note(self) -> None:
+        """What the learner says about itself."""
+        experts, guard = self.learner.experts, self.learner.guard
+        if experts.is_ensemble:
+            self.metrics.expert_weights = tuple(experts.weights)
+        self.metrics.removed_experts = experts.removed
+        if guard.rollbacks > self.metrics.rollbacks:
+            self.metrics.rollbacks = guard.rollbacks
+            self.metrics.decisions.rollback = guard.reason
+            logger.info("%s", guard.reason)
+
+    def resumed(self) -> None:
+        """The learner was given another state."""
+        self.metrics.decisions.rollback = self.learner.guard.reason
+        self._note()
+
+    # While nothing is generated
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """The time of one call of `generate`."""
+        if self._idle is None:
+            yield
+            return
+        with self._idle.call():
+            yield
+
+    def learn_later(self, feedback: Feedback, temperature: float) -> None:
+        """Hands a finished request, generated at a temperature, to the worker that learns while nothing is generated."""
+        assert self._idle is not None
+        self._idle.add((feedback, temperature))
+
+    @property
+    def idle_outcome(self) -> str:
+        """What becomes of requests that are learned when nothing is generated, in words."""
+        assert self._idle is not None
+        waiting = f"learned when nothing is generated: {counted(self._idle.waiting, 'request')} waiting"
+        return self._idle.failure or f"{waiting}, {counted(self.metrics.idle_updates, 'gradient step')} taken so far"
+
+    def catch_up(self, timeout_s: float | None = None) -> bool:
+        """See `OnlineDraft.catch_up`."""
+        return self._idle is None or self._idle.wait(timeout_s)
+
+    def _learn_when_idle(self, item: tuple[Feedback, float]) -> Iterator[None]:
+        """The gradient steps of one request, one at a time: a call may come in after any of them."""
+        feedback, temperature = item
+        segment = Segment(feedback.tokens[None], [feedback.teacher], None, temperature)
+        if self.settings.update_every == "auto":
+            started = time.perf_counter()
+            self.score_offline(segment)
+            self.metrics.idle_time_s += time.perf_counter() - started
+            yield
+        for i in range(1 + self.settings.replay_passes):
+            started, counts = time.perf_counter(), Counts()
+            with self.steps_lock:
+                if i == 0:
+                    self.learner.segment(segment, None, counts)
+                    self._note()
+                    self.remember(feedback)
+                else:
+                    self.learner.replay_step(counts)
+                self.fold()
+            with self.lock:
+                self.metrics.idle_updates += counts.updates
+                self.metrics.learned_tokens += counts.learned_tokens
+                self.metrics.skipped_updates += counts.skipped_updates
+                self.metrics.loss_sum += counts.loss_sum
+                self.metrics.idle_time_s += time.perf_counter() - started
+            failed = self._traces.flush()
+            with self.lock:
+                self.metrics.failed_reports += failed
+            yield

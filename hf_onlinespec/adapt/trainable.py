@@ -1,0 +1,90 @@
+"""What a learner moves: the parameters of an adapter, and one forward of the draft that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of a text, as the draft has read it already: a learner builds on it without gradients."""
+
+    cache: object  # of the trainable's own kind
+    length: int  # tokens
+
+
+class Adapter(Protocol):
+    """Parameters as one flat vector, in blocks of equal size: one per expert."""
+
+    params: Tensor  # (parameters,)
+    grads: Tensor  # (parameters,)
+    blocks: int
+    weights: Tensor | None  # (blocks,) of the blocks in what is served; None: all at 1
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def split(self, vector: Tensor) -> Tensor:
+        """A vector like `params` as (blocks, parameters of one block)."""
+        ...
+
+    def fold(self) -> None:
+        """Brings the weights that draft up to date with the parameters."""
+        ...
+
+    def put(self, rows: Tensor) -> None:
+        """Sets the parameters (blocks, parameters of one block)."""
+        ...
+
+    def with_zero_b(self, block: Tensor) -> Tensor:
+        """A copy of one block's parameters with which the draft says what its base says."""
+        ...
+
+    def named(self, params: Tensor) -> dict[str, Tensor]:
+        """The parts of a vector like `params` by their names in files, as views."""
+        ...
+
+    def outputs(self, params: Tensor) -> Mapping[str, Tensor]:
+        """The same, of those that change where blocks are weighed into what is served."""
+        ...
+
+
+class Trainable(Protocol):
+    """A draft as a learner sees it."""
+
+    @property
+    def adapter(self) -> Adapter: ...
+
+    def logits(self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None) -> Tensor:
+        """What the draft says after each of the last n of `tokens` (rows, L), as it serves and without gradients: (rows, n, vocab)."""
+        ...
+
+    def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, object]]:
+        """Log-likelihood per token of the last `most` of `tokens` (rows, L) under the learned draft minus that under its base, and what was read."""
+        ...
+
+    def training_logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        prefix: Prefix | None = None,
+        base: bool = False,
+    ) -> Tensor:
+        """What the draft says about the last n of `tokens` (rows, L), each from the tokens before it; gradients flow to the adapter.
+
+        Args:
+            mask: (rows, ≤ L) with zeros where a row is padded on the left; None: no padding.
+            gates: (copies, blocks) weights of the blocks, one copy of all rows for each; None: one copy, all at 1.
+            prefix: what need not be computed anew.
+            base: without the adapter.
+
+        Returns:
+            Logits (copies, rows, n, vocab).
+        """
+        ...

@@ -1,0 +1,129 @@
+"""One call of `generate` from the draft's side: propose, observe, learn, and nothing of it fails the call."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..adapt.schedule import LearningSchedule
+from ..govern.governor import NOTHING_LEARNS
+from ..rounds import Proposal, Rows, Verdict
+from ..runtime.failures import Attempt
+from .base import Call, Draft, Proposer
+from .lookahead import fixed_lookahead, replaced
+
+
+class Request:
+    """Drives a draft's proposer through one call, and what is learned of it.
+
+    What raised of late is left out of this request; what raises in it, of the rest of it: see runtime/failures.py.
+
+    Raises:
+        ConfigError: `num_assistant_tokens` is no whole number of at least 1.
+    """
+
+    def __init__(self, draft: Draft, call: Call) -> None:
+        own = draft.generation_config
+        lookahead = fixed_lookahead(call.config, draft.settings, own)
+        draft.warn_once(replaced(call.config, own, lookahead))
+        self.call = replace(call, lookahead=lookahead)
+        self.counts = call.counts
+        self._draft, self._failures = draft, draft.failures
+        self._proposes = self._failures.proposing.begin()  # whether anything is drafted
+        self.proposer: Proposer | None = None  # None: it could not be made
+        with self._proposing():
+            self.proposer = draft.proposer(self.call)
+
+    @property
+    def schedule(self) -> LearningSchedule | None:
+        """When the call is learned; None: there is nothing to train."""
+        return None if self.proposer is None else self.proposer.schedule
+
+    def _proposing(self) -> Attempt:
+        return self._failures.proposing.attempt(self._stop_proposing)
+
+    def _stop_proposing(self) -> None:
+        """The request goes on plain."""
+        self.counts.failed_drafts += 1
+        self._proposes = False
+        if self.proposer is not None:
+            self.proposer.reset()
+
+    def propose(self, rows: Rows, room: int) -> Proposal:
+        """What the draft commits to; nothing where something failed in it: what there is of such a round may be half of it."""
+        failed = self.counts.failed_drafts
+        proposal = nothing = Proposal.nothing(rows)
+        if self.proposer is not None:
+            if self._proposes:
+                with self._proposing():
+                    proposal = self.proposer.propose(rows, room)
+            if self.schedule is not None:
+                self.schedule.begin(rows)
+        return nothing if self.counts.failed_drafts > failed else proposal
+
+    def copied(self, logits: Tensor) -> Tensor | None:
+        """A copy of the target's raw logits of a round, which processors may write into; None: nothing is learned from them."""
+        if self.schedule is not None:
+            with self.schedule.attempt():
+                return self.schedule.copied(logits)
+        return None
+
+    def observe(self, verdict: Verdict) -> None:
+        """Counts a round, and hands its outcome on."""
+        self._count(verdict)
+        if self.proposer is None:
+            return
+        if self.counts.rounds == 1:  # the first forward reads the prompt: its time says nothing about a round's
+            verdict = replace(verdict, target_s=0.0)
+        self.proposer.observe(verdict)
+        if self.schedule is not None:
+            self.schedule.observe(verdict)
+
+    def _count(self, verdict: Verdict) -> None:
+        counts = self.counts
+        counts.draft_time_s += verdict.draft_s
+        counts.target_time_s += verdict.target_s
+        counts.rounds += 1
+        counts.new_tokens += sum(verdict.new_tokens)
+        counts.drafted_tokens += sum(verdict.proposal.lengths)
+        counts.accepted_tokens += sum(verdict.accepted)
+        counts.verified_positions += sum(map(len, verdict.overlaps))
+        counts.overlap += sum(map(sum, verdict.overlaps))
+        sources = {token.source for row in verdict.proposal.sources for token in row}
+        counts.drafted_by("memory" in sources, "model" in sources)
+
+    def finish(self) -> None:
+        """Ends the request: it is remembered, what is left of it learned and others are replayed, as far as that is worth it."""
+        if self.proposer is None:
+            return
+        unseen, schedule = self.proposer.finish(), self.schedule
+        if schedule is not None:
+            schedule.finish(unseen)
+        failures, governor = self._failures, self._draft.governor
+        with failures.records.attempt(), self._draft.lock:
+            if schedule is not None and schedule.worked and failures.learning.worked():
+                governor.budget.say(f"learning works again after: {failures.learning.reason}")
+            verdict = governor.budget.verdict if schedule is not None else ""
+            outcome = NOTHING_LEARNS if schedule is None else schedule.outcome()
+            governor.decisions.learning = f"{outcome}; {verdict}" if verdict else outcome
+        if self._proposes and failures.proposing.worked():
+            governor.decisions.drafting = f"drafting works again after: {failures.proposing.reason}"
+
+    def close(self, started: float) -> None:
+        """The end of the call, finished or broken off; `started`: when it began."""
+        if self.schedule is not None:
+            self.schedule.close()
+        self.counts.wall_time_s = time.perf_counter() - started
+        failures, decisions = self._failures, self._draft.governor.decisions
+        with failures.records.attempt(), self._draft.lock:
+            self._draft.metrics.close(self.counts)
+            for what in (failures.learning, failures.preparing):
+                if what.failing:
+                    decisions.learning = what.reason
+            for what in (failures.memory, failures.drafting, failures.proposing, failures.preparing):
+                if what.failing:
+                    decisions.drafting = what.reason
+        with failures.records.attempt():
+            self._draft.report(self.counts)
