@@ -63,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a character that the terminal does not have costs no result
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        app(args=_one_by_one(arguments, "--weights"), prog_name="hf-onlinespec")
+        app(args=one_by_one(arguments, "--weights"), prog_name="hf-onlinespec")
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else FAILED
     return 0
 
 
-def _one_by_one(arguments: list[str], option: str) -> list[str]:
+def one_by_one(arguments: list[str], option: str) -> list[str]:
     """The same with `--weights 0.25 0.75` as `--weights 0.25 --weights 0.75`: typer takes one value after an option."""
     found: list[str] = []
     listing = False
@@ -448,7 +448,7 @@ def record(
 ) -> int:
     """Record what a target says to your prompts, for `regret`.
 
-    Writes the target's answers and laws to a file, so that learning can be replayed without the target.
+    Writes the target's answers and distributions to a file, so that learning can be replayed without the target.
 
     Example: `hf-onlinespec record --target ./target --draft ./draft --prompts mine.jsonl --out run.safetensors`
     """

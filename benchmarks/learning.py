@@ -48,7 +48,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "memory alone": {},  # the suffix memory, and no draft model
     "default": {},
-    "default, prompt asked": {},  # the learned or the original draft serves, as the governor chooses by the prompt
+    "default, prompt asked": {},  # the learned or the base draft serves, as the governor chooses by the prompt
     "optimistic": BARE,
     "optimistic, lr ÷ 2": BARE | {"lr": LR / 2},
     "optimistic, lr × 2": BARE | {"lr": LR * 2},

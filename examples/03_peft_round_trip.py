@@ -39,7 +39,7 @@ with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
 
     draft = OnlineDraft(load_draft(), settings)
-    report("original draft", draft)
+    report("base draft", draft)
     text, _ = serve(draft, orders[test : test + requests], learn=True)
     report(f"after {requests} requests online", draft)
     draft.save_pretrained(folder / "evolved")

@@ -2,17 +2,17 @@
 
 A large target p writes text slowly: one forward per token. A small draft q guesses the next k tokens, and one target
 forward checks them all. How many survive depends on how well q agrees with p, here and now. The check itself says
-what p would have written at every kept position, so the draft can learn from it at no cost in target forwards.
+what p would have written at every accepted position, so the draft can learn from it at no cost in target forwards.
 
     repeat:  1. commit   the draft proposes k tokens                                          propose()
              2. verify   one target forward over the k + 1 positions                          verify()
-                         keep the guesses up to the first wrong one, and one more token       accept()
+                         accept the guesses up to the first wrong one, and one more token     accept()
              3. adapt    move the draft towards what the target just said                     adapt()
 
 The text is the target's own, whatever the draft proposes:
-  - greedy: a guess is kept if it is argmax p; otherwise argmax p is written in its place.
-  - sampling: x ~ q is kept with probability min(1, p(x) / q(x)), otherwise a token is drawn from (p - q)+ / Σ (p - q)+.
-    The law of the kept token is p: min(p, q) + (1 - Σ min(p, q)) · (p - q)+ / Σ (p - q)+ = min(p, q) + (p - q)+ = p.
+  - greedy: a guess is accepted if it is argmax p; otherwise argmax p is written in its place.
+  - sampling: x ~ q is accepted with probability min(1, p(x) / q(x)), otherwise a token is drawn from (p - q)+ / Σ (p - q)+.
+    The distribution of the accepted token is p: min(p, q) + (1 - Σ min(p, q)) · (p - q)+ / Σ (p - q)+ = min(p, q) + (p - q)+ = p.
 A round therefore writes 1 to k + 1 tokens with one target forward; their mean is the acceptance length, which is what
 this file measures (counts, not seconds). Under sampling a guess survives with probability Σ min(p, q) = 1 - TV(p, q).
 TV <= sqrt(KL(p || q) / 2) (Pinsker), so the draft descends KL(p || q) = Σ p (log p - log q). It moves only between
@@ -51,7 +51,7 @@ LEARNING_RATE = 1e-3
 BETAS = (0.9, 0.99)  # a stream changes: Adam's metric must forget sooner than with the usual 0.999
 CLIP = 1.0
 REPLAY_STEPS, REPLAY_ROWS = 4, 4  # after each request: gradient steps on earlier ones, and how many in each
-MEMORY = 128  # requests remembered, with the target's log-probabilities (48 tokens · 2048 words: 0.4 MB each)
+REPLAY_REQUESTS = 128  # the latest ones, with the target's log-probabilities (48 tokens · 2048 words: 0.4 MB each)
 
 
 # The draft's adapter
@@ -89,7 +89,7 @@ def add_lora(model: nn.Module) -> list[nn.Parameter]:
 
 
 def switch(model: nn.Module, on: bool) -> None:
-    """Off: the frozen draft, as it was before it learned anything."""
+    """Off: the base draft, as it was before it learned anything."""
     for module in model.modules():
         if isinstance(module, LoRA):
             module.on = on
@@ -108,20 +108,20 @@ def rewind(cache: DynamicCache, length: int) -> None:
 def propose(
     draft: PreTrainedModel, tokens_1T: Tensor, k: int, temperature: float, cache: DynamicCache
 ) -> tuple[Tensor, list[Tensor]]:
-    """1. Commit: k guesses drafted_1K, one after another, and the law q_V of each (greedy: none is needed)."""
-    drafted_1K, laws = tokens_1T[:, :0], []
+    """1. Commit: k guesses drafted_1K, one after another, and the distribution q_V of each (greedy: none is needed)."""
+    drafted_1K, probs = tokens_1T[:, :0], []
     rewind(cache, tokens_1T.shape[1] - 1)
     feed = tokens_1T[:, cache.get_seq_length() :]  # what the draft has not read yet: at least the last token
     for _ in range(k):
         logits_1V = draft(input_ids=feed, **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
         if temperature > 0:
             q_1V = (logits_1V / temperature).softmax(-1)
-            laws.append(q_1V[0])
+            probs.append(q_1V[0])
             feed = torch.multinomial(q_1V, 1)
         else:
             feed = logits_1V.argmax(-1, keepdim=True)
         drafted_1K = torch.cat([drafted_1K, feed], dim=1)
-    return drafted_1K, laws
+    return drafted_1K, probs
 
 
 def verify(target: PreTrainedModel, tokens_1T: Tensor, drafted_1K: Tensor, cache: DynamicCache) -> Tensor:
@@ -132,8 +132,8 @@ def verify(target: PreTrainedModel, tokens_1T: Tensor, drafted_1K: Tensor, cache
     return target(input_ids=feed, **{CACHE: cache}, logits_to_keep=checked).logits[0, -checked:]
 
 
-def accept(logits_CV: Tensor, drafted_1K: Tensor, laws: list[Tensor], temperature: float) -> Tensor:
-    """The kept guesses and one token of the target's own: 1 to K + 1 tokens."""
+def accept(logits_CV: Tensor, drafted_1K: Tensor, probs: list[Tensor], temperature: float) -> Tensor:
+    """The accepted guesses and one token of the target's own: 1 to K + 1 tokens."""
     drafted_K = drafted_1K[0]
     if temperature == 0:
         own_C = logits_CV.argmax(-1)
@@ -142,13 +142,13 @@ def accept(logits_CV: Tensor, drafted_1K: Tensor, laws: list[Tensor], temperatur
         return own_C[: agreed + 1]
     p_CV = (logits_CV / temperature).softmax(-1)
     for i, x in enumerate(drafted_K):
-        p_V, q_V = p_CV[i], laws[i]
+        p_V, q_V = p_CV[i], probs[i]
         if torch.rand(()) * q_V[x] < p_V[x]:
             continue
         residual_V = (p_V - q_V).clamp_min(0)
-        # p = q up to rounding leaves no residual: then p itself is the law.
+        # p = q up to rounding leaves no residual: then p itself is drawn from.
         return torch.cat([drafted_K[:i], torch.multinomial(residual_V if residual_V.sum() > 0 else p_V, 1)])
-    return torch.cat([drafted_K, torch.multinomial(p_CV[-1], 1)])  # all kept: one token more, for free
+    return torch.cat([drafted_K, torch.multinomial(p_CV[-1], 1)])  # all accepted: one token more, for free
 
 
 @torch.no_grad()
@@ -165,29 +165,29 @@ def serve(
     while not done:
         # 1. The draft commits. A round's last token is the target's own, so one place is left for it.
         room = end - tokens_1T.shape[1] - 1
-        drafted_1K, laws = propose(draft, tokens_1T, min(k, room), temperature, draft_cache)
+        drafted_1K, probs = propose(draft, tokens_1T, min(k, room), temperature, draft_cache)
         # 2. The target verifies, and the text grows.
         logits_CV = verify(target, tokens_1T, drafted_1K, target_cache)
-        kept = accept(logits_CV, drafted_1K, laws, temperature)
-        stops = torch.isin(kept, ends).nonzero()
+        new_G = accept(logits_CV, drafted_1K, probs, temperature)
+        stops = torch.isin(new_G, ends).nonzero()
         if len(stops):
-            kept = kept[: int(stops[0]) + 1]
-        tokens_1T = torch.cat([tokens_1T, kept[None]], dim=1)
+            new_G = new_G[: int(stops[0]) + 1]
+        tokens_1T = torch.cat([tokens_1T, new_G[None]], dim=1)
         # The feedback for step 3: row i predicts token i. The row of the first wrong guess belongs to it, as its
         # context was accepted; the rows behind it follow a text that was not written, and are dropped.
-        feedback.append(logits_CV[: len(kept)].log_softmax(-1))
+        feedback.append(logits_CV[: len(new_G)].log_softmax(-1))
         rounds += 1
         done = len(stops) > 0 or tokens_1T.shape[1] == end
     return tokens_1T, torch.cat(feedback), rounds
 
 
-def adapt(draft: PreTrainedModel, optimizer: torch.optim.Optimizer, lessons: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """3. Adapt: one step on the mean KL(p || q) over all generated tokens of the lessons (tokens_1T, log_p_GV)."""
+def adapt(draft: PreTrainedModel, optimizer: torch.optim.Optimizer, requests: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """3. Adapt: one step on the mean KL(p || q) over all generated tokens of the requests (tokens_1T, log_p_GV)."""
     # Rows are padded at their end: attention looks back only, so no real token sees the padding and no mask is needed.
-    tokens_NT = nn.utils.rnn.pad_sequence([tokens_1T[0] for tokens_1T, _ in lessons], batch_first=True)
+    tokens_NT = nn.utils.rnn.pad_sequence([tokens_1T[0] for tokens_1T, _ in requests], batch_first=True)
     logits_NTV = draft(input_ids=tokens_NT, use_cache=False).logits
     losses = []
-    for (tokens_1T, log_p_GV), logits_TV in zip(lessons, logits_NTV, strict=True):
+    for (tokens_1T, log_p_GV), logits_TV in zip(requests, logits_NTV, strict=True):
         last = tokens_1T.shape[1] - 1  # the logits that predict token j sit at position j - 1
         log_q_GV = logits_TV[last - len(log_p_GV) : last].log_softmax(-1)
         losses.append((log_p_GV.exp() * (log_p_GV - log_q_GV)).sum(-1))
@@ -203,7 +203,9 @@ def adapt(draft: PreTrainedModel, optimizer: torch.optim.Optimizer, lessons: Seq
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A draft that learns while it serves, beside the same draft frozen.")
+    parser = argparse.ArgumentParser(
+        description="A draft that learns while it serves, beside the base draft, which does not."
+    )
     parser.add_argument("--pair", type=Path, default=PAIR, help="folder with target/, draft/ and prompts.jsonl")
     parser.add_argument("--domain", default="orders", help="whose prompts to stream")
     parser.add_argument("--requests", type=int, default=60)
@@ -222,14 +224,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("target", "draft")
     )
     optimizer = torch.optim.Adam(add_lora(draft), lr=LEARNING_RATE, betas=BETAS)
-    memory: deque[tuple[Tensor, Tensor]] = deque(maxlen=MEMORY)
+    replay: deque[tuple[Tensor, Tensor]] = deque(maxlen=REPLAY_REQUESTS)
     items = [json.loads(line) for line in (args.pair / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = ["<|endoftext|>" + item["prompt"] for item in items if item["domain"] == args.domain][: args.requests]
     if not prompts:
         parser.error(f"--domain {args.domain!r} --requests {args.requests}: no prompts in {args.pair}.")
 
     print(f"{len(prompts)} requests of the domain {args.domain!r}; acceptance length = tokens per target forward")
-    print("requests   frozen  learning")  # each request is served before it is learned from
+    print("requests     base  learning")  # each request is served before it is learned from
     written, rounds = {True: [], False: []}, {True: [], False: []}  # per arm (learning or not), one entry per request
     identical = 0
     for i, prompt in enumerate(prompts, start=1):
@@ -243,23 +245,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             rounds[learning].append(n)
         # 3. The draft adapts: to this request, and to some of the earlier ones, so that it does not forget them.
         adapt(draft, optimizer, [(tokens_1T, log_p_GV)])
-        memory.append((tokens_1T, log_p_GV))
+        replay.append((tokens_1T, log_p_GV))
         for _ in range(REPLAY_STEPS):
-            adapt(draft, optimizer, choose.sample(list(memory), min(REPLAY_ROWS, len(memory))))
+            adapt(draft, optimizer, choose.sample(list(replay), min(REPLAY_ROWS, len(replay))))
 
         if args.temperature == 0:
             plain = target.generate(**inputs, do_sample=False, max_new_tokens=args.new_tokens)
             identical += torch.equal(tokens_1T, plain)
         if i % 10 == 0 or i == len(prompts):
             first = (i - 1) // 10 * 10
-            frozen, learned = (sum(written[arm][first:]) / sum(rounds[arm][first:]) for arm in (False, True))
-            print(f"{first + 1:3d} - {i:3d} {frozen:8.2f} {learned:9.2f}", flush=True)
+            base, learned = (sum(written[arm][first:]) / sum(rounds[arm][first:]) for arm in (False, True))
+            print(f"{first + 1:3d} - {i:3d} {base:8.2f} {learned:9.2f}", flush=True)
 
-    frozen, learned = (sum(written[arm]) / sum(rounds[arm]) for arm in (False, True))
+    base, learned = (sum(written[arm]) / sum(rounds[arm]) for arm in (False, True))
     outputs = f"{identical} of {len(prompts)} outputs identical to plain greedy generate"
     if args.temperature > 0:
-        outputs = "outputs sampled from the target's law"
-    print(f"all: frozen {frozen:.2f}, learning {learned:.2f}; {outputs}; {time.perf_counter() - started:.0f} s")
+        outputs = "outputs sampled from the target's distribution"
+    print(f"all: base {base:.2f}, learning {learned:.2f}; {outputs}; {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_from_scratch_learns_and_writes_what_plain_generate_writes(twin, monkeyp
     assert all(1 <= float(al) <= 4 for g in groups if g for al in g.groups()[2:])
     assert "; 12 of 12 outputs identical to plain greedy generate;" in printed[-1]
     # What the totals say is the mean that the groups say.
-    totals = [float(x) for x in re.findall(r"(?:frozen|learning) ([\d.]+)", printed[-1])]
+    totals = [float(x) for x in re.findall(r"(?:base|learning) ([\d.]+)", printed[-1])]
     for column, total in enumerate(totals, start=3):
         first, second = (float(g[column]) for g in groups if g)
         assert min(first, second) - 0.01 <= total <= max(first, second) + 0.01
@@ -53,7 +53,7 @@ def test_from_scratch_learns_and_writes_what_plain_generate_writes(twin, monkeyp
 
 def test_from_scratch_samples(twin, capsys) -> None:
     twin["main"](["--requests", "2", "--new-tokens", "8", "--temperature", "0.8", "--domain", "orders"])
-    assert "outputs sampled from the target's law" in capsys.readouterr().out
+    assert "outputs sampled from the target's distribution" in capsys.readouterr().out
 
 
 def test_from_scratch_refuses_a_domain_without_prompts(twin, capsys) -> None:

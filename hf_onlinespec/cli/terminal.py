@@ -197,7 +197,7 @@ class Terminal:
     def _answer(self, text: str) -> None:
         try:
             with ctrl_c() as stopped:
-                answer = self._chat.answer(text, self._show, stopped)
+                answer = self._chat.answer(text, self.show, stopped)
                 self._out.print()
                 self._chat.measure_plain(stopped)  # a Ctrl-C that comes a little late leaves nothing
         except (Exception, KeyboardInterrupt) as error:
@@ -209,7 +209,8 @@ class Terminal:
             return
         self._notes.print(f"[{self._chat.status(answer)}]", style=QUIET, markup=False)
 
-    def _show(self, text: str, drafted: bool) -> None:
+    def show(self, text: str, drafted: bool) -> None:
+        """Writes a piece of an answer, without what a terminal would obey."""
         style = Style.parse(DRAFTED) if drafted and self._colours else None
         self._out.print(Segments([Segment(safe(text), style)]), end="")  # a Text would write spaces for tabs
 

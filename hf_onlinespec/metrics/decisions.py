@@ -16,9 +16,9 @@ class Decisions:
     )  # by what was proposed
     probes: int = 0
     deferred_updates: int = 0  # requests that were not learned from at once: that was not affordable
-    serves_base: bool = False  # the original draft served the latest request: what was learned does worse there
+    serves_base: bool = False  # the base draft served the latest request: what was learned does worse there
     budget_fraction: float = 1.0  # part of update_budget that learning may use
-    acceptance: float = 0.0  # estimated, of the neural draft's tokens
+    acceptance: float = 0.0  # estimated, of the draft model's tokens
     draft_step: float = 0.0  # time of one more drafted token over a plain target step
     verify_step: float = 0.0  # time of one more verified position over a plain target step
     drafting: str = "nothing was decided yet"
@@ -43,7 +43,7 @@ class Decisions:
                 f"learning may use {self.budget_fraction:.3g} of update_budget; {self.replay_passes} replay passes a request",
             ),
             ("put off", f"{counted(self.deferred_updates, 'request')} not learned from at once"),
-            ("served by", "the original draft" if self.serves_base else "the learned draft"),
+            ("served by", "the base draft" if self.serves_base else "the learned draft"),
         ]
         if self.rollback:
             rows.append(("rollback", self.rollback))

@@ -29,9 +29,7 @@ class DraftMetrics(Counts):
     idle_failures: int = 0  # times that learning when idle raised
     idle_dropped: int = 0  # requests that were handed over for that and not learned: no room was left, or it raised
     decisions: Decisions = field(default_factory=Decisions)  # what the governor decided, and why
-    expert_weights: tuple[float, ...] = (
-        1.0,
-    )  # of the experts in an ensemble's mixture; the last is the original draft's
+    expert_weights: tuple[float, ...] = (1.0,)  # of the experts in an ensemble's mixture; the last is the base draft's
     removed_experts: int = 0  # that diverged; a single learner begins anew
     rollbacks: int = 0  # times that an earlier state of the adapter took over; why: decisions.rollback
     failed_reports: int = 0  # times that a trace raised, see `Trace`; no answer needs one
@@ -59,7 +57,7 @@ class DraftMetrics(Counts):
             rows.append(("when idle", f"{idle}, {counted(self.idle_dropped, 'request')} dropped"))
         if len(self.expert_weights) > 1:
             weights = [f"{weight:.2f}" for weight in self.expert_weights]
-            rows.append(("expert weights", f"{', '.join(weights[:-1])}; the original draft {weights[-1]}"))
+            rows.append(("expert weights", f"{', '.join(weights[:-1])}; the base draft {weights[-1]}"))
         failed = {
             "updates": self.failed_updates,
             "drafts": self.failed_drafts,

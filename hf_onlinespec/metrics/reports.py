@@ -25,7 +25,7 @@ class RequestReport:
     updates: int  # gradient steps inside the call
     loss: float | None  # per learned token, before it was learned; None: nothing was learned inside the call
     sources: dict[str, int]  # rounds by who drafted: "plain", "memory", "model", "memory+model"
-    expert_weights: tuple[float, ...]  # of an ensemble; the last is the original draft's
+    expert_weights: tuple[float, ...]  # of an ensemble; the last is the base draft's
     drafting: str  # what the governor decided about drafting, and why
     learning: str  # and about learning
 

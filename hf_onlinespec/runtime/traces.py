@@ -212,9 +212,9 @@ def scalars(report: RequestReport) -> dict[str, float]:
     rounds = max(report.rounds, 1)
     found |= {f"rounds_share/{source}": n / rounds for source, n in report.sources.items()}
     if len(report.expert_weights) > 1:
-        *experts, original = report.expert_weights
+        *experts, base = report.expert_weights
         found |= {f"expert_weights/{i}": weight for i, weight in enumerate(experts)}
-        found["expert_weights/original"] = original
+        found["expert_weights/base"] = base
     return found
 
 

@@ -340,7 +340,7 @@ def test_colours_go_to_terminals_that_take_them(chat: Chat, monkeypatch: pytest.
 def test_what_a_model_says_is_no_command_to_the_terminal(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen()
     terminal = Terminal(chat, console(screen), console(Screen()), lines())
-    terminal._show("a\x1b[2Jb\x07\u200d\x9bc\td\n", False)
+    terminal.show("a\x1b[2Jb\x07\u200d\x9bc\td\n", False)
     assert screen.getvalue().replace("\x1b[0m", "") == "a[2Jb\u200dc\td\n"
 
 

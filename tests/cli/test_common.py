@@ -402,7 +402,7 @@ def test_a_checkout_that_is_not_installed_says_so(
 
 
 def test_weights_are_taken_in_a_row() -> None:
-    spread = hf_onlinespec_cli._one_by_one
+    spread = hf_onlinespec_cli.one_by_one
     assert spread(["a", "--weights", "0.25", "0.75", "--out", "x"], "--weights") == [
         "a", "--weights", "0.25", "--weights", "0.75", "--out", "x",
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("rich")
 
@@ -28,7 +28,7 @@ from hf_onlinespec.cli.trial import TrySettings, run_try, set_aside
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
 from hf_onlinespec.errors import ConfigError, OnlineSpecError
 from hf_onlinespec.measure import bench, shipped, trial
-from hf_onlinespec.measure.bench import Runner
+from hf_onlinespec.measure.bench import Answer, Runner
 from hf_onlinespec.measure.budget import LEAST_PROMPTS, LONG, SHORT, SHORTEST, WANTED_PROMPTS, Budget
 from hf_onlinespec.measure.exactness import FAULT, IDENTICAL, ROUNDING, Examiner
 from hf_onlinespec.measure.progress import progress
@@ -252,16 +252,16 @@ def test_the_time_ends_a_trial_after_eight_prompts_at_the_earliest(pair: Embedde
 
 def wrong_token(monkeypatch: pytest.MonkeyPatch, arm: dict[str, Any]) -> None:
     """Lets the arm's answers carry a token that the target never said."""
-    generate = Runner._generate
+    answers = Runner.answers
 
-    def broken(self: Runner, inputs: Any, new_tokens: int, given: Any, number: int) -> tuple[Tensor, float]:
-        output, wall_time_s = generate(self, inputs, new_tokens, given, number)
-        if given == arm:
-            output = output.clone()
-            output[0, inputs["input_ids"].shape[1]] = 1999
-        return output, wall_time_s
+    def broken(self: Runner, number: int, prompt: Any, arms: Any) -> Iterator[tuple[str, Answer]]:
+        for name, answer in answers(self, number, prompt, arms):
+            output = answer.output.clone()
+            if arms[name] == arm:
+                output[0, -answer.new_tokens] = 1999
+            yield name, replace(answer, output=output)
 
-    monkeypatch.setattr(Runner, "_generate", broken)
+    monkeypatch.setattr(Runner, "answers", broken)
 
 
 @pytest.mark.usefixtures("quick")

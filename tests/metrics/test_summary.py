@@ -86,7 +86,7 @@ def test_what_is_rare_is_printed_where_there_is_any() -> None:
     rows = lines(metrics)
     assert rows["failed"] == "updates 2" and rows["left out"] == "rollbacks 1"
     assert rows["when idle"] == "1 gradient step in 0.50 s, 0 requests dropped"
-    assert rows["expert weights"] == "0.25; the original draft 0.75"
+    assert rows["expert weights"] == "0.25; the base draft 0.75"
 
 
 def test_a_summary_is_also_a_dict_of_plain_values(served) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, online_draft
+from hf_onlinespec.models.watch import ModelWatch
 from tests.conftest import tiny_llama
 
 SETTINGS = OnlineSpecConfig(rank=4, alpha=4.0, lookahead=3, update_every=1, replay_passes=0)
@@ -142,18 +143,18 @@ def test_of_two_threads_that_notice_a_change_one_begins_anew(
     draft = OnlineDraft(draft_model, SETTINGS)
     serve(target, draft, prompt)
     one_step(draft_model)
-    noticed, change = threading.Barrier(2, timeout=30), draft._watch.change
+    noticed, change = threading.Barrier(2, timeout=30), ModelWatch.change
     looks: dict[int, int] = {}
 
-    def both() -> str | None:
+    def both(self: ModelWatch) -> str | None:
         """Neither begins before both have looked."""
-        found, own = change(), threading.get_ident()
+        found, own = change(self), threading.get_ident()
         looks[own] = looks.get(own, 0) + 1
         if looks[own] == 1:
             noticed.wait()
         return found
 
-    monkeypatch.setattr(draft._watch, "change", both)
+    monkeypatch.setattr(ModelWatch, "change", both)
     numbers: list[str] = []
 
     def begin() -> None:
