@@ -35,6 +35,7 @@ from hf_onlinespec.rounds import Proposal, Rows
 from hf_onlinespec.verify.accept import accept
 from tests.chi_square import THOUSAND, chi_square, quantile
 from tests.conftest import answered, tiny_llama
+from tests.drafts import move
 
 SIZES = [(40, 32), (32, 40)]  # of target and draft
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
@@ -431,8 +432,7 @@ def test_a_draft_without_a_law_proposes_common_ids_on_any_device(monkeypatch) ->
     from hf_onlinespec.models.vocabulary import Vocabulary
 
     draft = learning(tiny_llama(2, vocab=32))
-    draft.causal_lm.adapter.move(torch.full_like(draft.causal_lm.adapter.params, torch.nan))
-    draft.learning.learner.experts.steps = 1
+    move(draft, lambda part: torch.full_like(part, torch.nan))
     vocabulary = Vocabulary(said=64, read=64, source="test")
     processors = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
     config = draft.generation_config.__class__(do_sample=True, max_length=64)
