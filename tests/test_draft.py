@@ -8,7 +8,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.adapt.learner import StepReturns
+from hf_onlinespec.adapt.returns import StepReturns
 from hf_onlinespec.adapt.trainable import Prefix
 from hf_onlinespec.commit.base import Call
 from hf_onlinespec.commit.request import Request

@@ -6,13 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import OnlineSpecConfig
-from ..errors import ArtifactError
 from ..metrics import Counts, UpdateReport
 from ..state import State
 from .experts import Experts
@@ -22,8 +20,9 @@ from .judging import Evaluator
 from .learned_texts import LearnedTexts, Request
 from .objective import Objective
 from .replay import Replay, ReplaySchedule
+from .returns import StepReturns
 from .segment import Scores, Segment, padded
-from .trainable import Prefix, Trainable
+from .trainable import Prefix, Trainable, params_of
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ class Learner:
 
     def resume(self, adapter: Mapping[str, Tensor], saved: State) -> None:
         """The inverse of `saved`, for the served adapter that was written beside it."""
-        params = self._params(adapter)
+        params = params_of(self.trainable.adapter, adapter)
         self._forget()
         if self.experts.is_ensemble:
             experts = saved.part("experts")
@@ -192,7 +191,7 @@ class Learner:
 
     def adopt(self, adapter: Mapping[str, Tensor]) -> None:
         """Goes on from an adapter that was trained elsewhere, with a new state."""
-        self.experts.adopt(self._params(adapter))
+        self.experts.adopt(params_of(self.trainable.adapter, adapter))
         self._forget()
 
     def _forget(self) -> None:
@@ -202,20 +201,6 @@ class Learner:
         if self._returns is not None:
             self._returns.forget()
         self._cache_invalid, self.loss = False, math.inf
-
-    def _params(self, adapter: Mapping[str, Tensor]) -> Tensor:
-        """A flat vector like the adapter's parameters from tensors by PEFT's names. Raises ArtifactError."""
-        params = torch.empty_like(self.trainable.adapter.params)
-        parts = self.trainable.adapter.named(params)
-        if sorted(adapter) != sorted(parts):
-            odd = sorted(set(adapter) ^ set(parts))
-            raise ArtifactError(
-                f"The adapter and this base with these settings do not fit: {len(odd)} tensors differ, {odd[0]} for one."
-            )
-        for name, part in parts.items():
-            found = {name: adapter[name].to(part.dtype)}  # a fine-tune may have saved it in half of the precision
-            part.copy_(State(found).tensor(name, part))
-        return params
 
     # The replay
 
@@ -273,44 +258,3 @@ class Learner:
             [self._objective.losses([request.teacher], [own]) for request, own in zip(requests, part, strict=True)]
             for part in logits
         ]
-
-
-@dataclass
-class _Moved:
-    """What the steps of one kind have moved since the last request."""
-
-    change: Tensor  # (parameters,) in bfloat16: it is a hint, and as large as the adapter
-    seconds: float
-    steps: int
-
-
-class StepReturns:
-    """What gradient steps brought for a request that they did not know: steps on new tokens, and on remembered ones."""
-
-    def __init__(self) -> None:
-        self._moved: dict[str, _Moved] = {}  # "new", "old"
-
-    @property
-    def nbytes(self) -> int:
-        return sum(moved.change.nbytes for moved in self._moved.values())
-
-    def forget(self) -> None:
-        """The parameters went back: what steps moved is gone."""
-        self._moved = {}
-
-    def report(self, grads: Tensor, passes: ReplaySchedule) -> None:
-        """Tells what was moved before a new request, whose gradient (parameters,) this is."""
-        if "new" in self._moved:
-            brought = {
-                kind: (-float(grads @ moved.change.float()) / moved.steps, moved.seconds / moved.steps)
-                for kind, moved in self._moved.items()
-            }
-            if "old" in brought:
-                passes.observe(brought["new"], brought["old"])
-        self._moved = {}
-
-    def note(self, kind: str, before: Tensor, after: Tensor, seconds: float) -> None:
-        """A step moved the parameters (parameters,)."""
-        moved = self._moved.get(kind) or _Moved(torch.zeros_like(before), 0.0, 0)
-        change = (moved.change.float() + after - before).bfloat16()
-        self._moved[kind] = _Moved(change, moved.seconds + seconds, moved.steps + 1)

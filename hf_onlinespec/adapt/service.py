@@ -130,10 +130,6 @@ class LearningService:
         with self.lock:
             self.governor.observe_comparison(seen[0].tolist(), seen[-1].tolist(), (), False, prompt_log_ratio)
 
-    def deferred(self) -> None:
-        """A request was not learned from at once."""
-        self.governor.decisions.deferred_updates += 1
-
     def end_request(self) -> None:
         """Evaluates what the draft showed in a request that is over, or was broken off."""
         with self.steps_lock:

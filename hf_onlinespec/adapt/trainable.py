@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from ..errors import ArtifactError
+from ..state import State
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,22 @@ class Trainable(Protocol):
             Logits (copies, rows, n, vocab).
         """
         ...
+
+
+def params_of(adapter: Adapter, parts: Mapping[str, Tensor]) -> Tensor:
+    """A flat vector (parameters,) like the adapter's, from tensors by their names in files.
+
+    Raises:
+        ArtifactError: they are those of another adapter.
+    """
+    params = torch.empty_like(adapter.params)
+    own = adapter.named(params)
+    if sorted(parts) != sorted(own):
+        odd = sorted(set(parts) ^ set(own))
+        raise ArtifactError(
+            f"The adapter and this base with these settings do not fit: {len(odd)} tensors differ, {odd[0]} for one."
+        )
+    for name, part in own.items():
+        found = {name: parts[name].to(part.dtype)}  # a fine-tune may have saved it in half of the precision
+        part.copy_(State(found).tensor(name, part))
+    return params

@@ -1,0 +1,128 @@
+"""What one call of `generate` has shown: the target's distributions at the new tokens of its rows, until they are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..rounds import Rows
+from .feedback import Feedback
+from .segment import Segment
+from .service import LearningService
+from .trainable import Prefix
+
+
+class DraftedRow(Protocol):
+    """A row of a call, as its draft reads it."""
+
+    tokens: Tensor | None  # (1, L) the row so far, on the draft's device; None: it has not begun
+    prompt: int  # how much of it was there before
+    mask: Tensor | None  # (1, prompt) with zeros where the prompt is padded on the left; None: no padding
+    prompt_log_ratio: float | None  # how much the prompt speaks for the learned draft; None: it was not asked
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    @property
+    def common(self) -> int:
+        """Ids below it are known to target and draft."""
+        ...
+
+    def take(self, tokens: Tensor) -> None:
+        """The row as it is now, (1, L)."""
+        ...
+
+    def route(self, prompt: Tensor) -> None:
+        """Once in a request: whether the learned or the base draft serves it, by its prompt."""
+        ...
+
+    def prefix(self, most: int) -> Prefix | None:
+        """At most so many tokens that the learned draft has read already."""
+        ...
+
+
+class CallFeedback:
+    """The rows of a call and what the target said about them.
+
+    Args:
+        temperature: of the call, 0 for greedy.
+    """
+
+    def __init__(self, learning: LearningService, rows: Sequence[DraftedRow], temperature: float) -> None:
+        self.rows, self._learning, self._temperature = rows, learning, temperature
+        self.recorded = False  # whether there was anything that the draft can see
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """What was recorded is forgotten."""
+        self._of = [self._learning.new_feedback(row.common, self._temperature, row.config) for row in self.rows]
+
+    @property
+    def begun(self) -> bool:
+        """Whether all rows were read."""
+        return all(row.tokens is not None for row in self.rows)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Rows with tokens that are neither learned from nor deferred."""
+        return [
+            i
+            for i, (row, of) in enumerate(zip(self.rows, self._of, strict=True))
+            if of.waiting and row.tokens is not None
+        ]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the replay will be given anything."""
+        return any(of.kept for of in self._of)
+
+    @property
+    def full(self) -> bool:
+        """Whether a row has as many full target distributions as are kept at most."""
+        return any(of.waiting >= self._learning.settings.context_tokens for of in self._of)
+
+    def record(self, rows: Rows, logits: Tensor | None) -> None:
+        """Takes in the rows as they are now, and the target's raw logits (batch, ≥ new tokens, vocab) at their new tokens.
+
+        Up to the last position that the draft can see. None: nothing is recorded.
+        """
+        for i, row in enumerate(self.rows):
+            if row.tokens is None:
+                continue
+            before = row.tokens.shape[1]
+            new = rows.lengths[i] - before
+            row.take(rows.row(i))
+            seen = max(0, min(new, self._learning.positions + 1 - before))
+            if logits is not None and seen:
+                self.recorded = True
+                own = logits[i : i + 1, :seen]
+                # Logits of rejected tokens are not held with the others.
+                own = own if seen == logits.shape[1] else own.clone()
+                self._of[i].record(own.to(self._learning.device), before + seen)
+
+    def segment(self, i: int) -> Segment:
+        """The waiting tokens of a row; they are handed out once."""
+        row, of = self.rows[i], self._of[i]
+        assert row.tokens is not None
+        teachers = of.teachers()
+        return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature)
+
+    def keep(self, i: int, segment: Segment) -> None:
+        """What was handed out goes to the replay; of one request, all of it or nothing."""
+        self._of[i].keep(segment.teachers)
+
+    def defer_to_replay(self) -> None:
+        """Leaves the waiting tokens to the replay."""
+        for of in self._of:
+            of.defer_to_replay()
+
+    def finished(self) -> list[tuple[int, Feedback]]:
+        """Every row as the replay keeps it."""
+        found = []
+        for i, (row, of) in enumerate(zip(self.rows, self._of, strict=True)):
+            assert row.tokens is not None
+            found += [(i, one) for one in of.feedback(row.tokens, row.mask)]
+        return found
