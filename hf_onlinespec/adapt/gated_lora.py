@@ -12,45 +12,49 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._compat.adapters import (
-    LoraEmbedding,
     LoraLayer,
     base_of,
     delta_weight,
-    disable_lora,
-    embedding_scale,
     lora_factors,
 )
-from .._compat.models import weight_of
 from ..errors import DraftError
-from ..models.borrow import borrow, is_plain
+from ..models.borrow import borrow
 from ..models.layers import adaptable_layers as adaptable_layers
 from ..models.layers import adapted_layers, describe
 from ..runtime.progress import each
 from ..runtime.seeding import seeded
+from .flat_layout import ADAPTER, FlatLayout, flattened
+from .folded import FoldedWeights, is_foldable
+from .gate import Gate
 
-ADAPTER = "default"
-# Adapted weights that are worth a second copy; in larger drafts LoRA's share of a forward is small.
-FOLD_MOST = 64_000_000
 
-
-@dataclass(frozen=True)
-class Piece:
-    """One parameter of the adapter inside the flat vector."""
-
-    name: str  # as PEFT's files call it
-    path: str  # as the model calls it
-    place: slice
-    shape: torch.Size
-    columns: bool  # B: blocks are its columns; A: blocks are its rows
+def _with_adapter(base: PreTrainedModel, names: list[str], rank: int, alpha: float, seed: int) -> PeftModel:
+    """A LoRA adapter of this rank around the layers, with its first values by the seed. Raises DraftError."""
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # need not be whole
+        target_modules=names,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    with seeded(base, seed), warnings.catch_warnings():
+        # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.
+        warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out).*")
+        try:
+            return get_peft_model(base, settings)
+        except ValueError as error:
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise DraftError(
+                f"No adapter fits {type(base).__name__} with the layers {some}: {(str(error).splitlines() or [''])[0][:200]} "
+                "Name layers that the model's text goes through with target_modules=."
+            ) from error
 
 
 class GatedLora:
@@ -90,76 +94,17 @@ class GatedLora:
             )
         if target_modules is not None and not self.left_out:
             names = list(target_modules)  # as they were given; those that are not there are PEFT's to name
-        settings = LoraConfig(
-            r=blocks * rank,
-            lora_alpha=alpha * blocks,  # type: ignore[arg-type]  # need not be whole
-            target_modules=names,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        )
-        with seeded(base, seed), warnings.catch_warnings():
-            # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.
-            warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out).*")
-            try:
-                self.model: PeftModel = get_peft_model(base, settings)
-            except ValueError as error:
-                some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                raise DraftError(
-                    f"No adapter fits {type(model).__name__} with the layers {some}: {(str(error).splitlines() or [''])[0][:200]} "
-                    "Name layers that the model's text goes through with target_modules=."
-                ) from error
-        self.tree = base_of(self.model)
-        self.tree.eval()
+        self.model = _with_adapter(base, names, blocks * rank, alpha * blocks, seed)
+        self.tree = base_of(self.model).eval()
         self.rank, self.blocks = rank, blocks
         self.layers = [module for module in self.tree.modules() if isinstance(module, LoraLayer)]
-        self._folded = self._foldable(model)
+        self._folded = FoldedWeights(model, self.tree) if is_foldable(self.layers) else None
         self._stale = True  # whether the folded weights lag behind the adapter
         self.changes = 0  # of parameters or weights
         self.weights: Tensor | None = None  # (blocks,) weights of the blocks in what is served; None: all at 1
-        self._open = False
-        self._gate: Tensor | None = None  # (batch, blocks · rank); None: every block at weight 1
-        for layer in self.layers:
-            if isinstance(layer, LoraEmbedding):
-                layer.register_forward_hook(self._embedding_hook)
-            else:
-                layer.lora_A[ADAPTER].register_forward_hook(self._linear_hook)
-            disable_lora(layer, True)
-        self._flatten()
-
-    def _flatten(self) -> None:
-        """Moves all adapter parameters, and their gradients, into one vector each: one step is then one operation."""
-        named = [(name, p) for name, p in self.tree.named_parameters() if p.requires_grad]
-        device, dtype = named[0][1].device, torch.float32
-        self.params = torch.empty(sum(p.numel() for _, p in named), device=device, dtype=dtype)
-        self.grads = torch.zeros_like(self.params)
-        self._pieces: list[Piece] = []
-        start = 0
-        for name, parameter in named:
-            end = start + parameter.numel()
-            columns = "lora_B" in name or "lora_embedding_B" in name
-            in_file = f"base_model.model.{name}".replace(f".{ADAPTER}", "")
-            self._pieces.append(Piece(in_file, name, slice(start, end), parameter.shape, columns))
-            self.params[start:end].copy_(parameter.detach().flatten())
-            parameter.data = self.params[start:end].view_as(parameter)
-            parameter.grad = self.grads[start:end].view_as(parameter)
-            start = end
-
-    def _foldable(self, model: PreTrainedModel) -> list[tuple[LoraLayer, nn.Parameter]] | None:
-        """A third module tree, `self.folded_tree`, whose adapted layers get weights of their own; None: too large, or not float32."""
-        weights = [weight_of(layer.get_base_layer()) for layer in self.layers]
-        if not all(is_plain(weight) and weight.dtype == torch.float32 for weight in weights):
-            return None
-        if sum(weight.numel() for weight in weights) > FOLD_MOST:
-            return None
-        self.folded_tree = borrow(model)
-        modules = dict(self.folded_tree.named_modules())
-        folded = []
-        for name, layer in self.tree.named_modules():
-            if isinstance(layer, LoraLayer):
-                weight = nn.Parameter(torch.empty_like(weight_of(layer.get_base_layer())), requires_grad=False)
-                modules[name].weight = weight
-                folded.append((layer, weight))
-        return folded
+        self._gate = Gate(self.layers, rank)
+        self._layout = FlatLayout(self.tree, blocks, rank)
+        self.params, self.grads = flattened(self.tree, self._layout)  # (parameters,) each
 
     @property
     def stale(self) -> bool:
@@ -171,21 +116,19 @@ class GatedLora:
         """Whether drafting has weights of its own, with the adapter folded in."""
         return self._folded is not None
 
-    def fold(self) -> None:
-        """Brings the folded weights up to date with the adapter: W + s · BA in one matrix, in the tree `self.folded_tree`.
+    @property
+    def folded_tree(self) -> PreTrainedModel:
+        """The module tree with these weights, where there is one."""
+        assert self._folded is not None
+        return self._folded.tree
 
-        LoRA beside the weights would make each forward of a small draft up to twice as dear. Costs a copy of the adapted
-        weights, refreshed where the adapter has moved. Quantised weights cannot be folded, half-precision ones would round
-        small changes away, and a copy of a large draft is not worth its memory: there the adapter speaks beside the weights.
+    def fold(self) -> None:
+        """Brings the folded weights up to date with the adapter.
+
+        What is not finite is not served: it is folded again the next time, and until then the adapter stays beside the weights.
         """
-        if self._folded is None or not self._stale:
-            return
-        with torch.no_grad():
-            for layer, weight in self._folded:
-                torch.add(weight_of(layer.get_base_layer()), self._change(layer), out=weight)
-            # What is not finite is not served: it is folded again the next time, and until then speaks beside the weights.
-            sums = torch.stack([weight.sum() for _, weight in self._folded])
-            self._stale = not bool(torch.isfinite(sums).all())
+        if self._folded is not None and self._stale:
+            self._stale = not self._folded.fold(self._change)
 
     def _change(self, layer: LoraLayer) -> Tensor:
         """s · B (w ⊙ A) of one layer, laid out as its weights are."""
@@ -227,39 +170,27 @@ class GatedLora:
 
     def split(self, vector: Tensor) -> Tensor:
         """A vector like `params` as (blocks, parameters of one block), each row as an adapter of one block would have it."""
-        if self.blocks == 1:
-            return vector[None]
-        rows = []
-        for piece in self._pieces:
-            part = vector[piece.place]
-            if piece.columns:  # (d_out, blocks · rank)
-                part = part.view(-1, self.blocks, self.rank).transpose(0, 1)
-            rows.append(part.reshape(self.blocks, -1))
-        return torch.cat(rows, dim=1)
+        return self._layout.split(vector)
 
     def join(self, rows: Tensor) -> Tensor:
         """The inverse of `split`."""
-        if self.blocks == 1:
-            return rows[0]
-        vector, start = torch.empty_like(self.params), 0
-        for piece in self._pieces:
-            end = start + piece.shape.numel() // self.blocks
-            part = rows[:, start:end]
-            if piece.columns:
-                part = part.reshape(self.blocks, -1, self.rank).transpose(0, 1)
-            vector[piece.place] = part.reshape(-1)
-            start = end
-        return vector
+        return self._layout.join(rows)
 
     def with_zero_b(self, block: Tensor) -> Tensor:
         """A copy of one block's parameters that changes nothing, as a new adapter's do: B is zero."""
-        block, start = block.clone(), 0
-        for piece in self._pieces:
-            end = start + piece.shape.numel() // self.blocks
-            if piece.columns:
-                block[start:end] = 0.0
-            start = end
-        return block
+        return self._layout.with_zero_b(block)
+
+    def named(self, params: Tensor) -> dict[str, Tensor]:
+        """The parts of a vector like `params` by the names that PEFT gives them in files, as views."""
+        return self._layout.named(params)
+
+    def outputs(self, params: Tensor) -> dict[str, Tensor]:
+        """The same, of B alone: what `served_params` changes."""
+        return self._layout.outputs(params)
+
+    def placed(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts by PEFT's names, by the names that the model gives them, on its device."""
+        return self._layout.placed(parts, self.params.device)
 
     def move(self, updates: Tensor) -> None:
         """Adds `updates` to the parameters."""
@@ -268,7 +199,7 @@ class GatedLora:
 
     def put(self, rows: Tensor) -> None:
         """Sets the parameters (blocks, parameters of one block)."""
-        self.params.copy_(self.join(rows))
+        self.params.copy_(self._layout.join(rows))
         self._changed()
 
     def _changed(self) -> None:
@@ -286,25 +217,7 @@ class GatedLora:
 
     def served_params(self) -> Tensor:
         """A copy of the parameters (parameters,) as one ordinary adapter: the weights of the blocks are in B."""
-        params = self.params.clone()
-        if self.weights is not None:
-            for piece in self._pieces:
-                if piece.columns:
-                    b = params[piece.place].view(piece.shape)
-                    b.mul_(self.weights.repeat_interleave(self.rank))
-        return params
-
-    def named(self, params: Tensor) -> dict[str, Tensor]:
-        """The parts of a vector like `params` by the names that PEFT gives them in files, as views."""
-        return {piece.name: params[piece.place].view(piece.shape) for piece in self._pieces}
-
-    def placed(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parts by PEFT's names, by the names that the model gives them, on its device."""
-        return {piece.path: parts[piece.name].to(self.params.device) for piece in self._pieces}
-
-    def outputs(self, params: Tensor) -> dict[str, Tensor]:
-        """The same, of B alone: what `served_params` changes."""
-        return {piece.name: params[piece.place].view(piece.shape) for piece in self._pieces if piece.columns}
+        return self._layout.weighted(self.params, self.weights)
 
     def adapter_config(self, base_name: str) -> LoraConfig:
         """What PEFT has to know to load the adapter, of rank blocks · rank, onto the base of this name."""
@@ -321,43 +234,11 @@ class GatedLora:
         Args:
             weights: (batch, blocks) or (1, blocks) weight of every block; None: all at 1.
         """
-        self._gate = None if weights is None else weights.repeat_interleave(self.rank, dim=-1)
-        self._switch(True)
-        try:
+        with self._gate.opened(weights):
             yield self.tree
-        finally:
-            self._switch(False)
-            self._gate = None
-
-    def _switch(self, on: bool) -> None:
-        self._open = on
-        for layer in self.layers:
-            # The embedding's adapter is spoken by our hook: PEFT keeps it as parameters that no gate could reach.
-            disable_lora(layer, not on or isinstance(layer, LoraEmbedding))
-
-    def _linear_hook(self, module: nn.Module, args: tuple[Tensor], after_a: Tensor) -> Tensor:
-        return after_a if self._gate is None else after_a * self._gate_of(after_a)
-
-    def _gate_of(self, after_a: Tensor) -> Tensor:
-        """The gate for (batch, …, blocks · rank), or for (batch · length, …, blocks · rank): each sequence's own."""
-        assert self._gate is not None
-        gate = self._gate.to(after_a.dtype)
-        if len(gate) > 1 and len(after_a) > 1:  # else one side is the same for all
-            gate = gate.repeat_interleave(len(after_a) // len(gate), dim=0)
-        return gate.view(len(gate), *[1] * (after_a.dim() - 2), -1)
-
-    def _embedding_hook(self, layer: LoraEmbedding, args: tuple[Tensor], output: Tensor) -> Tensor:
-        if not self._open:
-            return output
-        after_a = F.embedding(args[0], layer.lora_embedding_A[ADAPTER].T)  # (batch, length, blocks · rank)
-        if self._gate is not None:
-            after_a = after_a * self._gate_of(after_a)
-        change = after_a @ layer.lora_embedding_B[ADAPTER].T * layer.scaling[ADAPTER]
-        scale = embedding_scale(layer)
-        return output + (change if scale is None else change * scale.to(change.dtype)).to(output.dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the adapter, its gradients and the folded weights."""
-        folded = sum(weight.nbytes for _, weight in self._folded or [])
+        folded = 0 if self._folded is None else self._folded.nbytes
         return self.params.nbytes + self.grads.nbytes + folded
