@@ -197,8 +197,8 @@ def run(name: str, *arguments: str, monkeypatch, capsys) -> tuple[dict[str, Any]
 
 
 def test_warm_start(monkeypatch, capsys) -> None:
-    names, printed = run("02_warm_start.py", "10", "2", monkeypatch=monkeypatch, capsys=capsys)
-    assert printed.startswith(f"cold: {names['cold']:.2f} tokens per target forward on 2 unseen prompts\nwarm: ")
+    names, printed = run("02_warm_start.py", "6", "1", monkeypatch=monkeypatch, capsys=capsys)
+    assert printed.startswith(f"cold: {names['cold']:.2f} tokens per target forward on 1 unseen prompts\nwarm: ")
     assert names["warm"] > 1.3 * names["cold"]
     assert names["draft"].metrics.updates == 0
 
@@ -207,7 +207,7 @@ def test_warm_start(monkeypatch, capsys) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_peft_round_trip(monkeypatch, capsys) -> None:
-    _, printed = run("03_peft_round_trip.py", "6", "2", monkeypatch=monkeypatch, capsys=capsys)
+    _, printed = run("03_peft_round_trip.py", "4", "1", monkeypatch=monkeypatch, capsys=capsys)
     lengths = [float(x) for x in re.findall(r"([\d.]+) tokens per target forward", printed)]
     original, online, tuned, back = lengths
     assert 1.0 <= original < online < 6
@@ -215,7 +215,7 @@ def test_peft_round_trip(monkeypatch, capsys) -> None:
 
 
 def test_target_fine_tune(monkeypatch, capsys) -> None:
-    names, printed = run("04_target_fine_tune.py", "12", "16", "2", monkeypatch=monkeypatch, capsys=capsys)
-    assert names["alignment"].updates == 12
+    names, printed = run("04_target_fine_tune.py", "8", "12", "1", monkeypatch=monkeypatch, capsys=capsys)
+    assert names["alignment"].updates == 8
     assert names["kept"] > 1.2 * names["left"]
     assert f"kept aligned {names['kept']:.2f}, " in printed
