@@ -29,9 +29,8 @@ def learn(draft: OnlineDraft) -> None:
     learn_segment(draft, tokens, [Teacher.from_logits(logits)], Counts())
 
 
-def work(folder: Path, says: int) -> None:
+def work(draft: OnlineDraft, folder: Path, says: int) -> None:
     """Learns one update and saves, for ever; says how many updates are saved."""
-    draft = OnlineDraft.from_pretrained(folder, tiny_llama(2))
     while True:
         learn(draft)
         draft.save_pretrained(folder)
@@ -43,14 +42,15 @@ def main() -> None:
     torch.set_num_threads(1)
     rng = random.Random(0)
     config = OnlineSpecConfig(rank=2, alpha=2.0, update_every=1, replay_tokens=0, memory_tokens=0, lookahead=2)
-    OnlineDraft(tiny_llama(2), config).save_pretrained(folder)
+    draft = OnlineDraft(tiny_llama(2), config)
+    draft.save_pretrained(folder)
     report = {"kills": 0, "unloadable": 0, "most_updates_lost": 0, "killed_inside_a_save": 0}
     for _ in range(kills):
         hears, says = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(hears)
-            work(folder, says)
+            work(draft, folder, says)  # with what was loaded after the last kill
         os.close(says)
         heard = b""
         while b"\n" not in heard:  # it has saved once: from now on it is learning or saving
@@ -69,14 +69,14 @@ def main() -> None:
         report["killed_inside_a_save"] += (folder / STAGING).exists()
         said = int(heard.splitlines()[-1])
         try:
-            steps = OnlineDraft.from_pretrained(folder, tiny_llama(2)).steps
+            draft = OnlineDraft.from_pretrained(folder, tiny_llama(2))
         except Exception as error:
             print(type(error).__name__, error)
             report["unloadable"] += 1
             break
         # One update may have been learned and not saved: it is never more than what was said, plus the one in hand.
-        if steps not in (said, said + 1):
-            report["most_updates_lost"] = max(report["most_updates_lost"], abs(said - steps))
+        if draft.steps not in (said, said + 1):
+            report["most_updates_lost"] = max(report["most_updates_lost"], abs(said - draft.steps))
     print(json.dumps(report))
 
 

@@ -25,11 +25,19 @@ REPO = "me/draft"
 SAYS = "Made-up prompts, written for this test."
 
 
-@pytest.fixture
-def draft(target: PreTrainedModel) -> OnlineDraft:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft that has learned from three requests."""
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**REPEATABLE))
-    serve(target, draft, range(3))
-    return draft
+    serve(tiny_llama(1, layers=2), draft, range(3))
+    folder = tmp_path_factory.mktemp("saved")
+    draft.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def draft(saved: Path) -> OnlineDraft:
+    return OnlineDraft.from_pretrained(saved, tiny_llama(2))
 
 
 def again(**options: Any) -> OnlineDraft:
