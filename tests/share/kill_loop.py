@@ -18,8 +18,8 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.folder import STAGING
-from tests.conftest import tiny_llama
 from tests.drafts import learn_segment
+from tests.tiny_models import tiny_llama
 
 
 def learn(draft: OnlineDraft) -> None:
