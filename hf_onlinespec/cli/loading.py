@@ -8,7 +8,14 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .._compat.models import placed
 from ..draft import OnlineDraft
@@ -59,12 +66,13 @@ def load_config(option: str, name: str) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(option: str, name: str) -> Any:
+def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises ConfigError in one line, named after the option."""
-    return _loaded(AutoTokenizer, option, name, "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, option, name, "tokenizer")
+    return tokenizer
 
 
-def check_template(option: str, name: str, tokenizer: Any) -> None:
+def check_template(option: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ConfigError where a model's chat template, if it has one, cannot write a message."""
     if tokenizer.chat_template is None:
         return
@@ -118,7 +126,7 @@ def load_draft(
     option: str,
     name: str,
     target: PretrainedConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     device: torch.device,
     base: str | None = None,
@@ -141,7 +149,7 @@ def load_draft_model(
     option: str,
     name: str,
     target: PretrainedConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     device: torch.device,
     base: str | None = None,

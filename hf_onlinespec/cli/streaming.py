@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +81,6 @@ class StopWhen(StoppingCriteria):
         self._stopped = stopped
         self.happened = False  # whether it ended the answer
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         self.happened = self.happened or self._stopped()
         return torch.full((input_ids.shape[0],), self.happened, device=input_ids.device)

@@ -154,7 +154,7 @@ def attached(
             ATTACHED[inner] = before
 
 
-def _generating(target: Any) -> PreTrainedModel:
+def _generating(target: object) -> PreTrainedModel:
     """The model that `generate` runs on."""
     inner = inner_model(target) if isinstance(target, nn.Module) else target
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):

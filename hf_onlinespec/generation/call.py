@@ -152,7 +152,7 @@ def anything_attached() -> bool:
     return bool(ATTACHED)
 
 
-def call_of(model: Any) -> Call | None:
+def call_of(model: object) -> Call | None:
     """The call of `generate` on this model that runs in this thread, if the model is attached."""
     call = _current.get()
     return call if call is not None and call.target is model else None

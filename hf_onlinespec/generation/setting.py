@@ -71,7 +71,7 @@ def wanted(config: GenerationConfig) -> OnlineSpecConfig | bool | None:
     return config.onlinespec  # type: ignore[attr-defined]
 
 
-def says(argument: Any, config: GenerationConfig | None, saved: GenerationConfig) -> bool:
+def says(argument: object, config: GenerationConfig | None, saved: GenerationConfig) -> bool:
     """Whether a call itself says something about drafting: in an argument, or in a configuration that is no copy of the model's."""
     if argument is not None:
         return True

@@ -93,10 +93,10 @@ class ForwardClock:
     def reset(self) -> None:
         self.calls, self.time_s = 0, 0.0
 
-    def _start(self, *_: Any) -> None:
+    def _start(self, *_: object) -> None:
         self._started = time.perf_counter()
 
-    def _stop(self, *_: Any) -> None:
+    def _stop(self, *_: object) -> None:
         self.time_s += time.perf_counter() - self._started
         self.calls += 1
 

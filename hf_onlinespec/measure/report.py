@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from html import escape
-from typing import Any
 
 from ..share.provenance import provenance
 from .exactness import FAULT, IDENTICAL, ROUNDING
@@ -179,7 +178,7 @@ def colours(arms: Sequence[str]) -> dict[str, str]:
     return {arm: fixed.get(arm) or ("#e69f00" if arm.startswith(DRAFT) else next(left)) for arm in arms}
 
 
-def _legend(arms: Mapping[str, Any]) -> str:
+def _legend(arms: Mapping[str, object]) -> str:
     keys = "".join(
         f'<span><i style="background: {colour}"></i>{escape(arm)}</span>' for arm, colour in colours(list(arms)).items()
     )

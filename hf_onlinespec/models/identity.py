@@ -7,7 +7,6 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -71,7 +70,7 @@ class BaseFingerprint:
         )
 
     @classmethod
-    def from_dict(cls, values: Any) -> BaseFingerprint:
+    def from_dict(cls, values: object) -> BaseFingerprint:
         """The inverse of `dataclasses.asdict`. Raises ArtifactError."""
         names = {"name", "revision", "config", "weights", "tokenizer"}
         if not isinstance(values, dict) or set(values) != names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +132,8 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     return {name for name, runs in seen.items() if runs[0] and _stacks(*runs)}
 
 
-def _collector(into: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _collector(into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         into.append(args[0] if args else torch.zeros(0))
 
     return collect

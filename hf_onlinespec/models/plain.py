@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraModel, PeftModel
@@ -18,7 +17,7 @@ from ..errors import DraftError, brief
 from .borrow import copy_modules
 
 
-def no_model(model: Any) -> DraftError:
+def no_model(model: object) -> DraftError:
     """What is raised where something else was given as a draft."""
     if isinstance(model, str | Path):
         load = f"OnlineDraft.from_pretrained({str(model)!r})"

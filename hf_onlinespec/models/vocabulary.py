@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -102,8 +102,8 @@ VocabularySource: TypeAlias = PreTrainedTokenizerBase | Path
 def check_vocabularies(
     target: PreTrainedModel | PretrainedConfig,
     draft: PreTrainedModel | PeftModel | PretrainedConfig,
-    tokenizer: Any = None,
-    draft_tokenizer: Any = None,
+    tokenizer: object = None,
+    draft_tokenizer: object = None,
 ) -> None:
     """Refuses a draft with another tokenizer.
 

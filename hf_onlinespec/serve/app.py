@@ -22,7 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat.serving import (
@@ -329,7 +329,7 @@ class _NoTracebacks:
             return await self._app(scope, receive, send)
         begun = False
 
-        async def watched(message: Any) -> None:
+        async def watched(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)

@@ -150,7 +150,7 @@ class Stopped(StoppingCriteria):
     def __init__(self, *events: threading.Event) -> None:
         self._events = events
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         stops = any(event.is_set() for event in self._events)
         return torch.full((input_ids.shape[0],), stops, device=input_ids.device, dtype=torch.bool)
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.adapters import adds_virtual_tokens
 from .._compat.caches import CACHE, forgets, held_tokens, rollback_obstacle
-from .._compat.generation import SAMPLING_MODES, known_continuation, mask_length, own_loop
+from .._compat.generation import SAMPLING_MODES, GenerationMode, known_continuation, mask_length, own_loop
 from .._compat.models import drops_cache, is_stateful
 from ..errors import UnsupportedError
 from ..models.vocabulary import check_vocabularies
@@ -23,7 +23,7 @@ PICTURES = (
 )  # and how the names of their like begin
 
 
-def check_mode(generation_config: GenerationConfig, mode: Any) -> None:
+def check_mode(generation_config: GenerationConfig, mode: GenerationMode) -> None:
     """Refuses every way of decoding but greedy and sampling."""
     if generation_config.num_beams not in (None, 1):
         raise UnsupportedError(
@@ -37,8 +37,8 @@ def check_call(
     target: PreTrainedModel,
     draft: PreTrainedModel | PeftModel | None,
     generation_config: GenerationConfig,
-    tokenizer: Any = None,
-    assistant_tokenizer: Any = None,
+    tokenizer: object = None,
+    assistant_tokenizer: object = None,
 ) -> None:
     """Refuses, before any work, what the loop does not take. Each error names the value and the way out.
 

@@ -42,8 +42,8 @@ def decode(
     draft: Draft,
     learn: bool = True,
     streamer: BaseStreamer | None = None,
-    tokenizer: Any = None,
-    assistant_tokenizer: Any = None,
+    tokenizer: object = None,
+    assistant_tokenizer: object = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generates with a learning draft; arguments and result are those of transformers' decoding methods.
