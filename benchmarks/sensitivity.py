@@ -4,7 +4,7 @@
 
 Three streams tell:
 
-- simulated: `tests/govern/world.py`, six streams on a simulated clock; tokens per simulated second, learning included;
+- simulated: `tests/govern/world.py`, seven streams on a simulated clock; tokens per simulated second, learning included;
 - memory: recorded answers of the embedded target, drafted for by the suffix memory and the governor; forwards take what a curve
   says (`studies/virtual_clock.py`); tokens per plain step;
 - learning: a recorded stream that goes from home to an unseen domain and back, learned from after every request, with a clock
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,13 +34,10 @@ import torch
 from recorded import Recorded, Source, kept_chances
 from transformers.utils import logging
 
-from hf_onlinespec import Feedback, OnlineSpecConfig
+from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.experts import Experts, ExpertsConstants
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.adapt.gated_lora import GatedLora
-from hf_onlinespec.adapt.guard import Guard, GuardConstants
-from hf_onlinespec.adapt.learner import Learner
-from hf_onlinespec.adapt.replay import Replay, ReplayConstants, ReplaySchedule
+from hf_onlinespec.adapt.learner import Learner, LearnerConstants
 from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.commit.request_memory import RequestMemory
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
@@ -54,15 +51,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.govern.world import STREAMS, World
 
 LOOKAHEAD = 5
-SIMULATED = dict(STREAMS) | {"learning pays": lambda request, steps: (min(0.7, 0.1 + 0.01 * steps), 0.1)}
+SIMULATED = dict(STREAMS) | {
+    "learning pays": lambda request, steps: (min(0.7, 0.1 + 0.01 * steps), 0.1),
+    "the stream changes": lambda request, steps: (
+        (0.7, 0.7) if request % 40 < 20 else (min(0.5, 0.1 + 0.01 * steps), 0.1)
+    ),
+}
 NOISE = 0.05  # standard deviation of the logarithm of a time, as the governor is told it
 Values = dict[str, float]  # by stream
 
 
 def leaves(constants: Any, prefix: str = "") -> Iterator[str]:
     """The names of all constants, those of nested ones with a dot."""
-    for field in fields(constants):
-        value, name = getattr(constants, field.name), f"{prefix}{field.name}"
+    for one in fields(constants):
+        value, name = getattr(constants, one.name), f"{prefix}{one.name}"
         if is_dataclass(value):
             yield from leaves(value, f"{name}.")
         else:
@@ -116,7 +118,7 @@ def remembered(constants: GovernorConstants, stream: list[Recorded], seed: int) 
             sources: list[TokenSource] = []
             survival = 1.0
             while len(drafted) < end - at - 1:
-                found, place = recall.ask([*recall.context, *drafted]), len(drafted)
+                found, place = recall.lookup([*recall.context, *drafted]), len(drafted)
                 if found is None or not governor.decide_memory(plan, place, survival, found, neural=False):
                     break
                 key, chance = governor.acceptances.memory(found, place == 0, plan.memory_calibration)
@@ -133,59 +135,41 @@ def remembered(constants: GovernorConstants, stream: list[Recorded], seed: int) 
             governor.observe(sources, overlaps, 0.0, took * math.exp(rng.gauss(0, NOISE)), seen)
             at += 1 + kept
         total += n
-        recall.remember(request.tokens[None])
+        recall.commit(request.tokens[None])
         governor.request_ended(n, seen)
     return {"memory": total / time}
 
 
-Change = Callable[[Learner, GatedLora, OnlineSpecConfig], None]
+@dataclass(frozen=True)
+class LearningConstants:
+    """Of one learner and its experts."""
+
+    learner: LearnerConstants = field(default_factory=LearnerConstants)
+    experts: ExpertsConstants = field(default_factory=ExpertsConstants)
 
 
-def learned(stream: list[Recorded], source: Source, change: Change, ensemble: bool, seed: int) -> Values:
+def learned(constants: LearningConstants, stream: list[Recorded], source: Source, seed: int, **other: Any) -> Values:
     """Acceptance length of a draft that learns after every request, as it serves the request before it learns from it."""
-    settings = OnlineSpecConfig(seed=seed, **({"learner": "ensemble"} if ensemble else {}))
-    blocks = settings.experts if ensemble else 1
-    lora = GatedLora(source.draft(), rank=settings.rank, alpha=settings.alpha, blocks=blocks, seed=settings.seed)
-    learner, counts, rounds, total = Learner(lora, settings), Counts(), 0.0, 0
-    change(learner, lora, settings)
-    ticks = itertools.count()
+    settings = OnlineSpecConfig(seed=seed, **other)
+    trainable = OnlineDraft(source.draft(), settings).causal_lm
+    experts = Experts(trainable.adapter, settings, constants.experts)
+    learner, counts = Learner(trainable, experts, settings, constants=constants.learner), Counts()
+    total, rounds, ticks = 0, 0.0, itertools.count()
     with mock.patch("time.perf_counter", lambda: float(next(ticks))):
         for request in stream:
-            n, teacher = len(request.logits), Teacher.from_logits(request.logits, settings.temperature, settings.top_k)
-            gates = learner.adaptation.served
-            with torch.no_grad(), lora.gated(None if gates is None else gates[None]) as model:
-                logits = model(input_ids=request.tokens[None, :-1], use_cache=False).logits[0, -n:]
+            n, gates = len(request.logits), experts.served
+            with torch.no_grad():
+                gates = None if gates is None else gates[None]
+                logits = trainable.training_logits(request.tokens[None], n, gates=gates)[0, 0]
             rounds += expected_rounds(kept_chances(request, logits, 0.0), LOOKAHEAD)
             total += n
-            learner.segment(Segment(request.tokens[None], [teacher], None, 0.0), None, 0, counts, compare=True)
+            teacher = Teacher.from_logits(request.logits, settings.temperature, settings.top_k)
+            learner.segment(Segment(request.tokens[None], [teacher], None, 0.0), None, counts, compare=True)
             learner.end_request()
             learner.remember(Feedback(request.tokens, teacher))
             for _ in range(learner.passes.now):
                 learner.replay_step(counts)
     return {"learning": total / rounds}
-
-
-def guarded(constants: GuardConstants) -> Change:
-    def change(learner: Learner, lora: GatedLora, settings: OnlineSpecConfig) -> None:
-        learner.guard = Guard(settings.snapshots, constants)
-
-    return change
-
-
-def replayed(constants: ReplayConstants) -> Change:
-    def change(learner: Learner, lora: GatedLora, settings: OnlineSpecConfig) -> None:
-        room, top_k = 12 * 70, settings.replay_top_k  # for about a quarter of the stream: it has to choose
-        learner.replay = Replay(room, top_k, settings.seed, settings.replay_sampling, constants)
-        learner.passes = ReplaySchedule(settings.replay_passes, constants)
-
-    return change
-
-
-def of_experts(constants: ExpertsConstants) -> Change:
-    def change(learner: Learner, lora: GatedLora, settings: OnlineSpecConfig) -> None:
-        learner.adaptation = Experts(lora, settings, constants)
-
-    return change
 
 
 def changes(default: Values, changed: Values) -> tuple[float, str]:
@@ -201,10 +185,10 @@ def changes(default: Values, changed: Values) -> tuple[float, str]:
 class Table:
     """Rows of one stream, printed as they come."""
 
-    def __init__(self, title: str, measure: Callable[[Any], Values], constants: Any, noise: float, names: list[str]):
+    def __init__(self, title: str, measure: Callable[[Any], Values], constants: Any, noise: str, names: list[str]):
         default = measure(constants)
         self.lines = [f"## {title}", "", "Default: " + ", ".join(f"{k} {v:.3f}" for k, v in default.items()) + "."]
-        self.lines += [f"Largest change of a stream by other seeds alone: {noise:.1%}.", ""]
+        self.lines += [f"Largest change by other seeds alone: {noise}.", ""]
         self.lines += ["| constant | default | halved | doubled |", "|---|---|---|---|"]
         print("\n".join(self.lines), flush=True)
         for name in names:
@@ -222,50 +206,59 @@ class Table:
             print(self.lines[-1], flush=True)
 
 
-def noise_of(measure: Callable[[int], Values], seeds: range) -> float:
-    """The largest relative change of a stream, between the first seed and others."""
+def noise_of(measure: Callable[[int], Values], seeds: range) -> str:
+    """The largest relative change between the first seed and others, of all streams together and of one."""
     first, *others = [measure(seed) for seed in seeds]
-    return max(abs(changes(first, other)[0]) for other in others)
+    mean = max(abs(statistics.mean(other[name] / first[name] - 1 for name in first)) for other in others)
+    most = max(abs(changes(first, other)[0]) for other in others)
+    return f"{mean:.1%}" + ("" if len(first) == 1 else f" of the mean, {most:.1%} of a stream")
 
 
-def tables(requests: int, seeds: int, segment: int) -> Iterator[Table]:
-    governor = GovernorConstants()
-    noise = noise_of(lambda i: simulated(governor, range(i * seeds, (i + 1) * seeds), requests), range(4))
+def simulation(args: argparse.Namespace) -> Iterator[Table]:
+    constants, seeds = GovernorConstants(), args.seeds
+    noise = noise_of(lambda i: simulated(constants, range(i * seeds, (i + 1) * seeds), args.requests), range(4))
     yield Table(
-        "Simulated: tokens per second, mean over six streams (and the one that changes most)",
-        lambda constants: simulated(constants, range(seeds), requests),
-        governor,
+        "Simulated: tokens per second, mean over seven streams (and the one that changes most)",
+        lambda changed: simulated(changed, range(seeds), args.requests),
+        constants,
         noise,
-        list(leaves(governor)),
+        list(leaves(constants)),
     )
-    source = Source()
-    answers = source.stream("mix", 3 * segment, 0.0, 0, 64)
-    noise = noise_of(lambda seed: remembered(governor, answers, seed), range(4))
+
+
+def memory(args: argparse.Namespace) -> Iterator[Table]:
+    answers, constants = Source().stream("mix", 3 * args.segment, 0.0, 0, 64), GovernorConstants()
     parts = ("acceptance.", "costs.", "planner.")
     yield Table(
         "Memory: tokens per plain step",
-        lambda constants: remembered(constants, answers, 0),
-        governor,
-        noise,
-        [name for name in leaves(governor) if name.startswith(parts)],
+        lambda changed: remembered(changed, answers, 0),
+        constants,
+        noise_of(lambda seed: remembered(constants, answers, seed), range(4)),
+        [name for name in leaves(constants) if name.startswith(parts)],
     )
-    stream = source.stream("drift", segment, 0.0, 0, 48)
-    unchanged = lambda learner, lora, settings: None  # noqa: E731
-    noise = noise_of(lambda seed: learned(stream, source, unchanged, False, seed), range(3))
-    kinds: list[tuple[str, Any, Callable[[Any], Change], bool]] = [
-        ("guard", GuardConstants(), guarded, False),
-        ("replay, with room for a quarter of the stream", ReplayConstants(), replayed, False),
-        ("gradient cap and divergence", ExpertsConstants(), of_experts, False),
-        ("an ensemble of three", ExpertsConstants(), of_experts, True),
+
+
+def learning(args: argparse.Namespace) -> Iterator[Table]:
+    source, constants = Source(), LearningConstants()
+    stream = source.stream("drift", args.segment, 0.0, 0, 48)
+    noise = noise_of(lambda seed: learned(constants, stream, source, seed), range(3))
+    kinds: list[tuple[str, dict[str, Any], list[str]]] = [
+        ("guard", {}, ["learner.guard."]),
+        ("replay, with room for a quarter of the stream", {"replay_tokens": 12 * 70}, ["learner.replay."]),
+        ("gradient cap and divergence", {}, ["experts.cap.", "experts.diverged", "experts.stuck"]),
+        ("an ensemble of three", {"learner": "ensemble"}, ["experts.compared"]),
     ]
-    for title, constants, change, ensemble in kinds:
+    for title, other, names in kinds:
         yield Table(
             f"Learning, {title}: acceptance length",
-            lambda changed, change=change, ensemble=ensemble: learned(stream, source, change(changed), ensemble, 0),
+            lambda changed, other=other: learned(changed, stream, source, 0, **other),
             constants,
             noise,
-            ["compared"] if ensemble else [name for name in leaves(constants) if name != "compared"],
+            [name for name in leaves(constants) if name.startswith(tuple(names))],
         )
+
+
+TABLES = {"simulated": simulation, "memory": memory, "learning": learning}
 
 
 def main() -> None:
@@ -273,6 +266,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40, help="of a simulated stream")
     parser.add_argument("--seeds", type=int, default=1, help="of the simulation")
     parser.add_argument("--segment", type=int, default=20, help="requests of the recorded streams' unseen domain")
+    parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sensitivity.md"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -295,7 +289,7 @@ def main() -> None:
         "“=”: the same to the last bit. A change below that of other seeds is noise.",
         "",
     ]
-    for table in tables(args.requests, args.seeds, args.segment):
+    for table in itertools.chain.from_iterable(TABLES[name](args) for name in args.tables):
         lines += [*table.lines, ""]
         args.out.write_text("\n".join(lines), encoding="utf-8")
 

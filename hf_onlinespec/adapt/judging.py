@@ -28,11 +28,10 @@ class Evaluator:
     def nbytes(self) -> int:
         return self.guard.nbytes + (0 if self._pending is None else self._pending.segment.nbytes)
 
-    def begin_anew(self, snapshots: int) -> None:
+    def begin_anew(self, guard: Guard) -> None:
         """The adapter is another one: what was known of the one before is forgotten, but for the number of rollbacks."""
-        rollbacks = self.guard.rollbacks
-        self.guard, self._pending = Guard(snapshots), None
-        self.guard.rollbacks = rollbacks
+        guard.rollbacks = self.guard.rollbacks
+        self.guard, self._pending = guard, None
 
     def go_back(self) -> Tensor | None:
         """The newest earlier state (parameters,) of one expert; None: there is none."""

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,16 +16,24 @@ from ..metrics import Counts, UpdateReport
 from ..state import State
 from .experts import Experts
 from .feedback import Feedback
-from .guard import Guard
+from .guard import Guard, GuardConstants
 from .judging import Evaluator
 from .learned_texts import LearnedTexts, Request
 from .objective import Objective
-from .replay import Replay, ReplaySchedule
+from .replay import Replay, ReplayConstants, ReplaySchedule
 from .returns import StepReturns
 from .segment import Scores, Segment, padded
 from .trainable import Prefix, Trainable, params_of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LearnerConstants:
+    """Of the learner's parts."""
+
+    guard: GuardConstants = field(default_factory=GuardConstants)
+    replay: ReplayConstants = field(default_factory=ReplayConstants)
 
 
 class Learner:
@@ -42,17 +51,22 @@ class Learner:
         experts: Experts,
         settings: OnlineSpecConfig,
         on_update: Callable[[UpdateReport], None] = lambda report: None,
+        constants: LearnerConstants = LearnerConstants(),
     ) -> None:
         self.trainable, self.experts = trainable, experts
-        self.replay = Replay(settings.replay_tokens, settings.replay_top_k, settings.seed, settings.replay_sampling)
-        self.passes = ReplaySchedule(settings.replay_passes)
+        self._settings, self._constants, self._on_update = settings, constants, on_update
+        tokens, top_k = settings.replay_tokens, settings.replay_top_k
+        self.replay = Replay(tokens, top_k, settings.seed, settings.replay_sampling, constants.replay)
+        self.passes = ReplaySchedule(settings.replay_passes, constants.replay)
         self.texts = LearnedTexts(settings.audit_tokens, prompt_tokens=settings.context_tokens)
         self.loss = math.inf  # on the latest segment, before it was learned
-        self._settings, self._on_update = settings, on_update
         self._objective = Objective(settings)
-        self._evaluator = Evaluator(trainable, experts, self._objective, Guard(settings.snapshots))
+        self._evaluator = Evaluator(trainable, experts, self._objective, self._new_guard())
         self._returns = StepReturns() if settings.update_every == "auto" else None
         self._cache_invalid = False  # whether the request's prefix may hold what is not finite
+
+    def _new_guard(self) -> Guard:
+        return Guard(self._settings.snapshots, self._constants.guard)
 
     @property
     def guard(self) -> Guard:
@@ -196,8 +210,8 @@ class Learner:
 
     def _forget(self) -> None:
         """What was known of the adapter that another one replaces: its earlier states, what is not evaluated, what steps brought."""
-        self._evaluator.begin_anew(self._settings.snapshots)
-        self.passes = ReplaySchedule(self._settings.replay_passes)
+        self._evaluator.begin_anew(self._new_guard())
+        self.passes = ReplaySchedule(self._settings.replay_passes, self._constants.replay)
         if self._returns is not None:
             self._returns.forget()
         self._cache_invalid, self.loss = False, math.inf
