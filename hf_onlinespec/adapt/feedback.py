@@ -35,7 +35,7 @@ class Teacher:
     log_probs: Tensor  # (n, V), or (n, k) most probable
     tokens: Tensor | None = None  # (n, k) their ids; None: the whole vocabulary in order
     log_tail: Tensor | None = None  # (n,) log of the mass outside the top k
-    # The law is over the token ids below this; None: over its own V, with a top k over all ids that the draft has.
+    # The distribution is over the token ids below this; None: over its own V, with a top k over all ids that the draft has.
     vocabulary: int | None = None
     # Whether some positions have no mass on these ids: -inf throughout. They are left out of every loss.
     has_gaps: bool = False
@@ -56,7 +56,7 @@ class Teacher:
 
         Args:
             temperature: that softens the distributions, for the loss.
-            vocabulary: only the ids below it count, and the law is normalised on them; None: all.
+            vocabulary: only the ids below it count, and the distribution is normalised on them; None: all.
             call_temperature: that the tokens were sampled at, 0: greedy. Acceptance is told there.
         """
         common = logits[..., :vocabulary]

@@ -22,7 +22,7 @@ from .learned_texts import LearnedTexts, Request
 from .objective import Objective
 from .replay import Replay, ReplayConstants, ReplaySchedule
 from .returns import StepReturns
-from .segment import Scores, Segment, padded
+from .segment import Scores, Segment
 from .trainable import Prefix, Trainable, params_of
 
 logger = logging.getLogger(__name__)
@@ -99,12 +99,15 @@ class Learner:
         n, batch = segment.n, segment.tokens.shape[0]
         self.texts.grow(segment.rows, n if request is None else segment.tokens.shape[1] - request.prompt, request)
         gates = self.experts.rows
-        if gates is not None or self._cache_invalid:
-            prefix = None
+        prefix = prefix if gates is None and not self._cache_invalid else None
+
+        def alone(base: bool) -> Tensor:
+            return self.trainable.training_logits(segment.tokens, n, segment.mask, base=base)[0]
+
         of_base = None
         if gates is None and compare and self.experts.steps:
             with torch.no_grad():
-                of_base = self._objective.acceptance(segment, self._logits(segment, base=True)[0])
+                of_base = self._objective.acceptance(segment, alone(base=True))
         started = time.perf_counter()
         with torch.enable_grad():
             logits = self.trainable.training_logits(segment.tokens, n, segment.mask, gates, prefix)
@@ -116,7 +119,7 @@ class Learner:
         if gates is not None:
             scores = Scores(accepted[self.experts.served_row], accepted[self.trainable.adapter.blocks])
         before, skipped = counts.updates, counts.skipped_updates
-        self._step(losses, counts, "new", started, lambda base: self._is_learnable(segment, base))
+        self._step(losses, counts, "new", started, lambda base: self._objective.losses(segment.teachers, alone(base)))
         if counts.updates > before:
             counts.learned_tokens += batch * n
             counts.loss_sum += max(0.0, self.loss) * batch * n  # rounding may leave a divergence just below 0
@@ -127,21 +130,21 @@ class Learner:
             self._returns.forget()
         return scores
 
-    def _logits(self, segment: Segment, base: bool = False) -> Tensor:
-        return self.trainable.training_logits(segment.tokens, segment.n, segment.mask, base=base)
-
     @torch.no_grad()
-    def _is_learnable(self, segment: Segment, base: bool) -> bool:
-        """Whether the loss of the base or of the learned draft is finite, in a forward of its own. Experts are not asked."""
-        if self.experts.is_ensemble and not base:
-            return False
-        logits = self._logits(segment, base)[0]
-        return bool(torch.isfinite(self._objective.losses(segment.teachers, logits)).all())
+    def _is_learnable(self, base: bool, losses: Callable[[bool], Tensor]) -> bool:
+        """Whether the losses of the base (True) or of the learned draft are finite, in a forward of its own. Experts are not asked."""
+        return (base or not self.experts.is_ensemble) and bool(torch.isfinite(losses(base)).all())
 
-    def _step(
-        self, losses: Tensor, counts: Counts, kind: str, started: float, is_finite: Callable[[bool], bool]
-    ) -> None:
-        """A gradient step, and what the steps before it brought for a request that they did not know."""
+    def _step(self, losses: Tensor, counts: Counts, kind: str, started: float, alone: Callable[[bool], Tensor]) -> None:
+        """A gradient step, and what the steps before it brought for a request that they did not know.
+
+        Args:
+            alone: losses of the base (True) or of the learned draft in a forward of its own.
+        """
+
+        def is_finite(base: bool) -> bool:
+            return self._is_learnable(base, alone)
+
         adapter, returns = self.trainable.adapter, self._returns
         if returns is None:
             self.experts.step(losses, counts, is_finite, self._go_back)
@@ -242,10 +245,16 @@ class Learner:
         started = time.perf_counter() if started is None else started
         gates = torch.eye(self.trainable.adapter.blocks, device=self.trainable.adapter.params.device)
         with torch.enable_grad():
-            rows = self._request_losses(requests, gates if self.experts.is_ensemble else None)
+            rows = self._objective.request_losses(self.trainable, requests, gates if self.experts.is_ensemble else None)
             losses = torch.stack([torch.cat(row).mean() for row in rows])
         before = counts.updates
-        self._step(losses, counts, kind, started, lambda base: self._all_learnable(requests, base))
+        self._step(
+            losses,
+            counts,
+            kind,
+            started,
+            lambda base: torch.cat(self._objective.request_losses(self.trainable, requests, None, base)[0]),
+        )
         found = [float(loss.detach().mean()) for loss in rows[self.experts.best_expert]]
         if counts.updates > before:
             self._report("new" if kind == "new" else "replay", sum(found) / len(found), started)
@@ -253,22 +262,3 @@ class Learner:
 
     def _report(self, kind: str, loss: float, started: float) -> None:
         self._on_update(UpdateReport(self.experts.steps, kind, loss, time.perf_counter() - started))
-
-    @torch.no_grad()
-    def _all_learnable(self, requests: list[Feedback], base: bool) -> bool:
-        if self.experts.is_ensemble and not base:
-            return False
-        losses = self._request_losses(requests, None, base)[0]
-        return bool(torch.isfinite(torch.cat(losses)).all())
-
-    def _request_losses(self, requests: list[Feedback], gates: Tensor | None, base: bool = False) -> list[list[Tensor]]:
-        """For every expert and request the losses at its taught positions; rows of the batch end together."""
-        tokens, mask = padded([request.tokens for request in requests])
-        device = self.trainable.adapter.params.device
-        mask = None if mask is None else mask.to(device)
-        n = max(len(request.teacher) for request in requests)
-        logits = self.trainable.training_logits(tokens.to(device), n, mask, gates, base=base)
-        return [
-            [self._objective.losses([request.teacher], [own]) for request, own in zip(requests, part, strict=True)]
-            for part in logits
-        ]

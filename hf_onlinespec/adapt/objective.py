@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import OnlineSpecConfig
-from .feedback import Teacher, acceptance, parts
+from .feedback import Feedback, Teacher, acceptance, parts
 from .losses import LOSSES
-from .segment import Segment
+from .segment import Segment, padded
+from .trainable import Trainable
 
 
 class Objective:
@@ -46,3 +47,17 @@ class Objective:
         """Acceptance (batch · n,) of logits (batch, n, vocab) at the taught tokens, at the temperature of their call."""
         found: list[float] = acceptance(segment.teachers, logits, segment.temperature, self._temperature).tolist()
         return found
+
+    def request_losses(
+        self, trainable: Trainable, requests: Sequence[Feedback], gates: Tensor | None, base: bool = False
+    ) -> list[list[Tensor]]:
+        """For every row of gates and every request the losses at its taught positions; rows of the batch end together."""
+        tokens, mask = padded([request.tokens for request in requests])
+        device = trainable.adapter.params.device
+        mask = None if mask is None else mask.to(device)
+        n = max(len(request.teacher) for request in requests)
+        logits = trainable.training_logits(tokens.to(device), n, mask, gates, base=base)
+        return [
+            [self.losses([request.teacher], [own]) for request, own in zip(requests, part, strict=True)]
+            for part in logits
+        ]

@@ -1,4 +1,4 @@
-"""What one request teaches, while it grows: the target's laws at its new tokens, and what the replay will keep of them."""
+"""What one request teaches, while it grows: the target's distributions at its new tokens, and what the replay will keep of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RequestFeedback:
     """The feedback of one request, batch rows side by side.
 
     Args:
-        vocabulary: ids that target and draft have in common: the draft learns the target's law on these; None: all.
+        vocabulary: ids that target and draft have in common: the draft learns the target's distribution on these; None: all.
         temperature: of the call, 0 for greedy.
         config: of the draft model.
     """
@@ -52,7 +52,7 @@ class RequestFeedback:
         self.end = end
 
     def teachers(self) -> list[Teacher]:
-        """The target's laws at the waiting tokens, one teacher per row; they are handed out once."""
+        """The target's distributions at the waiting tokens, one teacher per row; they are handed out once."""
         logits = torch.cat(self._segment, dim=1)
         self._segment, self.waiting = [], 0
         settings, ids, call = self._settings, self._vocabulary, self._temperature
@@ -75,13 +75,13 @@ class RequestFeedback:
         At most `context_tokens` of its prompt, behind the token that opens it where the model has one.
         """
         found = []
-        for row, laws in enumerate(self._kept):
-            new = sum(map(len, laws))
+        for row, teachers in enumerate(self._kept):
+            new = sum(map(len, teachers))
             padding = 0 if mask is None else int((mask[row] == 0).sum())
             start = max(padding, self.end - new - self._settings.context_tokens)
             kept = tokens[row, start : self.end].clone()
             if start > padding and self._config is not None:
                 opening = opening_tokens(self._config, tokens[row, padding : padding + 1].tolist())
                 kept = torch.cat([kept.new_tensor(opening), kept])
-            found.append(Feedback(kept, concatenate(laws)))
+            found.append(Feedback(kept, concatenate(teachers)))
         return found

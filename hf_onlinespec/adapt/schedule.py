@@ -209,26 +209,9 @@ class LearningSchedule:
 
     def outcome(self) -> str:
         """Whether this call was learned from, and why not, in words."""
-        counts, learning = self._counts, self._learning
         if not self._asked:
             return "the last request was only drafted for: onlinespec=False"
-        if counts.updates:
-            return f"the last request was learned from, in {counted(counts.updates, 'gradient step')}"
-        if counts.skipped_updates:
-            return "the last request was not learned from: its gradients were not finite"
-        if not self._feedback.recorded:
-            return f"the last request was not learned from: it lies beyond the {learning.positions} tokens that the draft can read"
-        if learning.settings.update_when == "idle":
-            return learning.idle_outcome
-        if not self._deferred:
-            return (
-                "the last request was not learned from: the target has said nothing about tokens that the draft knows"
-            )
-        if not self._affordable_steps():
-            return f"the last request was not learned from: {learning.governor.budget.account()}"
-        return (
-            "the last request was not learned from: when it began, there was no time to ask the memory at every token"
-        )
+        return _outcome(self._learning, self._counts, self._feedback.recorded, self._deferred, self._affordable_steps())
 
     @property
     def _keeps(self) -> bool:
@@ -269,3 +252,21 @@ class LearningSchedule:
         if self._timed:
             with self._learning.lock:
                 self._learning.governor.budget.spent(seconds, self._counts.updates - updates_before)
+
+
+def _outcome(learning: LearningService, counts: Counts, recorded: bool, deferred: bool, affordable_steps: int) -> str:
+    """Whether a call that learns was learned from, and why not, in words."""
+    if counts.updates:
+        return f"the last request was learned from, in {counted(counts.updates, 'gradient step')}"
+    unlearned = "the last request was not learned from"
+    if counts.skipped_updates:
+        return f"{unlearned}: its gradients were not finite"
+    if not recorded:
+        return f"{unlearned}: it lies beyond the {learning.positions} tokens that the draft can read"
+    if learning.settings.update_when == "idle":
+        return learning.idle_outcome
+    if not deferred:
+        return f"{unlearned}: the target has said nothing about tokens that the draft knows"
+    if not affordable_steps:
+        return f"{unlearned}: {learning.governor.budget.account()}"
+    return f"{unlearned}: when it began, there was no time to ask the memory at every token"

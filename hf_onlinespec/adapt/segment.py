@@ -1,4 +1,4 @@
-"""New tokens that a target has spoken about, and what of a request waits to be judged."""
+"""New tokens that a target has spoken about, and what of a request waits to be evaluated."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """What is not judged yet of one request."""
+    """What is not evaluated yet of one request."""
 
     segment: Segment
     accepted: list[list[float]]  # by row of the batched forward

@@ -173,8 +173,8 @@ class Draft(ABC):
         """The suffix memory in one call."""
         size = min(call.config.max_length + 1, self.settings.memory_tokens)
         padding = [call.padding(row) for row in range(call.rows)]
-        usable = self.failures.memory.begin()
-        return CallMemory(self.memory, usable, self.lock, self.governor.acceptances, size, padding)
+        known = self.governor.acceptances
+        return CallMemory(self.memory, self.failures.memory, call.counts, self.lock, known, size, padding)
 
     @property
     @abstractmethod

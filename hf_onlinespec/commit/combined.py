@@ -63,14 +63,6 @@ class Combined(Proposer):
         self._drafts = False
         self.reset()
 
-    def _recalling(self) -> Attempt:
-        return self._draft.failures.memory.attempt(self._stop_recalling)
-
-    def _stop_recalling(self) -> None:
-        """The call goes on without the suffix memory."""
-        self._call.counts.failed_drafts += 1
-        self._memory.stop()
-
     def reset(self) -> None:
         """See `Proposer`. No later round takes rejected tokens out of the draft model's cache, and learning reads what is in it."""
         for model in self._models:
@@ -98,13 +90,13 @@ class Combined(Proposer):
                 with self._drafting():
                     model.route(model.readable(tokens))
         if self._call.lookahead is not None:
-            return self._build(i, tokens, min(room, self._call.lookahead), None, self._recalled(i, tokens))
+            return self._build(i, tokens, min(room, self._call.lookahead), None, self._memory.row(i, tokens, stats))
         plan = Plan(0, 1.0, 0.0)
         if room > 0:
             with self._draft.lock:
                 unread = tokens.shape[1] - (0 if own is None else own.cache.length)
                 plan = governor.plan(model is not None, stats, room, unread)
-        return self._build(i, tokens, room, plan, self._recalled(i, tokens))
+        return self._build(i, tokens, room, plan, self._memory.row(i, tokens, stats))
 
     def _build(self, i: int, tokens: Tensor, most: int, plan: Plan | None, memory: RequestMemory | None) -> Proposal:
         """A proposal by plan; None: of `most` candidates, by whoever is more likely to be right."""
@@ -134,24 +126,18 @@ class Combined(Proposer):
                     if model is None or served is None or not model_drafts or self._call.counts.failed_drafts > failed:
                         break
                     self._add_model_token(i, builder, model, served)
-                if model is not None and builder.has_model_token and self._waits and not self._reads_prompt:
+                if (
+                    model is not None
+                    and builder.has_model_token
+                    and self._call.waits(self._draft.settings)
+                    and not self._reads_prompt
+                ):
                     # What was queued is a part of the draft's time, and would count as the target's.
                     waits = time.perf_counter()
                     builder.model_s += finished(model.model.device) - waits
         vocabulary = None if model is None else model.vocabulary
         vocabulary = self._call.vocabulary or vocabulary
         return builder.proposal(vocabulary.said if self._call.sample and vocabulary is not None else 0)
-
-    @property
-    def _waits(self) -> bool:
-        return self._call.waits(self._draft.settings)
-
-    def _recalled(self, i: int, tokens: Tensor) -> RequestMemory | None:
-        """The memory, once it has read a row; None: there is none, or it has failed."""
-        if self._memory.usable:
-            with self._recalling():
-                return self._memory.row(i, tokens, self._stats[i])
-        return None
 
     def _model_speaks(self, i: int, tokens: Tensor, builder: ProposalBuilder, plan: Plan | None) -> bool:
         if tokens.shape[1] + len(builder.drafted) >= self._models[i].model.positions:
@@ -174,7 +160,7 @@ class Combined(Proposer):
         self, i: int, builder: ProposalBuilder, plan: Plan | None, memory: RequestMemory, model_drafts: bool
     ) -> bool:
         """One candidate of the memory's; False: it has none, or is not the one to draft."""
-        with self._recalling():
+        with self._memory.attempt():
             assert builder.context is not None
             found = memory.lookup(builder.context)
             vocabulary = self._call.vocabulary or (self._models[i].vocabulary if self._models else None)
@@ -209,7 +195,7 @@ class Combined(Proposer):
         source = TokenSource("model", len(builder.drafted), key)
         builder.add_model_token(found.token, found.known, found.probs, source, chance)
         self._drafted = True
-        if self._reads_prompt and not builder.model_s and self._waits:
+        if self._reads_prompt and not builder.model_s and self._call.waits(self._draft.settings):
             seconds = finished(model.model.device) - started
             with self._draft.lock:
                 governor.observe_prefill(model.cache.length, seconds)
@@ -232,7 +218,7 @@ class Combined(Proposer):
         """See `Proposer`."""
         draft, unseen = self._draft, False
         if self._memory.in_use and self._call.learns and self._rows is not None:
-            with self._recalling(), draft.lock:
+            with self._memory.attempt(), draft.lock:
                 draft.metrics.memory_bytes = self._memory.commit(self._rows)
         with draft.failures.records.attempt(), draft.lock:
             steps = self._models[0].model.steps if self._models else 0

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ..govern.acceptance import Acceptances, Continuation, RequestStats
+from ..metrics import Counts
 from ..rounds import Rows
+from ..runtime.failures import Attempt, Backoff
 from .suffix_memory import REACH, SuffixMemory
 
 
@@ -97,7 +99,8 @@ class CallMemory:
 
     Args:
         memory: of earlier requests; None: there is none.
-        usable: False: it is left out of this call.
+        backoff: of what fails in it: whether it is left out of this call.
+        counts: of the call.
         lock: held while it is asked.
         acceptances: how likely its answers are.
         size: tokens that a row can have at most.
@@ -107,14 +110,16 @@ class CallMemory:
     def __init__(
         self,
         memory: SuffixMemory | None,
-        usable: bool,
+        backoff: Backoff,
+        counts: Counts,
         lock: AbstractContextManager[Any],
         acceptances: Acceptances,
         size: int,
         padding: Sequence[int],
     ) -> None:
         self.asks = False  # whether it is asked about every generated token, for learning to be held against
-        self._usable, self._memory = usable, memory
+        self._usable, self._memory = backoff.begin(), memory
+        self._backoff, self._counts = backoff, counts
         self._lock, self._acceptances, self._size, self._padding = lock, acceptances, size, padding
         self._rows: dict[int, RequestMemory] = {}
 
@@ -123,20 +128,19 @@ class CallMemory:
         """Whether it takes part in this call."""
         return bool(self._rows)
 
-    @property
-    def usable(self) -> bool:
-        """False: there is none, or it has failed."""
-        return self._usable and self._memory is not None
-
-    def row(self, i: int, tokens: Tensor, stats: RequestStats) -> RequestMemory:
-        """The memory once it has read a row (1, L); only where it is usable."""
-        assert self._memory is not None
-        if i not in self._rows:
-            self._rows[i] = RequestMemory(
-                self._memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
-            )
-        self._rows[i].read(tokens)
-        return self._rows[i]
+    def row(self, i: int, tokens: Tensor, stats: RequestStats) -> RequestMemory | None:
+        """The memory once it has read a row (1, L); None: there is none, or it has failed."""
+        memory = self._memory
+        if memory is None or not self._usable:
+            return None
+        with self.attempt():
+            if i not in self._rows:
+                self._rows[i] = RequestMemory(
+                    memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
+                )
+            self._rows[i].read(tokens)
+            return self._rows[i]
+        return None
 
     def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
         """The estimated acceptance of its answers at new tokens of a row; None: it was not asked. No memory expects nothing."""
@@ -146,8 +150,13 @@ class CallMemory:
             return ()
         return self._rows[i].read(tokens)[new] if self.asks else None
 
-    def stop(self) -> None:
+    def attempt(self) -> Attempt:
+        """A `with` block around whatever is asked of it."""
+        return self._backoff.attempt(self._stop)
+
+    def _stop(self) -> None:
         """The call goes on without it."""
+        self._counts.failed_drafts += 1
         self._usable, self._rows = False, {}
 
     def commit(self, rows: Rows) -> int:

@@ -1,4 +1,4 @@
-"""A bounded memory of token sequences: what followed the last few tokens, the times they were seen before?
+"""A bounded memory of token sequences: what followed the last few tokens wherever they stood before.
 
 A draft that costs no forward (suffix decoding, arXiv:2411.04975), built like LZ77's dictionary: a ring of tokens, and for
 every short run of tokens a chain of the places where it occurred. It holds users' text: it lives in the process and is
@@ -59,7 +59,7 @@ class SuffixMemory:
             self._tail = ()
 
     def continuation(self, context: Sequence[int]) -> Continuation | None:
-        """The law of what followed the longest match of `context`, the last tokens; None: nothing matched.
+        """The distribution of what followed the longest match of `context`, the last tokens; None: nothing matched.
 
         The longest among the newest `CANDIDATES` occurrences, that is. Each of those that match as far has one vote.
         """

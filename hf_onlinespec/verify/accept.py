@@ -197,6 +197,6 @@ def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, T
     if bool(kept.all()):
         return drafted, kept
     residual = (p - q).clamp_min(0)
-    # p = q up to rounding leaves nothing: then p itself is the law.
+    # p = q up to rounding leaves nothing: then the draw is from p itself.
     empty = residual.sum(-1, keepdim=True) <= torch.finfo(p.dtype).tiny
     return torch.where(kept, drafted, draw(torch.where(empty, p, residual)).squeeze(1)), kept
