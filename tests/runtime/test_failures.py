@@ -87,12 +87,9 @@ def runs_out(*_: Any, **__: Any) -> Any:
 
 
 def learned_state(draft: OnlineDraft) -> dict[str, torch.Tensor]:
-    adaptation = draft.learning.learner.experts
-    state = {"params": flat_params(draft), "steps": torch.tensor(adaptation.steps)}
-    state |= {f"learner.{k}": v for k, v in adaptation.rule_state.items()}
-    state |= {f"hedge.{k}": v for k, v in adaptation.hedge_state.items()} | {"w": torch.tensor(adaptation.weights)}
-    state |= adaptation._cap.state().tensors
-    return {k: v.clone() for k, v in state.items()}
+    state = draft.learning.learner.experts.state()
+    values = {name: torch.tensor(state.values[name]) for name in ("steps", "weights")}
+    return {"params": flat_params(draft)} | values | {name: part.clone() for name, part in state.tensors.items()}
 
 
 @pytest.mark.parametrize(
