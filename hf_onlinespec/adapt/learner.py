@@ -114,10 +114,10 @@ class Learner:
             accepted = [self._objective.acceptance(segment, row) for row in logits.detach()]
             experts = logits[: self.trainable.adapter.blocks]
             losses = torch.stack([self._objective.losses(segment.teachers, row).mean() for row in experts])
-        self.loss = float(losses.detach()[self.experts.best_expert])
+        self.loss = float(losses.detach()[self.experts.mixture.best_expert])
         scores = Scores(accepted[0], of_base)
         if gates is not None:
-            scores = Scores(accepted[self.experts.served_row], accepted[self.trainable.adapter.blocks])
+            scores = Scores(accepted[self.experts.mixture.served_row], accepted[self.trainable.adapter.blocks])
         before, skipped = counts.updates, counts.skipped_updates
         self._step(losses, counts, "new", started, lambda base: self._objective.losses(segment.teachers, alone(base)))
         if counts.updates > before:
@@ -255,7 +255,7 @@ class Learner:
             started,
             lambda base: torch.cat(self._objective.request_losses(self.trainable, requests, None, base)[0]),
         )
-        found = [float(loss.detach().mean()) for loss in rows[self.experts.best_expert]]
+        found = [float(loss.detach().mean()) for loss in rows[self.experts.mixture.best_expert]]
         if counts.updates > before:
             self._report("new" if kind == "new" else "replay", sum(found) / len(found), started)
         return found

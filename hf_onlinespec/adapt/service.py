@@ -179,7 +179,7 @@ class LearningService:
         """What the learner says about itself."""
         experts, guard = self.learner.experts, self.learner.guard
         if experts.is_ensemble:
-            self.metrics.expert_weights = tuple(experts.weights)
+            self.metrics.expert_weights = tuple(experts.mixture.weights)
         self.metrics.removed_experts = experts.removed
         if guard.rollbacks > self.metrics.rollbacks:
             self.metrics.rollbacks = guard.rollbacks

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.adapt.experts import step_sizes
 from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.learners import step_sizes
 from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.metrics import Counts
 from tests.conftest import tiny_llama
@@ -100,7 +100,7 @@ def test_what_serves_is_the_mixture_or_the_best_row() -> None:
 
     for _ in range(8):
         adaptation.weigh([0.6, 0.5, 0.5, 0.3, 0.7])  # the mixture is best
-    torch.testing.assert_close(draft(tokens).logits, served(adaptation.weights[:3]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(draft(tokens).logits, served(adaptation.mixture.weights[:3]), atol=1e-4, rtol=1e-4)
     for _ in range(8):
         adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.6])
     torch.testing.assert_close(draft(tokens).logits, served([0.0, 1.0, 0.0]), atol=1e-4, rtol=1e-4)
@@ -110,14 +110,16 @@ def test_what_serves_is_the_mixture_or_the_best_row() -> None:
         assert torch.equal(draft(tokens).logits, tiny_llama(2)(tokens).logits)
     for _ in range(8):
         adaptation.weigh([0.4, 0.8, 0.5, 0.3, 0.8])  # no worse than the best row
-    assert adaptation.served_row == 4
+    assert adaptation.mixture.served_row == 4
 
 
 def test_weights_follow_acceptance() -> None:
     draft = OnlineDraft(tiny_llama(2), MANY)
     for _ in range(60):
         draft.learning.learner.experts.weigh([0.2, 0.7, 0.3, 0.1, 0.5])
-    assert max(draft.learning.learner.experts.weights) == draft.learning.learner.experts.weights[1] > 0.8
+    assert (
+        max(draft.learning.learner.experts.mixture.weights) == draft.learning.learner.experts.mixture.weights[1] > 0.8
+    )
 
 
 def test_an_expert_that_diverges_is_removed_and_counted(target, prompt) -> None:
@@ -145,7 +147,7 @@ def test_all_experts_may_go() -> None:
     draft.learning.learner.experts._remove(torch.tensor([torch.nan, 1.0, 1.0]))
     draft.learning.learner.experts._remove(torch.tensor([1.0, torch.nan, 1.0]))
     draft.learning.learner.experts._remove(torch.tensor([1.0, 1.0, torch.nan]))
-    assert draft.metrics.requests == 0 and draft.learning.learner.experts.weights == [0.0, 0.0, 0.0, 1.0]
+    assert draft.metrics.requests == 0 and draft.learning.learner.experts.mixture.weights == [0.0, 0.0, 0.0, 1.0]
     before = flat_params(draft)
     teach(draft, 3)
     assert torch.equal(flat_params(draft), before)
@@ -335,7 +337,7 @@ def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
     if learner == "ensemble":
         assert torch.equal(rows[0], others[0]) and torch.equal(rows[2], others[2])
         teach(draft)
-        assert adaptation.weights[1] > 0.2  # as good as the best one, until it is seen
+        assert adaptation.mixture.weights[1] > 0.2  # as good as the best one, until it is seen
     for key in ("m", "v", "step"):
         assert not adaptation.rule_state[key][at].any() or learner == "ensemble"
     for _ in range(50):
@@ -394,7 +396,7 @@ def held(draft: OnlineDraft) -> list[torch.Tensor]:
     return [
         flat_params(draft),
         *(v.clone() for v in adaptation.rule_state.values()),
-        torch.tensor(adaptation.weights),
+        torch.tensor(adaptation.mixture.weights),
     ]
 
 
@@ -499,9 +501,12 @@ def test_a_request_that_is_not_finite_is_no_evidence(monkeypatch) -> None:
     """Neither for the weights of experts nor for the guard."""
     draft = guarded("ensemble")
     draft.learning.end_request()
-    weights, latest = list(draft.learning.learner.experts.weights), list(draft.learning.learner.guard._latest)
+    weights, latest = list(draft.learning.learner.experts.mixture.weights), list(draft.learning.learner.guard._latest)
     losses = Objective.losses
     monkeypatch.setattr(Objective, "losses", lambda self, *given: losses(self, *given) * torch.nan)
     teach(draft, 1)
     draft.learning.end_request()
-    assert draft.learning.learner.experts.weights == weights and list(draft.learning.learner.guard._latest) == latest
+    assert (
+        draft.learning.learner.experts.mixture.weights == weights
+        and list(draft.learning.learner.guard._latest) == latest
+    )
