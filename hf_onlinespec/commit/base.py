@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -28,6 +27,7 @@ from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Failures
 from ..runtime.forks import Lock
 from ..runtime.traces import Traces
+from ..runtime.warning import warn_or_log
 from ..state import State
 from .request_memory import CallMemory
 from .suffix_memory import SuffixMemory
@@ -237,12 +237,12 @@ class Draft(ABC):
             self.metrics.failed_reports += failed
 
     def warn_once(self, message: str | None) -> None:
-        """Warns the user, of one thing a single time; None: nothing to say."""
+        """Warns the user, of one thing a single time; None: nothing to say. Where warnings are errors, it is logged."""
         with self.lock:
             if message is None or message in self._warned:
                 return
             self._warned.add(message)
-        warnings.warn(message, stacklevel=2)
+        warn_or_log(message, stacklevel=3)
 
     def check_setting(self, onlinespec: OnlineSpecConfig | dict[str, Any] | bool | None) -> None:
         """Raises ConfigError where an `onlinespec=` argument is none, or asks for other settings than the draft's own."""

@@ -7,7 +7,6 @@ draft proposes. One sequence for now; tensors carry the batch dimension througho
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,8 +27,6 @@ from .checks import check_call, check_inputs
 from .probe import why_plain
 from .streaming import OriginStreamer
 from .target import Verifier
-
-logger = logging.getLogger(__name__)
 
 
 def decode(
@@ -77,10 +74,7 @@ def decode(
                     draft.metrics.decisions.drafting = reason
         finally:  # an interrupted call counts too: the draft may have learned in it
             request.close(started)
-    try:
-        draft.warn_once(draft.governor.fit.message)
-    except UserWarning as warning:  # where warnings are errors; the answer is there
-        logger.warning("%s", warning)
+    draft.warn_once(draft.governor.fit.message)
     return output
 
 
