@@ -30,7 +30,6 @@ class PlannerConstants:
     max_memory: int = 24  # draft tokens from the memory alone, at most; chosen
     first_lookahead: int = 3  # while times are still unknown; chosen
     min_acceptance_to_start: float = 0.05  # of a draft that is not tried at once, while its times are unknown; chosen
-    least_survival: float = 0.05  # of a further token, below which no longer lookahead is looked for; chosen
     most_acceptance: float = 0.9  # that the value of tokens behind a kept one is reckoned with; chosen
     rate_decay: float = 0.99  # rounds that tell the rate without a draft model: the last 100; chosen
     rate_prior: float = 20.0  # rounds at the speed of plain decoding that count beside them; chosen
@@ -171,8 +170,6 @@ class Planner:
             this = tokens / self._costs.round(k)
             if this > rate:
                 best, rate = k, this
-            elif survival < self._constants.least_survival:
-                break
         return best, rate
 
     def _probe(self, best: int) -> int:
