@@ -38,9 +38,7 @@ class GuardConstants:
     drift_deviations: float = 2.0  # standard errors by which it has; chosen
     worse: float = 0.02  # acceptance below the base draft's that raises suspicion; chosen
     level_rate: float = 0.1  # how fast level and spread follow requests; chosen
-    first_spread_rate: float = (
-        0.5  # part of the first request's distance from no level that is the first spread; chosen
-    )
+    first_spread_rate: float = 0.5  # part of the first request's acceptance that is the first spread; chosen
 
 
 class Guard:
@@ -53,12 +51,11 @@ class Guard:
         self._size, self._constants = size, constants
         self._candidate: Tensor | None = None  # a state from before the latest requests
         self._age = 0  # requests since it was taken
-        self._latest: deque[tuple[float, float | None]] = deque(
-            maxlen=constants.latest
-        )  # acceptance, of the learned and of the base draft
+        # Acceptance of the latest requests, of the learned and of the base draft.
+        self._latest: deque[tuple[float, float | None]] = deque(maxlen=constants.latest)
         self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
         self._requests_to_trial = constants.try_every  # requests until the next trial
-        # In a trial: states, and their lead on every request; None: the adapter of that moment, base_params.
+        # In a trial: states, and their lead on every request; None: the base draft.
         self._candidates: list[tuple[Tensor | None, list[float]]] = []
         self._trials = 0  # requests that the trial has taken
 
