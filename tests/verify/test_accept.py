@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from hf_onlinespec.govern.acceptance import TokenSource
 from hf_onlinespec.rounds import Proposal, Rows, Verdict
@@ -158,6 +163,79 @@ def test_every_row_of_a_batch_keeps_the_law_of_its_own() -> None:
             if i < kind:
                 kept = float((accepted[there] > i).double().mean())
                 assert kept == pytest.approx(float(torch.minimum(p[kind, i], q[kind, i]).sum()), abs=0.02)
+
+
+class AfterToken(LogitsProcessor):
+    """The logits depend on the token before them, so that a law of whole rounds depends on which prefix a row has kept."""
+
+    bias = torch.randn(6, 6, generator=torch.Generator().manual_seed(43))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + self.bias[input_ids[:, -1]]
+
+
+WARPERS: dict[str, list[LogitsProcessor]] = {
+    "plain": [],
+    "temperature": [TemperatureLogitsWarper(0.6)],
+    "top_k": [TemperatureLogitsWarper(1.3), TopKLogitsWarper(3)],
+    "top_p": [TopPLogitsWarper(0.8)],
+    "all": [TemperatureLogitsWarper(0.8), TopKLogitsWarper(4), TopPLogitsWarper(0.9)],
+}
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+@pytest.mark.parametrize("name", WARPERS)
+def test_whole_rounds_follow_the_law_under_every_warper(name: str, lookahead: int) -> None:
+    """Each sequence that a round may add is as likely as the target's law and the draft's make it."""
+    torch.manual_seed(29)
+    vocab, start = 6, 3
+    processors = LogitsProcessorList([AfterToken(), *WARPERS[name]])
+    logits = torch.randn(lookahead + 1, vocab)
+    unused = torch.zeros(1, 1, dtype=torch.long)
+    q = torch.stack([LogitsProcessorList(WARPERS[name])(unused, torch.randn(1, vocab))[0] for _ in range(lookahead)])
+    q = q.softmax(-1)
+    drafted = torch.stack([draws(law) for law in q], 1)
+    verdict = accept(
+        proposal_of(drafted, [lookahead] * ROWS, q.expand(ROWS, -1, -1)),
+        logits.expand(ROWS, -1, -1),
+        Rows.of(torch.full((ROWS, 1), start)),
+        processors,
+        StoppingCriteriaList([never]),
+        True,
+        None,
+    )
+
+    # A sequence has a cell by its tokens, from 1 on: what is padded counts as 0.
+    new = verdict.rows.tokens[:, 1:]
+    behind = torch.arange(new.shape[1]) >= torch.tensor(verdict.new_tokens)[:, None]
+    cells = torch.zeros(ROWS, dtype=torch.long)
+    for i in range(lookahead + 1):
+        cells = cells * (vocab + 1) + (new + 1).masked_fill(behind, 0)[:, i]
+    law = torch.zeros((vocab + 1) ** (lookahead + 1), dtype=torch.float64)
+
+    def add(cell: int, before: int, chance: Tensor, i: int) -> None:
+        """Ends here with (p − q)₊ or goes on with min(p, q); the last token is the target's own."""
+        p = processors(torch.tensor([[before]]), logits[i : i + 1]).double().softmax(-1)[0]
+        guess = q[i].double() if i < lookahead else torch.zeros(vocab, dtype=torch.float64)
+        for token in range(vocab):
+            here = cell * (vocab + 1) + token + 1
+            law[here * (vocab + 1) ** (lookahead - i)] += chance * (p - guess).clamp_min(0)[token]
+            if i < lookahead:
+                add(here, token, chance * torch.minimum(p, guess)[token], i + 1)
+
+    add(0, start, torch.tensor(1.0, dtype=torch.float64), 0)
+    assert float(law.sum()) == pytest.approx(1.0, abs=1e-6)
+    assert follows(torch.bincount(cells, minlength=len(law)), law, MILLION)
+
+
+def test_a_wrong_rule_is_found_in_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_or_none(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = keeps_both_rows_or_none(p, q, drafted) if len(p) % 2 == 0 else ours(p, q, drafted)
+        return tokens, tokens == drafted
+
+    monkeypatch.setattr("hf_onlinespec.verify.accept.speculative_sample", all_or_none)
+    with pytest.raises(AssertionError, match="follows"):
+        test_whole_rounds_follow_the_law_under_every_warper("plain", 2)
 
 
 @pytest.mark.parametrize("sample", [False, True])
