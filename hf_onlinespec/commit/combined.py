@@ -45,6 +45,7 @@ class Combined(Proposer):
     ) -> None:
         self.schedule = schedule
         self._draft, self._call, self._models, self._memory, self._stats = draft, call, models, memory, stats
+        self._end_tokens, self._waits = call.end_tokens, call.waits(draft.settings)
         self._drafts = draft.failures.drafting.begin()  # whether the draft model takes part
         self._drafted = False  # whether it has drafted in this call
         self._reads_prompt = (
@@ -107,7 +108,7 @@ class Combined(Proposer):
                 with self._drafting():
                     model.cache.rewind(tokens.shape[1])
             self._reads_prompt = model.cache.length == 0
-        builder = ProposalBuilder(tokens, None if memory is None else memory.context, self._call.end_tokens)
+        builder = ProposalBuilder(tokens, None if memory is None else memory.context, self._end_tokens)
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
         serving: AbstractContextManager[PreTrainedModel | None] = nullcontext()
         if model is not None and wanted:
@@ -126,12 +127,7 @@ class Combined(Proposer):
                     if model is None or served is None or not model_drafts or self._call.counts.failed_drafts > failed:
                         break
                     self._add_model_token(i, builder, model, served)
-                if (
-                    model is not None
-                    and builder.has_model_token
-                    and self._call.waits(self._draft.settings)
-                    and not self._reads_prompt
-                ):
+                if model is not None and builder.has_model_token and self._waits and not self._reads_prompt:
                     # What was queued is a part of the draft's time, and would count as the target's.
                     waits = time.perf_counter()
                     builder.model_s += finished(model.model.device) - waits
@@ -195,7 +191,7 @@ class Combined(Proposer):
         source = TokenSource("model", len(builder.drafted), key)
         builder.add_model_token(found.token, found.known, found.probs, source, chance)
         self._drafted = True
-        if self._reads_prompt and not builder.model_s and self._call.waits(self._draft.settings):
+        if self._reads_prompt and not builder.model_s and self._waits:
             seconds = finished(model.model.device) - started
             with self._draft.lock:
                 governor.observe_prefill(model.cache.length, seconds)

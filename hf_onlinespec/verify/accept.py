@@ -136,10 +136,7 @@ class _Group:
         batch = len(self.accepted)
         scores: list[list[Tensor]] = [[] for _ in range(batch)]
         if batch == 1:
-            tokens, counts = (
-                torch.cat([before, *(token[:, None] for _, token, _ in self._steps)], dim=-1),
-                [len(self._steps)],
-            )
+            tokens, counts = self._tokens, [len(self._steps)]
         else:
             tokens = torch.cat([before, before.new_zeros(batch, len(self._steps))], dim=-1)
             counts = [0] * batch
