@@ -147,7 +147,7 @@ class Planner:
             return f"a lookahead of {self._lookahead} is expected to give {self._rate:.2f} times the speed of plain decoding"
         if self._prompt_too_long:
             return "plain decoding: reading the prompt would take longer than drafting saves"
-        return f"plain decoding: at acceptance {self._acceptances.rate:.2f} no lookahead of the neural draft is faster"
+        return f"plain decoding: at acceptance {self._acceptances.rate:.2f} no lookahead of the draft model is faster"
 
     def _usual_rate(self) -> float:
         """Tokens per plain step of late, without a draft model; 1 where plain decoding is as fast."""
