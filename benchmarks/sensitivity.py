@@ -119,7 +119,7 @@ def remembered(constants: GovernorConstants, stream: list[Recorded], seed: int) 
             survival = 1.0
             while len(drafted) < end - at - 1:
                 found, place = recall.lookup([*recall.context, *drafted]), len(drafted)
-                if found is None or not governor.decide_memory(plan, place, survival, found, neural=False):
+                if found is None or not governor.decide_memory(plan, place, survival, found, model_drafts=False):
                     break
                 key, chance = governor.acceptances.memory(found, place == 0, plan.memory_calibration)
                 drafted.append(found.tokens[0])

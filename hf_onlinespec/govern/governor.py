@@ -96,13 +96,13 @@ class Governor:
         return self._planner.model_pays(plan, position, survival, begun)
 
     def decide_memory(
-        self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool, begun: bool = False
+        self, plan: Plan, position: int, survival: float, found: Continuation | None, model_drafts: bool, begun: bool = False
     ) -> bool:
         """Whether the memory's token is taken for `position`: where it is better than none, and than the draft model's.
 
         Counts the rounds in which it is not, and then takes it now and then: what is never tried is never found to be better.
         """
-        return self._planner.decide_memory(plan, position, survival, found, neural, begun)
+        return self._planner.decide_memory(plan, position, survival, found, model_drafts, begun)
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """The draft took so long to read so many tokens of a prompt."""

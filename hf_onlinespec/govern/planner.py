@@ -203,7 +203,7 @@ class Planner:
         return survival * self._acceptances.rate_at(position, plan.acceptance, plan.serves_base) > cost
 
     def decide_memory(
-        self, plan: Plan, position: int, survival: float, found: Continuation | None, neural: bool, begun: bool
+        self, plan: Plan, position: int, survival: float, found: Continuation | None, model_drafts: bool, begun: bool
     ) -> bool:
         """Whether the memory's token is taken for `position`, see `Governor.decide_memory`."""
         costs = self._costs
@@ -213,9 +213,9 @@ class Planner:
         more = costs.verify.step(position)
         gain = survival * a * (1 + plan.value) - plan.rate * more
         if gain <= 0:
-            return position == 0 and not neural and self._memory_probe.due()
+            return position == 0 and not model_drafts and self._memory_probe.due()
         self._memory_probe.shorten()
-        if not neural:
+        if not model_drafts:
             return True
         model = self._acceptances.rate_at(position, plan.acceptance, plan.serves_base)
         return gain >= survival * model * (1 + plan.value) - plan.rate * (more + costs.drafting(begun))

@@ -218,7 +218,7 @@ def test_one_stall_switches_nothing_off() -> None:
 
     def memory_round(seconds: float) -> bool:
         plan = governor.plan(drafts=False)
-        speaks = governor.decide_memory(plan, 0, 1.0, answer, neural=False)
+        speaks = governor.decide_memory(plan, 0, 1.0, answer, model_drafts=False)
         drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
         governor.observe(drafted, [1.0] * speaks, 0.0, seconds * (1.1 if speaks else 1.0))
         return speaks
@@ -349,10 +349,10 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
         > 0.2
         > governor.acceptances.memory(found(4, 1.0), True)[1]
     )
-    assert governor.decide_memory(plan, 0, 1.0, found(12, 1.0), neural=False)
-    assert not governor.decide_memory(plan, 0, 1.0, found(4, 1.0), neural=False)
-    assert not governor.decide_memory(plan, 5, 0.01, found(12, 1.0), neural=False)  # hardly ever gets that far
-    assert not governor.decide_memory(plan, 0, 1.0, None, neural=False)
+    assert governor.decide_memory(plan, 0, 1.0, found(12, 1.0), model_drafts=False)
+    assert not governor.decide_memory(plan, 0, 1.0, found(4, 1.0), model_drafts=False)
+    assert not governor.decide_memory(plan, 5, 0.01, found(12, 1.0), model_drafts=False)  # hardly ever gets that far
+    assert not governor.decide_memory(plan, 0, 1.0, None, model_drafts=False)
 
 
 def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
@@ -368,7 +368,7 @@ def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
             governor.observe([TokenSource("memory", i, key) for i in range(8)], [right] * (8 if right else 1), 0.0, 1.8)
         plan = governor.plan(drafts=False)
         assert plan.rate == 1.0 if not right else 2.5 < plan.rate < 9 / 1.8
-        pays[right] = governor.decide_memory(plan, 5, 0.99, weak, neural=False)
+        pays[right] = governor.decide_memory(plan, 5, 0.99, weak, model_drafts=False)
     assert pays == {0.0: True, 1.0: False}
 
 
@@ -381,7 +381,7 @@ def test_a_memory_that_has_become_right_is_asked_again() -> None:
     def rounds(right: float, n: int) -> int:
         spoke = 0
         for _ in range(n):
-            speaks = governor.decide_memory(governor.plan(drafts=False), 0, 1.0, answer, neural=False)
+            speaks = governor.decide_memory(governor.plan(drafts=False), 0, 1.0, answer, model_drafts=False)
             drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
             governor.observe(drafted, [right] * speaks, 0.0, 1.2 if speaks else 1.0)
             spoke += speaks
@@ -406,8 +406,8 @@ def test_memory_or_neural_by_what_each_brings() -> None:
             governor.observe(
                 [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))], [share], 0.0, 1.1
             )
-    assert governor.decide_memory(plan, 0, 1.0, good, neural=True)
-    assert not governor.decide_memory(plan, 0, 1.0, bad, neural=True)
+    assert governor.decide_memory(plan, 0, 1.0, good, model_drafts=True)
+    assert not governor.decide_memory(plan, 0, 1.0, bad, model_drafts=True)
 
 
 def test_a_machine_that_slows_down_changes_no_decision() -> None:
