@@ -96,7 +96,13 @@ class Governor:
         return self._planner.model_pays(plan, position, survival, begun)
 
     def decide_memory(
-        self, plan: Plan, position: int, survival: float, found: Continuation | None, model_drafts: bool, begun: bool = False
+        self,
+        plan: Plan,
+        position: int,
+        survival: float,
+        found: Continuation | None,
+        model_drafts: bool,
+        begun: bool = False,
     ) -> bool:
         """Whether the memory's token is taken for `position`: where it is better than none, and than the draft model's.
 
