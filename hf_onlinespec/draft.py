@@ -272,7 +272,7 @@ class OnlineDraft(Draft):
                     call.temperature,
                     learns=call.learns,
                     timed=call.timed,
-                    waits=call.waits(self.settings),
+                    waits=call.waits,
                 )
                 models = rows
         return Combined(self, call, models, memory, stats, schedule)
@@ -593,7 +593,7 @@ class OnlineDraft(Draft):
             self.learning.learner.adopt(adapter)
             self.examined = None  # that was of the adapter before
             self.governor.router = AdapterRouter()  # which of the two serves was found out with the one before
-            self.learning.resumed()
+            self.learning.note()
             if texts is None:
                 self.lineage.privacy = privacy_record(self).plus(TRAINED_ELSEWHERE)
                 return

@@ -19,7 +19,7 @@ class Rows:
     """Sequences while they are generated."""
 
     tokens: Tensor  # (batch, longest), padded on the right; a prompt may be padded on the left, see `Call.mask`
-    lengths: tuple[int, ...]  # (batch,) how many of a row's tokens count
+    lengths: tuple[int, ...]  # (batch,) of a row's tokens, padding on the left included
 
     @classmethod
     def of(cls, tokens: Tensor) -> Rows:
@@ -36,7 +36,8 @@ class Proposal:
     """What a draft commits to in one round; a row may have no candidate at all."""
 
     tokens: Tensor  # (batch, n) candidates, padded on the right
-    q: Tensor | None  # (batch, n, target's vocab) the distribution each was drawn from; None: greedy, none is needed
+    # (batch, n, target's vocab) the distribution each was drawn from, one-hot where it was not drawn; None: greedy, none is needed.
+    q: Tensor | None
     sources: tuple[tuple[TokenSource, ...], ...]  # per row, of every candidate: where it came from
     model_s: float = 0.0  # time that the draft model took
 
@@ -44,6 +45,31 @@ class Proposal:
     def lengths(self) -> tuple[int, ...]:
         """(batch,) candidates of every row."""
         return tuple(map(len, self.sources))
+
+    def check(self, rows: Rows, room: int, sampled: bool, ids: int | None) -> None:
+        """Raises ValueError where it cannot be verified behind these rows.
+
+        Args:
+            room: most candidates of a row.
+            sampled: whether candidates need a q.
+            ids: candidates lie below it; asked on the host alone, elsewhere it would wait for the device. None: not known.
+        """
+        batch, n = self.tokens.shape
+        if batch != len(rows.lengths) or len(self.sources) != batch or n != max(self.lengths) or n > room:
+            raise ValueError(
+                f"A proposal of {tuple(self.tokens.shape)} tokens with sources of {self.lengths}, for {len(rows.lengths)} rows with "
+                f"room for {room}."
+            )
+        if not n:
+            return
+        if sampled and (self.q is None or self.q.shape[:2] != self.tokens.shape):
+            raise ValueError(
+                "A proposal for sampling needs q (batch, n, vocab): one-hot where a candidate was not drawn."
+            )
+        if ids is not None and self.tokens.device.type == "cpu":
+            least, most = self.tokens.aminmax()
+            if int(least) < 0 or int(most) >= ids:
+                raise ValueError(f"A proposal has the token {int(most)} or {int(least)}: expected 0 to {ids - 1}.")
 
     @classmethod
     def nothing(cls, rows: Rows) -> Proposal:
@@ -87,6 +113,5 @@ class Verdict:
     scores: (
         tuple[tuple[Tensor, ...], ...] | None
     )  # per row, of every new token: processed scores (vocab,), if asked for
-    logits: Tensor | None = None  # (batch, n + 1, vocab) raw, of the target; None: nobody asked for them
     draft_s: float = 0.0
     target_s: float = 0.0  # 0: not counted

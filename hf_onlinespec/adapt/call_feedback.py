@@ -53,12 +53,18 @@ class CallFeedback:
 
     def __init__(self, learning: LearningService, rows: Sequence[DraftedRow], temperature: float) -> None:
         self.rows, self._learning, self._temperature = rows, learning, temperature
+        self.latest: Rows | None = None  # the rows as the target reads them; None: the call has not begun
         self.recorded = False  # whether there was anything that the draft can see
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """What was recorded is forgotten."""
         self._of = [self._learning.new_feedback(row.common, self._temperature, row.config) for row in self.rows]
+
+    def begin(self, rows: Rows, row: int) -> None:
+        """The prompts, before the first round."""
+        self.latest = rows
+        self.rows[row].take(rows.row(row))
 
     @property
     def begun(self) -> bool:
@@ -89,6 +95,7 @@ class CallFeedback:
 
         Up to the last position that the draft can see. None: nothing is recorded.
         """
+        self.latest = rows
         for i, row in enumerate(self.rows):
             if row.tokens is None:
                 continue

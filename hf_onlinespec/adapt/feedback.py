@@ -247,14 +247,19 @@ class FeedbackRecorder(LogitsProcessor):
 
     Args:
         attempt: makes the `with` block of every copy that is made in a foreign loop, which must not fail for it.
+        wanted: whether anybody will take the copies.
     """
 
-    def __init__(self, attempt: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    def __init__(
+        self,
+        attempt: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.rows: list[Tensor] = []  # each (batch, V)
-        self._attempt, self._closed = attempt, False
+        self._attempt, self._wanted, self._closed = attempt, wanted, False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self._closed:
+        if not self._closed and self._wanted():
             # A copy: processors behind this one may write into the same memory.
             with self._attempt():
                 self.rows.append(scores.clone())
@@ -263,7 +268,7 @@ class FeedbackRecorder(LogitsProcessor):
     def close(self) -> None:
         """Keeps nothing any more: nobody will take it."""
         self.rows, self._closed = [], True
-        self._attempt = nullcontext  # whoever made it refers to it, and can go now
+        self._attempt, self._wanted = nullcontext, bool  # whoever made it refers to it, and can go now
 
     def take(self, n: int) -> Tensor:
         """The first n rows since the last call, (batch, n, V); those behind them are dropped as off the kept path."""

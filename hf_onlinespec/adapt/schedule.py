@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from ..metrics import Counts
 from ..metrics.summary import counted
-from ..rounds import Rows, Verdict
+from ..rounds import Rows
 from ..runtime.clock import finished
 from ..runtime.failures import Attempt, Failures
 from .call_feedback import CallFeedback, DraftedRow
@@ -94,25 +94,23 @@ class LearningSchedule:
         for i, row in enumerate(self._feedback.rows):
             if row.tokens is None:
                 with self.attempt():
-                    row.take(rows.row(i))
+                    self._feedback.begin(rows, i)
 
     def copied(self, logits: Tensor) -> Tensor | None:
         """A copy of the target's raw logits of a round, which processors may write into; None: they are not recorded."""
         return logits.clone() if self.learns else None
-
-    def observe(self, verdict: Verdict) -> None:
-        """Records a round, and learns if that is due."""
-        with self.attempt():
-            self.record(verdict.rows, verdict.logits)
-            self._learn_of_round()
 
     def record(self, rows: Rows, logits: Tensor | None) -> None:
         """Keeps the target's raw logits (batch, ≥ new tokens, vocab) at the new tokens."""
         self.rounds += 1
         self._feedback.record(rows, logits if self.learns else None)
 
-    def _learn_of_round(self) -> None:
+    def learn_of_round(self) -> None:
         """Learns what was recorded, if it is due."""
+        with self.attempt():
+            self._learn_of_round()
+
+    def _learn_of_round(self) -> None:
         settings = self._learning.settings
         full = self._feedback.full
         due = full
@@ -145,12 +143,13 @@ class LearningSchedule:
         prefix = row.prefix(end - 1 - n)
         self._route(row, tokens)
         if any(teacher.teaches for teacher in segment.teachers):
-            assert row.tokens is not None
+            latest = self._feedback.latest
+            assert latest is not None
             self._learning.learn_segment(
                 segment,
                 self._counts,
                 prefix=prefix,
-                recalled=self._memory.expected(i, row.tokens, slice(end - n - row.prompt, end - row.prompt)),
+                recalled=self._memory.expected(i, latest.row(i), slice(end - n - row.prompt, end - row.prompt)),
                 prompt_log_ratio=row.prompt_log_ratio or 0.0,
                 request=self._requests.setdefault(i, Request(row.prompt)),
             )
@@ -211,7 +210,7 @@ class LearningSchedule:
         """Whether this call was learned from, and why not, in words."""
         if not self._asked:
             return "the last request was only drafted for: onlinespec=False"
-        return _outcome(self._learning, self._counts, self._feedback.recorded, self._deferred, self._affordable_steps())
+        return _outcome(self._learning, self._counts, self._feedback.recorded, self._deferred, self._affordable_steps)
 
     @property
     def _keeps(self) -> bool:
@@ -254,7 +253,9 @@ class LearningSchedule:
                 self._learning.governor.budget.spent(seconds, self._counts.updates - updates_before)
 
 
-def _outcome(learning: LearningService, counts: Counts, recorded: bool, deferred: bool, affordable_steps: int) -> str:
+def _outcome(
+    learning: LearningService, counts: Counts, recorded: bool, deferred: bool, affordable_steps: Callable[[], int]
+) -> str:
     """Whether a call that learns was learned from, and why not, in words."""
     if counts.updates:
         return f"the last request was learned from, in {counted(counts.updates, 'gradient step')}"
@@ -267,6 +268,6 @@ def _outcome(learning: LearningService, counts: Counts, recorded: bool, deferred
         return learning.idle_outcome
     if not deferred:
         return f"{unlearned}: the target has said nothing about tokens that the draft knows"
-    if not affordable_steps:
+    if not affordable_steps():
         return f"{unlearned}: {learning.governor.budget.account()}"
     return f"{unlearned}: when it began, there was no time to ask the memory at every token"

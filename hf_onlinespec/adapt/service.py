@@ -110,7 +110,7 @@ class LearningService:
             governed = self.settings.update_every == "auto"
             compare = governed and self.governor.decide_comparison(prompt_log_ratio)
             scores = self.learner.segment(segment, prefix, counts, compare, request)
-            self._note()
+            self.note()
         if governed:
             with self.lock:
                 self.governor.observe_comparison(scores.learned, scores.base, recalled, True, prompt_log_ratio)
@@ -134,7 +134,7 @@ class LearningService:
         """Evaluates what the draft showed in a request that is over, or was broken off."""
         with self.steps_lock:
             self.learner.end_request()
-            self._note()
+            self.note()
 
     def remember(self, feedback: Feedback, request: Request | None = None) -> None:
         """Keeps a finished request for the replay."""
@@ -175,7 +175,7 @@ class LearningService:
         self.replay_steps(counts, self.settings.replay_passes)
         return counts
 
-    def _note(self) -> None:
+    def note(self) -> None:
         """What the learner says about itself."""
         experts, guard = self.learner.experts, self.learner.guard
         if experts.is_ensemble:
@@ -189,7 +189,7 @@ class LearningService:
     def resumed(self) -> None:
         """The learner was given another state."""
         self.metrics.decisions.rollback = self.learner.guard.reason
-        self._note()
+        self.note()
 
     # While nothing is generated
 
@@ -232,7 +232,7 @@ class LearningService:
             with self.steps_lock:
                 if i == 0:
                     self.learner.segment(segment, None, counts)
-                    self._note()
+                    self.note()
                     self.remember(feedback)
                 else:
                     self.learner.replay_step(counts)

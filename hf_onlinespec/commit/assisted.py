@@ -59,7 +59,7 @@ class OnlineCandidateGenerator(CandidateGenerator):
         self.recorder: FeedbackRecorder | None = None  # of the target's raw logits; None: nothing is learned here
         schedule = self._request.schedule
         if schedule is not None and schedule.learns:
-            self.recorder = FeedbackRecorder(schedule.attempt)
+            self.recorder = FeedbackRecorder(schedule.attempt, lambda: schedule.learns)
             logits_processor.insert(0, self.recorder)
 
     @property
@@ -87,12 +87,16 @@ class OnlineCandidateGenerator(CandidateGenerator):
         with torch.inference_mode(False), torch.no_grad(), schedule.attempt():
             rows = Rows.of(input_ids.clone())
             new = input_ids.shape[1] - self._length
-            schedule.record(rows, None if self.recorder is None else self.recorder.take(new))
+            if self.recorder is not None and not schedule.learns:
+                self.recorder.close()
+            raw = self.recorder.take(new) if self.recorder is not None and schedule.learns else None
+            schedule.record(rows, raw)
             if schedule.rounds % (self._every if isinstance(self._every, int) else 1) == 0:
                 schedule.update()
 
     def finish(self) -> None:
         """Ends the request: learns from what is left of it and replays others, as far as that is worth it."""
-        self._request.finish()
+        with torch.inference_mode(False), torch.no_grad():
+            self._request.finish()
         if self.recorder is not None:
             self.recorder.close()

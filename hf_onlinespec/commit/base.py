@@ -7,6 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -48,12 +49,12 @@ class Call:
     timed: bool = (
         True  # whether the loop tells times; where it does not, all of the room is drafted, by the model alone
     )
+    waits: bool = False  # whether anything is decided by times: only then is an accelerator waited for
     lookahead: int | None = None  # tokens per round, as the user has fixed them; None: the governor decides
     counts: Counts = field(default_factory=Counts)  # of the request
 
-    @property
-    def stateless(self) -> LogitsProcessorList:
-        """Copies of the processors that are applied to a draft too."""
+    def stateless_processors(self) -> LogitsProcessorList:
+        """Copies of the processors that are applied to a draft too; to be made before the target's own are called."""
         return stateless(self.processors)
 
     @property
@@ -65,14 +66,10 @@ class Call:
         """That tokens are sampled at; 0: greedy."""
         return float(self.config.temperature or 1.0) if self.sample else 0.0
 
-    @property
+    @cached_property
     def end_tokens(self) -> set[int]:
         eos = self.config.eos_token_id
         return set(torch.tensor([] if eos is None else eos).view(-1).long().tolist())
-
-    def waits(self, settings: OnlineSpecConfig) -> bool:
-        """Whether anything is decided by times: only then is an accelerator waited for."""
-        return self.timed and (self.lookahead is None or settings.update_every == "auto")
 
     def count_failed_draft(self) -> None:
         """Something that drafts has raised; the call goes on without it."""
@@ -106,7 +103,11 @@ class Proposer(ABC):
 
     @abstractmethod
     def finish(self) -> bool:
-        """The end of the request: what was written is remembered. Whether learning should score it, having learned nothing of it."""
+        """The end of the request: what was written is remembered.
+
+        Returns:
+            Whether it is long since the draft's acceptance was seen: if nothing is learned of the request, it should be scored.
+        """
 
 
 class Draft(ABC):

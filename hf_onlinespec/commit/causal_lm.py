@@ -103,7 +103,10 @@ class CausalLM:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None) -> Tensor:
-        """What the draft says after each of the last n of `tokens` (rows, L), as it serves: logits (rows, n, vocab)."""
+        """What the draft says after each of the last n of `tokens` (rows, L), as it serves: logits (rows, n, vocab).
+
+        `training_logits` is about these n tokens themselves, each from those before it.
+        """
         inputs = self.inputs(tokens.to(self.device), 0, mask)
         with self.serving(base) as model:
             logits: Tensor = model(use_cache=False, **inputs, **self.keep(n)).logits[:, -n:]
@@ -215,9 +218,8 @@ class RowModel:
         self, model: CausalLM, governor: Governor, lock: Lock, call: Call, row: int, stats: RequestStats
     ) -> None:
         self.model, self._call, self._stats = model, call, stats
-        self._processors = (
-            call.stateless
-        )  # copied now: once the target's own are called, they keep the size of its scores
+        # Copied now: once the target's own are called, they keep the size of its scores.
+        self._processors = call.stateless_processors()
         self._governor, self._lock = governor, lock
         self.vocabulary = call.vocabulary or model.vocabulary  # of the target
         own = None if call.mask is None else call.mask[row : row + 1]

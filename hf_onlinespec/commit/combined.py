@@ -45,7 +45,7 @@ class Combined(Proposer):
     ) -> None:
         self.schedule = schedule
         self._draft, self._call, self._models, self._memory, self._stats = draft, call, models, memory, stats
-        self._end_tokens, self._waits = call.end_tokens, call.waits(draft.settings)
+        self._governor = draft.governor  # one for the whole call, whatever begins anew meanwhile
         self._drafts = draft.failures.drafting.begin()  # whether the draft model takes part
         self._drafted = False  # whether it has drafted in this call
         self._reads_prompt = (
@@ -78,9 +78,10 @@ class Combined(Proposer):
 
     def _propose(self, i: int, tokens: Tensor, room: int) -> Proposal:
         """The candidates behind one row (1, L)."""
+        failed = self._call.counts.failed_drafts
         if not self._call.timed:
-            return self._build(i, tokens, room, None, None)
-        governor, own, stats = self._draft.governor, self._models[i] if self._models else None, self._stats[i]
+            return self._build(i, tokens, room, None, None, failed)
+        governor, own, stats = self._governor, self._models[i] if self._models else None, self._stats[i]
         model = own if self._drafts and own is not None and tokens.shape[1] < own.model.positions else None
         if model is not None and model.tokens is None and self._draft.settings.update_every == "auto":
             with self._draft.lock:
@@ -91,24 +92,32 @@ class Combined(Proposer):
                 with self._drafting():
                     model.route(model.readable(tokens))
         if self._call.lookahead is not None:
-            return self._build(i, tokens, min(room, self._call.lookahead), None, self._memory.row(i, tokens, stats))
+            return self._build(
+                i, tokens, min(room, self._call.lookahead), None, self._memory.row(i, tokens, stats), failed
+            )
         plan = Plan(0, 1.0, 0.0)
         if room > 0:
             with self._draft.lock:
                 unread = tokens.shape[1] - (0 if own is None else own.cache.length)
                 plan = governor.plan(model is not None, stats, room, unread)
-        return self._build(i, tokens, room, plan, self._memory.row(i, tokens, stats))
+        return self._build(i, tokens, room, plan, self._memory.row(i, tokens, stats), failed)
 
-    def _build(self, i: int, tokens: Tensor, most: int, plan: Plan | None, memory: RequestMemory | None) -> Proposal:
-        """A proposal by plan; None: of `most` candidates, by whoever is more likely to be right."""
-        failed, model = self._call.counts.failed_drafts, self._models[i] if self._models else None
+    def _build(
+        self, i: int, tokens: Tensor, most: int, plan: Plan | None, memory: RequestMemory | None, failed: int
+    ) -> Proposal:
+        """A proposal by plan; None: of `most` candidates, by whoever is more likely to be right.
+
+        Args:
+            failed: `failed_drafts` before the round: once more have failed, the model drafts no further.
+        """
+        model = self._models[i] if self._models else None
         if model is not None:
             model.take(tokens)
             if model.cache.length:  # in plain rounds too: no rejected token may outlive them
                 with self._drafting():
                     model.cache.rewind(tokens.shape[1])
             self._reads_prompt = model.cache.length == 0
-        builder = ProposalBuilder(tokens, None if memory is None else memory.context, self._end_tokens)
+        builder = ProposalBuilder(tokens, None if memory is None else memory.context, self._call.end_tokens)
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
         serving: AbstractContextManager[PreTrainedModel | None] = nullcontext()
         if model is not None and wanted:
@@ -127,7 +136,7 @@ class Combined(Proposer):
                     if model is None or served is None or not model_drafts or self._call.counts.failed_drafts > failed:
                         break
                     self._add_model_token(i, builder, model, served)
-                if model is not None and builder.has_model_token and self._waits and not self._reads_prompt:
+                if model is not None and builder.has_model_token and self._call.waits and not self._reads_prompt:
                     # What was queued is a part of the draft's time, and would count as the target's.
                     waits = time.perf_counter()
                     builder.model_s += finished(model.model.device) - waits
@@ -138,14 +147,14 @@ class Combined(Proposer):
     def _model_speaks(self, i: int, tokens: Tensor, builder: ProposalBuilder, plan: Plan | None) -> bool:
         if tokens.shape[1] + len(builder.drafted) >= self._models[i].model.positions:
             return False
-        return plan is None or self._draft.governor.model_pays(
+        return plan is None or self._governor.model_pays(
             plan, len(builder.drafted), builder.survival, begun=builder.has_model_token
         )
 
     def _memory_speaks(
         self, i: int, builder: ProposalBuilder, plan: Plan | None, found: Continuation, model_drafts: bool
     ) -> bool:
-        governor, stats, place = self._draft.governor, self._stats[i], len(builder.drafted)
+        governor, stats, place = self._governor, self._stats[i], len(builder.drafted)
         if plan is None:  # no clock: whoever is accepted more often
             known = governor.acceptances
             _, chance = known.memory(found, not place, known.memory_calibration(stats))
@@ -168,7 +177,7 @@ class Combined(Proposer):
             if self._call.sample and len(found.tokens) > 1:
                 drawn = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
             place = len(builder.drafted)
-            known = self._draft.governor.acceptances
+            known = self._governor.acceptances
             key, chance = known.memory(found, not place, known.memory_calibration(self._stats[i]))
             builder.add_memory_token(found.tokens[drawn], found, TokenSource("memory", place, key), chance)
             return True
@@ -176,7 +185,7 @@ class Combined(Proposer):
 
     def _add_model_token(self, i: int, builder: ProposalBuilder, model: RowModel, served: PreTrainedModel) -> None:
         """One candidate of the draft model's."""
-        started, governor = time.perf_counter(), self._draft.governor
+        started, governor = time.perf_counter(), self._governor
         found = model.next_token(served, builder.prefix)
         if found is None:
             with self._draft.lock:
@@ -191,7 +200,7 @@ class Combined(Proposer):
         source = TokenSource("model", len(builder.drafted), key)
         builder.add_model_token(found.token, found.known, found.probs, source, chance)
         self._drafted = True
-        if self._reads_prompt and not builder.model_s and self._waits:
+        if self._reads_prompt and not builder.model_s and self._call.waits:
             seconds = finished(model.model.device) - started
             with self._draft.lock:
                 governor.observe_prefill(model.cache.length, seconds)
@@ -206,7 +215,7 @@ class Combined(Proposer):
         timed_s = 0.0 if self._reads_prompt else model_s
         with self._draft.failures.records.attempt(), self._draft.lock:
             for sources, overlaps, stats in zip(verdict.proposal.sources, verdict.overlaps, self._stats, strict=True):
-                self._draft.governor.observe(sources, overlaps, timed_s, target_s, stats)
+                self._governor.observe(sources, overlaps, timed_s, target_s, stats)
 
     # The end of the call
 
@@ -220,12 +229,12 @@ class Combined(Proposer):
             steps = self._models[0].model.steps if self._models else 0
             new_tokens = self._call.counts.new_tokens
             for stats in self._stats:
-                unseen |= draft.governor.request_ended(new_tokens, stats, self._call.lookahead, steps)
+                unseen |= self._governor.request_ended(new_tokens, stats, self._call.lookahead, steps)
         for worked, what in (
             (bool(self._models), draft.failures.preparing),
             (self._drafted and self._drafts, draft.failures.drafting),
             (self._memory.in_use, draft.failures.memory),
         ):
             if worked and what.worked():
-                draft.governor.decisions.drafting = f"drafting works again after: {what.reason}"
+                self._governor.decisions.drafting = f"drafting works again after: {what.reason}"
         return unseen

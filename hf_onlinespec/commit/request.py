@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -28,12 +30,14 @@ class Request:
         own = draft.generation_config
         lookahead = fixed_lookahead(call.config, draft.settings, own)
         draft.warn_once(replaced(call.config, own, lookahead))
-        self.call = replace(call, lookahead=lookahead)
+        waits = call.timed and (lookahead is None or draft.settings.update_every == "auto")
+        self.call = replace(call, lookahead=lookahead, waits=waits)
         self.counts = call.counts
         self._draft, self._failures = draft, draft.failures
         self._proposes = self._failures.proposing.begin()  # whether anything is drafted
+        self._raw: Tensor | None = None  # of the round at hand, the target's logits
         self.proposer: Proposer | None = None  # None: it could not be made
-        with self._proposing():
+        with self._beside_proposing():
             self.proposer = draft.proposer(self.call)
 
     @property
@@ -44,12 +48,22 @@ class Request:
     def _proposing(self) -> Attempt:
         return self._failures.proposing.attempt(self._stop_proposing)
 
+    def _beside_proposing(self) -> AbstractContextManager[Any]:
+        """Where proposing is left out, what the call shows is learned nevertheless, and a failure is not counted again."""
+        return self._proposing() if self._proposes else suppress(Exception)
+
     def _stop_proposing(self) -> None:
         """The request goes on plain."""
         self.counts.failed_drafts += 1
         self._proposes = False
-        if self.proposer is not None:
-            self.proposer.reset()
+        proposer = self.proposer
+        if proposer is not None:
+            with self._failures.proposing.attempt(self._drop):
+                proposer.reset()
+
+    def _drop(self) -> None:
+        """Not even its caches could be emptied: nothing of the call is learned, either."""
+        self.proposer = None
 
     def propose(self, rows: Rows, room: int) -> Proposal:
         """What the draft commits to; nothing where something failed in it: what there is of such a round may be half of it."""
@@ -59,27 +73,40 @@ class Request:
             if self._proposes:
                 with self._proposing():
                     proposal = self.proposer.propose(rows, room)
+                    proposal.check(rows, room, self.call.sample, self._ids)
             if self.schedule is not None:
                 self.schedule.begin(rows)
         return nothing if self.counts.failed_drafts > failed else proposal
 
-    def copied(self, logits: Tensor) -> Tensor | None:
-        """A copy of the target's raw logits of a round, which processors may write into; None: nothing is learned from them."""
+    @property
+    def _ids(self) -> int | None:
+        """Token ids that may be proposed lie below it; None: it is not known."""
+        return None if self.call.vocabulary is None else self.call.vocabulary.said
+
+    def keep_logits(self, logits: Tensor) -> None:
+        """Keeps the target's raw logits (batch, n + 1, vocab) of a round until it is observed, if they are learned from.
+
+        A copy: processors may write into them.
+        """
         if self.schedule is not None:
             with self.schedule.attempt():
-                return self.schedule.copied(logits)
-        return None
+                self._raw = self.schedule.copied(logits)
 
     def observe(self, verdict: Verdict) -> None:
         """Counts a round, and hands its outcome on."""
         self._count(verdict)
-        if self.proposer is None:
+        proposer, schedule = self.proposer, self.schedule
+        if proposer is None:
             return
         if self.counts.rounds == 1:  # the first forward reads the prompt: its time says nothing about a round's
             verdict = replace(verdict, target_s=0.0)
-        self.proposer.observe(verdict)
-        if self.schedule is not None:
-            self.schedule.observe(verdict)
+        with self._beside_proposing():
+            proposer.observe(verdict)
+        if schedule is not None:
+            with schedule.attempt():
+                schedule.record(verdict.rows, self._raw)
+            self._raw = None  # what was rejected is not held while the draft learns
+            schedule.learn_of_round()
 
     def _count(self, verdict: Verdict) -> None:
         counts = self.counts
@@ -98,7 +125,9 @@ class Request:
         """Ends the request: it is remembered, what is left of it learned and others are replayed, as far as that is worth it."""
         if self.proposer is None:
             return
-        unseen, schedule = self.proposer.finish(), self.schedule
+        unseen, schedule = False, self.schedule
+        with self._beside_proposing():
+            unseen = self.proposer.finish()
         if schedule is not None:
             schedule.finish(unseen)
         failures, governor = self._failures, self._draft.governor

@@ -90,11 +90,11 @@ class _Asked:
         in_dict = config.return_dict_in_generate
         return cls(() if in_dict and config.output_scores else None, () if in_dict and config.output_logits else None)
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, verdict: Verdict, raw: Tensor | None) -> None:
         if self.scores is not None and verdict.scores is not None:
             self.scores += tuple(scores[None] for scores in verdict.scores[0])
-        if self.logits is not None and verdict.logits is not None:
-            self.logits += tuple(verdict.logits[:, i] for i in range(verdict.new_tokens[0]))
+        if self.logits is not None and raw is not None:
+            self.logits += tuple(raw[:, i] for i in range(verdict.new_tokens[0]))
 
 
 def _loop(
@@ -118,12 +118,13 @@ def _loop(
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
         logits = verifier.verify(rows.tokens, proposal.tokens)  # (batch, n + 1, vocab)
-        raw = request.copied(logits) if asked.logits is None else logits.clone()
+        request.keep_logits(logits)
+        raw = None if asked.logits is None else logits.clone()
 
         # 3. Accept a prefix, and one token more.
         verdict = accept(proposal, logits, rows, processors, stopping_criteria, sample, asked.scores)
-        verdict = replace(verdict, logits=raw, draft_s=draft_s, target_s=time.perf_counter() - clock)
-        asked.add(verdict)
+        verdict = replace(verdict, draft_s=draft_s, target_s=time.perf_counter() - clock)
+        asked.add(verdict, raw)
         if streamer is not None:
             _stream(streamer, verdict)
         rows, done = verdict.rows, all(verdict.done)

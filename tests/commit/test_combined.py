@@ -151,7 +151,7 @@ def test_the_memory_s_time_belongs_to_the_round(draft_model: PreTrainedModel, mo
     tokens = torch.tensor([[1, 2, 3]])
     for _ in range(2):  # the first one reads the prompt
         proposal = replace(candidates.propose(tokens, 4), model_s=0.2)
-    verdict = Verdict(proposal, Rows.of(tokens), (0,), (0,), ((),), (False,), None, None, draft_s=0.5, target_s=1.0)
+    verdict = Verdict(proposal, Rows.of(tokens), (0,), (0,), ((),), (False,), None, draft_s=0.5, target_s=1.0)
     for _ in range(2):  # the first round is not timed
         candidates.request.observe(verdict)
     assert told[-1] == (0.2, pytest.approx(1.3))
