@@ -116,7 +116,8 @@ class _Group:
         q = self._rows(self._proposal.q)[:, i]
         # A distribution is 0 at ids that the other one has alone; that of a row without a candidate is 0 throughout.
         p, q = widened(p, q.shape[-1], 0.0), widened(q, p.shape[-1], 0.0)
-        token, kept = speculative_sample(p, q, self._rows(self._proposal.tokens)[:, i])
+        some = None if all(has) else torch.tensor(has, device=p.device)
+        token, kept = speculative_sample(p, q, self._rows(self._proposal.tokens)[:, i], some)
         for row, there, overlap in zip(self._active, has, torch.minimum(p, q).sum(-1).tolist(), strict=True):
             if there:
                 self.overlaps[row].append(overlap)
@@ -181,16 +182,19 @@ def _joined(proposal: Proposal, groups: dict[tuple[int, ...], Verdict]) -> Verdi
     )
 
 
-def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+def speculative_sample(p: Tensor, q: Tensor, drafted: Tensor, has: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Draws from p (rows, vocab) that reuse draws from q where they can: `(tokens, whether each is the drafted one)`, (rows,) both.
 
-    Keeps x ~ q with probability min(1, p(x)/q(x)), else draws from the residual (p − q)₊ (arXiv:2211.17192); row by row. Where q is
-    0 throughout, nothing was drafted: the draw is one from p.
+    Keeps x ~ q with probability min(1, p(x)/q(x)), else draws from the residual (p − q)₊ (arXiv:2211.17192); row by row.
+
+    Args:
+        has: (rows,) whether anything was drafted; where it was not, q is 0 throughout and the draw is one from p. None: everywhere.
     """
     chosen = drafted[:, None]
     u = torch.rand(chosen.shape, device=p.device)
-    at_chosen = q.gather(-1, chosen)
-    kept = ((u * at_chosen < p.gather(-1, chosen)) & (at_chosen > 0)).squeeze(-1)
+    kept = (u * q.gather(-1, chosen) < p.gather(-1, chosen)).squeeze(-1)
+    if has is not None:
+        kept &= has
     if bool(kept.all()):
         return drafted, kept
     residual = (p - q).clamp_min(0)

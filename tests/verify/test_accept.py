@@ -229,7 +229,7 @@ def test_whole_rounds_follow_the_law_under_every_warper(name: str, lookahead: in
 
 
 def test_a_wrong_rule_is_found_in_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_or_none(p: Tensor, q: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    def all_or_none(p: Tensor, q: Tensor, drafted: Tensor, has: Tensor | None) -> tuple[Tensor, Tensor]:
         tokens = keeps_both_rows_or_none(p, q, drafted) if len(p) % 2 == 0 else ours(p, q, drafted)
         return tokens, tokens == drafted
 
