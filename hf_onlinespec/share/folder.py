@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ CHECKED = (ADAPTER_CONFIG, ADAPTER, STATE)  # that resuming depends on; the last
 STAGING = ".onlinespec_next"  # folder in which they are written, before they take their places
 MANIFEST_PART = f"{CONFIG}.part"  # the last of them, until it is written
 LOCK = ".onlinespec_lock"  # file that a writer holds
+
+Content = TypeVar("Content")
 
 
 def holds_complete_set(folder: Path) -> bool:
@@ -42,29 +45,23 @@ def path_of(folder: Path, name: str) -> Path:
 
 def header_of(folder: Path, name: str, most_bytes: int = MOST_TENSOR_BYTES) -> dict[str, TensorHeader]:
     """What a safetensors file says about its tensors. Raises ArtifactError."""
-    for path in (path_of(folder, name), folder / name):  # it may have been moved into place just now
-        try:
-            return read_header(path, most_bytes)
-        except FileNotFoundError:
-            continue
-    raise _missing(folder, name)
+    return _read(folder, name, lambda path: read_header(path, most_bytes))
 
 
 def read_file(folder: Path, name: str) -> bytes:
     """A small file. Raises ArtifactError."""
-    for path in (path_of(folder, name), folder / name):  # it may have been moved into place just now
-        try:
-            return read_bytes(path, MOST_JSON_BYTES)
-        except FileNotFoundError:
-            continue
-    raise _missing(folder, name)
+    return _read(folder, name, lambda path: read_bytes(path, MOST_JSON_BYTES))
 
 
 def open_tensors(folder: Path, name: str) -> TensorFile:
     """A file of tensors. Raises ArtifactError."""
-    for path in (path_of(folder, name), folder / name):
+    return _read(folder, name, TensorFile)
+
+
+def _read(folder: Path, name: str, read: Callable[[Path], Content]) -> Content:
+    for path in (path_of(folder, name), folder / name):  # it may have been moved into place just now
         try:
-            return TensorFile(path)
+            return read(path)
         except FileNotFoundError:
             continue
     raise _missing(folder, name)
