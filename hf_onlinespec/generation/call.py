@@ -49,7 +49,7 @@ class Attachment:
 
 
 @dataclass(eq=False)
-class Call:
+class AttachedCall:
     """One call of `generate` on an attached model, from its beginning to its end."""
 
     attachment: Attachment
@@ -144,7 +144,7 @@ def _elsewhere() -> UnsupportedError:
 # What is attached to each model of this process.
 ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 # The call of `generate` that runs in this thread, if it is one on an attached model.
-_current: ContextVar[Call | None] = ContextVar("hf_onlinespec_call", default=None)
+_current: ContextVar[AttachedCall | None] = ContextVar("hf_onlinespec_call", default=None)
 
 
 def anything_attached() -> bool:
@@ -152,20 +152,20 @@ def anything_attached() -> bool:
     return bool(ATTACHED)
 
 
-def call_of(model: object) -> Call | None:
+def call_of(model: object) -> AttachedCall | None:
     """The call of `generate` on this model that runs in this thread, if the model is attached."""
     call = _current.get()
     return call if call is not None and call.target is model else None
 
 
-def call_with(config: GenerationConfig) -> Call | None:
+def call_with(config: GenerationConfig) -> AttachedCall | None:
     """The same, by the configuration that `generate` has prepared."""
     call = _current.get()
     return call if call is not None and call.config is config else None
 
 
 @contextmanager
-def calling(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[Call | None]:
+def calling(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[AttachedCall | None]:
     """The time of one call of `generate` with these arguments; None: nothing is attached to this model."""
     attachment = ATTACHED.get(model)
     call = None
@@ -173,7 +173,7 @@ def calling(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[Call 
         explicit = any(arguments.get(name) is not None for name in ("assistant_model", "onlinespec"))
         # Newer transformers take either name of the cache.
         once = any(arguments.get(name) is not None for name in ("streamer", CACHE, "past_key_values"))
-        call = Call(attachment, model, explicit, once)
+        call = AttachedCall(attachment, model, explicit, once)
     outer = call_of(model)
     if outer is not None and outer.arguments is None:
         outer.arguments = {}  # it is decoded by this call, which says for itself how

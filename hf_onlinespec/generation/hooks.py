@@ -30,7 +30,7 @@ from ..share.loading import is_evolved, load_beside
 from ..verify.checks import check_call, check_inputs, check_mode, check_synced_gpus
 from ..verify.custom_generate import GenerateFn
 from ..verify.loop import decode
-from .call import Call, anything_attached, call_of, call_with, calling
+from .call import AttachedCall, anything_attached, call_of, call_with, calling
 from .setting import add_setting, remove_setting, says, unset, wanted
 
 Function = Callable[..., Any]
@@ -196,7 +196,7 @@ def _wrap_assisted(assisted: Function) -> Function:
 
 
 def _decode_attached(
-    call: Call, arguments: Positional, synced_gpus: bool, named: dict[str, Any], model_kwargs: dict[str, Any]
+    call: AttachedCall, arguments: Positional, synced_gpus: bool, named: dict[str, Any], model_kwargs: dict[str, Any]
 ) -> Any:
     """A call that what is attached serves, as far as its configuration tells; what its inputs rule out decodes plainly."""
     target, input_ids, _, _, config = arguments

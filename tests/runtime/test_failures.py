@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec._compat.caches import cache_tensors
@@ -444,8 +444,6 @@ def test_a_checkpoint_thread_that_cannot_start_costs_no_answer(target, prompt) -
 
 
 def test_transformers_own_loop_survives_it_too(target, prompt, monkeypatch) -> None:
-    from transformers import LogitsProcessorList
-
     draft = draft_of(memory_tokens=0)
     config = draft.generation_config.__class__(do_sample=False, max_length=40)
     processors = LogitsProcessorList()
@@ -495,6 +493,20 @@ def test_what_the_caller_was_handling_keeps_its_frames(target, prompt, monkeypat
         assert error.__traceback__ is not None and error.__traceback__.tb_next is not None
         assert error.__traceback__.tb_next.tb_frame.f_locals == {"kept": "state"}
     assert draft.metrics.failed_updates > 0
+
+
+def test_in_transformers_own_loop_a_copy_that_fails_is_tried_once(prompt, monkeypatch) -> None:
+    draft = draft_of(memory_tokens=0)
+    config = draft.generation_config.__class__(do_sample=False, max_length=40)
+    processors = LogitsProcessorList()
+    candidates = OnlineCandidateGenerator(draft, config, processors)
+    candidates.get_candidates(prompt)
+    monkeypatch.setattr(torch.Tensor, "clone", runs_out)
+    for _ in range(4):
+        processors(prompt, torch.randn(1, 32))
+    monkeypatch.undo()
+    candidates.update_candidate_strategy(torch.cat([prompt, prompt[:, :1]], 1), torch.randn(1, 1, 32), 0)
+    assert candidates.counts.failed_updates == 1 and candidates.recorder is not None and not candidates.recorder.rows
 
 
 def test_a_finished_request_holds_nothing(target, prompt) -> None:
