@@ -86,11 +86,14 @@ class Proposer(ABC):
     schedule: LearningSchedule | None = None  # when the request is learned; None: there is nothing to train
 
     @abstractmethod
-    def propose(self, rows: Rows, room: int) -> Proposal:
-        """Commits to at most `room` candidates behind every row, and to no more than are expected to pay.
+    def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
+        """Commits to candidates behind every row, at most `room` that follow each other, and to no more than are expected to pay.
 
         Whether a token is drafted, and by whom, may depend on the prefix and on q before the draw alone: every token that was drawn
-        from q is submitted. That keeps the target's law.
+        from q is submitted. That keeps the target's law. A token that was not drawn may be guessed or left out for any reason.
+
+        Args:
+            trees: whether several candidates may follow the same prefix; else a chain is asked for.
         """
 
     @abstractmethod

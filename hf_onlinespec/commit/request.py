@@ -65,15 +65,20 @@ class Request:
         """Not even its caches could be emptied: nothing of the call is learned, either."""
         self.proposer = None
 
-    def propose(self, rows: Rows, room: int) -> Proposal:
-        """What the draft commits to; nothing where something failed in it: what there is of such a round may be half of it."""
+    def propose(self, rows: Rows, room: int, trees: bool = False) -> Proposal:
+        """What the draft commits to; nothing where something failed in it: what there is of such a round may be half of it.
+
+        Args:
+            room: how far a row may reach.
+            trees: whether several candidates may follow the same prefix.
+        """
         failed = self.counts.failed_drafts
         proposal = nothing = Proposal.nothing(rows)
         if self.proposer is not None:
             if self._proposes:
                 with self._proposing():
-                    proposal = self.proposer.propose(rows, room)
-                    proposal.check(rows, room, self.call.sample, self._ids)
+                    proposal = self.proposer.propose(rows, room, trees)
+                    proposal.check(rows, room, self._ids)
             if self.schedule is not None:
                 self.schedule.begin(rows)
         return nothing if self.counts.failed_drafts > failed else proposal
@@ -104,7 +109,7 @@ class Request:
             proposer.observe(verdict)
         if schedule is not None:
             with schedule.attempt():
-                schedule.record(verdict.rows, self._raw)
+                schedule.record(verdict.rows, None if self._raw is None else verdict.of_new_tokens(self._raw))
             self._raw = None  # what was rejected is not held while the draft learns
             schedule.learn_of_round()
 
