@@ -257,7 +257,7 @@ class OnlineDraft(Draft):
     def proposer(self, call: Call) -> Proposer:
         """See `Draft`: the memory alone, where preparing the model for the call fails."""
         stats = [RequestStats() for _ in range(call.rows)]
-        memory = self.call_memory(call)
+        sources = self.guess_sources(call)
         models: list[RowModel] = []
         schedule = None
         if self.failures.preparing.begin():
@@ -267,7 +267,7 @@ class OnlineDraft(Draft):
                     self.learning,
                     self.failures,
                     rows,
-                    memory,
+                    sources,
                     call.counts,
                     call.temperature,
                     learns=call.learns,
@@ -275,7 +275,7 @@ class OnlineDraft(Draft):
                     waits=call.waits,
                 )
                 models = rows
-        return Combined(self, call, models, memory, stats, schedule)
+        return Combined(self, call, models, sources, stats, schedule)
 
     def serves(self, target: PreTrainedModel) -> None:
         """Notes the name of a model that it drafts for, without the folders of this machine; a model may have none."""

@@ -20,9 +20,12 @@ class ScriptedProposer(Proposer):
     def __init__(self, script: Tensor) -> None:
         self._script = script  # (1, L)
 
-    def propose(self, rows: Rows, room: int) -> Proposal:
+    def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
         tokens = self._script[:, rows.lengths[0] : rows.lengths[0] + min(room, 4)]
         return Proposal(tokens, None, (tuple(TokenSource("model", i, (0,)) for i in range(tokens.shape[1])),))
+
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+        pass
 
     def observe(self, verdict: Verdict) -> None:
         pass
