@@ -18,45 +18,45 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat.models import inner_model, model_name, uncompiled
-from .adapt.experts import Experts
-from .adapt.feedback import Feedback
-from .adapt.gated_lora import GatedLora
-from .adapt.learned_texts import Examined, Learned
-from .adapt.learner import Learner
-from .adapt.schedule import LearningSchedule
-from .adapt.service import LearningService
-from .commit.base import Call, Draft, Proposer
-from .commit.causal_lm import CausalLM, RowModel
-from .commit.combined import Combined
-from .config import ENSEMBLE, OnlineSpecConfig, as_config
-from .errors import ConfigError, CopyError, NotAModelError
-from .govern.acceptance import RequestStats
-from .govern.routing import AdapterRouter
-from .metrics import Counts
-from .metrics.summary import counted, size
-from .models.borrow import copy_modules
-from .models.identity import BaseFingerprint, public_name
-from .models.layers import describe
-from .models.plain import check_cache, no_model, plain_draft
-from .models.vocabulary import Vocabulary
-from .models.watch import ModelWatch
-from .runtime.forks import Lock
-from .share.artifact import Artifact
-from .share.card import write
-from .share.checkpoints import Checkpoints
-from .share.export import merge_and_export
-from .share.history import ServingHistory
-from .share.hub import Push
-from .share.learned_from import loaded_record, privacy_record
-from .share.lineage import Lineage
-from .share.loading import Loaded, load
-from .share.lora_options import LoraOptions
-from .share.memorization import SAVE_S, examine
-from .share.privacy import check_privacy
-from .share.privacy_record import TRAINED_ELSEWHERE
-from .state import State, copied
-from .verify.custom_generate import GenerateFn
+from .._compat.models import model_name, uncompiled
+from ..adapt.experts import Experts
+from ..adapt.feedback import Feedback
+from ..adapt.gated_lora import GatedLora
+from ..adapt.learned_texts import Examined, Learned
+from ..adapt.learner import Learner
+from ..adapt.schedule import LearningSchedule
+from ..adapt.service import LearningService
+from ..commit.base import Call, Draft, Proposer
+from ..commit.causal_lm import CausalLM, RowModel
+from ..commit.combined import Combined
+from ..config import ENSEMBLE, OnlineSpecConfig, as_config
+from ..errors import ConfigError, CopyError, NotAModelError
+from ..govern.acceptance import RequestStats
+from ..govern.routing import AdapterRouter
+from ..metrics import Counts
+from ..metrics.summary import counted, size
+from ..models.borrow import copy_modules
+from ..models.identity import BaseFingerprint, public_name
+from ..models.layers import describe
+from ..models.plain import check_cache, plain_draft
+from ..models.vocabulary import Vocabulary
+from ..models.watch import ModelWatch
+from ..runtime.forks import Lock
+from ..share.artifact import Artifact
+from ..share.card import write
+from ..share.checkpoints import Checkpoints
+from ..share.export import merge_and_export
+from ..share.history import ServingHistory
+from ..share.hub import Push
+from ..share.learned_from import loaded_record, privacy_record
+from ..share.lineage import Lineage
+from ..share.loading import Loaded, load
+from ..share.lora_options import LoraOptions
+from ..share.memorization import SAVE_S, examine
+from ..share.privacy import check_privacy
+from ..share.privacy_record import TRAINED_ELSEWHERE
+from ..state import State, copied
+from ..verify.custom_generate import GenerateFn
 
 logger = logging.getLogger(__name__)
 
@@ -604,40 +604,3 @@ class OnlineDraft(Draft):
 
 def _scale(settings: OnlineSpecConfig) -> float:
     return settings.alpha / settings.rank
-
-
-_drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()
-
-
-def kept_draft(model: nn.Module) -> OnlineDraft | None:
-    """The OnlineDraft that is kept with a model, if one was made."""
-    return _drafts.get(model)
-
-
-def online_draft(
-    model: PreTrainedModel | PeftModel | OnlineDraft,
-    config: OnlineSpecConfig | dict[str, Any] | None = None,
-    **settings: Any,
-) -> OnlineDraft:
-    """The OnlineDraft that is kept with a model, made at the first call.
-
-    Args:
-        model: also inside of a `PeftModel`, or as torch.compile returns it: the draft is the same.
-
-    Raises:
-        ConfigError: the model's draft already learns with other settings.
-    """
-    if not isinstance(model, OnlineDraft | nn.Module):
-        raise no_model(model)
-    config = as_config(config, **settings)
-    if isinstance(model, OnlineDraft):
-        draft = model
-        draft.begin_anew_if_changed()
-    else:
-        inner = inner_model(model)
-        if inner not in _drafts:
-            _drafts.setdefault(inner, OnlineDraft(model, config))  # another thread may have been faster
-        draft = _drafts[inner]
-        draft.begin_anew_if_changed(model)
-    draft.check_setting(config)
-    return draft
