@@ -8,7 +8,6 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.adapt.returns import StepReturns
 from hf_onlinespec.adapt.trainable import Prefix
 from hf_onlinespec.commit.base import Call
 from hf_onlinespec.commit.request import Request
@@ -205,16 +204,15 @@ def test_learning_takes_less_than_half_the_memory_of_a_draft_of_100_million_para
     model = tiny_llama(2, vocab=32_000, layers=9, hidden=768, num_attention_heads=12, num_key_value_heads=12)
     assert model.num_parameters() >= 100e6
     target = tiny_llama(1, vocab=32_000)
-    draft = OnlineDraft(model, OnlineSpecConfig(lookahead=2, update_every=1))
+    draft = OnlineDraft(model, OnlineSpecConfig(lookahead=2))
     for start in range(2):
         target.generate(torch.tensor([[start + 1, 2, 3]]), assistant_model=draft, do_sample=False, max_new_tokens=6)
-    assert draft.metrics.updates > 0
-    # What the guard and the count of passes keep in the end: two states, a candidate, one more in a trial; two moves.
-    guard, best = draft.learning.learner.guard, draft.learning.learner.experts.best_params
-    guard.states, guard._candidate, guard._candidates = [best(), best()], best(), [(best(), [])]
-    draft.learning.learner._returns = returns = StepReturns()
-    for kind in ("new", "old"):
-        returns.note(kind, best(), best(), 0.0)
+    tokens = torch.arange(9)
+    counts = draft.learning.learn_request(Feedback(tokens, Teacher.from_logits(torch.randn(6, 32_000))))
+    assert counts.updates > 1, "what steps on new and on remembered tokens moved is held"
+    # As many earlier states as the guard keeps.
+    learner = draft.learning.learner
+    learner.guard.states = [learner.experts.best_params() for _ in range(draft.settings.snapshots)]
     replay_most = draft.settings.replay_tokens * (12 + 12 * draft.settings.replay_top_k)
     total = draft.learning_bytes - draft.learning.learner.replay.nbytes + replay_most
     assert (
