@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import DynamicCache, PreTrainedModel
 
-from hf_onlinespec.rounds import Proposal
-from hf_onlinespec.verify.probe import guesses
-from hf_onlinespec.verify.trees import in_place, tree_mask, tree_positions
 from tests.architectures import ARCHITECTURES
-from tests.conftest import tiny_gpt2, tiny_llama
 from tests.fakes import PlainDraft, ScriptedProposer
 from tests.tiny_models import CACHE, random_model
 
