@@ -94,11 +94,17 @@ class Proposal:
         for row, length in enumerate(self.lengths):
             parents, drawn = self.parents_of(row), self.drawn_of(row)
             if len(parents) != length or any(not -1 <= parent < i for i, parent in enumerate(parents)):
-                raise ValueError(f"A proposal of {length} tokens has the parents {parents}: expected -1 or an earlier one.")
+                raise ValueError(
+                    f"A proposal of {length} tokens has the parents {parents}: expected -1 or an earlier one."
+                )
             if length and max(self.depths_of(row)) >= room:
-                raise ValueError(f"A proposal reaches {max(self.depths_of(row)) + 1} tokens far: there is room for {room}.")
+                raise ValueError(
+                    f"A proposal reaches {max(self.depths_of(row)) + 1} tokens far: there is room for {room}."
+                )
             if self.q is not None and (len(drawn) > self.q.shape[1] or any(not 0 <= i < length for i in drawn)):
-                raise ValueError(f"A proposal of {length} tokens has q for {self.q.shape[1]} tokens, drawn are {drawn}.")
+                raise ValueError(
+                    f"A proposal of {length} tokens has q for {self.q.shape[1]} tokens, drawn are {drawn}."
+                )
         if ids is not None and self.tokens.device.type == "cpu":
             least, most = self.tokens.aminmax()
             if int(least) < 0 or int(most) >= ids:

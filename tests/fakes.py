@@ -28,11 +28,14 @@ class ScriptedProposer(Proposer):
         self._script, self._shape, self._vocab = script, shape, vocab
         self.trees = 0  # proposed
 
-    def propose(self, rows: Rows, room: int, trees: bool = False) -> Proposal:
+    def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
         tokens = self._script[:, rows.lengths[0] : rows.lengths[0] + min(room, 4)]
         if trees and self._shape is not None and tokens.shape[1]:
             return self._tree(tokens, self._shape)
         return Proposal(tokens, None, (tuple(TokenSource("model", i, (0,)) for i in range(tokens.shape[1])),))
+
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+        pass
 
     def _tree(self, right: Tensor, shape: tuple[tuple[int, int], ...]) -> Proposal:
         self.trees += 1

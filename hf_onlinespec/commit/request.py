@@ -88,11 +88,14 @@ class Request:
         """Token ids that may be proposed lie below it; None: it is not known."""
         return None if self.call.vocabulary is None else self.call.vocabulary.said
 
-    def keep_logits(self, logits: Tensor) -> None:
-        """Keeps the target's raw logits (batch, n + 1, vocab) of a round until it is observed, if they are learned from.
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+        """Hands on the target's raw logits (batch, n + 1, vocab) of a round, and keeps them until it is observed if they are learned from.
 
         A copy: processors may write into them.
         """
+        if self.proposer is not None:
+            with self._beside_proposing():
+                self.proposer.read(rows, proposal, logits)
         if self.schedule is not None:
             with self.schedule.attempt():
                 self._raw = self.schedule.copied(logits)

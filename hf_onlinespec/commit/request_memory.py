@@ -10,9 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from ..govern.acceptance import Acceptances, Continuation, RequestStats
-from ..metrics import Counts
-from ..rounds import Rows
-from ..runtime.failures import Attempt, Backoff
 from .suffix_memory import REACH, SuffixMemory
 
 
@@ -92,73 +89,3 @@ class RequestMemory:
             finally:  # whatever interrupts it, the next request is another sequence
                 self._memory.close()
             return self._memory.nbytes
-
-
-class CallMemory:
-    """The suffix memory in one call of `generate`, as each of its rows sees it.
-
-    Args:
-        memory: of earlier requests; None: there is none.
-        backoff: of what fails in it: whether it is left out of this call.
-        counts: of the call.
-        lock: held while it is asked.
-        acceptances: how likely its answers are.
-        size: tokens that a row can have at most.
-        padding: per row, tokens on the left that are none.
-    """
-
-    def __init__(
-        self,
-        memory: SuffixMemory | None,
-        backoff: Backoff,
-        counts: Counts,
-        lock: AbstractContextManager[Any],
-        acceptances: Acceptances,
-        size: int,
-        padding: Sequence[int],
-    ) -> None:
-        self.asks = False  # whether it is asked about every generated token, for learning to be held against
-        self._usable, self._memory = backoff.begin(), memory
-        self._backoff, self._counts = backoff, counts
-        self._lock, self._acceptances, self._size, self._padding = lock, acceptances, size, padding
-        self._rows: dict[int, RequestMemory] = {}
-
-    @property
-    def in_use(self) -> bool:
-        """Whether it takes part in this call."""
-        return bool(self._rows)
-
-    def row(self, i: int, tokens: Tensor, stats: RequestStats) -> RequestMemory | None:
-        """The memory once it has read a row (1, L); None: there is none, or it has failed."""
-        memory = self._memory
-        if memory is None or not self._usable:
-            return None
-        with self.attempt():
-            if i not in self._rows:
-                self._rows[i] = RequestMemory(
-                    memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
-                )
-            self._rows[i].read(tokens)
-            return self._rows[i]
-        return None
-
-    def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
-        """The estimated acceptance of its answers at new tokens of a row; None: it was not asked. No memory expects nothing."""
-        if not self._usable:
-            return None
-        if i not in self._rows:
-            return ()
-        return self._rows[i].read(tokens)[new] if self.asks else None
-
-    def attempt(self) -> Attempt:
-        """A `with` block around whatever is asked of it."""
-        return self._backoff.attempt(self._stop)
-
-    def _stop(self) -> None:
-        """The call goes on without it."""
-        self._counts.failed_drafts += 1
-        self._usable, self._rows = False, {}
-
-    def commit(self, rows: Rows) -> int:
-        """Gives every row to the memory; its bytes."""
-        return max(row.commit(rows.row(i)) for i, row in self._rows.items())

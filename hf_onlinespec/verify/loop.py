@@ -128,7 +128,7 @@ def _loop(
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
         logits = verifier.verify(rows.tokens, proposal)  # (batch, n + 1, vocab)
-        request.keep_logits(logits)
+        request.read(rows, proposal, logits)
         raw = None if asked.logits is None else logits.clone()
 
         # 3. Accept a prefix, and one token more.
