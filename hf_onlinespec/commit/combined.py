@@ -101,7 +101,7 @@ class Combined(Proposer):
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
         if model is not None and wanted and most > 0:
             self._build_chain(i, builder, model, most, plan, guesser, trees, failed)
-        if guesser is not None and most > 0:
+        if guesser is not None and most > 0 and self._call.counts.failed_drafts == failed:
             self._add_guesses(builder, plan, guesser, most, trees)
         vocabulary = None if model is None else model.vocabulary
         vocabulary = self._call.vocabulary or vocabulary

@@ -48,7 +48,9 @@ class Queue:
 
 
 def test_the_draft_is_priced_by_the_time_that_the_device_takes(monkeypatch, target, draft_model, prompt) -> None:
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(lookahead=3, memory_tokens=0, recycle=False, update_when="request"))
+    draft = OnlineDraft(
+        draft_model, OnlineSpecConfig(lookahead=3, memory_tokens=0, recycle=False, update_when="request")
+    )
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
     queue, told = Queue(monkeypatch, target), []
     observe, read = draft.governor.observe, draft.governor.observe_prefill

@@ -278,11 +278,6 @@ ON_THE_WAY: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "its answer is looked up": (SuffixMemory, "continuation", None),
     "its answer is priced": (Governor, "guess_pays", None),
     "its answer is priced, beside a model": (Acceptances, "memory", {}),
-    "its answer is priced, beside a model whose times are known": (
-        Governor,
-        "guess_beats_model",
-        {"lookahead": "auto", "update_when": "round"},
-    ),
     "its answer is taken": (ProposalBuilder, "add_branch", None),
     "its answer is taken, beside a model": (ProposalBuilder, "add_guess", {}),
     "the table's answer is looked up": (RecyclingTable, "successors", None),
