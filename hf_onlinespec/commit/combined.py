@@ -224,7 +224,8 @@ class Combined(Proposer):
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
         """See `Proposer`: the best next tokens behind everything that was verified."""
-        self._sources.read(rows, proposal, logits)
+        if self._call.learns:
+            self._sources.read(rows, proposal, logits)
 
     def observe(self, verdict: Verdict) -> None:
         """See `Proposer`: the governor is told what was drafted, how it was accepted, and the times."""
@@ -269,7 +270,7 @@ class Combined(Proposer):
         for worked, what in (
             (bool(self._models), draft.failures.preparing),
             (self._drafted and self._drafts, draft.failures.drafting),
-            (self._sources.in_use, draft.failures.memory),
+            (self._sources.worked, draft.failures.memory),
         ):
             if worked and what.worked():
                 self._governor.decisions.drafting = f"drafting works again after: {what.reason}"
