@@ -59,6 +59,8 @@ class _Walk:
         for candidate, parent in enumerate(proposal.parents_of(row)):
             self._followers.setdefault(parent, []).append(candidate)
         self.q_places = {candidate: i for i, candidate in enumerate(proposal.drawn_of(row))}  # of the drawn candidates
+        for followers in self._followers.values():  # a guess that is also drawn is kept as the drawn one
+            followers.sort(key=lambda candidate: candidate not in self.q_places)
         self.path: list[int] = []
         self.places: list[list[int]] = []  # the candidates behind every prefix that was kept, where there are any
         self.done = False
@@ -142,10 +144,11 @@ class _Group:
             drawn.append(self._drawn(candidates))
             told += zip(self._active, candidates, strict=True)
         for i, row in enumerate(self._active):
-            for candidate in self._walks[row].candidates if len(own[i]) < len(self._walks[row].candidates) else ():
-                # The target has no chance for ids beyond its own.
-                if candidate not in own[i] and self._known[row][candidate] < p.shape[-1]:
-                    guesses.append((i, self._known[row][candidate]))
+            for candidate in self._walks[row].candidates[len(own[i]) :]:
+                guess = i, self._known[row][candidate]
+                # The target has no chance for ids beyond its own, and none twice for the same.
+                if guess[1] < p.shape[-1] and guess not in guesses:
+                    guesses.append(guess)
                     told.append((row, candidate))
         if not told:
             return draw(p)

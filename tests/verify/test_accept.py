@@ -110,7 +110,7 @@ def test_a_wrong_rule_is_found(rule: Rule) -> None:
     assert not follows(counted(p, q, rule).flatten(), exact(p, q).flatten(), MILLION)
 
 
-def test_rounding_that_empties_the_residual_falls_back_to_p(monkeypatch) -> None:
+def test_rounding_that_empties_the_residual_falls_back_to_p(monkeypatch: pytest.MonkeyPatch) -> None:
     p = torch.tensor([[0.25, 0.75]])
     monkeypatch.setattr(
         torch, "rand", lambda *a, **k: torch.full((1, 1), 1.0, dtype=k.get("dtype"))
