@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def main() -> None:
                 found: dict[tuple[int, str], list[float]] = defaultdict(list)
                 for text in prompts(domain)[: args.prompts]:
                     inputs = pair.tokenizer(text, return_tensors="pt")
-                    law = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+                    law: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
                     out = generative(pair.target).generate(**inputs, max_new_tokens=args.new_tokens, **law)
                     n = out.shape[1] - inputs["input_ids"].shape[1]
                     with torch.no_grad():
