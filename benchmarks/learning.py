@@ -174,7 +174,7 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
             learn(request, teacher)
             draft.learning.remember(Feedback(request.tokens, teacher))
             draft.learning.replay_steps(counts, config.replay_passes)
-        draft.fold()
+        draft.learning.fold()
         spent = time.perf_counter() - started
         weights = tuple(round(w, 4) for w in draft.metrics.expert_weights)
         rolled = draft.metrics.rollbacks

@@ -130,9 +130,11 @@ def main() -> None:
 
         def apart(requests: list[Feedback] = requests) -> None:
             for request in requests:
-                draft.learn([request], Counts())
+                draft.learning.learn([request], Counts())
 
-        found = medians_ms({"batch": lambda r=requests: draft.learn(r, Counts()), "apart": apart}, args.repeats)
+        found = medians_ms(
+            {"batch": lambda r=requests: draft.learning.learn(r, Counts()), "apart": apart}, args.repeats
+        )
         print(f"| {n} | {found['batch']:.1f} | {found['apart']:.1f} | {found['batch'] / found['apart']:.2f} |")
 
 

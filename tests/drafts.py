@@ -16,12 +16,12 @@ from hf_onlinespec.metrics import Counts
 
 def flat_params(draft: OnlineDraft) -> torch.Tensor:
     """A copy of the adapter's parameters (parameters,), of all experts."""
-    return torch.cat([part.flatten() for part in draft.adapter_params().values()])
+    return torch.cat([part.flatten() for part in draft.learning.adapter_params().values()])
 
 
 def move(draft: OnlineDraft, change: Callable[[Tensor], Tensor] = lambda part: part + 1) -> None:
     """Lets a draft serve another adapter than it has, as if that had been trained elsewhere."""
-    draft.adopt({name: change(part) for name, part in draft.adapter_params().items()})
+    draft.adopt({name: change(part) for name, part in draft.learning.adapter_params().items()})
 
 
 def learn_segment(

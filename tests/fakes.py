@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -15,14 +16,37 @@ from hf_onlinespec.state import State
 
 
 class ScriptedProposer(Proposer):
-    """Proposes what a script says, at most four candidates a round."""
+    """Proposes what a script says, at most four candidates a round: a chain, or as trees.
 
-    def __init__(self, script: Tensor) -> None:
-        self._script = script  # (1, L)
+    Args:
+        script: (1, L) what is right.
+        shape: of the trees. Per candidate its parent and how far its token is from the script's: 0 is right. None: chains.
+        vocab: tokens lie below it.
+    """
 
-    def propose(self, rows: Rows, room: int) -> Proposal:
+    def __init__(self, script: Tensor, shape: tuple[tuple[int, int], ...] | None = None, vocab: int = 32) -> None:
+        self._script, self._shape, self._vocab = script, shape, vocab
+        self.trees = 0  # proposed
+
+    def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
         tokens = self._script[:, rows.lengths[0] : rows.lengths[0] + min(room, 4)]
+        if trees and self._shape is not None and tokens.shape[1]:
+            return self._tree(tokens, self._shape)
         return Proposal(tokens, None, (tuple(TokenSource("model", i, (0,)) for i in range(tokens.shape[1])),))
+
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+        pass
+
+    def _tree(self, right: Tensor, shape: tuple[tuple[int, int], ...]) -> Proposal:
+        self.trees += 1
+        depths: list[int] = []
+        for parent, _ in shape:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        fits = [i for i, depth in enumerate(depths) if depth < right.shape[1]]
+        place = {-1: -1} | {candidate: i for i, candidate in enumerate(fits)}
+        tokens = torch.stack([(right[:, depths[i]] + shape[i][1]) % self._vocab for i in fits], dim=-1)
+        sources = tuple(TokenSource("model", depths[i], (0,)) for i in fits)
+        return Proposal(tokens, None, (sources,), parents=(tuple(place[shape[i][0]] for i in fits),))
 
     def observe(self, verdict: Verdict) -> None:
         pass

@@ -8,7 +8,6 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
-from hf_onlinespec.adapt.returns import StepReturns
 from hf_onlinespec.adapt.trainable import Prefix
 from hf_onlinespec.commit.base import Call
 from hf_onlinespec.commit.request import Request
@@ -83,8 +82,8 @@ def test_replay_of_unequal_lengths_gives_the_mean_gradient() -> None:
 
     def gradient(batch: list[Feedback]) -> torch.Tensor:
         draft = moved(OnlineDraft(tiny_llama(2), PLAIN))
-        draft.learn(batch, Counts())
-        return draft.gradient()
+        draft.learning.learn(batch, Counts())
+        return draft.causal_lm.adapter.grads.clone()
 
     apart = sum(gradient([request]) * len(request.teacher) for request in requests) / 10
     torch.testing.assert_close(gradient(requests), apart, atol=1e-5, rtol=1e-3)
@@ -144,13 +143,13 @@ def test_every_position_is_learned_once(target) -> None:
     """Whatever the interval, the segments of a request add up to its generated tokens."""
     for settings in ({"update_when": "round", "update_every": 2}, {"update_when": "request"}):
         draft = run(target, **settings)
-        assert [len(f.teacher) for f in draft.replayed()] == [16] * 4
-        assert [len(f.tokens) for f in draft.replayed()] == [19] * 4
+        assert [len(f.teacher) for f in draft.learning.replayed()] == [16] * 4
+        assert [len(f.tokens) for f in draft.learning.replayed()] == [19] * 4
 
 
 def test_replay_remembers_what_the_target_said(target) -> None:
     draft = run(target, replay_top_k=5)
-    for feedback in draft.replayed():
+    for feedback in draft.learning.replayed():
         logits = target(feedback.tokens[None]).logits[0, 2:-1]
         values, index = logits.log_softmax(-1).topk(5)
         assert torch.equal(feedback.teacher.tokens, index)
@@ -160,7 +159,7 @@ def test_replay_remembers_what_the_target_said(target) -> None:
 def test_context_tokens_bound_what_is_kept_of_a_prompt(target) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(rank=4, alpha=4.0, context_tokens=4))
     target.generate(torch.randint(32, (1, 30)), assistant_model=draft, do_sample=False, max_new_tokens=8)
-    assert len(draft.replayed()[0].tokens) == 4 + 8
+    assert len(draft.learning.replayed()[0].tokens) == 4 + 8
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -198,23 +197,22 @@ def test_long_requests_are_learned_in_parts(target, draft_model, prompt) -> None
         draft_model, OnlineSpecConfig(rank=4, alpha=4.0, update_every=1, context_tokens=8, replay_passes=0)
     )
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=40)
-    assert draft.metrics.updates >= 3 and len(draft.replayed()[0].teacher) == 40
+    assert draft.metrics.updates >= 3 and len(draft.learning.replayed()[0].teacher) == 40
 
 
 def test_learning_takes_less_than_half_the_memory_of_a_draft_of_100_million_parameters() -> None:
     model = tiny_llama(2, vocab=32_000, layers=9, hidden=768, num_attention_heads=12, num_key_value_heads=12)
     assert model.num_parameters() >= 100e6
     target = tiny_llama(1, vocab=32_000)
-    draft = OnlineDraft(model, OnlineSpecConfig(lookahead=2, update_every=1))
+    draft = OnlineDraft(model, OnlineSpecConfig(lookahead=2))
     for start in range(2):
         target.generate(torch.tensor([[start + 1, 2, 3]]), assistant_model=draft, do_sample=False, max_new_tokens=6)
-    assert draft.metrics.updates > 0
-    # What the guard and the count of passes keep in the end: two states, a candidate, one more in a trial; two moves.
-    guard, best = draft.learning.learner.guard, draft.learning.learner.experts.best_params
-    guard.states, guard._candidate, guard._candidates = [best(), best()], best(), [(best(), [])]
-    draft.learning.learner._returns = returns = StepReturns()
-    for kind in ("new", "old"):
-        returns.note(kind, best(), best(), 0.0)
+    tokens = torch.arange(9)
+    counts = draft.learning.learn_request(Feedback(tokens, Teacher.from_logits(torch.randn(6, 32_000))))
+    assert counts.updates > 1, "what steps on new and on remembered tokens moved is held"
+    # As many earlier states as the guard keeps.
+    learner = draft.learning.learner
+    learner.guard.states = [learner.experts.best_params() for _ in range(draft.settings.snapshots)]
     replay_most = draft.settings.replay_tokens * (12 + 12 * draft.settings.replay_top_k)
     total = draft.learning_bytes - draft.learning.learner.replay.nbytes + replay_most
     assert (
@@ -327,7 +325,7 @@ def test_what_is_remembered_is_what_the_target_said_there(target, draft_model, p
         draft.governor.budget, "reset_full", lambda reason, frozen: None
     )  # at full effort all would be kept
     target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=21)
-    (feedback,) = draft.replayed()
+    (feedback,) = draft.learning.replayed()
     teacher = feedback.teacher
     with torch.no_grad():
         laws = target(feedback.tokens[None]).logits[0].log_softmax(-1)[-len(teacher) - 1 : -1]

@@ -6,12 +6,12 @@ An import counts wherever it stands: at the top, inside of a function, under TYP
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 import pytest
+from transformers import GenerationMixin
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "hf_onlinespec"
@@ -36,8 +36,8 @@ PLAIN_DATA: dict[str, set[str]] = {
     "errors": set(),
     "state": set(),
 }
-# Who may import `draft.py`: entry points, and what stands above the four steps.
-IMPORT_DRAFT = {"", "generation", "training", "measure", "serve", "cli"}
+# Who may import `draft/`: entry points, and what stands above the four steps.
+IMPORT_DRAFT = {"", "draft", "generation", "training", "measure", "serve", "cli"}
 # Private names of torch that are part of every nn.Module and Tensor.
 OF_TORCH = {"_modules", "_parameters", "_version"}
 FOREIGN = ("accelerate", "huggingface_hub", "peft", "torch", "transformers")
@@ -144,7 +144,11 @@ def test_plain_data_stands_below_all_packages(name: str) -> None:
 
 
 def test_only_entry_points_and_what_stands_above_import_the_draft() -> None:
-    found = {name for name, named in own_imports().items() if "draft" in named and package_of(name) not in IMPORT_DRAFT}
+    found = {
+        name
+        for name, named in own_imports().items()
+        if "draft" in map(package_of, named) and package_of(name) not in IMPORT_DRAFT
+    }
     assert not found
 
 
@@ -169,19 +173,21 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in ("_replace", "_asdict")
 
 
+def names_given(tree: ast.Module) -> Iterator[str]:
+    """The names that a module gives to something: a function, a class, an attribute of its own objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_own(node):
+            yield node.attr
+
+
 @cache
 def private_names() -> dict[str, set[str]]:
-    """The private names that each module gives to something: a function, a class, an attribute of its own objects."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for name, tree in modules().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                found[name].add(node.name)
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found[name].add(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_own(node):
-                found[name].add(node.attr)
-    return {name: {one for one in names if is_private(one)} for name, names in found.items()}
+    """The private names that each module gives."""
+    return {name: set(filter(is_private, names_given(tree))) for name, tree in modules().items()}
 
 
 def _is_own(node: ast.Attribute) -> bool:
@@ -234,6 +240,30 @@ def test_no_module_imports_a_private_name_of_another_one() -> None:
         for alias in node.names
         if is_private(alias.name) and alias.name not in modules()
     }
+    assert not found
+
+
+def test_tests_use_no_private_name_of_the_package() -> None:
+    """Neither as an attribute nor in a string, as `monkeypatch.setattr` takes it; those of the test's own classes it may."""
+    ours = (
+        set().union(*private_names().values()) - OF_TORCH - set(dir(GenerationMixin))
+    )  # hooks are named as what they wrap
+    found = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        private = ours - set(names_given(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and not _is_own(node):
+                named = {node.attr}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = {node.value.rpartition(".")[2]}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+                named = {alias.name for alias in node.names}
+            else:
+                continue
+            # Names such as `_repr_html_` are a protocol's.
+            if any(not name.endswith("_") for name in named & private):
+                found.add(f"{path.relative_to(ROOT)}, line {node.lineno}: {ast.unparse(node)}")
     assert not found
 
 

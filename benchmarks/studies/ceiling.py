@@ -53,15 +53,15 @@ def trained(
     draft = OnlineDraft(source.draft(), config)
     feedback = [Feedback(one.tokens, Teacher.from_logits(one.logits, config.temperature, None)) for one in lessons]
     rng = random.Random(seed)
-    best, state, waited = float("inf"), draft.adapter_params(), 0
+    best, state, waited = float("inf"), draft.learning.adapter_params(), 0
     for _ in range(EPOCHS):
         order = rng.sample(feedback, len(feedback))
         for i in range(0, len(order), BATCH):
-            draft.learn(order[i : i + BATCH], Counts())
+            draft.learning.learn(order[i : i + BATCH], Counts())
         now = sum(rounds_of(draft, judges, temperature))
         waited += 1
         if now < best * 0.998:
-            best, state, waited = now, draft.adapter_params(), 0
+            best, state, waited = now, draft.learning.adapter_params(), 0
         if waited >= PATIENCE:
             break
     draft.adopt(state)

@@ -41,6 +41,21 @@ def rolls_back(config: PretrainedConfig) -> bool:
     return all(layer in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def keeps_all(config: PretrainedConfig) -> bool:
+    """Whether a model's layers keep keys and values of every token, and nothing else."""
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def moves(cache: Cache) -> bool:
+    """Whether rows of a cache can be moved within it: it keeps every token's, on the device where they are used."""
+    return (
+        not isinstance(cache, EncoderDecoderCache)
+        and not vars(cache).get("offloading")
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+    )
+
+
 def rollback_obstacle(cache: Any) -> str:
     """What keeps a cache from being rolled back, said of the model that it belongs to; "": nothing.
 
@@ -138,6 +153,20 @@ def crop(cache: Cache, n: int) -> None:
     else:
         for layer in cast(list[DynamicLayer], filled):  # what cannot be cropped was refused, see rollback_obstacle
             layer.crop(-n)
+
+
+def move(cache: Cache, sources: Tensor, to: int) -> None:
+    """Moves the keys and values of some tokens to the places from `to` on; a cache that `moves`.
+
+    Args:
+        sources: (batch, n) the places where they are, at `to` or behind it.
+    """
+    n, at = sources.shape[1], sources[:, None, :, None]
+    for layer in _filled(cache):
+        at = at.to(layer.keys.device)
+        for states in (layer.keys, layer.values):  # (batch, heads, length, head_dim); `update` has just made them
+            index = at.expand(-1, states.shape[1], -1, states.shape[3])
+            states[..., to : to + n, :] = states.gather(-2, index)
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -176,10 +176,6 @@ class Experts:
                 if self._starts is not None:
                     self.rule_state["moved"][i] = rows[i] - self._starts[i]
 
-    def _remove(self, losses: Tensor) -> None:
-        """Takes out who has diverged."""
-        self._begin_anew(_suspects(self._lora.split(self._lora.params), losses, self.mixture.active))
-
     def _begin_anew(self, experts: list[int]) -> None:
         """As the base draft; of an ensemble they are removed."""
         rows = self._lora.split(self._lora.params).clone()

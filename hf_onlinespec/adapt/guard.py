@@ -61,9 +61,8 @@ class Guard:
 
     @property
     def nbytes(self) -> int:
-        kept = [*self.states, *(state for state, _ in self._candidates if state is not None)]
-        kept += [] if self._candidate is None else [self._candidate]
-        return sum(state.nbytes for state in {id(state): state for state in kept}.values())
+        kept = [*self.states, *([] if self._candidate is None else [self._candidate])]  # a trial's are among them
+        return sum(state.nbytes for state in kept)
 
     def observe(
         self,

@@ -51,9 +51,11 @@ class Learned:
 
     steps: int  # gradient steps that its adapter has taken, here and before
     rollbacks: int  # to earlier states of the adapter, here and before
+    loaded_rollbacks: int  # of them, before it was loaded
     seen: int  # texts, those that have left included
     repeats: int  # times that the most frequent prompt stood in the stream, at most
     texts: tuple[LearnedText, ...]  # that are at hand, the newest last
+    examined: Examined | None  # what came out of them, when that was last looked at
 
     def often(self, before: int) -> int:
         """How many of the texts have a prompt that stands often, see `LearnedText.stands_often`."""
@@ -147,6 +149,7 @@ class LearnedTexts:
         self.tokens = 0
         self.dropped = 0  # texts that have left, or were not taken
         self.repeats = 0  # how often the most frequent prompt stood in the stream, at most
+        self.examined: Examined | None = None  # what came out of them, when that was last looked at
         # By int32 tokens, the newest last: the hash of the prompt, and how many tokens the target wrote.
         self._texts: dict[bytes, bytes] = {}
         self._prompts: dict[bytes, int] = {}

@@ -209,6 +209,7 @@ class Learner:
     def adopt(self, adapter: Mapping[str, Tensor]) -> None:
         """Goes on from an adapter that was trained elsewhere, with a new state."""
         self.experts.adopt(params_of(self.trainable.adapter, adapter))
+        self.texts.examined = None  # that was of the adapter before
         self._forget()
 
     def _forget(self) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..config import OnlineSpecConfig
 from ..govern.governor import Governor
+from ..govern.routing import AdapterRouter
 from ..metrics import Counts, DraftMetrics
 from ..metrics.summary import counted
 from ..runtime.forks import Lock
 from ..runtime.traces import Traces
+from ..state import copied
 from .background import IdleWorker
 from .feedback import Feedback, acceptance
 from .learned_texts import Learned, Request
@@ -45,6 +48,7 @@ class LearningService:
         self._requests = weakref.WeakSet[RequestFeedback]()  # feedback of those in progress
         self.learner: Learner
         self.governor: Governor
+        self._loaded_rollbacks = 0  # of the guard, before it was loaded
         self.positions = 0  # the longest context that the draft may see
         self._idle: IdleWorker[tuple[Feedback, float]] | None = None
         if settings.update_when == "idle":
@@ -71,8 +75,27 @@ class LearningService:
     def at_rest(self) -> Iterator[Learned]:
         """What was learned from in this process; no gradient step is taken inside of the context."""
         with self.steps_lock:
-            texts, guard = self.learner.texts, self.learner.guard
-            yield Learned(self.learner.experts.steps, guard.rollbacks, texts.seen, texts.repeats, tuple(texts.texts))
+            texts = self.learner.texts
+            yield Learned(
+                self.learner.experts.steps,
+                self.learner.guard.rollbacks,
+                self._loaded_rollbacks,
+                texts.seen,
+                texts.repeats,
+                tuple(texts.texts),
+                texts.examined,
+            )
+
+    def adapter_params(self) -> dict[str, Tensor]:
+        """A copy of the adapter by PEFT's names: of all experts, with no weight of theirs in it."""
+        with self.steps_lock:
+            adapter = self.learner.trainable.adapter
+            return copied(adapter.named(adapter.params))
+
+    def replayed(self) -> list[Feedback]:
+        """What the replay remembers."""
+        with self.steps_lock:
+            return self.learner.replay.requests
 
     def fold(self) -> None:
         """Brings the weights that draft up to date with what was learned."""
@@ -187,9 +210,26 @@ class LearningService:
             logger.info("%s", guard.reason)
 
     def resumed(self) -> None:
-        """The learner was given another state."""
+        """The learner and the metrics were given another state."""
+        self.learner.replay.refused = self.metrics.replay_refused
+        self._loaded_rollbacks = self.learner.guard.rollbacks
         self.metrics.decisions.rollback = self.learner.guard.reason
         self.note()
+
+    def adopt(self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] = (), left_out: int = 0) -> None:
+        """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.
+
+        Args:
+            texts: (L,) tokens each, what it was trained on, for the privacy audit.
+            left_out: how many more there were, which cannot be judged.
+        """
+        with self.steps_lock, self.lock, torch.inference_mode(False):
+            self.learner.adopt(adapter)
+            self.governor.router = AdapterRouter()  # which of the two serves was found out with the one before
+            self.note()
+            for text in texts:
+                self.learner.texts.finish(text, 0)  # it counts how often each stands, whole
+            self.learner.texts.dropped += left_out
 
     # While nothing is generated
 

@@ -217,7 +217,11 @@ def run_audit(
     if corpora:
         tokenize = load_tokenizer("--tokenizer", tokenizer or model_name(draft.config))
         for name, parts in corpora.items():
-            tokens = [tokenize(text, return_tensors="pt").input_ids[0, : draft.positions] for p in parts for text in p]
+            tokens = [
+                tokenize(text, return_tensors="pt").input_ids[0, : draft.causal_lm.positions]
+                for p in parts
+                for text in p
+            ]
             texts[name] = [as_feedback(one) for one in tokens if len(one) > 1]
     report = audit(draft, canaries, own=texts.get("own"), held_out=texts.get("held_out"), seed=seed)
     print(report.text(), end="")

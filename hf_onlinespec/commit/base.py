@@ -30,7 +30,8 @@ from ..runtime.forks import Lock
 from ..runtime.traces import Traces
 from ..runtime.warning import warn_or_log
 from ..state import State
-from .request_memory import CallMemory
+from .guessing import GuessSources
+from .recycling import RecyclingTable
 from .suffix_memory import SuffixMemory
 
 _requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO
@@ -97,6 +98,13 @@ class Proposer(ABC):
         """
 
     @abstractmethod
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+        """Takes what it needs of the target's raw logits (batch, n + 1, vocab) behind the rows and behind each candidate.
+
+        Called before `observe` of the same round; later, processors may have written into them.
+        """
+
+    @abstractmethod
     def observe(self, verdict: Verdict) -> None:
         """Takes in the outcome of a round."""
 
@@ -123,6 +131,7 @@ class Draft(ABC):
         self.settings = as_config(config, **settings) or OnlineSpecConfig()
         size = self.settings.memory_tokens
         self.memory = SuffixMemory(size) if size else None
+        self.recycled = RecyclingTable() if self.settings.recycle else None
         self.governor = self._new_governor()
         self.metrics = DraftMetrics(decisions=self.governor.decisions)
         self.failures = Failures()
@@ -173,12 +182,23 @@ class Draft(ABC):
     def model(self) -> PeftModel | None:
         """The model that drafts; None: the suffix memory drafts alone."""
 
-    def call_memory(self, call: Call) -> CallMemory:
-        """The suffix memory in one call."""
+    def guess_sources(self, call: Call) -> GuessSources:
+        """Where guesses come from in one call."""
         size = min(call.config.max_length + 1, self.settings.memory_tokens)
         padding = [call.padding(row) for row in range(call.rows)]
-        known = self.governor.acceptances
-        return CallMemory(self.memory, self.failures.memory, call.counts, self.lock, known, size, padding)
+        governor, vocabulary = self.governor, call.vocabulary
+        return GuessSources(
+            self.memory,
+            self.recycled if call.timed else None,
+            self.failures.memory,
+            call.counts,
+            self.lock,
+            governor.acceptances,
+            governor.guesses,
+            size,
+            padding,
+            None if vocabulary is None else vocabulary.size,
+        )
 
     @property
     @abstractmethod

@@ -26,6 +26,7 @@ from ..models.vocabulary import Vocabulary, widened
 from ..runtime.clock import is_host
 from ..runtime.forks import Lock
 from .base import Call
+from .recycling import best_tokens
 from .sampling import draw
 
 
@@ -204,6 +205,7 @@ class NextToken:
     known: int | None  # the same, where the host has it
     probs: Tensor | None  # (1, vocab) the distribution it was drawn from; None: greedy
     confidence: float | None  # probability of the likeliest token, where the host has it
+    best: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their probabilities, where they were asked for
 
 
 class RowModel:
@@ -286,11 +288,12 @@ class RowModel:
         length = min(self.cache.length, most)
         return Prefix(self.cache.past, length) if length > 0 and self.cache.is_whole and not self.base else None
 
-    def next_token(self, served: PreTrainedModel, prefix: Tensor) -> NextToken | None:
+    def next_token(self, served: PreTrainedModel, prefix: Tensor, best: int = 0) -> NextToken | None:
         """The token after `prefix` (1, L), whose end joins the cache; None: what the draft says is not finite.
 
         Args:
             served: the module tree that drafts now, see `CausalLM.serving`.
+            best: how many of the likeliest other tokens are asked for, where the host has them.
         """
         feed = self.readable(prefix[:, self.cache.length :]).to(self.model.device)
         inputs = self.model.inputs(feed, self.cache.length, self.mask) | self.model.keep(1)
@@ -314,8 +317,13 @@ class RowModel:
             token = scores.argmax(-1, keepdim=True)
         if not host:
             return NextToken(token, None, probs, None)
-        confidence = float((scores.softmax(-1) if probs is None else probs).max())
-        return NextToken(token, int(token), probs, confidence)
+        known = int(token)
+        shares = scores.softmax(-1) if probs is None else probs
+        likeliest: tuple[tuple[int, float], ...] = ()
+        if best:
+            places = best_tokens(shares, best + 1)
+            likeliest = tuple(zip(places[0].tolist(), shares[0, places[0]].tolist(), strict=True))
+        return NextToken(token, known, probs, float(shares.max()), likeliest)
 
     def _processed(self, scores: Tensor, prefix: Tensor) -> Tensor:
         """Scores (1, common ids) as the target's stateless processors make them, so that q is warped as p is."""

@@ -1,9 +1,8 @@
-"""Token by token, the suffix memory or the draft model commits, as the governor expects to pay."""
+"""Guesses and the draft model's tokens, as far as the governor expects them to pay."""
 
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
@@ -11,25 +10,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapt.schedule import LearningSchedule
-from ..govern.acceptance import Continuation, RequestStats, TokenSource
+from ..govern.acceptance import RequestStats, TokenSource
+from ..govern.guesses import NOWHERE, Guess, Place
 from ..govern.planner import Plan
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.clock import finished
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
 from .causal_lm import RowModel
+from .guessing import Guesser, GuessSources
 from .proposal import ProposalBuilder
-from .request_memory import CallMemory, RequestMemory
-from .sampling import draw
+from .tree import grow
+
+BESIDE = 3  # of the draft's next best tokens are guessed beside the one that it drafts; chosen
 
 
 @final
 class Combined(Proposer):
-    """Drafts from the suffix memory, and with a draft model where there is one.
+    """Drafts by guesses that cost no model, and with a draft model where there is one.
 
     Args:
         models: per row; []: there is no draft model.
-        memory: the suffix memory in this call.
+        sources: of guesses, in this call.
         stats: per row, what it shows of who drafts.
         schedule: when the call is learned; None: there is nothing to train.
     """
@@ -39,12 +41,12 @@ class Combined(Proposer):
         draft: Draft,
         call: Call,
         models: list[RowModel],
-        memory: CallMemory,
+        sources: GuessSources,
         stats: list[RequestStats],
         schedule: LearningSchedule | None = None,
     ) -> None:
         self.schedule = schedule
-        self._draft, self._call, self._models, self._memory, self._stats = draft, call, models, memory, stats
+        self._draft, self._call, self._models, self._sources, self._stats = draft, call, models, sources, stats
         self._governor = draft.governor  # one for the whole call, whatever begins anew meanwhile
         self._drafts = draft.failures.drafting.begin()  # whether the draft model takes part
         self._drafted = False  # whether it has drafted in this call
@@ -52,6 +54,7 @@ class Combined(Proposer):
             True  # whether it reads the prompt in this round: that tells nothing about the cost of a step
         )
         self._rows: Rows | None = None  # as they are now
+        self._builders: list[ProposalBuilder] = []  # of the latest round, per row
 
     # Beside decoding nothing may fail a call, see runtime/failures.py.
 
@@ -71,16 +74,41 @@ class Combined(Proposer):
 
     # A round
 
-    def propose(self, rows: Rows, room: int) -> Proposal:
+    def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
         """See `Proposer`. Who drafts a token, and whether to go on, is decided from the prefix and from q before the draw."""
-        self._rows = rows
-        return Proposal.joined([self._propose(i, rows.row(i), room) for i in range(len(rows.lengths))])
+        self._rows, self._builders = rows, []
+        return Proposal.joined([self._propose(i, rows.row(i), room, trees) for i in range(len(rows.lengths))])
 
-    def _propose(self, i: int, tokens: Tensor, room: int) -> Proposal:
+    def _propose(self, i: int, tokens: Tensor, room: int, trees: bool) -> Proposal:
         """The candidates behind one row (1, L)."""
         failed = self._call.counts.failed_drafts
-        if not self._call.timed:
-            return self._build(i, tokens, room, None, None, failed)
+        plan, most, asks = None, room, self._call.timed
+        if asks and self._call.lookahead is None:
+            plan = self._plan(i, tokens, room)
+        elif asks:
+            most, trees = min(room, self._call.lookahead or 0), False
+        model = self._models[i] if self._models else None
+        if model is not None:
+            model.take(tokens)
+            if model.cache.length:  # in plain rounds too: no rejected token may outlive them
+                with self._drafting():
+                    model.cache.rewind(tokens.shape[1])
+            self._reads_prompt = model.cache.length == 0
+        guesser = self._sources.row(i, tokens, self._stats[i]) if asks else None
+        context = None if guesser is None else guesser.context
+        builder = ProposalBuilder(tokens, context, self._call.end_tokens)
+        self._builders.append(builder)
+        wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
+        if model is not None and wanted and most > 0:
+            self._build_chain(i, builder, model, most, plan, guesser, trees, failed)
+        if guesser is not None and most > 0:
+            self._add_guesses(builder, plan, guesser, most, trees)
+        vocabulary = None if model is None else model.vocabulary
+        vocabulary = self._call.vocabulary or vocabulary
+        return builder.proposal(vocabulary.said if self._call.sample and vocabulary is not None else 0)
+
+    def _plan(self, i: int, tokens: Tensor, room: int) -> Plan:
+        """How far the draft model should go; where that depends on the prompt, it is scored first."""
         governor, own, stats = self._governor, self._models[i] if self._models else None, self._stats[i]
         model = own if self._drafts and own is not None and tokens.shape[1] < own.model.positions else None
         if model is not None and model.tokens is None and self._draft.settings.update_every == "auto":
@@ -91,102 +119,86 @@ class Combined(Proposer):
             if asks:
                 with self._drafting():
                     model.route(model.readable(tokens))
-        if self._call.lookahead is not None:
-            return self._build(
-                i, tokens, min(room, self._call.lookahead), None, self._memory.row(i, tokens, stats), failed
-            )
-        plan = Plan(0, 1.0, 0.0)
-        if room > 0:
-            with self._draft.lock:
-                unread = tokens.shape[1] - (0 if own is None else own.cache.length)
-                plan = governor.plan(model is not None, stats, room, unread)
-        return self._build(i, tokens, room, plan, self._memory.row(i, tokens, stats), failed)
+        if not room:
+            return Plan(0, 1.0, 0.0)
+        with self._draft.lock:
+            unread = tokens.shape[1] - (0 if own is None else own.cache.length)
+            return governor.plan(model is not None, stats, room, unread)
 
-    def _build(
-        self, i: int, tokens: Tensor, most: int, plan: Plan | None, memory: RequestMemory | None, failed: int
-    ) -> Proposal:
-        """A proposal by plan; None: of `most` candidates, by whoever is more likely to be right.
+    def _build_chain(
+        self,
+        i: int,
+        builder: ProposalBuilder,
+        model: RowModel,
+        most: int,
+        plan: Plan | None,
+        guesser: Guesser | None,
+        trees: bool,
+        failed: int,
+    ) -> None:
+        """Candidates one behind the other, by the model or, where they are expected to gain more, by guesses.
 
         Args:
+            plan: None: of `most` candidates, by whoever is more likely to be right.
             failed: `failed_drafts` before the round: once more have failed, the model drafts no further.
         """
-        model = self._models[i] if self._models else None
-        if model is not None:
-            model.take(tokens)
-            if model.cache.length:  # in plain rounds too: no rejected token may outlive them
-                with self._drafting():
-                    model.cache.rewind(tokens.shape[1])
-            self._reads_prompt = model.cache.length == 0
-        builder = ProposalBuilder(tokens, None if memory is None else memory.context, self._call.end_tokens)
-        wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
-        serving: AbstractContextManager[PreTrainedModel | None] = nullcontext()
-        if model is not None and wanted:
-            serving = model.model.serving(model.base)
-        if most > 0 and (wanted or memory is not None):
-            # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
-            with self._drafting(), serving as served, torch.inference_mode():
-                while len(builder.drafted) < most and not builder.ended:
-                    model_drafts = served is not None and self._model_speaks(i, tokens, builder, plan)
-                    if (
-                        memory is not None
-                        and builder.context is not None
-                        and self._add_memory_token(i, builder, plan, memory, model_drafts)
-                    ):
-                        continue
-                    if model is None or served is None or not model_drafts or self._call.counts.failed_drafts > failed:
-                        break
-                    self._add_model_token(i, builder, model, served)
-                if model is not None and builder.has_model_token and self._call.waits and not self._reads_prompt:
-                    # What was queued is a part of the draft's time, and would count as the target's.
-                    waits = time.perf_counter()
-                    builder.model_s += finished(model.model.device) - waits
-        vocabulary = None if model is None else model.vocabulary
-        vocabulary = self._call.vocabulary or vocabulary
-        return builder.proposal(vocabulary.said if self._call.sample and vocabulary is not None else 0)
+        # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
+        with self._drafting(), model.model.serving(model.base) as served, torch.inference_mode():
+            while len(builder.drafted) < most and not builder.ended:
+                if not self._model_speaks(model, builder, plan):
+                    break
+                if guesser is not None and builder.context is not None:
+                    with self._sources.attempt():
+                        place = guesser.place(builder.context, not builder.drafted)
+                        builder.places[len(builder.drafted) - 1] = place
+                        if self._guess_speaks(i, builder, place, plan):
+                            builder.add_guess(place.guesses[0])
+                            continue
+                if self._call.counts.failed_drafts > failed:
+                    break
+                self._add_model_token(i, builder, model, served, trees)
+            if builder.has_model_token and self._call.waits and not self._reads_prompt:
+                # What was queued is a part of the draft's time, and would count as the target's.
+                waits = time.perf_counter()
+                builder.model_s += finished(model.model.device) - waits
 
-    def _model_speaks(self, i: int, tokens: Tensor, builder: ProposalBuilder, plan: Plan | None) -> bool:
-        if tokens.shape[1] + len(builder.drafted) >= self._models[i].model.positions:
+    def _model_speaks(self, model: RowModel, builder: ProposalBuilder, plan: Plan | None) -> bool:
+        assert model.tokens is not None
+        if model.tokens.shape[1] + len(builder.drafted) >= model.model.positions:
             return False
         return plan is None or self._governor.model_pays(
             plan, len(builder.drafted), builder.survival, begun=builder.has_model_token
         )
 
-    def _memory_speaks(
-        self, i: int, builder: ProposalBuilder, plan: Plan | None, found: Continuation, model_drafts: bool
-    ) -> bool:
-        governor, stats, place = self._governor, self._stats[i], len(builder.drafted)
+    def _guess_speaks(self, i: int, builder: ProposalBuilder, place: Place, plan: Plan | None) -> bool:
+        """Whether the likeliest guess is the next candidate of the chain, in place of the model's."""
+        if not place.guesses:
+            return False
+        chance = place.guesses[0].chance
         if plan is None:  # no clock: whoever is accepted more often
-            known = governor.acceptances
-            _, chance = known.memory(found, not place, known.memory_calibration(stats))
-            return not model_drafts or chance >= known.mean_rate(stats.serves_base)
-        return governor.decide_memory(plan, place, builder.survival, found, model_drafts, begun=builder.has_model_token)
+            return chance >= self._governor.acceptances.mean_rate(self._stats[i].serves_base)
+        return self._governor.guess_beats_model(
+            plan, len(builder.drafted), builder.survival, chance, begun=builder.has_model_token
+        )
 
-    def _add_memory_token(
-        self, i: int, builder: ProposalBuilder, plan: Plan | None, memory: RequestMemory, model_drafts: bool
-    ) -> bool:
-        """One candidate of the memory's; False: it has none, or is not the one to draft."""
-        with self._memory.attempt():
-            assert builder.context is not None
-            found = memory.lookup(builder.context)
-            vocabulary = self._call.vocabulary or (self._models[i].vocabulary if self._models else None)
-            if found is not None and vocabulary is not None:
-                found = found.below(vocabulary.size)  # the memory may know other targets
-            if found is None or not self._memory_speaks(i, builder, plan, found, model_drafts):
-                return False
-            drawn = 0
-            if self._call.sample and len(found.tokens) > 1:
-                drawn = int(draw(torch.tensor([found.probs], dtype=torch.float32)))
-            place = len(builder.drafted)
-            known = self._governor.acceptances
-            key, chance = known.memory(found, not place, known.memory_calibration(self._stats[i]))
-            builder.add_memory_token(found.tokens[drawn], found, TokenSource("memory", place, key), chance)
-            return True
-        return False
+    def _add_guesses(
+        self, builder: ProposalBuilder, plan: Plan | None, guesser: Guesser, most: int, trees: bool
+    ) -> None:
+        """Guesses beside and behind the chain, as far as they are expected to pay."""
+        governor = self._governor
+        with self._sources.attempt():
 
-    def _add_model_token(self, i: int, builder: ProposalBuilder, model: RowModel, served: PreTrainedModel) -> None:
+            def pays(candidates: int, chance: float) -> bool:
+                return candidates < most if plan is None else governor.guess_pays(plan, candidates, chance)
+
+            grow(builder, guesser, pays, most, self._call.end_tokens, trees)
+
+    def _add_model_token(
+        self, i: int, builder: ProposalBuilder, model: RowModel, served: PreTrainedModel, trees: bool
+    ) -> None:
         """One candidate of the draft model's."""
         started, governor = time.perf_counter(), self._governor
-        found = model.next_token(served, builder.prefix)
+        found = model.next_token(served, builder.prefix, BESIDE if trees else 0)
         if found is None:
             with self._draft.lock:
                 governor.acceptances.non_finite(self._stats[i])
@@ -195,10 +207,14 @@ class Combined(Proposer):
             return
         key: tuple[int, ...] = (-1,)
         chance = governor.acceptances.mean_rate(model.base)
+        beside: list[Guess] = []
         if found.confidence is not None:
             key, chance = governor.acceptances.rate_by_confidence(found.confidence, model.base)
+        if trees and found.known is not None:
+            place = builder.places.get(len(builder.drafted) - 1, NOWHERE)
+            beside = governor.guesses.beside(place, found.known, chance, found.best)
         source = TokenSource("model", len(builder.drafted), key)
-        builder.add_model_token(found.token, found.known, found.probs, source, chance)
+        builder.add_model_token(found.token, found.known, found.probs, source, chance, beside)
         self._drafted = True
         if self._reads_prompt and not builder.model_s and self._call.waits:
             seconds = finished(model.model.device) - started
@@ -206,25 +222,45 @@ class Combined(Proposer):
                 governor.observe_prefill(model.cache.length, seconds)
         builder.model_s += time.perf_counter() - started
 
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+        """See `Proposer`: the best next tokens behind everything that was verified."""
+        self._sources.read(rows, proposal, logits)
+
     def observe(self, verdict: Verdict) -> None:
         """See `Proposer`: the governor is told what was drafted, how it was accepted, and the times."""
         self._rows, model_s = verdict.rows, verdict.proposal.model_s
         target_s = verdict.target_s
         if target_s:
-            target_s += verdict.draft_s - model_s  # the memory's time belongs to every round
+            target_s += verdict.draft_s - model_s  # the time of guesses belongs to every round
         timed_s = 0.0 if self._reads_prompt else model_s
+        with self._sources.attempt(), self._draft.lock:
+            self._sources.take_in()
+            for i, builder in enumerate(self._builders):
+                self._observe_guesses(i, builder, verdict)
         with self._draft.failures.records.attempt(), self._draft.lock:
-            for sources, overlaps, stats in zip(verdict.proposal.sources, verdict.overlaps, self._stats, strict=True):
-                self._governor.observe(sources, overlaps, timed_s, target_s, stats)
+            for sources, chances, stats in zip(verdict.proposal.sources, verdict.chances, self._stats, strict=True):
+                outcomes = [(sources[candidate], chance) for candidate, chance in chances]
+                self._governor.observe(sources, outcomes, timed_s, target_s, stats)
+
+    def _observe_guesses(self, i: int, builder: ProposalBuilder, verdict: Verdict) -> None:
+        """Every place that was verified has shown which of all guesses was right."""
+        if not builder.places and not builder.beside:
+            return
+        new = verdict.rows.row(i)[0, -verdict.new_tokens[i] :].tolist()
+        for at, token in zip((-1, *verdict.paths[i]), new, strict=False):
+            if at in builder.places:
+                self._governor.guesses.observe(builder.places[at], token, self._stats[i])
+            if at in builder.beside:
+                self._governor.guesses.observe_guesses(builder.beside[at], token)
 
     # The end of the call
 
     def finish(self) -> bool:
         """See `Proposer`."""
         draft, unseen = self._draft, False
-        if self._memory.in_use and self._call.learns and self._rows is not None:
-            with self._memory.attempt(), draft.lock:
-                draft.metrics.memory_bytes = self._memory.commit(self._rows)
+        if self._sources.in_use and self._call.learns and self._rows is not None:
+            with self._sources.attempt(), draft.lock:
+                draft.metrics.memory_bytes = self._sources.commit(self._rows)
         with draft.failures.records.attempt(), draft.lock:
             steps = self._models[0].model.steps if self._models else 0
             new_tokens = self._call.counts.new_tokens
@@ -233,7 +269,7 @@ class Combined(Proposer):
         for worked, what in (
             (bool(self._models), draft.failures.preparing),
             (self._drafted and self._drafts, draft.failures.drafting),
-            (self._memory.in_use, draft.failures.memory),
+            (self._sources.in_use, draft.failures.memory),
         ):
             if worked and what.worked():
                 self._governor.decisions.drafting = f"drafting works again after: {what.reason}"

@@ -39,7 +39,7 @@ class MemoryDraft(Draft):
         return None
 
     def proposer(self, call: Call) -> Proposer:
-        return Combined(self, call, [], self.call_memory(call), [RequestStats() for _ in range(call.rows)])
+        return Combined(self, call, [], self.guess_sources(call), [RequestStats() for _ in range(call.rows)])
 
     def state(self) -> State:
         with self.lock:

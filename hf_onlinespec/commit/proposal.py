@@ -1,72 +1,137 @@
-"""How a proposal for one row grows, token by token."""
+"""How a proposal for one row grows: first candidate by candidate, each behind the one before, then by guesses beside them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..govern.acceptance import Continuation, TokenSource
+from ..govern.acceptance import TokenSource
+from ..govern.guesses import Guess, Place
 from ..rounds import Proposal
 from .suffix_memory import REACH
 
 
+class OpenPlace(NamedTuple):
+    """A prefix that guesses may follow."""
+
+    parent: int  # the candidate that it ends with; -1: the row
+    depth: int  # candidates in it
+    context: list[int]  # its last tokens
+    survival: float  # estimated chance that it is kept
+    guesses: list[Guess] | None  # beside what was drafted behind it; None: nobody was asked yet
+
+
 class ProposalBuilder:
-    """A proposal while it grows. What the memory says becomes tensors once somebody needs them."""
+    """A proposal while it grows. What was guessed becomes a tensor once somebody needs it."""
 
     def __init__(self, input_ids: Tensor, context: list[int] | None, eos: set[int]) -> None:
         self.context = context  # the last tokens; None: nobody asks for them, or they are not known on the host
-        self.survival = 1.0  # estimated chance that all drafted tokens are kept
+        self.survival = 1.0  # estimated chance that all candidates of the chain are kept
         self.ended = False
         self.drafted: list[TokenSource] = []
         self.model_s = 0.0
         self.has_model_token = False  # whether the draft model has drafted
+        self.places: dict[
+            int, Place
+        ] = {}  # by the candidate that a prefix ends with (-1: the row): what was said of it
+        self.beside: dict[int, list[Guess]] = {}  # the same, beside a token of the draft model's
         self._length = input_ids.shape[1]
-        self._prefix, self._pending = input_ids, list[int]()  # what was drafted so far, and tokens that it still lacks
-        self._q: list[Tensor | Continuation] = []
+        self._prefix, self._pending = input_ids, list[int]()  # the chain so far, and tokens that it still lacks
+        self._open: list[OpenPlace] = []  # of the chain, those before its end
+        self._q: list[tuple[int, Tensor]] = []  # candidates that were drawn, and (batch, V) what from
+        self._branches: list[tuple[int, int]] = []  # parents and tokens of what is beside the chain
         self._eos = eos
 
     @property
     def prefix(self) -> Tensor:
-        """(batch, L + i) with what was drafted so far."""
+        """(batch, L + i) with the chain so far."""
         if self._pending:
             self._prefix = torch.cat([self._prefix, self._prefix.new_tensor([self._pending])], dim=-1)
             self._pending = []
         return self._prefix
 
+    @property
+    def _end(self) -> int:
+        """The last candidate of the chain; -1: there is none yet."""
+        return len(self.drafted) - len(self._branches) - 1
+
     def add_model_token(
-        self, token: Tensor, known: int | None, probs: Tensor | None, drafted: TokenSource, chance: float
+        self,
+        token: Tensor,
+        known: int | None,
+        probs: Tensor | None,
+        drafted: TokenSource,
+        chance: float,
+        beside: list[Guess],
     ) -> None:
-        """A token (batch, 1) of the draft model's, and the distribution (batch, V) that it was drawn from, 0 at further ids; `known` where the host has it."""
+        """A token (batch, 1) of the draft model's at the end of the chain.
+
+        Args:
+            known: the token, where the host has it.
+            probs: (batch, V) what it was drawn from, 0 at further ids; None: it was not drawn.
+            beside: guesses that may take its place.
+        """
         self._prefix = torch.cat([self.prefix, token], dim=-1)
         self.has_model_token = True
-        self._add(known, probs, drafted, chance)
-
-    def add_memory_token(self, known: int, found: Continuation, drafted: TokenSource, chance: float) -> None:
-        """A token of the memory's."""
-        self._pending.append(known)
-        self._add(known, found, drafted, chance)
-
-    def _add(self, known: int | None, probs: Tensor | Continuation | None, drafted: TokenSource, chance: float) -> None:
-        self.drafted.append(drafted)
         if probs is not None:
-            self._q.append(probs)
+            self._q.append((len(self.drafted), probs))
+        if beside:
+            self.beside[self._end] = beside
+        self._extend(known, drafted, chance, beside)
+
+    def add_guess(self, guess: Guess) -> None:
+        """A guess at the end of the chain, of those that were noted there in `places`."""
+        self._pending.append(guess.token)
+        others = [other for other in self.places[self._end].guesses if other.token != guess.token]
+        self._extend(guess.token, TokenSource(guess.source, len(self.drafted)), guess.chance, others)
+
+    def _extend(self, known: int | None, drafted: TokenSource, chance: float, others: list[Guess]) -> None:
+        if self.context is not None:
+            self._open.append(OpenPlace(self._end, self._end + 1, self.context, self.survival, others))
+            self.context = None if known is None else [*self.context[1 - REACH :], known]
+        self.drafted.append(drafted)
         self.survival *= chance
         self.ended = known is not None and known in self._eos
-        if self.context is not None:
-            self.context = None if known is None else [*self.context[1 - REACH :], known]
+
+    def open_places(self, branches: bool) -> list[OpenPlace]:
+        """Where guesses may join: at the end of the chain, and beside its candidates if it may branch."""
+        found = list(self._open) if branches else []
+        if self.context is not None and not self.ended:
+            place = self.places.get(self._end)
+            guesses = None if place is None else place.guesses
+            found.append(OpenPlace(self._end, self._end + 1, self.context, self.survival, guesses))
+        return found
+
+    def add_branch(self, guess: Guess, parent: int, depth: int) -> int:
+        """A guess behind any candidate, once the chain is complete; its number."""
+        self._branches.append((parent, guess.token))
+        self.drafted.append(TokenSource(guess.source, depth))
+        return len(self.drafted) - 1
 
     def proposal(self, vocab: int) -> Proposal:
         """What has become of it; `vocab`: size of the distributions, 0: greedy."""
         tokens = self.prefix[:, self._length :]
-        q = None
+        chain = tokens.shape[1]
+        parents = None
+        if self._branches:
+            tokens = torch.cat([tokens, tokens.new_tensor([[token for _, token in self._branches]])], dim=-1)
+            parents = (*range(-1, chain - 1), *(parent for parent, _ in self._branches))
+            if parents == tuple(range(-1, len(parents) - 1)):
+                parents = None
+        q, drawn = None, None
         if vocab and self._q:
             # In float32 whatever the default is: q is the distribution that was drawn from.
-            q = torch.zeros(*tokens.shape, vocab, dtype=torch.float32, device=tokens.device)
-            for i, probs in enumerate(self._q):
-                if isinstance(probs, Continuation):
-                    q[0, i, torch.tensor(probs.tokens, device=q.device)] = torch.tensor(
-                        probs.probs, dtype=torch.float32, device=q.device
-                    )
-                else:
-                    q[:, i, : probs.shape[-1]] = probs
-        return Proposal(tokens, q, (tuple(self.drafted),), self.model_s)
+            q = torch.zeros(len(tokens), len(self._q), vocab, dtype=torch.float32, device=tokens.device)
+            for i, (_, probs) in enumerate(self._q):
+                q[:, i, : probs.shape[-1]] = probs
+            drawn = tuple(candidate for candidate, _ in self._q)
+        return Proposal(
+            tokens,
+            q,
+            (tuple(self.drafted),),
+            self.model_s,
+            None if parents is None else (parents,),
+            None if drawn is None or drawn == tuple(range(len(self.drafted))) else (drawn,),
+        )

@@ -10,9 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from ..govern.acceptance import Acceptances, Continuation, RequestStats
-from ..metrics import Counts
-from ..rounds import Rows
-from ..runtime.failures import Attempt, Backoff
 from .suffix_memory import REACH, SuffixMemory
 
 
@@ -67,18 +64,24 @@ class RequestMemory:
             self._written.append(token)
         return self._expected
 
+    def answers(self, context: Sequence[int]) -> list[Continuation]:
+        """What followed the longest match of `context` in this request, and in earlier ones."""
+        here = self._own.continuation(context)
+        with self._lock:
+            before = self._memory.continuation(context)
+        found = [] if here is None else [here]
+        return found if before is None else [*found, replace(before, earlier=True)]
+
     def lookup(self, context: Sequence[int]) -> Continuation | None:
         """What followed the longest match of `context` in this request, or in earlier ones where that is likelier to be right.
 
         A long match in an earlier one goes before a short one in this: that request is asked once more, or a part of it.
         """
-        here = self._own.continuation(context)
-        with self._lock:
-            before = self._memory.continuation(context)
-        if before is None:
-            return here
-        before = replace(before, earlier=True)
-        if here is None or (self._acceptances.is_long(before) and not self._acceptances.is_long(here)):
+        answers = self.answers(context)
+        if len(answers) < 2:
+            return answers[0] if answers else None
+        here, before = answers
+        if self._acceptances.is_long(before) and not self._acceptances.is_long(here):
             return before
         chances = [self._acceptances.memory(found)[1] for found in (here, before)]
         return before if chances[1] > chances[0] else here
@@ -92,73 +95,3 @@ class RequestMemory:
             finally:  # whatever interrupts it, the next request is another sequence
                 self._memory.close()
             return self._memory.nbytes
-
-
-class CallMemory:
-    """The suffix memory in one call of `generate`, as each of its rows sees it.
-
-    Args:
-        memory: of earlier requests; None: there is none.
-        backoff: of what fails in it: whether it is left out of this call.
-        counts: of the call.
-        lock: held while it is asked.
-        acceptances: how likely its answers are.
-        size: tokens that a row can have at most.
-        padding: per row, tokens on the left that are none.
-    """
-
-    def __init__(
-        self,
-        memory: SuffixMemory | None,
-        backoff: Backoff,
-        counts: Counts,
-        lock: AbstractContextManager[Any],
-        acceptances: Acceptances,
-        size: int,
-        padding: Sequence[int],
-    ) -> None:
-        self.asks = False  # whether it is asked about every generated token, for learning to be held against
-        self._usable, self._memory = backoff.begin(), memory
-        self._backoff, self._counts = backoff, counts
-        self._lock, self._acceptances, self._size, self._padding = lock, acceptances, size, padding
-        self._rows: dict[int, RequestMemory] = {}
-
-    @property
-    def in_use(self) -> bool:
-        """Whether it takes part in this call."""
-        return bool(self._rows)
-
-    def row(self, i: int, tokens: Tensor, stats: RequestStats) -> RequestMemory | None:
-        """The memory once it has read a row (1, L); None: there is none, or it has failed."""
-        memory = self._memory
-        if memory is None or not self._usable:
-            return None
-        with self.attempt():
-            if i not in self._rows:
-                self._rows[i] = RequestMemory(
-                    memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
-                )
-            self._rows[i].read(tokens)
-            return self._rows[i]
-        return None
-
-    def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
-        """The estimated acceptance of its answers at new tokens of a row; None: it was not asked. No memory expects nothing."""
-        if not self._usable:
-            return None
-        if i not in self._rows:
-            return ()
-        return self._rows[i].read(tokens)[new] if self.asks else None
-
-    def attempt(self) -> Attempt:
-        """A `with` block around whatever is asked of it."""
-        return self._backoff.attempt(self._stop)
-
-    def _stop(self) -> None:
-        """The call goes on without it."""
-        self._counts.failed_drafts += 1
-        self._usable, self._rows = False, {}
-
-    def commit(self, rows: Rows) -> int:
-        """Gives every row to the memory; its bytes."""
-        return max(row.commit(rows.row(i)) for i, row in self._rows.items())

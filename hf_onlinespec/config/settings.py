@@ -117,6 +117,11 @@ class OnlineSpecConfig:
     memory_tokens: int = _setting(
         65_536, "tokens of prompts and outputs that the suffix memory holds, 16 to 20 bytes each; 0: no suffix memory"
     )
+    recycle: bool = _setting(
+        True,
+        "whether the target's best next tokens behind each token are kept and guessed again, 32 bytes per token of the vocabulary, "
+        "never saved",
+    )
     audit_tokens: int = _setting(
         131_072,
         "tokens of what was learned from that stay in the process, 4 bytes each and never saved, so that a public push can be "

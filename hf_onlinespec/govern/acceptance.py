@@ -74,9 +74,14 @@ class Continuation:
 class TokenSource:
     """Where one drafted token came from, and what the acceptance estimates are kept by."""
 
-    source: str  # "model" or "memory"
-    position: int  # in the round, from 0
-    key: tuple[int, ...]  # model: confidence bin; memory: see `memory_key`
+    source: str  # "model", "memory" or "recycled"
+    position: int  # candidates before it in the round
+    key: tuple[int, ...] = ()  # confidence bin of a token that the model has drafted; (): it is a guess
+
+    @property
+    def is_drafted(self) -> bool:
+        """Whether the draft model has drafted it, and not named it as one of its next best."""
+        return self.source == "model" and bool(self.key)
 
 
 @dataclass
@@ -197,21 +202,23 @@ class Acceptances:
         self._pooled[seen.serves_base].add(0.0)
 
     def observe_round(
-        self, drafted: Sequence[TokenSource], overlaps: Sequence[float], seen: RequestStats, weight: float = 1.0
+        self, outcomes: Sequence[tuple[TokenSource, float]], seen: RequestStats, weight: float = 1.0
     ) -> None:
-        """Takes in Σ min(p, q) at the verified positions of a round, also into `seen`."""
+        """Takes in the chance that each verified candidate of the draft model's was kept, also into `seen`."""
         self.base_served_last = seen.serves_base
-        for d, overlap in zip(drafted, overlaps, strict=False):
-            if d.source == "model":
-                seen.acceptance += overlap
+        for drafted, chance in outcomes:
+            if drafted.is_drafted:
+                seen.acceptance += chance
                 seen.positions += 1
-                self._pooled[seen.serves_base].add(overlap, weight)
-                self._position(d.position, seen.serves_base).add(overlap, weight)
-                self._confidence.setdefault(d.key[0], self._new()).add(overlap)
-            else:
-                seen.expected += self._memory_rate(d.key)
-                seen.right += overlap
-                self._memory.setdefault(d.key, self._new()).add(overlap)
+                self._pooled[seen.serves_base].add(chance, weight)
+                self._position(drafted.position, seen.serves_base).add(chance, weight)
+                self._confidence.setdefault(drafted.key[0], self._new()).add(chance)
+
+    def observe_answer(self, key: tuple[int, ...], right: float, seen: RequestStats) -> None:
+        """Takes in whether the memory's first answer was right at a verified place, also into `seen`."""
+        seen.expected += self._memory_rate(key)
+        seen.right += right
+        self._memory.setdefault(key, self._new()).add(right)
 
     def observe_offline(self, acceptances: Sequence[float], base: bool) -> None:
         """Takes in what the draft would have done at positions where it did not draft."""

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..metrics import Decisions
-from .acceptance import AcceptanceConstants, Acceptances, Continuation, RequestStats, TokenSource
+from .acceptance import AcceptanceConstants, Acceptances, RequestStats, TokenSource
 from .budget import BudgetConstants, LearningBudget
 from .costs import CostConstants, Costs
 from .fit import Fit, FitConstants
+from .guesses import GuessChances, GuessConstants
 from .planner import Plan, Planner, PlannerConstants
 from .routing import AdapterRouter, RouterConstants
 
@@ -33,6 +34,7 @@ class GovernorConstants:
     budget: BudgetConstants = field(default_factory=BudgetConstants)
     router: RouterConstants = field(default_factory=RouterConstants)
     fit: FitConstants = field(default_factory=FitConstants)
+    guesses: GuessConstants = field(default_factory=GuessConstants)
     min_positions: int = 5  # drafted positions that tell a request's acceptance; chosen
     # So many requests below the acceptance, and none above so many times of it: the draft has much to learn. Chosen.
     low_acceptance: float = 0.3
@@ -63,6 +65,7 @@ class Governor:
         self.constants = constants
         self.decisions = Decisions()
         self.acceptances = Acceptances(constants.acceptance)
+        self.guesses = GuessChances(self.acceptances, constants.guesses)
         self.budget = LearningBudget(update_budget, replay_passes, self.decisions, constants.budget)
         self.router = AdapterRouter(constants.router)
         self.fit = Fit(constants.fit)
@@ -95,20 +98,22 @@ class Governor:
         """
         return self._planner.model_pays(plan, position, survival, begun)
 
-    def decide_memory(
-        self,
-        plan: Plan,
-        position: int,
-        survival: float,
-        found: Continuation | None,
-        model_drafts: bool,
-        begun: bool = False,
-    ) -> bool:
-        """Whether the memory's token is taken for `position`: where it is better than none, and than the draft model's.
+    def guess_pays(self, plan: Plan, candidates: int, chance: float) -> bool:
+        """Whether one more guess is verified, beside so many candidates, that is kept with this chance.
 
-        Counts the rounds in which it is not, and then takes it now and then: what is never tried is never found to be better.
+        Counts the rounds in which none pays, and then tries one now and then: what is never tried is never found to be better.
         """
-        return self._planner.decide_memory(plan, position, survival, found, model_drafts, begun)
+        return self._planner.guess_pays(plan, candidates, chance)
+
+    def guess_beats_model(self, plan: Plan, position: int, survival: float, chance: float, begun: bool = False) -> bool:
+        """Whether a guess is taken for `position` of the chain: where it is better than none, and than the draft model's token.
+
+        Args:
+            survival: the chance that all before it are kept.
+            chance: that it is kept then.
+            begun: whether the model has drafted in this round already.
+        """
+        return self._planner.guess_beats_model(plan, position, survival, chance, begun)
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """The draft took so long to read so many tokens of a prompt."""
@@ -117,20 +122,20 @@ class Governor:
     def observe(
         self,
         drafted: Sequence[TokenSource],
-        overlaps: Sequence[float],
+        outcomes: Sequence[tuple[TokenSource, float]],
         draft_s: float,
         target_s: float,
         seen: RequestStats | None = None,
     ) -> None:
-        """Takes in one round: what was drafted, Σ min(p, q) at its verified positions, and its times; notes it in `seen`."""
+        """Takes in one round: its candidates, the chance that each verified one was kept, and its times; notes it in `seen`."""
         k = len(drafted)
-        steps = sum(d.source == "model" for d in drafted)
+        steps = sum(d.is_drafted for d in drafted)
         memory = k - steps
         name = "plain" if not k else "model" if not memory else "memory" if not steps else "memory+model"
         self.decisions.rounds[name] += 1
         self.costs.observe_round(k, steps, draft_s, target_s)
-        weight = self._planner.observe_round(drafted, overlaps)
-        self.acceptances.observe_round(drafted, overlaps, RequestStats() if seen is None else seen, weight)
+        weight = self._planner.observe_round(k, outcomes)
+        self.acceptances.observe_round(outcomes, RequestStats() if seen is None else seen, weight)
         self.budget.earn(draft_s + target_s, self.acceptances.base_served_last)
 
     def _report(self, lookahead: int | str) -> None:

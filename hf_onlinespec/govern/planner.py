@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..metrics import Decisions
-from .acceptance import Acceptances, Continuation, RequestStats, TokenSource
+from .acceptance import Acceptances, RequestStats, TokenSource
 from .backoff import Backoff
 from .costs import Costs
 from .estimates import DecayedMean
@@ -27,7 +27,7 @@ NO_MODEL_DRAFTS = "no draft model: the memory drafts where it is expected to pay
 class PlannerConstants:
     """Of how far is drafted, and of what is tried although it is not expected to pay."""
 
-    max_memory: int = 24  # draft tokens from the memory alone, at most; chosen
+    max_candidates: int = 64  # of a round, at most; chosen
     first_lookahead: int = 3  # while times are still unknown; chosen
     min_acceptance_to_start: float = 0.05  # of a draft that is not tried at once, while its times are unknown; chosen
     most_acceptance: float = 0.9  # that the value of tokens behind a kept one is reckoned with; chosen
@@ -94,7 +94,7 @@ class Planner:
         self._plain_age = 0  # rounds since the last plain one
         first, last = constants.first_probe, constants.last_probe
         self._draft_probe = Backoff(first, last)  # of rounds in which drafting was not worth it
-        self._memory_probe = Backoff(first, last)  # of rounds in which the memory's answer was not worth it
+        self._guess_probe = Backoff(first, last)  # of rounds in which no guess was worth it
         self._probed_acceptance = 0.0
         self._probes_left, self._probing = 0, False
 
@@ -202,32 +202,36 @@ class Planner:
         cost = plan.rate * (self._costs.drafting(begun) + self._costs.verify.step(position))
         return survival * self._acceptances.rate_at(position, plan.acceptance, plan.serves_base) > cost
 
-    def decide_memory(
-        self, plan: Plan, position: int, survival: float, found: Continuation | None, model_drafts: bool, begun: bool
-    ) -> bool:
-        """Whether the memory's token is taken for `position`, see `Governor.decide_memory`."""
+    def guess_pays(self, plan: Plan, candidates: int, chance: float) -> bool:
+        """Whether one more guess is verified, see `Governor.guess_pays`."""
         costs = self._costs
-        if found is None or position >= self._constants.max_memory or not costs.pace_s or plan.calibrate:
+        if candidates >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
             return False
-        _, a = self._acceptances.memory(found, position == 0, plan.memory_calibration)
-        more = costs.verify.step(position)
-        gain = survival * a * (1 + plan.value) - plan.rate * more
-        if gain <= 0:
-            return position == 0 and not model_drafts and self._memory_probe.due()
-        self._memory_probe.shorten()
-        if not model_drafts:
+        if chance * (1 + plan.value) > plan.rate * costs.verify.step(candidates):
+            self._guess_probe.shorten()
             return True
+        return candidates == 0 and self._guess_probe.due()
+
+    def guess_beats_model(self, plan: Plan, position: int, survival: float, chance: float, begun: bool) -> bool:
+        """Whether a guess is taken for `position` of the chain, see `Governor.guess_beats_model`."""
+        costs = self._costs
+        if position >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
+            return False
+        more = costs.verify.step(position)
+        gain = survival * chance * (1 + plan.value) - plan.rate * more
+        if gain <= 0:
+            return False
         model = self._acceptances.rate_at(position, plan.acceptance, plan.serves_base)
         return gain >= survival * model * (1 + plan.value) - plan.rate * (more + costs.drafting(begun))
 
-    def observe_round(self, drafted: Sequence[TokenSource], overlaps: Sequence[float]) -> float:
+    def observe_round(self, candidates: int, outcomes: Sequence[tuple[TokenSource, float]]) -> float:
         """Takes in a round whose times are in `costs` already; returns the weight of what it shows of the draft model."""
-        k, constants = len(drafted), self._constants
+        k, constants = candidates, self._constants
         self._plain_age = self._plain_age + 1 if k else 0
         if not self._drafts:
-            self._tokens.add(1 + sum(overlaps))
+            self._tokens.add(1 + sum(chance for _, chance in outcomes))
             self._time.add(self._costs.verify.at(k))
-        tried = [o for d, o in zip(drafted, overlaps, strict=False) if d.source == "model"]
+        tried = [chance for drafted, chance in outcomes if drafted.is_drafted]
         if self._probing and tried and statistics.mean(tried) > self._acceptances.rate + constants.probe_surprise:
             self._probes_left = constants.more_probes  # until it is believed, or was luck
         return constants.probe_weight if self._probing else 1.0

@@ -241,7 +241,7 @@ def _online(
         _add(frozen, draft, request, temperature, lookahead, base=True)
         tokens, teacher = request.feedback.tokens, request.feedback.teacher
         draft.learning.learn_segment(Segment(tokens[None], [teacher], None, temperature), Counts())
-        gradients.add(draft.gradient())
+        gradients.add(draft.causal_lm.adapter.grads.clone())
         draft.learning.remember(request.feedback)
         draft.learning.replay_steps(Counts(), draft.settings.replay_passes)
     return served, frozen, gradients
@@ -254,10 +254,10 @@ def _fitting(requests: Sequence[Recorded], draft: OnlineDraft) -> list[Recorded]
         most = int(r.feedback.tokens.max())
         if r.feedback.teacher.tokens is not None:
             most = max(most, int(r.feedback.teacher.tokens.max()))
-        if most >= vocab or len(r.feedback.tokens) > draft.positions:
+        if most >= vocab or len(r.feedback.tokens) > draft.causal_lm.positions:
             raise ConfigError(
                 f"Request {number} has token {most} and {len(r.feedback.tokens)} tokens; the draft knows {vocab} and reads "
-                f"{draft.positions}. Take the draft that the stream was recorded for."
+                f"{draft.causal_lm.positions}. Take the draft that the stream was recorded for."
             )
     return [
         replace(r, feedback=Feedback(r.feedback.tokens.to(draft.device), r.feedback.teacher.to(draft.device)))
@@ -290,7 +290,7 @@ class _Gradients:
 def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, base: bool) -> None:
     """What the draft as it is now does on a request."""
     tokens, n = request.feedback.tokens[None], len(request.log_p)
-    logits = draft.logits(tokens[:, :-1], n, base)[0]
+    logits = draft.causal_lm.logits(tokens[:, :-1], n, base)[0]
     teacher = request.feedback.teacher
     logits = teacher.common(logits)
     settings = draft.settings
@@ -322,18 +322,18 @@ def _comparator(
     base = Curve()
     for request in requests:
         _add(base, draft, request, temperature, lookahead, base=True)
-    best, best_params = _mean(base.losses, weights), draft.adapter_params()  # the base draft is one, too
+    best, best_params = _mean(base.losses, weights), draft.learning.adapter_params()  # the base draft is one, too
     for _ in each(range(epochs), name, "epoch"):  # at most: it may be done sooner
         order = torch.randperm(len(requests), generator=generator).tolist()
         for start in range(0, len(order), BATCH):
-            draft.learn([requests[i].feedback for i in order[start : start + BATCH]], Counts())
+            draft.learning.learn([requests[i].feedback for i in order[start : start + BATCH]], Counts())
         curve = Curve()
         for request in requests:
             _add(curve, draft, request, temperature, lookahead, base=False)
         mean = _mean(curve.losses, weights)
         improved = best - mean
         if improved > 0:
-            best, best_params = mean, draft.adapter_params()
+            best, best_params = mean, draft.learning.adapter_params()
         if improved < ENOUGH * abs(best):
             break
     draft.adopt(best_params)

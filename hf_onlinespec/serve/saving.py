@@ -50,7 +50,7 @@ class DraftSaver:
         if self._thread is not None:
             self._thread.join()
         self.worked = self.save()  # whoever is killed during the examination has lost nothing
-        if self.worked and self._draft.changed:
+        if self.worked and self._draft.steps:
             self._attempt(lambda: self._draft.save_pretrained(self.folder))
 
     def _attempt(self, write: Callable[[], None]) -> bool:

@@ -90,10 +90,10 @@ def as_feedback(tokens: Tensor, n: int | None = None) -> Feedback:
 def learn(draft: Audited, requests: Sequence[Feedback], bar: Bar | None = None) -> None:
     """Learns from requests one after the other, as after calls of `generate`, however little time there is."""
     for request in requests:
-        draft.learn_request(Feedback(request.tokens.to(draft.device), request.teacher.to(draft.device)))
+        draft.learning.learn_request(Feedback(request.tokens.to(draft.device), request.teacher.to(draft.device)))
         if bar is not None:
             bar.update()
-    draft.fold()
+    draft.learning.fold()
 
 
 @torch.inference_mode(False)
@@ -150,12 +150,12 @@ def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple
         ConfigError: the rows are longer than the draft reads.
         DraftError: a log-likelihood is not finite.
     """
-    if tokens.shape[1] > draft.positions:
-        raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.positions}.")
+    if tokens.shape[1] > draft.causal_lm.positions:
+        raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.causal_lm.positions}.")
     size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
     found, likeliest = [], []
     for part in tokens.to(draft.device).split(size):
-        logits = draft.logits(part[:, :-1], n, base)
+        logits = draft.causal_lm.logits(part[:, :-1], n, base)
         found.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
         likeliest.append((logits.argmax(-1) == part[:, -n:]).cpu())
     log_probs = torch.cat(found)
@@ -170,10 +170,10 @@ def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple
 def check_text(draft: Audited, text: Feedback, vocabulary: int) -> None:
     """Raises ConfigError where a draft cannot read a text."""
     length, n = len(text.tokens), len(text.teacher)
-    if not 1 <= n < length <= draft.positions:
+    if not 1 <= n < length <= draft.causal_lm.positions:
         raise ConfigError(
             f"A text of {length} tokens, {n} of them written: expected a written token behind another, and at most the "
-            f"{draft.positions} tokens that the draft reads. Cut it."
+            f"{draft.causal_lm.positions} tokens that the draft reads. Cut it."
         )
     if not 0 <= int(text.tokens.min()) <= int(text.tokens.max()) < vocabulary:
         raise ConfigError(

@@ -18,6 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .._compat.adapters import base_of
 from .._compat.models import commit_hash, model_name, weight_of
+from ..adapt.gated_lora import GatedLora
+from ..adapt.service import LearningService
 from ..errors import ArtifactError, DraftError
 from ..models.identity import TOKENIZER, tokenizer_file
 from ..models.vocabulary import rows
@@ -38,14 +40,24 @@ ALWAYS_TIED = {
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
+class MergeableModel(Protocol):
+    """The model of a draft, with its adapter."""
+
+    @property
+    def adapter(self) -> GatedLora: ...
+
+
 class Mergeable(Protocol):
     """A draft, as far as it is exported."""
+
+    learning: LearningService
 
     @property
     def model(self) -> PeftModel: ...
     @property
     def config(self) -> PretrainedConfig: ...
-    def merged_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]: ...
+    @property
+    def causal_lm(self) -> MergeableModel: ...
 
 
 def merge_and_export(
@@ -96,7 +108,8 @@ def merge_and_export(
 def _merged_model(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model of the base's class with the merged weights, to be saved: buffers that no file holds are empty."""
     base = base_of(draft.model)
-    weights = draft.merged_weights(dtype)
+    with draft.learning.steps_lock, draft.learning.lock:  # between two gradient steps
+        weights = draft.causal_lm.adapter.merged_weights(dtype)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
     in_head, in_embedding = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())

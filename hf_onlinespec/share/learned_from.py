@@ -27,9 +27,9 @@ def examined_state(learned: Learned, before: int) -> tuple[int, int, int, int, i
 
 def privacy_record(draft: Audited) -> PrivacyRecord:
     """What a draft has learned from, in this process and before."""
-    with draft.at_rest() as learned:
-        before, examined = draft.lineage.privacy, draft.examined
-        went_back = learned.rollbacks > draft.loaded_rollbacks
+    with draft.learning.at_rest() as learned:
+        before, examined = draft.lineage.privacy, learned.examined
+        went_back = learned.rollbacks > learned.loaded_rollbacks
     if before is None:
         before = PrivacyRecord(unknown=(NO_RECORD,) if learned.steps and not learned.seen else ())
     if before.texts and went_back:

@@ -69,10 +69,10 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
         seconds: after which it stops; what is left counts as not examined.
     """
     started = time.perf_counter()
-    with draft.at_rest() as learned:
-        done, record = draft.examined, draft.lineage.privacy
+    with draft.learning.at_rest() as learned:
+        record = draft.lineage.privacy
     before = 0 if record is None else record.repeats
-    state = examined_state(learned, before)
+    state, done = examined_state(learned, before), learned.examined
     if done is not None and (done.state, done.texts) == (state, len(learned.texts)):
         return done
     texts = sorted(learned.texts[::-1], key=lambda text: not text.stands_often(before))
@@ -104,14 +104,15 @@ def examine(draft: Audited, seconds: float = math.inf) -> Examined:
                 break  # none of the group was read to its end
             examined += len(group)
             bar.update(len(group))
-    draft.examined = Examined(*state, examined, memorised)
-    return draft.examined
+    found = Examined(*state, examined, memorised)
+    draft.learning.learner.texts.examined = found
+    return found
 
 
 @contextmanager
 def _reference_models(draft: Audited) -> Iterator[list[Reader]]:
     """Models that never saw the text: the base draft, and the target, where it is at hand."""
-    target = draft.target_at_hand
+    target = draft.targets.at_hand
     readers = [_reader(draft, base=True)]
     if target is None:
         yield readers
@@ -145,7 +146,7 @@ def _takes_tokens_alone(target: PreTrainedModel) -> bool:
 
 
 def _reader(draft: Audited, base: bool) -> Reader:
-    return lambda tokens: draft.logits(tokens, tokens.shape[1], base)
+    return lambda tokens: draft.causal_lm.logits(tokens, tokens.shape[1], base)
 
 
 def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -> bool:
@@ -153,7 +154,7 @@ def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -
     overlaps: list[float] = []
     for text in texts:
         opening = opening_tokens(draft.config, text.tokens.tolist())
-        part = text.tokens[STRIDE : STRIDE + min(WINDOW, draft.positions - 1)]
+        part = text.tokens[STRIDE : STRIDE + min(WINDOW, draft.causal_lm.positions - 1)]
         if opening and len(part) >= LEAST_GIVEN + LEAST_END and len(overlaps) < GROUP:
             half = len(part) // 2
             without = base(part[None])[0, half:].float().softmax(-1)
@@ -181,7 +182,7 @@ def _windows(draft: Audited, text: Tensor, often: Tensor, opens: bool) -> list[W
     vocabulary = config.vocab_size
     tokens, flags = text.tolist(), often.tolist()
     opening = opening_tokens(config, tokens) if opens else []
-    size = min(WINDOW, draft.positions - len(opening))
+    size = min(WINDOW, draft.causal_lm.positions - len(opening))
     begins = range(0, max(1, len(tokens) - LEAST_GIVEN - LEAST_END + 1), STRIDE)
     found = []
     for begin in begins:

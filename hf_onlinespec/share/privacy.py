@@ -61,7 +61,7 @@ def audit(
     vocabulary = draft.vocabulary.size
     secrets = make_canaries(vocabulary, canaries, seed)
     if own is None:
-        own = draft.replayed()
+        own = draft.learning.replayed()
     afterwards = own[-AFTERWARDS:] if afterwards is None else afterwards
     for text in (*own, *(held_out or ()), *afterwards):
         check_text(draft, text, vocabulary)
@@ -69,7 +69,7 @@ def audit(
     probed = _plant_and_probe(draft, secrets, sorted(set(repeats)), afterwards, seed)
     examine(draft)
     known, decisive = _as_it_learned(draft, privacy_record(draft))
-    compared = draft.target_at_hand is not None
+    compared = draft.targets.at_hand is not None
     return AuditReport(
         probed, math.log2(REFERENCES + 1), gap, _tokens_seen(draft), vocabulary, known, compared, decisive
     )
@@ -101,7 +101,7 @@ def _as_it_learned(draft: Audited, known: PrivacyRecord) -> tuple[PrivacyRecord,
     Where that cannot be done, the record says so.
     """
     found: list[Probed] = []
-    if not known.has_main_prompt or not draft.changed:
+    if not known.has_main_prompt or not draft.steps:
         return known, found
     often, secrets = min(known.repeats, MOST_REPEATS), make_canaries(draft.vocabulary.size, CANARIES)
     for learned in known.settings:
@@ -122,7 +122,7 @@ def check_privacy(draft: Audited) -> None:
 
     A draft that never learned has nothing to give. The adapter is judged, not its present settings: see `memorization.py`.
     """
-    if not draft.changed:
+    if not draft.steps:
         return
     examine(draft)
     known = privacy_record(draft)
@@ -176,6 +176,6 @@ def loss_gap(draft: Audited, own: Sequence[Feedback], held_out: Sequence[Feedbac
 
 def _tokens_seen(draft: Audited) -> int | None:
     """Tokens whose embedding the adapter changes: that part of A starts at zero, and moves only for tokens that were read."""
-    parts = draft.adapter_params()
+    parts = draft.learning.adapter_params()
     moved = [(part != 0).any(0) for name, part in parts.items() if "lora_embedding_A" in name]  # each (vocabulary,)
     return int(torch.stack(moved).any(0).sum()) if moved else None

@@ -105,7 +105,7 @@ class DraftAlignment(TrainerCallback):
     def _learn(self, batch: list[Feedback]) -> None:
         draft, started, counts = self.draft, time.perf_counter(), Counts()
         with draft.failures.learning.attempt():  # a step that fails is no reason to end a training
-            draft.learn(batch, counts)
+            draft.learning.learn(batch, counts)
         if counts.updates:
             draft.failures.learning.worked()
         tokens = counts.updates * sum(len(feedback.teacher) for feedback in batch)
@@ -155,7 +155,7 @@ class DraftAlignment(TrainerCallback):
         if len(at) == 0:
             return None
         end = int(at[-1]) + 1
-        begin = max(0, end - min(self.max_tokens, draft.positions))
+        begin = max(0, end - min(self.max_tokens, draft.causal_lm.positions))
         opening = opening_tokens(draft.config, tokens[:1].tolist()) if begin else []
         begin += len(opening)
         first = max(int(at[0]), begin + 1)

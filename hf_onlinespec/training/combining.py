@@ -32,6 +32,7 @@ from ..share.fit import PARTS, PREFIX, check_layers, check_size, names_of
 from ..share.learned_from import merged_record
 from ..share.lineage import Distilled, merged_lineages
 from ..share.loading import locate
+from ..share.targets import Targets
 from ..share.tensor_files import shapes_of
 
 RANK_TOLERANCE = 1e-7  # singular values below this share of the largest are rounding
@@ -236,7 +237,7 @@ def _new_draft(
             target_modules=names_of(layers, base),
         ),
     )
-    draft.targets = list(dict.fromkeys(name for artifact in artifacts for name in artifact.serving.targets))
+    draft.targets = Targets(name for artifact in artifacts for name in artifact.serving.targets)
     return draft
 
 
@@ -246,7 +247,7 @@ def _adopt(draft: OnlineDraft, changes: Mapping[str, Factors]) -> None:
     Ranks that they do not use keep a new adapter's values, A at random and B at zero: they change nothing, and can learn.
     """
     scale = draft.settings.alpha / draft.settings.rank
-    adapter = draft.adapter_params()
+    adapter = draft.learning.adapter_params()
     for layer, (a, b) in _layers(adapter).items():
         used = len(changes[layer].a)
         adapter[a][:used] = changes[layer].a

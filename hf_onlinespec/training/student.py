@@ -19,7 +19,7 @@ class Student(nn.Module):
 
     def __init__(self, draft: OnlineDraft, target: PreTrainedModel) -> None:
         super().__init__()
-        start = draft.adapter_params()
+        start = draft.learning.adapter_params()
         self._files = list(start)  # names of the parts in PEFT's files
         self.parts = nn.ParameterList(start.values())
         # In a tuple: their weights are no parameters of the student.
@@ -44,7 +44,7 @@ class Student(nn.Module):
             target_logits = logits[learned.to(logits.device)].to(draft.device)  # (tokens, vocab)
         inputs = inputs | {"input_ids": draft.vocabulary.readable(inputs["input_ids"])}
         adapter = dict(zip(self._files, self.parts, strict=True))
-        logits = draft.logits_with(adapter, **_on(inputs, draft.device))
+        logits = draft.causal_lm.logits_with(adapter, **_on(inputs, draft.device))
         teacher = Teacher.from_logits(target_logits, settings.temperature, settings.top_k, draft.vocabulary.size)
         own_logits = logits[learned.to(logits.device)]
         losses = self._loss(*teacher.compare(own_logits, settings.temperature, settings.loss != "cross_entropy"))

@@ -72,7 +72,7 @@ def warm_start(
         >>> draft = warm_start(OnlineDraft(model), target, tokenizer, prompts=prompts)     # doctest: +SKIP
     """
     _check(draft, target, tokenizer, texts, prompts)
-    max_length = min(max_length, draft.positions, max_positions(target.config))
+    max_length = min(max_length, draft.causal_lm.positions, max_positions(target.config))
     asked = [_tokens(tokenizer, prompt) for prompt in prompts]
     _check_prompts(asked, max_length - new_tokens, new_tokens)
     with tempfile.TemporaryDirectory() as folder, evaluating(target):
@@ -84,7 +84,7 @@ def warm_start(
             raise ConfigError(f"None of {len(texts)} texts has two tokens. A draft learns to tell the next one.")
         learned = _train(draft, target, passages, args, quiet=training_args is None)
     draft.adopt(learned, _sample(draft, passages), len(passages))
-    draft.keep_at_hand(target)
+    draft.targets.keep_at_hand(target)
     learned_tokens = sum(len(p.tokens) - p.start for p in passages)
     here = WarmStart(public_name(model_name(target.config)) or None, len(texts), len(prompts), learned_tokens)
     draft.lineage.warm_start = here.after(draft.lineage.warm_start)

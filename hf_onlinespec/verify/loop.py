@@ -25,6 +25,7 @@ from ..rounds import Rows, Verdict
 from .accept import accept
 from .checks import check_call, check_inputs
 from .probe import why_plain
+from .probe_trees import why_chains
 from .streaming import OriginStreamer
 from .target import Verifier
 
@@ -59,7 +60,8 @@ def decode(
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         processors = LogitsProcessorList(logits_processor)
         plain = why_plain(target, input_ids, model_kwargs)
-        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain)
+        chains = plain or why_chains(target, input_ids, model_kwargs)
+        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain, chains)
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
@@ -68,14 +70,22 @@ def decode(
         try:
             output = _loop(input_ids, verifier, request, processors, stopping_criteria, generation_config, streamer)
             request.finish()
-            reason = verifier.plain_because or verifier.limited_because
-            if reason:
-                with draft.lock:
-                    draft.metrics.decisions.drafting = reason
+            _say_limits(draft, verifier)
         finally:  # an interrupted call counts too: the draft may have learned in it
             request.close(started)
     draft.warn_once(draft.governor.fit.message)
     return output
+
+
+def _say_limits(draft: Draft, verifier: Verifier) -> None:
+    """Says in `decisions` what the target kept from being drafted."""
+    decisions = draft.metrics.decisions
+    with draft.lock:
+        reason = verifier.plain_because or verifier.limited_because
+        if reason:
+            decisions.drafting = reason
+        elif verifier.trees_because and verifier.trees_because not in decisions.drafting:
+            decisions.drafting = f"{decisions.drafting}; chains only: {verifier.trees_because}"
 
 
 @dataclass
@@ -94,7 +104,7 @@ class _Asked:
         if self.scores is not None and verdict.scores is not None:
             self.scores += tuple(scores[None] for scores in verdict.scores[0])
         if self.logits is not None and raw is not None:
-            self.logits += tuple(raw[:, i] for i in range(verdict.new_tokens[0]))
+            self.logits += tuple(verdict.of_new_tokens(raw).unbind(1))
 
 
 def _loop(
@@ -112,13 +122,13 @@ def _loop(
         # 1. The draft commits. The last token of a round is the target's own, so one place is left for it.
         clock = time.perf_counter()
         room = min(generation_config.max_length - rows.lengths[0] - 1, verifier.room(rows.tokens))
-        proposal = request.propose(rows, max(0, room))
+        proposal = request.propose(rows, max(0, room), verifier.trees)
         draft_s = time.perf_counter() - clock
 
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
-        logits = verifier.verify(rows.tokens, proposal.tokens)  # (batch, n + 1, vocab)
-        request.keep_logits(logits)
+        logits = verifier.verify(rows.tokens, proposal)  # (batch, n + 1, vocab)
+        request.read(rows, proposal, logits)
         raw = None if asked.logits is None else logits.clone()
 
         # 3. Accept a prefix, and one token more.
@@ -128,7 +138,7 @@ def _loop(
         if streamer is not None:
             _stream(streamer, verdict)
         rows, done = verdict.rows, all(verdict.done)
-        verifier.keep(rows.tokens)
+        verifier.keep(rows.tokens, verdict.paths)
 
         # 4. The draft adapts.
         request.observe(verdict)

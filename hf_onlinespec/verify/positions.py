@@ -71,6 +71,11 @@ class PositionLimits:
             room = min(room, self.trained - 1 - length)
         return max(0, room)
 
+    @property
+    def by_length(self) -> bool:
+        """Whether what a forward computes depends on how many tokens it reaches to."""
+        return bool(self.switches) or self.trained < NO_LIMIT or self.selected < NO_LIMIT
+
     def reason(self) -> str:
         """Why a round had no room."""
         if self.switches:

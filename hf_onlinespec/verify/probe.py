@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from .._compat.alterations import Alterations, alterations
 from .._compat.caches import CACHE, fresh_cache, own_way
 from .._compat.devices import matmul_dtypes
 from ..errors import UnsupportedError
+from ..govern.acceptance import TokenSource
+from ..rounds import Proposal
 from ..runtime.failures import kind_and_place
 from .target import COLUMNS, TEXT, Verifier
 
@@ -96,6 +100,15 @@ def parts_of(target: PreTrainedModel) -> Parts:
     return _parts(modules, altered)
 
 
+def made_of(target: PreTrainedModel) -> tuple[bool, tuple[Any, ...]]:
+    """Whether a target is transformers' own as it is, of a family that is known, and what tells it from what it may become.
+
+    It holds no module. Raises whatever hooks of others raise when they are looked into.
+    """
+    modules, unknown, altered = _looked_at(target)
+    return not unknown and not altered.kinds, (*_parts(modules, altered), altered.values, target.dtype)
+
+
 def _parts(modules: list[nn.Module], altered: Alterations) -> Parts:
     return _classes(modules), altered.kinds
 
@@ -115,7 +128,7 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
         if not unknown and not altered.kinds:
             return
         with torch.inference_mode(False), torch.no_grad():
-            prompt, kept = _own_inputs(input_ids, model_kwargs)
+            prompt, kept = own_inputs(input_ids, model_kwargs)
             verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
             _read_on(verifier, prompt, 2)
     except UnsupportedError:
@@ -139,7 +152,7 @@ def _known_module(name: str) -> bool:
     return path[0] in ("transformers", *LIBRARIES)
 
 
-def _tolerance(target: PreTrainedModel) -> float:
+def tolerance(target: PreTrainedModel) -> float:
     """How far two logits may be apart by rounding alone, in the precision that the target is computed with now."""
     dtypes: set[torch.dtype | str] = {
         p.dtype for p in target.parameters()
@@ -150,7 +163,7 @@ def _tolerance(target: PreTrainedModel) -> float:
     return max(TOLERANCE.get(dtype, TOLERANCE_HALF) for dtype in dtypes)
 
 
-def _own_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def own_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """The prompt (1, L) of a request and the inputs beside it, for a cache that holds nothing yet."""
     own = {name: value for name, value in model_kwargs.items() if value is not None and name != CACHE}
     if not set(own) <= TEXT:
@@ -166,27 +179,48 @@ def _own_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor
     return prompt[:, shown], own
 
 
+def guesses(tokens: Tensor, parents: tuple[int, ...] | None = None) -> Proposal:
+    """Tokens (1, n) as a proposal: a chain, or a tree of these parents."""
+    source = TokenSource("model", 0, (0,))
+    return Proposal(tokens, None, ((source,) * tokens.shape[1],), parents=None if parents is None else (parents,))
+
+
+def off(found: Tensor, expected: Tensor) -> Tensor:
+    """How far logits (n, vocab) are apart, over the largest of the expected ones: (n,)."""
+    # Ids that a target blocks by a huge or infinite logit are compared as blocked: they would hide all other differences.
+    blocked, too = ~(expected.abs() < MOST_LOGIT), ~(found.abs() < MOST_LOGIT)
+    differ = (found - expected).abs().masked_fill(blocked | too, 0.0).masked_fill(blocked != too, torch.inf)
+    return differ.amax(-1) / expected.abs().masked_fill(blocked, 0.0).amax().clamp_min(torch.finfo(expected.dtype).tiny)
+
+
 def _read_on(verifier: Verifier, prompt: Tensor, forwards: int) -> tuple[Tensor, list[Tensor]]:
     """The prompt with as many tokens more, each of a forward of its own; and the logits (1, vocab) of each."""
     tokens, found = prompt, list[Tensor]()
     for _ in range(forwards):
-        logits = verifier.verify(tokens, prompt[:, :0])[:, 0]
+        logits = verifier.verify(tokens, guesses(prompt[:, :0]))[:, 0]
         found.append(logits)
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=-1)
         verifier.keep(tokens)
     return tokens, found
 
 
-def _is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
-    """Whether two forwards over the same tokens differ. The request's own random numbers stay as they are."""
-    prompt, kept = _own_inputs(input_ids, model_kwargs)
+@contextmanager
+def own_random_numbers(target: PreTrainedModel, input_ids: Tensor) -> Iterator[None]:
+    """Within it a target may draw random numbers: the request's own stay as they are."""
     kind = input_ids.device.type if input_ids.device.type in ("cuda", "xpu") else "cpu"
     devices = {parameter.device for parameter in target.parameters()} | {input_ids.device}
     places = sorted({device.index for device in devices if device.type == kind and device.index is not None})
     with torch.random.fork_rng(places, device_type=kind):
+        yield
+
+
+def _is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
+    """Whether two forwards over the same tokens differ."""
+    prompt, kept = own_inputs(input_ids, model_kwargs)
+    with own_random_numbers(target, input_ids):
         reads = [
             Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)}).verify(
-                prompt, prompt[:, :0]
+                prompt, guesses(prompt[:, :0])
             )
             for _ in range(2)
         ]
@@ -195,32 +229,26 @@ def _is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[st
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
-    prompt, kept = _own_inputs(input_ids, model_kwargs)
+    prompt, kept = own_inputs(input_ids, model_kwargs)
 
     def verifier() -> Verifier:
         return Verifier(target, prompt, config, kept | {CACHE: fresh_cache(target.config)})
 
-    config, tolerance = GenerationConfig(), _tolerance(target)
+    config, most = GenerationConfig(), tolerance(target)
     one, several = verifier(), verifier()
-    nothing = prompt[:, :0]
     tokens, singles = _read_on(one, prompt, 4)
     n = prompt.shape[1]
-    several.verify(prompt, nothing)
+    several.verify(prompt, guesses(prompt[:, :0]))
     several.keep(tokens[:, : n + 1])
-    together = several.verify(tokens[:, : n + 1], tokens[:, n + 1 : n + 3])[0]  # (3, vocab)
+    together = several.verify(tokens[:, : n + 1], guesses(tokens[:, n + 1 : n + 3]))[0]  # (3, vocab)
     several.keep(tokens[:, : n + 2])
-    again = several.verify(tokens[:, : n + 2], tokens[:, n + 2 : n + 3])[0]  # (2, vocab)
+    again = several.verify(tokens[:, : n + 2], guesses(tokens[:, n + 2 : n + 3]))[0]  # (2, vocab)
     expected = torch.cat(singles[1:])  # (3, vocab)
     for found, place, what in ((together, 0, "one forward over 3 tokens"), (again, 1, "a forward after a rollback")):
-        alone = expected[place:]
-        # Ids that a target blocks by a huge or infinite logit are compared as blocked: they would hide all other differences.
-        blocked, too = ~(alone.abs() < MOST_LOGIT), ~(found.abs() < MOST_LOGIT)
-        differ = (found - alone).abs().masked_fill(blocked | too, 0.0).masked_fill(blocked != too, torch.inf)
-        off = differ.amax(-1) / alone.abs().masked_fill(blocked, 0.0).amax().clamp_min(torch.finfo(alone.dtype).tiny)
-        wrong = off > tolerance
-        if int(wrong.sum()) > 1 or not bool(off.isfinite().all()):
+        apart = off(found, expected[place:])
+        if int((apart > most).sum()) > 1 or not bool(apart.isfinite().all()):
             return (
                 f"the target {type(target).__name__} computes something else in {what} than token by token "
-                f"(logits off by {float(off.max()):.2g} of the largest)"
+                f"(logits off by {float(apart.max()):.2g} of the largest)"
             )
     return ""

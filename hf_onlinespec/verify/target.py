@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .._compat.caches import CACHE, crop, held_tokens, record_past, returned_cache, rollback_obstacle
+from .._compat.caches import CACHE, crop, held_tokens, move, record_past, returned_cache, rollback_obstacle
 from .._compat.generation import continue_inputs, continues_inputs, generative, mask_length
 from ..errors import UnsupportedError
+from ..rounds import Proposal
 from .positions import PositionLimits
+from .trees import MOST_NODES, in_place, tree_mask, tree_positions
 
 # Inputs with a column for each token. How they go on behind their last column: with ones, by counting, by repeating it, with zeros.
 COLUMNS = {
@@ -31,6 +33,7 @@ class Verifier:
 
     Args:
         plain_because: why this target is decoded without drafting; "": it need not be.
+        trees_because: why it verifies no trees but chains, see `why_chains`; "": it verifies trees.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class Verifier:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         plain_because: str = "",
+        trees_because: str = "",
     ) -> None:
         self._target = target
         self.plain_because = plain_because  # why rounds have no room
+        self.trees_because = trees_because  # why all proposals have to be chains
         self._kwargs = dict(model_kwargs)
         self.cache = self._kwargs.pop(CACHE)
         record_past(self.cache)
@@ -93,25 +98,35 @@ class Verifier:
         self.limited_because = self._limits.reason() if room == 0 else ""
         return room
 
-    def verify(self, input_ids: Tensor, drafted: Tensor) -> Tensor:
-        """Raw logits (batch, k + 1, vocab) in float32 after `input_ids` and after each of the k drafted tokens.
+    @property
+    def trees(self) -> bool:
+        """Whether the next round may be a tree. The prompt is read with a chain, whatever the target can."""
+        at_the_end = self._limits.table - self._kept < MOST_NODES  # places count beside positions in some tables
+        return not (self.trees_because or self.plain_because or self._first or at_the_end)
+
+    def verify(self, input_ids: Tensor, proposal: Proposal) -> Tensor:
+        """Raw logits (batch, k + 1, vocab) in float32 after `input_ids` and after each of the k candidates, in one forward.
+
+        Args:
+            proposal: a chain, or a tree where `trees` says so.
 
         Raises:
             UnsupportedError: the target's cache cannot be rolled back, or lost what the target had read.
         """
-        k = drafted.shape[1]
-        tokens = torch.cat([input_ids, drafted], dim=-1)
+        k = proposal.tokens.shape[1]
+        chain = all(proposal.is_chain(row) for row in range(len(proposal.sources)))
+        tokens = torch.cat([input_ids, proposal.tokens], dim=-1)
         end = tokens.shape[1] + self._hidden
         if self._first and self._chunk:  # a long prompt is read in pieces, and the target is shown one at a time
             tokens = tokens[:, self._cached - end :]
             while tokens.shape[1] - k > self._chunk:
                 self._forward(tokens[:, : self._chunk], self._cached + self._chunk, 0)
                 tokens = tokens[:, self._chunk :]
-        logits = self._forward(tokens, end, k)
+        logits = self._forward(tokens, end, k, None if chain else proposal)
         self._first = False
         return logits.to(dtype=torch.float32, device=input_ids.device)
 
-    def _forward(self, tokens: Tensor, end: int, k: int) -> Tensor:
+    def _forward(self, tokens: Tensor, end: int, k: int, tree: Proposal | None = None) -> Tensor:
         """One forward over what the target has not seen of `tokens`, up to the place `end`: its last k + 1 logits."""
         inputs = dict(self._kwargs)
         for name, values in self._columns.items():
@@ -127,6 +142,8 @@ class Verifier:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = k + 1
+        if tree is not None:
+            self._arrange(inputs, tree)
         read = inputs.get("input_ids")
         fed = end - self._cached if read is None else read.shape[1]
         if self._forwards == 1 and held_tokens(self.cache) + fed < end:
@@ -137,6 +154,15 @@ class Verifier:
         outputs = self._target(**inputs, return_dict=True)
         self._take(outputs, end, fed)
         return outputs.logits[:, -k - 1 :]
+
+    def _arrange(self, inputs: dict[str, Any], tree: Proposal) -> None:
+        """Makes the inputs of a forward over a chain those of one over a tree: the last kept token and the candidates."""
+        tokens, positions, shown = inputs["input_ids"], inputs.get("position_ids"), self._columns.get("attention_mask")
+        if positions is None:  # a model that was given none counts
+            positions = torch.full_like(tokens[:, :1], self._cached)
+        shown = None if shown is None else shown[:, : self._cached]
+        inputs["position_ids"] = tree_positions(tree, positions[:, :1])
+        inputs["attention_mask"] = tree_mask(tree, self._cached, shown, self._target.dtype, tokens.device)
 
     def _take(self, outputs: ModelOutput, end: int, fed: int) -> None:
         """Takes over what a forward returned: a target may have begun its cache anew."""
@@ -163,9 +189,20 @@ class Verifier:
         if held < end and fed < end:
             self.plain_because = f"the target {type(self._target).__name__} keeps {held} of {end} tokens in its cache"
 
-    def keep(self, input_ids: Tensor) -> None:
-        """Rolls the cache back to all kept tokens but the last, as `generate` leaves it."""
+    def keep(self, input_ids: Tensor, paths: tuple[tuple[int, ...], ...] | None = None) -> None:
+        """Rolls the cache back to all kept tokens but the last, as `generate` leaves it.
+
+        Args:
+            paths: per row, the candidates of the last round that were kept; None: the first ones.
+        """
         length = input_ids.shape[1] + self._hidden
+        if paths is not None:
+            # One of them may be the last kept token, which ended the row.
+            paths = tuple(path[: length - 1 - self._kept] for path in paths)
+            stay = in_place(paths)
+            if stay < len(paths[0]):
+                places = torch.tensor([path[stay:] for path in paths]) + self._kept
+                move(self.cache, places, self._kept + stay)
         if self._cached > length - 1 or not self._first:
             crop(self.cache, max(0, self._cached - length + 1))
         self._cached = min(self._cached, length - 1)

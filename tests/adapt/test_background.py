@@ -71,9 +71,11 @@ def test_after_a_step_that_fails_it_waits_for_more_items_and_tries_again(caplog)
         for _ in range(3):
             worker.add(-1)
             assert not worker.wait(LONG_S)
+        while owner.begun.acquire(blocking=False):
+            pass  # of steps that are over
     assert worker.metrics.idle_failures == worker.metrics.idle_dropped == 4 and len(caplog.records) == 1
     worker.add(2)  # the third failure in a row: it takes four items to go on
-    assert worker._backoff.paused
+    assert not owner.begun.acquire(timeout=0.2) and worker.waiting == 1
     assert worker.wait(LONG_S) and owner.done[-1] == (2, 1), "who waits has it tried at once"
     worker.close()
 
@@ -101,7 +103,7 @@ def test_nothing_is_lost_while_there_is_room(draft_model, prompt) -> None:
     """The worker cannot keep up: forty requests wait, and all of them are learned in the end."""
     target = tiny_llama(1)
     draft = OnlineDraft(draft_model, replace(IDLE, update_every=1, replay_passes=0))
-    with draft._learns:
+    with draft.learning.at_rest():
         held = []
         for start in range(40):
             target.generate((prompt + start) % 32, assistant_model=draft, do_sample=False, max_new_tokens=3)
@@ -122,7 +124,7 @@ def test_a_forked_child_generates_and_learns(target, draft_model, prompt, when: 
     done, free = draft.metrics.updates + draft.metrics.idle_updates, threading.Event()
 
     def holds() -> None:
-        with draft.generating(), draft._learns, draft.lock:
+        with draft.generating(), draft.learning.at_rest(), draft.lock:
             taken.set()
             free.wait(LONG_S)
 
@@ -221,11 +223,11 @@ def test_threads_that_generate_with_one_draft(draft_model, when: str) -> None:
 
 
 def test_the_thread_goes_with_the_draft(target, draft_model, prompt) -> None:
-    draft = OnlineDraft(draft_model, IDLE)
+    draft, before = OnlineDraft(draft_model, IDLE), set(threading.enumerate())
     target.generate(prompt, assistant_model=draft, **GREEDY)
     assert draft.catch_up(LONG_S)
-    thread, gone = draft.learning._idle._thread, weakref.ref(draft)
-    assert thread is not None and thread.is_alive()
+    (thread,), gone = set(threading.enumerate()) - before, weakref.ref(draft)
+    assert thread.is_alive()
     del draft
     gc.collect()
     assert gone() is None
@@ -279,7 +281,7 @@ def test_nothing_is_learned_between_examining_and_saving(
         assert not draft.catch_up(0.3), "it is learned from while the draft is examined"
         steps.append(draft.steps)
 
-    monkeypatch.setattr("hf_onlinespec.draft.examine", examine)
+    monkeypatch.setattr("hf_onlinespec.draft.online.examine", examine)
     draft.save_pretrained(tmp_path)
     assert OnlineDraft.from_pretrained(tmp_path, draft_model).steps == steps[0] >= 1
     assert draft.catch_up(LONG_S) and draft.steps > steps[0]

@@ -9,9 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec._compat.adapters import delta_weight
+from hf_onlinespec.adapt import gated_lora
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.learners import step_sizes
 from hf_onlinespec.adapt.objective import Objective
+from hf_onlinespec.commit.causal_lm import CausalLM
 from hf_onlinespec.metrics import Counts
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params, learn_segment
@@ -144,10 +147,13 @@ def test_all_experts_may_go() -> None:
     """The base draft is left, and serves."""
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 2)
-    draft.learning.learner.experts._remove(torch.tensor([torch.nan, 1.0, 1.0]))
-    draft.learning.learner.experts._remove(torch.tensor([1.0, torch.nan, 1.0]))
-    draft.learning.learner.experts._remove(torch.tensor([1.0, 1.0, torch.nan]))
-    assert draft.metrics.requests == 0 and draft.learning.learner.experts.mixture.weights == [0.0, 0.0, 0.0, 1.0]
+    lora = draft.causal_lm.adapter
+    for i in range(3):
+        rows = lora.split(lora.params).clone()
+        rows[i] = torch.nan
+        lora.put(rows)
+        teach(draft)
+    assert draft.metrics.removed_experts == 3 and draft.metrics.expert_weights == (0.0, 0.0, 0.0, 1.0)
     before = flat_params(draft)
     teach(draft, 3)
     assert torch.equal(flat_params(draft), before)
@@ -210,7 +216,9 @@ def test_who_begins_anew_has_no_moments() -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**SMALL))
     teach(draft, 3)
     assert all(bool(value.any()) for value in draft.learning.learner.experts.rule_state.values())
-    draft.learning.learner.experts._remove(torch.tensor([torch.nan]))
+    draft.causal_lm.adapter.params.fill_(torch.nan)
+    teach(draft)
+    assert draft.metrics.removed_experts == 1
     assert not any(bool(value.any()) for value in draft.learning.learner.experts.rule_state.values())
     tokens, _ = lesson()
     with torch.no_grad():  # it says nothing, and learns
@@ -284,7 +292,8 @@ def test_a_request_of_nonsense_in_a_trial_is_survived() -> None:
         bad = torch.nan if i % 5 == 3 else 1.0
         learn_segment(draft, tokens, [Teacher.from_logits(logits * bad)], Counts(), temperature=0.8)
     assert watched == [40] * 32, "what the target did not say is no evidence"
-    assert math.isfinite(guard._level) and math.isfinite(guard._spread) and guard._trials <= 8
+    kept = guard.state().values
+    assert math.isfinite(kept["level"]) and math.isfinite(kept["spread"]) and kept["trials"] <= 8
 
 
 def test_small_segments_of_a_request_are_judged_together(target, prompt) -> None:
@@ -313,19 +322,19 @@ def test_an_idle_ensemble_is_weighed(target, prompt) -> None:
         target.generate((prompt + i) % 32, assistant_model=draft, do_sample=False, max_new_tokens=40)
         assert draft.catch_up(60)
     assert len(draft.metrics.expert_weights) == 4 and len(set(draft.metrics.expert_weights)) > 1
-    assert draft.learning.learner.guard._candidate is not None
+    assert draft.learning.learner.guard.nbytes > 0
 
 
 @pytest.mark.parametrize("learner", ["ogd", "optimistic", "ensemble"])
 def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(learner=learner, radius=5.0, lr=1e-2, **SMALL))
-    teach(draft, 5)
     adaptation, lora = draft.learning.learner.experts, draft.causal_lm.adapter
+    origin = lora.split(lora.params).clone()
+    teach(draft, 5)
     if learner == "ensemble":
         for _ in range(10):
             adaptation.weigh([0.8, 0.1, 0.5, 0.3, 0.6])
     best = adaptation.best_params()
-    origin = adaptation._starts.clone()
     assert best.dtype == torch.bfloat16
     torch.testing.assert_close(best.float(), lora.split(lora.params)[0], atol=1e-2, rtol=1e-2)
     teach(draft, 5, seed=2)
@@ -349,7 +358,7 @@ def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
     assert bool((distance <= 5.0 + 1e-3).all()) and distance[at] > 1.0
 
 
-def test_a_burst_cannot_move_the_adapter_far(draft_model: PreTrainedModel) -> None:
+def test_a_burst_cannot_move_the_adapter_far(draft_model: PreTrainedModel, monkeypatch) -> None:
     """A step of plain gradients that is a thousand times as long as usual is cut."""
     config = OnlineSpecConfig(preconditioner="none", lr=1e-3, max_grad_norm=1e9, **SMALL)
     draft = OnlineDraft(draft_model, config)
@@ -358,26 +367,37 @@ def test_a_burst_cannot_move_the_adapter_far(draft_model: PreTrainedModel) -> No
     before = flat_params(draft)
     usual = (before - (teach(draft), flat_params(draft))[1]).norm()
     before = flat_params(draft)
-    tokens, logits = lesson()
-    draft.learning.learner._loss = lambda p, q: 1e6 * (p.exp() * (p - q)).sum(-1)
-    learn_segment(draft, tokens, [Teacher.from_logits(logits)], Counts())
+    losses = Objective.losses
+    monkeypatch.setattr(Objective, "losses", lambda self, *given: 1e3 * losses(self, *given))
+    assert teach(draft).updates == 1
     assert (flat_params(draft) - before).norm() < 10 * usual
 
 
-def test_a_divergence_is_counted_once() -> None:
+def test_a_divergence_is_counted_once(monkeypatch) -> None:
     """The request's KV cache was read by the broken adapter: it is not learned from any more."""
     config = OnlineSpecConfig(rank=2, alpha=2.0, lookahead=2, update_every=1, update_when="round", memory_tokens=0)
     draft = OnlineDraft(tiny_llama(2), config)
     target = tiny_llama(1, layers=2)
     prompt = torch.tensor([[3, 14, 15, 9]])
     target.generate(prompt, max_new_tokens=8, assistant_model=draft, do_sample=False)
+    read: list[bool] = []
+    training_logits = CausalLM.training_logits
+
+    def spy(self, tokens, n, mask=None, gates=None, prefix=None, base=False):
+        read.append(prefix is not None)
+        return training_logits(self, tokens, n, mask, gates, prefix, base)
+
+    monkeypatch.setattr(CausalLM, "training_logits", spy)
     draft.causal_lm.adapter.params.fill_(float("nan"))
     draft.causal_lm.adapter.move(torch.zeros_like(draft.causal_lm.adapter.params))
     expected = target.generate(prompt, max_new_tokens=16, do_sample=False)
     assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
     assert draft.metrics.rollbacks + draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
     assert bool(torch.isfinite(flat_params(draft)).all()) and draft.metrics.last.updates > 8
-    assert not draft.learning.learner._cache_invalid  # the next request reads its own cache again
+    assert not any(read[2:])
+    read.clear()
+    target.generate(prompt, max_new_tokens=8, assistant_model=draft, do_sample=False)
+    assert any(read), "the next request reads its own cache again"
 
 
 def guarded(learner: str = "optimistic", **settings: object) -> OnlineDraft:
@@ -434,7 +454,7 @@ def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, wh
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 def test_parameters_that_are_not_finite_go_back_to_the_newest_earlier_state(learner: str, bad: float, caplog) -> None:
     draft = guarded(learner)
-    earlier, at = draft.learning.learner.guard._candidate.clone(), 1 if learner == "ensemble" else 0
+    earlier, at = draft.learning.learner.guard.state().tensors["candidate"].clone(), 1 if learner == "ensemble" else 0
     rows = draft.causal_lm.adapter.split(draft.causal_lm.adapter.params).clone()
     others = [row.clone() for i, row in enumerate(rows) if i != at]
     rows[at] = bad
@@ -455,8 +475,9 @@ def test_a_state_to_go_back_to_is_used_once() -> None:
     """One that is no better leads to an older one, and without any the draft begins anew."""
     draft = guarded()
     guard = draft.learning.learner.guard
-    guard.states = [torch.full_like(guard._candidate, 0.25), torch.full_like(guard._candidate, torch.nan)]
-    for expected in (guard._candidate.clone(), guard.states[0].clone()):
+    newest = guard.state().tensors["candidate"]
+    guard.states = [torch.full_like(newest, 0.25), torch.full_like(newest, torch.nan)]
+    for expected in (newest.clone(), guard.states[0].clone()):
         draft.causal_lm.adapter.params.fill_(torch.nan)
         teach(draft, 1)
         assert torch.equal(flat_params(draft), expected.float())
@@ -489,9 +510,8 @@ def test_weights_that_are_folded_to_nan_are_not_served(monkeypatch) -> None:
     tokens, _ = lesson()
     with torch.no_grad(), draft.causal_lm.adapter.gated() as model:
         expected = model(tokens).logits
-    change = draft.causal_lm.adapter._change
     with monkeypatch.context() as patch:
-        patch.setattr(draft.causal_lm.adapter, "_change", lambda layer: change(layer) * torch.nan)
+        patch.setattr(gated_lora, "delta_weight", lambda *given: delta_weight(*given) * torch.nan)
         torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
     assert not draft.causal_lm.adapter.stale
@@ -501,12 +521,12 @@ def test_a_request_that_is_not_finite_is_no_evidence(monkeypatch) -> None:
     """Neither for the weights of experts nor for the guard."""
     draft = guarded("ensemble")
     draft.learning.end_request()
-    weights, latest = list(draft.learning.learner.experts.mixture.weights), list(draft.learning.learner.guard._latest)
+    weights, known = list(draft.learning.learner.experts.mixture.weights), draft.learning.learner.guard.state().values
     losses = Objective.losses
     monkeypatch.setattr(Objective, "losses", lambda self, *given: losses(self, *given) * torch.nan)
     teach(draft, 1)
     draft.learning.end_request()
     assert (
         draft.learning.learner.experts.mixture.weights == weights
-        and list(draft.learning.learner.guard._latest) == latest
+        and draft.learning.learner.guard.state().values == known
     )

@@ -113,10 +113,20 @@ def test_no_more_states_than_asked_for(size: int) -> None:
 
 
 def test_of_too_many_states_the_newest_and_the_most_different_stay() -> None:
+    """Two changes of the stream keep a state each; then the first of them is surely better, and takes the place of a third."""
     guard = Guard(2)
-    for value in (5.0, 0.0, 0.1):
-        guard._keep(torch.tensor([value]))
-    assert [float(state) for state in guard.states] == [5.0, pytest.approx(0.1)]
+    found: list[float] = []
+    for value, rate, of_first, requests in ((5.0, 0.2, 0.0, 8), (0.0, 0.8, 0.0, 3), (0.1, 0.2, 0.9, 8)):
+        for _ in range(requests):
+            state = guard.observe(
+                [rate] * TOKENS,
+                None,
+                lambda value=value: torch.tensor([value]),
+                None,
+                lambda state, lead=of_first: [lead if float(state) == 5.0 else 0.0] * TOKENS,
+            )
+            found += [] if state is None else [float(state)]
+    assert found == [5.0] and [float(state) for state in guard.states] == [5.0, pytest.approx(0.1)]
 
 
 def test_gradients_longer_than_usual_are_shortened() -> None:
@@ -151,8 +161,6 @@ def test_what_a_trial_holds_is_counted() -> None:
         place = 0.8 if i < 20 else 0.2
         tokens = [float(rng.random() < place) for _ in range(TOKENS)]
         guard.observe(tokens, None, lambda: torch.zeros(8), lambda: torch.zeros(8), lambda state: [1.0] * TOKENS)
-        states = [*guard.states, *(state for state, _ in guard._candidates if state is not None)]
-        states += [] if guard._candidate is None else [guard._candidate]
-        assert guard.nbytes == 4 * 8 * len({id(state) for state in states})
+        assert guard.nbytes == sum(state.nbytes for state in guard.state().tensors.values())
         held = max(held, guard.nbytes)
     assert held == 2 * 4 * 8 and guard.rollbacks > 0

@@ -108,7 +108,7 @@ def test_the_prompt_of_a_call_that_is_broken_off_was_learned_from() -> None:
         with pytest.raises(KeyboardInterrupt):
             ask(tiny_llama(1), draft, streamer=BreaksOff(14, interrupt))
     assert draft.steps
-    with draft.at_rest() as learned:
+    with draft.learning.at_rest() as learned:
         assert learned.repeats == 5 and learned.texts[-1].times == 5
 
 
@@ -130,7 +130,7 @@ def test_the_prompt_of_a_request_in_which_learning_fails_was_learned_from(
             ask(tiny_llama(1), draft)
             draft.catch_up(60)
     assert draft.steps >= 5
-    with draft.at_rest() as learned:
+    with draft.learning.at_rest() as learned:
         assert learned.repeats == 5 and learned.texts[-1].times == 5
 
 
@@ -138,7 +138,7 @@ def test_the_prompt_of_a_request_in_which_learning_fails_was_learned_from(
 def test_requests_at_one_time_are_a_text_each() -> None:
     target, draft = tiny_llama(1), OnlineDraft(tiny_llama(2), replace(TINY, update_when="round", replay_passes=0))
     ask(target, draft, streamer=BreaksOff(10, lambda: ask(target, draft, 9)))
-    with draft.at_rest() as learned:
+    with draft.learning.at_rest() as learned:
         assert [len(text.tokens) for text in learned.texts] == [17, 17]
         assert learned.repeats == 1 and [text.times for text in learned.texts] == [1, 1]
 
@@ -155,7 +155,7 @@ def test_padding_is_no_text() -> None:
     tokens, mask = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     teachers = [Teacher(torch.zeros(1, 32).log_softmax(-1))] * 2
     learn_segment(draft, tokens, teachers, Counts(), mask=mask)
-    with draft.at_rest() as learned:
+    with draft.learning.at_rest() as learned:
         assert [text.tokens.tolist() for text in learned.texts] == [[5, 6, 7], [1, 2, 3, 4, 5]]
         assert (learned.steps, learned.seen, learned.repeats) == (1, 2, 1)
         assert learned.often(0) == 0

@@ -122,7 +122,7 @@ def test_inside_transformers_own_loop(
     with torch.inference_mode():
         target.generate(prompt, assistant_model=draft_model, do_sample=sample, max_new_tokens=10)
     made[0].finish()
-    assert [len(feedback.teacher) for feedback in draft.replayed()] == [
+    assert [len(feedback.teacher) for feedback in draft.learning.replayed()] == [
         30
     ]  # one row per emitted token, none from behind a rejection
 

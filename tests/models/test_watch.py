@@ -71,7 +71,7 @@ def test_a_changed_draft_is_said_and_begins_anew(target, draft_model, prompt, wr
         assert torch.equal(base(TOKENS).logits, draft_model(TOKENS).logits)
     served = draft(TOKENS).logits
     with torch.no_grad():
-        beside = draft.logits_with(draft.adapter_params(), input_ids=TOKENS)
+        beside = draft.causal_lm.logits_with(draft.learning.adapter_params(), input_ids=TOKENS)
     torch.testing.assert_close(served, beside, atol=1e-2, rtol=1e-2)
     serve(target, passed, prompt)  # said once
     assert draft.steps == 2 and draft.metrics.requests == 3

@@ -17,8 +17,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfig, online_memory
 from hf_onlinespec._compat.caches import cache_tensors
 from hf_onlinespec.adapt.gated_lora import GatedLora
-from hf_onlinespec.adapt.guard import Guard
-from hf_onlinespec.adapt.judging import Evaluator
+from hf_onlinespec.adapt.guard import Guard, GuardConstants
 from hf_onlinespec.adapt.learner import Learner
 from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.adapt.replay import Replay
@@ -106,14 +105,13 @@ def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypa
     draft = draft_of(learner=learner, update_when=when, replay_passes=0)
     answers(target, prompt, 2, assistant_model=draft)
     before, updates = learned_state(draft), draft.metrics.updates
-    adaptation = draft.learning.learner.experts
     with monkeypatch.context() as patch:
         if where == "backward":
             patch.setattr(torch.Tensor, "backward", runs_out)
         elif where == "loss":
             patch.setattr(Objective, "losses", runs_out)
         elif where == "learner":
-            patch.setattr(adaptation, "_learner", adaptation._learner._replace(update=runs_out))
+            patch.setattr(torch, "lerp", runs_out)
         else:
             patch.setattr(GatedLora, "join", runs_out)
         answers(target, prompt, 1, assistant_model=draft)
@@ -139,7 +137,7 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "scoring": (Objective, "acceptance", {}),
     "folding": (GatedLora, "fold", {}),
     "the guard": (Guard, "observe", {}),
-    "the guard's trial": (Evaluator, "_score_candidate", {"snapshots": 2}),
+    "the guard's trial": (GatedLora, "with_zero_b", {"snapshots": 2}),
     "the end of the request": (LearningService, "end_request", {}),
     "the replay": (Replay, "add", {}),
     "the replay's steps": (Learner, "replay_step", {}),
@@ -163,6 +161,7 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 }
 
 
+BEFORE = {"the guard's trial": GuardConstants().try_every - 1}  # requests until the next one comes to it
 # What leads to a place where the clock would decide whether it is reached.
 LEADING: dict[str, list[tuple[Any, str, Any]]] = {
     "the prompt's preference": [(LearningBudget, "affordable_steps", lambda *_: 1)],
@@ -177,7 +176,7 @@ LEADING: dict[str, list[tuple[Any, str, Any]]] = {
 def test_nothing_beside_decoding_fails_a_call(target, prompt, monkeypatch, place: str) -> None:
     owner, name, settings = PLACES[place]
     draft = draft_of(**settings)
-    answers(target, prompt, 2, assistant_model=draft)
+    answers(target, prompt, BEFORE.get(place, 2), assistant_model=draft)
     raised = []
 
     def broken(*_: Any, **__: Any) -> Any:
@@ -188,9 +187,6 @@ def test_nothing_beside_decoding_fails_a_call(target, prompt, monkeypatch, place
         put(patch, owner, name, broken)
         for leading in LEADING.get(place, []):
             patch.setattr(*leading)
-        if place == "the guard's trial":
-            draft.learning.learner.guard._requests_to_trial = 0
-            draft.learning.learner.guard.states = [draft.learning.learner.experts.best_params()]
         answers(target, prompt, 2, assistant_model=draft)
     assert raised, "the place was not reached"
     answers(target, prompt, 1, assistant_model=draft)

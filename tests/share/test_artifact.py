@@ -166,7 +166,7 @@ def test_nothing_of_the_text_is_saved(target: PreTrainedModel, tmp_path: Path) -
     config = OnlineSpecConfig(**(REPEATABLE | {"replay_tokens": 4096, "memory_tokens": 4096}))
     draft = OnlineDraft(tiny_llama(2), config)
     serve(target, draft, range(4))
-    remembered = draft.replayed()
+    remembered = draft.learning.replayed()
     assert remembered and draft.memory is not None and len(draft.memory) > 0
     draft.save_pretrained(tmp_path)
     files = [path for path in tmp_path.iterdir() if path.is_file()]
@@ -183,7 +183,7 @@ def test_nothing_of_the_text_is_saved(target: PreTrainedModel, tmp_path: Path) -
         ):
             assert not any(text.encode() in path.read_bytes() for path in files)
     again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
-    assert again.replayed() == [] and again.memory is not None and len(again.memory) == 0
+    assert again.learning.replayed() == [] and again.memory is not None and len(again.memory) == 0
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -610,7 +610,7 @@ def test_loaded_under_inference_mode_it_goes_back_to_earlier_states(tmp_path: Pa
     with torch.inference_mode():
         again = OnlineDraft.from_pretrained(tmp_path, tiny_llama(2))
     move(again)
-    assert not any(part.is_inference() for part in again.adapter_params().values())
+    assert not any(part.is_inference() for part in again.learning.adapter_params().values())
     serve(tiny_llama(1, layers=2), again, range(2))
     assert again.metrics.updates > 0 and again.metrics.failed_updates == 0
 

@@ -219,7 +219,7 @@ def test_targets_are_named_once_and_without_folders(
     for name in ("", "org/one", str(tmp_path / "here"), "org/one", str(tmp_path / "gone"), str(FOLDER / "target")):
         target.config._name_or_path = name
         target.generate(torch.tensor([[3, 14]]), max_new_tokens=2, do_sample=False, assistant_model=draft)
-    assert draft.targets == ["org/one", "here", "gone", EMBEDDED_TARGET]
+    assert draft.targets.names == ["org/one", "here", "gone", EMBEDDED_TARGET]
     assert "| target | `org/one`, `here`, `gone`" in model_card(draft.artifact())
 
 
@@ -509,7 +509,7 @@ def test_lines_run_with_the_embedded_pair(
     monkeypatch.chdir(folder if repo_id is None else tmp_path)
     found: dict[str, Any] = {}
     exec(lines((folder / CARD).read_text(encoding="utf-8")), found)
-    assert found["draft"].metrics.requests == 2 and found["draft"].targets == [EMBEDDED_TARGET]
+    assert found["draft"].metrics.requests == 2 and found["draft"].targets.names == [EMBEDDED_TARGET]
     question = pair.tokenizer("A prompt", return_tensors="pt")
     assert torch.equal(found["out"], pair.target.generate(**question, max_new_tokens=64))
 

@@ -101,7 +101,7 @@ def test_half_precision(tmp_path) -> None:
     """Merged in float32 and rounded once: as the base has it, or wider."""
     wide, half = evolved(tiny_llama(2).to(torch.bfloat16)), tiny_llama(2).to(torch.bfloat16).float()
     exact = evolved(half)
-    exact.adopt(wide.adapter_params())  # a new adapter's first values are rounded as its base is
+    exact.adopt(wide.learning.adapter_params())  # a new adapter's first values are rounded as its base is
     merge_and_export(exact, tmp_path / "exact")
     reference = stored(tmp_path / "exact")
     merge_and_export(wide, tmp_path / "half")

@@ -123,8 +123,8 @@ def test_what_was_memorised_is_refused_whatever_becomes_of_the_adapter(
 def test_a_draft_whose_replay_is_empty_is_judged_all_the_same(
     writes_secrets: OnlineDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writes_secrets, "replayed", list)
-    writes_secrets.examined = None
+    monkeypatch.setattr(writes_secrets.learning, "replayed", list)
+    writes_secrets.learning.learner.texts.examined = None
     assert "memorised 2 of the 2" in refusal(writes_secrets)
 
 
@@ -200,7 +200,7 @@ def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_onlinespec.draft.examine", fail)
+    monkeypatch.setattr("hf_onlinespec.draft.online.examine", fail)
     draft.save_pretrained(tmp_path)
     assert "1 were not examined" in refusal(OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2)))
 
@@ -276,7 +276,7 @@ def test_an_answer_that_stands_behind_many_prompts_is_judged_more_strictly(
     asked = torch.randint(0, 32, (16, 5), generator=rng)[:prompts]
     answers = ANSWER.expand(16, -1) if same else torch.randint(0, 32, (16, 6), generator=rng)
     learn(draft, [as_feedback(torch.cat(pair), 6) for pair in zip(asked, answers, strict=False)])
-    with draft.at_rest() as learned:
+    with draft.learning.at_rest() as learned:
         assert learned.repeats == 1
     assert bool(refusal(draft)) == memorised
 
@@ -346,7 +346,7 @@ def test_an_earlier_state_that_takes_over_in_a_loaded_draft_cannot_be_judged(tmp
     draft.save_pretrained(tmp_path)
     again = OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2))
     assert "earlier state" not in refusal(again)
-    again.loaded_rollbacks -= 1  # as if one had taken over since then
+    again.learning.learner.guard.rollbacks += 1  # as if one had taken over since then
     assert "earlier state" in refusal(again)
 
 
@@ -373,10 +373,10 @@ def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     adaptation, guard = draft.learning.learner.experts, draft.learning.learner.guard
     leaks = adaptation.best_params()
     adaptation.restore(draft.causal_lm.adapter.with_zero_b(leaks))
-    draft.fold()
+    draft.learning.fold()
     assert examine(draft).memorised == 0
     adaptation.restore(leaks)
-    draft.fold()
+    draft.learning.fold()
     guard.rollbacks += 1
     assert privacy_record(draft).unexamined == 1
     assert examine(draft).memorised == 1

@@ -44,9 +44,9 @@ def learned(**settings: Any) -> OnlineDraft:
 def everything(draft: OnlineDraft) -> dict[str, Any]:
     """All that learning has left in a draft, and what it says."""
     state = draft.artifact().state
-    logits = draft.logits(torch.arange(10)[None], 10)
-    tensors = state.tensors | draft.adapter_params() | {"gradient": draft.gradient()}
-    replay = [r.tokens for r in draft.replayed()]
+    logits = draft.causal_lm.logits(torch.arange(10)[None], 10)
+    tensors = state.tensors | draft.learning.adapter_params() | {"gradient": draft.causal_lm.adapter.grads.clone()}
+    replay = [r.tokens for r in draft.learning.replayed()]
     return {"tensors": tensors | {"logits": logits, "replay": torch.cat(replay)}, "values": state.values}
 
 

@@ -42,7 +42,7 @@ def hear(alignment: DraftAlignment, model: nn.Module, **inputs: torch.Tensor) ->
     """What a callback would let its draft learn from one training forward."""
     args, state, control = TrainingArguments(use_cpu=True), TrainerState(), TrainerControl()
     heard: list[Any] = []
-    with patch.object(alignment.draft, "learn", lambda requests, counts: heard.extend(requests)):
+    with patch.object(alignment.draft.learning, "learn", lambda requests, counts: heard.extend(requests)):
         alignment.on_train_begin(args, state, control, model=model)
         alignment.on_step_begin(args, state, control)
         model(**inputs)
@@ -69,7 +69,7 @@ def test_the_target_is_trained_to_the_same_bit(tmp_path, learner) -> None:
 def test_a_step_of_the_draft_that_fails_does_not_end_the_training(target, tmp_path, monkeypatch) -> None:
     draft = make()
     alignment, failed = DraftAlignment(draft), []
-    learn = draft.learn
+    learn = draft.learning.learn
 
     def fails_at_first(*arguments: Any) -> Any:
         if not failed:
@@ -77,7 +77,7 @@ def test_a_step_of_the_draft_that_fails_does_not_end_the_training(target, tmp_pa
             raise torch.OutOfMemoryError("simulated")
         return learn(*arguments)
 
-    monkeypatch.setattr(draft, "learn", fails_at_first)
+    monkeypatch.setattr(draft.learning, "learn", fails_at_first)
     try:
         fine_tune(target, tmp_path, [alignment], max_steps=6)
     except torch.OutOfMemoryError as error:

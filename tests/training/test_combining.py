@@ -12,6 +12,7 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.errors import ArtifactError, ConfigError
 from hf_onlinespec.share.artifact import Artifact
 from hf_onlinespec.share.lineage import Distilled, Lineage, MergedLineage, WarmStart, merged_lineages
+from hf_onlinespec.share.targets import Targets
 from hf_onlinespec.training.combining import Factors, combine, distil, nearest, read_evolved
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import flat_params, move
@@ -84,14 +85,14 @@ def test_layers_that_only_one_adapts() -> None:
     assert sorted(found) == ["lm_head", "model.embed_tokens", "model.layers.0.mlp.up_proj"]
     torch.testing.assert_close(found["model.layers.0.mlp.up_proj"], changes(one)["model.layers.0.mlp.up_proj"])
     torch.testing.assert_close(found["lm_head"], changes(one)["lm_head"] + changes(other)["lm_head"])
-    a = whole.adapter_params()["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    a = whole.learning.adapter_params()["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
     assert bool((a.norm(dim=-1) > 0).all())  # no row of A is dead: B's gradient reaches through it
 
 
 def test_an_ensemble_gives_the_mixture_that_serves() -> None:
     """Folded as in its file, as one expert that its expert_learner goes on with."""
     many = evolved(tiny_llama(2), 3, learner="ensemble", experts=2, expert_learner="heavy_ball")
-    learned, served = many.adapter_params(), many.artifact().adapter
+    learned, served = many.learning.adapter_params(), many.artifact().adapter
     assert not all(torch.equal(served[name], part) for name, part in learned.items()), "their weights are in the file"
     whole = combine([many.artifact()], tiny_llama(2), [1.0])
     assert (whole.settings.learner, whole.settings.rank) == ("heavy_ball", 4)
@@ -101,10 +102,10 @@ def test_an_ensemble_gives_the_mixture_that_serves() -> None:
 def test_it_learns_on_and_is_saved_with_its_parents(tmp_path) -> None:
     one, other = evolved(tiny_llama(2), 3), evolved(tiny_llama(2), 4)
     for name, draft, target in (("weekday", one, "big"), ("weekend", other, "bigger")):
-        draft.targets = [target]
+        draft.targets = Targets([target])
         draft.save_pretrained(tmp_path / name)
     whole = combine([read_evolved(tmp_path / "weekday"), read_evolved(tmp_path / "weekend")], tiny_llama(2), [0.5, 2])
-    assert whole.targets == ["big", "bigger"]
+    assert whole.targets.names == ["big", "bigger"]
     assert whole.lineage.to_dict()["merged"] == [
         {"parent": {"source": "weekday", "revision": None}, "weight": 0.5},
         {"parent": {"source": "weekend", "revision": None}, "weight": 2.0},
@@ -151,7 +152,7 @@ def test_distilled_to_the_rank_that_is_there_says_the_same(make) -> None:
         assert (same.settings.rank, same.settings.alpha) == (rank, rank / 2)
         assert report.rank == rank and report.error < 1e-6
         torch.testing.assert_close(same(TOKENS).logits, one(TOKENS).logits, atol=1e-3, rtol=1e-3)
-    a, b = (same.adapter_params()[f"base_model.model.lm_head.lora_{x}.weight"] for x in "AB")
+    a, b = (same.learning.adapter_params()[f"base_model.model.lm_head.lora_{x}.weight"] for x in "AB")
     assert bool((a.norm(dim=-1) > 0).all()) and bool((b[:, 6:] == 0).all())  # what is not used can learn
 
 

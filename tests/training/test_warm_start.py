@@ -66,7 +66,7 @@ def test_student_has_the_loss_and_the_gradient_of_online_learning(target, loss, 
     plain = dict(learner="ogd", preconditioner="none", lr=1.0, max_grad_norm=1e9, gradient_cap=None, replay_passes=0)
     draft = make(loss=loss, temperature=1.5, top_k=top_k, **plain)
     tokens = tokenizer(TEXTS[0]).input_ids
-    draft.learn_request(Feedback(torch.tensor(tokens), law(target, tokens, 1.5)))  # B is not zero now
+    draft.learning.learn_request(Feedback(torch.tensor(tokens), law(target, tokens, 1.5)))  # B is not zero now
     student = Student(draft, target)
     for passage in (Passage(tokens, 1), Passage(tokens, 9)):
         teacher = law(target, tokens, 1.5)
@@ -75,8 +75,8 @@ def test_student_has_the_loss_and_the_gradient_of_online_learning(target, loss, 
         student.zero_grad()
         found = student(**collate([passage]))["loss"]
         found.backward()
-        start = draft.adapter_params()
-        counts, after = draft.learn_request(feedback), draft.adapter_params()
+        start = draft.learning.adapter_params()
+        counts, after = draft.learning.learn_request(feedback), draft.learning.adapter_params()
         draft.adopt(start)
         assert counts.updates == 1 and counts.mean_loss == pytest.approx(float(found.detach()), rel=1e-4)
         for part, name in zip(student.parts, start, strict=True):
@@ -177,13 +177,13 @@ def test_a_draft_that_had_learned_goes_on_with_a_new_state(target, tmp_path) -> 
     request = Feedback(torch.tensor(tokens), law(target, tokens))
     old, new = make(replay_passes=0), make(replay_passes=0)
     for _ in range(5):
-        old.learn_request(request)
+        old.learning.learn_request(request)
     before = flat_params(old)
     warm_start(old, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=0.0))
     assert torch.equal(flat_params(old), before)
-    new.adopt(old.adapter_params())
+    new.adopt(old.learning.adapter_params())
     for draft in (old, new):
-        draft.learn_request(request)
+        draft.learning.learn_request(request)
     assert torch.equal(flat_params(old), flat_params(new))
 
 

@@ -289,7 +289,7 @@ def test_a_request_longer_than_the_draft_can_see(target, prompt) -> None:
     for _ in range(2):
         plain, ours = both(target, draft, prompt, max_new_tokens=100)
         assert torch.equal(plain, ours)
-    assert [len(f.tokens) for f in draft.replayed()] == [65, 65] and draft.metrics.skipped_updates == 0
+    assert [len(f.tokens) for f in draft.learning.replayed()] == [65, 65] and draft.metrics.skipped_updates == 0
 
 
 def test_an_interrupted_request_counts_and_leaves_the_draft_usable(target, draft, prompt) -> None:

@@ -575,11 +575,11 @@ def test_a_shortage_of_memory_in_the_trial_passes(prompt, monkeypatch) -> None:
     target = model(Sound)
     arguments = {"do_sample": False, "max_new_tokens": 24, "onlinespec": FIXED}
 
-    def short(*_: Any) -> str:
+    def short(*_: Any) -> Any:
         raise torch.OutOfMemoryError("simulated")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_onlinespec.verify.probe._fault", short)
+        patch.setattr("hf_onlinespec.verify.probe.Verifier", short)
         target.generate(prompt, **arguments)
     assert online_memory(target).metrics.drafted_tokens == 0
     for _ in range(2):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
-from hf_onlinespec.govern.acceptance import Continuation, RequestStats
+from hf_onlinespec.govern.acceptance import RequestStats
 from hf_onlinespec.govern.budget import LearningBudget
 from hf_onlinespec.govern.governor import Governor
 from hf_onlinespec.govern.planner import Plan
@@ -101,16 +101,11 @@ class Whims(Governor):
     def model_pays(self, plan: Plan, position: int, survival: float, begun: bool = True) -> bool:
         return position < plan.lookahead and survival > self.whim.uniform(0.0, 0.6)
 
-    def decide_memory(
-        self,
-        plan: Plan,
-        position: int,
-        survival: float,
-        found: Continuation | None,
-        neural: bool,
-        begun: bool = False,
-    ) -> bool:
-        return found is not None and position < 4 and self.whim.random() < 0.6
+    def guess_pays(self, plan: Plan, candidates: int, chance: float) -> bool:
+        return candidates < 6 and self.whim.random() < 0.6
+
+    def guess_beats_model(self, plan: Plan, position: int, survival: float, chance: float, begun: bool = False) -> bool:
+        return position < 4 and self.whim.random() < 0.6
 
     def decide_prompt_scoring(self, tokens: int = 0, room: int = 0) -> bool:
         return self.whim.random() < 0.5
@@ -161,7 +156,9 @@ def test_the_test_can_fail() -> None:
 def test_identical_draft_is_always_accepted_whatever_the_warpers() -> None:
     """The warpers are applied once to the draft, as to the target."""
     target = tiny_llama(1, vocab=VOCAB, layers=2)
-    draft = OnlineDraft(tiny_llama(1, vocab=VOCAB, layers=2), OnlineSpecConfig(lookahead=5, memory_tokens=0))
+    draft = OnlineDraft(
+        tiny_llama(1, vocab=VOCAB, layers=2), OnlineSpecConfig(lookahead=5, memory_tokens=0, recycle=False)
+    )
     for settings in LAWS.values():
         target.generate(PROMPT, assistant_model=draft, onlinespec=False, do_sample=True, max_new_tokens=24, **settings)
         last = draft.metrics.last

@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, final
@@ -18,45 +18,42 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat.models import inner_model, model_name, uncompiled
-from .adapt.experts import Experts
-from .adapt.feedback import Feedback
-from .adapt.gated_lora import GatedLora
-from .adapt.learned_texts import Examined, Learned
-from .adapt.learner import Learner
-from .adapt.schedule import LearningSchedule
-from .adapt.service import LearningService
-from .commit.base import Call, Draft, Proposer
-from .commit.causal_lm import CausalLM, RowModel
-from .commit.combined import Combined
-from .config import ENSEMBLE, OnlineSpecConfig, as_config
-from .errors import ConfigError, CopyError, NotAModelError
-from .govern.acceptance import RequestStats
-from .govern.routing import AdapterRouter
-from .metrics import Counts
-from .metrics.summary import counted, size
-from .models.borrow import copy_modules
-from .models.identity import BaseFingerprint, public_name
-from .models.layers import describe
-from .models.plain import check_cache, no_model, plain_draft
-from .models.vocabulary import Vocabulary
-from .models.watch import ModelWatch
-from .runtime.forks import Lock
-from .share.artifact import Artifact
-from .share.card import write
-from .share.checkpoints import Checkpoints
-from .share.export import merge_and_export
-from .share.history import ServingHistory
-from .share.hub import Push
-from .share.learned_from import loaded_record, privacy_record
-from .share.lineage import Lineage
-from .share.loading import Loaded, load
-from .share.lora_options import LoraOptions
-from .share.memorization import SAVE_S, examine
-from .share.privacy import check_privacy
-from .share.privacy_record import TRAINED_ELSEWHERE
-from .state import State, copied
-from .verify.custom_generate import GenerateFn
+from .._compat.models import model_name, uncompiled
+from ..adapt.experts import Experts
+from ..adapt.gated_lora import GatedLora
+from ..adapt.learner import Learner
+from ..adapt.schedule import LearningSchedule
+from ..adapt.service import LearningService
+from ..commit.base import Call, Draft, Proposer
+from ..commit.causal_lm import CausalLM, RowModel
+from ..commit.combined import Combined
+from ..config import ENSEMBLE, OnlineSpecConfig, as_config
+from ..errors import ConfigError, CopyError, NotAModelError
+from ..govern.acceptance import RequestStats
+from ..metrics.summary import counted, size
+from ..models.borrow import copy_modules
+from ..models.identity import BaseFingerprint
+from ..models.layers import describe
+from ..models.plain import check_cache, plain_draft
+from ..models.vocabulary import Vocabulary
+from ..models.watch import ModelWatch
+from ..runtime.forks import Lock
+from ..share.artifact import Artifact
+from ..share.card import write
+from ..share.checkpoints import Checkpoints
+from ..share.export import merge_and_export
+from ..share.history import ServingHistory
+from ..share.hub import Push
+from ..share.learned_from import loaded_record, privacy_record
+from ..share.lineage import Lineage
+from ..share.loading import Loaded, load
+from ..share.lora_options import LoraOptions
+from ..share.memorization import SAVE_S, examine
+from ..share.privacy import check_privacy
+from ..share.privacy_record import TRAINED_ELSEWHERE
+from ..share.targets import Targets
+from ..state import State, copied
+from ..verify.custom_generate import GenerateFn
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +92,10 @@ class OnlineDraft(Draft):
     ) -> None:
         super().__init__(config, **settings)
         self._begun = 0  # how often it began, on the model's weights as they were then
-        self._learns = Lock()  # held for one gradient step at a time, see LearningService
-        self.learning = LearningService(self.settings, self.metrics, self._traces, self.lock, self._learns)
+        self.learning = LearningService(self.settings, self.metrics, self._traces, self.lock, Lock())
         self._begin(model)
         self.lineage = Lineage.new()
-        self.targets: list[str] = []  # names of the models that it has drafted for
-        self.loaded_rollbacks = 0  # of the guard, before it was loaded
-        self.examined: Examined | None = None  # what came out of what it learned from, when that was last looked at
-        self._target: weakref.ref[PreTrainedModel] | None = None
+        self.targets = Targets()
         self.pushes = Lock(waits=False)  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
 
@@ -122,7 +115,7 @@ class OnlineDraft(Draft):
             )
             check_cache(adapter.tree)
             experts = Experts(adapter, settings)
-            causal_lm = CausalLM(adapter, experts, vocabulary, self.lock, self._learns)
+            causal_lm = CausalLM(adapter, experts, vocabulary, self.lock, self.learning.steps_lock)
             learner = Learner(causal_lm, experts, settings, self._traces.update)
         self.identity, self.vocabulary, self.causal_lm = identity, vocabulary, causal_lm
         self.learning.begin(learner, self.governor, causal_lm.positions)
@@ -159,7 +152,7 @@ class OnlineDraft(Draft):
         source = model if source is None else source
         if change is None or source is None:  # without the model nobody can have meant to change the draft
             return
-        with self._learns, self.lock:
+        with self.learning.steps_lock, self.lock:
             change = self._watch.change()  # another thread may have been faster
             if change is None:
                 return
@@ -170,7 +163,7 @@ class OnlineDraft(Draft):
                 self.governor = governor
                 raise
             self.metrics.decisions = self.governor.decisions
-            self.lineage, self.examined = Lineage.new(), None
+            self.lineage = Lineage.new()
         warnings.warn(
             f"The draft {type(self.causal_lm.adapter.tree).__name__} was changed after it was wrapped ({change}): "
             "what was learned does not belong to these weights, and learning begins anew.",
@@ -219,19 +212,9 @@ class OnlineDraft(Draft):
         return self.causal_lm.device
 
     @property
-    def positions(self) -> int:
-        """The longest context that the draft may see; beyond it the target goes on alone."""
-        return self.causal_lm.positions
-
-    @property
     def steps(self) -> int:
         """Gradient steps that the adapter has taken."""
         return self.causal_lm.steps
-
-    @property
-    def changed(self) -> bool:
-        """Whether anything was learned: else it says what its base says."""
-        return self.steps > 0
 
     @property
     def version(self) -> tuple[int, int]:
@@ -257,7 +240,7 @@ class OnlineDraft(Draft):
     def proposer(self, call: Call) -> Proposer:
         """See `Draft`: the memory alone, where preparing the model for the call fails."""
         stats = [RequestStats() for _ in range(call.rows)]
-        memory = self.call_memory(call)
+        sources = self.guess_sources(call)
         models: list[RowModel] = []
         schedule = None
         if self.failures.preparing.begin():
@@ -267,7 +250,7 @@ class OnlineDraft(Draft):
                     self.learning,
                     self.failures,
                     rows,
-                    memory,
+                    sources,
                     call.counts,
                     call.temperature,
                     learns=call.learns,
@@ -275,24 +258,11 @@ class OnlineDraft(Draft):
                     waits=call.waits,
                 )
                 models = rows
-        return Combined(self, call, models, memory, stats, schedule)
+        return Combined(self, call, models, sources, stats, schedule)
 
     def serves(self, target: PreTrainedModel) -> None:
-        """Notes the name of a model that it drafts for, without the folders of this machine; a model may have none."""
-        self.keep_at_hand(target)
-        name = public_name(model_name(target.config))
         with self.lock:
-            if name and name not in self.targets:
-                self.targets.append(name)
-
-    def keep_at_hand(self, target: PreTrainedModel) -> None:
-        """Notes a target, weakly: the privacy audit asks what it says by itself."""
-        self._target = weakref.ref(target)
-
-    @property
-    def target_at_hand(self) -> PreTrainedModel | None:
-        """The target that it last learned from, if that is still there."""
-        return None if self._target is None else self._target()
+            self.targets.add(target)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -304,61 +274,6 @@ class OnlineDraft(Draft):
             if checkpoints is not None:
                 with self.failures.records.attempt():
                     checkpoints.request_done()
-
-    # What it says, and what it learns outside of a call
-
-    def logits(self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None) -> Tensor:
-        """What the draft says after each of the last n of `tokens` (rows, L): logits (rows, n, vocab).
-
-        Args:
-            base: the base draft, whatever was learned.
-            mask: (rows, L) with zeros where a row is padded on the left; None: no padding.
-        """
-        return self.causal_lm.logits(tokens, n, base, mask)
-
-    def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> Tensor:
-        """What the draft says with these tensors in the place of its adapter's, by PEFT's names; gradients flow to them.
-
-        Args:
-            inputs: of the model: tokens (rows, L) and their mask.
-        """
-        return self.causal_lm.logits_with(adapter, **inputs)
-
-    def adapter_params(self) -> dict[str, Tensor]:
-        """A copy of the adapter by PEFT's names: of all experts, with no weight of theirs in it."""
-        with self._learns:
-            return copied(self.causal_lm.adapter.named(self.causal_lm.adapter.params))
-
-    def merged_weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The base's weights with what serves now in them, see `GatedLora.merged_weights`."""
-        with self._learns, self.lock:  # between two gradient steps
-            return self.causal_lm.adapter.merged_weights(dtype)
-
-    def fold(self) -> None:
-        """Brings the weights that draft up to date with what was learned."""
-        self.causal_lm.fold()
-
-    def at_rest(self) -> AbstractContextManager[Learned]:
-        """What it has learned from in this process; no gradient step is taken inside of the context."""
-        return self.learning.at_rest()
-
-    def learn(self, examples: Sequence[Feedback], counts: Counts) -> None:
-        """One gradient step on whole texts, together; the privacy audit will look at them."""
-        self.learning.learn(examples, counts)
-
-    def learn_request(self, request: Feedback) -> Counts:
-        """Learns a request as after a call of `generate`, replay included, however little time there is."""
-        return self.learning.learn_request(request)
-
-    def gradient(self) -> Tensor:
-        """A copy of the adapter's gradient (parameters,) in the latest step."""
-        with self._learns:
-            return self.causal_lm.adapter.grads.clone()
-
-    def replayed(self) -> list[Feedback]:
-        """What the replay remembers."""
-        with self._learns:
-            return self.learning.learner.replay.requests
 
     def catch_up(self, timeout_s: float | None = None) -> bool:
         """Waits until everything that was handed to the worker is learned, and whether it was.
@@ -376,7 +291,7 @@ class OnlineDraft(Draft):
         Args:
             learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
         """
-        with self._learns, torch.inference_mode(False):
+        with self.learning.steps_lock, torch.inference_mode(False):
             lora, state = self.causal_lm.adapter, self.learning.learner.state()
             adapter = copied(lora.named(lora.served_params()))
             # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
@@ -395,7 +310,7 @@ class OnlineDraft(Draft):
     # Saving and loading
 
     def state(self) -> State:
-        with self._learns, self.lock:
+        with self.learning.steps_lock, self.lock:
             adapter, learned = self.causal_lm.adapter, self.learning.learner.state()
             return State.joined(
                 adapter=State(copied(adapter.named(adapter.served_params()))),
@@ -407,16 +322,14 @@ class OnlineDraft(Draft):
         self._resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
 
     def _resume(self, adapter: Mapping[str, Tensor], learned: State, metrics: State) -> None:
-        with self._learns, self.lock, torch.inference_mode(False):
+        with self.learning.steps_lock, self.lock, torch.inference_mode(False):
             self.learning.learner.resume(adapter, learned)
             self.metrics.resume(metrics)
-            self.learning.learner.replay.refused = self.metrics.replay_refused
-            self.loaded_rollbacks = self.learning.learner.guard.rollbacks
             self.learning.resumed()
 
     def artifact(self) -> Artifact:
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
-        with self._learns, self.lock:
+        with self.learning.steps_lock, self.lock:
             name = model_name(self.causal_lm.config)  # it may be a folder of this machine: PEFT has to find it
             state = self.state()
             learned = state.part("learning")
@@ -426,7 +339,7 @@ class OnlineDraft(Draft):
                 options=LoraOptions.of(self.causal_lm.adapter.adapter_config(name).to_dict()),
                 adapter=state.part("adapter").tensors,
                 state=State(learned.tensors, learned.values | {"metrics": state.part("metrics").values}),
-                serving=ServingHistory.of(self.metrics, self.targets),
+                serving=ServingHistory.of(self.metrics, self.targets.names),
                 lineage=replace(copy.deepcopy(self.lineage), privacy=privacy_record(self)),
             )
 
@@ -445,7 +358,7 @@ class OnlineDraft(Draft):
         """
         # No step comes in between: what is saved is what was examined.
         with self.learning.generating():
-            if self.changed:
+            if self.steps:
                 try:
                     examine(self, SAVE_S)
                 except Exception:  # a save that is lost would be worse
@@ -523,7 +436,7 @@ class OnlineDraft(Draft):
         )
         options.check(checkpoint_every)
         options = options.with_user()
-        with self._learns:  # whatever is sent, the audit has seen
+        with self.learning.steps_lock:  # whatever is sent, the audit has seen
             if not private and not skip_audit:
                 check_privacy(self)
             artifact = self.artifact()
@@ -575,9 +488,9 @@ class OnlineDraft(Draft):
 
     def restore(self, artifact: Artifact) -> None:
         """Takes over everything that was saved, for a new draft of the same base and settings. Raises ArtifactError."""
-        with self._learns:
+        with self.learning.steps_lock:
             self._resume(artifact.adapter, artifact.state, artifact.state.part("metrics"))
-            self.targets = list(artifact.serving.targets)
+            self.targets.names = list(artifact.serving.targets)
             self.lineage.privacy = loaded_record(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
 
     def adopt(
@@ -589,55 +502,11 @@ class OnlineDraft(Draft):
             texts: (L,) tokens each, what it was trained on, for the privacy audit; None: not known, and it cannot be public.
             n_texts: how many there were, where `texts` is a part of them: the others cannot be judged; None: no more.
         """
-        with self._learns, self.lock, torch.inference_mode(False):
-            self.learning.learner.adopt(adapter)
-            self.examined = None  # that was of the adapter before
-            self.governor.router = AdapterRouter()  # which of the two serves was found out with the one before
-            self.learning.note()
+        with self.learning.steps_lock:
+            self.learning.adopt(adapter, texts or (), max(0, (n_texts or 0) - len(texts or ())))
             if texts is None:
                 self.lineage.privacy = privacy_record(self).plus(TRAINED_ELSEWHERE)
-                return
-            for text in texts:
-                self.learning.learner.texts.finish(text, 0)  # it counts how often each stands, whole
-            self.learning.learner.texts.dropped += max(0, (n_texts or 0) - len(texts))
 
 
 def _scale(settings: OnlineSpecConfig) -> float:
     return settings.alpha / settings.rank
-
-
-_drafts: weakref.WeakKeyDictionary[nn.Module, OnlineDraft] = weakref.WeakKeyDictionary()
-
-
-def kept_draft(model: nn.Module) -> OnlineDraft | None:
-    """The OnlineDraft that is kept with a model, if one was made."""
-    return _drafts.get(model)
-
-
-def online_draft(
-    model: PreTrainedModel | PeftModel | OnlineDraft,
-    config: OnlineSpecConfig | dict[str, Any] | None = None,
-    **settings: Any,
-) -> OnlineDraft:
-    """The OnlineDraft that is kept with a model, made at the first call.
-
-    Args:
-        model: also inside of a `PeftModel`, or as torch.compile returns it: the draft is the same.
-
-    Raises:
-        ConfigError: the model's draft already learns with other settings.
-    """
-    if not isinstance(model, OnlineDraft | nn.Module):
-        raise no_model(model)
-    config = as_config(config, **settings)
-    if isinstance(model, OnlineDraft):
-        draft = model
-        draft.begin_anew_if_changed()
-    else:
-        inner = inner_model(model)
-        if inner not in _drafts:
-            _drafts.setdefault(inner, OnlineDraft(model, config))  # another thread may have been faster
-        draft = _drafts[inner]
-        draft.begin_anew_if_changed(model)
-    draft.check_setting(config)
-    return draft

@@ -1,0 +1,156 @@
+"""Guesses that cost no model: what the suffix memory and the table of recycled tokens say may follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..govern.acceptance import Acceptances, RequestStats
+from ..govern.guesses import NOWHERE, GuessChances, Place
+from ..metrics import Counts
+from ..rounds import Proposal, Rows
+from ..runtime.failures import Attempt, Backoff
+from .recycling import RecyclingTable, best_tokens
+from .request_memory import RequestMemory
+from .suffix_memory import SuffixMemory
+
+
+class Guesser:
+    """What the suffix memory and the table of recycled tokens say in one row.
+
+    Args:
+        memory: of the row; None: there is none.
+        table: of recycled tokens; None: there is none.
+        chances: how likely guesses are.
+        context: the last tokens of the row.
+        calibration: of the memory in this request.
+        vocabulary: ids below it may be guessed; the memory may know other targets. None: all.
+    """
+
+    def __init__(
+        self,
+        memory: RequestMemory | None,
+        table: RecyclingTable | None,
+        chances: GuessChances,
+        context: list[int],
+        calibration: float,
+        vocabulary: int | None,
+    ) -> None:
+        self._memory, self._table, self._chances = memory, table, chances
+        self.context, self._calibration, self._vocabulary = context, calibration, vocabulary
+
+    def place(self, context: list[int], first: bool) -> Place:
+        """What may follow these last tokens; `first`: at the beginning of a round."""
+        answers = [] if self._memory is None else self._memory.answers(context)
+        if self._vocabulary is not None:
+            answers = [known for answer in answers if (known := answer.below(self._vocabulary)) is not None]
+        recycled = () if self._table is None or not context else self._table.successors(context[-1])
+        if not answers and not recycled:
+            return NOWHERE
+        return self._chances.place(answers, recycled, first, self._calibration)
+
+
+class GuessSources:
+    """Where guesses come from in one call of `generate`: the suffix memory, as each row sees it, and the table of recycled tokens.
+
+    Args:
+        memory: of earlier requests; None: there is none.
+        table: of recycled tokens; None: there is none.
+        backoff: of what fails in them: whether they are left out of this call.
+        counts: of the call.
+        lock: held while it is asked.
+        acceptances: how likely the memory's answers are.
+        chances: how likely guesses are.
+        size: tokens that a row can have at most.
+        padding: per row, tokens on the left that are none.
+        vocabulary: ids below it may be guessed; the memory may know other targets. None: all.
+    """
+
+    def __init__(
+        self,
+        memory: SuffixMemory | None,
+        table: RecyclingTable | None,
+        backoff: Backoff,
+        counts: Counts,
+        lock: AbstractContextManager[Any],
+        acceptances: Acceptances,
+        chances: GuessChances,
+        size: int,
+        padding: Sequence[int],
+        vocabulary: int | None = None,
+    ) -> None:
+        self.asks = False  # whether it is asked about every generated token, for learning to be held against
+        self._usable, self._memory, self._table = backoff.begin(), memory, table
+        self._backoff, self._counts = backoff, counts
+        self._lock, self._acceptances, self._size, self._padding = lock, acceptances, size, padding
+        self._chances, self._vocabulary = chances, vocabulary
+        self._rows: dict[int, RequestMemory] = {}
+        self._read: tuple[list[int], Tensor, int] | None = (
+            None  # tokens of the round, best tokens behind them, vocabulary
+        )
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the memory takes part in this call."""
+        return bool(self._rows)
+
+    def row(self, i: int, tokens: Tensor, stats: RequestStats) -> Guesser | None:
+        """What guesses behind a row (1, L), once it was read; None: nobody, or it has failed."""
+        if not self._usable or (self._memory is None and self._table is None):
+            return None
+        with self.attempt():
+            calibration = self._acceptances.memory_calibration(stats)
+            if self._memory is None:
+                context = tokens[0, self._padding[i] :][-1:].tolist()
+                return Guesser(None, self._table, self._chances, context, calibration, self._vocabulary)
+            if i not in self._rows:
+                self._rows[i] = RequestMemory(
+                    self._memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
+                )
+            memory = self._rows[i]
+            memory.read(tokens)
+            return Guesser(memory, self._table, self._chances, memory.context, calibration, self._vocabulary)
+        return None
+
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+        """Finds the target's best tokens in its raw logits (batch, n + 1, vocab) behind every row and every candidate."""
+        if self._table is None or not self._usable:
+            return
+        with self.attempt():
+            batch, positions, vocabulary = logits.shape
+            last = torch.cat([rows.row(i)[:, -1:] for i in range(batch)])
+            tokens = torch.cat([last, proposal.tokens], dim=1)
+            found = best_tokens(logits.reshape(batch * positions, vocabulary))
+            self._read = tokens.flatten().tolist(), found, vocabulary
+
+    def take_in(self) -> None:
+        """Gives what was read last to the table; the draft's lock is held."""
+        if self._read is not None and self._table is not None:
+            tokens, best, vocabulary = self._read
+            self._read = None
+            self._table.update(tokens, best.tolist(), vocabulary)
+
+    def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
+        """The estimated acceptance of its answers at new tokens of a row; None: it was not asked. No memory expects nothing."""
+        if not self._usable:
+            return None
+        if i not in self._rows:
+            return ()
+        return self._rows[i].read(tokens)[new] if self.asks else None
+
+    def attempt(self) -> Attempt:
+        """A `with` block around whatever is asked of them."""
+        return self._backoff.attempt(self._stop)
+
+    def _stop(self) -> None:
+        """The call goes on without them."""
+        self._counts.failed_drafts += 1
+        self._usable, self._rows, self._read = False, {}, None
+
+    def commit(self, rows: Rows) -> int:
+        """Gives every row to the memory; its bytes."""
+        return max(row.commit(rows.row(i)) for i, row in self._rows.items())

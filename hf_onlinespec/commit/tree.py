@@ -1,0 +1,67 @@
+"""Guesses that cost no model grow into a tree, likeliest first, as far as verifying them is expected to pay."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..govern.guesses import Guess
+from .guessing import Guesser
+from .proposal import ProposalBuilder
+from .suffix_memory import REACH
+
+
+class _Branch(NamedTuple):
+    """A guess that may join, in the order of a heap: the likeliest path first, then the one that was found first."""
+
+    less: float  # minus the chance that its whole path is kept
+    number: int
+    parent: int
+    depth: int
+    context: list[int]
+    guess: Guess
+
+
+def grow(
+    builder: ProposalBuilder,
+    guesser: Guesser,
+    pays: Callable[[int, float], bool],
+    room: int,
+    ends: set[int],
+    branches: bool,
+) -> None:
+    """Adds guesses to what is drafted, the likeliest path first, until the next one does not pay.
+
+    Args:
+        pays: whether one more candidate pays: (candidates so far, chance that it is kept).
+        room: most candidates that follow each other.
+        ends: tokens that nothing follows.
+        branches: whether several may follow the same prefix; else they go on behind the last candidate, one after the other.
+    """
+    heap: list[_Branch] = []
+    number = 0
+
+    def offer(parent: int, depth: int, context: list[int] | None, survival: float, guesses: list[Guess]) -> None:
+        nonlocal number
+        if context is None or depth >= room:
+            return
+        for guess in guesses if branches else guesses[:1]:
+            number += 1
+            heapq.heappush(heap, _Branch(-survival * guess.chance, number, parent, depth, context, guess))
+
+    for at in builder.open_places(branches):
+        if at.guesses is None:
+            builder.places[at.parent] = place = guesser.place(at.context, at.parent < 0)
+            offer(at.parent, at.depth, at.context, at.survival, place.guesses)
+        else:
+            offer(at.parent, at.depth, at.context, at.survival, at.guesses)
+    while heap:
+        best = heapq.heappop(heap)
+        if not pays(len(builder.drafted), -best.less):
+            return
+        node = builder.add_branch(best.guess, best.parent, best.depth)
+        if best.guess.token not in ends and best.depth + 1 < room:
+            context = [*best.context[1 - REACH :], best.guess.token]
+            builder.places[node] = place = guesser.place(context, False)
+            offer(node, best.depth + 1, context, -best.less, place.guesses)

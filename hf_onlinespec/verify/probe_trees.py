@@ -1,0 +1,123 @@
+"""Whether a target verifies a tree of candidates in one forward: by what its configuration says, then tried once for each model.
+
+Else its proposals are chains. A mask of two branches is refused by some models and ignored by others; what counts the places of
+the keys instead of the positions of the tokens (windows, ALiBi, sinks) computes something else in a tree.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .._compat.attention import attention_kind, has_sinks, takes_positions, tree_obstacle
+from .._compat.caches import CACHE, fresh_cache, moves
+from .._compat.generation import continues_inputs
+from ..runtime.failures import kind_and_place
+from .positions import PositionLimits
+from .probe import MOST_TRIALS, guesses, made_of, off, own_inputs, own_random_numbers, tolerance
+from .target import TEXT, Verifier
+
+PROMPT_TOKENS = 8  # that a known class is tried with: its configuration has told what depends on the length; chosen
+
+# Largest difference of two logits over the largest one, where `tolerance` allows for more. On SmolLM2 in bfloat16 both are the same to
+# the bit; with the mask left out they are 0.12 to 0.38 apart. A router that flips at a tie costs trees, not an answer.
+MOST_OFF = 0.05
+
+# For each model why it is given chains alone, by what it was made of when it was tried.
+_tried: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+
+
+def why_chains(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+    """Why the proposals of a request of this target have to be chains; "": they may be trees.
+
+    Args:
+        input_ids: (1, L) the prompt, or its new part.
+    """
+    name = type(target).__name__
+    try:
+        reason = tree_obstacle(target.config) or _inputs_obstacle(target, input_ids, model_kwargs)
+        if reason:
+            return f"the target {name} {reason}"
+        known, parts = made_of(target)
+        made = (*parts, attention_kind(target.config))
+        tried = _tried.setdefault(target, {})
+        if made not in tried:
+            if len(tried) >= MOST_TRIALS:
+                return f"the target {name} was altered {MOST_TRIALS} times"
+            tried[made] = _fault(target, input_ids, model_kwargs, known)
+        return tried[made]
+    except Exception as error:  # hooks and classes of others may raise anything
+        return f"the target {name} was tried with a tree, and failed: {kind_and_place(error)}"
+
+
+def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+    """What in this request keeps from verifying a tree, said of the target; "": nothing."""
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if {name for name, value in model_kwargs.items() if value is not None} - TEXT or continues_inputs(target):
+        return "reads more than text"
+    if not moves(model_kwargs[CACHE]):
+        return "has a cache whose keys cannot be moved"
+    if PositionLimits.of(target.config).by_length:
+        return "computes its positions, or selects its keys, by the length of a forward"
+    if target.training:
+        return "is in training mode"
+    if not takes_positions(target) or (positions is not None and positions.ndim != 2):
+        return "takes no position for each token"
+    if mask is not None and (mask.ndim != 2 or (positions is None and not bool(mask.all()))):
+        return "was given an attention mask without positions"
+    return ""
+
+
+def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], known: bool) -> str:
+    """What a forward over a tree gets wrong, behind the request's own prompt and on a cache of its own; "": nothing."""
+    if has_sinks(target):
+        return f"the target {type(target).__name__} has attention sinks"
+    prompt, _ = own_inputs(input_ids, model_kwargs)
+    prompt = prompt[:, -PROMPT_TOKENS:] if known else prompt
+    # Positions are given where the request gives them: a class may count otherwise by itself.
+    inputs: dict[str, Any] = {"use_cache": True}
+    if model_kwargs.get("position_ids") is not None:
+        inputs["position_ids"] = torch.arange(prompt.shape[1], device=prompt.device)[None]
+    try:
+        with own_random_numbers(target, input_ids):
+            found, expected = _two_branches(target, prompt, inputs)
+    except torch.OutOfMemoryError:
+        raise  # that passes: the next request tries again
+    except Exception as error:  # a class from elsewhere may raise anything
+        return f"the target {type(target).__name__} was tried with a tree, and failed: {kind_and_place(error)}"
+    apart = off(found, expected)
+    if not bool((apart <= min(MOST_OFF, tolerance(target))).all()):
+        return (
+            f"the target {type(target).__name__} computes something else in a tree than in its branches "
+            f"(logits off by {float(apart.max()):.2g} of the largest)"
+        )
+    return ""
+
+
+def _two_branches(target: PreTrainedModel, prompt: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits (7, vocab) of a tree of two branches of two tokens and, with the second one kept, of two tokens more; and what they
+    are where each branch is a chain."""
+    verifier = Verifier(target, prompt, GenerationConfig(), inputs | {CACHE: fresh_cache(target.config)})
+    logits = verifier.verify(prompt, guesses(prompt[:, :0]))[:, 0]
+    likely = logits.topk(min(8, logits.shape[1])).indices.repeat(1, 8)[
+        :, :8
+    ]  # they differ where the vocabulary is large enough
+    root = torch.cat([prompt, likely[:, :1]], dim=-1)
+    first, second, more = likely[:, 1:3], likely[:, 3:5], likely[:, 5:]
+
+    verifier.keep(root)
+    one = verifier.verify(root, guesses(first))[0]  # (3, vocab)
+    verifier.keep(root)
+    # The branches lie between each other: neither is at its places in the cache.
+    tree = guesses(torch.stack([first, second], dim=-1).flatten(1), parents=(-1, -1, 0, 1))
+    both = verifier.verify(root, tree)[0]  # (5, vocab): behind the root, first, second, first, second
+    longer = torch.cat([root, second, more[:, :1]], dim=-1)
+    verifier.keep(longer, ((1, 3),))
+    behind = verifier.verify(longer, guesses(more[:, 1:2]))[0]  # (2, vocab)
+    verifier.keep(root)
+    other = verifier.verify(root, guesses(torch.cat([second, more[:, :2]], dim=-1)))[0]  # (5, vocab)
+    return torch.cat([both[[0, 1, 3, 2, 4]], behind]), torch.cat([one, other[[1, 2, 3, 4]]])
