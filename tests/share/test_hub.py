@@ -361,7 +361,7 @@ def test_force_does_not_skip_the_audit(hub: LoopbackHub, draft: OnlineDraft, mon
     def refuses(draft: OnlineDraft) -> None:
         raise PrivacyError("too much")
 
-    monkeypatch.setattr("hf_onlinespec.draft.online.check_privacy", refuses)
+    monkeypatch.setattr("hf_onlinespec.share.pushing.check_privacy", refuses)
     with pytest.raises(PrivacyError, match="too much"):
         draft.push_to_hub(REPO, private=False, data_statement=SAYS, force=True)
     assert not hub.requests

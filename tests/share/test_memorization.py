@@ -200,7 +200,7 @@ def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_onlinespec.draft.online.examine", fail)
+    monkeypatch.setattr("hf_onlinespec.share.saving.examine", fail)
     draft.save_pretrained(tmp_path)
     assert "1 were not examined" in refusal(OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2)))
 
