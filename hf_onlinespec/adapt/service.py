@@ -16,7 +16,7 @@ from ..govern.governor import Governor
 from ..govern.routing import AdapterRouter
 from ..metrics import Counts, DraftMetrics
 from ..runtime.forks import Lock
-from ..state import copied
+from ..state import State, copied
 from .feedback import Feedback, acceptance
 from .learned_texts import Learned, Request
 from .learner import Learner
@@ -198,12 +198,19 @@ class LearningService:
             self.metrics.decisions.rollback = guard.reason
             logger.info("%s", guard.reason)
 
-    def resumed(self) -> None:
-        """The learner and the metrics were given another state."""
-        self.learner.replay.refused = self.metrics.replay_refused
-        self._loaded_rollbacks = self.learner.guard.rollbacks
-        self.metrics.decisions.rollback = self.learner.guard.reason
-        self.note()
+    def resume(self, adapter: Mapping[str, Tensor], learned: State, metrics: State) -> None:
+        """Goes on from states that were saved beside an adapter, by PEFT's names: of the learner, and of the metrics.
+
+        Raises:
+            ArtifactError: they belong to other settings, or to another base.
+        """
+        with self.steps_lock, self.lock, torch.inference_mode(False):
+            self.learner.resume(adapter, learned)
+            self.metrics.resume(metrics)
+            self.learner.replay.refused = self.metrics.replay_refused
+            self._loaded_rollbacks = self.learner.guard.rollbacks
+            self.metrics.decisions.rollback = self.learner.guard.reason
+            self.note()
 
     def adopt(self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] = (), left_out: int = 0) -> None:
         """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.

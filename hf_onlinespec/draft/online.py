@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, final
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -39,11 +38,10 @@ from ..share.artifact import Artifact
 from ..share.checkpoints import Checkpoints
 from ..share.export import merge_and_export
 from ..share.hub import Push
-from ..share.learned_from import loaded_record, privacy_record
 from ..share.lineage import Lineage
 from ..share.loading import Loaded, load
-from ..share.privacy_record import TRAINED_ELSEWHERE
 from ..share.pushing import push
+from ..share.resuming import go_on
 from ..share.saving import artifact_of, save
 from ..share.targets import Targets
 from ..state import State, copied
@@ -305,13 +303,7 @@ class OnlineDraft(Draft):
             )
 
     def resume(self, state: State) -> None:
-        self._resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
-
-    def _resume(self, adapter: Mapping[str, Tensor], learned: State, metrics: State) -> None:
-        with self.learning.steps_lock, self.lock, torch.inference_mode(False):
-            self.learning.learner.resume(adapter, learned)
-            self.metrics.resume(metrics)
-            self.learning.resumed()
+        self.learning.resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
 
     def artifact(self) -> Artifact:
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
@@ -377,21 +369,9 @@ class OnlineDraft(Draft):
         """
         if message is not None and commit_message is not None:
             raise ConfigError(f"commit_message={commit_message!r} and message={message!r}: give one of the two.")
-        private, said = private is not False, commit_message if message is None else message
-        options = Push(
-            repo_id,
-            private,
-            data_statement,
-            token,
-            said,
-            tag,
-            force,
-            skip_audit,
-            with_state,
-            license,
-            revision,
-            create_pr,
-        )
+        said = commit_message if message is None else message
+        options = Push(repo_id, private is not False, data_statement, token, said, tag, force, skip_audit)
+        options = replace(options, with_state=with_state, license=license, revision=revision, create_pr=create_pr)
         return push(self, options, checkpoint_every)
 
     @classmethod
@@ -424,34 +404,5 @@ class OnlineDraft(Draft):
     def of(cls, loaded: Loaded) -> OnlineDraft:
         """A draft of what was read and checked."""
         draft = cls(loaded.base, loaded.settings)
-        if loaded.artifact is not None:
-            draft.restore(loaded.artifact)
-        elif loaded.adapter is not None:
-            draft.adopt(loaded.adapter)
-        draft.lineage = draft.lineage.going_on_from(loaded.lineage)
+        go_on(draft, loaded)
         return draft
-
-    def restore(self, artifact: Artifact) -> None:
-        """Takes over everything that was saved, for a new draft of the same base and settings. Raises ArtifactError."""
-        with self.learning.steps_lock:
-            self._resume(artifact.adapter, artifact.state, artifact.state.part("metrics"))
-            self.targets.names = list(artifact.serving.targets)
-            self.lineage.privacy = loaded_record(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
-
-    def adopt(
-        self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] | None = None, n_texts: int | None = None
-    ) -> None:
-        """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.
-
-        Args:
-            texts: (L,) tokens each, what it was trained on, for the privacy audit; None: not known, and it cannot be public.
-            n_texts: how many there were, where `texts` is a part of them: the others cannot be judged; None: no more.
-        """
-        with self.learning.steps_lock:
-            self.learning.adopt(adapter, texts or (), max(0, (n_texts or 0) - len(texts or ())))
-            if texts is None:
-                self.lineage.privacy = privacy_record(self).plus(TRAINED_ELSEWHERE)
-
-
-def _scale(settings: OnlineSpecConfig) -> float:
-    return settings.alpha / settings.rank
