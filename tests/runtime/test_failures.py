@@ -18,6 +18,7 @@ from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfi
 from hf_onlinespec._compat.caches import cache_tensors
 from hf_onlinespec.adapt.gated_lora import GatedLora
 from hf_onlinespec.adapt.guard import Guard, GuardConstants
+from hf_onlinespec.adapt.idle import IdleLearning
 from hf_onlinespec.adapt.learner import Learner
 from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.adapt.replay import Replay
@@ -150,7 +151,7 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "a look": (LearningService, "score_offline", {"update_every": "auto", "lookahead": "auto"}),
     "recording": (LearningSchedule, "record", {}),
     "the copy of the logits": (LearningSchedule, "copied", {}),
-    "what is handed over": (LearningService, "learn_later", {"update_when": "idle"}),
+    "what is handed over": (IdleLearning, "add", {"update_when": "idle"}),
     "the memory's answer": (SuffixMemory, "continuation", {}),
     "the memory's tokens": (SuffixMemory, "extend", {}),
     "the governor": (Governor, "observe", {}),
