@@ -176,6 +176,17 @@ def test_models_that_count_places_are_given_chains_and_decisions_say_why(name: s
     assert "chains only: the target" in said and REFUSED[name] in said
 
 
+def test_decisions_forget_why_there_were_chains_when_there_are_trees() -> None:
+    target = built("llama")
+    plain = target.generate(prompt(), **CALL)
+    draft = TreeDraft(ScriptedProposer(plain.sequences, SHAPES["by depth"], VOCAB))
+    for trains in (True, True, False):
+        target.train(trains)  # without dropout it says the same
+        ours = target.generate(prompt(), assistant_model=draft, **CALL)
+        assert torch.equal(ours.sequences, plain.sequences)
+        assert draft.metrics.decisions.drafting.count("chains only") == trains
+
+
 def test_layers_of_a_window_that_are_not_in_use_are_no_obstacle() -> None:
     target = random_model(MistralConfig(**SMALL, sliding_window=None), 0)
     plain = target.generate(prompt(), **CALL)
