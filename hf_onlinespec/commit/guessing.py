@@ -45,13 +45,13 @@ class Guesser:
 
     def place(self, context: list[int], first: bool) -> Place:
         """What may follow these last tokens; `first`: at the beginning of a round."""
-        found = None if self._memory is None else self._memory.lookup(context)
-        if found is not None and self._vocabulary is not None:
-            found = found.below(self._vocabulary)
+        answers = [] if self._memory is None else self._memory.answers(context)
+        if self._vocabulary is not None:
+            answers = [known for answer in answers if (known := answer.below(self._vocabulary)) is not None]
         recycled = () if self._table is None or not context else self._table.successors(context[-1])
-        if found is None and not recycled:
+        if not answers and not recycled:
             return NOWHERE
-        return self._chances.place(found, recycled, first, self._calibration)
+        return self._chances.place(answers, recycled, first, self._calibration)
 
 
 class GuessSources:

@@ -64,18 +64,24 @@ class RequestMemory:
             self._written.append(token)
         return self._expected
 
+    def answers(self, context: Sequence[int]) -> list[Continuation]:
+        """What followed the longest match of `context` in this request, and in earlier ones."""
+        here = self._own.continuation(context)
+        with self._lock:
+            before = self._memory.continuation(context)
+        found = [] if here is None else [here]
+        return found if before is None else [*found, replace(before, earlier=True)]
+
     def lookup(self, context: Sequence[int]) -> Continuation | None:
         """What followed the longest match of `context` in this request, or in earlier ones where that is likelier to be right.
 
         A long match in an earlier one goes before a short one in this: that request is asked once more, or a part of it.
         """
-        here = self._own.continuation(context)
-        with self._lock:
-            before = self._memory.continuation(context)
-        if before is None:
-            return here
-        before = replace(before, earlier=True)
-        if here is None or (self._acceptances.is_long(before) and not self._acceptances.is_long(here)):
+        answers = self.answers(context)
+        if len(answers) < 2:
+            return answers[0] if answers else None
+        here, before = answers
+        if self._acceptances.is_long(before) and not self._acceptances.is_long(here):
             return before
         chances = [self._acceptances.memory(found)[1] for found in (here, before)]
         return before if chances[1] > chances[0] else here

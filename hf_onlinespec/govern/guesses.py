@@ -45,13 +45,20 @@ class Place:
     """What may follow one prefix."""
 
     guesses: list[Guess]  # the likeliest first
-    answer: tuple[int, ...] | None = (
-        None  # what the acceptance of the memory's first answer is kept by; None: it has none
-    )
-    answer_token: int = -1  # that answer
+    # The likeliest token of each of the memory's answers, and what the acceptance of such an answer is kept by.
+    answers: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 NOWHERE = Place([])
+
+
+@dataclass
+class _Remembered:
+    """A token that the memory says, in one answer or in several."""
+
+    chance: float = 0.0  # by the answer that makes it likeliest
+    keys: tuple[Hashable, ...] = ()
+    answers: int = 0
 
 
 class GuessChances:
@@ -61,47 +68,61 @@ class GuessChances:
         self._acceptances, self._constants = acceptances, constants
         self._seen: dict[Hashable, DecayedMean] = {}
 
-    def place(self, found: Continuation | None, recycled: Sequence[int], first: bool, calibration: float) -> Place:
+    def place(
+        self, answers: Sequence[Continuation], recycled: Sequence[int], first: bool, calibration: float = 1.0
+    ) -> Place:
         """The guesses behind one prefix.
 
         Args:
-            found: the memory's answer.
+            answers: of the memory.
             recycled: next tokens of the table, best first.
             first: at the beginning of a round, behind a token of the target's own.
             calibration: of the memory in this request, see `Acceptances.memory_calibration`.
         """
-        own: dict[int, tuple[float, Hashable]] = {}  # of the memory's answers: chance and key
-        answer, sure = None, 0.0
-        if found is not None:
-            answer, top = self._acceptances.memory(found, first, calibration)
-            sure = top
-            own[found.tokens[0]] = top, ("answer", answer)
-            for rank in range(1, min(len(found.tokens), self._constants.answers)):
-                share = found.probs[rank]
-                key = ("later", min(found.length, 3), rank, int(share * 10), found.earlier)
-                chance = calibration * self._mean(key, min(share, 1 - top) * self._constants.later_answer)
-                own[found.tokens[rank]] = chance, key
-                sure += chance
+        said: dict[int, _Remembered] = {}
+        likeliest = []
+        for answer in answers:
+            key, top = self._acceptances.memory(answer, first, calibration)
+            likeliest.append((answer.tokens[0], key))
+            self._note(said, answer.tokens[0], top, ("answer", key))
+            for rank in range(1, min(len(answer.tokens), self._constants.answers)):
+                share = answer.probs[rank]
+                later = ("later", min(answer.length, 3), rank, int(share * 10), answer.earlier)
+                chance = calibration * self._mean(later, min(share, 1 - top) * self._constants.later_answer)
+                self._note(said, answer.tokens[rank], chance, later)
         ranks = {token: rank for rank, token in enumerate(recycled)}
-        guesses = [self._remembered(token, *own[token], ranks.get(token), bool(recycled)) for token in own]
-        guesses += [self._recycled(token, rank, min(sure, 0.99)) for token, rank in ranks.items() if token not in own]
+        surest = max((one.chance for one in said.values()), default=0.0)
+        guesses = [self._remembered(token, one, surest, ranks.get(token), bool(ranks)) for token, one in said.items()]
+        sure = min(sum(one.chance for one in said.values()), 0.99)
+        guesses += [self._recycled(token, rank, sure) for token, rank in ranks.items() if token not in said]
         guesses.sort(key=lambda guess: -guess.chance)
-        return Place(guesses, answer, -1 if found is None else found.tokens[0])
+        return Place(guesses, tuple(likeliest))
 
-    def _remembered(self, token: int, chance: float, own: Hashable, rank: int | None, known: bool) -> Guess:
+    def _note(self, said: dict[int, _Remembered], token: int, chance: float, key: Hashable) -> None:
+        one = said.setdefault(token, _Remembered())
+        one.chance = max(one.chance, chance)
+        one.keys += (key,)
+        one.answers += 1
+
+    def _remembered(self, token: int, one: _Remembered, surest: float, rank: int | None, known: bool) -> Guess:
         """A guess of the memory's.
 
         Args:
+            surest: the chance of the memory's likeliest token.
             rank: in the table; None: the table does not have it.
             known: whether the table knows the last token.
         """
-        prior, keys = chance, [own]
+        prior, keys = one.chance, one.keys
         if rank is not None:
-            prior = 1 - (1 - chance) * (1 - self._rank(rank))
-            keys.append(("rank", rank))
+            prior = 1 - (1 - prior) * (1 - self._rank(rank))
+            keys += (("rank", rank),)
         elif known:
-            prior = self._constants.unsupported * chance
-        joint = ("memory", self._bin(chance), rank if known else -1)
+            prior *= self._constants.unsupported
+        beside = -1
+        if one.chance < surest:  # something else is likelier
+            beside = self._bin(surest)
+            prior *= 1 - surest
+        joint = ("memory", self._bin(one.chance), beside, rank if known else -1, one.answers > 1)
         return Guess(token, self._mean(joint, prior), "memory", (*keys, joint))
 
     def _recycled(self, token: int, rank: int, sure: float) -> Guess:
@@ -131,9 +152,9 @@ class GuessChances:
         return Guess(token, self._mean(key, chance * (1 - drafted)), source, (key,))
 
     def observe(self, place: Place, token: int, seen: RequestStats) -> None:
-        """Takes in the target's own token at a verified place, also into what the request has shown."""
-        if place.answer is not None:
-            self._acceptances.observe_answer(place.answer, float(token == place.answer_token), seen)
+        """Takes in the target's own token at a verified place, also into what the request has shown of the memory."""
+        for likeliest, key in place.answers:
+            self._acceptances.observe_answer(key, float(token == likeliest), seen)
         self.observe_guesses(place.guesses, token)
 
     def observe_guesses(self, guesses: Sequence[Guess], token: int) -> None:

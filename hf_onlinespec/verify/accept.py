@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .._compat.generation import processed_scores
 from ..commit.sampling import draw
-from ..models.vocabulary import widened
 from ..rounds import Proposal, Rows, Verdict
+from .rejection import Drawn, speculative_sample
 
 
 def accept(
@@ -50,12 +51,27 @@ def accept(
     return _joined(proposal, verdicts)
 
 
-@dataclass
-class _Place:
-    """Where one row stands: behind a kept prefix."""
+class _Walk:
+    """The way of one row through its tree of candidates."""
 
-    candidates: list[int]  # that follow it, the drawn ones in the order of their draws
-    drawn: list[int]  # of these, the drawn ones
+    def __init__(self, proposal: Proposal, row: int) -> None:
+        self._followers: dict[int, list[int]] = {}  # of a candidate, and of the row itself (-1)
+        for candidate, parent in enumerate(proposal.parents_of(row)):
+            self._followers.setdefault(parent, []).append(candidate)
+        self.q_places = {candidate: i for i, candidate in enumerate(proposal.drawn_of(row))}  # of the drawn candidates
+        self.path: list[int] = []
+        self.places: list[list[int]] = []  # the candidates behind every prefix that was kept, where there are any
+        self.done = False
+        self.candidates = self._followers.get(-1, [])  # behind what was kept so far
+
+    @property
+    def place(self) -> int:
+        """Where the logits behind what was kept so far stand."""
+        return self.path[-1] + 1 if self.path else 0
+
+    def keep(self, candidate: int) -> None:
+        self.path.append(candidate)
+        self.candidates = self._followers.get(candidate, [])
 
 
 class _Group:
@@ -68,159 +84,98 @@ class _Group:
         self._active = list(range(batch))
         self._earlier = scores
         self._steps: list[tuple[list[int], Tensor, Tensor]] = []  # rows that went on, their tokens and processed scores
-        self._candidates = [_followers(proposal.parents_of(row)) for row in range(batch)]
-        self._q_rows = [{candidate: i for i, candidate in enumerate(proposal.drawn_of(row))} for row in range(batch)]
-        self._known: list[list[int]] | None = None  # the candidates' tokens, once somebody asks for them
-        self.paths: list[list[int]] = [[] for _ in range(batch)]
-        self.overlaps: list[list[float]] = [[] for _ in range(batch)]
-        self.chances: list[list[tuple[int, float]]] = [[] for _ in range(batch)]
-        self.done = [False] * batch
+        self._walks = [_Walk(proposal, row) for row in range(batch)]
+        # (row, candidate) and their chances: read once the round is over, for which an accelerator is waited.
+        self._told: list[tuple[int, int]] = []
+        self._chances: list[Tensor] = []
 
     def accept(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, sample: bool) -> Verdict:
         before = self._tokens
-        while True:
-            places = [self._place(row) for row in self._active]
-            processed = processed_scores(processors, self._tokens, self._logits_here())  # (active, vocab)
-            token, kept = self._sampled(processed, places) if sample else self._greedy(processed, places)
-            self._tokens = torch.cat([self._tokens, token[:, None]], dim=-1)
+        while self._active:
+            places = [self._walks[row].place for row in self._active]
+            processed = processed_scores(processors, self._tokens, self._at(self._logits, places))  # (active, vocab)
+            token = self._sampled(processed) if sample else processed.argmax(-1, keepdim=True)  # (active, 1)
+            self._tokens = torch.cat([self._tokens, token], dim=-1)
             self._steps.append((self._active, token, processed))
             # generate() passes the scores to the criteria only where the caller asked for them.
-            stops = criteria(self._tokens, self._scores_so_far())
-            ends = [bool(stops.all())] if len(self._active) == 1 else stops.tolist()
-            goes_on = []
-            for i, (row, candidate) in enumerate(zip(self._active, kept, strict=True)):
-                self.done[row] = ends[i]
-                if candidate is not None:
-                    self.paths[row].append(candidate)
-                    if not self.done[row]:
-                        goes_on.append(i)
-            if not goes_on:
-                return self._verdict(before)
-            if len(goes_on) < len(self._active):
-                self._active = [self._active[i] for i in goes_on]
-                self._tokens = self._tokens[torch.tensor(goes_on, device=token.device)]
+            self._walk(token, criteria(self._tokens, self._scores_so_far()))
+        return self._verdict(before, sample)
 
-    def _place(self, row: int) -> _Place:
-        at = self.paths[row][-1] if self.paths[row] else -1
-        candidates = self._candidates[row].get(at, [])
-        return _Place(candidates, [candidate for candidate in candidates if candidate in self._q_rows[row]])
+    @cached_property
+    def _known(self) -> list[list[int]]:
+        """The candidates' tokens on the host; an accelerator is waited for, so that its forward should have been asked for."""
+        return self._proposal.tokens.tolist()
 
-    def _logits_here(self) -> Tensor:
-        """(active, vocab) behind what was kept of every row that goes on."""
-        at = [self.paths[row][-1] + 1 if self.paths[row] else 0 for row in self._active]
-        if len(self._active) == self._logits.shape[0] and len(set(at)) == 1:
-            return self._logits[:, at[0]]
-        if len(self._active) == 1:
-            return self._logits[self._active[0], at[0]][None]
-        device = self._logits.device
-        return self._logits[torch.tensor(self._active, device=device), torch.tensor(at, device=device)]
+    def _at(self, values: Tensor, places: Sequence[int]) -> Tensor:
+        """(active, …) of `values` (batch, n, …): one place for every row that goes on."""
+        if len(self._active) == values.shape[0] and len(set(places)) == 1:
+            return values[:, places[0]]
+        return values[self._active, list(places)]
 
-    def _token(self, row: int, candidate: int) -> int:
-        if self._known is None:
-            self._known = self._proposal.tokens.tolist()
-        return self._known[row][candidate]
-
-    def _kept(self, tokens: Tensor, places: list[_Place], tried: Sequence[int | None]) -> list[int | None]:
-        """Of every row the candidate that is its token; `tried`: what is known of that already."""
-        if not any(place.candidates for place in places):
-            return list(tried)
-        found = list(tried)
-        for i, (row, place, token) in enumerate(zip(self._active, places, tokens.tolist(), strict=True)):
-            if found[i] is None:
-                # A drawn candidate that was rejected is not kept, whatever is drawn in its place.
-                guesses = (c for c in place.candidates if c not in place.drawn and self._token(row, c) == token)
-                found[i] = next(guesses, None)
-        return found
-
-    def _greedy(self, processed: Tensor, places: list[_Place]) -> tuple[Tensor, list[int | None]]:
-        token = processed.argmax(-1)
-        # Whatever a candidate was drawn from, it is kept where it is the target's own.
-        kept = self._kept(token, [_Place(place.candidates, []) for place in places], [None] * len(places))
-        for row, place, candidate in zip(self._active, places, kept, strict=True):
-            if place.candidates:
-                self.overlaps[row].append(float(candidate is not None))
-                self.chances[row] += [(one, float(one == candidate)) for one in place.candidates]
-        return token, kept
-
-    def _sampled(self, processed: Tensor, places: list[_Place]) -> tuple[Tensor, list[int | None]]:
-        left = processed.softmax(-1)  # (active, vocab) the law of the token, given what was rejected
-        reached = [1.0] * len(places)  # per row, the chance that everything so far was rejected
-        kept: list[int | None] = [None] * len(places)
-        token: Tensor | None = None  # of the rows that have one
-        chances: list[list[tuple[int, float]]] = [[] for _ in places]
-        for i in range(max((len(place.drawn) for place in places), default=0)):
-            left, token = self._try_drawn(i, left, places, kept, token, reached, chances)
-        for row, place, rest, found, after in zip(self._active, places, left, chances, reached, strict=True):
-            guesses = [c for c in place.candidates if c not in place.drawn]
-            if guesses:
-                inside = [c for c in guesses if self._token(row, c) < rest.shape[0]]
-                values = rest[torch.tensor([self._token(row, c) for c in inside], device=rest.device)].tolist()
-                known = dict(zip(inside, values, strict=True))
-                found += [(c, after * known.get(c, 0.0)) for c in guesses]
-        for row, place, found in zip(self._active, places, chances, strict=True):
-            if place.candidates:
-                self.overlaps[row].append(min(1.0, sum(chance for _, chance in found)))
-                self.chances[row] += found
-        if token is None or None in kept:
-            drawn = draw(left).squeeze(1)
-            has = torch.tensor([candidate is not None for candidate in kept], device=left.device)
-            token = drawn if token is None else torch.where(has, token, drawn)
-            kept = self._kept(token, places, kept)
-        return token, kept
-
-    def _try_drawn(
-        self,
-        i: int,
-        left: Tensor,
-        places: list[_Place],
-        kept: list[int | None],
-        token: Tensor | None,
-        reached: list[float],
-        chances: list[list[tuple[int, float]]],
-    ) -> tuple[Tensor, Tensor]:
-        """Keeps or rejects the drawn candidate number `i` of every row that has one and kept none before it (recursive rejection,
-        arXiv:2305.09781); what is left of the law, and the rows' tokens so far."""
-        assert self._proposal.q is not None
-        has = [len(place.drawn) > i and candidate is None for place, candidate in zip(places, kept, strict=True)]
-        wide = self._proposal.q.shape[-1]
-        left = widened(left, wide, 0.0)
-        q, ids = left.new_zeros(len(places), wide), [0] * len(places)
-        for at, (row, place) in enumerate(zip(self._active, places, strict=True)):
-            if has[at]:
-                q[at] = self._proposal.q[row, self._q_rows[row][place.drawn[i]]]
-                ids[at] = place.drawn[i]
-        # A distribution is 0 at ids that the other one has alone.
-        q = widened(q, left.shape[-1], 0.0)
-        rows = torch.tensor(self._active, device=left.device)
-        drafted = self._proposal.tokens[rows, torch.tensor(ids, device=left.device)]
-        some = torch.tensor(has, device=left.device)
-        overlap = torch.minimum(left, q).sum(-1).tolist()
-        keeps, residual = keep_drawn(left, q, drafted, some)
-        token = drafted if token is None else torch.where(some, drafted, token)
-        for at, one in enumerate(keeps.tolist()):
-            if not has[at]:
+    def _walk(self, token: Tensor, stops: Tensor) -> None:
+        """Every row goes to the candidate that is its token; it ends where there is none, or where it has to stop."""
+        goes_on = []
+        ends = [bool(stops.all())] if len(self._active) == 1 else stops.tolist()
+        for i, (row, (own,), end) in enumerate(zip(self._active, token.tolist(), ends, strict=True)):
+            walk = self._walks[row]
+            walk.done = end
+            if not walk.candidates:
                 continue
-            chances[at].append((ids[at], reached[at] * min(1.0, overlap[at])))
-            reached[at] *= max(0.0, 1 - overlap[at])
-            if one:
-                kept[at] = ids[at]
-        return torch.where(some[:, None], residual, left), token
+            walk.places.append(walk.candidates)
+            known = self._known[row]
+            kept = next((candidate for candidate in walk.candidates if known[candidate] == own), None)
+            if kept is not None:
+                walk.keep(kept)
+                if not end:
+                    goes_on.append(i)
+        if len(goes_on) < len(self._active):
+            self._active = [self._active[i] for i in goes_on]
+            if goes_on:
+                self._tokens = self._tokens[goes_on]
+
+    def _sampled(self, processed: Tensor) -> Tensor:
+        p = processed.softmax(-1)
+        told: list[tuple[int, int]] = []  # (row, candidate) as their chances come
+        drawn, guesses = [], []
+        own = [[c for c in self._walks[row].candidates if c in self._walks[row].q_places] for row in self._active]
+        for candidates in zip_longest(*own, fillvalue=-1):  # one of every row; -1: it has no more
+            drawn.append(self._drawn(candidates))
+            told += zip(self._active, candidates, strict=True)
+        for i, row in enumerate(self._active):
+            for candidate in self._walks[row].candidates if len(own[i]) < len(self._walks[row].candidates) else ():
+                # The target has no chance for ids beyond its own.
+                if candidate not in own[i] and self._known[row][candidate] < p.shape[-1]:
+                    guesses.append((i, self._known[row][candidate]))
+                    told.append((row, candidate))
+        if not told:
+            return draw(p)
+        token, chances = speculative_sample(p, drawn, guesses)
+        self._told += told
+        self._chances += chances
+        return token
+
+    def _drawn(self, candidates: tuple[int, ...]) -> Drawn:
+        """A drawn candidate of every row that goes on; -1: it has none."""
+        assert self._proposal.q is not None
+        q_places = [self._walks[row].q_places.get(c, 0) for row, c in zip(self._active, candidates, strict=True)]
+        tokens, q = self._at(self._proposal.tokens, candidates), self._at(self._proposal.q, q_places)
+        if -1 not in candidates:
+            return Drawn(tokens, q)
+        has = torch.tensor([c >= 0 for c in candidates], device=q.device)
+        return Drawn(tokens, torch.where(has[:, None], q, 0.0), has)
 
     def _scores_so_far(self) -> tuple[Tensor, ...] | None:
         """What generate() would show the criteria of the rows that go on: the processed scores (active, vocab) of every token."""
         if self._earlier is None:
             return None
-        found = [
-            scores if len(self._active) == scores.shape[0] else scores[torch.tensor(self._active, device=scores.device)]
-            for scores in self._earlier
-        ]
+        found = [scores if len(self._active) == scores.shape[0] else scores[self._active] for scores in self._earlier]
         for rows, _, processed in self._steps:
             same = rows == self._active
             found.append(processed if same else processed[[rows.index(row) for row in self._active]])
         return tuple(found)
 
-    def _verdict(self, before: Tensor) -> Verdict:
-        batch = len(self.paths)
+    def _verdict(self, before: Tensor, sample: bool) -> Verdict:
+        batch = len(self._walks)
         scores: list[list[Tensor]] = [[] for _ in range(batch)]
         if batch == 1:
             tokens, counts = self._tokens, [len(self._steps)]
@@ -228,31 +183,36 @@ class _Group:
             tokens = torch.cat([before, before.new_zeros(batch, len(self._steps))], dim=-1)
             counts = [0] * batch
             for i, (rows, token, _) in enumerate(self._steps):
-                tokens[torch.tensor(rows, device=tokens.device), before.shape[1] + i] = token
+                tokens[rows, before.shape[1] + i] = token[:, 0]
                 for row in rows:
                     counts[row] += 1
         if self._earlier is not None:
             for rows, _, processed in self._steps:
                 for row, own in zip(rows, processed, strict=True):
                     scores[row].append(own)
+        chances = self._chances_of_places(sample)
         return Verdict(
             self._proposal,
             Rows(tokens, tuple(before.shape[1] + n for n in counts)),
             tuple(counts),
-            tuple(map(tuple, self.paths)),
-            tuple(map(tuple, self.overlaps)),
-            tuple(map(tuple, self.chances)),
-            tuple(self.done),
+            tuple(tuple(walk.path) for walk in self._walks),
+            tuple(tuple(sum(chance for _, chance in place) for place in places) for places in chances),
+            tuple(tuple(one for place in places for one in place) for places in chances),
+            tuple(walk.done for walk in self._walks),
             None if self._earlier is None else tuple(map(tuple, scores)),
         )
 
-
-def _followers(parents: tuple[int, ...]) -> dict[int, list[int]]:
-    """For every candidate, and the row itself (-1), those that follow it."""
-    found: dict[int, list[int]] = {}
-    for candidate, parent in enumerate(parents):
-        found.setdefault(parent, []).append(candidate)
-    return found
+    def _chances_of_places(self, sample: bool) -> list[list[list[tuple[int, float]]]]:
+        """Per row and place: (candidate, chance that it was kept). What is kept of greedy decoding was certain."""
+        found: dict[tuple[int, int], float] = {}
+        if not sample:
+            found = {(row, candidate): 1.0 for row, walk in enumerate(self._walks) for candidate in walk.path}
+        elif self._told:
+            found = dict(zip(self._told, torch.cat(self._chances).tolist(), strict=True))
+        return [
+            [[(candidate, found.get((row, candidate), 0.0)) for candidate in place] for place in walk.places]
+            for row, walk in enumerate(self._walks)
+        ]
 
 
 def _joined(proposal: Proposal, groups: dict[tuple[int, ...], Verdict]) -> Verdict:
@@ -276,28 +236,3 @@ def _joined(proposal: Proposal, groups: dict[tuple[int, ...], Verdict]) -> Verdi
         tuple(verdict.done[i] for verdict, i in order),
         scores,
     )
-
-
-def keep_drawn(p: Tensor, q: Tensor, drafted: Tensor, has: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Keeps x ~ q with probability min(1, p(x)/q(x)), row by row (arXiv:2211.17192).
-
-    Args:
-        p, q: (rows, vocab) the target's law, and what each x was drawn from.
-        drafted: (rows,) the x.
-        has: (rows,) whether anything was drafted, None: everywhere.
-
-    Returns:
-        Whether each is kept (rows,), and the law of the token where it is not: the residual (p − q)₊, (rows, vocab), not normalised to
-        one unless several candidates are tried.
-    """
-    chosen = drafted[:, None]
-    u = torch.rand(chosen.shape, device=p.device)
-    kept = (u * q.gather(-1, chosen) < p.gather(-1, chosen)).squeeze(-1)
-    if has is not None:
-        kept &= has
-    if bool(kept.all()):
-        return kept, p
-    residual = (p - q).clamp_min(0)
-    total = residual.sum(-1, keepdim=True)
-    # p = q up to rounding leaves nothing: then the draw is from p itself.
-    return kept, torch.where(total <= torch.finfo(p.dtype).tiny, p, residual / total)

@@ -5,7 +5,7 @@ Seeds are fixed. A right rule that consumes random numbers in another way would 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from transformers.generation import (
 
 from hf_onlinespec.govern.acceptance import TokenSource
 from hf_onlinespec.rounds import Proposal, Rows, Verdict
-from hf_onlinespec.verify.accept import accept, speculative_sample
+from hf_onlinespec.verify.accept import accept
+from hf_onlinespec.verify.rejection import Drawn, speculative_sample
 from tests.chi_square import MILLION, follows
 
 ROWS = 100_000
@@ -44,7 +45,7 @@ def draws(law: Tensor, rows: int = ROWS) -> Tensor:
 
 
 def ours(p: Tensor, q: Tensor, drafted: Tensor) -> Tensor:
-    return speculative_sample(p, q, drafted)[0]
+    return speculative_sample(p, [Drawn(drafted, q)])[0][:, 0]
 
 
 def counted(p: Tensor, q: Tensor, rule: Rule) -> Tensor:
@@ -114,8 +115,8 @@ def test_rounding_that_empties_the_residual_falls_back_to_p(monkeypatch) -> None
     monkeypatch.setattr(
         torch, "rand", lambda *a, **k: torch.full((1, 1), 1.0, dtype=k.get("dtype"))
     )  # rejects even p = q
-    token, kept = speculative_sample(p, p.clone(), torch.tensor([1]))
-    assert not kept and token.item() in (0, 1)
+    token, _ = speculative_sample(p, [Drawn(torch.tensor([1]), p.clone())])
+    assert token.item() in (0, 1)
 
 
 def proposal_of(tokens: Tensor, lengths: list[int], q: Tensor | None = None) -> Proposal:
@@ -229,9 +230,11 @@ def test_whole_rounds_follow_the_law_under_every_warper(name: str, lookahead: in
 
 
 def test_a_wrong_rule_is_found_in_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_or_none(p: Tensor, q: Tensor, drafted: Tensor, has: Tensor | None) -> tuple[Tensor, Tensor]:
-        tokens = keeps_both_rows_or_none(p, q, drafted) if len(p) % 2 == 0 else ours(p, q, drafted)
-        return tokens, tokens == drafted
+    def all_or_none(p: Tensor, drawn: Sequence[Drawn], guesses: object) -> tuple[Tensor, list[Tensor]]:
+        if not drawn:
+            return torch.multinomial(p, 1), []
+        rule = keeps_both_rows_or_none if len(p) % 2 == 0 else ours
+        return rule(p, drawn[0].q, drawn[0].tokens)[:, None], [torch.zeros(len(p))]
 
     monkeypatch.setattr("hf_onlinespec.verify.accept.speculative_sample", all_or_none)
     with pytest.raises(AssertionError, match="follows"):
@@ -272,8 +275,8 @@ def test_a_row_in_a_batch_is_decided_as_alone(sample: bool) -> None:
     for row in range(5):
         alone = decided([row], apart)
         assert torch.equal(batch.rows.row(row), alone.rows.row(0))
-        mine = (batch.accepted[row], batch.overlaps[row], batch.done[row], batch.new_tokens[row])
-        assert mine == (alone.accepted[0], alone.overlaps[0], alone.done[0], alone.new_tokens[0])
+        mine = (batch.paths[row], batch.overlaps[row], batch.chances[row], batch.done[row], batch.new_tokens[row])
+        assert mine == (alone.paths[0], alone.overlaps[0], alone.chances[0], alone.done[0], alone.new_tokens[0])
         assert batch.scores is not None and alone.scores is not None
         for ours, theirs in zip(batch.scores[row], alone.scores[0], strict=True):
             torch.testing.assert_close(ours, theirs)
