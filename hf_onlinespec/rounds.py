@@ -89,26 +89,29 @@ class Proposal:
             raise ValueError(
                 f"A proposal of {tuple(self.tokens.shape)} tokens with sources of {self.lengths}, for {len(rows.lengths)} rows."
             )
-        if not n:
-            return
-        for row, length in enumerate(self.lengths):
-            parents, drawn = self.parents_of(row), self.drawn_of(row)
-            if len(parents) != length or any(not -1 <= parent < i for i, parent in enumerate(parents)):
-                raise ValueError(
-                    f"A proposal of {length} tokens has the parents {parents}: expected -1 or an earlier one."
-                )
-            if length and max(self.depths_of(row)) >= room:
-                raise ValueError(
-                    f"A proposal reaches {max(self.depths_of(row)) + 1} tokens far: there is room for {room}."
-                )
-            if self.q is not None and (len(drawn) > self.q.shape[1] or any(not 0 <= i < length for i in drawn)):
-                raise ValueError(
-                    f"A proposal of {length} tokens has q for {self.q.shape[1]} tokens, drawn are {drawn}."
-                )
-        if ids is not None and self.tokens.device.type == "cpu":
-            least, most = self.tokens.aminmax()
-            if int(least) < 0 or int(most) >= ids:
-                raise ValueError(f"A proposal has the token {int(most)} or {int(least)}: expected 0 to {ids - 1}.")
+        for name, per_row in (("parents", self.parents), ("drawn", self.drawn), ("q", self.q)):
+            if per_row is not None and len(per_row) != batch:
+                raise ValueError(f"A proposal for {batch} rows has {name} for {len(per_row)}.")
+        for row in range(batch) if n else ():
+            self._check_tree(row, room)
+        if n and ids is not None and self.tokens.device.type == "cpu":
+            least, most = map(int, self.tokens.aminmax())
+            if least < 0 or most >= ids:
+                raise ValueError(f"A proposal has the token {least if least < 0 else most}: expected 0 to {ids - 1}.")
+
+    def _check_tree(self, row: int, room: int) -> None:
+        length, parents = len(self.sources[row]), self.parents_of(row)
+        if len(parents) != length or any(not -1 <= parent < i for i, parent in enumerate(parents)):
+            raise ValueError(
+                f"A proposal of {length} tokens has the parents {parents}: expected of each -1 or an earlier token."
+            )
+        reach = max(self.depths_of(row), default=-1) + 1
+        if reach > room:
+            raise ValueError(f"A proposal reaches {reach} tokens far: there is room for {room}.")
+        places = 0 if self.q is None else self.q.shape[1]
+        drawn = self.drawn_of(row) if self.drawn is None else self.drawn[row]
+        if len(drawn) > places or len(set(drawn)) < len(drawn) or any(not 0 <= i < length for i in drawn):
+            raise ValueError(f"A proposal of {length} tokens has q for {places} drawn ones, and drawn are {drawn}.")
 
     def of(self, rows: Sequence[int]) -> Proposal:
         """What it says of some of the rows."""

@@ -12,6 +12,7 @@ from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.adapt.trainable import Prefix
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.share.resuming import adopt
 
 
 def flat_params(draft: OnlineDraft) -> torch.Tensor:
@@ -21,7 +22,7 @@ def flat_params(draft: OnlineDraft) -> torch.Tensor:
 
 def move(draft: OnlineDraft, change: Callable[[Tensor], Tensor] = lambda part: part + 1) -> None:
     """Lets a draft serve another adapter than it has, as if that had been trained elsewhere."""
-    draft.adopt({name: change(part) for name, part in draft.learning.adapter_params().items()})
+    adopt(draft, {name: change(part) for name, part in draft.learning.adapter_params().items()})
 
 
 def learn_segment(

@@ -24,6 +24,7 @@ from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.measure.regret import WINDOW, expected_rounds
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.share.resuming import adopt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
 from learning import COMMON, run
@@ -64,7 +65,7 @@ def trained(
             best, state, waited = now, draft.learning.adapter_params(), 0
         if waited >= PATIENCE:
             break
-    draft.adopt(state)
+    adopt(draft, state)
     return draft
 
 

@@ -25,7 +25,7 @@ from .._compat.adapters import (
     lora_factors,
 )
 from ..errors import DraftError
-from ..models.borrow import borrow
+from ..models.borrow import borrow, copy_modules
 from ..models.layers import adaptable_layers as adaptable_layers
 from ..models.layers import adapted_layers, describe
 from ..runtime.progress import each
@@ -242,3 +242,12 @@ class GatedLora:
         """Bytes of the adapter, its gradients and the folded weights."""
         folded = 0 if self._folded is None else self._folded.nbytes
         return self.params.nbytes + self.grads.nbytes + folded
+
+
+def without_adapter(lora: GatedLora) -> PreTrainedModel:
+    """The model as it was before it got an adapter: its weights are shared, and in place of every LoRA layer stands what it wraps."""
+    instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in lora.tree.parameters()}
+    instead |= {id(layer): layer.get_base_layer() for layer in lora.layers}
+    plain = copy_modules(lora.tree, instead)
+    vars(plain).pop("peft_config", None)
+    return plain

@@ -41,6 +41,69 @@ class GuardConstants:
     first_spread_rate: float = 0.5  # part of the first request's acceptance that is the first spread; chosen
 
 
+@dataclass(frozen=True)
+class Winner:
+    """Parameters that are surely better than those that serve."""
+
+    params: Tensor  # (parameters,)
+    lead: float  # of their acceptance on the requests of the trial, on average
+
+
+class Trial:
+    """Earlier states and the base draft, tried on one request after the other beside what serves."""
+
+    def __init__(self, constants: GuardConstants) -> None:
+        # States and their lead on every request; None: the base draft.
+        self.candidates: list[tuple[Tensor | None, list[float]]] = []
+        self.requests = 0  # that it has taken; 0: no trial is under way
+        self._constants = constants
+
+    def begin(self, states: Sequence[Tensor], tries_base: bool) -> None:
+        """Begins with these states, and with the base draft if it may win."""
+        self.candidates = [(state, []) for state in states]
+        self.candidates += [(None, [])] if tries_base else []
+
+    def end(self) -> None:
+        """Forgets what was tried."""
+        self.candidates, self.requests = [], 0
+
+    def observe(
+        self,
+        learned: float,
+        base_params: Callable[[], Tensor] | None,
+        acceptance: Callable[[Tensor], Sequence[float]],
+    ) -> Winner | None:
+        """Tries every candidate on a request; the best one wins if it is surely better. The trial ends once no doubt is left.
+
+        Args:
+            learned: acceptance of what serves; the others are those of `Guard.observe`.
+        """
+        constants = self._constants
+        self.requests += 1
+        winner, least, hopeful = None, 0.0, False
+        for state, leads in self.candidates:
+            # Requests differ more than tokens do: on a mixed stream every state is better on some of them.
+            if leads and min(leads) <= 0:
+                continue
+            params = state
+            if params is None:
+                assert base_params is not None
+                params = base_params()
+            leads.append(statistics.mean(acceptance(params)) - learned)
+            if leads[-1] <= 0:
+                continue
+            hopeful = True
+            enough = len(leads) >= constants.least_trial
+            doubt = statistics.stdev(leads) / len(leads) ** 0.5 if enough else math.inf
+            mean = statistics.mean(leads)
+            sure = mean - constants.certain * doubt
+            if sure > least:
+                winner, least = Winner(params, mean), sure
+        if winner is not None or not hopeful or self.requests >= constants.longest_trial:
+            self.end()
+        return winner
+
+
 class Guard:
     """Keeps up to `size` earlier states of an adapter, the latest one included, and says when to go back to one."""
 
@@ -55,9 +118,7 @@ class Guard:
         self._latest: deque[tuple[float, float | None]] = deque(maxlen=constants.latest)
         self._level, self._spread = 0.0, 0.0  # acceptance of requests before them, and its mean absolute deviation
         self._requests_to_trial = constants.try_every  # requests until the next trial
-        # In a trial: states, and their lead on every request; None: the base draft.
-        self._candidates: list[tuple[Tensor | None, list[float]]] = []
-        self._trials = 0  # requests that the trial has taken
+        self._trial = Trial(constants)
 
     @property
     def nbytes(self) -> int:
@@ -86,14 +147,14 @@ class Guard:
         self._latest.append((statistics.mean(learned), None if base is None else statistics.mean(base)))
         self._requests_to_trial -= 1
         self._age += 1
-        left = len(self._latest) == self._constants.latest and not self._trials and self._drifted()
+        left = len(self._latest) == self._constants.latest and not self._trial.requests and self._drifted()
         if left:
             self._level = statistics.mean(a for a, _ in self._latest)
             self._latest.clear()
             if self._candidate is not None:
                 self._keep(self._candidate)
-        if left or self._trials or self._requests_to_trial <= 0:
-            return self._trial_step(learned, best, base_params, acceptance)
+        if left or self._trial.requests or self._requests_to_trial <= 0:
+            return self._try_earlier(learned, best, base_params, acceptance)
         if self._candidate is None or self._age >= self._constants.keep_every:
             self._candidate, self._age = best(), 0
             while len(self.states) >= self._size:
@@ -105,7 +166,8 @@ class Guard:
         """The newest earlier state, for an adapter that has diverged; None: there is none. A state is handed out once."""
         kept = [*self.states, *([] if self._candidate is None else [self._candidate])]
         self.states, self._candidate = [], None
-        self._candidates, self._trials, self._requests_to_trial = [], 0, self._constants.try_every
+        self._trial.end()
+        self._requests_to_trial = self._constants.try_every
         self._latest.clear()
         found = None
         while kept and found is None:
@@ -133,7 +195,7 @@ class Guard:
         left = abs(now - self._level) > max(constants.least_drift, constants.drift_deviations * error)
         return left or (len(leads) >= 2 and statistics.mean(leads) < -constants.worse)
 
-    def _trial_step(
+    def _try_earlier(
         self,
         learned: Sequence[float],
         best: Callable[[], Tensor],
@@ -141,43 +203,22 @@ class Guard:
         acceptance: Callable[[Tensor], Sequence[float]],
     ) -> Tensor | None:
         """Everything that was kept is tried on this request, and on the next ones where that leaves a doubt."""
-        if not self._candidates:
-            self._candidates = [(state, []) for state in self.states]
-            self._candidates += [] if base_params is None else [(None, [])]
-        self._trials += 1
-        winner, least, hopeful = None, 0.0, False
-        for state, leads in self._candidates:
-            # Requests differ more than tokens do: on a mixed stream every state is better on some of them.
-            if leads and min(leads) <= 0:
-                continue
-            params = state
-            if params is None:
-                assert base_params is not None
-                params = base_params()
-            leads.append(statistics.mean(acceptance(params)) - statistics.mean(learned))
-            if leads[-1] <= 0:
-                continue
-            hopeful = True
-            doubt = (
-                statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) >= self._constants.least_trial else math.inf
-            )
-            mean = statistics.mean(leads)
-            sure = mean - self._constants.certain * doubt
-            if sure > least:
-                winner, least, gain = params, sure, mean
-        if winner is None and hopeful and self._trials < self._constants.longest_trial:
-            return None  # it goes on with the next request
-        self._candidates, self._trials, self._requests_to_trial = [], 0, self._constants.try_every
+        now = statistics.mean(learned)
+        if not self._trial.candidates:
+            self._trial.begin(self.states, base_params is not None)
+        winner = self._trial.observe(now, base_params, acceptance)
+        if not self._trial.requests:
+            self._requests_to_trial = self._constants.try_every
         if winner is None:
             return None
         self._keep(best())  # what was learned last may be wanted again, too
         self._latest.clear()
         self.rollbacks += 1
         self.reason = (
-            f"an earlier state of the adapter reaches {gain:+.2f} acceptance beside {statistics.mean(learned):.2f} "
+            f"an earlier state of the adapter reaches {winner.lead:+.2f} acceptance beside {now:.2f} "
             "on the same tokens: it learns on from there"
         )
-        return winner.clone()
+        return winner.params.clone()
 
     def _keep(self, state: Tensor) -> None:
         """Keeps a state beside the others, in the place of the latest one; of too many, an older one goes."""
@@ -207,8 +248,10 @@ class Guard:
             "level": self._level,
             "spread": self._spread,
             "wait": self._requests_to_trial,
-            "tried": [[None if state is None else place[id(state)], list(leads)] for state, leads in self._candidates],
-            "trials": self._trials,
+            "tried": [
+                [None if state is None else place[id(state)], list(leads)] for state, leads in self._trial.candidates
+            ],
+            "trials": self._trial.requests,
         }
         return State(tensors, values)
 
@@ -221,11 +264,8 @@ class Guard:
         self.states = [saved.tensor(f"states.{i}", like) for i in range(saved.count("states"))]
         self._candidate = saved.tensor("candidate", like) if "candidate" in saved.tensors else None
         self.rollbacks, self.reason = saved.count("rollbacks"), saved.value("reason", str)
-        self._age, self._trials, self._requests_to_trial = (
-            saved.count("age"),
-            saved.count("trials"),
-            saved.value("wait", int),
-        )
+        self._age, self._requests_to_trial = saved.count("age"), saved.value("wait", int)
+        self._trial.requests = saved.count("trials")
         self._level, self._spread = saved.value("level", float), saved.value("spread", float)
         latest, tried = saved.value("latest", list), saved.value("tried", list)
         if not are_numbers([self._requests_to_trial, self._level, self._spread]) or len(tried) > len(self.states) + 1:
@@ -240,6 +280,6 @@ class Guard:
                     (at is None and tries_base) or (type(at) is int and 0 <= at < len(self.states))
                 ):
                     raise ValueError(f"tried={brief(tried)}")
-                self._candidates.append((None if at is None else self.states[at], leads))
+                self._trial.candidates.append((None if at is None else self.states[at], leads))
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"The saved state of the guard does not fit together ({error}).") from error

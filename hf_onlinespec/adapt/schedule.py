@@ -14,6 +14,7 @@ from ..rounds import Rows
 from ..runtime.clock import finished
 from ..runtime.failures import Attempt, Failures
 from .call_feedback import CallFeedback, DraftedRow
+from .idle import IdleLearning
 from .learned_texts import Request
 from .service import LearningService
 
@@ -35,7 +36,7 @@ class LearningSchedule:
     """What one call of `generate` teaches its draft, and when.
 
     Args:
-        learning: of the draft, from call to call.
+        learning, idle: of the draft, from call to call.
         rows: of the call.
         memory: the suffix memory in this call.
         counts: of the call.
@@ -48,6 +49,7 @@ class LearningSchedule:
     def __init__(
         self,
         learning: LearningService,
+        idle: IdleLearning,
         failures: Failures,
         rows: Sequence[DraftedRow],
         memory: ExpectedAnswers,
@@ -58,7 +60,13 @@ class LearningSchedule:
         timed: bool,
         waits: bool,
     ) -> None:
-        self._learning, self._failures, self._memory, self._counts = learning, failures, memory, counts
+        self._learning, self._idle, self._failures, self._memory, self._counts = (
+            learning,
+            idle,
+            failures,
+            memory,
+            counts,
+        )
         self._asked, self._timed, self._waits, self._temperature = learns, timed, waits, temperature
         self.learns = failures.learning.begin() and learns  # whether the target's logits are recorded
         self.rounds = 0
@@ -178,7 +186,7 @@ class LearningSchedule:
         if settings.update_when == "idle":
             self._feedback.defer_to_replay()
             for _, one in self._feedback.finished():
-                self._learning.learn_later(one, self._temperature)
+                self._idle.add(one, self._temperature)
             self._learned = True
             return
         if settings.update_every == "auto" and self._timed:
@@ -210,6 +218,8 @@ class LearningSchedule:
         """Whether this call was learned from, and why not, in words."""
         if not self._asked:
             return "the last request was only drafted for: onlinespec=False"
+        if self._feedback.recorded and self._learning.settings.update_when == "idle":
+            return self._idle.outcome
         return _outcome(self._learning, self._counts, self._feedback.recorded, self._deferred, self._affordable_steps)
 
     @property
@@ -264,8 +274,6 @@ def _outcome(
         return f"{unlearned}: its gradients were not finite"
     if not recorded:
         return f"{unlearned}: it lies beyond the {learning.positions} tokens that the draft can read"
-    if learning.settings.update_when == "idle":
-        return learning.idle_outcome
     if not deferred:
         return f"{unlearned}: the target has said nothing about tokens that the draft knows"
     if not affordable_steps():

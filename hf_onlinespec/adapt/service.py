@@ -1,9 +1,8 @@
-"""Learning from call to call: one gradient step at a time, what governor and counters are told, and learning when idle."""
+"""Learning from call to call: one gradient step at a time, and what governor and counters are told."""
 
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,8 @@ from ..config import OnlineSpecConfig
 from ..govern.governor import Governor
 from ..govern.routing import AdapterRouter
 from ..metrics import Counts, DraftMetrics
-from ..metrics.summary import counted
 from ..runtime.forks import Lock
-from ..runtime.traces import Traces
-from ..state import copied
-from .background import IdleWorker
+from ..state import State, copied
 from .feedback import Feedback, acceptance
 from .learned_texts import Learned, Request
 from .learner import Learner
@@ -40,20 +36,13 @@ class LearningService:
         steps: held for one gradient step at a time.
     """
 
-    def __init__(
-        self, settings: OnlineSpecConfig, metrics: DraftMetrics, traces: Traces, lock: Lock, steps: Lock
-    ) -> None:
+    def __init__(self, settings: OnlineSpecConfig, metrics: DraftMetrics, lock: Lock, steps: Lock) -> None:
         self.settings, self.metrics, self.lock, self.steps_lock = settings, metrics, lock, steps
-        self._traces = traces
         self._requests = weakref.WeakSet[RequestFeedback]()  # feedback of those in progress
         self.learner: Learner
         self.governor: Governor
         self._loaded_rollbacks = 0  # of the guard, before it was loaded
         self.positions = 0  # the longest context that the draft may see
-        self._idle: IdleWorker[tuple[Feedback, float]] | None = None
-        if settings.update_when == "idle":
-            self._idle = IdleWorker(self._learn_when_idle, metrics, lambda item: item[0].nbytes)
-            weakref.finalize(self, self._idle.close)  # at the end of the process too
 
     def begin(self, learner: Learner, governor: Governor, positions: int) -> None:
         """Learning begins with this learner; the counters go on."""
@@ -66,10 +55,10 @@ class LearningService:
 
     @property
     def nbytes(self) -> int:
-        """Memory that learning holds now, see `OnlineDraft.learning_bytes`."""
+        """Memory that learning holds now: of the learner, and of what was recorded in requests that are in progress."""
         with self.lock:
             recorded = sum(request.nbytes for request in list(self._requests))
-        return self.learner.nbytes + recorded + (0 if self._idle is None else self._idle.nbytes)
+        return self.learner.nbytes + recorded
 
     @contextmanager
     def at_rest(self) -> Iterator[Learned]:
@@ -209,12 +198,19 @@ class LearningService:
             self.metrics.decisions.rollback = guard.reason
             logger.info("%s", guard.reason)
 
-    def resumed(self) -> None:
-        """The learner and the metrics were given another state."""
-        self.learner.replay.refused = self.metrics.replay_refused
-        self._loaded_rollbacks = self.learner.guard.rollbacks
-        self.metrics.decisions.rollback = self.learner.guard.reason
-        self.note()
+    def resume(self, adapter: Mapping[str, Tensor], learned: State, metrics: State) -> None:
+        """Goes on from states that were saved beside an adapter, by PEFT's names: of the learner, and of the metrics.
+
+        Raises:
+            ArtifactError: they belong to other settings, or to another base.
+        """
+        with self.steps_lock, self.lock, torch.inference_mode(False):
+            self.learner.resume(adapter, learned)
+            self.metrics.resume(metrics)
+            self.learner.replay.refused = self.metrics.replay_refused
+            self._loaded_rollbacks = self.learner.guard.rollbacks
+            self.metrics.decisions.rollback = self.learner.guard.reason
+            self.note()
 
     def adopt(self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] = (), left_out: int = 0) -> None:
         """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.
@@ -230,60 +226,3 @@ class LearningService:
             for text in texts:
                 self.learner.texts.finish(text, 0)  # it counts how often each stands, whole
             self.learner.texts.dropped += left_out
-
-    # While nothing is generated
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """The time of one call of `generate`."""
-        if self._idle is None:
-            yield
-            return
-        with self._idle.call():
-            yield
-
-    def learn_later(self, feedback: Feedback, temperature: float) -> None:
-        """Hands a finished request, generated at a temperature, to the worker that learns while nothing is generated."""
-        assert self._idle is not None
-        self._idle.add((feedback, temperature))
-
-    @property
-    def idle_outcome(self) -> str:
-        """What becomes of requests that are learned when nothing is generated, in words."""
-        assert self._idle is not None
-        waiting = f"learned when nothing is generated: {counted(self._idle.waiting, 'request')} waiting"
-        return self._idle.failure or f"{waiting}, {counted(self.metrics.idle_updates, 'gradient step')} taken so far"
-
-    def catch_up(self, timeout_s: float | None = None) -> bool:
-        """See `OnlineDraft.catch_up`."""
-        return self._idle is None or self._idle.wait(timeout_s)
-
-    def _learn_when_idle(self, item: tuple[Feedback, float]) -> Iterator[None]:
-        """The gradient steps of one request, one at a time: a call may come in after any of them."""
-        feedback, temperature = item
-        segment = Segment(feedback.tokens[None], [feedback.teacher], None, temperature)
-        if self.settings.update_every == "auto":
-            started = time.perf_counter()
-            self.score_offline(segment)
-            self.metrics.idle_time_s += time.perf_counter() - started
-            yield
-        for i in range(1 + self.settings.replay_passes):
-            started, counts = time.perf_counter(), Counts()
-            with self.steps_lock:
-                if i == 0:
-                    self.learner.segment(segment, None, counts)
-                    self.note()
-                    self.remember(feedback)
-                else:
-                    self.learner.replay_step(counts)
-                self.fold()
-            with self.lock:
-                self.metrics.idle_updates += counts.updates
-                self.metrics.learned_tokens += counts.learned_tokens
-                self.metrics.skipped_updates += counts.skipped_updates
-                self.metrics.loss_sum += counts.loss_sum
-                self.metrics.idle_time_s += time.perf_counter() - started
-            failed = self._traces.flush()
-            with self.lock:
-                self.metrics.failed_reports += failed
-            yield

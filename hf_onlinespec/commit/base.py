@@ -189,7 +189,7 @@ class Draft(ABC):
         governor, vocabulary = self.governor, call.vocabulary
         return GuessSources(
             self.memory,
-            self.recycled if call.timed else None,
+            self.recycled if call.lookahead is None and call.timed else None,  # a number asks for chains of the draft's
             self.failures.memory,
             call.counts,
             self.lock,

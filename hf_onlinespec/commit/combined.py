@@ -94,7 +94,8 @@ class Combined(Proposer):
                 with self._drafting():
                     model.cache.rewind(tokens.shape[1])
             self._reads_prompt = model.cache.length == 0
-        guesser = self._sources.row(i, tokens, self._stats[i]) if asks else None
+        draws = self._call.sample and not trees  # several guesses are better than one that is drawn
+        guesser = self._sources.row(i, tokens, self._stats[i], draws) if asks else None
         context = None if guesser is None else guesser.context
         builder = ProposalBuilder(tokens, context, self._call.end_tokens)
         self._builders.append(builder)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..govern.acceptance import Acceptances, RequestStats
+from ..govern.acceptance import Acceptances, Continuation, RequestStats
 from ..govern.guesses import NOWHERE, GuessChances, Place
 from ..metrics import Counts
 from ..rounds import Proposal, Rows
 from ..runtime.failures import Attempt, Backoff
 from .recycling import RecyclingTable, best_tokens
 from .request_memory import RequestMemory
+from .sampling import draw
 from .suffix_memory import SuffixMemory
 
 
@@ -29,6 +30,7 @@ class Guesser:
         context: the last tokens of the row.
         calibration: of the memory in this request.
         vocabulary: ids below it may be guessed; the memory may know other targets. None: all.
+        draws: whether one token is drawn from what the memory says, in place of several guesses.
     """
 
     def __init__(
@@ -39,13 +41,14 @@ class Guesser:
         context: list[int],
         calibration: float,
         vocabulary: int | None,
+        draws: bool = False,
     ) -> None:
         self._memory, self._table, self._chances = memory, table, chances
-        self.context, self._calibration, self._vocabulary = context, calibration, vocabulary
+        self.context, self._calibration, self._vocabulary, self._draws = context, calibration, vocabulary, draws
 
     def place(self, context: list[int], first: bool) -> Place:
         """What may follow these last tokens; `first`: at the beginning of a round."""
-        answers = [] if self._memory is None else self._memory.answers(context)
+        answers = self._answers(context)
         if self._vocabulary is not None:
             answers = [known for answer in answers if (known := answer.below(self._vocabulary)) is not None]
         recycled = () if self._table is None or not context else self._table.successors(context[-1])
@@ -53,7 +56,20 @@ class Guesser:
             recycled = [token for token in recycled if token < self._vocabulary]  # its head may have more rows
         if not answers and not recycled:
             return NOWHERE
-        return self._chances.place(answers, recycled, first, self._calibration)
+        place = self._chances.place(answers, recycled, first, self._calibration)
+        if self._draws and answers and len(answers[0].tokens) > 1:
+            drawn = int(draw(torch.tensor([answers[0].probs], dtype=torch.float32)))
+            guess = self._chances.drawn(answers[0], answers[0].tokens[drawn], first, self._calibration)
+            return Place(sorted([guess, *place.guesses], key=lambda one: -one.chance), place.answers)
+        return place
+
+    def _answers(self, context: list[int]) -> list[Continuation]:
+        if self._memory is None:
+            return []
+        if not self._draws:
+            return self._memory.answers(context)
+        found = self._memory.lookup(context)
+        return [] if found is None else [found]
 
 
 class GuessSources:
@@ -106,8 +122,12 @@ class GuessSources:
         """Whether the memory or the table was asked in this call, and nothing has failed in them."""
         return self._asked and self._usable
 
-    def row(self, i: int, tokens: Tensor, stats: RequestStats) -> Guesser | None:
-        """What guesses behind a row (1, L), once it was read; None: nobody, or it has failed."""
+    def row(self, i: int, tokens: Tensor, stats: RequestStats, draws: bool = False) -> Guesser | None:
+        """What guesses behind a row (1, L), once it was read; None: nobody, or it has failed.
+
+        Args:
+            draws: see `Guesser`.
+        """
         if not self._usable or (self._memory is None and self._table is None):
             return None
         self._asked = True
@@ -115,14 +135,14 @@ class GuessSources:
             calibration = self._acceptances.memory_calibration(stats)
             if self._memory is None:
                 context = tokens[0, self._padding[i] :][-1:].tolist()
-                return Guesser(None, self._table, self._chances, context, calibration, self._vocabulary)
+                return Guesser(None, self._table, self._chances, context, calibration, self._vocabulary, draws)
             if i not in self._rows:
                 self._rows[i] = RequestMemory(
                     self._memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
                 )
             memory = self._rows[i]
             memory.read(tokens)
-            return Guesser(memory, self._table, self._chances, memory.context, calibration, self._vocabulary)
+            return Guesser(memory, self._table, self._chances, memory.context, calibration, self._vocabulary, draws)
         return None
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:

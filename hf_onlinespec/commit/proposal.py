@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..govern.acceptance import TokenSource
+from ..govern.acceptance import Continuation, TokenSource
 from ..govern.guesses import Guess, Place
 from ..rounds import Proposal
 from .suffix_memory import REACH
@@ -40,7 +40,7 @@ class ProposalBuilder:
         self._length = input_ids.shape[1]
         self._prefix, self._pending = input_ids, list[int]()  # the chain so far, and tokens that it still lacks
         self._open: list[OpenPlace] = []  # of the chain, those before its end
-        self._q: list[tuple[int, Tensor]] = []  # candidates that were drawn, and (batch, V) what from
+        self._q: list[tuple[int, Tensor | Continuation]] = []  # candidates that were drawn, and (batch, V) what from
         self._branches: list[tuple[int, int]] = []  # parents and tokens of what is beside the chain
         self._eos = eos
 
@@ -84,6 +84,8 @@ class ProposalBuilder:
     def add_guess(self, guess: Guess) -> None:
         """A guess at the end of the chain, of those that were noted there in `places`."""
         self._pending.append(guess.token)
+        if guess.law is not None:
+            self._q.append((len(self.drafted), guess.law))
         others = [other for other in self.places[self._end].guesses if other.token != guess.token]
         self._extend(guess.token, TokenSource(guess.source, len(self.drafted)), guess.chance, others)
 
@@ -107,6 +109,8 @@ class ProposalBuilder:
     def add_branch(self, guess: Guess, parent: int, depth: int) -> int:
         """A guess behind any candidate, once the chain is complete; its number."""
         self._branches.append((parent, guess.token))
+        if guess.law is not None:
+            self._q.append((len(self.drafted), guess.law))
         self.drafted.append(TokenSource(guess.source, depth))
         return len(self.drafted) - 1
 
@@ -125,7 +129,11 @@ class ProposalBuilder:
             # In float32 whatever the default is: q is the distribution that was drawn from.
             q = torch.zeros(len(tokens), len(self._q), vocab, dtype=torch.float32, device=tokens.device)
             for i, (_, probs) in enumerate(self._q):
-                q[:, i, : probs.shape[-1]] = probs
+                if isinstance(probs, Continuation):
+                    places = torch.tensor(probs.tokens, device=q.device)
+                    q[:, i, places] = torch.tensor(probs.probs, dtype=q.dtype, device=q.device)
+                else:
+                    q[:, i, : probs.shape[-1]] = probs
             drawn = tuple(candidate for candidate, _ in self._q)
         return Proposal(
             tokens,

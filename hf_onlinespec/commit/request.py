@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..adapt.schedule import LearningSchedule
 from ..govern.governor import NOTHING_LEARNS
+from ..metrics import CandidateCounts
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
@@ -126,8 +128,14 @@ class Request:
         counts.accepted_tokens += sum(verdict.accepted)
         counts.verified_positions += sum(map(len, verdict.overlaps))
         counts.overlap += sum(map(sum, verdict.overlaps))
-        sources = {token.source for row in verdict.proposal.sources for token in row}
-        counts.drafted_by("memory" in sources, "model" in sources)
+        sources = verdict.proposal.sources
+        verified = Counter((token.source, token.position) for row in sources for token in row)
+        kept = Counter(
+            (row[i].source, row[i].position) for row, path in zip(sources, verdict.paths, strict=True) for i in path
+        )
+        counts.candidates += CandidateCounts(verified, kept)
+        drafted = any(token.is_drafted for row in sources for token in row)
+        counts.drafted_by(any(not token.is_drafted for row in sources for token in row), drafted)
 
     def finish(self) -> None:
         """Ends the request: it is remembered, what is left of it learned and others are replayed, as far as that is worth it."""

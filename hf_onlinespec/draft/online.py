@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,50 +12,42 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, final
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat.models import model_name, uncompiled
 from ..adapt.experts import Experts
-from ..adapt.gated_lora import GatedLora
+from ..adapt.gated_lora import GatedLora, without_adapter
+from ..adapt.idle import IdleLearning
 from ..adapt.learner import Learner
 from ..adapt.schedule import LearningSchedule
 from ..adapt.service import LearningService
 from ..commit.base import Call, Draft, Proposer
 from ..commit.causal_lm import CausalLM, RowModel
 from ..commit.combined import Combined
-from ..config import ENSEMBLE, OnlineSpecConfig, as_config
+from ..config import OnlineSpecConfig, as_config
 from ..errors import ConfigError, CopyError, NotAModelError
 from ..govern.acceptance import RequestStats
 from ..metrics.summary import counted, size
-from ..models.borrow import copy_modules
 from ..models.identity import BaseFingerprint
 from ..models.layers import describe
 from ..models.plain import check_cache, plain_draft
 from ..models.vocabulary import Vocabulary
-from ..models.watch import ModelWatch
+from ..models.watch import Source
 from ..runtime.forks import Lock
 from ..share.artifact import Artifact
-from ..share.card import write
 from ..share.checkpoints import Checkpoints
 from ..share.export import merge_and_export
-from ..share.history import ServingHistory
 from ..share.hub import Push
-from ..share.learned_from import loaded_record, privacy_record
 from ..share.lineage import Lineage
 from ..share.loading import Loaded, load
-from ..share.lora_options import LoraOptions
-from ..share.memorization import SAVE_S, examine
-from ..share.privacy import check_privacy
-from ..share.privacy_record import TRAINED_ELSEWHERE
+from ..share.pushing import push
+from ..share.resuming import go_on
+from ..share.saving import artifact_of, save
 from ..share.targets import Targets
 from ..state import State, copied
 from ..verify.custom_generate import GenerateFn
 
 logger = logging.getLogger(__name__)
-
-LAST_WAIT_S = 5.0  # for a push that is under way when the draft goes, or the process ends
 
 
 @final
@@ -92,7 +82,8 @@ class OnlineDraft(Draft):
     ) -> None:
         super().__init__(config, **settings)
         self._begun = 0  # how often it began, on the model's weights as they were then
-        self.learning = LearningService(self.settings, self.metrics, self._traces, self.lock, Lock())
+        self.learning = LearningService(self.settings, self.metrics, self.lock, Lock())
+        self.idle = IdleLearning(self.learning, self._traces)
         self._begin(model)
         self.lineage = Lineage.new()
         self.targets = Targets()
@@ -105,13 +96,9 @@ class OnlineDraft(Draft):
         with torch.inference_mode(False):
             base = plain_draft(model)
             identity, vocabulary = BaseFingerprint.of(base), Vocabulary.of(base)
+            rank, alpha, layers = settings.rank, settings.alpha, settings.target_modules
             adapter = GatedLora(
-                base,
-                rank=settings.rank,
-                alpha=settings.alpha,
-                target_modules=settings.target_modules,
-                blocks=settings.experts if settings.learner == ENSEMBLE else 1,
-                seed=settings.seed,
+                base, rank=rank, alpha=alpha, target_modules=layers, blocks=settings.blocks, seed=settings.seed
             )
             check_cache(adapter.tree)
             experts = Experts(adapter, settings)
@@ -120,7 +107,7 @@ class OnlineDraft(Draft):
         self.identity, self.vocabulary, self.causal_lm = identity, vocabulary, causal_lm
         self.learning.begin(learner, self.governor, causal_lm.positions)
         self._begun += 1
-        self._watch, self._source = ModelWatch(uncompiled(model)), weakref.ref(model)
+        self._source = Source(model)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise CopyError(
@@ -147,13 +134,13 @@ class OnlineDraft(Draft):
         Raises:
             DraftError: the model can no longer be a draft; what was learned is still there.
         """
-        change = self._watch.change()
-        source = self._source()
+        source = self._source.model
         source = model if source is None else source
-        if change is None or source is None:  # without the model nobody can have meant to change the draft
+        # Without the model nobody can have meant to change the draft.
+        if source is None or self._source.change() is None:
             return
         with self.learning.steps_lock, self.lock:
-            change = self._watch.change()  # another thread may have been faster
+            change = self._source.change()  # another thread may have been faster
             if change is None:
                 return
             governor, self.governor = self.governor, self._new_governor()
@@ -204,7 +191,7 @@ class OnlineDraft(Draft):
     @property
     def generation_config(self) -> GenerationConfig:
         """That of the user's model, as it is now."""
-        model = self._source()
+        model = self._source.model
         return (self.causal_lm.adapter.tree if model is None else model).generation_config
 
     @property
@@ -230,7 +217,7 @@ class OnlineDraft(Draft):
         token of the vocabulary, or `top_k` of them; requests that wait to be evaluated, or to be learned when idle. A gradient
         step takes more for its own time: what a forward and a backward of the draft over the new tokens take.
         """
-        return self.learning.nbytes
+        return self.learning.nbytes + self.idle.nbytes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""
@@ -248,6 +235,7 @@ class OnlineDraft(Draft):
                 rows = [RowModel(self.causal_lm, self.governor, self.lock, call, i, own) for i, own in enumerate(stats)]
                 schedule = LearningSchedule(
                     self.learning,
+                    self.idle,
                     self.failures,
                     rows,
                     sources,
@@ -267,7 +255,7 @@ class OnlineDraft(Draft):
     @contextmanager
     def generating(self) -> Iterator[None]:
         try:
-            with self.learning.generating():
+            with self.idle.call():
                 yield
         finally:
             checkpoints = self.checkpoints
@@ -281,7 +269,7 @@ class OnlineDraft(Draft):
         What waits after a failure is tried at once. False: the time was too short, or some of what was handed over since the last
         call is lost, because there was no room (`metrics.idle_dropped`) or learning from it raised (`metrics.idle_failures`).
         """
-        return self.learning.catch_up(timeout_s)
+        return self.idle.wait(timeout_s)
 
     def clone_for_audit(self, learning: OnlineSpecConfig | None = None) -> OnlineDraft:
         """A copy that learns on by itself, over the same base weights: always, after every request, whatever time it takes.
@@ -292,17 +280,13 @@ class OnlineDraft(Draft):
             learning: settings to learn on with, of the same adapter; None: the draft's own. Under others the learner begins anew.
         """
         with self.learning.steps_lock, torch.inference_mode(False):
-            lora, state = self.causal_lm.adapter, self.learning.learner.state()
-            adapter = copied(lora.named(lora.served_params()))
-            # The base as it was before it got an adapter: weights are shared, and in place of every LoRA layer stands what it wraps.
-            instead: dict[int, Tensor | nn.Module] = {id(parameter): parameter for parameter in lora.tree.parameters()}
-            instead |= {id(layer): layer.get_base_layer() for layer in lora.layers}
-            plain = copy_modules(lora.tree, instead)
-            vars(plain).pop("peft_config", None)
+            state = self.state()
+            adapter, learned = state.part("adapter").tensors, state.part("learning")
             settings = (learning or self.settings).of_draft()
-            clone = OnlineDraft(plain, replace(settings, update_when="request", update_every=1, memory_tokens=0))
+            settings = replace(settings, update_when="request", update_every=1, memory_tokens=0)
+            clone = OnlineDraft(without_adapter(self.causal_lm.adapter), settings)
             if learning is None:
-                clone.learning.learner.resume(adapter, State(copied(state.tensors), state.values))
+                clone.learning.learner.resume(adapter, learned)
             else:
                 clone.learning.learner.adopt(adapter)
         return clone
@@ -319,29 +303,11 @@ class OnlineDraft(Draft):
             )
 
     def resume(self, state: State) -> None:
-        self._resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
-
-    def _resume(self, adapter: Mapping[str, Tensor], learned: State, metrics: State) -> None:
-        with self.learning.steps_lock, self.lock, torch.inference_mode(False):
-            self.learning.learner.resume(adapter, learned)
-            self.metrics.resume(metrics)
-            self.learning.resumed()
+        self.learning.resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
 
     def artifact(self) -> Artifact:
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
-        with self.learning.steps_lock, self.lock:
-            name = model_name(self.causal_lm.config)  # it may be a folder of this machine: PEFT has to find it
-            state = self.state()
-            learned = state.part("learning")
-            return Artifact(
-                settings=self.settings.of_draft(),
-                base=self.identity,
-                options=LoraOptions.of(self.causal_lm.adapter.adapter_config(name).to_dict()),
-                adapter=state.part("adapter").tensors,
-                state=State(learned.tensors, learned.values | {"metrics": state.part("metrics").values}),
-                serving=ServingHistory.of(self.metrics, self.targets.names),
-                lineage=replace(copy.deepcopy(self.lineage), privacy=privacy_record(self)),
-            )
+        return artifact_of(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the evolved draft: an ordinary PEFT adapter, with what learning needs to go on, and a model card.
@@ -356,17 +322,7 @@ class OnlineDraft(Draft):
         Raises:
             ArtifactError: the folder cannot be written; what it held is still there.
         """
-        # No step comes in between: what is saved is what was examined.
-        with self.learning.generating():
-            if self.steps:
-                try:
-                    examine(self, SAVE_S)
-                except Exception:  # a save that is lost would be worse
-                    logger.exception(
-                        "What the draft learned from was not examined: a public push of what is saved will be refused."
-                    )
-            artifact = self.artifact()
-        write(artifact, folder, draw=False)
+        save(self, folder)
 
     def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes a plain causal language model that serves as `assistant_model` without this package, see `export.py`."""
@@ -393,23 +349,18 @@ class OnlineDraft(Draft):
 
         Args:
             repo_id: "user/name", or "name" for a repository of your own; made where it does not exist.
-            private: a public push needs a `data_statement`, and passes the privacy audit first. None, transformers' default, is
-                private here: a draft that was trained on prompts is user data.
+            private: False: the push needs a `data_statement`, and passes the privacy audit first. None is True.
             data_statement: what the draft was trained on, for the card.
-            checkpoint_every: push again after so many requests, from a thread that no call waits for: `checkpoints`, whose
-                `close()` ends them. None: checkpoints that are on go on.
+            checkpoint_every: push again after so many requests, in the background, until `checkpoints.close()`. None: as before.
             token: of the Hub; None or True: the one that `hf auth login` keeps; False: none.
-            commit_message: None: says how many tokens the draft has served.
+            commit_message, message: one of the two; None: says how many tokens the draft has served.
             tag: a name for this state, a milestone.
             force: push over another's commit.
             skip_audit: push publicly without the privacy audit, for text that is public anyway.
-            with_state: also send what learning needs to go on (moments, earlier states of the adapter) and what was noted on the
-                way (machine, names of folders). None: in a private push. Without it `from_pretrained` begins learning anew, from
-                the adapter that was sent.
+            with_state: also send what learning needs to go on, and what was noted of this machine. None: in a private push.
             license: of the adapter, as the Hub names it ("apache-2.0"), for the card. None: what was stated before, if anything.
             revision: the branch to push to, made where it does not exist; None: main.
             create_pr: open a pull request, in place of a commit.
-            message: the same as `commit_message`.
 
         Raises:
             ConfigError: an argument is not well-formed.
@@ -418,36 +369,10 @@ class OnlineDraft(Draft):
         """
         if message is not None and commit_message is not None:
             raise ConfigError(f"commit_message={commit_message!r} and message={message!r}: give one of the two.")
-        private = private is not False
         said = commit_message if message is None else message
-        options = Push(
-            repo_id,
-            private,
-            data_statement,
-            token,
-            said,
-            tag,
-            force,
-            skip_audit,
-            with_state,
-            license,
-            revision,
-            create_pr,
-        )
-        options.check(checkpoint_every)
-        options = options.with_user()
-        with self.learning.steps_lock:  # whatever is sent, the audit has seen
-            if not private and not skip_audit:
-                check_privacy(self)
-            artifact = self.artifact()
-        commit = options.send(self, artifact)
-        if checkpoint_every is not None:
-            if self.checkpoints is not None:
-                self.checkpoints.close()
-            options = replace(options, message=None, tag=None, force=False)
-            self.checkpoints = Checkpoints(self, options, checkpoint_every)
-            weakref.finalize(self, self.checkpoints.close, LAST_WAIT_S)  # at the end of the process too
-        return commit
+        options = Push(repo_id, private is not False, data_statement, token, said, tag, force, skip_audit)
+        options = replace(options, with_state=with_state, license=license, revision=revision, create_pr=create_pr)
+        return push(self, options, checkpoint_every)
 
     @classmethod
     def from_pretrained(
@@ -479,34 +404,5 @@ class OnlineDraft(Draft):
     def of(cls, loaded: Loaded) -> OnlineDraft:
         """A draft of what was read and checked."""
         draft = cls(loaded.base, loaded.settings)
-        if loaded.artifact is not None:
-            draft.restore(loaded.artifact)
-        elif loaded.adapter is not None:
-            draft.adopt(loaded.adapter)
-        draft.lineage = draft.lineage.going_on_from(loaded.lineage)
+        go_on(draft, loaded)
         return draft
-
-    def restore(self, artifact: Artifact) -> None:
-        """Takes over everything that was saved, for a new draft of the same base and settings. Raises ArtifactError."""
-        with self.learning.steps_lock:
-            self._resume(artifact.adapter, artifact.state, artifact.state.part("metrics"))
-            self.targets.names = list(artifact.serving.targets)
-            self.lineage.privacy = loaded_record(artifact.lineage, _scale(artifact.settings), _scale(self.settings))
-
-    def adopt(
-        self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] | None = None, n_texts: int | None = None
-    ) -> None:
-        """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.
-
-        Args:
-            texts: (L,) tokens each, what it was trained on, for the privacy audit; None: not known, and it cannot be public.
-            n_texts: how many there were, where `texts` is a part of them: the others cannot be judged; None: no more.
-        """
-        with self.learning.steps_lock:
-            self.learning.adopt(adapter, texts or (), max(0, (n_texts or 0) - len(texts or ())))
-            if texts is None:
-                self.lineage.privacy = privacy_record(self).plus(TRAINED_ELSEWHERE)
-
-
-def _scale(settings: OnlineSpecConfig) -> float:
-    return settings.alpha / settings.rank

@@ -32,12 +32,13 @@ class GuessConstants:
 
 
 class Guess(NamedTuple):
-    """A token that may follow, and was not drawn."""
+    """A token that may follow."""
 
     token: int
-    chance: float  # that it does
+    chance: float  # that it is kept
     source: str  # "memory", "recycled" or "model"
     keys: tuple[Hashable, ...]  # what its estimates are kept by
+    law: Continuation | None = None  # what it was drawn from; None: it was not drawn
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class GuessChances:
         guesses += [self._recycled(token, rank, sure) for token, rank in ranks.items() if token not in said]
         guesses.sort(key=lambda guess: -guess.chance)
         return Place(guesses, tuple(likeliest))
+
+    def drawn(self, answer: Continuation, token: int, first: bool, calibration: float = 1.0) -> Guess:
+        """A token that was drawn from the memory's answer: of one guess alone, that is kept more often than the likeliest token."""
+        key, chance = self._acceptances.memory(answer, first, calibration)
+        kept_by = ("drawn", key)
+        return Guess(token, self._mean(kept_by, chance), "memory", (kept_by,), answer)
 
     def _note(self, said: dict[int, _Remembered], token: int, chance: float, key: Hashable) -> None:
         one = said.setdefault(token, _Remembered())

@@ -23,6 +23,7 @@ from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..metrics import Counts
 from ..runtime.progress import each
+from ..share.resuming import adopt
 from .recording import Recorded, Recording
 
 COMPARATOR_LR = 1e-3  # of Adam, whatever the learner's is
@@ -336,7 +337,7 @@ def _comparator(
             best, best_params = mean, draft.learning.adapter_params()
         if improved < ENOUGH * abs(best):
             break
-    draft.adopt(best_params)
+    adopt(draft, best_params)
     curve = Curve()
     for request in requests:
         _add(curve, draft, request, temperature, lookahead, base=False)

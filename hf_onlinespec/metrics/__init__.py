@@ -7,9 +7,18 @@ decode_tokens_per_s the same with the learning time left out: always shown besid
 update_share        learning time over wall time
 """
 
-from .counts import Counts
+from .counts import CandidateCounts, Counts
 from .decisions import Decisions
 from .draft_metrics import HISTORY_BUCKETS, DraftMetrics
 from .reports import RequestReport, Trace, UpdateReport
 
-__all__ = ["HISTORY_BUCKETS", "Counts", "Decisions", "DraftMetrics", "RequestReport", "Trace", "UpdateReport"]
+__all__ = [
+    "HISTORY_BUCKETS",
+    "CandidateCounts",
+    "Counts",
+    "Decisions",
+    "DraftMetrics",
+    "RequestReport",
+    "Trace",
+    "UpdateReport",
+]

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from .summary import counted
+
+
+@dataclass(frozen=True)
+class CandidateCounts:
+    """What became of candidates, by where they came from: "memory", "recycled" or "model"; and by how many candidates lie before."""
+
+    verified: Counter[tuple[str, int]] = field(default_factory=Counter)  # (source, depth)
+    kept: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    def __add__(self, other: CandidateCounts) -> CandidateCounts:
+        return CandidateCounts(self.verified + other.verified, self.kept + other.kept)
+
+    def by_source(self) -> dict[str, dict[str, Any]]:
+        """Per source: candidates that were verified, those of them that were kept, and the kept ones by depth, from 0."""
+        found = {}
+        for source in sorted({source for source, _ in self.verified}):
+            kept = {depth: n for (name, depth), n in self.kept.items() if name == source}
+            by_depth = [kept.get(depth, 0) for depth in range(max(kept, default=-1) + 1)]
+            verified = sum(n for (name, _), n in self.verified.items() if name == source)
+            found[source] = {"verified": verified, "kept": sum(by_depth), "kept_by_depth": by_depth}
+        return found
 
 
 @dataclass(repr=False)
@@ -35,6 +57,7 @@ class Counts:
     model_rounds: int = 0  # in which the draft model alone drafted
     mixed_rounds: int = 0  # in which both drafted
     loss_sum: float = 0.0  # over `learned_tokens`: the loss at each before it was learned
+    candidates: CandidateCounts = field(default_factory=CandidateCounts)  # by source and depth; in no file of a draft
 
     @property
     def acceptance_length(self) -> float:
@@ -43,6 +66,11 @@ class Counts:
     @property
     def acceptance_rate(self) -> float:
         return _ratio(self.overlap, self.verified_positions)
+
+    @property
+    def verified_per_kept(self) -> float:
+        """Candidates that were verified for one that was kept; 0: none was kept."""
+        return _ratio(self.drafted_tokens, self.accepted_tokens)
 
     @property
     def tokens_per_s(self) -> float:
@@ -92,7 +120,9 @@ class Counts:
 
     def to_dict(self) -> dict[str, Any]:
         """All counters, and the numbers that follow from them, as plain JSON values."""
-        found = {f.name: _as_json(getattr(self, f.name)) for f in fields(self) if f.name != "history"}
+        found = {
+            f.name: _as_json(getattr(self, f.name)) for f in fields(self) if f.name not in ("history", "candidates")
+        }
         return found | {
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
@@ -101,6 +131,8 @@ class Counts:
             "update_share": self.update_share,
             "mean_loss": self.mean_loss,
             "sources": self.sources,
+            "verified_per_kept": self.verified_per_kept,
+            "candidates": self.candidates.by_source(),
         }
 
     def __repr__(self) -> str:
@@ -109,6 +141,9 @@ class Counts:
     def add(self, other: Counts) -> None:
         for f in fields(Counts):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+NUMBERS = [f for f in fields(Counts) if f.name != "candidates"]  # of a file of a draft
 
 
 def _ratio(a: float, b: float) -> float:

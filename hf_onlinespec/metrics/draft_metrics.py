@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ArtifactError, brief
 from ..state import State
-from .counts import Counts
+from .counts import NUMBERS, Counts
 from .decisions import Decisions
 from .summary import Summary, counted, parts, size
 
@@ -45,6 +45,11 @@ class DraftMetrics(Counts):
             ("acceptance length", f"{self.acceptance_length:.2f} tokens per target forward"),
             ("acceptance rate", f"{self.acceptance_rate:.2f} over {counted(self.verified_positions, 'position')}"),
             ("rounds", parts(self.sources)),
+            (
+                "candidates",
+                f"{self.verified_per_kept:.1f} verified for one that is kept; kept: "
+                f"{parts({source: n['kept'] for source, n in self.candidates.by_source().items()}) or 'none'}",
+            ),
             (
                 "learning",
                 f"{self.update_share:.1%} of the time, {counted(self.updates, 'gradient step')}, "
@@ -110,7 +115,7 @@ class DraftMetrics(Counts):
 
     def state(self) -> State:
         """The counters, and their history."""
-        names = (*(f.name for f in fields(Counts)), *KEPT)
+        names = (*(f.name for f in NUMBERS), *KEPT)
         values = {name: getattr(self, name) for name in names}
         history = [[getattr(stretch, f.name) for f in HISTORY] for stretch in self.history]
         return State(values=values | {"history": history})
@@ -118,7 +123,7 @@ class DraftMetrics(Counts):
     def resume(self, saved: State) -> None:
         """The inverse of `saved`."""
         kinds = {f.name: type(f.default) for f in fields(DraftMetrics)}
-        for name in (*(f.name for f in fields(Counts)), *KEPT):
+        for name in (*(f.name for f in NUMBERS), *KEPT):
             if name in ADDED and name not in saved.values:
                 continue
             value = saved.value(name, kinds[name])
@@ -155,7 +160,7 @@ ADDED = (
 )
 
 
-HISTORY = [f for f in fields(Counts) if f.name not in ADDED]  # of a stretch in a file
+HISTORY = [f for f in NUMBERS if f.name not in ADDED]  # of a stretch in a file
 
 
 def _counts(values: Any) -> Counts:

@@ -25,6 +25,8 @@ class RequestReport:
     updates: int  # gradient steps inside the call
     loss: float | None  # per learned token, before it was learned; None: nothing was learned inside the call
     sources: dict[str, int]  # rounds by who drafted: "plain", "memory", "model", "memory+model"
+    verified_per_kept: float  # candidates that were verified for one that was kept; 0: none was kept
+    kept: dict[str, int]  # candidates by where they came from: "memory", "recycled", "model"
     expert_weights: tuple[float, ...]  # of an ensemble; the last is the base draft's
     drafting: str  # what the governor decided about drafting, and why
     learning: str  # and about learning
@@ -45,6 +47,8 @@ class RequestReport:
             updates=call.updates,
             loss=call.mean_loss,
             sources=call.sources,
+            verified_per_kept=call.verified_per_kept,
+            kept={source: int(n["kept"]) for source, n in call.candidates.by_source().items()},
             expert_weights=metrics.expert_weights,
             drafting=metrics.decisions.drafting,
             learning=metrics.decisions.learning,

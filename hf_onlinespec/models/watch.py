@@ -5,11 +5,15 @@ An adapter belongs to the weights it has learned on. Those are the user's, who m
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from .._compat.models import uncompiled
 from .borrow import is_plain
 
 READ = 32  # weights of which one number is read at every look: a write through `.data` leaves no other trace. Chosen.
@@ -26,6 +30,22 @@ class _Weight:
     address: int | None  # None: no ordinary tensor, which may have none
     version: int | None  # torch counts writes; None: made under inference_mode, where it does not
     looks: str  # dtype, device and shape
+
+
+class Source:
+    """The model that a draft was made from, weakly, and whether it is still as it was then."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self._model, self._watch = weakref.ref(model), ModelWatch(uncompiled(model))
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel | None:
+        """The model; None: it is gone."""
+        return self._model()
+
+    def change(self) -> str | None:
+        """What has changed since, at the first place where something has; None: nothing."""
+        return self._watch.change()
 
 
 class ModelWatch:

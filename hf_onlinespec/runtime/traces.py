@@ -206,11 +206,13 @@ def scalars(report: RequestReport) -> dict[str, float]:
         "request/wall_time_s": report.wall_time_s,
         "request/new_tokens": report.new_tokens,
         "request/updates": report.updates,
+        "request/verified_per_kept": report.verified_per_kept,
     }
     if report.loss is not None:
         found["request/loss"] = report.loss
     rounds = max(report.rounds, 1)
     found |= {f"rounds_share/{source}": n / rounds for source, n in report.sources.items()}
+    found |= {f"kept/{source}": n for source, n in report.kept.items()}
     if len(report.expert_weights) > 1:
         *experts, base = report.expert_weights
         found |= {f"expert_weights/{i}": weight for i, weight in enumerate(experts)}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..adapt.gated_lora import GatedLora
 from ..adapt.service import LearningService
 from ..config import OnlineSpecConfig
 from ..models.vocabulary import Vocabulary
@@ -15,9 +16,10 @@ from .lineage import Lineage
 from .targets import Targets
 
 
-class AuditedModel(Protocol):
-    """The model of an audited draft, as it serves."""
+class AdaptedModel(Protocol):
+    """The model of a draft, as it serves."""
 
+    adapter: GatedLora
     positions: int  # the longest context that it may see
 
     def logits(self, tokens: Tensor, n: int, base: bool = False) -> Tensor: ...
@@ -33,7 +35,7 @@ class Audited(Protocol):
     targets: Targets
 
     @property
-    def causal_lm(self) -> AuditedModel: ...
+    def causal_lm(self) -> AdaptedModel: ...
     @property
     def config(self) -> PretrainedConfig: ...
     @property

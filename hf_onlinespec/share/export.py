@@ -18,11 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .._compat.adapters import base_of
 from .._compat.models import commit_hash, model_name, weight_of
-from ..adapt.gated_lora import GatedLora
 from ..adapt.service import LearningService
 from ..errors import ArtifactError, DraftError
 from ..models.identity import TOKENIZER, tokenizer_file
 from ..models.vocabulary import rows
+from .audited import AdaptedModel
 from .folder import header_of, read_json
 from .json_files import MOST_INTEGER
 
@@ -40,13 +40,6 @@ ALWAYS_TIED = {
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
-class MergeableModel(Protocol):
-    """The model of a draft, with its adapter."""
-
-    @property
-    def adapter(self) -> GatedLora: ...
-
-
 class Mergeable(Protocol):
     """A draft, as far as it is exported."""
 
@@ -57,7 +50,7 @@ class Mergeable(Protocol):
     @property
     def config(self) -> PretrainedConfig: ...
     @property
-    def causal_lm(self) -> MergeableModel: ...
+    def causal_lm(self) -> AdaptedModel: ...
 
 
 def merge_and_export(

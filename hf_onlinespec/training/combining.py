@@ -32,6 +32,7 @@ from ..share.fit import PARTS, PREFIX, check_layers, check_size, names_of
 from ..share.learned_from import merged_record
 from ..share.lineage import Distilled, merged_lineages
 from ..share.loading import locate
+from ..share.resuming import adopt
 from ..share.targets import Targets
 from ..share.tensor_files import shapes_of
 
@@ -252,4 +253,4 @@ def _adopt(draft: OnlineDraft, changes: Mapping[str, Factors]) -> None:
         used = len(changes[layer].a)
         adapter[a][:used] = changes[layer].a
         adapter[b][:, :used] = changes[layer].b / scale
-    draft.adopt(adapter)
+    adopt(draft, adapter)

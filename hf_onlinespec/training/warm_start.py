@@ -32,6 +32,7 @@ from ..models.identity import public_name
 from ..models.vocabulary import check_vocabularies
 from ..runtime.progress import Bar, NoBar, progress
 from ..share.lineage import WarmStart
+from ..share.resuming import adopt
 from .passages import Passage, Passages, collate, continuations, pieces
 from .student import Student
 
@@ -83,7 +84,7 @@ def warm_start(
         if not passages:
             raise ConfigError(f"None of {len(texts)} texts has two tokens. A draft learns to tell the next one.")
         learned = _train(draft, target, passages, args, quiet=training_args is None)
-    draft.adopt(learned, _sample(draft, passages), len(passages))
+    adopt(draft, learned, _sample(draft, passages), len(passages))
     draft.targets.keep_at_hand(target)
     learned_tokens = sum(len(p.tokens) - p.start for p in passages)
     here = WarmStart(public_name(model_name(target.config)) or None, len(texts), len(prompts), learned_tokens)

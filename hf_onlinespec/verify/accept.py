@@ -59,6 +59,8 @@ class _Walk:
         for candidate, parent in enumerate(proposal.parents_of(row)):
             self._followers.setdefault(parent, []).append(candidate)
         self.q_places = {candidate: i for i, candidate in enumerate(proposal.drawn_of(row))}  # of the drawn candidates
+        for followers in self._followers.values():  # a guess that is also drawn is kept as the drawn one
+            followers.sort(key=lambda candidate: candidate not in self.q_places)
         self.path: list[int] = []
         self.places: list[list[int]] = []  # the candidates behind every prefix that was kept, where there are any
         self.done = False
@@ -136,23 +138,23 @@ class _Group:
     def _sampled(self, processed: Tensor) -> Tensor:
         p = processed.softmax(-1)
         told: list[tuple[int, int]] = []  # (row, candidate) as their chances come
-        drawn, guesses = [], []
+        drawn, guesses = [], dict[tuple[int, int], tuple[int, int]]()
         own = [[c for c in self._walks[row].candidates if c in self._walks[row].q_places] for row in self._active]
         for candidates in zip_longest(*own, fillvalue=-1):  # one of every row; -1: it has no more
             drawn.append(self._drawn(candidates))
             told += zip(self._active, candidates, strict=True)
         for i, row in enumerate(self._active):
-            for candidate in self._walks[row].candidates if len(own[i]) < len(self._walks[row].candidates) else ():
-                # The target has no chance for ids beyond its own.
-                if candidate not in own[i] and self._known[row][candidate] < p.shape[-1]:
-                    guesses.append((i, self._known[row][candidate]))
-                    told.append((row, candidate))
+            for candidate in self._walks[row].candidates[len(own[i]) :]:
+                # The target has no chance for ids beyond its own, and none twice for the same.
+                if (token := self._known[row][candidate]) < p.shape[-1]:
+                    guesses.setdefault((i, token), (row, candidate))
+        told += guesses.values()
         if not told:
             return draw(p)
-        token, chances = speculative_sample(p, drawn, guesses)
+        tokens, chances = speculative_sample(p, drawn, list(guesses))
         self._told += told
         self._chances += chances
-        return token
+        return tokens
 
     def _drawn(self, candidates: tuple[int, ...]) -> Drawn:
         """A drawn candidate of every row that goes on; -1: it has none."""

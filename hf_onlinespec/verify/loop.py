@@ -29,6 +29,8 @@ from .probe_trees import why_chains
 from .streaming import OriginStreamer
 from .target import Verifier
 
+CHAINS_ONLY = "; chains only: "  # in `decisions`, between what was decided and why no tree was verified
+
 
 def decode(
     target: PreTrainedModel,
@@ -84,8 +86,10 @@ def _say_limits(draft: Draft, verifier: Verifier) -> None:
         reason = verifier.plain_because or verifier.limited_because
         if reason:
             decisions.drafting = reason
-        elif verifier.trees_because and verifier.trees_because not in decisions.drafting:
-            decisions.drafting = f"{decisions.drafting}; chains only: {verifier.trees_because}"
+            return
+        decided = decisions.drafting.partition(CHAINS_ONLY)[0]  # what an earlier request said of trees is left out
+        chains = verifier.trees_because
+        decisions.drafting = f"{decided}{CHAINS_ONLY}{chains}" if chains else decided
 
 
 @dataclass

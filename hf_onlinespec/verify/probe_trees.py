@@ -103,9 +103,8 @@ def _two_branches(target: PreTrainedModel, prompt: Tensor, inputs: dict[str, Any
     are where each branch is a chain."""
     verifier = Verifier(target, prompt, GenerationConfig(), inputs | {CACHE: fresh_cache(target.config)})
     logits = verifier.verify(prompt, guesses(prompt[:, :0]))[:, 0]
-    likely = logits.topk(min(8, logits.shape[1])).indices.repeat(1, 8)[
-        :, :8
-    ]  # they differ where the vocabulary is large enough
+    likely = logits.topk(min(8, logits.shape[1])).indices  # (1, 8) tokens that differ, fewer where there are fewer
+    likely = likely.repeat(1, 8)[:, :8]
     root = torch.cat([prompt, likely[:, :1]], dim=-1)
     first, second, more = likely[:, 1:3], likely[:, 3:5], likely[:, 5:]
 

@@ -44,7 +44,7 @@ def speculative_sample(
         # A distribution is 0 at ids that the other one has alone.
         law, q, x = widened(law, one.q.shape[-1], 0.0), widened(one.q, law.shape[-1], 0.0), one.tokens[:, None]
         p_x, q_x = law.gather(-1, x), q.gather(-1, x)
-        keeps = torch.rand(x.shape, device=p.device) * q_x < p_x
+        keeps = torch.rand_like(p_x) * q_x < p_x
         if one.has is not None:
             keeps &= one.has[:, None]
         tokens = x if kept is None else torch.where(kept, tokens, x)

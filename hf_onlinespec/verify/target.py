@@ -101,7 +101,7 @@ class Verifier:
     @property
     def trees(self) -> bool:
         """Whether the next round may be a tree. The prompt is read with a chain, whatever the target can."""
-        at_the_end = self._limits.table - self._kept < MOST_NODES  # places count beside positions in some tables
+        at_the_end = self._limits.table - self._kept < MOST_NODES
         return not (self.trees_because or self.plain_because or self._first or at_the_end)
 
     def verify(self, input_ids: Tensor, proposal: Proposal) -> Tensor:

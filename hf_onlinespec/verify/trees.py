@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..rounds import Proposal
 
-MOST_NODES = (
-    64  # that a tree may have: so far from the end of a table of positions, trees end; chosen: the largest budget
-)
+# Candidates that a tree may have: so far from the end of a table of positions trees end, as places count in some of them. Chosen:
+# the largest budget.
+MOST_NODES = 64
 
 
 def tree_mask(

@@ -281,7 +281,7 @@ def test_nothing_is_learned_between_examining_and_saving(
         assert not draft.catch_up(0.3), "it is learned from while the draft is examined"
         steps.append(draft.steps)
 
-    monkeypatch.setattr("hf_onlinespec.draft.online.examine", examine)
+    monkeypatch.setattr("hf_onlinespec.share.saving.examine", examine)
     draft.save_pretrained(tmp_path)
     assert OnlineDraft.from_pretrained(tmp_path, draft_model).steps == steps[0] >= 1
     assert draft.catch_up(LONG_S) and draft.steps > steps[0]

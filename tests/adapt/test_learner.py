@@ -15,6 +15,7 @@ from hf_onlinespec.adapt import feedback
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.metrics import Counts
+from hf_onlinespec.share.resuming import adopt, restore
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params, learn_segment
 
@@ -116,9 +117,9 @@ def test_adopting_an_adapter_forgets_the_one_before(target, learner: str) -> Non
     draft = served(OnlineDraft(tiny_llama(2), config), target, 4)
     other = served(OnlineDraft(tiny_llama(2), config), tiny_llama(4, layers=2), 2)
     assert draft.learning.learner.guard.nbytes > 0 and draft.steps > 1
-    draft.adopt(other.artifact().adapter)
+    adopt(draft, other.artifact().adapter)
     fresh = OnlineDraft(tiny_llama(2), config)
-    fresh.adopt(other.artifact().adapter)
+    adopt(fresh, other.artifact().adapter)
     assert draft.learning.learner.guard.nbytes == 0 and draft.steps == fresh.steps == 1
     ours, theirs = draft.learning.learner.state(), fresh.learning.learner.state()
     for part in ("adaptation", "guard", "experts", "learning"):
@@ -135,7 +136,7 @@ def test_resuming_forgets_what_was_there(target) -> None:
     config = OnlineSpecConfig(**SMALL, learner="ensemble")
     saved = served(OnlineDraft(tiny_llama(2), config), target, 5).artifact()
     used = served(OnlineDraft(tiny_llama(2), config), tiny_llama(4, layers=2), 4)
-    used.restore(saved)
+    restore(used, saved)
     again = used.artifact().state
     assert again.values == saved.state.values
     assert again.tensors.keys() == saved.state.tensors.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -109,6 +110,16 @@ GREEDY = {"do_sample": False, "max_new_tokens": 48, "pad_token_id": 0}
 ALONE = {"memory_tokens": 0}  # recycled tokens guess, and nobody else
 
 
+@pytest.fixture
+def guesses_pay(monkeypatch) -> Callable[[int], None]:
+    """Whatever the clock says of it here: so many guesses are verified in every round."""
+
+    def set_number(n: int) -> None:
+        monkeypatch.setattr(Governor, "guess_pays", lambda self, plan, candidates, chance: candidates < n)
+
+    return set_number
+
+
 def held(draft: MemoryDraft, vocab: int) -> dict[int, list[int]]:
     """All that the table holds."""
     assert draft.recycled is not None
@@ -125,9 +136,10 @@ def test_a_row_is_filled_only_from_what_was_fed_to_the_target(target, prompt) ->
     assert int(out[0, -1]) == held(draft, 32)[int(prompt[0, -1])][0] != int(prompt[0, -1])
 
 
-def test_everything_that_was_verified_is_read_and_the_last_new_token_never_is(target, prompt) -> None:
+def test_everything_that_was_verified_is_read_and_the_last_new_token_never_is(target, prompt, guesses_pay) -> None:
     """Of a whole request: each row is that of a place behind this token in what was kept, or behind a rejected guess."""
-    draft = MemoryDraft(OnlineSpecConfig(lookahead=3, **ALONE))
+    guesses_pay(3)
+    draft = MemoryDraft(**ALONE)
     out = target.generate(prompt, do_sample=False, max_new_tokens=24, assistant_model=draft)[0]
     start = prompt.shape[1]
     with torch.no_grad():
@@ -143,9 +155,10 @@ def test_everything_that_was_verified_is_read_and_the_last_new_token_never_is(ta
     assert sum(rows[token] == row for token, row in last.items()) > len(last) // 2
 
 
-def test_rejected_branches_are_read_too(target, prompt) -> None:
+def test_rejected_branches_are_read_too(target, prompt, guesses_pay) -> None:
     """Their logits are known, and were computed behind the branch itself."""
-    draft = MemoryDraft(OnlineSpecConfig(lookahead=1, **ALONE))
+    guesses_pay(1)
+    draft = MemoryDraft(**ALONE)
     assert draft.recycled is not None
     right = target.generate(prompt, do_sample=False, max_new_tokens=2)[0]
     wrong = (int(right[-2]) + 1) % 32
@@ -157,11 +170,13 @@ def test_rejected_branches_are_read_too(target, prompt) -> None:
     assert held(draft, 32)[wrong] == logits.topk(KEPT).indices.tolist()
 
 
-def test_recycled_tokens_alone_make_a_second_request_shorter(pair: EmbeddedPair) -> None:
+@pytest.mark.parametrize("guesses", [4, 24])
+def test_recycled_tokens_alone_make_a_second_request_shorter(pair: EmbeddedPair, guesses_pay, guesses: int) -> None:
     """And the first one, once it repeats itself; both say what the target says."""
     ids = pair.tokenizer(prompts("sql")[0], return_tensors="pt").input_ids
     plain = pair.target.generate(ids, **GREEDY)
-    draft, lengths = MemoryDraft(OnlineSpecConfig(lookahead=4, **ALONE)), []
+    guesses_pay(guesses)
+    draft, lengths = MemoryDraft(**ALONE), []
     for _ in range(2):
         assert torch.equal(pair.target.generate(ids, assistant_model=draft, **GREEDY), plain)
         lengths.append(draft.metrics.last.acceptance_length)
@@ -170,27 +185,35 @@ def test_recycled_tokens_alone_make_a_second_request_shorter(pair: EmbeddedPair)
     assert draft.recycled is not None and draft.recycled.nbytes == 32 * vocab
 
 
-def test_recycled_tokens_grow_into_trees_where_the_governor_decides(pair: EmbeddedPair, monkeypatch) -> None:
-    """Whatever the clock says of it here: 24 guesses in every round."""
-    monkeypatch.setattr(Governor, "guess_pays", lambda self, plan, n, chance: n < 24)
+def test_more_guesses_keep_more_tokens(pair: EmbeddedPair, guesses_pay) -> None:
+    """Of a tree of 24, more than of one of 4."""
     ids = pair.tokenizer(prompts("sql")[0], return_tensors="pt").input_ids
-    plain = pair.target.generate(ids, **GREEDY)
-    chain, tree = MemoryDraft(OnlineSpecConfig(lookahead=4, **ALONE)), MemoryDraft(**ALONE)
-    for draft in (chain, tree):
+    lengths = []
+    for n in (4, 24):
+        guesses_pay(n)
+        draft = MemoryDraft(**ALONE)
         for _ in range(2):
-            assert torch.equal(pair.target.generate(ids, assistant_model=draft, **GREEDY), plain)
-    assert tree.metrics.last.acceptance_length > chain.metrics.last.acceptance_length
+            pair.target.generate(ids, assistant_model=draft, **GREEDY)
+        lengths.append(draft.metrics.last.acceptance_length)
+    assert lengths[1] > lengths[0]
+
+
+def test_a_number_of_tokens_asks_for_no_recycled_ones(target, prompt) -> None:
+    draft = MemoryDraft(OnlineSpecConfig(lookahead=4, **ALONE))
+    for _ in range(2):
+        target.generate(prompt, do_sample=False, max_new_tokens=12, assistant_model=draft)
+    assert draft.metrics.drafted_tokens == 0 and draft.recycled is not None and draft.recycled.nbytes == 0
 
 
 def test_without_recycling_there_is_no_table(target, prompt) -> None:
-    draft = MemoryDraft(OnlineSpecConfig(recycle=False, memory_tokens=0, lookahead=4))
+    draft = MemoryDraft(recycle=False, **ALONE)
     for _ in range(2):
         target.generate(prompt, do_sample=False, max_new_tokens=12, assistant_model=draft)
     assert draft.recycled is None and draft.metrics.drafted_tokens == 0
 
 
 def test_a_request_that_is_only_drafted_leaves_nothing_in_the_table(target, prompt) -> None:
-    draft = MemoryDraft(OnlineSpecConfig(lookahead=4))
+    draft = MemoryDraft()
     target.generate(prompt, do_sample=False, max_new_tokens=12, assistant_model=draft, onlinespec=False)
     assert draft.recycled is not None and draft.recycled.nbytes == 0
     target.generate(prompt, do_sample=False, max_new_tokens=12, assistant_model=draft)
@@ -202,19 +225,20 @@ def test_a_request_that_is_only_drafted_leaves_nothing_in_the_table(target, prom
 def test_nothing_of_the_table_is_saved(target, prompt) -> None:
     states = []
     for recycle in (True, False):
-        draft = MemoryDraft(OnlineSpecConfig(lookahead=4, recycle=recycle))
+        draft = MemoryDraft(recycle=recycle)
         for _ in range(2):
             target.generate(prompt, do_sample=False, max_new_tokens=12, assistant_model=draft)
         states.append(draft.state())
-    again = MemoryDraft(OnlineSpecConfig(lookahead=4))
+    again = MemoryDraft()
     again.resume(states[0])
     assert not states[0].tensors and states[0].values.keys() == states[1].values.keys()
     assert again.recycled is not None and again.recycled.nbytes == 0
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_a_target_of_five_tokens_is_guessed_for(sample: bool) -> None:
-    target, draft = tiny_llama(1, vocab=5, layers=2), MemoryDraft(OnlineSpecConfig(lookahead=4, **ALONE))
+def test_a_target_of_five_tokens_is_guessed_for(sample: bool, guesses_pay) -> None:
+    guesses_pay(6)
+    target, draft = tiny_llama(1, vocab=5, layers=2), MemoryDraft(**ALONE)
     asked = torch.tensor([[1, 2, 3]])
     out = target.generate(asked, do_sample=sample, max_new_tokens=24, assistant_model=draft)
     assert draft.metrics.accepted_tokens > 0 and draft.metrics.failed_drafts == 0

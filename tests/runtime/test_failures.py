@@ -18,6 +18,7 @@ from hf_onlinespec import OnlineCandidateGenerator, OnlineDraft, OnlineSpecConfi
 from hf_onlinespec._compat.caches import cache_tensors
 from hf_onlinespec.adapt.gated_lora import GatedLora
 from hf_onlinespec.adapt.guard import Guard, GuardConstants
+from hf_onlinespec.adapt.idle import IdleLearning
 from hf_onlinespec.adapt.learner import Learner
 from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.adapt.replay import Replay
@@ -152,10 +153,10 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "a look": (LearningService, "score_offline", {"update_every": "auto", "lookahead": "auto"}),
     "recording": (LearningSchedule, "record", {}),
     "the copy of the logits": (LearningSchedule, "copied", {}),
-    "what is handed over": (LearningService, "learn_later", {"update_when": "idle"}),
-    "the table's answer": (RecyclingTable, "successors", {}),
-    "the table's tokens": (RecyclingTable, "update", {}),
-    "the best tokens": ("hf_onlinespec.commit.guessing", "best_tokens", {}),
+    "what is handed over": (IdleLearning, "add", {"update_when": "idle"}),
+    "the table's answer": (RecyclingTable, "successors", {"lookahead": "auto"}),
+    "the table's tokens": (RecyclingTable, "update", {"lookahead": "auto"}),
+    "the best tokens": ("hf_onlinespec.commit.guessing", "best_tokens", {"lookahead": "auto"}),
     "the chances of guesses": (GuessChances, "place", {}),
     "what guesses are learned from": (GuessChances, "observe", {}),
     "the tree": ("hf_onlinespec.commit.combined", "grow", {"lookahead": "auto"}),
@@ -281,7 +282,6 @@ ON_THE_WAY: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "its answer is taken": (ProposalBuilder, "add_branch", None),
     "its answer is taken, beside a model": (ProposalBuilder, "add_guess", {}),
     "the table's answer is looked up": (RecyclingTable, "successors", None),
-    "the table's answer is looked up, beside a model": (RecyclingTable, "successors", {}),
     "the draft model is prepared": (REQUEST_MODEL, "__init__", {}),
     "the round is planned": (Governor, "plan", None),
     "the round is planned, with a model that learns of rounds": (

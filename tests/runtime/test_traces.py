@@ -93,7 +93,7 @@ def test_an_object_is_told_of_every_gradient_step_and_then_of_the_request(target
 
 def test_sources_say_who_drafted(target, draft_model, prompt) -> None:
     kept = Kept()
-    model = OnlineDraft(draft_model, OnlineSpecConfig(report_to=kept, memory_tokens=0, **LEARNS))
+    model = OnlineDraft(draft_model, OnlineSpecConfig(report_to=kept, memory_tokens=0, recycle=False, **LEARNS))
     generate(target, prompt, model)
     rounds = model.metrics.last.rounds
     # A round for the last token alone has no room for a draft.

@@ -16,6 +16,7 @@ from hf_onlinespec import DraftError, OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import load_draft, load_pair, prompts
 from hf_onlinespec.errors import ArtifactError
 from hf_onlinespec.share.export import check_export, merge_and_export
+from hf_onlinespec.share.resuming import adopt
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.drafts import move
 
@@ -101,7 +102,7 @@ def test_half_precision(tmp_path) -> None:
     """Merged in float32 and rounded once: as the base has it, or wider."""
     wide, half = evolved(tiny_llama(2).to(torch.bfloat16)), tiny_llama(2).to(torch.bfloat16).float()
     exact = evolved(half)
-    exact.adopt(wide.learning.adapter_params())  # a new adapter's first values are rounded as its base is
+    adopt(exact, wide.learning.adapter_params())  # a new adapter's first values are rounded as its base is
     merge_and_export(exact, tmp_path / "exact")
     reference = stored(tmp_path / "exact")
     merge_and_export(wide, tmp_path / "half")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_onlinespec import ConfigError, DraftError, HubError, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CARD, CONFIG, STATE
 from hf_onlinespec.share.lineage import Parent, WarmStart
+from hf_onlinespec.share.resuming import adopt
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params
 from tests.loopback_hub import LoopbackHub
@@ -361,7 +362,7 @@ def test_force_does_not_skip_the_audit(hub: LoopbackHub, draft: OnlineDraft, mon
     def refuses(draft: OnlineDraft) -> None:
         raise PrivacyError("too much")
 
-    monkeypatch.setattr("hf_onlinespec.draft.online.check_privacy", refuses)
+    monkeypatch.setattr("hf_onlinespec.share.pushing.check_privacy", refuses)
     with pytest.raises(PrivacyError, match="too much"):
         draft.push_to_hub(REPO, private=False, data_statement=SAYS, force=True)
     assert not hub.requests
@@ -514,11 +515,11 @@ def test_a_licence_is_stated(hub: LoopbackHub, draft: OnlineDraft) -> None:
 def test_an_adapter_that_was_adopted_is_pushed(hub: LoopbackHub, draft: OnlineDraft, target: PreTrainedModel) -> None:
     """After as many steps as the one before."""
     adapter = draft.artifact().adapter
-    draft.adopt(adapter)
+    adopt(draft, adapter)
     draft.push_to_hub(REPO, checkpoint_every=1)
     assert draft.checkpoints is not None
     steps = draft.steps
-    draft.adopt({name: tensor + 1 for name, tensor in adapter.items()})
+    adopt(draft, {name: tensor + 1 for name, tensor in adapter.items()})
     assert draft.steps == steps
     target.generate(TOKENS[:1], max_new_tokens=4, assistant_model=draft, onlinespec=False)
     assert draft.checkpoints.wait(20) and draft.checkpoints.pushed == 1

@@ -19,6 +19,7 @@ from hf_onlinespec.share.folder import ADAPTER, ADAPTER_CONFIG, CONFIG
 from hf_onlinespec.share.learned_from import privacy_record
 from hf_onlinespec.share.lineage import Lineage
 from hf_onlinespec.share.privacy import check_privacy
+from hf_onlinespec.share.resuming import adopt, restore
 from hf_onlinespec.training.combining import combine, distil
 from hf_onlinespec.training.warm_start import warm_start
 from tests.conftest import tiny_llama
@@ -68,7 +69,7 @@ def resumed(folder: Path) -> OnlineDraft:
 
 def resumed_by_hand(folder: Path) -> OnlineDraft:
     draft = OnlineDraft(load_draft(), GENTLE)
-    draft.restore(OnlineDraft.from_pretrained(folder).artifact())
+    restore(draft, OnlineDraft.from_pretrained(folder).artifact())
     return draft
 
 
@@ -164,7 +165,7 @@ def test_an_adapter_without_a_record_is_refused_in_words(leaky: Path) -> None:
         (odd, "cannot be read"),
     ):
         draft = OnlineDraft(load_draft(), GENTLE)
-        draft.restore(replace(artifact, lineage=Lineage.from_dict(lineage, "a lineage")))
+        restore(draft, replace(artifact, lineage=Lineage.from_dict(lineage, "a lineage")))
         assert words in refusal(draft)
 
 
@@ -174,7 +175,7 @@ def test_a_louder_adapter_is_not_judged_by_the_quiet_one(way: str) -> None:
     learn(draft, [as_feedback(torch.arange(12), 8)])
     assert refusal(draft) == ""
     loud = OnlineDraft(tiny_llama(2), replace(TINY, alpha=400.0))
-    loud.restore(draft.artifact())
+    restore(loud, draft.artifact())
     if way == "a larger weight":
         loud = combine([draft.artifact()], tiny_llama(2), [100.0])
     assert "scaled up" in refusal(loud)
@@ -200,7 +201,7 @@ def test_a_save_survives_an_examination_that_fails(tmp_path: Path, monkeypatch: 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_onlinespec.draft.online.examine", fail)
+    monkeypatch.setattr("hf_onlinespec.share.saving.examine", fail)
     draft.save_pretrained(tmp_path)
     assert "1 were not examined" in refusal(OnlineDraft.from_pretrained(tmp_path, base_model=tiny_llama(2)))
 
@@ -328,13 +329,13 @@ def test_the_texts_of_a_warm_start_that_are_not_at_hand_count_as_not_examined() 
     draft = OnlineDraft(tiny_llama(2), TINY)
     text = torch.arange(1, 20)
     learn(draft, [as_feedback(text)])
-    draft.adopt(draft.artifact().adapter, [text], n_texts=3)
+    adopt(draft, draft.artifact().adapter, [text], n_texts=3)
     assert "not examined" in refusal(draft)
 
 
 def test_a_text_that_stands_often_in_a_warm_start_is_counted() -> None:
     draft = stream_of_one_prompt(1, lr=1e-3)
-    draft.adopt(draft.artifact().adapter, [torch.arange(1, 20), torch.arange(2, 20)] * 3)
+    adopt(draft, draft.artifact().adapter, [torch.arange(1, 20), torch.arange(2, 20)] * 3)
     learn(draft, [SAME])
     record = draft.artifact().lineage.privacy.to_dict()
     assert (record["texts"], record["repeats"]) == (3, 3)
@@ -357,10 +358,10 @@ def test_what_was_examined_was_the_adapter_of_then() -> None:
     draft = OnlineDraft(tiny_llama(2), TINY)
     adapter = draft.artifact().adapter
     texts = [torch.arange(30) % 32]
-    draft.adopt(adapter, texts=texts)
+    adopt(draft, adapter, texts=texts)
     examine(draft, 60)
     assert privacy_record(draft).unexamined == 0
-    draft.adopt({name: tensor + 1 for name, tensor in adapter.items()}, texts=texts)
+    adopt(draft, {name: tensor + 1 for name, tensor in adapter.items()}, texts=texts)
     assert privacy_record(draft).unexamined == 1
 
 

@@ -17,6 +17,7 @@ from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.losses import LOSSES
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.manifest import Manifest
+from hf_onlinespec.share.resuming import adopt
 from hf_onlinespec.training.corpus import read_corpus
 from hf_onlinespec.training.passages import Passage, collate, continuations, pieces
 from hf_onlinespec.training.student import Student
@@ -77,7 +78,7 @@ def test_student_has_the_loss_and_the_gradient_of_online_learning(target, loss, 
         found.backward()
         start = draft.learning.adapter_params()
         counts, after = draft.learning.learn_request(feedback), draft.learning.adapter_params()
-        draft.adopt(start)
+        adopt(draft, start)
         assert counts.updates == 1 and counts.mean_loss == pytest.approx(float(found.detach()), rel=1e-4)
         for part, name in zip(student.parts, start, strict=True):
             torch.testing.assert_close(part.grad, start[name] - after[name], rtol=1e-4, atol=1e-6)
@@ -181,7 +182,7 @@ def test_a_draft_that_had_learned_goes_on_with_a_new_state(target, tmp_path) -> 
     before = flat_params(old)
     warm_start(old, target, tokenizer, TEXTS, training_args=arguments(tmp_path, learning_rate=0.0))
     assert torch.equal(flat_params(old), before)
-    new.adopt(old.learning.adapter_params())
+    adopt(new, old.learning.adapter_params())
     for draft in (old, new):
         draft.learning.learn_request(request)
     assert torch.equal(flat_params(old), flat_params(new))

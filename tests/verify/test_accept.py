@@ -110,11 +110,9 @@ def test_a_wrong_rule_is_found(rule: Rule) -> None:
     assert not follows(counted(p, q, rule).flatten(), exact(p, q).flatten(), MILLION)
 
 
-def test_rounding_that_empties_the_residual_falls_back_to_p(monkeypatch) -> None:
+def test_rounding_that_empties_the_residual_falls_back_to_p(monkeypatch: pytest.MonkeyPatch) -> None:
     p = torch.tensor([[0.25, 0.75]])
-    monkeypatch.setattr(
-        torch, "rand", lambda *a, **k: torch.full((1, 1), 1.0, dtype=k.get("dtype"))
-    )  # rejects even p = q
+    monkeypatch.setattr(torch, "rand_like", torch.ones_like)  # rejects even p = q
     token, _ = speculative_sample(p, [Drawn(torch.tensor([1]), p.clone())])
     assert token.item() in (0, 1)
 

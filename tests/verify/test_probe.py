@@ -36,6 +36,7 @@ from tests.tiny_models import CACHE
 from tests.verify.test_target import gemma3, paligemma, qwen2_vl
 
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)
+TREE = 5  # forwards over which a target is tried with a tree, see probe_trees.py; once, whatever it is
 
 
 class Sound(LlamaForCausalLM):
@@ -131,7 +132,8 @@ def test_a_sound_class_from_elsewhere_is_tried_once_and_drafted_for(prompt) -> N
         read.clear()
         assert torch.equal(plain, target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED))
         counts.append(len(read) - online_memory(target).metrics.last.rounds)
-    assert counts == [7, 0, 0]
+    # `read` is part of a hook: with a tree the target is tried again for what it held after the first trial.
+    assert counts == [7 + TREE, TREE, 0]
     assert online_memory(target).metrics.last.acceptance_length > 4
 
 
@@ -164,11 +166,13 @@ def watched(target: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda target: None, compiled, placed, put_back, watched])
-def test_a_known_class_pays_nothing(change, target, prompt, read) -> None:
+def test_a_known_class_pays_for_a_tree_alone(change, target, prompt, read) -> None:
     """Nor for the hooks of accelerate, transformers and our own."""
     change(target)
-    target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED)
-    assert read.calls == online_memory(target).metrics.last.rounds > 0
+    for tried in (TREE, 0):
+        read.reset()
+        target.generate(prompt, do_sample=False, max_new_tokens=24, onlinespec=FIXED)
+        assert read.calls - tried == online_memory(target).metrics.last.rounds > 0
 
 
 VECTOR = torch.linspace(-3, 3, 64)
@@ -375,7 +379,7 @@ def test_a_hook_that_counts_is_tried_a_few_times(target, prompt, read) -> None:
         read.reset()
         target.generate(prompt, do_sample=False, max_new_tokens=8, onlinespec=FIXED)
         counts.append(read.calls - online_memory(target).metrics.last.rounds)
-    assert counts == 8 * [7] + 2 * [0]
+    assert counts == 8 * [7 + TREE] + 2 * [0]
     assert online_memory(target).metrics.drafted_tokens > 0
 
 
@@ -429,7 +433,7 @@ def test_what_was_changed_since_it_was_tried_is_tried_again(target, prompt, read
         assert torch.equal(other, target.generate(prompt, **arguments, onlinespec=FIXED))
         counts.append(read.calls - online_memory(target).metrics.last.rounds)
         handle.remove()
-    assert counts == [0, 7, 0, 0, 0, 0] and not torch.equal(plain, other)
+    assert counts == [TREE, 7, 0, 0, 0, 0] and not torch.equal(plain, other)
 
 
 def test_a_module_that_is_exchanged_after_a_request_is_tried(target, prompt) -> None:

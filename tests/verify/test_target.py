@@ -476,7 +476,7 @@ def test_a_prompt_is_read_in_pieces_where_it_is_asked_for(target, prompt, size) 
     )
     call: dict[str, Any] = dict(do_sample=False, max_new_tokens=12, prefill_chunk_size=size)
     plain = target.generate(prompt, **call)
-    for _ in range(2):
+    for _ in range(3):  # what `read` holds when the target is tried is part of its hook
         read.clear()
         assert torch.equal(plain, target.generate(prompt, **call, onlinespec=FIXED))
     assert sum(read[: -(-6 // size)]) >= 6 and max(read) <= max(size + 4, 5)

@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 from transformers.utils import ModelOutput
 
 from hf_onlinespec._compat.caches import move
+from hf_onlinespec.measure.bench import ForwardClock
 from hf_onlinespec.rounds import Proposal
-from hf_onlinespec.verify import probe_trees
 from hf_onlinespec.verify.probe import guesses
 from hf_onlinespec.verify.probe_trees import why_chains
 from hf_onlinespec.verify.trees import in_place, tree_mask, tree_positions
@@ -176,6 +176,17 @@ def test_models_that_count_places_are_given_chains_and_decisions_say_why(name: s
     assert "chains only: the target" in said and REFUSED[name] in said
 
 
+def test_decisions_forget_why_there_were_chains_when_there_are_trees() -> None:
+    target = built("llama")
+    plain = target.generate(prompt(), **CALL)
+    draft = TreeDraft(ScriptedProposer(plain.sequences, SHAPES["by depth"], VOCAB))
+    for trains in (True, True, False):
+        target.train(trains)  # without dropout it says the same
+        ours = target.generate(prompt(), assistant_model=draft, **CALL)
+        assert torch.equal(ours.sequences, plain.sequences)
+        assert draft.metrics.decisions.drafting.count("chains only") == trains
+
+
 def test_layers_of_a_window_that_are_not_in_use_are_no_obstacle() -> None:
     target = random_model(MistralConfig(**SMALL, sliding_window=None), 0)
     plain = target.generate(prompt(), **CALL)
@@ -256,17 +267,17 @@ def test_a_model_that_refuses_or_ignores_what_a_tree_needs_is_found_out(
         assert f"chains only: the target {cls.__name__}" in said and reason in said
 
 
-def test_a_target_is_tried_once_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, tried = built("llama"), list[int]()
-    right = probe_trees._two_branches
-    monkeypatch.setattr(probe_trees, "_two_branches", lambda *given: (tried.append(1), right(*given))[1])
+def test_a_target_is_tried_once_and_again_when_it_changes() -> None:
+    target, read = built("llama"), ForwardClock()
+    read.watch(target)
     for _ in range(3):
         assert why_chains(target, prompt(), {CACHE: DynamicCache()}) == ""
-    assert len(tried) == 1
+        assert read.calls == 5
     target.set_attn_implementation("eager")
     why_chains(target, prompt(), {CACHE: DynamicCache()})
+    assert read.calls == 10
     why_chains(target.double(), prompt(), {CACHE: DynamicCache()})
-    assert len(tried) == 3
+    assert read.calls == 15
 
 
 def test_trying_leaves_the_request_and_its_random_numbers_alone() -> None:
@@ -282,15 +293,21 @@ def test_trying_leaves_the_request_and_its_random_numbers_alone() -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+class ShortOfMemory(LlamaForCausalLM):
+    short = True  # whether there is none left for a mask
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **inputs: Any
+    ) -> ModelOutput:
+        if self.short and attention_mask is not None and attention_mask.ndim == 4:
+            raise torch.OutOfMemoryError("simulated")
+        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **inputs)
+
+
 def test_a_shortage_of_memory_while_it_is_tried_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = built("llama")
-
-    def fails(*given: object) -> None:
-        raise torch.OutOfMemoryError("no memory")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(probe_trees, "_two_branches", fails)
-        assert "OutOfMemoryError" in why_chains(target, prompt(), {CACHE: DynamicCache()})
+    target = ShortOfMemory(LlamaConfig(**SMALL)).eval()
+    assert "OutOfMemoryError" in why_chains(target, prompt(), {CACHE: DynamicCache()})
+    monkeypatch.setattr(ShortOfMemory, "short", False)
     assert why_chains(target, prompt(), {CACHE: DynamicCache()}) == ""
 
 
