@@ -64,6 +64,9 @@ def calibrate(runner: Runner, prompts: Sequence[Prompt]) -> Settings:
     return Settings(best(tokens), best(confidences), best(lookups), speeds)
 
 
+MODEL_ALONE: dict[str, Any] = {"memory_tokens": 0, "recycle": False}  # nothing guesses beside the draft model
+
+
 def arms(settings: Settings, seed: int) -> dict[str, Callable[[], Arm]]:
     """All arms. Nothing is loaded before an arm is made.
 
@@ -75,7 +78,7 @@ def arms(settings: Settings, seed: int) -> dict[str, Callable[[], Arm]]:
         return OnlineDraft(load_draft(), OnlineSpecConfig(seed=seed, **values))
 
     def frozen(k: int) -> Callable[[], Arm]:
-        return lambda: {"assistant_model": draft(lookahead=k, memory_tokens=0), "onlinespec": False}
+        return lambda: {"assistant_model": draft(lookahead=k, **MODEL_ALONE), "onlinespec": False}
 
     def stock(k: int) -> Callable[[], Arm]:
         return lambda: {"assistant_model": stock_draft(k)}
@@ -90,8 +93,8 @@ def arms(settings: Settings, seed: int) -> dict[str, Callable[[], Arm]]:
         "prompt lookup": lambda: {"prompt_lookup_num_tokens": settings.lookup_tokens},
         "memory": lambda: {"onlinespec": True},
         **{f"frozen k={k}": frozen(k) for k in LOOKAHEADS},
-        LEARNING: lambda: {"assistant_model": draft(memory_tokens=0)},
-        RANDOM: lambda: {"assistant_model": OnlineDraft(random_draft(), OnlineSpecConfig(seed=seed, memory_tokens=0))},
+        LEARNING: lambda: {"assistant_model": draft(**MODEL_ALONE)},
+        RANDOM: lambda: {"assistant_model": OnlineDraft(random_draft(), OnlineSpecConfig(seed=seed, **MODEL_ALONE))},
         OURS: lambda: {"assistant_model": draft()},
         OURS_RANDOM: lambda: {"assistant_model": OnlineDraft(random_draft(), OnlineSpecConfig(seed=seed))},
     }

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_onlinespec.embedded import DOMAINS, load_draft, load_pair
+from hf_onlinespec.rounds import Proposal
 
 HOME, AWAY, HARD = "shell", "orders", "sql"
 
@@ -142,3 +143,22 @@ def kept_chances(request: Recorded, logits: Tensor, temperature: float) -> list[
         return (logits.argmax(-1) == text).float().tolist()
     p, q = (z.div(temperature).log_softmax(-1).gather(-1, text[:, None])[:, 0] for z in (request.logits, logits))
     return (q - p).exp().clamp_max(1.0).tolist()
+
+
+def walk(proposal: Proposal, said: Sequence[int]) -> tuple[list[int], list[tuple[int, float]]]:
+    """What a greedy target keeps of a proposal for one row, if it says these tokens: as `Verdict.paths` and `Verdict.chances`.
+
+    Returns:
+        The candidates that are kept, and of every candidate that was verified whether it was: (candidate, 0 or 1).
+    """
+    parents, tokens = proposal.parents_of(0), proposal.tokens[0].tolist()
+    path: list[int] = []
+    verified: list[tuple[int, float]] = []
+    for token in said:
+        here = [i for i, parent in enumerate(parents) if parent == (path[-1] if path else -1)]
+        kept = next((i for i in here if tokens[i] == token), None)
+        verified += [(i, float(i == kept)) for i in here]
+        if kept is None:
+            break
+        path.append(kept)
+    return path, verified

@@ -31,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from recorded import Recorded, Source, kept_chances
+from recorded import Recorded, Source, kept_chances, walk
 from transformers.utils import logging
 
 from hf_onlinespec import Feedback, OnlineDraft, OnlineSpecConfig
@@ -39,10 +39,14 @@ from hf_onlinespec.adapt.experts import Experts, ExpertsConstants
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.learner import Learner, LearnerConstants
 from hf_onlinespec.adapt.segment import Segment
+from hf_onlinespec.commit.guessing import Guesser
+from hf_onlinespec.commit.proposal import ProposalBuilder
 from hf_onlinespec.commit.request_memory import RequestMemory
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
-from hf_onlinespec.govern.acceptance import RequestStats, TokenSource
+from hf_onlinespec.commit.tree import grow
+from hf_onlinespec.govern.acceptance import RequestStats
 from hf_onlinespec.govern.governor import Governor, GovernorConstants
+from hf_onlinespec.govern.planner import Plan
 from hf_onlinespec.measure.regret import expected_rounds
 from hf_onlinespec.metrics import Counts
 from hf_onlinespec.share.provenance import provenance
@@ -104,7 +108,7 @@ def simulated(constants: GovernorConstants, seeds: range, requests: int) -> Valu
 
 
 def remembered(constants: GovernorConstants, stream: list[Recorded], seed: int) -> Values:
-    """Tokens per plain step of the memory alone, as the loop drafts with it."""
+    """Tokens per plain step of the memory alone, as the loop drafts with it, greedily."""
     governor, memory, rng = Governor(0.1, 2, constants=constants), SuffixMemory(65_536), random.Random(seed)
     lock, total, time = threading.RLock(), 0, 0.0
     for request in stream:
@@ -114,26 +118,24 @@ def remembered(constants: GovernorConstants, stream: list[Recorded], seed: int) 
         while at < end:
             recall.read(request.tokens[None, :at])
             plan = governor.plan(drafts=False, seen=seen, room=end - at)
-            drafted: list[int] = []
-            sources: list[TokenSource] = []
-            survival = 1.0
-            while len(drafted) < end - at - 1:
-                found, place = recall.lookup([*recall.context, *drafted]), len(drafted)
-                if found is None or not governor.decide_memory(plan, place, survival, found, model_drafts=False):
-                    break
-                key, chance = governor.acceptances.memory(found, place == 0, plan.memory_calibration)
-                drafted.append(found.tokens[0])
-                sources.append(TokenSource("memory", place, key))
-                survival *= chance
-            kept = len(
-                list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(drafted, tokens[at:], strict=False)))
-            )
-            k = len(drafted)
+            builder = ProposalBuilder(request.tokens[None, :at], recall.context, set())
+            guesser = Guesser(recall, None, governor.guesses, recall.context, plan.memory_calibration, None)
+
+            def pays(candidates: int, chance: float, plan: Plan = plan) -> bool:
+                return governor.guess_pays(plan, candidates, chance)
+
+            grow(builder, guesser, pays, end - at - 1, set(), True)
+            proposal = builder.proposal(0)
+            path, verified = walk(proposal, tokens[at:])
+            k, sources = proposal.lengths[0], proposal.sources[0]
             took = 1 + 0.2 * (1 - 2 ** (-k / 2)) + 0.056 * k
             time += took
-            overlaps = [1.0] * kept + [0.0] * (kept < k)
-            governor.observe(sources, overlaps, 0.0, took * math.exp(rng.gauss(0, NOISE)), seen)
-            at += 1 + kept
+            for place, token in zip((-1, *path), tokens[at:], strict=False):
+                if place in builder.places:
+                    governor.guesses.observe(builder.places[place], token, seen)
+            outcomes = [(sources[candidate], chance) for candidate, chance in verified]
+            governor.observe(sources, outcomes, 0.0, took * math.exp(rng.gauss(0, NOISE)), seen)
+            at += 1 + len(path)
         total += n
         recall.commit(request.tokens[None])
         governor.request_ended(n, seen)
@@ -228,7 +230,7 @@ def simulation(args: argparse.Namespace) -> Iterator[Table]:
 
 def memory(args: argparse.Namespace) -> Iterator[Table]:
     answers, constants = Source().stream("mix", 3 * args.segment, 0.0, 0, 64), GovernorConstants()
-    parts = ("acceptance.", "costs.", "planner.")
+    parts = ("acceptance.", "costs.", "planner.", "guesses.")
     yield Table(
         "Memory: tokens per plain step",
         lambda changed: remembered(changed, answers, 0),

@@ -3,7 +3,8 @@
     python benchmarks/studies/memory_hits.py --prompts 100
 
 Every prompt is generated from; at each generated position of the second half of the stream the memory is asked before the token joins it.
-Cells: greedy, how often its answer is the target's argmax; sampled, mean Σ min(p, q). No answer counts as 0.
+Cells: greedy, how often the target's argmax is among its answers; sampled, the target's chance to draw one of them. The likeliest
+answer, and the likeliest four, as they are guessed in a tree. No answer counts as 0.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hf_onlinespec.embedded import DOMAINS, EmbeddedPair, load_pair, prompts
 from hf_onlinespec.govern.acceptance import Continuation
 
 SOURCES = ("both, the longest wins", "this request", "earlier requests")
+GUESSES = (1, 4)  # at one place
 
 
 @torch.no_grad()
@@ -31,12 +33,11 @@ def record(pair: EmbeddedPair, text: str, temperature: float, new_tokens: int) -
     return ids[0].tolist(), out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.scores).softmax(-1)
 
 
-def right(found: Continuation | None, p: Tensor, greedy: bool) -> float:
+def right(found: Continuation | None, p: Tensor, greedy: bool, guesses: int) -> float:
     if found is None:
         return 0.0
-    if greedy:
-        return float(found.tokens[0] == int(p.argmax()))
-    return torch.minimum(p[list(found.tokens)], torch.tensor(found.probs)).sum().item()
+    guessed = list(found.tokens[:guesses])
+    return float(int(p.argmax()) in guessed) if greedy else p[guessed].sum().item()
 
 
 def main() -> None:
@@ -47,12 +48,13 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     pair = load_pair()
-    print("| domain | temperature | " + " | ".join(SOURCES) + " |\n" + "|---" * (2 + len(SOURCES)) + "|")
+    columns = [f"{source}: {n}" for source in SOURCES for n in GUESSES]
+    print("| domain | temperature | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
     for domain in DOMAINS:
         for temperature in (0.0, 0.8):
             torch.manual_seed(0)
             shared = SuffixMemory(65_536)
-            scores: dict[str, list[float]] = {source: [] for source in SOURCES}
+            scores: dict[str, list[float]] = {column: [] for column in columns}
             for number, text in enumerate(prompts(domain)[: args.prompts]):
                 prompt, new, laws = record(pair, text, temperature, args.new_tokens)
                 own = SuffixMemory(len(prompt) + len(new) + 1)
@@ -63,12 +65,13 @@ def main() -> None:
                     longest = before if here is None or (before and before.length > here.length) else here
                     if 2 * number >= args.prompts:
                         for source, found in zip(SOURCES, (longest, here, before), strict=True):
-                            scores[source].append(right(found, p, temperature == 0))
+                            for n in GUESSES:
+                                scores[f"{source}: {n}"].append(right(found, p, temperature == 0, n))
                     own.extend([token])
                     written.append(token)
                 shared.extend(written)
                 shared.close()
-            cells = [f"{statistics.mean(scores[source]):.3f}" for source in SOURCES]
+            cells = [f"{statistics.mean(scores[column]):.3f}" for column in columns]
             print(f"| {domain} | {temperature:g} | " + " | ".join(cells) + " |", flush=True)
 
 

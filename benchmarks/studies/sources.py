@@ -4,7 +4,8 @@
 
 Plain outputs of a drifting stream (home, unseen, home). At every generated position the target's law p is compared with the
 laws q of the base draft, of the learned draft (which learns from every request once it is scored), of the memory, and of
-mixtures of the last two: Σ min(p, q), greedy whether the argmax agrees. And per request: whether the draft that predicts the
+mixtures of the last two: Σ min(p, q), greedy whether the argmax agrees. The memory's answer also as a guess, as it is verified: the
+chance that the target's token is the likeliest one, or among the likeliest four. And per request: whether the draft that predicts the
 prompt better is the one that does better on the output.
 """
 
@@ -55,7 +56,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pair = load_pair()
-    draft = OnlineDraft(pair.draft, OnlineSpecConfig(memory_tokens=0))
+    draft = OnlineDraft(pair.draft, OnlineSpecConfig(memory_tokens=0, recycle=False))
     memory, acceptances = SuffixMemory(65_536), Acceptances()
     greedy = args.temperature == 0
     options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": args.temperature, "top_k": 0}
@@ -94,17 +95,19 @@ def main() -> None:
             cells["frozen draft"].append(kept(p, base[i]))
             cells["learned draft"].append(a_q)
             cells["memory"].append(a_m)
+            for n_guesses in (1, 4):
+                guessed = [] if found is None else list(found.tokens[:n_guesses])
+                among = float(int(p.argmax()) in guessed) if greedy else float(p[guessed].sum())
+                cells[f"memory, {n_guesses} guessed"].append(among)
             cells["the likelier of memory and learned draft"].append(a_m if expected_m > expected_q else a_q)
             for k in MIXTURES:
                 weight = expected_m**k / (expected_m**k + expected_q**k)
                 cells[f"mixture, k = {k}"].append(kept(p, weight * m + (1 - weight) * q))
             agree = found is not None and found.tokens[0] == int(q.argmax())
             cells["learned draft where both agree" if agree else "learned draft where they differ"].append(a_q)
-            acceptances.observe_round([TokenSource("model", 0, key)], [a_q], RequestStats())
+            acceptances.observe_round([(TokenSource("model", 0, key), a_q)], RequestStats())
             if found is not None:
-                acceptances.observe_round(
-                    [TokenSource("memory", 0, acceptances.memory_key(found))], [a_m], RequestStats()
-                )
+                acceptances.observe_answer(acceptances.memory_key(found), a_m, RequestStats())
         recall.commit(output)
         gains[part].append((prompt_log_ratio, mean(cells["learned draft"][-n:]) - mean(cells["frozen draft"][-n:])))
         teacher, counts = Teacher.from_logits(said), Counts()

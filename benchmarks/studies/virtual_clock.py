@@ -14,6 +14,7 @@ import json
 import math
 import random
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from hf_onlinespec.commit.assisted import OnlineCandidateGenerator
+from hf_onlinespec.commit.base import Call
 from hf_onlinespec.commit.memory_draft import MemoryDraft
+from hf_onlinespec.commit.request import Request
+from hf_onlinespec.govern.acceptance import TokenSource
 from hf_onlinespec.measure.shipped import encoder, shipped_prompts
 from hf_onlinespec.measure.trial import LOOKUP_TOKENS
+from hf_onlinespec.rounds import Proposal, Rows, Verdict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the instruments, which are scripts too
+from recorded import walk
 
 # Time of a forward over k drafted tokens and one more, in forwards over one.
 COSTS: dict[str, Callable[[int], float]] = {
@@ -84,16 +91,6 @@ def plain(answer: Answer, cost: Callable[[int], float]) -> Cost:
     return Cost(n, n, first(answer, cost, 0) + (n - 1) * cost(0) + n * PLAIN_ROUND)
 
 
-def matches(answer: Answer, at: int, drafted: list[int]) -> list[bool]:
-    """Whether each verified token of `drafted`, which begins at the token `at` of the answer, is the answer's."""
-    verified: list[bool] = []
-    for token, said in zip(drafted, answer.tokens[at:], strict=False):
-        verified.append(token == said)
-        if token != said:
-            break
-    return verified
-
-
 def lookup(answer: Answer, cost: Callable[[int], float], number: int, new_tokens: int) -> Cost:
     ids, start, n = torch.tensor([answer.prompt + answer.tokens]), len(answer.prompt), len(answer.tokens)
     generator = PromptLookupCandidateGenerator(torch.tensor([answer.end]), number, max_length=start + new_tokens)
@@ -101,33 +98,40 @@ def lookup(answer: Answer, cost: Callable[[int], float], number: int, new_tokens
     time = 0.0
     while at < n:
         candidates, _ = generator.get_candidates(ids[:, : start + at])
-        drafted = candidates[0, start + at :].tolist()
-        time += DRAFTED_ROUND + (cost(len(drafted)) if forwards else first(answer, cost, len(drafted)))
+        drafted = candidates[:, start + at :]
+        k = drafted.shape[1]
+        path, _ = walk(Proposal(drafted, None, ((TokenSource("memory", 0),) * k,)), answer.tokens[at:])
+        time += DRAFTED_ROUND + (cost(k) if forwards else first(answer, cost, k))
         forwards += 1
-        at += 1 + sum(matches(answer, at, drafted))
+        at += 1 + len(path)
     return Cost(n, forwards, time)
 
 
 def ours(answers: list[Answer], cost: Callable[[int], float], new_tokens: int, seed: int) -> Iterator[Cost]:
-    draft, rng = MemoryDraft(), random.Random(seed)
+    # What the target thought of other tokens was not recorded: nothing is recycled.
+    draft, rng = MemoryDraft(recycle=False), random.Random(seed)
     for answer in answers:
         ids, start, n = torch.tensor([answer.prompt + answer.tokens]), len(answer.prompt), len(answer.tokens)
         config = GenerationConfig(max_length=start + new_tokens, eos_token_id=answer.end, do_sample=False)
-        generator = OnlineCandidateGenerator(draft, config, LogitsProcessorList())
+        request = Request(draft, Call(config, LogitsProcessorList()))
         at = forwards = 0
         time = 0.0
         with torch.no_grad():
             while at < n:
-                proposal = generator.propose(ids[:, : start + at], max(0, new_tokens - at - 1))
-                k = proposal.tokens.shape[1]
-                kept = matches(answer, at, proposal.tokens[0].tolist())
+                proposal = request.propose(Rows.of(ids[:, : start + at]), max(0, new_tokens - at - 1), trees=True)
+                path, verified = walk(proposal, answer.tokens[at:])
+                k = proposal.lengths[0]
                 took = cost(k) if forwards else first(answer, cost, k)
-                told_s = STEP_S * took * math.exp(rng.gauss(0, NOISE)) if forwards else 0.0  # as the loop does
                 time += DRAFTED_ROUND + took
                 forwards += 1
-                at += 1 + sum(kept)
-                generator.observe(ids[:, : start + min(at, n)], proposal, [float(k) for k in kept], 0.0, told_s)
-            generator.finish()
+                new, at = min(1 + len(path), n - at), min(at + 1 + len(path), n)
+                rows, told_s = Rows.of(ids[:, : start + at]), STEP_S * took * math.exp(rng.gauss(0, NOISE))
+                kept, overlaps = (tuple(path),), ((1.0,) * len(path) + (0.0,) * (len(path) < new and k > 0),)
+                verdict = Verdict(
+                    proposal, rows, (new,), kept, overlaps, (tuple(verified),), (at == n,), None, target_s=told_s
+                )
+                request.observe(verdict)
+            request.finish()
         yield Cost(n, forwards, time)
 
 
