@@ -102,7 +102,7 @@ class Combined(Proposer):
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
         if model is not None and wanted and most > 0:
             self._build_chain(i, builder, model, most, plan, guesser, trees, failed)
-        if guesser is not None and most > 0:
+        if guesser is not None and most > 0 and self._call.counts.failed_drafts == failed:
             self._add_guesses(builder, plan, guesser, most, trees)
         vocabulary = None if model is None else model.vocabulary
         vocabulary = self._call.vocabulary or vocabulary
@@ -225,7 +225,8 @@ class Combined(Proposer):
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
         """See `Proposer`: the best next tokens behind everything that was verified."""
-        self._sources.read(rows, proposal, logits)
+        if self._call.learns:
+            self._sources.read(rows, proposal, logits)
 
     def observe(self, verdict: Verdict) -> None:
         """See `Proposer`: the governor is told what was drafted, how it was accepted, and the times."""
@@ -270,7 +271,7 @@ class Combined(Proposer):
         for worked, what in (
             (bool(self._models), draft.failures.preparing),
             (self._drafted and self._drafts, draft.failures.drafting),
-            (self._sources.in_use, draft.failures.memory),
+            (self._sources.worked, draft.failures.memory),
         ):
             if worked and what.worked():
                 self._governor.decisions.drafting = f"drafting works again after: {what.reason}"

@@ -52,6 +52,8 @@ class Guesser:
         if self._vocabulary is not None:
             answers = [known for answer in answers if (known := answer.below(self._vocabulary)) is not None]
         recycled = () if self._table is None or not context else self._table.successors(context[-1])
+        if self._vocabulary is not None and recycled and max(recycled) >= self._vocabulary:
+            recycled = [token for token in recycled if token < self._vocabulary]  # its head may have more rows
         if not answers and not recycled:
             return NOWHERE
         place = self._chances.place(answers, recycled, first, self._calibration)
@@ -105,6 +107,7 @@ class GuessSources:
         self._lock, self._acceptances, self._size, self._padding = lock, acceptances, size, padding
         self._chances, self._vocabulary = chances, vocabulary
         self._rows: dict[int, RequestMemory] = {}
+        self._asked = False
         self._read: tuple[list[int], Tensor, int] | None = (
             None  # tokens of the round, best tokens behind them, vocabulary
         )
@@ -114,6 +117,11 @@ class GuessSources:
         """Whether the memory takes part in this call."""
         return bool(self._rows)
 
+    @property
+    def worked(self) -> bool:
+        """Whether the memory or the table was asked in this call, and nothing has failed in them."""
+        return self._asked and self._usable
+
     def row(self, i: int, tokens: Tensor, stats: RequestStats, draws: bool = False) -> Guesser | None:
         """What guesses behind a row (1, L), once it was read; None: nobody, or it has failed.
 
@@ -122,6 +130,7 @@ class GuessSources:
         """
         if not self._usable or (self._memory is None and self._table is None):
             return None
+        self._asked = True
         with self.attempt():
             calibration = self._acceptances.memory_calibration(stats)
             if self._memory is None:
@@ -141,11 +150,12 @@ class GuessSources:
         if self._table is None or not self._usable:
             return
         with self.attempt():
-            batch, positions, vocabulary = logits.shape
-            last = torch.cat([rows.row(i)[:, -1:] for i in range(batch)])
-            tokens = torch.cat([last, proposal.tokens], dim=1)
-            found = best_tokens(logits.reshape(batch * positions, vocabulary))
-            self._read = tokens.flatten().tolist(), found, vocabulary
+            parts: list[Tensor] = []
+            for i, n in enumerate(proposal.lengths):  # what pads a shorter row is no candidate
+                parts += [rows.row(i)[0, -1:], proposal.tokens[i, :n]]
+            behind = [logits[i, : n + 1] for i, n in enumerate(proposal.lengths)]
+            found = best_tokens(behind[0] if len(behind) == 1 else torch.cat(behind))
+            self._read = torch.cat(parts).tolist(), found, logits.shape[-1]
 
     def take_in(self) -> None:
         """Gives what was read last to the table; the draft's lock is held."""

@@ -23,6 +23,7 @@ class RecyclingTable:
 
     def __init__(self) -> None:
         self._next = array("i")
+        self._kept = KEPT  # per token: fewer where the vocabulary is smaller
         self.vocabulary = 0  # tokens that it has a row for
 
     def update(self, tokens: Sequence[int], best: Sequence[Sequence[int]], vocabulary: int) -> None:
@@ -32,16 +33,17 @@ class RecyclingTable:
             vocabulary: ids that the target can say; where it is another one than before, the table begins anew.
         """
         if vocabulary != self.vocabulary:
-            self._next = array("i", [_UNKNOWN]) * (vocabulary * KEPT)
+            self._kept = min(KEPT, vocabulary)
+            self._next = array("i", [_UNKNOWN]) * (vocabulary * self._kept)
             self.vocabulary = vocabulary
-        table = self._next
+        table, kept = self._next, self._kept
         for token, row in zip(tokens, best, strict=True):
             if 0 <= token < vocabulary:
-                table[token * KEPT : token * KEPT + len(row)] = array("i", row)
+                table[token * kept : token * kept + len(row)] = array("i", row)
 
     def successors(self, token: int) -> Sequence[int]:
         """The best next tokens, best first; (): the token was not read yet."""
-        found = self._next[token * KEPT : token * KEPT + KEPT] if 0 <= token < self.vocabulary else ()
+        found = self._next[token * self._kept : (token + 1) * self._kept] if 0 <= token < self.vocabulary else ()
         return () if not found or found[0] == _UNKNOWN else found
 
     @property

@@ -18,7 +18,9 @@ from tests.drafts import flat_params
 
 def fixed(lookahead: int, **settings: object) -> OnlineSpecConfig:
     """The neural draft alone, at a fixed lookahead."""
-    return OnlineSpecConfig(**({"lookahead": lookahead, "update_every": 1, "memory_tokens": 0} | settings))
+    return OnlineSpecConfig(
+        **({"lookahead": lookahead, "update_every": 1, "memory_tokens": 0, "recycle": False} | settings)
+    )
 
 
 class Drafting:
@@ -146,12 +148,12 @@ def test_the_memory_s_time_belongs_to_the_round(draft_model: PreTrainedModel, mo
     candidates = Drafting(draft)
     told: list[tuple[float, float]] = []
     monkeypatch.setattr(
-        draft.governor, "observe", lambda sources, overlaps, draft_s, target_s, stats: told.append((draft_s, target_s))
+        draft.governor, "observe", lambda sources, outcomes, draft_s, target_s, stats: told.append((draft_s, target_s))
     )
     tokens = torch.tensor([[1, 2, 3]])
     for _ in range(2):  # the first one reads the prompt
         proposal = replace(candidates.propose(tokens, 4), model_s=0.2)
-    verdict = Verdict(proposal, Rows.of(tokens), (0,), (0,), ((),), (False,), None, draft_s=0.5, target_s=1.0)
+    verdict = Verdict(proposal, Rows.of(tokens), (0,), ((),), ((),), ((),), (False,), None, draft_s=0.5, target_s=1.0)
     for _ in range(2):  # the first round is not timed
         candidates.request.observe(verdict)
     assert told[-1] == (0.2, pytest.approx(1.3))

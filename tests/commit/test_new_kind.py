@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ class Bigrams(Proposer):
     def __init__(self, draft: BigramDraft, call: Call) -> None:
         self.draft, self.call, self.stats = draft, call, RequestStats()
 
-    def propose(self, rows: Rows, room: int) -> Proposal:
+    def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
         plan = self.draft.governor.plan(True, self.stats, room)
         last, drafted, q = int(rows.row(0)[0, -1]), list[int](), list[Tensor]()
         while len(drafted) < min(room, self.call.lookahead or plan.lookahead):
@@ -65,12 +64,14 @@ class Bigrams(Proposer):
         tokens = rows.tokens.new_tensor([drafted]).view(1, -1)
         return Proposal(tokens, torch.stack(q)[None] if q and self.call.sample else None, (sources,), model_s=1e-6)
 
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None: ...
+
     def observe(self, verdict: Verdict) -> None:
         row = verdict.rows.row(0)[0, -verdict.new_tokens[0] - 1 :]
-        for before, after in pairwise(row):
-            self.draft.counts[before, after] += 1
-        sources, overlaps = verdict.proposal.sources[0], verdict.overlaps[0]
-        self.draft.governor.observe(sources, overlaps, verdict.proposal.model_s, verdict.target_s, self.stats)
+        self.draft.counts.index_put_((row[:-1], row[1:]), torch.ones(()), accumulate=True)
+        sources, chances = verdict.proposal.sources[0], verdict.chances[0]
+        outcomes = [(sources[candidate], chance) for candidate, chance in chances]
+        self.draft.governor.observe(sources, outcomes, verdict.proposal.model_s, verdict.target_s, self.stats)
 
     def reset(self) -> None: ...
 

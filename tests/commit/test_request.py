@@ -27,6 +27,11 @@ PROPOSALS: dict[str, Change] = {
     "a source too many": lambda proposal: replace(proposal, sources=(proposal.sources[0] * 2,)),
     "more rows": lambda proposal: replace(proposal, sources=proposal.sources * 2),
     "an id out of range": lambda proposal: replace(proposal, tokens=proposal.tokens + 40),
+    "a parent that comes later": lambda proposal: replace(proposal, parents=((1, -1, 1, 2),)),
+    "a parent too few": lambda proposal: replace(proposal, parents=((-1, 0, 1),)),
+    "a parent below the row": lambda proposal: replace(proposal, parents=((-2, 0, 1, 2),)),
+    "drawn ones that q does not know": lambda proposal: replace(proposal, q=torch.ones(1, 1, 32) / 32, drawn=((0, 1),)),
+    "drawn ones that are none": lambda proposal: replace(proposal, q=torch.ones(1, 1, 32) / 32, drawn=((4,),)),
     "a negative id": lambda proposal: replace(proposal, tokens=proposal.tokens - 40),
     "it raises": raises,
 }
@@ -43,12 +48,21 @@ def test_a_proposal_that_cannot_be_verified_is_left_out(target, prompt, monkeypa
     assert "failed (" in draft.metrics.decisions.drafting
 
 
-@pytest.mark.failures
-def test_a_proposal_without_q_is_left_out_where_tokens_are_sampled(target, prompt) -> None:
-    draft = PlainDraft(ScriptedProposer(torch.ones(1, 40, dtype=torch.long)))
-    torch.manual_seed(4)
-    target.generate(prompt, do_sample=True, max_new_tokens=12, assistant_model=draft)
-    assert draft.metrics.failed_drafts == 1 and draft.metrics.new_tokens == 12
+SHAPES: dict[str, tuple[tuple[int, int], ...] | None] = {"a chain": None, "a tree": ((-1, 5), (-1, 0), (1, 3), (1, 0))}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_candidates_without_q_are_guesses_that_change_no_sample(target, prompt, shape: str) -> None:
+    """The target draws each token from its own law: with the same random numbers it says the same, whatever was guessed."""
+    accepted, said = [], torch.full((1, 18), 31)
+    for _ in range(2):  # guesses that are wrong, then its own words
+        draft = PlainDraft(ScriptedProposer(said, SHAPES[shape]))
+        torch.manual_seed(4)
+        found = target.generate(prompt, do_sample=True, max_new_tokens=12, assistant_model=draft)
+        assert draft.metrics.failed_drafts == 0 and draft.metrics.new_tokens == 12
+        accepted.append(draft.metrics.accepted_tokens)
+        told, said = said, found
+    assert torch.equal(said, told) and accepted[0] < 4 and accepted[1] >= 6
 
 
 @pytest.mark.failures

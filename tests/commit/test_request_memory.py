@@ -8,7 +8,7 @@ import torch
 
 from hf_onlinespec.commit.request_memory import RequestMemory
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
-from hf_onlinespec.govern.acceptance import Acceptances, RequestStats, TokenSource
+from hf_onlinespec.govern.acceptance import Acceptances, RequestStats
 
 EARLIER = [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -34,7 +34,7 @@ def test_the_likelier_match_answers() -> None:
     # Two tokens that match an earlier request say no more than one of this one.
     assert two is not None and two.tokens == (7,)
     for _ in range(40):  # earlier requests are wrong, though their matches are longer
-        acceptances.observe_round([TokenSource("memory", 1, acceptances.memory_key(earlier))], [0.0], RequestStats())
+        acceptances.observe_answer(acceptances.memory_key(earlier), 0.0, RequestStats())
     now = ours.lookup([2, 3, 4])
     assert now is not None and now.tokens == (7,)
     here = ours.lookup([9, 4])
@@ -63,7 +63,7 @@ def test_a_short_match_in_an_earlier_request_is_believed_less() -> None:
     usual = acceptances.memory(here)[1]
     assert acceptances.memory(earlier)[1] < 0.7 * usual
     for _ in range(40):
-        acceptances.observe_round([TokenSource("memory", 1, acceptances.memory_key(earlier))], [1.0], RequestStats())
+        acceptances.observe_answer(acceptances.memory_key(earlier), 1.0, RequestStats())
     assert acceptances.memory(here)[1] == usual < 0.5 < 0.9 < acceptances.memory(earlier)[1]
 
 

@@ -11,7 +11,7 @@ from hf_onlinespec.govern.acceptance import Acceptances, RequestStats, TokenSour
 def served(acceptances: Acceptances, base: bool, overlap: float, n: int = 30) -> None:
     seen = RequestStats(serves_base=base)
     for i in range(n):
-        acceptances.observe_round([TokenSource("model", i % 3, (4,))], [overlap], seen)
+        acceptances.observe_round([(TokenSource("model", i % 3, (4,)), overlap)], seen)
 
 
 def test_the_two_drafts_are_kept_apart() -> None:
@@ -41,7 +41,7 @@ def test_a_request_shows_itself() -> None:
     before, doubt = acceptances.request_rate(seen)
     assert doubt > 0.2
     for _ in range(4):
-        acceptances.observe_round([TokenSource("model", 0, (4,))], [0.0], seen)
+        acceptances.observe_round([(TokenSource("model", 0, (4,)), 0.0)], seen)
     after, less = acceptances.request_rate(seen)
     assert after < 0.5 * before and less < doubt
 
@@ -60,12 +60,12 @@ def test_a_copied_passage_does_not_speak_for_the_weaker_answers_behind_it() -> N
     copied, weak = Continuation((5,), (1.0,), 12, 1), Continuation((6, 7), (0.5, 0.5), 1, 2)
     key = acceptances.memory_key(copied)
     for _ in range(30):
-        acceptances.observe_round([TokenSource("memory", 1, key)], [1.0], copying)
+        acceptances.observe_answer(key, 1.0, copying)
     assert acceptances.memory(weak, calibration=acceptances.memory_calibration(copying)) == acceptances.memory(
         weak, calibration=acceptances.memory_calibration(RequestStats())
     )
     for _ in range(30):
-        acceptances.observe_round([TokenSource("memory", 1, key)], [0.0], copying)
+        acceptances.observe_answer(key, 0.0, copying)
     assert (
         acceptances.memory(weak, calibration=acceptances.memory_calibration(copying))[1]
         < 0.8 * acceptances.memory(weak)[1]

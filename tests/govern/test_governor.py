@@ -10,7 +10,7 @@ import pytest
 
 from hf_onlinespec.govern.acceptance import AcceptanceConstants, Continuation, RequestStats, TokenSource
 from hf_onlinespec.govern.governor import Governor
-from tests.govern.world import BUDGET, PASSES, STEP, STREAMS, TOKENS, World, best_static
+from tests.govern.world import BUDGET, PASSES, STEP, STREAMS, TOKENS, World, best_static, outcomes
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -99,13 +99,13 @@ def test_prompts_that_all_say_the_same_are_asked_less_often() -> None:
 
 def test_a_request_that_may_be_a_good_one_is_tried() -> None:
     """Where requests differ much, one that has shown nothing yet is; not where few tokens are left, nor once it has shown itself."""
-    governor = Governor(BUDGET, PASSES)
+    governor, drafted = Governor(BUDGET, PASSES), [TokenSource("model", 0, (4,))]
     for overlap in (0.05, 0.75) * 15:
         seen = RequestStats()
         for _ in range(3):
             governor.observe((), (), 0.0, 1.0, seen)
-            governor.observe([TokenSource("model", 0, (4,))], [overlap], 0.35, 1.2, seen)
-            governor.observe([TokenSource("model", 0, (4,))], [overlap], 0.35, 1.2, seen)
+            governor.observe(drafted, outcomes(drafted, [overlap]), 0.35, 1.2, seen)
+            governor.observe(drafted, outcomes(drafted, [overlap]), 0.35, 1.2, seen)
         governor.request_ended(TOKENS, seen)
     assert governor.plan(seen=RequestStats(), room=64).lookahead > 0
     assert governor.plan(seen=RequestStats(), room=8).lookahead == 0  # on average it does not pay
@@ -147,7 +147,8 @@ def test_the_first_neural_token_of_a_round_is_dearer() -> None:
     for _ in range(20):
         governor.observe((), (), 0.0, 1.0)
         for k in (1, 4):  # 0.4 for the first, 0.05 for each one more
-            governor.observe([TokenSource("model", i, (7,)) for i in range(k)], [1.0] * k, 0.35 + 0.05 * k, 1.1)
+            drafted = [TokenSource("model", i, (7,)) for i in range(k)]
+            governor.observe(drafted, outcomes(drafted, [1.0] * k), 0.35 + 0.05 * k, 1.1)
     plan = governor.plan()
     survival = 0.6
     assert governor.model_pays(plan, 2, survival, begun=True) and not governor.model_pays(
@@ -161,8 +162,8 @@ def test_a_memory_that_is_wrong_in_this_request_is_asked_less() -> None:
     usual = governor.acceptances.memory(answer)[1]
     key = governor.acceptances.memory_key(answer)
     for _ in range(12):
-        governor.observe([TokenSource("memory", 1, key)], [0.0], 0.0, 1.0, seen)
-        governor.observe([TokenSource("memory", 1, key)], [1.0], 0.0, 1.0)  # other requests
+        governor.acceptances.observe_answer(key, 0.0, seen)
+        governor.acceptances.observe_answer(key, 1.0, RequestStats())  # other requests
     calibration = governor.acceptances.memory_calibration(seen)
     assert calibration < 0.4
     assert governor.acceptances.memory(answer, calibration=calibration)[1] < 0.5 * usual
@@ -186,7 +187,7 @@ def test_an_idle_draft_is_tried_again_ever_more_rarely() -> None:
     for i in range(4000):
         plan = governor.plan()
         drafted = [TokenSource("model", j, (0,)) for j in range(plan.lookahead)]
-        governor.observe(drafted, [0.0] * bool(drafted), 0.5 * len(drafted), 1.0 + 0.05 * len(drafted))
+        governor.observe(drafted, outcomes(drafted, [0.0]), 0.5 * len(drafted), 1.0 + 0.05 * len(drafted))
         if drafted and i > 20:
             tried.append(i)
     gaps = [b - a for a, b in itertools.pairwise(tried[::2])]  # two rounds each: the first may have to read the prompt
@@ -199,7 +200,8 @@ def test_a_clock_that_jumps(seconds: float) -> None:
     """One absurd time neither breaks a decision nor changes it for long."""
     world = World(lambda request, steps: (0.7, 0.7))
     world.run(20)
-    world.governor.observe([TokenSource("model", 0, (3,))], [1.0], seconds, seconds)
+    drafted = [TokenSource("model", 0, (3,))]
+    world.governor.observe(drafted, outcomes(drafted, [1.0]), seconds, seconds)
     world.governor.budget.spent(seconds, 1)
     for _ in range(3):
         plan = world.governor.plan()
@@ -211,17 +213,24 @@ def test_a_clock_that_jumps(seconds: float) -> None:
     assert after["model"] - before["model"] > after["plain"] - before["plain"]
 
 
+def memory_drafts(governor: Governor, answer: Continuation, right: float, plain_s: float, guessed_s: float) -> bool:
+    """A round of the memory alone: whether its answer was taken, which is right with this chance."""
+    plan = governor.plan(drafts=False)
+    key, chance = governor.acceptances.memory(answer, first=True)
+    drafted = [TokenSource("memory", 0)] if governor.guess_pays(plan, 0, chance) else []
+    governor.observe(drafted, outcomes(drafted, [right]), 0.0, guessed_s if drafted else plain_s)
+    if drafted:
+        governor.acceptances.observe_answer(key, right, RequestStats())
+    return bool(drafted)
+
+
 def test_one_stall_switches_nothing_off() -> None:
     """Of the memory, of the draft, of learning: each is slow once, and goes on."""
     answer = Continuation((5,), (1.0,), 12, 10)
     governor = Governor(BUDGET, PASSES)
 
     def memory_round(seconds: float) -> bool:
-        plan = governor.plan(drafts=False)
-        speaks = governor.decide_memory(plan, 0, 1.0, answer, model_drafts=False)
-        drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
-        governor.observe(drafted, [1.0] * speaks, 0.0, seconds * (1.1 if speaks else 1.0))
-        return speaks
+        return memory_drafts(governor, answer, 1.0, seconds, 1.1 * seconds)
 
     governor.observe((), (), 0.0, 1.0)
     assert memory_round(4.0)
@@ -229,7 +238,8 @@ def test_one_stall_switches_nothing_off() -> None:
 
     world = World(lambda request, steps: (0.8, 0.8))
     world.run(3)
-    world.governor.observe([TokenSource("model", i, (3,)) for i in range(9)], [1.0] * 9, 30.0, 40.0)
+    drafted = [TokenSource("model", i, (3,)) for i in range(9)]
+    world.governor.observe(drafted, outcomes(drafted, [1.0] * 9), 30.0, 40.0)
     world.governor.budget.spent(600.0, 1)
     plan = world.governor.plan()
     assert plan.lookahead > 0 and 1 < plan.rate < 4
@@ -263,7 +273,7 @@ def test_a_draft_that_has_become_good_is_found_again_without_learning(seed: int)
             while len(overlaps) < k and (not overlaps or overlaps[-1]):
                 overlaps.append(float(rng.random() < a))
             drafted = [TokenSource("model", i, (4,)) for i in range(k)]
-            governor.observe(drafted, overlaps, 0.12 * k, 1.0 + 0.05 * k + 0.1 * (k > 0))
+            governor.observe(drafted, outcomes(drafted, overlaps), 0.12 * k, 1.0 + 0.05 * k + 0.1 * (k > 0))
             drafting += k > 0
         return drafting
 
@@ -340,19 +350,17 @@ def test_the_memory_is_believed_as_far_as_it_was_right() -> None:
     for length, right in ((4, 0.0), (12, 1.0)):
         key = governor.acceptances.memory_key(found(length, 1.0), first=True)
         for _ in range(40):
-            governor.observe([TokenSource("memory", 0, key)], [right], 0.0, 1.2)
+            drafted = [TokenSource("memory", 0)]
+            governor.observe(drafted, outcomes(drafted, [right]), 0.0, 1.2)
+            governor.acceptances.observe_answer(key, right, RequestStats())
     plan = governor.plan(drafts=False)
     assert plan.lookahead == 0
-    assert (
-        governor.acceptances.memory(found(12, 1.0), True)[1]
-        > 0.9
-        > 0.2
-        > governor.acceptances.memory(found(4, 1.0), True)[1]
-    )
-    assert governor.decide_memory(plan, 0, 1.0, found(12, 1.0), model_drafts=False)
-    assert not governor.decide_memory(plan, 0, 1.0, found(4, 1.0), model_drafts=False)
-    assert not governor.decide_memory(plan, 5, 0.01, found(12, 1.0), model_drafts=False)  # hardly ever gets that far
-    assert not governor.decide_memory(plan, 0, 1.0, None, model_drafts=False)
+    right_one, wrong_one = (governor.acceptances.memory(found(length, 1.0), True)[1] for length in (12, 4))
+    assert right_one > 0.9 > 0.2 > wrong_one
+    assert governor.guess_pays(plan, 0, right_one)
+    assert not governor.guess_pays(plan, 0, wrong_one)
+    assert not governor.guess_pays(plan, 5, 0.01 * right_one)  # hardly ever gets that far
+    assert not governor.guess_pays(plan, governor.constants.planner.max_candidates, 1.0)
 
 
 def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
@@ -361,14 +369,14 @@ def test_a_drafted_token_has_to_beat_the_rate_that_is_had_already() -> None:
     pays = {}
     for right in (0.0, 1.0):
         governor = Governor(BUDGET, PASSES)
-        key = governor.acceptances.memory_key(found(12, 1.0), first=True)
+        drafted = [TokenSource("memory", i) for i in range(8)]
         governor.observe((), (), 0.0, 1.0)
         for _ in range(60):
             governor.plan(drafts=False)
-            governor.observe([TokenSource("memory", i, key) for i in range(8)], [right] * (8 if right else 1), 0.0, 1.8)
+            governor.observe(drafted, outcomes(drafted, [right] * (8 if right else 1)), 0.0, 1.8)
         plan = governor.plan(drafts=False)
         assert plan.rate == 1.0 if not right else 2.5 < plan.rate < 9 / 1.8
-        pays[right] = governor.decide_memory(plan, 5, 0.99, weak, model_drafts=False)
+        pays[right] = governor.guess_pays(plan, 5, 0.99 * governor.acceptances.memory(weak)[1])
     assert pays == {0.0: True, 1.0: False}
 
 
@@ -379,13 +387,7 @@ def test_a_memory_that_has_become_right_is_asked_again() -> None:
     governor.observe((), (), 0.0, 1.0)
 
     def rounds(right: float, n: int) -> int:
-        spoke = 0
-        for _ in range(n):
-            speaks = governor.decide_memory(governor.plan(drafts=False), 0, 1.0, answer, model_drafts=False)
-            drafted = [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))] if speaks else []
-            governor.observe(drafted, [right] * speaks, 0.0, 1.2 if speaks else 1.0)
-            spoke += speaks
-        return spoke
+        return sum(memory_drafts(governor, answer, right, 1.0, 1.2) for _ in range(n))
 
     assert 0 < rounds(0.0, 1000) < 100
     assert rounds(1.0, 6000) > 1000
@@ -397,17 +399,20 @@ def test_memory_or_neural_by_what_each_brings() -> None:
     for _ in range(40):
         governor.observe((), (), 0.0, 1.0)
         drafted = [TokenSource("model", i, (5,)) for i in range(3)]
-        governor.observe(drafted, [1.0, 1.0, 0.0], 0.6, 1.2)
+        governor.observe(drafted, outcomes(drafted, [1.0, 1.0, 0.0]), 0.6, 1.2)
     plan = governor.plan()
     assert plan.lookahead > 0
     good, bad = found(12, 1.0), found(2, 0.4)
     for share, answer in ((1.0, good), (0.0, bad)):
         for _ in range(40):
-            governor.observe(
-                [TokenSource("memory", 0, governor.acceptances.memory_key(answer, first=True))], [share], 0.0, 1.1
+            drafted = [TokenSource("memory", 0)]
+            governor.observe(drafted, outcomes(drafted, [share]), 0.0, 1.1)
+            governor.acceptances.observe_answer(
+                governor.acceptances.memory_key(answer, first=True), share, RequestStats()
             )
-    assert governor.decide_memory(plan, 0, 1.0, good, model_drafts=True)
-    assert not governor.decide_memory(plan, 0, 1.0, bad, model_drafts=True)
+    likely, unlikely = (governor.acceptances.memory(answer, first=True)[1] for answer in (good, bad))
+    assert governor.guess_beats_model(plan, 0, 1.0, likely)
+    assert not governor.guess_beats_model(plan, 0, 1.0, unlikely)
 
 
 def test_a_machine_that_slows_down_changes_no_decision() -> None:

@@ -29,7 +29,9 @@ def random_prompt(seed: int, vocab: int) -> torch.Tensor:
 @pytest.mark.parametrize("settings", [{"update_every": 1}, {}], ids=["always", "auto"])
 def test_a_draft_that_does_not_fit_is_said_once(settings: dict[str, object]) -> None:
     target = tiny_llama(1, vocab=512)
-    draft = OnlineDraft(tiny_llama(2, vocab=512), OnlineSpecConfig(memory_tokens=0, lookahead=3, **settings))
+    draft = OnlineDraft(
+        tiny_llama(2, vocab=512), OnlineSpecConfig(memory_tokens=0, recycle=False, lookahead=3, **settings)
+    )
     heard = [message for seed in range(9) for message in serve(target, draft, random_prompt(seed, 512))]
     assert len(heard) == 1, heard
     assert "agrees with the target at" in heard[0] and "another tokenizer" in heard[0]
@@ -39,7 +41,7 @@ def test_a_draft_that_does_not_fit_is_said_once(settings: dict[str, object]) -> 
 
 def test_an_unknown_domain_is_no_misfit(pair) -> None:
     """The embedded draft has not seen it, and begins at 2 to 4 % of the tokens."""
-    settings = OnlineSpecConfig(seed=0, update_every=1, lookahead=4, memory_tokens=0)
+    settings = OnlineSpecConfig(seed=0, update_every=1, lookahead=4, memory_tokens=0, recycle=False)
     draft = OnlineDraft(load_draft(), settings)
     for text in prompts("sql")[:6]:
         tokens = pair.tokenizer(text, return_tensors="pt").input_ids

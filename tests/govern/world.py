@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hf_onlinespec.govern.acceptance import RequestStats, TokenSource
 from hf_onlinespec.govern.governor import Governor, GovernorConstants
@@ -12,6 +12,11 @@ from hf_onlinespec.govern.governor import Governor, GovernorConstants
 BUDGET, PASSES, TOKENS = 0.1, 2, 64
 LOOK = 1.0  # simulated seconds of looking at the acceptance on a request
 STEP = 3.0  # simulated seconds of one gradient step; a plain target step takes 1
+
+
+def outcomes(drafted: Sequence[TokenSource], chances: Sequence[float]) -> list[tuple[TokenSource, float]]:
+    """What the governor is told of a chain: the chance of each candidate that was verified, up to the first rejection."""
+    return list(zip(drafted, chances, strict=False))
 
 
 class World:
@@ -67,7 +72,7 @@ class World:
         target_s = self.noisy(1.0 if k == 0 else 1.1 + 0.045 * k)
         self.time_s += draft_s + target_s
         if fixed is None:
-            self.governor.observe(drafted, overlaps, draft_s, target_s, self.seen)
+            self.governor.observe(drafted, outcomes(drafted, overlaps), draft_s, target_s, self.seen)
         return 1 + int(sum(overlaps))
 
     def run(self, requests: int, fixed: int | None = None, tokens: int = TOKENS) -> float:

@@ -48,14 +48,16 @@ class Queue:
 
 
 def test_the_draft_is_priced_by_the_time_that_the_device_takes(monkeypatch, target, draft_model, prompt) -> None:
-    draft = OnlineDraft(draft_model, OnlineSpecConfig(lookahead=3, memory_tokens=0, update_when="request"))
+    draft = OnlineDraft(
+        draft_model, OnlineSpecConfig(lookahead=3, memory_tokens=0, recycle=False, update_when="request")
+    )
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
     queue, told = Queue(monkeypatch, target), []
     observe, read = draft.governor.observe, draft.governor.observe_prefill
-    draft.governor.observe = lambda drafted, overlaps, draft_s, *rest: (
+    draft.governor.observe = lambda drafted, outcomes, draft_s, *rest: (
         queue.work(),  # the answer of the target was read by then
         told.append((len(drafted), draft_s)),
-        observe(drafted, overlaps, draft_s, *rest),
+        observe(drafted, outcomes, draft_s, *rest),
     )[2]
     prompts: list[float] = []
     draft.governor.observe_prefill = lambda tokens, seconds: (prompts.append(seconds), read(tokens, seconds))[1]

@@ -29,12 +29,14 @@ from hf_onlinespec.adapt.service import LearningService
 from hf_onlinespec.adapt.trainable import Prefix
 from hf_onlinespec.commit.causal_lm import CausalLM
 from hf_onlinespec.commit.proposal import ProposalBuilder
+from hf_onlinespec.commit.recycling import RecyclingTable
 from hf_onlinespec.commit.request import Request
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
 from hf_onlinespec.draft import OnlineDraft as Draft
 from hf_onlinespec.govern.acceptance import Acceptances
 from hf_onlinespec.govern.budget import LearningBudget
 from hf_onlinespec.govern.governor import Governor
+from hf_onlinespec.govern.guesses import GuessChances
 from hf_onlinespec.govern.planner import Plan
 from hf_onlinespec.metrics import DraftMetrics
 from tests.conftest import tiny_llama
@@ -152,6 +154,12 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "recording": (LearningSchedule, "record", {}),
     "the copy of the logits": (LearningSchedule, "copied", {}),
     "what is handed over": (IdleLearning, "add", {"update_when": "idle"}),
+    "the table's answer": (RecyclingTable, "successors", {"lookahead": "auto"}),
+    "the table's tokens": (RecyclingTable, "update", {"lookahead": "auto"}),
+    "the best tokens": ("hf_onlinespec.commit.guessing", "best_tokens", {"lookahead": "auto"}),
+    "the chances of guesses": (GuessChances, "place", {}),
+    "what guesses are learned from": (GuessChances, "observe", {}),
+    "the tree": ("hf_onlinespec.commit.combined", "grow", {"lookahead": "auto"}),
     "the memory's answer": (SuffixMemory, "continuation", {}),
     "the memory's tokens": (SuffixMemory, "extend", {}),
     "the governor": (Governor, "observe", {}),
@@ -204,7 +212,7 @@ def test_a_draft_whose_forward_fails_is_out_for_the_request(
     """In the middle of a request, and from its first token on: the target goes on alone, and the next ones are drafted again."""
     if lookahead == "auto":  # it drafts in every round, whatever the times were
         monkeypatch.setattr(Governor, "plan", lambda *_, **__: Plan(3, 0.0, 0.0))
-    draft = draft_of(lookahead=lookahead, memory_tokens=0, update_when="round")
+    draft = draft_of(lookahead=lookahead, memory_tokens=0, recycle=False, update_when="round")
     answers(target, prompt, 4, assistant_model=draft)
     drafted, calls = draft.metrics.drafted_tokens, []
     forward = type(draft.causal_lm.adapter.tree).forward
@@ -269,10 +277,11 @@ def test_what_fails_is_tried_ever_more_rarely_and_told_once(target, prompt, monk
 # What is called while the memory drafts, and with which settings; None: without a draft model.
 ON_THE_WAY: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "its answer is looked up": (SuffixMemory, "continuation", None),
-    "its answer is priced": (Governor, "decide_memory", None),
+    "its answer is priced": (Governor, "guess_pays", None),
     "its answer is priced, beside a model": (Acceptances, "memory", {}),
-    "its answer is taken": (ProposalBuilder, "add_memory_token", None),
-    "its answer is taken, beside a model": (ProposalBuilder, "add_memory_token", {}),
+    "its answer is taken": (ProposalBuilder, "add_branch", None),
+    "its answer is taken, beside a model": (ProposalBuilder, "add_guess", {}),
+    "the table's answer is looked up": (RecyclingTable, "successors", None),
     "the draft model is prepared": (REQUEST_MODEL, "__init__", {}),
     "the round is planned": (Governor, "plan", None),
     "the round is planned, with a model that learns of rounds": (
