@@ -87,11 +87,11 @@ def main() -> None:
         from hf_onlinespec_before.verify.custom_generate import GenerateFn as BeforeFn  # type: ignore[import-not-found]
 
         drafts["before"] = Before()
-        arms["before"] = lambda: {"custom_generate": BeforeFn(drafts["before"])}
+        arms["before"] = lambda: {"custom_generate": BeforeFn(drafts["before"], None, None)}
     drafts["ours"] = MemoryDraft()
     if args.slope is not None:
         drafts = {name: told(draft, args.slope) for name, draft in drafts.items()}
-    arms["ours"] = lambda: {"custom_generate": GenerateFn(drafts["ours"])}
+    arms["ours"] = lambda: {"custom_generate": GenerateFn(drafts["ours"], None, None)}
 
     rows: list[dict[str, Any]] = []
     for at, (kind, prompt) in enumerate(prompts(args.prompts, args.seed)):

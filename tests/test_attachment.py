@@ -515,7 +515,7 @@ def test_drafts_that_do_not_fit_are_refused_at_once(target, prompt) -> None:
     with pytest.raises(DraftError, match="no such folder"):
         attach(target, "/no/such/folder")
     with pytest.raises(UnsupportedError, match="memory_tokens=0"):
-        attach(target, config=OnlineSpecConfig(memory_tokens=0))
+        attach(target, config=OnlineSpecConfig(memory_tokens=0, recycle=False))
     with pytest.raises(ConfigError, match="anew=True"):
         attach(target, config=FIXED), attach(target, config=SMALL)
     draft = tiny_llama(2)

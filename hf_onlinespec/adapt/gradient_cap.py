@@ -16,8 +16,10 @@ from ..state import State
 class CapConstants:
     """Of what length of a gradient is usual."""
 
-    window: int = 64  # gradients whose median it is; chosen
-    least: int = 8  # before so many no length is usual; chosen
+    window: int = 64  # gradients whose median it is; chosen: test_gradients_that_stay_long_are_usual_in_the_end
+    # Before so many no length is usual; chosen. A flood raises the median of few at once:
+    # test_gradients_longer_than_usual_are_shortened.
+    least: int = 8
 
 
 class GradientCap:

@@ -26,24 +26,30 @@ LARGEST_LEAD = 2.0  # of one state's acceptance over another's, and some roundin
 class GuardConstants:
     """Of when earlier states are kept and tried, and when one of them takes over."""
 
-    keep_every: int = 8  # requests between two states that may be kept; chosen
+    # Requests between two states that may be kept; chosen. Where the latest one is from just before a change, and too few are kept,
+    # what was learned of the domain before is lost: test_back_in_an_old_domain_an_earlier_state_serves.
+    keep_every: int = 8
     latest: int = 3  # requests that tell how it is now; chosen
-    try_every: int = 8  # requests after a trial before the next one, where nothing is suspicious; chosen
-    # Requests of a trial, of which the state that takes over has to lead on every one, by so many standard errors of its mean lead.
-    # Three requests alone cost acceptance on a gradual drift (2.18 against 2.30): LOG 2026-11-22 "The learners, compared".
-    least_trial: int = 6
-    longest_trial: int = 8  # chosen
-    certain: float = 2.0
-    least_drift: float = 0.1  # of acceptance, by which it has left its level, at least; chosen
+    # Requests after a trial before the next one, where nothing is suspicious; chosen. Some changes do not show in acceptance:
+    # test_a_change_that_does_not_show_is_found_by_the_next_trial.
+    try_every: int = 8
+    # Requests of a trial, on every one of which the state that takes over has to lead. Three cost acceptance on a gradual drift (2.18
+    # against 2.30): LOG 2026-11-22 "The learners, compared".
+    trial: int = 6
+    # Of acceptance, by which it has left its level, at least; chosen. By their spread alone, small changes of a steady stream look
+    # like drift: test_a_steady_stream_keeps_what_was_learned.
+    least_drift: float = 0.1
     drift_deviations: float = 2.0  # standard errors by which it has; chosen
     worse: float = 0.02  # acceptance below the base draft's that raises suspicion; chosen
-    level_rate: float = 0.1  # how fast level and spread follow requests; chosen
+    # How fast level and spread follow requests; chosen. The level of the last request alone hides a change:
+    # test_after_a_burst_that_led_it_astray_it_goes_back.
+    level_rate: float = 0.1
     first_spread_rate: float = 0.5  # part of the first request's acceptance that is the first spread; chosen
 
 
 @dataclass(frozen=True)
 class Winner:
-    """Parameters that are surely better than those that serve."""
+    """Parameters that did better than those that serve, on every request of a trial."""
 
     params: Tensor  # (parameters,)
     lead: float  # of their acceptance on the requests of the trial, on average
@@ -73,14 +79,13 @@ class Trial:
         base_params: Callable[[], Tensor] | None,
         acceptance: Callable[[Tensor], Sequence[float]],
     ) -> Winner | None:
-        """Tries every candidate on a request; the best one wins if it is surely better. The trial ends once no doubt is left.
+        """Tries every candidate on a request; after `trial` of them the best one of those that led on all wins. It ends early where none is left.
 
         Args:
             learned: acceptance of what serves; the others are those of `Guard.observe`.
         """
-        constants = self._constants
         self.requests += 1
-        winner, least, hopeful = None, 0.0, False
+        leading: list[Winner] = []  # on every request so far
         for state, leads in self.candidates:
             # Requests differ more than tokens do: on a mixed stream every state is better on some of them.
             if leads and min(leads) <= 0:
@@ -90,18 +95,12 @@ class Trial:
                 assert base_params is not None
                 params = base_params()
             leads.append(statistics.mean(acceptance(params)) - learned)
-            if leads[-1] <= 0:
-                continue
-            hopeful = True
-            enough = len(leads) >= constants.least_trial
-            doubt = statistics.stdev(leads) / len(leads) ** 0.5 if enough else math.inf
-            mean = statistics.mean(leads)
-            sure = mean - constants.certain * doubt
-            if sure > least:
-                winner, least = Winner(params, mean), sure
-        if winner is not None or not hopeful or self.requests >= constants.longest_trial:
-            self.end()
-        return winner
+            if leads[-1] > 0:
+                leading.append(Winner(params, statistics.mean(leads)))
+        if leading and self.requests < self._constants.trial:
+            return None  # it goes on with the next request
+        self.end()
+        return max(leading, key=lambda one: one.lead, default=None)
 
 
 class Guard:

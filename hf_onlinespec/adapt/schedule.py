@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -11,8 +10,8 @@ from torch import Tensor
 from ..metrics import Counts
 from ..metrics.summary import counted
 from ..rounds import Rows
-from ..runtime.clock import finished
 from ..runtime.failures import Attempt, Failures
+from .call_budget import CallBudget
 from .call_feedback import CallFeedback, DraftedRow
 from .idle import IdleLearning
 from .learned_texts import Request
@@ -60,14 +59,9 @@ class LearningSchedule:
         timed: bool,
         waits: bool,
     ) -> None:
-        self._learning, self._idle, self._failures, self._memory, self._counts = (
-            learning,
-            idle,
-            failures,
-            memory,
-            counts,
-        )
-        self._asked, self._timed, self._waits, self._temperature = learns, timed, waits, temperature
+        self._learning, self._idle, self._failures = learning, idle, failures
+        self._memory, self._counts, self._temperature, self._asked = memory, counts, temperature, learns
+        self._budget = CallBudget(learning, counts, timed=timed, waits=waits)
         self.learns = failures.learning.begin() and learns  # whether the target's logits are recorded
         self.rounds = 0
         self._learned = self._deferred = False
@@ -76,7 +70,7 @@ class LearningSchedule:
         settings = learning.settings
         if self.learns and settings.update_every == "auto" and settings.update_when != "idle":
             with self.attempt():
-                self._memory.asks = self._affordable_steps() > 0
+                self._memory.asks = self._budget.affordable_steps() > 0
 
     # Beside decoding nothing may fail a call, see runtime/failures.py.
 
@@ -136,12 +130,9 @@ class LearningSchedule:
         rows = self._feedback.waiting
         if not rows:
             return
-        started, before = time.perf_counter(), self._counts.updates
-        try:
+        with self._budget.charged():
             for i in rows:
                 self._step(i)
-        finally:  # a step that fails takes its time, too
-            self._charge(started, before)
         self._learned = True
 
     def _step(self, i: int) -> None:
@@ -189,7 +180,7 @@ class LearningSchedule:
                 self._idle.add(one, self._temperature)
             self._learned = True
             return
-        if settings.update_every == "auto" and self._timed:
+        if settings.update_every == "auto" and self._budget.timed:
             steps = self._worthwhile_steps()
             if not steps:
                 self._deferred = True
@@ -200,14 +191,11 @@ class LearningSchedule:
             self.update()
         elif self._keeps:
             self._feedback.defer_to_replay()
-        started, before = time.perf_counter(), self._counts.updates
-        try:
+        with self._budget.charged():
             for i, one in self._feedback.finished():
                 self._learning.remember(one, self._requests.get(i))
             self._learning.replay_steps(self._counts, steps - 1)
             self._learning.fold()
-        finally:
-            self._charge(started, before)
 
     def close(self) -> None:
         """The end of the call, finished or broken off."""
@@ -220,7 +208,9 @@ class LearningSchedule:
             return "the last request was only drafted for: onlinespec=False"
         if self._feedback.recorded and self._learning.settings.update_when == "idle":
             return self._idle.outcome
-        return _outcome(self._learning, self._counts, self._feedback.recorded, self._deferred, self._affordable_steps)
+        return _outcome(
+            self._learning, self._counts, self._feedback.recorded, self._deferred, self._budget.affordable_steps
+        )
 
     @property
     def _keeps(self) -> bool:
@@ -233,34 +223,17 @@ class LearningSchedule:
         rows = self._feedback.waiting
         if not rows:
             return
-        started = time.perf_counter()
-        for i in rows:
-            row, segment = self._feedback.rows[i], self._feedback.segment(i)
-            self._route(row, segment.tokens)
-            self._learning.score_offline(segment, row.prompt_log_ratio)
-            if self._keeps:
-                self._feedback.keep(i, segment)
-        seconds = time.perf_counter() - started
-        self._counts.update_time_s += seconds
-        with self._learning.lock:
-            self._learning.governor.budget.scored(seconds)
-
-    # What it may cost
+        with self._budget.scored():
+            for i in rows:
+                row, segment = self._feedback.rows[i], self._feedback.segment(i)
+                self._route(row, segment.tokens)
+                self._learning.score_offline(segment, row.prompt_log_ratio)
+                if self._keeps:
+                    self._feedback.keep(i, segment)
 
     def _worthwhile_steps(self) -> int:
         """Steps that are affordable, if it is known what the memory would have said: else none could tell what they bring."""
-        return self._affordable_steps() if self._memory.asks or not self._memory.in_use else 0
-
-    def _affordable_steps(self) -> int:
-        with self._learning.lock:
-            return self._learning.governor.budget.affordable_steps()
-
-    def _charge(self, started: float, updates_before: int) -> None:
-        seconds = (finished(self._learning.device) if self._waits else time.perf_counter()) - started
-        self._counts.update_time_s += seconds
-        if self._timed:
-            with self._learning.lock:
-                self._learning.governor.budget.spent(seconds, self._counts.updates - updates_before)
+        return self._budget.affordable_steps() if self._memory.asks or not self._memory.in_use else 0
 
 
 def _outcome(

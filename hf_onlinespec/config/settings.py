@@ -141,6 +141,11 @@ class OnlineSpecConfig:
     project: str = _setting("huggingface", "project of 'trackio'; not saved with a draft")
     run_name: str | None = _setting(None, "name of the run for 'trackio'; None: it makes one; not saved with a draft")
 
+    @property
+    def guesses(self) -> bool:
+        """Whether anything drafts without a model: the suffix memory, or recycled tokens, which a fixed lookahead leaves out."""
+        return self.memory_tokens > 0 or (self.recycle and self.lookahead == "auto")
+
     def __post_init__(self) -> None:
         check_values(vars(self))
         if self.target_modules is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,8 +45,6 @@ from ..share.saving import artifact_of, save
 from ..share.targets import Targets
 from ..state import State, copied
 from ..verify.custom_generate import GenerateFn
-
-logger = logging.getLogger(__name__)
 
 
 @final
@@ -109,20 +106,6 @@ class OnlineDraft(Draft):
         self._begun += 1
         self._source = Source(model)
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise CopyError(
-            f"An {type(self).__name__} is not copied or pickled: it shares its weights and learns on in this process. "
-            "Use draft.save_pretrained(folder), and OnlineDraft.from_pretrained(folder) for another one."
-        )
-
-    if not TYPE_CHECKING:  # a type checker goes on finding names that are not there
-
-        def __getattr__(self, name: str) -> NoReturn:
-            raise NotAModelError(
-                f"OnlineDraft has no {name!r}: it is not a model of transformers. If generate() asked for it as "
-                "assistant_model, call hf_onlinespec.enable() first, or pass custom_generate=draft.generate_fn()."
-            )
-
     def begin_anew_if_changed(self, model: PreTrainedModel | PeftModel | None = None) -> None:
         """Begins anew, with a warning, where the model that it was made from has other weights or layers by now.
 
@@ -157,26 +140,7 @@ class OnlineDraft(Draft):
             stacklevel=2,
         )
 
-    def generate_fn(
-        self, streamer: BaseStreamer | None = None, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> GenerateFn:
-        """A callable for `generate(custom_generate=...)`: our loop without any patched method.
-
-        `generate` does not hand its `streamer` to such callables, so give it here; a `tokenizer` given here serves
-        `stop_strings=`.
-        """
-        return GenerateFn(self, streamer, tokenizer)
-
-    def _title(self) -> str:
-        adapter = self.causal_lm.adapter
-        without = f", left out: {describe(adapter.left_out)}" if adapter.left_out else ""
-        layers = f"{len(adapter.layers)} adapted layers{without}"
-        return f"{type(self).__name__}({type(adapter.tree).__name__}, {layers})"
-
-    def _rows(self) -> list[tuple[str, str]]:
-        steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
-        learned = f"{steps} by this adapter of {size(self.causal_lm.adapter.params.nbytes)}, {share:.1%} of the time"
-        return [self._memory_row(), ("learned", learned)]
+    # What it is
 
     @property
     def model(self) -> PeftModel:
@@ -198,26 +162,42 @@ class OnlineDraft(Draft):
     def device(self) -> torch.device:
         return self.causal_lm.device
 
-    @property
-    def steps(self) -> int:
-        """Gradient steps that the adapter has taken."""
-        return self.causal_lm.steps
+    def _title(self) -> str:
+        adapter = self.causal_lm.adapter
+        without = f", left out: {describe(adapter.left_out)}" if adapter.left_out else ""
+        layers = f"{len(adapter.layers)} adapted layers{without}"
+        return f"{type(self).__name__}({type(adapter.tree).__name__}, {layers})"
 
-    @property
-    def version(self) -> tuple[int, int]:
-        """Another one whenever what is served has changed: by a step, an adapter that was adopted, an earlier state, a new base."""
-        return self._begun, self.causal_lm.adapter.changes
+    def _rows(self) -> list[tuple[str, str]]:
+        steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
+        learned = f"{steps} by this adapter of {size(self.causal_lm.adapter.params.nbytes)}, {share:.1%} of the time"
+        return [self._memory_row(), ("learned", learned)]
 
-    @property
-    def learning_bytes(self) -> int:
-        """Memory that learning holds now.
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise CopyError(
+            f"An {type(self).__name__} is not copied or pickled: it shares its weights and learns on in this process. "
+            "Use draft.save_pretrained(folder), and OnlineDraft.from_pretrained(folder) for another one."
+        )
 
-        The adapter, its gradients, moments, folded weights and earlier states; what the replay remembers; what was recorded in
-        requests that are in progress: up to `context_tokens` target distributions over the whole vocabulary each, 4 bytes per
-        token of the vocabulary, or `top_k` of them; requests that wait to be evaluated, or to be learned when idle. A gradient
-        step takes more for its own time: what a forward and a backward of the draft over the new tokens take.
+    if not TYPE_CHECKING:  # a type checker goes on finding names that are not there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise NotAModelError(
+                f"OnlineDraft has no {name!r}: it is not a model of transformers. If generate() asked for it as "
+                "assistant_model, call hf_onlinespec.enable() first, or pass custom_generate=draft.generate_fn()."
+            )
+
+    # Generating
+
+    def generate_fn(
+        self, streamer: BaseStreamer | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> GenerateFn:
+        """A callable for `generate(custom_generate=...)`: our loop without any patched method.
+
+        `generate` does not hand its `streamer` to such callables, so give it here; a `tokenizer` given here serves
+        `stop_strings=`.
         """
-        return self.learning.nbytes + self.idle.nbytes
+        return GenerateFn(self, streamer, tokenizer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""
@@ -263,6 +243,29 @@ class OnlineDraft(Draft):
                 with self.failures.records.attempt():
                     checkpoints.request_done()
 
+    # Learning
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps that the adapter has taken."""
+        return self.causal_lm.steps
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one whenever what is served has changed: by a step, an adapter that was adopted, an earlier state, a new base."""
+        return self._begun, self.causal_lm.adapter.changes
+
+    @property
+    def learning_bytes(self) -> int:
+        """Memory that learning holds now.
+
+        The adapter, its gradients, moments, folded weights and earlier states; what the replay remembers; what was recorded in
+        requests that are in progress: up to `context_tokens` target distributions over the whole vocabulary each, 4 bytes per
+        token of the vocabulary, or `top_k` of them; requests that wait to be evaluated, or to be learned when idle. A gradient
+        step takes more for its own time: what a forward and a backward of the draft over the new tokens take.
+        """
+        return self.learning.nbytes + self.idle.nbytes
+
     def catch_up(self, timeout_s: float | None = None) -> bool:
         """Waits until everything that was handed to the worker is learned, and whether it was.
 
@@ -291,7 +294,7 @@ class OnlineDraft(Draft):
                 clone.learning.learner.adopt(adapter)
         return clone
 
-    # Saving and loading
+    # Saving and sharing
 
     def state(self) -> State:
         with self.learning.steps_lock, self.lock:
@@ -301,9 +304,6 @@ class OnlineDraft(Draft):
                 learning=State(copied(learned.tensors), learned.values),
                 metrics=self.metrics.state(),
             )
-
-    def resume(self, state: State) -> None:
-        self.learning.resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
 
     def artifact(self) -> Artifact:
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
@@ -374,6 +374,8 @@ class OnlineDraft(Draft):
         options = replace(options, with_state=with_state, license=license, revision=revision, create_pr=create_pr)
         return push(self, options, checkpoint_every)
 
+    # Loading
+
     @classmethod
     def from_pretrained(
         cls,
@@ -406,3 +408,6 @@ class OnlineDraft(Draft):
         draft = cls(loaded.base, loaded.settings)
         go_on(draft, loaded)
         return draft
+
+    def resume(self, state: State) -> None:
+        self.learning.resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))

@@ -114,13 +114,15 @@ def _model_draft(target: PreTrainedModel, draft: object, config: OnlineSpecConfi
 def _keep(target: PreTrainedModel, memory: MemoryDraft | None, settings: OnlineSpecConfig | None) -> None:
     """Keeps a suffix memory with the target that is to draft for it: the given one, or its own."""
     if memory is None:
-        if settings is None or settings.memory_tokens:
+        if settings is None or settings.guesses:
             memory = online_memory(target, settings)
     else:
         memory.check_setting(settings)
         keep_memory(target, memory)
-    if memory is None or memory.memory is None:
-        raise UnsupportedError("memory_tokens=0 without a draft: nothing could draft. Pass a draft, or another config.")
+    if memory is None or not memory.settings.guesses:
+        raise UnsupportedError(
+            "memory_tokens=0 and recycle=False without a draft: nothing could draft. Pass a draft, or another config."
+        )
 
 
 def detach(target: PreTrainedModel | PeftModel) -> Draft | None:

@@ -224,9 +224,9 @@ def _draft_for(target: PreTrainedModel, assistant: Any, settings: OnlineSpecConf
         return assistant
     if assistant is not None:
         return online_draft(assistant, settings)
-    if settings is not None and settings.memory_tokens == 0:
+    if settings is not None and not settings.guesses:
         raise UnsupportedError(
-            "memory_tokens=0 without assistant_model: nothing could draft. Pass a draft, or leave onlinespec out."
+            "memory_tokens=0 and recycle=False without assistant_model: nothing could draft. Pass a draft, or leave onlinespec out."
         )
     return online_memory(target, settings)
 

@@ -16,13 +16,13 @@ class BudgetConstants:
     alone, and what was changed"."""
 
     first_fraction: float = 1 / 4  # of the budget, to begin with; chosen
-    least_fraction: float = 1 / 16  # where nothing is gained; chosen
     fraction_step: float = 4.0  # by which it is multiplied or divided; chosen
     first_window: int = 4  # comparisons between two looks at what learning gained; chosen
-    last_window: int = 64  # the same, at most; chosen
+    # The same, at most; chosen. Without it, what begins to pay late is noticed ever later:
+    # test_what_begins_to_pay_late_is_noticed_as_soon.
+    last_window: int = 64
     payback: float = 0.5  # part of its cost that learning has to gain within as long as it took; chosen
     least_noise: float = 0.05  # of one comparison: a few that happen to agree prove nothing; chosen
-    errors_to_raise: float = 2.0  # standard errors that count against a larger fraction; chosen
     price_window: int = 48  # recent times whose median is the price of a gradient step, or of scoring; chosen
     stall: float = (
         10.0  # a step counts as so many times its price at most: a stall is no reason to stop for long; chosen
@@ -31,6 +31,11 @@ class BudgetConstants:
     scoring_share: float = (
         0.005  # of the time, for scoring requests in which the draft neither drafts nor learns; chosen
     )
+
+    @property
+    def least_fraction(self) -> float:
+        """Of the budget, where nothing is gained."""
+        return self.first_fraction / self.fraction_step
 
 
 class _PerDraft:
@@ -133,13 +138,13 @@ class LearningBudget:
         """Raises the fraction where the last window paid for itself; lowers it where it did not, or nothing shows that it did.
 
         Args:
-            doubt: standard error of the gain. It counts once for keeping the full budget.
+            doubt: standard error of the gain, which counts against it.
         """
         constants = self._constants
         least = max(doubt, constants.least_noise * (2 / len(part.window)) ** 0.5)
         share = self._budget * part.fraction
         part.window_size = min(2 * part.window_size, constants.last_window)
-        if gain - (1 if part.fraction == 1.0 else constants.errors_to_raise) * least > share * constants.payback:
+        if gain - least > share * constants.payback:
             if part.fraction < 1.0:
                 part.window_size = constants.first_window  # more is spent: look again soon
             part.fraction = min(1.0, constants.fraction_step * part.fraction)

@@ -35,9 +35,10 @@ class ChangeConstants:
 
     recent: int = 4  # requests that are held against the ones before; chosen
     least_drop: float = 0.2  # of acceptance: requests of one domain differ so much by chance; chosen
-    deviations: float = 4.0  # of the recent requests' mean, by which they have to lie lower; chosen
-    level_decay: float = 0.95  # of the requests before, per request; chosen
-    spread_decay: float = 0.9  # of what tells how much requests differ, per request; chosen
+    # Standard errors of the recent requests' mean, by which they have to lie lower; chosen. Requests of several domains differ by more
+    # than `least_drop`: test_requests_of_several_domains_are_no_fall.
+    deviations: float = 4.0
+    decay: float = 0.9  # of the requests before, per request; chosen
     few_requests: float = 3.0  # that do not tell yet how much they differ; chosen
     unknown_strength: float = 10.0  # positions of a request that all others are worth until then; chosen
     least_strength: float = 2.0  # the same, at least and at most, afterwards; chosen
@@ -53,9 +54,9 @@ class ChangeDetector:
         self._begin()
 
     def _begin(self) -> None:
-        level, spread = self._constants.level_decay, self._constants.spread_decay
-        self._before, self._square = DecayedMean(level), DecayedMean(level)
-        self._means, self._squares, self._positions = DecayedMean(spread), DecayedMean(spread), DecayedMean(spread)
+        decay = self._constants.decay
+        self._before, self._square = DecayedMean(decay), DecayedMean(decay)
+        self._means, self._squares, self._positions = DecayedMean(decay), DecayedMean(decay), DecayedMean(decay)
         for value, positions in self._recent:
             self._note(value, positions)
 

@@ -1,4 +1,5 @@
-"""Who asks: a suffix memory for every API key, so that no client can feel in the timing what another one was answered."""
+"""Who asks: a suffix memory and recycled tokens for every API key, so that no client can feel in the timing what another one was
+answered."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import hashlib
 from collections import OrderedDict
 
 from ..commit.base import Draft
+from ..commit.recycling import RecyclingTable
 from ..commit.suffix_memory import SuffixMemory
 
 MOST_CLIENTS = (
-    64  # memories that are kept; the one that was not used for longest leaves. Chosen: 80 MB with the defaults
+    64  # clients that are kept; the one that was not served for longest leaves. Chosen: 80 MB of memories with the defaults, and
+    # as many tables of 32 bytes per token of the vocabulary
 )
 
 
@@ -19,26 +22,28 @@ def client_of(authorization: str | None) -> bytes:
 
 
 class ClientMemories:
-    """Gives a draft the suffix memory of whoever is served; one request at a time.
+    """Gives a draft the suffix memory and the recycled tokens of whoever is served; one request at a time.
 
     The draft model and what it learned, and the measured times and acceptance rates, stay common to all clients.
     """
 
     def __init__(self, draft: Draft, isolate: bool) -> None:
-        self._draft, self._isolate = draft, isolate and draft.memory is not None
-        self._memories: OrderedDict[bytes, SuffixMemory] = OrderedDict()
+        self._draft, self._isolate = draft, isolate
+        self._memories: OrderedDict[bytes, tuple[SuffixMemory | None, RecyclingTable | None]] = OrderedDict()
 
     def use(self, client: bytes) -> None:
-        """From now on the draft reads and extends the memory of this client."""
+        """From now on the draft reads and extends what is remembered of this client."""
         if not self._isolate:
             return
         if client not in self._memories:
-            self._memories[client] = SuffixMemory(self._draft.settings.memory_tokens)
+            size = self._draft.settings.memory_tokens
+            table = RecyclingTable() if self._draft.settings.recycle else None
+            self._memories[client] = SuffixMemory(size) if size else None, table
             if len(self._memories) > MOST_CLIENTS:
                 self._memories.popitem(last=False)
         self._memories.move_to_end(client)
         with self._draft.lock:
-            self._draft.memory = self._memories[client]
+            self._draft.memory, self._draft.recycled = self._memories[client]
 
     def __len__(self) -> int:
         return len(self._memories)

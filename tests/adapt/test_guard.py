@@ -83,10 +83,25 @@ def test_after_a_burst_that_led_it_astray_it_goes_back() -> None:
         before = sum(world.request(1.5) for _ in range(10)) / 10
         for _ in range(20):
             world.request(-3.0)
-        for _ in range(GuardConstants().latest + 2 * GuardConstants().longest_trial):
+        for _ in range(GuardConstants().latest + 2 * GuardConstants().trial):
             world.request(1.5)
         assert sum(world.request(1.5) for _ in range(10)) / 10 > before - 0.1
         assert world.guard.rollbacks >= 1
+
+
+def test_a_change_that_does_not_show_is_found_by_the_next_trial() -> None:
+    """From one stream to another that what is served is as bad at; the base draft is no better."""
+    for seed in range(10):
+        world = World(seed=seed)
+        for place in (2.0, 0.0):
+            for _ in range(60):
+                world.request(place)
+        for _ in range(30):
+            world.request(-2.0, learns=False)
+        before = world.guard.rollbacks
+        for _ in range(GuardConstants().try_every + 2 * GuardConstants().trial):
+            world.request(2.0, learns=False)
+        assert world.guard.rollbacks > before and world.at > 1.0
 
 
 def test_no_earlier_state_without_evidence() -> None:
@@ -143,6 +158,16 @@ def test_gradients_longer_than_usual_are_shortened() -> None:
     for _ in range(2 * CapConstants().least):
         free(usual)
     assert torch.equal(free(1e6 * usual), 1e6 * usual)
+
+
+def test_gradients_that_stay_long_are_usual_in_the_end() -> None:
+    """However many there were before."""
+    cap, usual = GradientCap(3.0), torch.tensor([[3.0, 4.0]])
+    for _ in range(1000):
+        cap(usual)
+    for _ in range(128):
+        cap(20 * usual)
+    assert torch.equal(cap(20 * usual), 20 * usual)
 
 
 def test_first_gradients_after_none_are_not_shortened() -> None:

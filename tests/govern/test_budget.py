@@ -108,6 +108,21 @@ def test_after_a_raise_it_is_looked_at_soon() -> None:
     assert decisions.budget_fraction == CONSTANTS.first_fraction
 
 
+def test_what_begins_to_pay_late_is_noticed_as_soon() -> None:
+    """After thousands of comparisons that left it in doubt."""
+    took = []
+    for seed in range(20):
+        rng, decisions = random.Random(seed), Decisions()
+        budget = LearningBudget(BUDGET, PASSES, decisions)
+        for _ in range(3000):
+            budget.observe_gain(rng.choice((0.8, 1.2)))
+        took.append(0)
+        while decisions.budget_fraction < 1.0:
+            budget.observe_gain(rng.choice((0.8, 1.2)) * (1 + 0.01 * took[-1]))
+            took[-1] += 1
+    assert sum(took) / len(took) < 200
+
+
 def test_time_that_comes_to_no_step_is_paid_for_too() -> None:
     budget = LearningBudget(BUDGET, PASSES, Decisions())
     budget.spent(5.0, 0)  # every step was skipped

@@ -46,6 +46,17 @@ def test_a_level_falls_by_more_than_its_noise() -> None:
     assert not any(alternating.detect_drop((0.05, 0.7)[i % 2]) for i in range(200))
 
 
+def test_requests_of_several_domains_are_no_fall() -> None:
+    """Four in a row of the one that is hard for the draft happen by chance."""
+    fallen = 0
+    for seed in range(20):
+        rng, level = random.Random(seed), ChangeDetector()
+        for _ in range(300):
+            rate = rng.choice((0.05, 0.9))
+            fallen += level.detect_drop(sum(rng.random() < rate for _ in range(20)) / 20, 20)
+    assert fallen <= 10
+
+
 def requests(level: ChangeDetector, rates: tuple[float, ...], n: int, seed: int = 0) -> None:
     """n requests of 20 positions, at these acceptance rates in turn."""
     rng = random.Random(seed)

@@ -125,9 +125,12 @@ class Generous(LearningBudget):
         return 1
 
 
-def test_generated_sequences_follow_the_target_whatever_drafts_and_how_far(monkeypatch) -> None:
+@pytest.mark.parametrize("chains", ["", "of a test"], ids=["trees", "chains"])
+def test_generated_sequences_follow_the_target_whatever_drafts_and_how_far(monkeypatch, chains) -> None:
     """Whatever decides from the prefix and from q before the draw: here a memory that grows, a draft, and a governor of whims."""
     settings = LAWS["plain"]
+    if chains:
+        monkeypatch.setattr("hf_onlinespec.verify.loop.why_chains", lambda *args: chains)
     target, model = models()
     monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
     monkeypatch.setattr("hf_onlinespec.govern.governor.LearningBudget", Generous)
