@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from hf_onlinespec.commit.guessing import GuessSources
+from hf_onlinespec.commit.proposal import ProposalBuilder
 from hf_onlinespec.commit.recycling import KEPT, RecyclingTable
 from hf_onlinespec.commit.suffix_memory import SuffixMemory
+from hf_onlinespec.commit.tree import grow
 from hf_onlinespec.govern.acceptance import Acceptances, RequestStats, TokenSource
 from hf_onlinespec.govern.guesses import GuessChances
 from hf_onlinespec.metrics import Counts
@@ -81,6 +83,52 @@ def test_padding_is_neither_read_nor_asked_about() -> None:
         asked = own.row(0, torch.tensor([[0, 0, 3]]), RequestStats())
         assert asked is not None and asked.context == [3]
         assert guessed(own, torch.tensor([[0, 0, 3]]))["recycled"] == set(range(20, 28))
+
+
+def forked() -> SuffixMemory:
+    """Behind 2 3 came 4 three times, and 5 once."""
+    memory = SuffixMemory(64)
+    for last in (4, 5, 4, 4):
+        memory.extend([2, 3, last])
+        memory.close()
+    return memory
+
+
+def test_one_candidate_under_sampling_is_drawn_from_what_the_memory_says() -> None:
+    """With its law; how likely it is believed to be, and so whether it is submitted, says nothing about which token was drawn."""
+    own, drawn = sources(forked())[0], list[int]()
+    torch.manual_seed(1)
+    asked = own.row(0, torch.tensor([[2, 3]]), RequestStats(), draws=True)
+    assert asked is not None
+    chances = set()
+    for _ in range(400):
+        guess = asked.place(asked.context, True).guesses[0]
+        assert guess.law is not None and dict(zip(guess.law.tokens, guess.law.probs, strict=True)).keys() == {4, 5}
+        drawn.append(guess.token)
+        chances.add(guess.chance)
+    share = dict(zip(guess.law.tokens, guess.law.probs, strict=True))[4]
+    assert drawn.count(4) / 400 == pytest.approx(share, abs=0.1) and set(drawn) == {4, 5}
+    assert len(chances) == 1
+
+
+def test_a_token_that_was_drawn_stands_in_the_proposal_with_its_law() -> None:
+    own = sources(forked())[0]
+    asked = own.row(0, torch.tensor([[2, 3]]), RequestStats(), draws=True)
+    assert asked is not None
+    builder = ProposalBuilder(torch.tensor([[2, 3]]), asked.context, set())
+    grow(builder, asked, lambda candidates, chance: candidates < 1, 4, set(), False)
+    proposal = builder.proposal(VOCAB)
+    proposal.check(Rows.of(torch.tensor([[2, 3]])), 4, VOCAB)
+    assert proposal.q is not None and proposal.drawn_of(0) == (0,) and proposal.is_chain(0)
+    assert proposal.q.dtype == torch.float32 and float(proposal.q.sum()) == pytest.approx(1)
+    assert proposal.q[0, 0].nonzero().flatten().tolist() == [4, 5]
+
+
+def test_what_several_guesses_say_is_never_drawn() -> None:
+    own = sources(forked(), full({3: list(range(10, 18))}))[0]
+    asked = own.row(0, torch.tensor([[2, 3]]), RequestStats())
+    assert asked is not None
+    assert all(guess.law is None for guess in asked.place(asked.context, True).guesses)
 
 
 def chain(tokens: list[list[int]]) -> Proposal:

@@ -366,6 +366,19 @@ def test_isolated_clients_draft_from_what_they_wrote_themselves(isolate: bool) -
         assert server.page()["clients"] == (2 if isolate else 0)
 
 
+def test_isolated_clients_recycle_what_was_said_to_themselves() -> None:
+    draft = MemoryDraft(OnlineSpecConfig(memory_tokens=0))
+    memories = ClientMemories(draft, isolate=True)
+    memories.use(b"first")
+    first = draft.recycled
+    assert first is not None
+    first.update([3], [list(range(8))], 32)
+    memories.use(b"second")
+    assert draft.recycled is not None and not draft.recycled.successors(3)
+    memories.use(b"first")
+    assert draft.recycled is first
+
+
 def test_a_client_more_than_fit_takes_the_place_of_the_one_that_was_silent_for_longest() -> None:
     draft = MemoryDraft(OnlineSpecConfig(memory_tokens=8))
     memories = ClientMemories(draft, isolate=True)
