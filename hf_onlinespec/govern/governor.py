@@ -134,7 +134,7 @@ class Governor:
         name = "plain" if not k else "model" if not memory else "memory" if not steps else "memory+model"
         self.decisions.rounds[name] += 1
         self.costs.observe_round(k, steps, draft_s, target_s)
-        weight = self._planner.observe_round(k, outcomes)
+        weight = self._planner.observe_round(k, steps, outcomes)
         self.acceptances.observe_round(outcomes, RequestStats() if seen is None else seen, weight)
         self.budget.earn(draft_s + target_s, self.acceptances.base_served_last)
 

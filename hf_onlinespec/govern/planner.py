@@ -31,7 +31,7 @@ class PlannerConstants:
     first_lookahead: int = 3  # while times are still unknown; chosen
     min_acceptance_to_start: float = 0.05  # of a draft that is not tried at once, while its times are unknown; chosen
     most_acceptance: float = 0.9  # that the value of tokens behind a kept one is reckoned with; chosen
-    rate_decay: float = 0.99  # rounds that tell the rate without a draft model: the last 100; chosen
+    rate_decay: float = 0.99  # rounds that tell the rate to beat: the last 100; chosen
     rate_prior: float = 20.0  # rounds at the speed of plain decoding that count beside them; chosen
     refresh: int = 256  # rounds until a plain step is timed again; chosen
     # A draft that does not pay is tried again after so many rounds, later after up to so many. Chosen.
@@ -64,7 +64,6 @@ class Plan:
     value: float  # tokens that go on being gained behind a kept token
     calibrate: bool = False  # nobody drafts: a plain step is timed again
     acceptance: float = 0.5  # estimated acceptance rate of the draft model in this request
-    memory_calibration: float = 1.0  # how right the memory is in this request, over what was expected
     serves_base: bool = False  # the base draft serves it
 
 
@@ -88,7 +87,7 @@ class Planner:
         self._drafts = True  # whether there is a draft model
         # What the last plan found best, and whether it left drafting alone because of what had to be read.
         self._lookahead, self._rate, self._prompt_too_long = 0, 0.0, False
-        # Of the rounds without a draft model: what they have in common is the rate that a token has to beat.
+        # Of the rounds: what they have in common is the rate that one more candidate has to beat.
         self._tokens, self._time = DecayedMean(constants.rate_decay), DecayedMean(constants.rate_decay)
         self._length = 0.0  # new tokens of a request, as they come
         self._plain_age = 0  # rounds since the last plain one
@@ -109,14 +108,12 @@ class Planner:
         """
         self._drafts = drafts
         costs, constants = self._costs, self._constants
-        calibration = self._acceptances.memory_calibration(seen)
         if not drafts or not costs.known:
             # The first round of all shows what a plain step costs.
             lookahead = constants.first_lookahead if drafts and costs.pace_s else 0
             if lookahead and self._acceptances.rate < constants.min_acceptance_to_start:
                 lookahead = self._probe(0)
-            rate = 1.0 if drafts else self._usual_rate()
-            return Plan(lookahead, rate, 0.0, memory_calibration=calibration, serves_base=seen.serves_base)
+            return Plan(lookahead, self._usual_rate(), 0.0, serves_base=seen.serves_base)
         a, doubt = self._acceptances.request_rate(seen)
         best, rate = self.best(a, seen.serves_base)
         self._prompt_too_long = not self.prefill_pays(unread, room, rate if best else constants.hoped_rate)
@@ -134,7 +131,7 @@ class Planner:
                 optimistic, rate_then = self.best(a + doubt, seen.serves_base)
                 if optimistic and self.prefill_pays(constants.explore_margin * unread, room, rate_then):
                     lookahead = constants.probe_lookahead
-        return Plan(lookahead, rate, value, calibrate, a, calibration, seen.serves_base)
+        return Plan(lookahead, max(rate, self._usual_rate()), value, calibrate, a, seen.serves_base)
 
     @property
     def reason(self) -> str:
@@ -150,7 +147,7 @@ class Planner:
         return f"plain decoding: at acceptance {self._acceptances.rate:.2f} no lookahead of the draft model is faster"
 
     def _usual_rate(self) -> float:
-        """Tokens per plain step of late, without a draft model; 1 where plain decoding is as fast."""
+        """Tokens per plain step of late, whoever has drafted; 1 where plain decoding is as fast."""
         prior = self._constants.rate_prior
         return max(1.0, self._tokens.mean(1.0, prior) / self._time.mean(1.0, prior))
 
@@ -207,7 +204,7 @@ class Planner:
         costs = self._costs
         if candidates >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
             return False
-        if chance * (1 + plan.value) > plan.rate * costs.verify.step(candidates):
+        if chance > plan.rate * costs.verify.step(candidates):  # the draft model does not go on behind it
             self._guess_probe.shorten()
             return True
         return candidates == 0 and self._guess_probe.due()
@@ -224,13 +221,18 @@ class Planner:
         model = self._acceptances.rate_at(position, plan.acceptance, plan.serves_base)
         return gain >= survival * model * (1 + plan.value) - plan.rate * (more + costs.drafting(begun))
 
-    def observe_round(self, candidates: int, outcomes: Sequence[tuple[TokenSource, float]]) -> float:
-        """Takes in a round whose times are in `costs` already; returns the weight of what it shows of the draft model."""
-        k, constants = candidates, self._constants
+    def observe_round(self, k: int, steps: int, outcomes: Sequence[tuple[TokenSource, float]]) -> float:
+        """Takes in a round whose times are in `costs` already; returns the weight of what it shows of the draft model.
+
+        Args:
+            k: candidates.
+            steps: of them, the draft model's.
+            outcomes: of the verified ones, each with the chance that it was kept.
+        """
+        constants = self._constants
         self._plain_age = self._plain_age + 1 if k else 0
-        if not self._drafts:
-            self._tokens.add(1 + sum(chance for _, chance in outcomes))
-            self._time.add(self._costs.verify.at(k))
+        self._tokens.add(1 + sum(chance for _, chance in outcomes))
+        self._time.add(self._costs.verify.at(k) + (self._costs.draft.at(steps) if steps else 0.0))
         tried = [chance for drafted, chance in outcomes if drafted.is_drafted]
         if self._probing and tried and statistics.mean(tried) > self._acceptances.rate + constants.probe_surprise:
             self._probes_left = constants.more_probes  # until it is believed, or was luck
