@@ -113,7 +113,7 @@ class Planner:
             lookahead = constants.first_lookahead if drafts and costs.pace_s else 0
             if lookahead and self._acceptances.rate < constants.min_acceptance_to_start:
                 lookahead = self._probe(0)
-            return Plan(lookahead, self._usual_rate(), 0.0, serves_base=seen.serves_base)
+            return Plan(lookahead, 1.0, 0.0, serves_base=seen.serves_base)
         a, doubt = self._acceptances.request_rate(seen)
         best, rate = self.best(a, seen.serves_base)
         self._prompt_too_long = not self.prefill_pays(unread, room, rate if best else constants.hoped_rate)
@@ -131,7 +131,7 @@ class Planner:
                 optimistic, rate_then = self.best(a + doubt, seen.serves_base)
                 if optimistic and self.prefill_pays(constants.explore_margin * unread, room, rate_then):
                     lookahead = constants.probe_lookahead
-        return Plan(lookahead, max(rate, self._usual_rate()), value, calibrate, a, seen.serves_base)
+        return Plan(lookahead, rate, value, calibrate, a, seen.serves_base)
 
     @property
     def reason(self) -> str:
@@ -204,7 +204,7 @@ class Planner:
         costs = self._costs
         if candidates >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
             return False
-        if chance > plan.rate * costs.verify.step(candidates):  # the draft model does not go on behind it
+        if chance > max(plan.rate, self._usual_rate()) * costs.verify.step(candidates):  # the draft model does not go on behind it
             self._guess_probe.shorten()
             return True
         return candidates == 0 and self._guess_probe.due()
