@@ -204,7 +204,9 @@ class Planner:
         costs = self._costs
         if candidates >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
             return False
-        if chance > max(plan.rate, self._usual_rate()) * costs.verify.step(candidates):  # the draft model does not go on behind it
+        if chance > max(plan.rate, self._usual_rate()) * costs.verify.step(
+            candidates
+        ):  # the draft model does not go on behind it
             self._guess_probe.shorten()
             return True
         return candidates == 0 and self._guess_probe.due()
