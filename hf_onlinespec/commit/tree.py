@@ -11,7 +11,6 @@ from .guessing import Guesser
 from .proposal import ProposalBuilder
 from .suffix_memory import REACH
 
-
 # What follows a guess is asked for as if this were its chance. Chosen: on the embedded pair six of eight prefixes that were asked about
 # in a round were not reached, and asking about one takes as long as verifying a fifth of a candidate.
 LIKELIEST_NEXT = 0.7
