@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from typing import final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..adapt.schedule import LearningSchedule
-from ..govern.acceptance import RequestStats, TokenSource
-from ..govern.guesses import NOWHERE, Guess, Place
+from ..govern.acceptance import RequestStats
 from ..govern.planner import Plan
 from ..rounds import Proposal, Rows, Verdict
-from ..runtime.clock import finished
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
 from .causal_lm import RowModel
+from .chain import Chain
 from .guessing import Guesser, GuessSources
 from .proposal import ProposalBuilder
 from .tree import grow
-
-BESIDE = 3  # of the draft's next best tokens are guessed beside the one that it drafts; chosen
 
 
 @final
@@ -101,7 +96,7 @@ class Combined(Proposer):
         self._builders.append(builder)
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
         if model is not None and wanted and most > 0:
-            self._build_chain(i, builder, model, most, plan, guesser, trees, failed)
+            self._build_chain(i, builder, plan, most, guesser, trees, failed)
         if guesser is not None and most > 0 and self._call.counts.failed_drafts == failed:
             self._add_guesses(builder, plan, guesser, most, trees)
         vocabulary = None if model is None else model.vocabulary
@@ -130,57 +125,27 @@ class Combined(Proposer):
         self,
         i: int,
         builder: ProposalBuilder,
-        model: RowModel,
-        most: int,
         plan: Plan | None,
+        most: int,
         guesser: Guesser | None,
         trees: bool,
         failed: int,
     ) -> None:
-        """Candidates one behind the other, by the model or, where they are expected to gain more, by guesses.
-
-        Args:
-            plan: None: of `most` candidates, by whoever is more likely to be right.
-            failed: `failed_drafts` before the round: once more have failed, the model drafts no further.
-        """
+        """Candidates one behind the other, with the draft model; `failed`: `failed_drafts` before the round."""
+        model = self._models[i]
         # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
         with self._drafting(), model.model.serving(model.base) as served, torch.inference_mode():
-            while len(builder.drafted) < most and not builder.ended:
-                if not self._model_speaks(model, builder, plan):
-                    break
-                if guesser is not None and builder.context is not None:
+            chain = Chain(self._governor, self._draft.lock, self._call, model, self._stats[i], served)
+            chain.reads_prompt, chain.trees = self._reads_prompt, trees
+            while len(builder.drafted) < most and not builder.ended and chain.pays(builder, plan):
+                if guesser is not None:
                     with self._sources.attempt():
-                        place = guesser.place(builder.context, not builder.drafted)
-                        builder.places[len(builder.drafted) - 1] = place
-                        if self._guess_speaks(i, builder, place, plan):
-                            builder.add_guess(place.guesses[0])
+                        if chain.add_guess(builder, plan, guesser):
                             continue
                 if self._call.counts.failed_drafts > failed:
                     break
-                self._add_model_token(i, builder, model, served, trees)
-            if builder.has_model_token and self._call.waits and not self._reads_prompt:
-                # What was queued is a part of the draft's time, and would count as the target's.
-                waits = time.perf_counter()
-                builder.model_s += finished(model.model.device) - waits
-
-    def _model_speaks(self, model: RowModel, builder: ProposalBuilder, plan: Plan | None) -> bool:
-        assert model.tokens is not None
-        if model.tokens.shape[1] + len(builder.drafted) >= model.model.positions:
-            return False
-        return plan is None or self._governor.model_pays(
-            plan, len(builder.drafted), builder.survival, begun=builder.has_model_token
-        )
-
-    def _guess_speaks(self, i: int, builder: ProposalBuilder, place: Place, plan: Plan | None) -> bool:
-        """Whether the likeliest guess is the next candidate of the chain, in place of the model's."""
-        if not place.guesses:
-            return False
-        chance = place.guesses[0].chance
-        if plan is None:  # no clock: whoever is accepted more often
-            return chance >= self._governor.acceptances.mean_rate(self._stats[i].serves_base)
-        return self._governor.guess_beats_model(
-            plan, len(builder.drafted), builder.survival, chance, begun=builder.has_model_token
-        )
+                self._drafted |= chain.add_model_token(builder)
+            chain.wait(builder)
 
     def _add_guesses(
         self, builder: ProposalBuilder, plan: Plan | None, guesser: Guesser, most: int, trees: bool
@@ -193,35 +158,6 @@ class Combined(Proposer):
                 return candidates < most if plan is None else governor.guess_pays(plan, candidates, chance)
 
             grow(builder, guesser, pays, most, self._call.end_tokens, trees)
-
-    def _add_model_token(
-        self, i: int, builder: ProposalBuilder, model: RowModel, served: PreTrainedModel, trees: bool
-    ) -> None:
-        """One candidate of the draft model's."""
-        started, governor = time.perf_counter(), self._governor
-        found = model.next_token(served, builder.prefix, BESIDE if trees else 0)
-        if found is None:
-            with self._draft.lock:
-                governor.acceptances.non_finite(self._stats[i])
-            builder.ended = True
-            builder.model_s += time.perf_counter() - started
-            return
-        key: tuple[int, ...] = (-1,)
-        chance = governor.acceptances.mean_rate(model.base)
-        beside: list[Guess] = []
-        if found.confidence is not None:
-            key, chance = governor.acceptances.rate_by_confidence(found.confidence, model.base)
-        if trees and found.known is not None:
-            place = builder.places.get(len(builder.drafted) - 1, NOWHERE)
-            beside = governor.guesses.beside(place, found.known, chance, found.best)
-        source = TokenSource("model", len(builder.drafted), key)
-        builder.add_model_token(found.token, found.known, found.probs, source, chance, beside)
-        self._drafted = True
-        if self._reads_prompt and not builder.model_s and self._call.waits:
-            seconds = finished(model.model.device) - started
-            with self._draft.lock:
-                governor.observe_prefill(model.cache.length, seconds)
-        builder.model_s += time.perf_counter() - started
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
         """See `Proposer`: the best next tokens behind everything that was verified."""
