@@ -28,7 +28,6 @@ class GuessConstants:
     # Of a recycled token before anything was seen, by its rank. Measured: LOG 2026-11-26 "Trees of candidates".
     rank_priors: tuple[float, ...] = (0.3, 0.11, 0.06, 0.04, 0.03, 0.02, 0.02, 0.02)
     later_answer: float = 0.3  # of its share, that the memory's second and later answers are worth; chosen
-    least: float = 0.01  # chance of a recycled token that is worth a look; chosen
     unsupported: float = 0.8  # of its chance, that an answer is worth which the table does not have; chosen
 
 
@@ -96,11 +95,7 @@ class GuessChances:
         surest = max((one.chance for one in said.values()), default=0.0)
         guesses = [self._remembered(token, one, surest, ranks.get(token), bool(ranks)) for token, one in said.items()]
         sure = min(sum(one.chance for one in said.values()), 0.99)
-        for token, rank in ranks.items():
-            if (1 - sure) * self._rank(rank) < self._constants.least:
-                break  # those behind it are not likelier
-            if token not in said:
-                guesses.append(self._recycled(token, rank, sure))
+        guesses += [self._recycled(token, rank, sure) for token, rank in ranks.items() if token not in said]
         guesses.sort(key=lambda guess: -guess.chance)
         return Place(guesses, tuple(likeliest))
 
