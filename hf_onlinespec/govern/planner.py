@@ -116,7 +116,8 @@ class Planner:
             lookahead = constants.first_lookahead if drafts and costs.pace_s else 0
             if lookahead and self._acceptances.rate < constants.min_acceptance_to_start:
                 lookahead = self._probe(0)
-            return Plan(lookahead, 1.0, 0.0, serves_base=seen.serves_base)
+            rate = 1.0 if drafts else self._usual_rate()
+            return Plan(lookahead, rate, 0.0, serves_base=seen.serves_base)
         a, doubt = self._acceptances.request_rate(seen)
         best, rate = self.best(a, seen.serves_base)
         self._prompt_too_long = not self.prefill_pays(unread, room, rate if best else constants.hoped_rate)
