@@ -141,7 +141,7 @@ REFUSALS = (
     ("use_cache=False", ("no cache",)),
     ("cache", ("static cache", "quantized cache")),
     ("recurrent state", ("stateful",)),
-    ("memory_tokens=0 without", ("nothing drafts",)),
+    ("memory_tokens=0 and recycle=False without", ("nothing drafts",)),
     # Failures of a draft's forward while it is made; later ones cost no request anything.
     ("cannot read two tokens", ("failing draft",)),
     ("cannot read two sequences", ("failing draft",)),
@@ -166,7 +166,7 @@ def draw_case(seed: int, number: int) -> Case:
         draft = target
     wrapped = rng.choice(["OnlineDraft", "OnlineDraft", "model", "PeftModel", "bfloat16"]) if draft else ""
     settings = _settings(rng)
-    if not draft and not settings.memory_tokens:
+    if not draft and not settings.guesses:
         reasons.add("nothing drafts")
     failure = None
     if draft and rng.random() < 0.35:
@@ -225,6 +225,7 @@ def _settings(rng: random.Random) -> OnlineSpecConfig:
         replay_tokens=some(16_384, 0, 30, 200),
         replay_top_k=some(64, 1, 4),
         memory_tokens=some(65_536, 0, 0, 40),
+        recycle=some(True, True, False),
         context_tokens=some(512, 1, 5, 16),
         seed=rng.randrange(3),
     )

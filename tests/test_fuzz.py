@@ -44,6 +44,7 @@ def test_a_case_alone_is_the_case_among_others(fuzz: ModuleType) -> None:
     assert alone[0].counts == among[0].counts and fuzz.describe(alone[0], None) == fuzz.describe(among[0], None)
 
 
+@pytest.mark.failures
 def test_a_cache_that_keeps_rejected_tokens_is_found(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifier, "crop", lambda cache, n: None)
     assert fuzz.fuzz(10, SEED, say=lambda words: None).unexplained
