@@ -284,7 +284,7 @@ def test_trying_leaves_the_request_and_its_random_numbers_alone() -> None:
     target, cache = built("llama"), DynamicCache()
     torch.manual_seed(5)
     with torch.no_grad():
-        target(prompt(), past_key_values=cache)
+        target(prompt(), **{CACHE: cache})
         before = [states.clone() for i in range(len(cache.layers)) for states in read(cache, i)]
         state = torch.get_rng_state()
         assert why_chains(target, prompt(), {CACHE: cache}) == ""
