@@ -134,8 +134,8 @@ class Request:
             (row[i].source, row[i].position) for row, path in zip(sources, verdict.paths, strict=True) for i in path
         )
         counts.candidates += CandidateCounts(verified, kept)
-        drafted = any(token.is_drafted for row in sources for token in row)
-        counts.drafted_by(any(not token.is_drafted for row in sources for token in row), drafted)
+        names = {token.source for row in sources for token in row}
+        counts.drafted_by(bool(names - {"model"}), "model" in names)
 
     def finish(self) -> None:
         """Ends the request: it is remembered, what is left of it learned and others are replayed, as far as that is worth it."""

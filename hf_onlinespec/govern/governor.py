@@ -130,8 +130,9 @@ class Governor:
         """Takes in one round: its candidates, the chance that each verified one was kept, and its times; notes it in `seen`."""
         k = len(drafted)
         steps = sum(d.is_drafted for d in drafted)
-        memory = k - steps
-        name = "plain" if not k else "model" if not memory else "memory" if not steps else "memory+model"
+        names = {d.source for d in drafted}
+        model, memory = "model" in names, bool(names - {"model"})
+        name = "plain" if not k else "model" if not memory else "memory+model" if model else "memory"
         self.decisions.rounds[name] += 1
         self.costs.observe_round(k, steps, draft_s, target_s)
         weight = self._planner.observe_round(k, steps, outcomes)

@@ -53,7 +53,7 @@ class Counts:
         0  # times that drafting raised; the call went on without what raised: draft model, memory or both
     )
     plain_rounds: int = 0  # in which nobody drafted
-    memory_rounds: int = 0  # in which the suffix memory alone drafted
+    memory_rounds: int = 0  # of guesses of the suffix memory or of recycled tokens alone
     model_rounds: int = 0  # in which the draft model alone drafted
     mixed_rounds: int = 0  # in which both drafted
     loss_sum: float = 0.0  # over `learned_tokens`: the loss at each before it was learned

@@ -13,7 +13,7 @@ class Decisions:
 
     rounds: dict[str, int] = field(
         default_factory=lambda: {"plain": 0, "model": 0, "memory": 0, "memory+model": 0}
-    )  # by what was proposed
+    )  # by what was proposed; "memory": also recycled tokens
     probes: int = 0
     deferred_updates: int = 0  # requests that were not learned from at once: that was not affordable
     serves_base: bool = False  # the base draft served the latest request: what was learned does worse there

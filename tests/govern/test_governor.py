@@ -426,3 +426,11 @@ def test_a_machine_that_slows_down_changes_no_decision() -> None:
         rounds = {name: n - before[name] for name, n in world.governor.decisions.rounds.items()}
         few, many = ("plain", "model") if lookahead else ("model", "plain")
         assert rounds[few] < 0.1 * rounds[many]
+
+
+def test_the_next_best_tokens_of_a_model_are_no_memory() -> None:
+    governor = Governor(BUDGET, PASSES)
+    drafted, beside, recycled = TokenSource("model", 0, (7,)), TokenSource("model", 0), TokenSource("recycled", 0)
+    for proposed in ([drafted, beside], [drafted, recycled], [recycled]):
+        governor.observe(proposed, [], 0.1, 1.0)
+    assert governor.decisions.rounds == {"plain": 0, "model": 1, "memory": 1, "memory+model": 1}
