@@ -1,0 +1,92 @@
+"""What a draft head is made of, whatever form it was read from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..errors import DraftError
+
+
+class HeadConfig(PretrainedConfig):
+    """The layer of a head, which is a Llama layer, and the target that it reads.
+
+    Attributes:
+        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps, attention_bias,
+            mlp_bias, rope_parameters, initializer_range: as in transformers' LlamaConfig.
+        num_hidden_layers: decoder layers with a KV cache.
+        max_position_embeddings: the target's; a head's own file often says 2048 whatever the target takes.
+        vocab_size: tokens of the target.
+        target_hidden_size: width of the target's hidden states; None: `hidden_size`.
+        own_embeddings: whether the head has a token embedding of its own; else it reads with the target's, see `Head.share`.
+    """
+
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 9
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] | None = None
+    initializer_range: float = 0.02
+    vocab_size: int = 32000
+    target_hidden_size: int | None = None
+    own_embeddings: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        super().__post_init__(**kwargs)
+        if not self.own_embeddings and self.hidden_size != self.target_hidden_size:
+            raise DraftError(
+                f"The head is {self.hidden_size} wide (hidden_size) and its target {self.target_hidden_size} "
+                "(target_hidden_size), so it cannot read with the target's embedding: it needs its own, embed_tokens.weight."
+            )
+
+
+class Eagle3Config(HeadConfig):
+    """EAGLE-3: one row of several hidden states of the target, then a decoder layer over the embedding and the projected row.
+
+    Attributes:
+        reads: indices of the target's `hidden_states` tuple, in the order of concatenation.
+        draft_vocab_size: tokens that the head can propose; None: all of `vocab_size`.
+        norm_before_residual: the first layer's residual is the normalised hidden input.
+        norm_before_fc: one RMSNorm over the concatenated features.
+        fc_norm: an RMSNorm for each feature (EAGLE 3.1); not together with `norm_before_fc`.
+        norm_output: a later step is fed the hidden state after the last norm (EAGLE 3.1).
+        bias: of `fc`.
+        qk_norm: RMSNorm on the queries and keys of each attention head, as in a Qwen3 layer.
+    """
+
+    model_type = "hf_onlinespec_eagle3"
+
+    reads: list[int] | tuple[int, ...] = (2, 15, 27)
+    draft_vocab_size: int | None = None
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
+        super().__post_init__(**kwargs)
+        if self.norm_before_fc and self.fc_norm:
+            raise DraftError("norm_before_fc and fc_norm are both set: the features are normalised once.")
+        if not 0 < self.draft_vocab_size <= self.vocab_size:
+            raise DraftError(
+                f"draft_vocab_size={self.draft_vocab_size}: expected 1 to vocab_size={self.vocab_size} tokens."
+            )
