@@ -95,7 +95,12 @@ class GuessChances:
         surest = max((one.chance for one in said.values()), default=0.0)
         guesses = [self._remembered(token, one, surest, ranks.get(token), bool(ranks)) for token, one in said.items()]
         sure = min(sum(one.chance for one in said.values()), 0.99)
-        guesses += [self._recycled(token, rank, sure) for token, rank in ranks.items() if token not in said]
+        beside = self._bin(sure)
+        for token, rank in ranks.items():
+            if token not in said:
+                alone = ("recycled", rank, beside)
+                chance = self._mean(alone, (1 - sure) * self._rank(rank))
+                guesses.append(Guess(token, chance, "recycled", (alone, ("rank", rank))))
         guesses.sort(key=lambda guess: -guess.chance)
         return Place(guesses, tuple(likeliest))
 
@@ -131,11 +136,6 @@ class GuessChances:
             prior *= 1 - surest
         joint = ("memory", self._bin(one.chance), beside, rank if known else -1, one.answers > 1)
         return Guess(token, self._mean(joint, prior), "memory", (*keys, joint))
-
-    def _recycled(self, token: int, rank: int, sure: float) -> Guess:
-        """A guess of the table's alone; `sure`: the chance that the memory has answered right."""
-        key = ("recycled", rank, self._bin(sure))
-        return Guess(token, self._mean(key, (1 - sure) * self._rank(rank)), "recycled", (key, ("rank", rank)))
 
     def beside(self, place: Place, token: int, drafted: float, best: Sequence[tuple[int, float]] = ()) -> list[Guess]:
         """Guesses beside a token of the draft model's.
