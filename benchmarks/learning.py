@@ -125,11 +125,11 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
         n = len(request.logits)
         chances = {}
         for base in (False, True) if learner == "default, prompt asked" else (False,):
-            with torch.no_grad(), draft.causal_lm.serving(base) as model:
+            with torch.no_grad(), draft.trainable.serving(base) as model:
                 chances[base] = kept_chances(request, model(request.tokens[None, :-1]).logits[0, -n:], temperature)
         base = False
         if len(chances) == 2:
-            said, _ = draft.causal_lm.prompt_log_ratio(request.tokens[None, :-n], None, 128)
+            said, _ = draft.trainable.prompt_log_ratio(request.tokens[None, :-n], None, 128)
             base = router.use_base(said)
             router.observe_difference(said, sum(chances[False]) / n - sum(chances[True]) / n, n)
         rounds = expected_rounds(chances[base], LOOKAHEAD)
@@ -147,16 +147,16 @@ def run(learner: str, source: Source, name: str, stream: list[Recorded], tempera
                 for one in (*chunk, *chunk):
                     learn(*one)
                 draft.learning.learner.experts.rule_state = draft.learning.learner.experts._learner.init(
-                    draft.causal_lm.adapter.split(draft.causal_lm.adapter.params)
+                    draft.trainable.adapter.split(draft.trainable.adapter.params)
                 )
                 chunk = []
         elif learner == "released momentum":
             # SGD with an unmatched momentum of 0.9, its buffer dropped with every chunk.
-            before = draft.causal_lm.adapter.params.clone()
+            before = draft.trainable.adapter.params.clone()
             learn(request, teacher)
-            step = draft.causal_lm.adapter.params - before
+            step = draft.trainable.adapter.params - before
             momentum = step if momentum is None or i % CHUNK == 0 else 0.9 * momentum + step
-            draft.causal_lm.adapter.move(momentum - step)
+            draft.trainable.adapter.move(momentum - step)
         elif learner == "every 4 requests":
             chunk.append((request, teacher))
             if len(chunk) == 4:

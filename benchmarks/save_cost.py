@@ -53,7 +53,7 @@ def main() -> None:
         guard = draft.learning.learner.guard
         while len(guard.states) < draft.settings.snapshots:  # as many earlier states as there may be
             guard._keep(draft.learning.learner.experts.best_params())
-        size = draft.causal_lm.adapter.params.nbytes
+        size = draft.trainable.adapter.params.nbytes
         with tempfile.TemporaryDirectory() as folder:
             spent = []
             for _ in range(args.repeats + 1):
@@ -66,7 +66,7 @@ def main() -> None:
             load_s = time.perf_counter() - started
             files = [(Path(folder) / name).stat().st_size / size for name in (ADAPTER, STATE)]
         print(
-            f"| {learner} | {draft.causal_lm.adapter.params.numel():,} | {spent[0]:.2f} | {statistics.median(spent[1:]):.2f} "
+            f"| {learner} | {draft.trainable.adapter.params.numel():,} | {spent[0]:.2f} | {statistics.median(spent[1:]):.2f} "
             f"| {load_s:.2f} | {files[0]:.3f} | {files[1]:.3f} |",
             flush=True,
         )

@@ -153,7 +153,7 @@ class LearningConstants:
 def learned(constants: LearningConstants, stream: list[Recorded], source: Source, seed: int, **other: Any) -> Values:
     """Acceptance length of a draft that learns after every request, as it serves the request before it learns from it."""
     settings = OnlineSpecConfig(seed=seed, **other)
-    trainable = OnlineDraft(source.draft(), settings).causal_lm
+    trainable = OnlineDraft(source.draft(), settings).trainable
     experts = Experts(trainable.adapter, settings, constants.experts)
     learner, counts = Learner(trainable, experts, settings, constants=constants.learner), Counts()
     total, rounds, ticks = 0, 0.0, itertools.count()

@@ -102,7 +102,7 @@ def main() -> None:
         tokens = torch.randint(vocab, (1, prompt + new))
         teacher = [Teacher.from_logits(torch.randn(new, vocab))]
         cache = DynamicCache(config=draft.config)
-        with draft.causal_lm.serving() as model:
+        with draft.trainable.serving() as model:
             model(tokens[:, :prompt], **{CACHE: cache})
 
         def step(

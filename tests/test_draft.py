@@ -28,8 +28,8 @@ PLAIN = OnlineSpecConfig(
 
 def moved(draft: OnlineDraft) -> OnlineDraft:
     """An adapter away from its start, where B = 0 hides the gradient of A."""
-    draft.causal_lm.adapter.move(
-        0.1 * torch.randn(draft.causal_lm.adapter.params.shape, generator=torch.Generator().manual_seed(4))
+    draft.trainable.adapter.move(
+        0.1 * torch.randn(draft.trainable.adapter.params.shape, generator=torch.Generator().manual_seed(4))
     )
     draft.learning.learner.experts.steps = 1
     return draft
@@ -42,22 +42,22 @@ def segment() -> tuple[torch.Tensor, torch.Tensor]:
 
 def manual_gradient(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     """The gradient of mean KL(p‖q), written out anew: the logits that predict token j sit at j − 1."""
-    draft.causal_lm.adapter.grads.zero_()
-    with draft.causal_lm.adapter.gated() as model:
+    draft.trainable.adapter.grads.zero_()
+    with draft.trainable.adapter.gated() as model:
         logits_q = model(tokens).logits[0]
     loss = torch.zeros(())
     for row, j in enumerate(range(6, 10)):
         p, log_q = logits_p[row].softmax(-1), logits_q[j - 1].log_softmax(-1)
         loss = loss + (p * (p.log() - log_q)).sum() / 4
     loss.backward()
-    return draft.causal_lm.adapter.grads.clone()
+    return draft.trainable.adapter.grads.clone()
 
 
 def step_taken(draft: OnlineDraft, tokens: torch.Tensor, logits_p: torch.Tensor, prefix: int) -> torch.Tensor:
     """−Δw / η of one plain step, which is its gradient."""
     before = flat_params(draft)
     cache = DynamicCache(config=draft.config)
-    with torch.no_grad(), draft.causal_lm.serving() as model:
+    with torch.no_grad(), draft.trainable.serving() as model:
         model(tokens[:, :prefix] if prefix else tokens[:, :1], **{CACHE: cache}, use_cache=True)
     learn_segment(draft, tokens, [Teacher.from_logits(logits_p)], prefix=Prefix(cache, prefix) if prefix else None)
     return (before - flat_params(draft)) / 0.1
@@ -83,7 +83,7 @@ def test_replay_of_unequal_lengths_gives_the_mean_gradient() -> None:
     def gradient(batch: list[Feedback]) -> torch.Tensor:
         draft = moved(OnlineDraft(tiny_llama(2), PLAIN))
         draft.learning.learn(batch, Counts())
-        return draft.causal_lm.adapter.grads.clone()
+        return draft.trainable.adapter.grads.clone()
 
     apart = sum(gradient([request]) * len(request.teacher) for request in requests) / 10
     torch.testing.assert_close(gradient(requests), apart, atol=1e-5, rtol=1e-3)
@@ -261,7 +261,7 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
     draft = run(target)
     tokens = torch.tensor([[1, 2, 3]])
     out = draft(input_ids=tokens)
-    with draft.causal_lm.adapter.gated() as model:
+    with draft.trainable.adapter.gated() as model:
         torch.testing.assert_close(out.logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
     assert not torch.equal(out.logits, tiny_llama(2)(tokens).logits)
     assert torch.equal(draft.model(tokens).logits, tiny_llama(2)(tokens).logits)  # gate shut outside
@@ -270,46 +270,46 @@ def test_calling_the_draft_gives_its_evolved_forward(target) -> None:
 def test_preference_is_the_difference_of_log_likelihoods(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, PLAIN)
     tokens = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(5))
-    assert draft.causal_lm.prompt_log_ratio(tokens, None, 128) == (0.0, {})  # nothing was learned
+    assert draft.trainable.prompt_log_ratio(tokens, None, 128) == (0.0, {})  # nothing was learned
     moved(draft)
 
     def likelihood(frozen: bool) -> float:
-        with torch.no_grad(), draft.causal_lm.serving(frozen) as model:
+        with torch.no_grad(), draft.trainable.serving(frozen) as model:
             log_q = model(tokens).logits[0, :-1].log_softmax(-1)
         return log_q.gather(-1, tokens[0, 1:, None]).mean().item()
 
     expected = likelihood(False) - likelihood(True)
     assert abs(expected) > 0.01
-    assert draft.causal_lm.prompt_log_ratio(tokens, None, 128)[0] == pytest.approx(expected, abs=1e-4)
+    assert draft.trainable.prompt_log_ratio(tokens, None, 128)[0] == pytest.approx(expected, abs=1e-4)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=-1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(tokens)], dim=-1)
-    assert draft.causal_lm.prompt_log_ratio(padded, mask, 128)[0] == pytest.approx(expected, abs=1e-4)
-    assert draft.causal_lm.prompt_log_ratio(tokens[:, :1], None, 128) == (0.0, {})
+    assert draft.trainable.prompt_log_ratio(padded, mask, 128)[0] == pytest.approx(expected, abs=1e-4)
+    assert draft.trainable.prompt_log_ratio(tokens[:, :1], None, 128) == (0.0, {})
     long = tokens.repeat(1, RouterConstants().prompt_tokens // 12 + 1)  # the tiny draft sees more than that
-    assert not draft.causal_lm.prompt_log_ratio(long, None, 128)[1], "caches of a part of the prompt"
+    assert not draft.trainable.prompt_log_ratio(long, None, 128)[1], "caches of a part of the prompt"
 
 
 @pytest.mark.parametrize("prompt_log_ratio", [-1.0, 1.0])
 def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch, prompt_log_ratio: float) -> None:
     """The base draft's tokens are the base model's own, the learned one's are not; neither reads the prompt again."""
     draft = moved(OnlineDraft(draft_model, OnlineSpecConfig(memory_tokens=0)))
-    asked = draft.causal_lm.prompt_log_ratio
+    asked = draft.trainable.prompt_log_ratio
     monkeypatch.setattr(
-        draft.causal_lm, "prompt_log_ratio", lambda tokens, mask, most: (prompt_log_ratio, asked(tokens, mask, most)[1])
+        draft.trainable, "prompt_log_ratio", lambda tokens, mask, most: (prompt_log_ratio, asked(tokens, mask, most)[1])
     )
     monkeypatch.setattr(draft.governor, "decide_prompt_scoring", lambda tokens, room: True)
     monkeypatch.setattr(draft.governor, "model_pays", lambda plan, position, survival, begun: position < 4)
     monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room, unread: Plan(4, 1.0, 0.0))
     config = draft.generation_config.__class__(do_sample=False, max_length=64)
     request = Request(draft, Call(config, LogitsProcessorList()))
-    fed, inputs = [], draft.causal_lm.inputs
+    fed, inputs = [], draft.trainable.inputs
     with monkeypatch.context() as patch:
         patch.setattr(
-            draft.causal_lm, "inputs", lambda tokens, *rest: (fed.append(tokens.shape[1]), inputs(tokens, *rest))[1]
+            draft.trainable, "inputs", lambda tokens, *rest: (fed.append(tokens.shape[1]), inputs(tokens, *rest))[1]
         )
         drafted = request.propose(Rows.of(prompt), 40).tokens
     assert fed == [5, 5, 1, 1, 1, 1]  # the learned draft and the base read the prompt, once each
-    with draft.causal_lm.serving(prompt_log_ratio < 0) as model:
+    with draft.trainable.serving(prompt_log_ratio < 0) as model:
         anew = model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]
     assert torch.equal(drafted, anew)
     base = draft_model.generate(prompt, max_new_tokens=4, do_sample=False)[:, prompt.shape[1] :]

@@ -40,7 +40,7 @@ def rounds_of(draft: OnlineDraft, requests: Sequence[Recorded], temperature: flo
     """Expected rounds of every request."""
     found = []
     for request in requests:
-        with torch.no_grad(), draft.causal_lm.serving() as model:
+        with torch.no_grad(), draft.trainable.serving() as model:
             own = model(request.tokens[None, :-1]).logits[0, -len(request.logits) :]
         found.append(expected_rounds(kept_chances(request, own, temperature), LOOKAHEAD))
     return found

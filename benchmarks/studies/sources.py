@@ -77,10 +77,10 @@ def main() -> None:
         start, n = inputs["input_ids"].shape[1], output.shape[1] - inputs["input_ids"].shape[1]
         with torch.no_grad():
             said = pair.target(output[:, :-1]).logits[0, -n:]
-            prompt_log_ratio, _ = draft.causal_lm.prompt_log_ratio(output[:, :start], None, 128)
-            with draft.causal_lm.serving(base=False) as model:
+            prompt_log_ratio, _ = draft.trainable.prompt_log_ratio(output[:, :start], None, 128)
+            with draft.trainable.serving(base=False) as model:
                 learned = laws(model(output[:, :-1]).logits[0, -n:])
-            with draft.causal_lm.serving(base=True) as model:
+            with draft.trainable.serving(base=True) as model:
                 base = laws(model(output[:, :-1]).logits[0, -n:])
         target = laws(said)
         recall = RequestMemory(memory, threading.RLock(), output.shape[1], 0, RequestStats(), acceptances)

@@ -218,7 +218,7 @@ def run_audit(
         tokenize = load_tokenizer("--tokenizer", tokenizer or model_name(draft.config))
         for name, parts in corpora.items():
             tokens = [
-                tokenize(text, return_tensors="pt").input_ids[0, : draft.causal_lm.positions]
+                tokenize(text, return_tensors="pt").input_ids[0, : draft.trainable.positions]
                 for p in parts
                 for text in p
             ]

@@ -59,7 +59,7 @@ class OnlineDraft(Draft):
         settings: single settings of an OnlineSpecConfig, such as `lookahead=4`; they go before those of `config`.
 
     Attributes:
-        causal_lm: the model with its adapter.
+        trainable: the model with its adapter: it serves, and learning moves it.
         learning: what moves the adapter.
 
     Raises:
@@ -101,7 +101,7 @@ class OnlineDraft(Draft):
             experts = Experts(adapter, settings)
             causal_lm = CausalLM(adapter, experts, vocabulary, self.lock, self.learning.steps_lock)
             learner = Learner(causal_lm, experts, settings, self._traces.update)
-        self.identity, self.vocabulary, self.causal_lm = identity, vocabulary, causal_lm
+        self.identity, self.vocabulary, self.trainable = identity, vocabulary, causal_lm
         self.learning.begin(learner, self.governor, causal_lm.positions)
         self._begun += 1
         self._source = Source(model)
@@ -135,7 +135,7 @@ class OnlineDraft(Draft):
             self.metrics.decisions = self.governor.decisions
             self.lineage = Lineage.new()
         warnings.warn(
-            f"The draft {type(self.causal_lm.adapter.tree).__name__} was changed after it was wrapped ({change}): "
+            f"The draft {type(self.trainable.adapter.tree).__name__} was changed after it was wrapped ({change}): "
             "what was learned does not belong to these weights, and learning begins anew.",
             stacklevel=2,
         )
@@ -145,32 +145,32 @@ class OnlineDraft(Draft):
     @property
     def model(self) -> PeftModel:
         """The PEFT model: the base draft's weights and the adapter. Its gate is shut outside our own calls."""
-        return self.causal_lm.adapter.model
+        return self.trainable.adapter.model
 
     @property
     def config(self) -> PretrainedConfig:
         """The base draft's model configuration, as `generate` expects of an assistant."""
-        return self.causal_lm.config
+        return self.trainable.config
 
     @property
     def generation_config(self) -> GenerationConfig:
         """That of the user's model, as it is now."""
         model = self._source.model
-        return (self.causal_lm.adapter.tree if model is None else model).generation_config
+        return (self.trainable.adapter.tree if model is None else model).generation_config
 
     @property
     def device(self) -> torch.device:
-        return self.causal_lm.device
+        return self.trainable.device
 
     def _title(self) -> str:
-        adapter = self.causal_lm.adapter
+        adapter = self.trainable.adapter
         without = f", left out: {describe(adapter.left_out)}" if adapter.left_out else ""
         layers = f"{len(adapter.layers)} adapted layers{without}"
         return f"{type(self).__name__}({type(adapter.tree).__name__}, {layers})"
 
     def _rows(self) -> list[tuple[str, str]]:
         steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
-        learned = f"{steps} by this adapter of {size(self.causal_lm.adapter.params.nbytes)}, {share:.1%} of the time"
+        learned = f"{steps} by this adapter of {size(self.trainable.adapter.params.nbytes)}, {share:.1%} of the time"
         return [self._memory_row(), ("learned", learned)]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -201,7 +201,7 @@ class OnlineDraft(Draft):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The evolved draft's forward, without gradients: arguments and output of the base model."""
-        with self.causal_lm.serving() as model:
+        with self.trainable.serving() as model:
             return model(*args, **kwargs)
 
     def proposer(self, call: Call) -> Proposer:
@@ -212,7 +212,7 @@ class OnlineDraft(Draft):
         schedule = None
         if self.failures.preparing.begin():
             with self.failures.preparing.attempt(call.count_failed_draft):
-                rows = [RowModel(self.causal_lm, self.governor, self.lock, call, i, own) for i, own in enumerate(stats)]
+                rows = [RowModel(self.trainable, self.governor, self.lock, call, i, own) for i, own in enumerate(stats)]
                 schedule = LearningSchedule(
                     self.learning,
                     self.idle,
@@ -248,12 +248,12 @@ class OnlineDraft(Draft):
     @property
     def steps(self) -> int:
         """Gradient steps that the adapter has taken."""
-        return self.causal_lm.steps
+        return self.trainable.steps
 
     @property
     def version(self) -> tuple[int, int]:
         """Another one whenever what is served has changed: by a step, an adapter that was adopted, an earlier state, a new base."""
-        return self._begun, self.causal_lm.adapter.changes
+        return self._begun, self.trainable.adapter.changes
 
     @property
     def learning_bytes(self) -> int:
@@ -287,7 +287,7 @@ class OnlineDraft(Draft):
             adapter, learned = state.part("adapter").tensors, state.part("learning")
             settings = (learning or self.settings).of_draft()
             settings = replace(settings, update_when="request", update_every=1, memory_tokens=0)
-            clone = OnlineDraft(without_adapter(self.causal_lm.adapter), settings)
+            clone = OnlineDraft(without_adapter(self.trainable.adapter), settings)
             if learning is None:
                 clone.learning.learner.resume(adapter, learned)
             else:
@@ -298,7 +298,7 @@ class OnlineDraft(Draft):
 
     def state(self) -> State:
         with self.learning.steps_lock, self.lock:
-            adapter, learned = self.causal_lm.adapter, self.learning.learner.state()
+            adapter, learned = self.trainable.adapter, self.learning.learner.state()
             return State.joined(
                 adapter=State(copied(adapter.named(adapter.served_params()))),
                 learning=State(copied(learned.tensors), learned.values),

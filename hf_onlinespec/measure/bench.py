@@ -133,7 +133,7 @@ class Runner:
         """Takes the time of the draft's bare forwards too, of an arm that does not learn."""
         draft = arm["assistant_model"]
         if isinstance(draft, OnlineDraft):
-            with draft.causal_lm.serving() as model:
+            with draft.trainable.serving() as model:
                 self._draft_clock.watch(model)
         else:
             self._draft_clock.watch(draft)

@@ -242,7 +242,7 @@ def _online(
         _add(frozen, draft, request, temperature, lookahead, base=True)
         tokens, teacher = request.feedback.tokens, request.feedback.teacher
         draft.learning.learn_segment(Segment(tokens[None], [teacher], None, temperature), Counts())
-        gradients.add(draft.causal_lm.adapter.grads.clone())
+        gradients.add(draft.trainable.adapter.grads.clone())
         draft.learning.remember(request.feedback)
         draft.learning.replay_steps(Counts(), draft.settings.replay_passes)
     return served, frozen, gradients
@@ -255,10 +255,10 @@ def _fitting(requests: Sequence[Recorded], draft: OnlineDraft) -> list[Recorded]
         most = int(r.feedback.tokens.max())
         if r.feedback.teacher.tokens is not None:
             most = max(most, int(r.feedback.teacher.tokens.max()))
-        if most >= vocab or len(r.feedback.tokens) > draft.causal_lm.positions:
+        if most >= vocab or len(r.feedback.tokens) > draft.trainable.positions:
             raise ConfigError(
                 f"Request {number} has token {most} and {len(r.feedback.tokens)} tokens; the draft knows {vocab} and reads "
-                f"{draft.causal_lm.positions}. Take the draft that the stream was recorded for."
+                f"{draft.trainable.positions}. Take the draft that the stream was recorded for."
             )
     return [
         replace(r, feedback=Feedback(r.feedback.tokens.to(draft.device), r.feedback.teacher.to(draft.device)))
@@ -291,7 +291,7 @@ class _Gradients:
 def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, base: bool) -> None:
     """What the draft as it is now does on a request."""
     tokens, n = request.feedback.tokens[None], len(request.log_p)
-    logits = draft.causal_lm.logits(tokens[:, :-1], n, base)[0]
+    logits = draft.trainable.logits(tokens[:, :-1], n, base)[0]
     teacher = request.feedback.teacher
     logits = teacher.common(logits)
     settings = draft.settings

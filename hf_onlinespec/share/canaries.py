@@ -150,12 +150,12 @@ def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple
         ConfigError: the rows are longer than the draft reads.
         DraftError: a log-likelihood is not finite.
     """
-    if tokens.shape[1] > draft.causal_lm.positions:
-        raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.causal_lm.positions}.")
+    if tokens.shape[1] > draft.trainable.positions:
+        raise ConfigError(f"A text of {tokens.shape[1]} tokens: the draft reads at most {draft.trainable.positions}.")
     size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
     found, likeliest = [], []
     for part in tokens.to(draft.device).split(size):
-        logits = draft.causal_lm.logits(part[:, :-1], n, base)
+        logits = draft.trainable.logits(part[:, :-1], n, base)
         found.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
         likeliest.append((logits.argmax(-1) == part[:, -n:]).cpu())
     log_probs = torch.cat(found)
@@ -170,10 +170,10 @@ def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple
 def check_text(draft: Audited, text: Feedback, vocabulary: int) -> None:
     """Raises ConfigError where a draft cannot read a text."""
     length, n = len(text.tokens), len(text.teacher)
-    if not 1 <= n < length <= draft.causal_lm.positions:
+    if not 1 <= n < length <= draft.trainable.positions:
         raise ConfigError(
             f"A text of {length} tokens, {n} of them written: expected a written token behind another, and at most the "
-            f"{draft.causal_lm.positions} tokens that the draft reads. Cut it."
+            f"{draft.trainable.positions} tokens that the draft reads. Cut it."
         )
     if not 0 <= int(text.tokens.min()) <= int(text.tokens.max()) < vocabulary:
         raise ConfigError(

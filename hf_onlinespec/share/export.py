@@ -50,7 +50,7 @@ class Mergeable(Protocol):
     @property
     def config(self) -> PretrainedConfig: ...
     @property
-    def causal_lm(self) -> AdaptedModel: ...
+    def trainable(self) -> AdaptedModel: ...
 
 
 def merge_and_export(
@@ -102,7 +102,7 @@ def _merged_model(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedMode
     """A model of the base's class with the merged weights, to be saved: buffers that no file holds are empty."""
     base = base_of(draft.model)
     with draft.learning.steps_lock, draft.learning.lock:  # between two gradient steps
-        weights = draft.causal_lm.adapter.merged_weights(dtype)
+        weights = draft.trainable.adapter.merged_weights(dtype)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
     in_head, in_embedding = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())

@@ -146,7 +146,7 @@ def _takes_tokens_alone(target: PreTrainedModel) -> bool:
 
 
 def _reader(draft: Audited, base: bool) -> Reader:
-    return lambda tokens: draft.causal_lm.logits(tokens, tokens.shape[1], base)
+    return lambda tokens: draft.trainable.logits(tokens, tokens.shape[1], base)
 
 
 def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -> bool:
@@ -154,7 +154,7 @@ def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -
     overlaps: list[float] = []
     for text in texts:
         opening = opening_tokens(draft.config, text.tokens.tolist())
-        part = text.tokens[STRIDE : STRIDE + min(WINDOW, draft.causal_lm.positions - 1)]
+        part = text.tokens[STRIDE : STRIDE + min(WINDOW, draft.trainable.positions - 1)]
         if opening and len(part) >= LEAST_GIVEN + LEAST_END and len(overlaps) < GROUP:
             half = len(part) // 2
             without = base(part[None])[0, half:].float().softmax(-1)
@@ -182,7 +182,7 @@ def _windows(draft: Audited, text: Tensor, often: Tensor, opens: bool) -> list[W
     vocabulary = config.vocab_size
     tokens, flags = text.tolist(), often.tolist()
     opening = opening_tokens(config, tokens) if opens else []
-    size = min(WINDOW, draft.causal_lm.positions - len(opening))
+    size = min(WINDOW, draft.trainable.positions - len(opening))
     begins = range(0, max(1, len(tokens) - LEAST_GIVEN - LEAST_END + 1), STRIDE)
     found = []
     for begin in begins:

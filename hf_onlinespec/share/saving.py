@@ -43,7 +43,7 @@ def artifact_of(draft: Saved) -> Artifact:
         return Artifact(
             settings=draft.settings.of_draft(),
             base=draft.identity,
-            options=LoraOptions.of(draft.causal_lm.adapter.adapter_config(name).to_dict()),
+            options=LoraOptions.of(draft.trainable.adapter.adapter_config(name).to_dict()),
             adapter=state.part("adapter").tensors,
             state=State(learned.tensors, learned.values | {"metrics": state.part("metrics").values}),
             serving=ServingHistory.of(draft.metrics, draft.targets.names),

@@ -155,7 +155,7 @@ class DraftAlignment(TrainerCallback):
         if len(at) == 0:
             return None
         end = int(at[-1]) + 1
-        begin = max(0, end - min(self.max_tokens, draft.causal_lm.positions))
+        begin = max(0, end - min(self.max_tokens, draft.trainable.positions))
         opening = opening_tokens(draft.config, tokens[:1].tolist()) if begin else []
         begin += len(opening)
         first = max(int(at[0]), begin + 1)

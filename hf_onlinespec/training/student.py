@@ -44,7 +44,7 @@ class Student(nn.Module):
             target_logits = logits[learned.to(logits.device)].to(draft.device)  # (tokens, vocab)
         inputs = inputs | {"input_ids": draft.vocabulary.readable(inputs["input_ids"])}
         adapter = dict(zip(self._files, self.parts, strict=True))
-        logits = draft.causal_lm.logits_with(adapter, **_on(inputs, draft.device))
+        logits = draft.trainable.logits_with(adapter, **_on(inputs, draft.device))
         teacher = Teacher.from_logits(target_logits, settings.temperature, settings.top_k, draft.vocabulary.size)
         own_logits = logits[learned.to(logits.device)]
         losses = self._loss(*teacher.compare(own_logits, settings.temperature, settings.loss != "cross_entropy"))

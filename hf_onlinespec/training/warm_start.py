@@ -73,7 +73,7 @@ def warm_start(
         >>> draft = warm_start(OnlineDraft(model), target, tokenizer, prompts=prompts)     # doctest: +SKIP
     """
     _check(draft, target, tokenizer, texts, prompts)
-    max_length = min(max_length, draft.causal_lm.positions, max_positions(target.config))
+    max_length = min(max_length, draft.trainable.positions, max_positions(target.config))
     asked = [_tokens(tokenizer, prompt) for prompt in prompts]
     _check_prompts(asked, max_length - new_tokens, new_tokens)
     with tempfile.TemporaryDirectory() as folder, evaluating(target):

@@ -53,20 +53,20 @@ def test_every_expert_learns_as_it_would_alone(learner: str, preconditioner: str
         tiny_llama(2),
         OnlineSpecConfig(learner="ensemble", expert_learner=learner, preconditioner=preconditioner, lr=0.01, **SMALL),
     )
-    starts = many.causal_lm.adapter.split(many.causal_lm.adapter.params).clone()
+    starts = many.trainable.adapter.split(many.trainable.adapter.params).clone()
     alone = []
     for i, lr in enumerate(step_sizes(many.settings)):
         draft = OnlineDraft(
             tiny_llama(2), OnlineSpecConfig(learner=learner, preconditioner=preconditioner, lr=lr, **SMALL)
         )
-        draft.causal_lm.adapter.params.copy_(starts[i])
+        draft.trainable.adapter.params.copy_(starts[i])
         alone.append(draft)
     for draft in (many, *alone):
         for seed in (1, 2, 3):
             teach(draft, seed=seed)
         draft.learning.remember(feedback())
         draft.learning.replay_steps(Counts(), 2)
-    rows = many.causal_lm.adapter.split(many.causal_lm.adapter.params)
+    rows = many.trainable.adapter.split(many.trainable.adapter.params)
     for row, start, draft in zip(rows, starts, alone, strict=True):
         torch.testing.assert_close(row - start, flat_params(draft) - start, atol=2e-5, rtol=2e-2)
         assert (row - start).norm() > 1e-3
@@ -94,7 +94,7 @@ def test_an_ensemble_learns_and_its_weights_sum_to_one() -> None:
 def test_what_serves_is_the_mixture_or_the_best_row() -> None:
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 3)
-    adaptation, lora = draft.learning.learner.experts, draft.causal_lm.adapter
+    adaptation, lora = draft.learning.learner.experts, draft.trainable.adapter
     tokens, _ = lesson()
 
     def served(weights: list[float]) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_an_expert_that_diverges_is_removed_and_counted(target, prompt) -> None:
     """Serving goes on, the others go on learning, and nothing of the broken numbers reaches them."""
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 3)
-    lora = draft.causal_lm.adapter
+    lora = draft.trainable.adapter
     rows = lora.split(lora.params).clone()
     rows[2] = torch.inf
     lora.params.copy_(lora.join(rows))
@@ -147,7 +147,7 @@ def test_all_experts_may_go() -> None:
     """The base draft is left, and serves."""
     draft = OnlineDraft(tiny_llama(2), MANY)
     teach(draft, 2)
-    lora = draft.causal_lm.adapter
+    lora = draft.trainable.adapter
     for i in range(3):
         rows = lora.split(lora.params).clone()
         rows[i] = torch.nan
@@ -188,14 +188,14 @@ def test_generation_with_an_ensemble_says_what_the_target_says(target, prompt, e
 def test_ensembles_where_nothing_is_folded(target, prompt) -> None:
     """Half-precision drafts keep the adapter beside the weights: the gate speaks there."""
     draft = OnlineDraft(tiny_llama(2).to(torch.bfloat16), OnlineSpecConfig(learner="ensemble", lr=1e-2, **SMALL))
-    assert not draft.causal_lm.adapter.folds
+    assert not draft.trainable.adapter.folds
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
     for _ in range(3):
         assert torch.equal(plain, target.generate(prompt, assistant_model=draft, do_sample=False, max_new_tokens=24))
     tokens, _ = lesson()
     for _ in range(8):
         draft.learning.learner.experts.weigh([0.4, 0.8, 0.5, 0.3, 0.6])
-    with torch.no_grad(), draft.causal_lm.adapter.gated(torch.tensor([[0.0, 1.0, 0.0]])) as model:
+    with torch.no_grad(), draft.trainable.adapter.gated(torch.tensor([[0.0, 1.0, 0.0]])) as model:
         expected = model(tokens).logits
     assert torch.equal(draft(tokens).logits, expected)
 
@@ -204,7 +204,7 @@ def test_a_learner_that_diverges_with_finite_numbers_begins_anew(target, prompt)
     for config in (OnlineSpecConfig(**SMALL), MANY):
         draft = OnlineDraft(tiny_llama(2), config)
         teach(draft, 3)
-        draft.causal_lm.adapter.put(draft.causal_lm.adapter.split(draft.causal_lm.adapter.params) * 0 + 1e30)
+        draft.trainable.adapter.put(draft.trainable.adapter.split(draft.trainable.adapter.params) * 0 + 1e30)
         counts = teach(draft, 30)
         assert counts.updates >= 20 and draft.metrics.removed_experts >= 1
         assert bool(torch.isfinite(flat_params(draft)).all())
@@ -216,7 +216,7 @@ def test_who_begins_anew_has_no_moments() -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(**SMALL))
     teach(draft, 3)
     assert all(bool(value.any()) for value in draft.learning.learner.experts.rule_state.values())
-    draft.causal_lm.adapter.params.fill_(torch.nan)
+    draft.trainable.adapter.params.fill_(torch.nan)
     teach(draft)
     assert draft.metrics.removed_experts == 1
     assert not any(bool(value.any()) for value in draft.learning.learner.experts.rule_state.values())
@@ -268,7 +268,7 @@ def test_back_in_an_old_domain_an_earlier_state_serves(settings: dict[str, objec
 
     def spy(state: torch.Tensor) -> None:
         restore(state)
-        rows = draft.causal_lm.adapter.split(draft.causal_lm.adapter.params)
+        rows = draft.trainable.adapter.split(draft.trainable.adapter.params)
         restored.append(float((rows - state.float()).norm(dim=-1).min()))
 
     draft.learning.learner.experts.restore = spy
@@ -277,7 +277,7 @@ def test_back_in_an_old_domain_an_earlier_state_serves(settings: dict[str, objec
     assert draft.metrics.rollbacks > before and "earlier state" in draft.metrics.decisions.rollback
     assert (
         draft.learning_bytes
-        > draft.causal_lm.adapter.nbytes + 2 * 2 * flat_params(draft).numel() // draft.causal_lm.adapter.blocks
+        > draft.trainable.adapter.nbytes + 2 * 2 * flat_params(draft).numel() // draft.trainable.adapter.blocks
     )
 
 
@@ -328,7 +328,7 @@ def test_an_idle_ensemble_is_weighed(target, prompt) -> None:
 @pytest.mark.parametrize("learner", ["ogd", "optimistic", "ensemble"])
 def test_a_snapshot_takes_the_place_of_the_worst(learner: str) -> None:
     draft = OnlineDraft(tiny_llama(2), OnlineSpecConfig(learner=learner, radius=5.0, lr=1e-2, **SMALL))
-    adaptation, lora = draft.learning.learner.experts, draft.causal_lm.adapter
+    adaptation, lora = draft.learning.learner.experts, draft.trainable.adapter
     origin = lora.split(lora.params).clone()
     teach(draft, 5)
     if learner == "ensemble":
@@ -388,8 +388,8 @@ def test_a_divergence_is_counted_once(monkeypatch) -> None:
         return training_logits(self, tokens, n, mask, gates, prefix, base)
 
     monkeypatch.setattr(CausalLM, "training_logits", spy)
-    draft.causal_lm.adapter.params.fill_(float("nan"))
-    draft.causal_lm.adapter.move(torch.zeros_like(draft.causal_lm.adapter.params))
+    draft.trainable.adapter.params.fill_(float("nan"))
+    draft.trainable.adapter.move(torch.zeros_like(draft.trainable.adapter.params))
     expected = target.generate(prompt, max_new_tokens=16, do_sample=False)
     assert torch.equal(target.generate(prompt, max_new_tokens=16, assistant_model=draft, do_sample=False), expected)
     assert draft.metrics.rollbacks + draft.metrics.removed_experts == 1 and draft.metrics.skipped_updates == 1
@@ -455,13 +455,13 @@ def test_a_number_that_is_not_finite_costs_the_step_and_nothing_else(learner, wh
 def test_parameters_that_are_not_finite_go_back_to_the_newest_earlier_state(learner: str, bad: float, caplog) -> None:
     draft = guarded(learner)
     earlier, at = draft.learning.learner.guard.state().tensors["candidate"].clone(), 1 if learner == "ensemble" else 0
-    rows = draft.causal_lm.adapter.split(draft.causal_lm.adapter.params).clone()
+    rows = draft.trainable.adapter.split(draft.trainable.adapter.params).clone()
     others = [row.clone() for i, row in enumerate(rows) if i != at]
     rows[at] = bad
-    draft.causal_lm.adapter.put(rows)
+    draft.trainable.adapter.put(rows)
     with caplog.at_level(logging.WARNING, "hf_onlinespec"):
         counts = teach(draft, 1)
-    now = draft.causal_lm.adapter.split(draft.causal_lm.adapter.params)
+    now = draft.trainable.adapter.split(draft.trainable.adapter.params)
     torch.testing.assert_close(now[at], earlier.float(), atol=0, rtol=0)
     assert all(
         torch.equal(row, other) for row, other in zip([r for i, r in enumerate(now) if i != at], others, strict=True)
@@ -478,10 +478,10 @@ def test_a_state_to_go_back_to_is_used_once() -> None:
     newest = guard.state().tensors["candidate"]
     guard.states = [torch.full_like(newest, 0.25), torch.full_like(newest, torch.nan)]
     for expected in (newest.clone(), guard.states[0].clone()):
-        draft.causal_lm.adapter.params.fill_(torch.nan)
+        draft.trainable.adapter.params.fill_(torch.nan)
         teach(draft, 1)
         assert torch.equal(flat_params(draft), expected.float())
-    draft.causal_lm.adapter.params.fill_(torch.nan)
+    draft.trainable.adapter.params.fill_(torch.nan)
     teach(draft, 1)
     assert draft.metrics.removed_experts == 1 and draft.metrics.rollbacks == 2
     tokens, _ = lesson()
@@ -508,13 +508,13 @@ def test_weights_that_are_folded_to_nan_are_not_served(monkeypatch) -> None:
     draft = guarded()
     teach(draft, 1)
     tokens, _ = lesson()
-    with torch.no_grad(), draft.causal_lm.adapter.gated() as model:
+    with torch.no_grad(), draft.trainable.adapter.gated() as model:
         expected = model(tokens).logits
     with monkeypatch.context() as patch:
         patch.setattr(gated_lora, "delta_weight", lambda *given: delta_weight(*given) * torch.nan)
         torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(draft(tokens).logits, expected, atol=1e-4, rtol=1e-4)
-    assert not draft.causal_lm.adapter.stale
+    assert not draft.trainable.adapter.stale
 
 
 def test_a_request_that_is_not_finite_is_no_evidence(monkeypatch) -> None:

@@ -126,7 +126,7 @@ def test_adopting_an_adapter_forgets_the_one_before(target, learner: str) -> Non
         a, b = ours.part(part), theirs.part(part)
         assert a.values == b.values and a.tensors.keys() == b.tensors.keys()
         assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
-    draft.causal_lm.adapter.params.fill_(torch.nan)
+    draft.trainable.adapter.params.fill_(torch.nan)
     tokens, counts = torch.tensor([[1, 2, 3, 4]]), Counts()
     learn_segment(draft, tokens, [Teacher.from_logits(torch.randn(3, 32))], counts)
     assert draft.metrics.rollbacks == 0, "no state of the adapter that was replaced comes back"

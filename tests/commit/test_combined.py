@@ -95,7 +95,7 @@ def test_never_drafts_beyond_its_own_positions() -> None:
 @torch.no_grad()
 def test_a_draft_that_lost_its_mind_proposes_nothing(draft_model: PreTrainedModel) -> None:
     draft = OnlineDraft(draft_model, fixed(4))
-    draft.causal_lm.adapter.move(torch.full_like(draft.causal_lm.adapter.params, torch.nan))
+    draft.trainable.adapter.move(torch.full_like(draft.trainable.adapter.params, torch.nan))
     draft.learning.learner.experts.steps = 1
     assert Drafting(draft, do_sample=True).propose(torch.tensor([[1, 2]]), 4).tokens.shape == (1, 0)
 

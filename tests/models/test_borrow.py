@@ -108,10 +108,10 @@ def test_weights_that_are_computed_stay_computed(target, prompt, norm) -> None:
         draft = served(target, model, prompt)
     except Exception as error:
         pytest.fail(repr(error))
-    with draft.causal_lm.serving(base=True) as base:
+    with draft.trainable.serving(base=True) as base:
         torch.testing.assert_close(base(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        beside = draft.causal_lm.logits_with(draft.learning.adapter_params(), input_ids=TOKENS)
+        beside = draft.trainable.logits_with(draft.learning.adapter_params(), input_ids=TOKENS)
         torch.testing.assert_close(draft(TOKENS).logits, beside, atol=1e-4, rtol=1e-4)
     assert "up_proj (its weight is computed at every forward)" in repr(draft)
 

@@ -67,11 +67,11 @@ def test_a_changed_draft_is_said_and_begins_anew(target, draft_model, prompt, wr
     with pytest.warns(UserWarning, match=f"changed after it was wrapped.*{words}"):
         serve(target, passed, prompt)
     assert online_draft(passed) is draft and steps == draft.steps == 1 and draft.lineage.draft != number
-    with torch.no_grad(), draft.causal_lm.serving(base=True) as base:
+    with torch.no_grad(), draft.trainable.serving(base=True) as base:
         assert torch.equal(base(TOKENS).logits, draft_model(TOKENS).logits)
     served = draft(TOKENS).logits
     with torch.no_grad():
-        beside = draft.causal_lm.logits_with(draft.learning.adapter_params(), input_ids=TOKENS)
+        beside = draft.trainable.logits_with(draft.learning.adapter_params(), input_ids=TOKENS)
     torch.testing.assert_close(served, beside, atol=1e-2, rtol=1e-2)
     serve(target, passed, prompt)  # said once
     assert draft.steps == 2 and draft.metrics.requests == 3
@@ -122,7 +122,7 @@ def test_a_peft_model_is_watched_with_its_adapter(target, draft_model, prompt) -
         passed.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"].weight.mul_(2.0)
     with pytest.warns(UserWarning, match=r"lora_B.*was written"):
         serve(target, passed, prompt)
-    with torch.no_grad(), draft.causal_lm.serving(base=True) as base:
+    with torch.no_grad(), draft.trainable.serving(base=True) as base:
         torch.testing.assert_close(base(TOKENS).logits, passed(TOKENS).logits, atol=1e-4, rtol=1e-4)
     merged = passed.merge_and_unload()
     with pytest.warns(UserWarning, match="changed after it was wrapped"):

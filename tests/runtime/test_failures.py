@@ -215,7 +215,7 @@ def test_a_draft_whose_forward_fails_is_out_for_the_request(
     draft = draft_of(lookahead=lookahead, memory_tokens=0, recycle=False, update_when="round")
     answers(target, prompt, 4, assistant_model=draft)
     drafted, calls = draft.metrics.drafted_tokens, []
-    forward = type(draft.causal_lm.adapter.tree).forward
+    forward = type(draft.trainable.adapter.tree).forward
 
     def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not target:
@@ -227,7 +227,7 @@ def test_a_draft_whose_forward_fails_is_out_for_the_request(
     for at in (0, 4):
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(type(draft.causal_lm.adapter.tree), "forward", fails)
+            patch.setattr(type(draft.trainable.adapter.tree), "forward", fails)
             if sample:
                 found = answer(target, prompt, assistant_model=draft, do_sample=True)
                 assert isinstance(found, torch.Tensor) and found.shape == (1, prompt.shape[1] + 8), repr(found)

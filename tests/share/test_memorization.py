@@ -373,7 +373,7 @@ def test_an_earlier_state_that_takes_over_is_examined_again() -> None:
     plant(draft, SECRETS[:1], 4)
     adaptation, guard = draft.learning.learner.experts, draft.learning.learner.guard
     leaks = adaptation.best_params()
-    adaptation.restore(draft.causal_lm.adapter.with_zero_b(leaks))
+    adaptation.restore(draft.trainable.adapter.with_zero_b(leaks))
     draft.learning.fold()
     assert examine(draft).memorised == 0
     adaptation.restore(leaks)

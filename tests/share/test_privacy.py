@@ -44,8 +44,8 @@ def learned(**settings: Any) -> OnlineDraft:
 def everything(draft: OnlineDraft) -> dict[str, Any]:
     """All that learning has left in a draft, and what it says."""
     state = draft.artifact().state
-    logits = draft.causal_lm.logits(torch.arange(10)[None], 10)
-    tensors = state.tensors | draft.learning.adapter_params() | {"gradient": draft.causal_lm.adapter.grads.clone()}
+    logits = draft.trainable.logits(torch.arange(10)[None], 10)
+    tensors = state.tensors | draft.learning.adapter_params() | {"gradient": draft.trainable.adapter.grads.clone()}
     replay = [r.tokens for r in draft.learning.replayed()]
     return {"tensors": tensors | {"logits": logits, "replay": torch.cat(replay)}, "values": state.values}
 
@@ -78,7 +78,7 @@ def test_exposure_by_hand() -> None:
     for canary in every:
         row, change = canary.tokens[None], 0.0
         for sign, base in ((1, False), (-1, True)):
-            with draft.causal_lm.serving(base) as model:
+            with draft.trainable.serving(base) as model:
                 law = model(row).logits.log_softmax(-1)[0]
             change += sign * sum(float(law[at - 1, row[0, at]]) for at in (3, 4))
         score.append(change)
@@ -161,7 +161,7 @@ def test_memorised_text_is_told_from_unseen_text() -> None:
     assert gap.own[1] < gap.own[0]
     gained = (gap.own[0] - gap.own[1]) - (gap.held_out[0] - gap.held_out[1])
     assert gap.gap == pytest.approx(gained)
-    with draft.causal_lm.serving(base=True) as model:  # one loss by hand, at the written tokens alone
+    with draft.trainable.serving(base=True) as model:  # one loss by hand, at the written tokens alone
         law = model(own[0].tokens[None]).logits.log_softmax(-1)[0]
     by_hand = -statistics.mean(float(law[at - 1, own[0].tokens[at]]) for at in range(4, 12))
     assert loss_gap(draft, [own[0]] * 2, apart).own[0] == pytest.approx(by_hand, rel=1e-5)
@@ -198,7 +198,7 @@ def test_a_twin_says_the_same_and_learns_by_itself(model: str, learner: str) -> 
     before, copied = everything(draft), draft.clone_for_audit()
     x = torch.arange(20)[None]
     for base in (False, True):
-        with draft.causal_lm.serving(base) as one, copied.causal_lm.serving(base) as other:
+        with draft.trainable.serving(base) as one, copied.trainable.serving(base) as other:
             assert torch.equal(one(x).logits, other(x).logits)
     learn(copied, texts(3, seed=5))
     assert not torch.equal(flat_params(copied), flat_params(draft))
