@@ -54,11 +54,14 @@ class Head(PreTrainedModel, ABC):
     main_input_name = "tokens"
     draft_ids: Tensor | None
     embed_tokens: nn.Module | None
+    lm_head: nn.Module | None
+    rotary_emb: LlamaRotaryEmbedding | None
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
         self.target_layers = TargetLayers()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.own_embeddings else None
+        self.lm_head = None  # one of its own that says all its logits
         self.register_buffer("draft_ids", None)
 
     @property
@@ -128,18 +131,18 @@ class Head(PreTrainedModel, ABC):
 
     def context(
         self,
-        rotary: LlamaRotaryEmbedding,
         rows: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
     ) -> Context:
         """Where rows (B, n, width) stand behind what is cached, and what they see."""
+        assert self.rotary_emb is not None
         n, past = rows.shape[1], 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
             position_ids = positions_of(attention_mask, n, past, rows.device)
         mask = mask_of(attention_mask, n, past, rows.dtype, rows.device)
-        return Context(rotary(rows, position_ids), mask, mask is None and past == 0 and n > 1, cache)
+        return Context(self.rotary_emb(rows, position_ids), mask, mask is None and past == 0 and n > 1, cache)
 
     @property
     def features_size(self) -> int:
@@ -160,6 +163,13 @@ class Head(PreTrainedModel, ABC):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head's own vocabulary head; None: it says its logits with the target's, or has one for each token."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
 
     @classmethod
     def can_generate(cls) -> bool:

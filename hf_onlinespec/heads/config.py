@@ -16,9 +16,12 @@ class HeadConfig(PretrainedConfig):
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps, attention_bias,
             mlp_bias, rope_parameters, initializer_range: as in transformers' LlamaConfig.
         num_hidden_layers: decoder layers with a KV cache.
+        qkv_bias: a bias of queries, keys and values; None: as `attention_bias` says.
+        qk_norm: RMSNorm on the queries and keys of each attention head, as in a Qwen3 layer.
         max_position_embeddings: the target's; a head's own file often says 2048 whatever the target takes.
         vocab_size: tokens of the target.
         target_hidden_size: width of the target's hidden states; None: `hidden_size`.
+        target_layers: decoder layers of the target; None: not known.
         own_embeddings: whether the head has a token embedding of its own; else it reads with the target's, see `Head.share`.
     """
 
@@ -31,18 +34,23 @@ class HeadConfig(PretrainedConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 2048
     rope_parameters: dict[str, Any] | None = None
     initializer_range: float = 0.02
     vocab_size: int = 32000
     target_hidden_size: int | None = None
+    target_layers: int | None = None
     own_embeddings: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.qkv_bias is None:
+            self.qkv_bias = self.attention_bias
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
@@ -66,7 +74,6 @@ class Eagle3Config(HeadConfig):
         fc_norm: an RMSNorm for each feature (EAGLE 3.1); not together with `norm_before_fc`.
         norm_output: a later step is fed the hidden state after the last norm (EAGLE 3.1).
         bias: of `fc`.
-        qk_norm: RMSNorm on the queries and keys of each attention head, as in a Qwen3 layer.
     """
 
     model_type = "hf_onlinespec_eagle3"
@@ -78,7 +85,6 @@ class Eagle3Config(HeadConfig):
     fc_norm: bool = False
     norm_output: bool = False
     bias: bool = False
-    qk_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.draft_vocab_size is None:
@@ -89,4 +95,48 @@ class Eagle3Config(HeadConfig):
         if not 0 < self.draft_vocab_size <= self.vocab_size:
             raise DraftError(
                 f"draft_vocab_size={self.draft_vocab_size}: expected 1 to vocab_size={self.vocab_size} tokens."
+            )
+
+
+class Eagle1Config(HeadConfig):
+    """EAGLE-1 and EAGLE-2, which have one head: the target's last hidden state, and the target's vocabulary head.
+
+    Attributes:
+        bias: of `fc`.
+    """
+
+    model_type = "hf_onlinespec_eagle1"
+
+    bias: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.hidden_size != self.target_hidden_size:
+            raise DraftError(
+                f"hidden_size={self.hidden_size} and target_hidden_size={self.target_hidden_size}: an EAGLE-1 head predicts the "
+                "target's hidden states, and is as wide as they are."
+            )
+
+
+class HydraConfig(HeadConfig):
+    """Hydra: one small network for each drafted token, over the target's last hidden state and the tokens since.
+
+    Attributes:
+        num_heads: how many of them there are: tokens that can be drafted.
+        num_blocks: blocks in each of them; all behind the first one share their weights.
+        prefix: whether a decoder layer with a KV cache reads the hidden states first ("prefix-mlp", Hydra++).
+    """
+
+    model_type = "hf_onlinespec_hydra"
+
+    num_heads: int = 4
+    num_blocks: int = 1
+    prefix: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.hidden_size != self.target_hidden_size:
+            raise DraftError(
+                f"hidden_size={self.hidden_size} and target_hidden_size={self.target_hidden_size}: a Hydra head is as wide as its "
+                "target's hidden states."
             )

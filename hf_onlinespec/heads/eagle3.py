@@ -15,10 +15,14 @@ from ..errors import DraftError, brief
 from .base import Head, HeadOutput, kept, require_one, started
 from .config import Eagle3Config
 from .layer import Eagle3Layer, PlainLayer, rotary_embedding
+from .names import EAGLE3
 
 
 class Eagle3Head(Head):
     """EAGLE-3's head.
+
+    Attributes:
+        form: the one that its folder has, "eagle3" or "speculators".
 
     Args:
         draft_ids: (draft_vocab_size,) target ids of its logits, ascending; None: the first ones.
@@ -28,9 +32,11 @@ class Eagle3Head(Head):
     """
 
     config: Eagle3Config
+    lm_head: nn.Module
 
     def __init__(self, config: Eagle3Config, draft_ids: Tensor | None = None) -> None:
         super().__init__(config)
+        self.form = EAGLE3
         width, eps, target_width = config.hidden_size, config.rms_norm_eps, config.target_hidden_size
         assert target_width is not None and config.draft_vocab_size is not None
         size = len(config.reads) * target_width
@@ -38,8 +44,8 @@ class Eagle3Head(Head):
         norms = [LlamaRMSNorm(target_width, eps=eps) for _ in config.reads] if config.fc_norm else None
         self.fc_norm = None if norms is None else nn.ModuleList(norms)
         self.fc = nn.Linear(size, width, bias=config.bias)
-        first = Eagle3Layer(config, config.norm_before_residual, config.qk_norm)
-        further = (PlainLayer(config, i, qk_norm=config.qk_norm) for i in range(1, config.num_hidden_layers))
+        first = Eagle3Layer(config, config.norm_before_residual)
+        further = (PlainLayer(config, i) for i in range(1, config.num_hidden_layers))
         self.layers = nn.ModuleList([first, *further])
         self.norm = LlamaRMSNorm(width, eps=eps)
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
@@ -97,7 +103,7 @@ class Eagle3Head(Head):
         cache = started(past_key_values, use_cache)
         hidden = self.projected(features) if features is not None else hidden
         assert hidden is not None
-        context = self.context(self.rotary_emb, hidden, attention_mask, position_ids, cache)
+        context = self.context(hidden, attention_mask, position_ids, cache)
         hidden = self.layers[0](self.embedded(tokens).to(hidden), hidden, context)
         for layer in self.layers[1:]:
             hidden = layer(hidden, context)
@@ -107,9 +113,3 @@ class Eagle3Head(Head):
         else:
             logits = self.lm_head(self.norm(kept(hidden, logits_to_keep)))
         return HeadOutput(logits, hidden, cache)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value

@@ -60,20 +60,20 @@ class Attention(nn.Module):
     Args:
         width: of a row.
         index: of the layer in the cache.
-        qk_norm: whether queries and keys are normalised.
     """
 
-    def __init__(self, config: HeadConfig, width: int, index: int, qk_norm: bool = False) -> None:
+    def __init__(self, config: HeadConfig, width: int, index: int) -> None:
         super().__init__()
         heads, kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert kv_heads is not None and self.head_dim is not None
         self.index, self.grouped = index, heads != kv_heads
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
+        bias = bool(config.qkv_bias)
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, rows: Tensor, context: Context) -> Tensor:
         """(B, n, width) to (B, n, hidden_size)."""
@@ -94,13 +94,13 @@ class Attention(nn.Module):
 class Eagle3Layer(nn.Module):
     """EAGLE-3's first layer: attention over the token's embedding beside the hidden state, each normalised by itself."""
 
-    def __init__(self, config: HeadConfig, norm_before_residual: bool, qk_norm: bool) -> None:
+    def __init__(self, config: HeadConfig, norm_before_residual: bool) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.norm_before_residual = norm_before_residual
         self.input_layernorm = LlamaRMSNorm(width, eps=eps)
         self.hidden_norm = LlamaRMSNorm(width, eps=eps)
-        self.self_attn = Attention(config, 2 * width, 0, qk_norm)
+        self.self_attn = Attention(config, 2 * width, 0)
         self.post_attention_layernorm = LlamaRMSNorm(width, eps=eps)
         self.mlp = LlamaMLP(config)
 
@@ -121,11 +121,11 @@ class PlainLayer(nn.Module):
         input_norm: whether it normalises what it is given.
     """
 
-    def __init__(self, config: HeadConfig, index: int, input_norm: bool = True, qk_norm: bool = False) -> None:
+    def __init__(self, config: HeadConfig, index: int, input_norm: bool = True) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = LlamaRMSNorm(width, eps=eps) if input_norm else nn.Identity()
-        self.self_attn = Attention(config, width, index, qk_norm)
+        self.self_attn = Attention(config, width, index)
         self.post_attention_layernorm = LlamaRMSNorm(width, eps=eps)
         self.mlp = LlamaMLP(config)
 

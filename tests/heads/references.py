@@ -96,3 +96,30 @@ def eagle3(w: Weights, s: dict[str, Any], tokens: Tensor, features: Any, hidden:
         kept.append(pair)
     normed = rms(out, w["norm.weight"], eps)
     return linear(normed, w, "lm_head"), normed if s["norm_output"] else out, kept
+
+
+def eagle1(w: Weights, s: dict[str, Any], tokens: Tensor, features: Any, hidden: Any, past: Past | None) -> Any:
+    """EAGLE-1; `embed_tokens.weight` and `target_lm_head.weight` are its target's."""
+    given = features if features is not None else hidden
+    out, kept = linear(torch.cat([w["embed_tokens.weight"][tokens], given], -1), w, "fc"), []
+    while f"layers.{len(kept)}.mlp.up_proj.weight" in w:
+        out, pair = plain_layer(w, f"layers.{len(kept)}", out, past and past[len(kept)], s)
+        kept.append(pair)
+    return linear(out, w, "target_lm_head"), out, kept
+
+
+def hydra(w: Weights, s: dict[str, Any], tokens: Tensor, features: Any, hidden: Any, past: Past | None) -> Any:
+    """Hydra, by the names of its files: a module stands at every place of its Sequentials, or at every second one."""
+    prefix = "prefix_embeding_layer.norm.weight" in w
+    if features is not None and prefix:
+        out, pair = plain_layer(w, "prefix_embeding_layer.layers.0", features, past and past[0], s)
+        hidden, past = rms(out, w["prefix_embeding_layer.norm.weight"], s["eps"]), [pair]
+    elif features is not None:
+        hidden = features
+    hidden = torch.cat([hidden, w["embed_tokens.weight"][tokens]], -1)
+    i, first, step = hidden.shape[-1] // s["hidden_size"] - 2, *((1, 2) if prefix else (0, 1))
+    place = f"hydra_mlp.{i}.{first}"
+    x = linear(hidden, w, f"{place}.res_connection") + silu(linear(hidden, w, f"{place}.linear"))
+    for j in range(1, s["hydra_num_layers"]):
+        x = x + silu(linear(x, w, f"hydra_mlp.{i}.{first + step * j}.linear"))
+    return linear(x, w, f"hydra_lm_head.{i}.1" if prefix else f"hydra_lm_head.{i}"), hidden, past
