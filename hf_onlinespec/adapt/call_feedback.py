@@ -27,8 +27,8 @@ class DraftedRow(Protocol):
     def config(self) -> PretrainedConfig: ...
 
     @property
-    def common(self) -> int:
-        """Ids below it are known to target and draft."""
+    def taught(self) -> int | Tensor:
+        """The target's ids that the draft learns the distribution of: these (m,), or those below a number."""
         ...
 
     def take(self, tokens: Tensor) -> None:
@@ -43,6 +43,13 @@ class DraftedRow(Protocol):
         """At most so many tokens that the learned draft has read already."""
         ...
 
+    def learned_features(self, start: int, end: int) -> Tensor | None:
+        """The target's hidden states (1, m, width) at the tokens from `start` to `end`, but the last; None: the draft reads none.
+
+        Of some of the first ones it may hold none any more.
+        """
+        ...
+
 
 class CallFeedback:
     """The rows of a call and what the target said about them.
@@ -53,13 +60,14 @@ class CallFeedback:
 
     def __init__(self, learning: LearningService, rows: Sequence[DraftedRow], temperature: float) -> None:
         self.rows, self._learning, self._temperature = rows, learning, temperature
+        self._context = learning.settings.context_tokens
         self.latest: Rows | None = None  # the rows as the target reads them; None: the call has not begun
         self.recorded = False  # whether there was anything that the draft can see
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """What was recorded is forgotten."""
-        self._of = [self._learning.new_feedback(row.common, self._temperature, row.config) for row in self.rows]
+        self._of = [self._learning.new_feedback(row.taught, self._temperature, row.config) for row in self.rows]
 
     def begin(self, rows: Rows, row: int) -> None:
         """The prompts, before the first round."""
@@ -115,7 +123,8 @@ class CallFeedback:
         row, of = self.rows[i], self._of[i]
         assert row.tokens is not None
         teachers = of.teachers()
-        return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature)
+        features = row.learned_features(of.end - len(teachers[0]) - self._context, of.end)
+        return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature, features)
 
     def keep(self, i: int, segment: Segment) -> None:
         """What was handed out goes to the replay; of one request, all of it or nothing."""
@@ -131,5 +140,6 @@ class CallFeedback:
         found = []
         for i, (row, of) in enumerate(zip(self.rows, self._of, strict=True)):
             assert row.tokens is not None
-            found += [(i, one) for one in of.feedback(row.tokens, row.mask)]
+            features = row.learned_features(of.end - of.learned - self._context, of.end)
+            found += [(i, one) for one in of.feedback(row.tokens, row.mask, features)]
         return found

@@ -49,21 +49,23 @@ class Teacher:
         logits: Tensor,
         temperature: float = 1.0,
         top_k: int | None = None,
-        vocabulary: int | None = None,
+        vocabulary: int | Tensor | None = None,
         call_temperature: float = 0.0,
     ) -> Teacher:
         """From raw target logits (n, V); the logits are copied, so the caller may overwrite them.
 
         Args:
             temperature: that softens the distributions, for the loss.
-            vocabulary: only the ids below it count, and the distribution is normalised on them; None: all.
+            vocabulary: only the ids below it count, or only these ids (m,), and the distribution is normalised on them; None: all. Of
+                these ids, positions are gaps whose likeliest token is none of them: there the draft has nothing to learn.
             call_temperature: that the tokens were sampled at, 0: greedy. Acceptance is told there.
         """
-        common = logits[..., :vocabulary]
+        common = logits.index_select(-1, vocabulary) if isinstance(vocabulary, Tensor) else logits[..., :vocabulary]
         scaled = common.float() if temperature == 1 else common.float() / temperature
         log_probs, has_gaps = scaled.log_softmax(-1), False
         if common.shape[-1] < logits.shape[-1]:
-            without_mass = common.amax(-1) == -torch.inf
+            best = common.amax(-1)
+            without_mass = best < logits.amax(-1) if isinstance(vocabulary, Tensor) else best == -torch.inf
             has_gaps = bool(without_mass.any())
             if has_gaps:  # the softmax made them NaN
                 log_probs = log_probs.masked_fill(without_mass[:, None], -torch.inf)
@@ -234,10 +236,14 @@ class Feedback:
 
     tokens: Tensor  # (L,) prompt and accepted tokens, no padding
     teacher: Teacher  # row i predicts tokens[L - len(teacher) + i]
+    features: Tensor | None = (
+        None  # (L - 1, width) the target's hidden states at all tokens but the last; None: not read
+    )
 
     @property
     def nbytes(self) -> int:
-        return self.tokens.nbytes + self.teacher.nbytes
+        features = 0 if self.features is None else self.features.nbytes
+        return self.tokens.nbytes + self.teacher.nbytes + features
 
 
 class FeedbackRecorder(LogitsProcessor):

@@ -58,7 +58,13 @@ class IdleLearning:
         """The gradient steps of one request, one at a time: a call may come in after any of them."""
         learning, metrics = self._learning, self._metrics
         feedback, temperature = item
-        segment = Segment(feedback.tokens[None], [feedback.teacher], None, temperature)
+        segment = Segment(
+            feedback.tokens[None],
+            [feedback.teacher],
+            None,
+            temperature,
+            None if feedback.features is None else feedback.features[None],
+        )
         if learning.settings.update_every == "auto":
             started = time.perf_counter()
             learning.score_offline(segment)

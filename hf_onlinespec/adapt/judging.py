@@ -91,7 +91,9 @@ class Evaluator:
         rows[0] = state
         try:
             adapter.put(rows)
-            logits = self._trainable.training_logits(segment.tokens, segment.n, segment.mask, gates)
+            logits = self._trainable.training_logits(
+                segment.tokens, segment.n, segment.mask, gates, features=segment.features
+            )
             found = self._objective.acceptance(segment, logits[0])
             return [a if math.isfinite(a) else 0.0 for a in found]
         finally:

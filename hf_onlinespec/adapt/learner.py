@@ -102,7 +102,9 @@ class Learner:
         prefix = prefix if gates is None and not self._cache_invalid else None
 
         def alone(base: bool) -> Tensor:
-            return self.trainable.training_logits(segment.tokens, n, segment.mask, base=base)[0]
+            return self.trainable.training_logits(
+                segment.tokens, n, segment.mask, base=base, features=segment.features
+            )[0]
 
         of_base = None
         if gates is None and compare and self.experts.steps:
@@ -110,7 +112,9 @@ class Learner:
                 of_base = self._objective.acceptance(segment, alone(base=True))
         started = time.perf_counter()
         with torch.enable_grad():
-            logits = self.trainable.training_logits(segment.tokens, n, segment.mask, gates, prefix)
+            logits = self.trainable.training_logits(
+                segment.tokens, n, segment.mask, gates, prefix, features=segment.features
+            )
             accepted = [self._objective.acceptance(segment, row) for row in logits.detach()]
             experts = logits[: self.trainable.adapter.blocks]
             losses = torch.stack([self._objective.losses(segment.teachers, row).mean() for row in experts])

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import OnlineSpecConfig
 from .feedback import Feedback, Teacher, acceptance, parts
 from .losses import LOSSES
-from .segment import Segment, padded
+from .segment import Segment, padded, padded_features
 from .trainable import Trainable
 
 
@@ -56,7 +56,9 @@ class Objective:
         device = trainable.adapter.params.device
         mask = None if mask is None else mask.to(device)
         n = max(len(request.teacher) for request in requests)
-        logits = trainable.training_logits(tokens.to(device), n, mask, gates, base=base)
+        features = padded_features([request.features for request in requests])
+        features = None if features is None else features.to(device)
+        logits = trainable.training_logits(tokens.to(device), n, mask, gates, base=base, features=features)
         return [
             [self.losses([request.teacher], [own]) for request, own in zip(requests, part, strict=True)]
             for part in logits

@@ -75,7 +75,7 @@ class Replay:
 
     def add(self, feedback: Feedback, loss: float = float("inf")) -> None:
         """Remembers a request, and forgets others beyond the bound. One that is longer than the bound is counted, not kept."""
-        small = Feedback(feedback.tokens, feedback.teacher.top(self.top_k).for_the_loss())
+        small = Feedback(feedback.tokens, feedback.teacher.top(self.top_k).for_the_loss(), feedback.features)
         if len(small.tokens) > self.max_tokens:
             self.refused += 1
             return

@@ -15,15 +15,16 @@ class RequestFeedback:
     """The feedback of one request, batch rows side by side.
 
     Args:
-        vocabulary: ids that target and draft have in common: the draft learns the target's distribution on these; None: all.
+        vocabulary: ids that target and draft have in common, these or those below a number: the draft learns the target's
+            distribution on them; None: all.
         temperature: of the call, 0 for greedy.
-        config: of the draft model.
+        config: of the draft model; None: no token opens what it reads.
     """
 
     def __init__(
         self,
         settings: OnlineSpecConfig,
-        vocabulary: int | None = None,
+        vocabulary: int | Tensor | None = None,
         temperature: float = 0.0,
         config: PretrainedConfig | None = None,
     ) -> None:
@@ -38,6 +39,11 @@ class RequestFeedback:
     def kept(self) -> bool:
         """Whether the replay will be given anything."""
         return bool(self._kept)
+
+    @property
+    def learned(self) -> int:
+        """Tokens that the replay will be given the target's distributions of."""
+        return max((sum(map(len, row)) for row in self._kept), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -69,17 +75,25 @@ class RequestFeedback:
         for kept, teacher in zip(self._kept, teachers, strict=True):
             kept.append(teacher.top(self._settings.replay_top_k))
 
-    def feedback(self, tokens: Tensor, mask: Tensor | None) -> list[Feedback]:
+    def feedback(self, tokens: Tensor, mask: Tensor | None, features: Tensor | None = None) -> list[Feedback]:
         """The request as the replay keeps it, one per row of `tokens` (batch, L), without padding.
 
         At most `context_tokens` of its prompt, behind the token that opens it where the model has one.
+
+        Args:
+            features: (batch, m, width) the target's hidden states at the last m of what can be learned from, but the last token.
         """
         found = []
         for row, teachers in enumerate(self._kept):
             new = sum(map(len, teachers))
             padding = 0 if mask is None else int((mask[row] == 0).sum())
             start = max(padding, self.end - new - self._settings.context_tokens)
+            if features is not None:
+                start = max(start, self.end - 1 - features.shape[1])
             kept = tokens[row, start : self.end].clone()
+            if features is not None:
+                found.append(Feedback(kept, concatenate(teachers), features[row, 1 - len(kept) :].clone()))
+                continue
             if start > padding and self._config is not None:
                 opening = opening_tokens(self._config, tokens[row, padding : padding + 1].tolist())
                 kept = torch.cat([kept.new_tensor(opening), kept])

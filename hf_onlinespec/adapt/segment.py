@@ -18,6 +18,8 @@ class Segment:
     teachers: list[Teacher]  # of the last n tokens of every row
     mask: Tensor | None  # (batch, prompt) with zeros where the prompt is padded on the left
     temperature: float  # of the call that generated the tokens, 0 for greedy
+    # (batch, m, width) the target's hidden states at the last m of the tokens but the last one; None: the draft reads none.
+    features: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -26,7 +28,8 @@ class Segment:
 
     @property
     def nbytes(self) -> int:
-        return self.tokens.nbytes + sum(teacher.nbytes for teacher in self.teachers)
+        features = 0 if self.features is None else self.features.nbytes
+        return self.tokens.nbytes + features + sum(teacher.nbytes for teacher in self.teachers)
 
     @property
     def rows(self) -> list[Tensor]:
@@ -67,8 +70,21 @@ class PendingRequest:
         rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
         both = self.scores.base is not None and scores.base is not None
         original = [*(self.scores.base or []), *(scores.base or [])] if both else None
-        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature)
+        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature, segment.features)
         return PendingRequest(whole, rows, Scores(self.scores.learned + scores.learned, original))
+
+
+def padded_features(rows: list[Tensor | None]) -> Tensor | None:
+    """Features (m_i, width) of each row as a batch (rows, most, width) that is padded on the left; None: rows have none."""
+    known = [row for row in rows if row is not None]
+    if not known:
+        return None
+    if len(known) < len(rows):
+        raise ValueError("Some of the requests have features, and others have none: they belong to different drafts.")
+    found = known[0].new_zeros(len(known), max(map(len, known)), known[0].shape[1])
+    for i, row in enumerate(known):
+        found[i, found.shape[1] - len(row) :] = row
+    return found
 
 
 def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -93,9 +93,9 @@ class LearningService:
 
     # A request
 
-    def new_feedback(self, common: int, temperature: float, config: PretrainedConfig) -> RequestFeedback:
+    def new_feedback(self, taught: int | Tensor, temperature: float, config: PretrainedConfig) -> RequestFeedback:
         """Where a row that begins keeps what it will be learned from."""
-        feedback = RequestFeedback(self.settings, common, temperature, config)
+        feedback = RequestFeedback(self.settings, taught, temperature, config)
         with self.lock:
             self._requests.add(feedback)
         return feedback
@@ -137,7 +137,8 @@ class LearningService:
             )
         seen = []
         for base in (False, True) if self.learner.experts.steps else (True,):
-            logits = trainable.logits(segment.tokens[:, :-1], n, base, segment.mask)
+            features = None if segment.features is None else segment.features[:, :-1]
+            logits = trainable.logits(segment.tokens[:, :-1], n, base, segment.mask, features)
             seen.append(acceptance(segment.teachers, logits, segment.temperature, self.settings.temperature))
         with self.lock:
             self.governor.observe_comparison(seen[0].tolist(), seen[-1].tolist(), (), False, prompt_log_ratio)
@@ -182,7 +183,8 @@ class LearningService:
     def learn_request(self, request: Feedback) -> Counts:
         """Learns a request as after a call of `generate`, replay included, however little time there is."""
         counts = Counts()
-        self.learn_segment(Segment(request.tokens[None], [request.teacher], None, 1.0), counts)
+        features = None if request.features is None else request.features[None]
+        self.learn_segment(Segment(request.tokens[None], [request.teacher], None, 1.0, features), counts)
         self.remember(request)
         self.replay_steps(counts, self.settings.replay_passes)
         return counts

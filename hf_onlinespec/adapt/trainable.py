@@ -18,7 +18,8 @@ class Prefix:
     """The beginning of a text, as the draft has read it already: a learner builds on it without gradients."""
 
     cache: object  # of the trainable's own kind
-    length: int  # tokens
+    length: int  # tokens, or rows of a head, that were read
+    first: int = 0  # the first of them
 
 
 class Adapter(Protocol):
@@ -63,8 +64,16 @@ class Trainable(Protocol):
     @property
     def adapter(self) -> Adapter: ...
 
-    def logits(self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None) -> Tensor:
-        """What the draft says after each of the last n of `tokens` (rows, L), as it serves and without gradients: (rows, n, vocab)."""
+    def logits(
+        self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """What the draft says after each of the last n of `tokens` (rows, L), as it serves and without gradients: (rows, n, vocab).
+
+        `training_logits` is about these n tokens themselves, each from those before it.
+
+        Args:
+            features: see `training_logits`.
+        """
         ...
 
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, object]]:
@@ -79,6 +88,7 @@ class Trainable(Protocol):
         gates: Tensor | None = None,
         prefix: Prefix | None = None,
         base: bool = False,
+        features: Tensor | None = None,
     ) -> Tensor:
         """What the draft says about the last n of `tokens` (rows, L), each from the tokens before it; gradients flow to the adapter.
 
@@ -87,6 +97,7 @@ class Trainable(Protocol):
             gates: (copies, blocks) weights of the blocks, one copy of all rows for each; None: one copy, all at 1.
             prefix: what need not be computed anew.
             base: without the adapter.
+            features: (rows, m, width) the target's hidden states at the last m of the tokens but the last one; None: none are read.
 
         Returns:
             Logits (copies, rows, n, vocab).

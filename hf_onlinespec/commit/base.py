@@ -98,10 +98,14 @@ class Proposer(ABC):
         """
 
     @abstractmethod
-    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None) -> None:
         """Takes what it needs of the target's raw logits (batch, n + 1, vocab) behind the rows and behind each candidate.
 
         Called before `observe` of the same round; later, processors may have written into them.
+
+        Args:
+            features: (batch, fed, width) the hidden states of `Draft.reads`, of all that the target was fed in this round: the end of
+                the rows, then the candidates; None: the draft reads none, or the target hands out none.
         """
 
     @abstractmethod
@@ -125,7 +129,12 @@ class Draft(ABC):
     """What drafts, from call to call: the settings, the suffix memory, the governor and the counters.
 
     Safe with several threads: `lock` is held for the moments in which the served weights or the counters change.
+
+    Attributes:
+        reads: indices of the target's `hidden_states` that the draft reads; (): none.
     """
+
+    reads: tuple[int, ...] = ()
 
     def __init__(self, config: OnlineSpecConfig | dict[str, Any] | None = None, **settings: Any) -> None:
         self.settings = as_config(config, **settings) or OnlineSpecConfig()

@@ -13,9 +13,9 @@ from ..govern.planner import Plan
 from ..runtime.clock import finished
 from ..runtime.forks import Lock
 from .base import Call
-from .causal_lm import RowModel
 from .guessing import Guesser
 from .proposal import ProposalBuilder
+from .row_model import RowModel
 
 BESIDE = 3  # of the draft's next best tokens are guessed beside the one that it drafts; chosen
 
@@ -25,7 +25,7 @@ class Chain:
 
     Args:
         stats: what the row has shown.
-        served: the module tree that drafts now, see `CausalLM.serving`.
+        served: the module tree that drafts now, see `DraftModel.serving`.
     """
 
     reads_prompt = (
@@ -49,7 +49,8 @@ class Chain:
         """Whether the model may draft the next token; plan: None: there is no clock, it always may."""
         model = self._model
         assert model.tokens is not None
-        if model.tokens.shape[1] + len(builder.drafted) >= model.model.positions:
+        drafted = len(builder.drafted)
+        if model.tokens.shape[1] + drafted >= model.model.positions or drafted == model.model.most:
             return False
         return plan is None or self._governor.model_pays(
             plan, len(builder.drafted), builder.survival, begun=builder.has_model_token
@@ -96,7 +97,7 @@ class Chain:
         if self.reads_prompt and not builder.model_s and self._call.waits:
             seconds = finished(model.model.device) - started
             with self._lock:
-                governor.observe_prefill(model.cache.length, seconds)
+                governor.observe_prefill(model.reader.length, seconds)
         builder.model_s += time.perf_counter() - started
         return True
 

@@ -13,10 +13,10 @@ from ..govern.planner import Plan
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
-from .causal_lm import RowModel
 from .chain import Chain
 from .guessing import Guesser, GuessSources
 from .proposal import ProposalBuilder
+from .row_model import RowModel
 from .tree import grow
 
 
@@ -85,17 +85,17 @@ class Combined(Proposer):
         model = self._models[i] if self._models else None
         if model is not None:
             model.take(tokens)
-            if model.cache.length:  # in plain rounds too: no rejected token may outlive them
+            if model.reader.length:  # in plain rounds too: no rejected token may outlive them
                 with self._drafting():
-                    model.cache.rewind(tokens.shape[1])
-            self._reads_prompt = model.cache.length == 0
+                    model.reader.rewind(tokens.shape[1])
+            self._reads_prompt = model.reader.length == 0
         draws = self._call.sample and not trees  # several guesses are better than one that is drawn
         guesser = self._sources.row(i, tokens, self._stats[i], draws) if asks else None
         context = None if guesser is None else guesser.context
         builder = ProposalBuilder(tokens, context, self._call.end_tokens)
         self._builders.append(builder)
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
-        if model is not None and wanted and most > 0:
+        if model is not None and wanted and most > 0 and model.reader.can_draft(tokens.shape[1]):
             self._build_chain(i, builder, plan, most, guesser, trees, failed)
         if guesser is not None and most > 0 and self._call.counts.failed_drafts == failed:
             self._add_guesses(builder, plan, guesser, most, trees)
@@ -118,7 +118,7 @@ class Combined(Proposer):
         if not room:
             return Plan(0, 1.0, 0.0)
         with self._draft.lock:
-            unread = tokens.shape[1] - (0 if own is None else own.cache.length)
+            unread = tokens.shape[1] - (0 if own is None else own.reader.length)
             return governor.plan(model is not None, stats, room, unread)
 
     def _build_chain(
@@ -159,14 +159,22 @@ class Combined(Proposer):
 
             grow(builder, guesser, pays, most, self._call.end_tokens, trees)
 
-    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
-        """See `Proposer`: the best next tokens behind everything that was verified."""
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None) -> None:
+        """See `Proposer`: the best next tokens behind everything that was verified, and what a head reads."""
+        if features is not None:
+            with self._drafting():
+                for i, model in enumerate(self._models):
+                    model.take_features(features[i : i + 1])
         if self._call.learns:
             self._sources.read(rows, proposal, logits)
 
     def observe(self, verdict: Verdict) -> None:
         """See `Proposer`: the governor is told what was drafted, how it was accepted, and the times."""
         self._rows, model_s = verdict.rows, verdict.proposal.model_s
+        with self._drafting():
+            for i, model in enumerate(self._models):
+                length = verdict.rows.lengths[i] - verdict.new_tokens[i]
+                model.keep_features(length, verdict.proposal.tokens.shape[1], verdict.paths[i])
         target_s = verdict.target_s
         if target_s:
             target_s += verdict.draft_s - model_s  # the time of guesses belongs to every round

@@ -90,14 +90,17 @@ class Request:
         """Token ids that may be proposed lie below it; None: it is not known."""
         return None if self.call.vocabulary is None else self.call.vocabulary.said
 
-    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None = None) -> None:
         """Hands on the target's raw logits (batch, n + 1, vocab) of a round, and keeps them until it is observed if they are learned from.
 
         A copy: processors may write into them.
+
+        Args:
+            features: (batch, fed, width) the hidden states that the draft reads, of all that the target was fed.
         """
         if self.proposer is not None:
             with self._beside_proposing():
-                self.proposer.read(rows, proposal, logits)
+                self.proposer.read(rows, proposal, logits, features)
         if self.schedule is not None:
             with self.schedule.attempt():
                 self._raw = self.schedule.copied(logits)

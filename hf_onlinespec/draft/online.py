@@ -21,11 +21,15 @@ from ..adapt.learner import Learner
 from ..adapt.schedule import LearningSchedule
 from ..adapt.service import LearningService
 from ..commit.base import Call, Draft, Proposer
-from ..commit.causal_lm import CausalLM, RowModel
+from ..commit.causal_lm import CausalLM
 from ..commit.combined import Combined
+from ..commit.draft_model import DraftModel
+from ..commit.head import HeadModel
+from ..commit.row_model import RowModel
 from ..config import OnlineSpecConfig, as_config
 from ..errors import ConfigError, CopyError, NotAModelError
 from ..govern.acceptance import RequestStats
+from ..heads.base import Head
 from ..metrics.summary import counted, size
 from ..models.identity import BaseFingerprint
 from ..models.layers import describe
@@ -54,7 +58,7 @@ class OnlineDraft(Draft):
     The model itself is not touched: its weights are shared, its modules are not, and the adapter lives here.
 
     Args:
-        model: a causal language model, or a `PeftModel` around one (its adapter is merged into a copy).
+        model: a causal language model, a `PeftModel` around one (its adapter is merged into a copy), or a draft head.
         config: how to draft and to learn, an OnlineSpecConfig or a dict of its settings; None: the defaults.
         settings: single settings of an OnlineSpecConfig, such as `lookahead=4`; they go before those of `config`.
 
@@ -91,18 +95,23 @@ class OnlineDraft(Draft):
         """A new adapter on the model's weights as they are now."""
         settings = self.settings
         with torch.inference_mode(False):
-            base = plain_draft(model)
-            identity, vocabulary = BaseFingerprint.of(base), Vocabulary.of(base)
+            base = model if isinstance(model, Head) else plain_draft(model)
+            identity = BaseFingerprint.of(base)
             rank, alpha, layers = settings.rank, settings.alpha, settings.target_modules
             adapter = GatedLora(
                 base, rank=rank, alpha=alpha, target_modules=layers, blocks=settings.blocks, seed=settings.seed
             )
-            check_cache(adapter.tree)
-            experts = Experts(adapter, settings)
-            causal_lm = CausalLM(adapter, experts, vocabulary, self.lock, self.learning.steps_lock)
-            learner = Learner(causal_lm, experts, settings, self._traces.update)
-        self.identity, self.vocabulary, self.trainable = identity, vocabulary, causal_lm
-        self.learning.begin(learner, self.governor, causal_lm.positions)
+            experts, locks = Experts(adapter, settings), (self.lock, self.learning.steps_lock)
+            trainable: DraftModel
+            if isinstance(base, Head):
+                trainable = HeadModel(base, adapter, experts, *locks)
+            else:
+                check_cache(adapter.tree)
+                trainable = CausalLM(adapter, experts, Vocabulary.of(base), *locks)
+            learner = Learner(trainable, experts, settings, self._traces.update)
+        self.identity, self.vocabulary, self.trainable = identity, trainable.vocabulary, trainable
+        self.reads = trainable.reads
+        self.learning.begin(learner, self.governor, trainable.positions)
         self._begun += 1
         self._source = Source(model)
 
@@ -156,7 +165,8 @@ class OnlineDraft(Draft):
     def generation_config(self) -> GenerationConfig:
         """That of the user's model, as it is now."""
         model = self._source.model
-        return (self.trainable.adapter.tree if model is None else model).generation_config
+        model = self.trainable.adapter.tree if model is None else model
+        return GenerationConfig() if isinstance(model, Head) else model.generation_config
 
     @property
     def device(self) -> torch.device:

@@ -111,16 +111,18 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
         DraftError: the model's forward does.
     """
     vocab = model.config.get_text_config().vocab_size
-    tokens = torch.arange(1, 7, device=model.device).remainder(vocab).view(2, 3)
+    inputs = {"input_ids": torch.arange(1, 7, device=model.device).remainder(vocab).view(2, 3)}
+    if model.main_input_name not in inputs:  # a draft head reads more than tokens
+        inputs = dict(model.dummy_inputs)
     modules = dict(model.named_modules())
     seen: dict[str, list[list[Tensor]]] = {name: [] for name in names}
-    for batch in (tokens[:1], tokens[1:], tokens):
+    for batch in (slice(1), slice(1, 2), slice(2)):
         handles = []
         for name in names:
             seen[name].append([])
             handles.append(modules[name].register_forward_pre_hook(_collector(seen[name][-1])))
         try:
-            model(input_ids=batch, use_cache=False)
+            model(**{name: value[batch] for name, value in inputs.items()}, use_cache=False)
         except Exception as error:  # as in plain.check_cache: whatever it raises here, it would raise at every step
             raise DraftError(
                 f"The draft {type(model).__name__} cannot read two sequences, which the experts of an ensemble need: "

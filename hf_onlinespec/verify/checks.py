@@ -8,11 +8,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from .._compat.adapters import adds_virtual_tokens
+from .._compat.adapters import adds_virtual_tokens, base_of
 from .._compat.caches import CACHE, forgets, held_tokens, rollback_obstacle
 from .._compat.generation import SAMPLING_MODES, GenerationMode, known_continuation, mask_length, own_loop
 from .._compat.models import drops_cache, is_stateful
 from ..errors import UnsupportedError
+from ..heads.base import Head
 from ..models.vocabulary import check_vocabularies
 
 PICTURES = (
@@ -55,7 +56,10 @@ def check_call(
             f"The target {name} runs with prompt learning, whose virtual tokens are not supported yet. "
             "Call generate without onlinespec."
         )
-    if draft is not None:
+    head = base_of(draft) if isinstance(draft, PeftModel) else draft
+    if isinstance(head, Head):
+        head.share(target)
+    elif draft is not None:
         check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
     if config.num_return_sequences not in (None, 1):
         raise UnsupportedError(

@@ -63,7 +63,7 @@ def decode(
         processors = LogitsProcessorList(logits_processor)
         plain = why_plain(target, input_ids, model_kwargs)
         chains = plain or why_chains(target, input_ids, model_kwargs)
-        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain, chains)
+        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain, chains, draft.reads)
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
@@ -132,7 +132,7 @@ def _loop(
         # 2. The target verifies all of it in one forward.
         clock = time.perf_counter()
         logits = verifier.verify(rows.tokens, proposal)  # (batch, n + 1, vocab)
-        request.read(rows, proposal, logits)
+        request.read(rows, proposal, logits, verifier.features)
         raw = None if asked.logits is None else logits.clone()
 
         # 3. Accept a prefix, and one token more.

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE, crop, held_tokens, move, record_past, returned_cache, rollback_obstacle
 from .._compat.generation import continue_inputs, continues_inputs, generative, mask_length
+from .._compat.hidden_states import hidden_states, hidden_states_inputs
 from ..errors import UnsupportedError
 from ..rounds import Proposal
 from .positions import PositionLimits
@@ -34,6 +35,10 @@ class Verifier:
     Args:
         plain_because: why this target is decoded without drafting; "": it need not be.
         trees_because: why it verifies no trees but chains, see `why_chains`; "": it verifies trees.
+        reads: indices of its `hidden_states` that the draft reads; (): none.
+
+    Attributes:
+        features: (batch, fed, width) these hidden states of all that it was fed in the last round; None: they are not read.
     """
 
     def __init__(
@@ -44,8 +49,10 @@ class Verifier:
         model_kwargs: dict[str, Any],
         plain_because: str = "",
         trees_because: str = "",
+        reads: tuple[int, ...] = (),
     ) -> None:
-        self._target = target
+        self._target, self._reads = target, reads
+        self.features: Tensor | None = None
         self.plain_because = plain_because  # why rounds have no room
         self.trees_because = trees_because  # why all proposals have to be chains
         self._kwargs = dict(model_kwargs)
@@ -117,6 +124,7 @@ class Verifier:
         chain = all(proposal.is_chain(row) for row in range(len(proposal.sources)))
         tokens = torch.cat([input_ids, proposal.tokens], dim=-1)
         end = tokens.shape[1] + self._hidden
+        self.features = None
         if self._first and self._chunk:  # a long prompt is read in pieces, and the target is shown one at a time
             tokens = tokens[:, self._cached - end :]
             while tokens.shape[1] - k > self._chunk:
@@ -151,8 +159,11 @@ class Verifier:
                 f"The target {type(self._target).__name__} has {held_tokens(self.cache)} of {end - fed} tokens in its cache after "
                 "its first forward: it would go on without them. Call generate without onlinespec."
             )
-        outputs = self._target(**inputs, return_dict=True)
+        outputs = self._target(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
         self._take(outputs, end, fed)
+        features = hidden_states(outputs, self._reads)
+        if features is not None:
+            self.features = features if self.features is None else torch.cat([self.features, features], dim=1)
         return outputs.logits[:, -k - 1 :]
 
     def _arrange(self, inputs: dict[str, Any], tree: Proposal) -> None:

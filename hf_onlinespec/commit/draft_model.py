@@ -1,0 +1,151 @@
+"""What every model that drafts with an adapter has in common: how it serves, and what it has read of a row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .._compat.models import max_positions
+from ..adapt.experts import Experts
+from ..adapt.gated_lora import GatedLora
+from ..adapt.trainable import Prefix
+from ..models.vocabulary import Vocabulary
+from ..runtime.forks import Lock
+from .row_features import RowFeatures
+
+
+class Reader(ABC):
+    """What a draft model has read of one row of a call: rolled back from round to round, never built anew."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens that it need not read again."""
+
+    @abstractmethod
+    def can_draft(self, length: int) -> bool:
+        """Whether it can say what follows so many tokens."""
+
+    @abstractmethod
+    def scores(self, served: PreTrainedModel, prefix: Tensor) -> Tensor:
+        """What the model says behind `prefix` (1, L), of which it reads the rest: logits (1, ids), from id 0 on.
+
+        Args:
+            served: the module tree that drafts now, see `DraftModel.serving`.
+        """
+
+    @abstractmethod
+    def rewind(self, length: int) -> None:
+        """Rolls back to what was kept of `length` tokens, less the last one: it is read again, for its logits."""
+
+    @abstractmethod
+    def prefix(self, most: int) -> Prefix | None:
+        """At most so many tokens that were read; None: there are none that learning could build on."""
+
+
+class DraftModel(ABC):
+    """A model and its adapter, from call to call.
+
+    Args:
+        adapter: its LoRA; the base's weights are borrowed.
+        experts: what has been learned: whether any of it serves.
+        lock: held for the moments in which the served weights change.
+        steps: held for one gradient step at a time; taken before `lock` where both are.
+
+    Attributes:
+        positions: the longest context that it may see.
+        reads: indices of the target's `hidden_states` that it reads beside tokens; (): none.
+        most: tokens that it can draft in one round; None: any number.
+        ids: the target's ids (n,) that it has logits for; None: those of its vocabulary, in order.
+    """
+
+    reads: tuple[int, ...] = ()
+    most: int | None = None
+    ids: Tensor | None = None
+
+    def __init__(self, adapter: GatedLora, experts: Experts, vocabulary: Vocabulary, lock: Lock, steps: Lock) -> None:
+        self.adapter, self.vocabulary = adapter, vocabulary
+        self.positions = max_positions(adapter.tree.config)
+        self._experts, self._lock, self._steps = experts, lock, steps
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.adapter.tree.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.adapter.params.device
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps that the adapter has taken."""
+        return self._experts.steps
+
+    def fold(self) -> None:
+        """Brings the weights that draft up to date with what was learned."""
+        with self._steps, self._lock:
+            self.adapter.fold()
+
+    @contextmanager
+    def serving(self, base: bool = False) -> Iterator[PreTrainedModel]:
+        """The model as it drafts now; a draft that has not learned yet runs at the speed of its base.
+
+        Args:
+            base: the base draft, whatever was learned.
+        """
+        base = base or self._experts.serves_base
+        if self.adapter.folds and not base:
+            if self.adapter.stale:
+                self.fold()
+            if not self.adapter.stale:
+                with self._lock, torch.no_grad():
+                    yield self.adapter.folded_tree
+                return
+        with self._steps, torch.no_grad():  # learning switches the adapter on and off in this tree
+            if base:
+                yield self.adapter.tree
+            else:
+                weights = self.adapter.weights
+                with self.adapter.gated(None if weights is None else weights[None]) as model:
+                    yield model
+
+    @abstractmethod
+    def reader(self, mask: Tensor | None, features: RowFeatures | None) -> Reader:
+        """What reads one row.
+
+        Args:
+            mask: (1, prompt) with zeros where the prompt is padded on the left; None: no padding.
+            features: the target's of this row; None: the model reads none.
+        """
+
+    @abstractmethod
+    def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, Reader]]:
+        """See `Trainable.prompt_log_ratio`; what was read by the learned (False) and by the base draft (True), where it is all of it."""
+
+    @abstractmethod
+    def logits(
+        self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """See `Trainable.logits`."""
+
+    @abstractmethod
+    def training_logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        prefix: Prefix | None = None,
+        base: bool = False,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """See `Trainable.training_logits`; held between two gradient steps."""
+
+    @abstractmethod
+    def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> Tensor:
+        """What the draft says with these tensors in the place of its adapter's, by PEFT's names; gradients flow to them."""

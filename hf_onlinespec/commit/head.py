@@ -1,0 +1,179 @@
+"""A draft head with an adapter: it reads the target's hidden states, and drafts from what it said last.
+
+Row t of a head is made of the target's features at token t and of token t + 1, and says what token t + 2 is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .._compat.caches import CACHE, copied_prefix, crop, record_past
+from ..adapt.experts import Experts
+from ..adapt.gated_lora import GatedLora
+from ..adapt.trainable import Prefix
+from ..errors import UnsupportedError
+from ..heads.base import Head
+from ..models.vocabulary import Vocabulary
+from ..runtime.forks import Lock
+from .draft_model import DraftModel, Reader
+from .row_features import RowFeatures
+
+
+@final
+class HeadModel(DraftModel):
+    """A draft head and its adapter, from call to call.
+
+    Args:
+        head: that the adapter was made for.
+    """
+
+    def __init__(self, head: Head, adapter: GatedLora, experts: Experts, lock: Lock, steps: Lock) -> None:
+        size = head.config.vocab_size
+        super().__init__(adapter, experts, Vocabulary(size, size, "vocab_size of the head"), lock, steps)
+        self.reads, self.most = head.reads, head.most
+        self.ids = None if head.draft_ids is None else head.draft_ids.to(self.device)
+
+    def reader(self, mask: Tensor | None, features: RowFeatures | None) -> HeadReader:
+        assert features is not None
+        return HeadReader(self, features)
+
+    def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, Reader]]:
+        """See `DraftModel`. Before the target has read the prompt a head can say nothing about it."""
+        return 0.0, {}
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """See `Trainable.logits`: (rows, n, ids)."""
+        features = self._known(features).to(self.device)
+        tokens = tokens[:, -features.shape[1] :].to(self.device)
+        mask = None if mask is None else _widened(mask, tokens.shape[1])
+        with self.serving(base) as model:
+            logits = model(tokens=tokens, features=features, attention_mask=mask, logits_to_keep=n).logits
+        return _with_unread(logits, n)
+
+    def training_logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        prefix: Prefix | None = None,
+        base: bool = False,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """See `Trainable.training_logits`. What no row says, as the second token of a text, has logits of 0 and no gradient."""
+        features = self._known(features)
+        rows, copies, length = tokens.shape[0], 1 if gates is None else gates.shape[0], tokens.shape[1]
+        start = length - 1 - features.shape[1]
+        if prefix is not None and prefix.first + prefix.length >= start and mask is None:
+            start = prefix.first + prefix.length
+        else:
+            prefix = None
+        # The features of the last token but one belong to what comes behind the text.
+        features = features[:, start + 1 - length : -1].repeat(copies, 1, 1)
+        tokens = tokens[:, start + 1 : -1].repeat(copies, 1)
+        past = {}
+        if prefix is not None:
+            assert isinstance(prefix.cache, Cache)
+            past = {CACHE: copied_prefix(prefix.cache, prefix.length, self.config)}
+        elif mask is not None:
+            mask = _widened(mask, length - 1)[:, start:-1].repeat(copies, 1)
+        own = None if gates is None else gates.repeat_interleave(rows, dim=0)
+        inputs = {"tokens": tokens, "features": features, "attention_mask": mask, "use_cache": bool(past), **past}
+        if base:
+            logits = self.adapter.tree(**inputs, logits_to_keep=n).logits
+        else:
+            with self.adapter.gated(own) as model:
+                logits = model(**inputs, logits_to_keep=n).logits
+        return _with_unread(logits, n).unflatten(0, (copies, rows))
+
+    def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> NoReturn:
+        """See `DraftModel`. Raises UnsupportedError."""
+        raise UnsupportedError("A draft head is not trained on whole texts: they hold no hidden states of its target.")
+
+    def _known(self, features: Tensor | None) -> Tensor:
+        if features is None:
+            raise UnsupportedError(
+                "A draft head reads hidden states of its target, and these tokens come without any: it learns while it serves."
+            )
+        return features
+
+
+def _widened(mask: Tensor, length: int) -> Tensor:
+    """A mask (rows, prompt) over the last `length` tokens of rows that go on behind the prompt."""
+    missing = length - mask.shape[1]
+    return F.pad(mask, (0, missing), value=1) if missing > 0 else mask[:, -length:]
+
+
+def _with_unread(logits: Tensor, n: int) -> Tensor:
+    """The last n of logits (rows, m, ids); those that are missing in front are 0."""
+    missing = n - logits.shape[1]
+    return F.pad(logits, (0, 0, missing, 0)) if missing > 0 else logits[:, -n:]
+
+
+@final
+class HeadReader(Reader):
+    """The KV cache of a head in one row. Rows of true features stay in it; those of drafted tokens are of one round."""
+
+    def __init__(self, model: HeadModel, features: RowFeatures) -> None:
+        self._model, self._features = model, features
+        self._begin()
+
+    def _begin(self) -> None:
+        self._past = DynamicCache(config=self._model.config)
+        record_past(self._past)
+        self._first = self._end = self._features.start  # of the tokens whose features were read
+        self._drafted = 0  # rows behind them
+        self._logits: Tensor | None = None  # (1, ids) behind the last row
+        self._hidden: Tensor | None = None  # (1, 1, width) of the last row
+        self._kept: tuple[Tensor | None, Tensor | None] = None, None  # the same, of the last row of true features
+
+    @property
+    def length(self) -> int:
+        return self._end + 1 if self._end > self._first else 0
+
+    def can_draft(self, length: int) -> bool:
+        known = self._features
+        return known.end == length - 1 and known.end > known.start
+
+    def scores(self, served: PreTrainedModel, prefix: Tensor) -> Tensor:
+        known = self._features
+        if self._end < known.start:  # what lies between is not held any more
+            self._begin()
+        if self._end < known.end:
+            tokens = prefix[:, self._end + 1 : known.end + 1]
+            self._step(served, tokens, features=known.rows(self._end, known.end))
+            self._end, self._kept = known.end, (self._logits, self._hidden)
+        for at in range(self._end + 1 + self._drafted, prefix.shape[1]):
+            self._step(served, prefix[:, at : at + 1], hidden=self._hidden)
+            self._drafted += 1
+        assert self._logits is not None
+        if self._model.ids is None:
+            return self._logits
+        scores = self._logits.new_full((1, self._model.config.vocab_size), -torch.inf)
+        scores[:, self._model.ids] = self._logits
+        return scores
+
+    def _step(self, served: PreTrainedModel, tokens: Tensor, **read: Tensor | None) -> None:
+        out = served(
+            tokens=tokens.to(self._model.device), **read, **{CACHE: self._past}, use_cache=True, logits_to_keep=1
+        )
+        self._logits, self._hidden = out.logits[:, -1], out.hidden[:, -1:]
+
+    def rewind(self, length: int) -> None:
+        """Rolls back to the rows of true features: the tokens that were drafted are read again, with theirs."""
+        crop(self._past, max(0, int(self._past.get_seq_length()) - (self._end - self._first)))
+        self._drafted, (self._logits, self._hidden) = 0, self._kept
+
+    def prefix(self, most: int) -> Prefix | None:
+        length = min(self._end, most - 1) - self._first
+        return Prefix(self._past, length, self._first) if length > 0 else None

@@ -1,0 +1,177 @@
+"""A draft model's part in one row of a call: what it reads, and the tokens that it drafts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .._compat.generation import processed_scores
+from ..adapt.trainable import Prefix
+from ..govern.acceptance import RequestStats
+from ..govern.governor import Governor
+from ..models.vocabulary import widened
+from ..runtime.clock import is_host
+from ..runtime.forks import Lock
+from .base import Call
+from .draft_model import DraftModel
+from .recycling import best_tokens
+from .row_features import RowFeatures
+from .sampling import draw
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """A token of the draft model's."""
+
+    token: Tensor  # (1, 1)
+    known: int | None  # the same, where the host has it
+    probs: Tensor | None  # (1, vocab) the distribution it was drawn from; None: greedy
+    confidence: float | None  # probability of the likeliest token, where the host has it
+    best: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their probabilities, where they were asked for
+
+
+class RowModel:
+    """The draft model in one row of a call.
+
+    Args:
+        row: which one.
+        stats: what the row shows of who drafts.
+    """
+
+    def __init__(
+        self, model: DraftModel, governor: Governor, lock: Lock, call: Call, row: int, stats: RequestStats
+    ) -> None:
+        self.model, self._call, self._stats = model, call, stats
+        # Copied now: once the target's own are called, they keep the size of its scores.
+        self._processors = call.stateless_processors()
+        self._governor, self._lock = governor, lock
+        self.vocabulary = call.vocabulary or model.vocabulary  # of the target
+        own = None if call.mask is None else call.mask[row : row + 1]
+        self.mask = None if own is None or bool((own == 1).all()) else own.to(model.device)
+        self.tokens: Tensor | None = None  # (1, L) the row so far as the draft reads it, on its device
+        self.prompt = 0  # how much of it was there before
+        self.prompt_log_ratio: float | None = (
+            None  # how much the prompt speaks for the learned draft; None: it was not asked
+        )
+        self.features = RowFeatures(call.padding(row)) if model.reads else None
+        self.reader = model.reader(self.mask, self.features)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def taught(self) -> int | Tensor:
+        """The target's ids that the draft learns the distribution of: these, or those below a number."""
+        return self.common if self.model.ids is None else self.model.ids
+
+    @property
+    def common(self) -> int:
+        """Ids below it may be drafted: target and draft have them both."""
+        return min(self.vocabulary.size, self.model.vocabulary.size)
+
+    @property
+    def base(self) -> bool:
+        """Whether the base draft serves this row, whatever was learned."""
+        return self._stats.serves_base
+
+    def reset(self) -> None:
+        """Forgets what was read: after a failure the cache may hold anything."""
+        self.reader = self.model.reader(self.mask, self.features)
+
+    def take(self, tokens: Tensor) -> None:
+        """The row as it is now, (1, L)."""
+        if self.tokens is None:
+            self.prompt = tokens.shape[1]
+        self.tokens = self.readable(tokens).to(self.model.device)
+
+    def readable(self, tokens: Tensor) -> Tensor:
+        """`tokens` as the draft reads them: another one in the place of those that it has no embedding for."""
+        own = self.model.vocabulary
+        return own.readable(tokens) if self.vocabulary.read > own.size else tokens
+
+    def route(self, prompt: Tensor) -> None:
+        """Once in a request: whether the learned or the base draft serves it, by its prompt (1, L) as the draft reads it."""
+        if self.prompt_log_ratio is not None:
+            return
+        started, governor = time.perf_counter(), self._governor
+        self.prompt_log_ratio, readers = self.model.prompt_log_ratio(
+            prompt, self.mask, governor.router.constants.prompt_tokens
+        )
+        with self._lock:
+            if readers:
+                governor.observe_prefill(2 * prompt.shape[1], time.perf_counter() - started)
+            governor.router.observe_prompt(self.prompt_log_ratio)
+            if not self.reader.length:  # who has begun goes on
+                self.serve(governor.router.use_base(self.prompt_log_ratio))
+        if readers and not self.reader.length:  # the prompt is read already
+            self.reader = readers[self.base]
+
+    def serve(self, base: bool) -> None:
+        """Who serves this row: the base draft or the learned one."""
+        self._stats.serves_base = self._governor.decisions.serves_base = base
+
+    def prefix(self, most: int) -> Prefix | None:
+        """At most so many tokens that the learned draft has read; None: there are none that learning could build on."""
+        return None if self.base else self.reader.prefix(most)
+
+    def take_features(self, features: Tensor) -> None:
+        """The target's features (1, fed, width) of what it was fed in this round."""
+        if self.features is not None:
+            self.features.take(features.to(self.model.device))
+
+    def keep_features(self, length: int, proposed: int, path: Sequence[int]) -> None:
+        """What stays of them, see `RowFeatures.keep`."""
+        if self.features is not None:
+            self.features.keep(length, proposed, path)
+
+    def learned_features(self, start: int, end: int) -> Tensor | None:
+        """See `DraftedRow`."""
+        return None if self.features is None else self.features.rows(max(start, self.features.start), end - 1)
+
+    def next_token(self, served: PreTrainedModel, prefix: Tensor, best: int = 0) -> NextToken | None:
+        """The token after `prefix` (1, L), which is read; None: what the draft says is not finite.
+
+        Args:
+            served: the module tree that drafts now, see `DraftModel.serving`.
+            best: how many of the likeliest other tokens are asked for, where the host has them.
+        """
+        scores = self.reader.scores(served, self.readable(prefix))[:, : self.common].float()
+        # The processors may hold tensors on the target's device: theirs is the place to apply them.
+        scores = self._processed(scores.to(prefix.device), prefix)
+        host = is_host(prefix.device)  # elsewhere, reading a value waits for the device
+        probs = None
+        if self._call.sample:
+            probs = scores.softmax(-1)
+            if host and not math.isfinite(float(probs.sum())):
+                return None
+            if not host:
+                # Asking would wait for the device: the uniform distribution takes the place of none, what is drawn from q stays exact.
+                uniform = widened(probs.new_full((self.common,), 1 / self.common), probs.shape[-1], 0.0)
+                probs = torch.where(torch.isfinite(probs).all(-1, keepdim=True), probs, uniform)
+            token = draw(probs)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        if not host:
+            return NextToken(token, None, probs, None)
+        known = int(token)
+        shares = scores.softmax(-1) if probs is None else probs
+        likeliest: tuple[tuple[int, float], ...] = ()
+        if best:
+            places = best_tokens(shares, best + 1)
+            likeliest = tuple(zip(places[0].tolist(), shares[0, places[0]].tolist(), strict=True))
+        return NextToken(token, known, probs, float(shares.max()), likeliest)
+
+    def _processed(self, scores: Tensor, prefix: Tensor) -> Tensor:
+        """Scores (1, common ids) as the target's stateless processors make them, so that q is warped as p is."""
+        if not self._processors:
+            return scores
+        # They index the target's vocabulary; what the draft does not propose is impossible before and after them.
+        scores = widened(scores, self.vocabulary.said, -torch.inf)
+        return processed_scores(self._processors, prefix, scores)
