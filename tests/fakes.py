@@ -34,7 +34,7 @@ class ScriptedProposer(Proposer):
             return self._tree(tokens, self._shape)
         return Proposal(tokens, None, (tuple(TokenSource("model", i, (0,)) for i in range(tokens.shape[1])),))
 
-    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None) -> None:
         pass
 
     def _tree(self, right: Tensor, shape: tuple[tuple[int, int], ...]) -> Proposal:

@@ -64,7 +64,7 @@ class Bigrams(Proposer):
         tokens = rows.tokens.new_tensor([drafted]).view(1, -1)
         return Proposal(tokens, torch.stack(q)[None] if q and self.call.sample else None, (sources,), model_s=1e-6)
 
-    def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None: ...
+    def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None) -> None: ...
 
     def observe(self, verdict: Verdict) -> None:
         row = verdict.rows.row(0)[0, -verdict.new_tokens[0] - 1 :]
