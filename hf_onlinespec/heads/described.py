@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .._compat.models import NO_LIMIT, max_positions
 from ..errors import DraftError, brief
@@ -16,12 +19,17 @@ from .stored import CONFIG
 
 Shapes = Mapping[str, tuple[int, ...]]
 IDS = "eagle_aux_hidden_state_layer_ids"
+MOST_BLOCKS = 64  # of a Hydra head; public ones have 1 or 4
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 # Scaled rotary embeddings that start from the length the head was trained for.
 SCALED = ("llama3", "yarn", "longrope")
 # Fields of a layer that are taken as they stand; where one is missing, transformers' default for the layer holds.
 _SIZES = ("hidden_size", "intermediate_size")
-_PLAIN = ("hidden_act", "rms_norm_eps", "initializer_range")
+_OF_TARGET = (
+    *("attention_bias", "head_dim", "hidden_act", "initializer_range", "intermediate_size", "mlp_bias"),
+    *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_parameters"),
+)
+_NUMBERS = ("rms_norm_eps", "initializer_range")
 
 
 def described(
@@ -40,7 +48,7 @@ def described(
     fields = _Fields(values["transformer_layer_config"] if form == SPECULATORS else values, folder / CONFIG)
     common = _target_fields(target)
     if form == HYDRA:
-        return _hydra(fields, common, target)
+        return _hydra(fields, common, shapes, target)
     common |= _layer_fields(fields, shapes) | {"own_embeddings": "embed_tokens.weight" in shapes}
     fields.same("vocab_size", common["vocab_size"], "the target has {} tokens")
     if form == EAGLE1:
@@ -59,13 +67,21 @@ class _Fields:
     def __init__(self, values: Mapping[str, Any], file: Path) -> None:
         self.values, self.file = values, file
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number, at least 1. Raises DraftError."""
+    def whole(self, name: str, default: int | None = None, most: int = NO_LIMIT) -> int:
+        """A whole number from 1 to `most`. Raises DraftError."""
         value = self.values.get(name)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(name, value, "expected a whole number, at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise self.wrong(name, value, f"expected a whole number from 1 to {most:,}")
         return value
+
+    def number(self, name: str, default: float) -> float:
+        """A number above 0. Raises DraftError."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.wrong(name, value, "expected a number above 0")
+        return float(value)
 
     def flag(self, name: str) -> bool:
         """Whether a flag is set, here or in `eagle_config`, where some write it. Raises DraftError."""
@@ -100,11 +116,14 @@ def _layer_fields(fields: _Fields, shapes: Shapes) -> dict[str, Any]:
     default = (Qwen3Config if values.get("model_type") == "qwen3" else LlamaConfig)().to_dict()
     heads = fields.whole("num_attention_heads", default["num_attention_heads"])
     found: dict[str, Any] = {name: fields.whole(name, default[name]) for name in _SIZES}
-    found |= {name: default[name] if values.get(name) is None else values[name] for name in _PLAIN}
+    found |= {name: fields.number(name, default[name]) for name in _NUMBERS}
+    found["hidden_act"] = values.get("hidden_act") or default["hidden_act"]
+    if found["hidden_act"] not in ACT2FN:
+        raise fields.wrong("hidden_act", found["hidden_act"], "transformers has no such activation")
     found |= {
         "num_attention_heads": heads,
         "num_key_value_heads": fields.whole("num_key_value_heads", heads),
-        "num_hidden_layers": fields.whole("num_hidden_layers", 1),
+        "num_hidden_layers": fields.whole("num_hidden_layers", 1, most=len(shapes)),
         "attention_bias": "layers.0.self_attn.o_proj.bias" in shapes,
         "qkv_bias": "layers.0.self_attn.q_proj.bias" in shapes,
         "qk_norm": "layers.0.self_attn.q_norm.weight" in shapes,
@@ -118,17 +137,17 @@ def _layer_fields(fields: _Fields, shapes: Shapes) -> dict[str, Any]:
 def _rope_fields(fields: _Fields) -> dict[str, Any]:
     values = fields.values
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise fields.wrong("rope_scaling", rope, "expected an object")
     rope = dict(rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if "mrope_section" in rope:  # positions of pictures; those of text are one number
         rope, kind = {key: value for key, value in rope.items() if key == "rope_theta"}, "default"
+    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        raise fields.wrong("rope_type", kind, f"expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
     if kind in SCALED:  # its own length, as `max_position_embeddings` will be the target's
         rope.setdefault("original_max_position_embeddings", fields.whole("max_position_embeddings", 2048))
     rope["rope_type"] = kind
     theta = rope.get("rope_theta", values.get("rope_theta"))
-    rope["rope_theta"] = HeadConfig.default_theta if theta is None else theta
+    rope["rope_theta"] = _Fields({"rope_theta": theta}, fields.file).number("rope_theta", HeadConfig.default_theta)
     rope.pop("type", None)
     return {"rope_parameters": rope}
 
@@ -180,7 +199,7 @@ def _reads(fields: _Fields, layers: int) -> tuple[int, ...]:
     return reads
 
 
-def _hydra(fields: _Fields, common: dict[str, Any], target: PretrainedConfig) -> HydraConfig:
+def _hydra(fields: _Fields, common: dict[str, Any], shapes: Shapes, target: PretrainedConfig) -> HydraConfig:
     """Hydra's says nothing of the layer: "prefix-mlp" has one of the target's."""
     values: dict[str, Any] = {"hidden_size": common["target_hidden_size"]}
     prefix = fields.values.get("hydra_head_arch") == "prefix-mlp"
@@ -191,16 +210,7 @@ def _hydra(fields: _Fields, common: dict[str, Any], target: PretrainedConfig) ->
                 "prefix-mlp",
                 f"it has a layer of its target, which is no Llama but {target.model_type}",
             )
-        names = (
-            *_SIZES,
-            *_PLAIN,
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "attention_bias",
-            "mlp_bias",
-            "rope_parameters",
-        )
-        values |= {name: value for name, value in target.to_dict().items() if name in names}
-    count, blocks = fields.whole("hydra_num_heads"), fields.whole("hydra_num_layers", 1)
+        values |= {name: value for name, value in target.to_dict().items() if name in _OF_TARGET}
+    count = fields.whole("hydra_num_heads", most=len(shapes))
+    blocks = fields.whole("hydra_num_layers", 1, most=MOST_BLOCKS)
     return HydraConfig(**common, **values, num_heads=count, num_blocks=blocks, prefix=prefix)

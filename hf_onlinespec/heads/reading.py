@@ -18,7 +18,7 @@ from .hydra import HydraHead
 from .layer import rotary_embedding
 from .names import D2T, HYDRA, T2D, file_names, is_left_out, our_name
 from .recognising import served_form
-from .stored import Stored, stored_config, stored_tensors
+from .stored import CONFIG, Stored, stored_config, stored_tensors
 
 
 def read_head(folder: str | Path, target_config: PretrainedConfig, dtype: torch.dtype | None = None) -> Head:
@@ -34,19 +34,27 @@ def read_head(folder: str | Path, target_config: PretrainedConfig, dtype: torch.
             before any weight is loaded but those of the vocabulary's map.
     """
     folder = Path(folder)
-    values = stored_config(folder)
-    form = served_form(values, folder)
-    stored = stored_tensors(folder)
+    values, stored = stored_config(folder), stored_tensors(folder)
+    form = served_form(values, stored, folder)
     prefix = form == HYDRA and values.get("hydra_head_arch") == "prefix-mlp"
     tensors: dict[str, list[Stored]] = {}
     for name in stored:
         if not is_left_out(name):
             tensors.setdefault(our_name(name, form, prefix), []).append(stored[name])
-    shapes = {name: some[0].shape for name, some in tensors.items()}
-    config = described(values, form, shapes, target_config.get_text_config(decoder=True), folder)
     maps = {name: tensors.pop(name) for name in (D2T, T2D) if name in tensors}
-    with torch.device("meta"):
-        head = _empty(config)
+    shapes = {name: some[0].shape for name, some in tensors.items()}
+    try:
+        config = described(values, form, shapes, target_config.get_text_config(decoder=True), folder)
+        with torch.device("meta"):
+            head = _empty(config)
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what transformers and torch raise on fields that cannot be
+        raise DraftError(
+            f"{folder / CONFIG} describes no head that can be built: {type(error).__name__}: {error}"
+        ) from error
     _check(head, tensors, form, folder)
     if isinstance(head, Eagle3Head):
         head.form = form

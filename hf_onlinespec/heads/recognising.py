@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ LAYERS = (
 
 def form_of(values: Mapping[str, Any]) -> str | None:
     """The form that a config.json states; None: that of an ordinary model, as EAGLE-1's is, too."""
-    named = " ".join(map(str, values.get("architectures") or ())).lower()
+    named = str(values.get("architectures")).lower()
     if "speculators_model_type" in values:
         return SPECULATORS
     if "hydra_num_heads" in values:
@@ -47,18 +47,22 @@ def is_head(folder: str | Path) -> bool:
     try:
         values = stored_config(folder)
         layers = values.get("num_hidden_layers")
-        return is_head_config(values) or (layers in (1, 2) and _has_fc(folder))
+        return is_head_config(values) or (layers in (1, 2) and _has_fc(stored_tensors(folder)))
     except DraftError:
         return False
 
 
-def _has_fc(folder: Path) -> bool:
-    return any(our_name(name, EAGLE1) == "fc.weight" for name in stored_tensors(folder))
+def _has_fc(names: Collection[str]) -> bool:
+    return any(our_name(name, EAGLE1) == "fc.weight" for name in names)
 
 
-def served_form(values: Mapping[str, Any], folder: Path) -> str:
-    """The form of a head that can be served. Raises DraftError: it is none, or of a kind that cannot be; it names the field."""
-    form = form_of(values) or (EAGLE1 if _has_fc(folder) else None)
+def served_form(values: Mapping[str, Any], names: Collection[str], folder: Path) -> str:
+    """The form of a head that can be served. Raises DraftError: it is none, or of a kind that cannot be; it names the field.
+
+    Args:
+        names: of its tensors.
+    """
+    form = form_of(values) or (EAGLE1 if _has_fc(names) else None)
     if form is None:
         raise DraftError(
             f"{folder} holds no draft head that is known: {CONFIG} names none, and there is no tensor fc.weight."
@@ -80,19 +84,21 @@ def _obstacle(values: Mapping[str, Any], form: str) -> tuple[str, Any, str]:
     layer = values.get("transformer_layer_config") if form == SPECULATORS else values
     if not isinstance(layer, dict):
         return "transformer_layer_config", layer, "expected the configuration of a Llama layer"
-    named = values.get("architectures") or []
-    strange = next((name for name in named if "deepseek" in str(name).lower()), None)
-    if strange is not None:
-        return "architectures", named, "DeepSeek's attention in a draft head is not supported"
+    if "deepseek" in str(values.get("architectures")).lower():
+        return "architectures", values["architectures"], "DeepSeek's attention in a draft head is not supported"
     kind = layer.get("model_type", "llama")
     if kind not in LAYERS:
         return "model_type", kind, f"a head's layer is one of {', '.join(LAYERS)}"
-    if "sliding_attention" in (layer.get("layer_types") or ()):
+    if "sliding_attention" in str(layer.get("layer_types")):
         return "layer_types", layer["layer_types"], "a head's layer has to see every token"
     eagle = values.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        return "eagle_config", eagle, "expected an object"
     if eagle.get("use_aux_hidden_state") is False:
         return "use_aux_hidden_state", False, "an EAGLE-3 head that reads one hidden state is not supported"
     rope = layer.get("rope_parameters") or layer.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        return "rope_scaling", rope, "expected an object"
     partial = layer.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         return "partial_rotary_factor", partial, "a head's rotary embedding turns all of a query"

@@ -20,7 +20,7 @@ HYDRA_WEIGHTS = "hydra_lm_head.pt"
 # The first of these that are there are read.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", HYDRA_WEIGHTS)
 # What torch.load raises on what is no file of its own, or holds more than tensors.
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError)
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, OSError)
 
 
 @dataclass(frozen=True)

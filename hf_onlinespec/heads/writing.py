@@ -94,15 +94,17 @@ def _layer(config: HeadConfig, dtype: torch.dtype, target: PretrainedConfig | No
     """The fields of a Llama layer, as every form has them."""
     same = (
         *("attention_bias", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size"),
-        *("max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
+        *("max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
         *("rms_norm_eps", "vocab_size"),
     )
     values = config.to_dict()
     rope = dict(values["rope_parameters"])
     theta = rope.pop("rope_theta")
     marks = {} if target is None else {name: vars(target).get(name) for name in ("bos_token_id", "eos_token_id")}
+    biased = {"mlp_bias": True} if config.mlp_bias else {}
     return {name: values[name] for name in same} | {
         **marks,
+        **biased,
         "attention_dropout": 0.0,
         "model_type": "qwen3" if config.qk_norm else "llama",
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
