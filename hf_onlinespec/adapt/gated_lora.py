@@ -42,7 +42,7 @@ def _with_adapter(base: PreTrainedModel, names: list[str], rank: int, alpha: flo
         lora_alpha=alpha,  # type: ignore[arg-type]  # need not be whole
         target_modules=names,
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if base.main_input_name == "input_ids" else None,  # a draft head takes more than tokens
     )
     with seeded(base, seed), warnings.catch_warnings():
         # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.

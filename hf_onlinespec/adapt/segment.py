@@ -75,12 +75,10 @@ class PendingRequest:
 
 
 def padded_features(rows: list[Tensor | None]) -> Tensor | None:
-    """Features (m_i, width) of each row as a batch (rows, most, width) that is padded on the left; None: rows have none."""
+    """Features (m_i, width) of each row as a batch (rows, most, width) that is padded on the left; None: not all rows have any."""
     known = [row for row in rows if row is not None]
-    if not known:
-        return None
     if len(known) < len(rows):
-        raise ValueError("Some of the requests have features, and others have none: they belong to different drafts.")
+        return None
     found = known[0].new_zeros(len(known), max(map(len, known)), known[0].shape[1])
     for i, row in enumerate(known):
         found[i, found.shape[1] - len(row) :] = row

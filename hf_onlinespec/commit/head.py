@@ -5,6 +5,7 @@ Row t of a head is made of the target's features at token t and of token t + 1, 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import NoReturn, final
 
@@ -15,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .._compat.caches import CACHE, copied_prefix, crop, record_past
+from .._compat.hidden_states import hidden_states, hidden_states_inputs
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
@@ -39,6 +41,11 @@ class HeadModel(DraftModel):
         super().__init__(adapter, experts, Vocabulary(size, size, "vocab_size of the head"), lock, steps)
         self.reads, self.most = head.reads, head.most
         self.ids = None if head.draft_ids is None else head.draft_ids.to(self.device)
+        self._target: weakref.ref[PreTrainedModel] | None = None
+
+    def belongs_to(self, target: PreTrainedModel) -> None:
+        """Notes, weakly, the target that is asked for the features of a text that comes without any."""
+        self._target = weakref.ref(target)
 
     def reader(self, mask: Tensor | None, features: RowFeatures | None) -> HeadReader:
         assert features is not None
@@ -53,8 +60,9 @@ class HeadModel(DraftModel):
         self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
     ) -> Tensor:
         """See `Trainable.logits`: (rows, n, ids)."""
-        features = self._known(features).to(self.device)
-        tokens = tokens[:, -features.shape[1] :].to(self.device)
+        tokens = tokens.to(self.device)
+        features = self._read(tokens[:, :-1], mask) if features is None else features.to(self.device)
+        tokens = tokens[:, -features.shape[1] :]
         mask = None if mask is None else _widened(mask, tokens.shape[1])
         with self.serving(base) as model:
             logits = model(tokens=tokens, features=features, attention_mask=mask, logits_to_keep=n).logits
@@ -71,7 +79,7 @@ class HeadModel(DraftModel):
         features: Tensor | None = None,
     ) -> Tensor:
         """See `Trainable.training_logits`. What no row says, as the second token of a text, has logits of 0 and no gradient."""
-        features = self._known(features)
+        features = self._read(tokens[:, :-1], mask) if features is None else features
         rows, copies, length = tokens.shape[0], 1 if gates is None else gates.shape[0], tokens.shape[1]
         start = length - 1 - features.shape[1]
         if prefix is not None and prefix.first + prefix.length >= start and mask is None:
@@ -100,12 +108,23 @@ class HeadModel(DraftModel):
         """See `DraftModel`. Raises UnsupportedError."""
         raise UnsupportedError("A draft head is not trained on whole texts: they hold no hidden states of its target.")
 
-    def _known(self, features: Tensor | None) -> Tensor:
-        if features is None:
+    @torch.no_grad()
+    def _read(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The target's features (rows, n, width) of tokens (rows, n). Raises UnsupportedError."""
+        target = None if self._target is None else self._target()
+        if target is None:
             raise UnsupportedError(
-                "A draft head reads hidden states of its target, and these tokens come without any: it learns while it serves."
+                "A draft head reads hidden states of its target, which is not at hand: load the head with target=, or let it serve."
             )
-        return features
+        inputs = {"input_ids": tokens.to(target.device)}
+        if mask is not None:
+            own = _widened(mask, tokens.shape[1]).to(target.device)
+            inputs |= {"attention_mask": own, "position_ids": (own.long().cumsum(-1) - 1).clamp_min(0)}
+        outputs = target(**inputs, **hidden_states_inputs(self.reads), use_cache=False, return_dict=True)
+        features = hidden_states(outputs, self.reads)
+        if features is None:
+            raise UnsupportedError(f"The target {type(target).__name__} hands out no hidden states.")
+        return features.to(self.device)
 
 
 def _widened(mask: Tensor, length: int) -> Tensor:

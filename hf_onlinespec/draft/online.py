@@ -82,6 +82,7 @@ class OnlineDraft(Draft):
         **settings: Any,
     ) -> None:
         super().__init__(config, **settings)
+        self.target_identity: BaseFingerprint | None = None  # the first one that a head has served; None: it is no head
         self._begun = 0  # how often it began, on the model's weights as they were then
         self.learning = LearningService(self.settings, self.metrics, self.lock, Lock())
         self.idle = IdleLearning(self.learning, self._traces)
@@ -241,6 +242,10 @@ class OnlineDraft(Draft):
     def serves(self, target: PreTrainedModel) -> None:
         with self.lock:
             self.targets.add(target)
+            if isinstance(self.trainable, HeadModel):
+                self.trainable.belongs_to(target)
+                if self.target_identity is None:
+                    self.target_identity = BaseFingerprint.of(target)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -334,9 +339,14 @@ class OnlineDraft(Draft):
         """
         save(self, folder)
 
-    def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes a plain causal language model that serves as `assistant_model` without this package, see `export.py`."""
-        merge_and_export(self, folder, dtype)
+    def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None, form: str | None = None) -> None:
+        """Writes a plain causal language model that serves as `assistant_model` without this package, see `export.py`.
+
+        Args:
+            dtype: of the written weights; None: as the base has them.
+            form: of a draft head: "eagle3" (vLLM, SGLang) or "speculators" (vLLM); None: as it was read.
+        """
+        merge_and_export(self, folder, dtype, form=form)
 
     def push_to_hub(
         self,
@@ -395,8 +405,9 @@ class OnlineDraft(Draft):
         revision: str | None = None,
         force: bool = False,
         token: str | None = None,
+        target: PreTrainedModel | None = None,
     ) -> OnlineDraft:
-        """Loads an evolved draft and resumes it; an ordinary LoRA adapter or a causal language model begins a new one.
+        """Loads an evolved draft and resumes it; an ordinary LoRA adapter, a causal language model or a draft head begins a new one.
 
         Args:
             source: a folder, or a name on the Hub.
@@ -404,18 +415,21 @@ class OnlineDraft(Draft):
             config: settings to go on with; None: the saved ones.
             revision: branch, tag or commit on the Hub.
             force: load the adapter onto a base that is not the one it was made for.
+            target: that a draft head is for: it reads with the target's embedding, in its precision and on its device.
 
         Raises:
-            ArtifactError: a file is damaged, or the adapter belongs to another base.
-            DraftError: there is neither an adapter nor a causal language model.
+            ArtifactError: a file is damaged, or the adapter belongs to another base or target.
+            DraftError: there is neither an adapter, nor a causal language model, nor a head for this target.
             HubError: the Hub cannot be reached, or asks for a token.
         """
-        return cls.of(load(source, base_model, as_config(config), revision, force, token))
+        return cls.of(load(source, base_model, as_config(config), revision, force, token, target))
 
     @classmethod
     def of(cls, loaded: Loaded) -> OnlineDraft:
         """A draft of what was read and checked."""
         draft = cls(loaded.base, loaded.settings)
+        if loaded.target is not None:
+            draft.serves(loaded.target)
         go_on(draft, loaded)
         return draft
 

@@ -13,5 +13,5 @@ def opening_tokens(config: PretrainedConfig, tokens: Sequence[int]) -> list[int]
     A part of a text that is read on its own is given it: models that were trained with it (Gemma, Llama 3) compute something else
     without. Of the models that name one some (Qwen 2) never see it: so the text decides.
     """
-    opening = config.get_text_config(decoder=True).bos_token_id
+    opening = vars(config.get_text_config(decoder=True)).get("bos_token_id")
     return [opening] if isinstance(opening, int) and len(tokens) and int(tokens[0]) == opening else []

@@ -71,6 +71,7 @@ class Artifact:
     serving: ServingHistory  # what was measured
     lineage: Lineage = field(default_factory=Lineage)  # where it came from
     versions: dict[str, str] = field(default_factory=versions)  # of the packages that made it
+    target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head
 
     def write(self, folder: str | Path, card: str = "", curve: bytes | None = None) -> None:
         """Writes the folder, or replaces what an earlier `write` left there.
@@ -96,7 +97,9 @@ class Artifact:
         if curve is not None:
             (folder / CURVE).write_bytes(curve)
         files = {name: _checksum_of(folder / name) for name in CHECKED if (folder / name).exists()}
-        manifest = Manifest(self.settings.to_saved(), self.base, self.versions, self.lineage, self.serving, files)
+        manifest = Manifest(
+            self.settings.to_saved(), self.base, self.versions, self.lineage, self.serving, files, self.target
+        )
         # The set is complete from here on, see `finish_interrupted_write`.
         part = folder / MANIFEST_PART
         part.write_bytes(manifest.dump(part))
@@ -133,6 +136,7 @@ class Artifact:
             manifest.serving,
             manifest.lineage,
             manifest.versions,
+            manifest.target,
         )
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
 from ..models.identity import EMBEDDED, BaseFingerprint
+from .heads import head_folder, load_head
 
 
 def load_base(
@@ -30,21 +31,23 @@ def load_base(
     name_or_path: str = "",
     token: str | None = None,
     revision: str | None = None,
+    target: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The base draft: a model as it is, or loaded by name; None: the one that the adapter was made for.
 
     Args:
+        target: that a draft head is for.
         name_or_path: of the base, in PEFT's options: a folder of the machine that made the adapter, or a name.
         revision: of `name_or_path`, where nothing is expected.
     """
     if isinstance(base_model, str | Path):
-        return load_model(str(base_model), None, token)
+        return load_model(str(base_model), None, token, target)
     if base_model is not None:
         return base_model
     if is_embedded(expected, name_or_path):
         return load_draft()
     name, revision = named_base(expected, name_or_path, revision)
-    return load_model(name, revision, token)
+    return load_model(name, revision, token, target)
 
 
 def is_embedded(expected: BaseFingerprint | None, name_or_path: str) -> bool:
@@ -62,8 +65,13 @@ def named_base(expected: BaseFingerprint | None, name_or_path: str, revision: st
     return name_or_path, revision
 
 
-def load_model(name: str, revision: str | None, token: str | None) -> PreTrainedModel:
-    """A causal language model from a folder or from the Hub, whose own code is never run. Raises DraftError."""
+def load_model(
+    name: str, revision: str | None, token: str | None, target: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """A causal language model, or a draft head, from a folder or from the Hub, whose own code is never run. Raises DraftError."""
+    folder = head_folder(name, revision, token)
+    if folder is not None:
+        return load_head(name, folder, target)
     try:
         return AutoModelForCausalLM.from_pretrained(
             name, revision=revision, token=token, trust_remote_code=False

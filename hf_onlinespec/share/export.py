@@ -19,12 +19,15 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .._compat.adapters import base_of
 from .._compat.models import commit_hash, model_name, weight_of
 from ..adapt.service import LearningService
-from ..errors import ArtifactError, DraftError
+from ..errors import ArtifactError, DraftError, brief
+from ..heads.base import Head
+from ..heads.writing import write_head
 from ..models.identity import TOKENIZER, tokenizer_file
 from ..models.vocabulary import rows
 from .audited import AdaptedModel
 from .folder import header_of, read_json
 from .json_files import MOST_INTEGER
+from .targets import Targets
 
 # What may lie beside the first file of a tokenizer.
 BESIDE = ("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -45,6 +48,8 @@ class Mergeable(Protocol):
 
     learning: LearningService
 
+    targets: Targets
+
     @property
     def model(self) -> PeftModel: ...
     @property
@@ -58,8 +63,11 @@ def merge_and_export(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    form: str | None = None,
 ) -> None:
     """Writes the draft as it serves now, merged into its base: config, generation config, safetensors, tokenizer.
+
+    Of a draft head it is an ordinary head folder, which vLLM and SGLang serve.
 
     Of an ensemble it is what serves, the mixture or the best single row. The sums are made in float32. In a base of half
     precision small changes are then rounded away; `dtype=torch.float32` keeps them, at twice the size. A head that was tied to
@@ -69,25 +77,31 @@ def merge_and_export(
         folder: a new one, or an empty one; it appears when it is complete.
         dtype: of the written weights; None: as the base has them.
         tokenizer: to lie beside the model; None: the files that lie beside the base, if there are any.
+        form: of a draft head, see `heads.writing.write_head`; None: as it was read.
 
     Raises:
-        DraftError: the base is quantised.
+        DraftError: the base is quantised, or `form` is not one of this draft's.
         ArtifactError: the folder holds something, or cannot be written.
     """
     folder = Path(folder).absolute()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ArtifactError(f"{folder}: not empty. An export is never written over something: name a new folder.")
-        model = _merged_model(draft, dtype)
+        head = base_of(draft.model)
+        if form is not None and not isinstance(head, Head):
+            raise DraftError(
+                f"form={brief(form)}: only draft heads have forms. Leave it out: this draft is a whole model."
+            )
         aside = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)  # what a process that was killed has left
         aside.mkdir(parents=True)
         try:
-            model.save_pretrained(aside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(aside)
+            if isinstance(head, Head):
+                target = draft.targets.at_hand
+                config = None if target is None else target.config
+                write_head(head, aside, form, target_config=config, weights=_merged_weights(draft, dtype))
             else:
-                _copy_tokenizer(draft.config, aside)
+                _save_model(draft, dtype, tokenizer, aside)
             if folder.exists():
                 folder.rmdir()
             aside.rename(folder)
@@ -98,11 +112,25 @@ def merge_and_export(
 
 
 @torch.no_grad()
+def _merged_weights(draft: Mergeable, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    with draft.learning.steps_lock, draft.learning.lock:  # between two gradient steps
+        return draft.trainable.adapter.merged_weights(dtype)
+
+
+def _save_model(
+    draft: Mergeable, dtype: torch.dtype | None, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    _merged_model(draft, dtype).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    else:
+        _copy_tokenizer(draft.config, folder)
+
+
+@torch.no_grad()
 def _merged_model(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model of the base's class with the merged weights, to be saved: buffers that no file holds are empty."""
-    base = base_of(draft.model)
-    with draft.learning.steps_lock, draft.learning.lock:  # between two gradient steps
-        weights = draft.trainable.adapter.merged_weights(dtype)
+    base, weights = base_of(draft.model), _merged_weights(draft, dtype)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
     in_head, in_embedding = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())

@@ -20,12 +20,14 @@ from .._compat.models import placed
 from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
 from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
+from ..heads.base import Head
 from ..models.identity import BaseFingerprint, public_name
 from ..models.plain import plain_draft
 from .artifact import Artifact, Outline
 from .base_models import check_base, is_embedded, load_base, load_model, named_base, why_not_loaded
 from .fit import PREFIX, check_layers, check_shapes, check_size, names_of
 from .folder import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, header_of, is_artifact, read_json, read_tensors
+from .heads import check_learned_for
 from .learned_from import loaded_record
 from .lineage import Lineage, Parent
 from .lora_options import LoraOptions
@@ -40,6 +42,7 @@ class Loaded:
     artifact: Artifact | None = None  # that is resumed
     adapter: Mapping[str, Tensor] | None = None  # that learning goes on from, with a new state
     lineage: Lineage = field(default_factory=Lineage)  # what is known of it besides, see `Lineage.going_on_from`
+    target: PreTrainedModel | None = None  # that a head is for
 
 
 def load(
@@ -49,6 +52,7 @@ def load(
     revision: str | None,
     force: bool,
     token: str | None,
+    target: PreTrainedModel | None = None,
 ) -> Loaded:
     """What `OnlineDraft.from_pretrained` makes a draft of. Nothing is made before everything is read and checked."""
     if not isinstance(source, str | Path):
@@ -57,16 +61,24 @@ def load(
         )
     origin = locate(source, revision, token)
     if origin.folder is None:
-        base = load_base(base_model) if base_model is not None else load_model(str(source), revision, token)
-        return Loaded(base, config)
+        if base_model is not None:
+            base = load_base(base_model, token=token, target=target)
+        else:
+            base = load_model(str(source), revision, token, target)
+        return Loaded(base, config, target=target)
     if origin.evolved:
-        return _load_evolved(origin, origin.folder, base_model, config, force, token)
+        return _load_evolved(origin, origin.folder, base_model, config, force, token, target)
     options = read_plain_options(origin.folder)
     settings = _as_adapter(config if config is not None else OnlineSpecConfig(), options)
     settings = replace(settings, target_modules=options.target_modules)
-    base = plain_draft(NamedBase.of(origin).load(base_model, token))
+    base = _draftable(NamedBase.of(origin).load(base_model, token, target))
     adapter = read_plain_adapter(origin.folder, settings, base)
-    return Loaded(base, settings, adapter=adapter, lineage=Lineage(parent=origin.parent))
+    return Loaded(base, settings, adapter=adapter, lineage=Lineage(parent=origin.parent), target=target)
+
+
+def _draftable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model to adapt. Raises DraftError."""
+    return model if isinstance(model, Head) else plain_draft(model)
 
 
 def _load_evolved(
@@ -76,10 +88,13 @@ def _load_evolved(
     config: OnlineSpecConfig | None,
     force: bool,
     token: str | None,
+    target: PreTrainedModel | None,
 ) -> Loaded:
     outline = Outline.read(folder)
-    base = plain_draft(NamedBase.of(origin).load(base_model, token))
+    base = _draftable(NamedBase.of(origin).load(base_model, token, target))
     check_base(outline.manifest.base, BaseFingerprint.of(base), force)
+    if target is not None and outline.manifest.target is not None:
+        check_learned_for(outline.manifest.target, target, force)
     # Only what fits may be made: the settings come from elsewhere, too.
     shapes = {name: tensor.shape for name, tensor in outline.adapter.items()}
     check_layers(shapes, outline.options.target_modules, outline.settings, base)
@@ -97,16 +112,19 @@ def _load_evolved(
     if origin.revision is not None:  # a folder is where it was kept, not where it came from
         lineage.parent = origin.parent
     if artifact.has_state:
-        return Loaded(base, settings, artifact=artifact, lineage=lineage)
-    return Loaded(base, settings, adapter=artifact.adapter, lineage=lineage)
+        return Loaded(base, settings, artifact=artifact, lineage=lineage, target=target)
+    return Loaded(base, settings, adapter=artifact.adapter, lineage=lineage, target=target)
 
 
 def load_beside(source: str | Path, target: PreTrainedModel, config: OnlineSpecConfig | None = None) -> Loaded:
     """The same by folder or name alone, on the device of the target that it is to draft for."""
     origin = locate(source)
-    base = load_model(str(source), None, None) if origin.folder is None else NamedBase.of(origin).load()
+    if origin.folder is None:
+        base = load_model(str(source), None, None, target)
+    else:
+        base = NamedBase.of(origin).load(target=target)
     device = target.device if target.device.type != "meta" else base.device  # "meta": its weights lie elsewhere
-    return load(source, placed(base, device), config, None, False, None)
+    return load(source, placed(base, device), config, None, False, None, target)
 
 
 def is_evolved(source: str) -> bool:
@@ -156,9 +174,14 @@ class NamedBase:
         options = read_plain_options(origin.folder)
         return cls(None, options.base_name or "", options.revision or None)
 
-    def load(self, base_model: PreTrainedModel | str | Path | None = None, token: str | None = None) -> PreTrainedModel:
+    def load(
+        self,
+        base_model: PreTrainedModel | str | Path | None = None,
+        token: str | None = None,
+        target: PreTrainedModel | None = None,
+    ) -> PreTrainedModel:
         """The model; arguments and errors are those of `load_base`."""
-        return load_base(base_model, self.expected, self.name_or_path, token, self.revision)
+        return load_base(base_model, self.expected, self.name_or_path, token, self.revision, target)
 
     def config(self) -> PretrainedConfig | None:
         """Its configuration alone, before weights are read; None: `load` will say why there is none. Raises DraftError."""

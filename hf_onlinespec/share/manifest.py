@@ -18,6 +18,7 @@ from .lineage import Lineage
 
 FORMAT = 1
 KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files", "checksum"}
+OF_HEADS = {"target"}  # in the manifest of a head alone
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Manifest:
     lineage: Lineage
     serving: ServingHistory
     files: dict[str, str]  # their checksums
+    target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -57,10 +59,9 @@ class Manifest:
                 f"{path}: format {brief(found.get('format'))}; this version of hf_onlinespec reads format {FORMAT}. "
                 "Install the version that wrote it (see its 'versions')."
             )
-        if set(found) != KEYS:
-            raise ArtifactError(
-                f"{path}: missing keys {sorted(KEYS - set(found))}, unknown keys {brief(sorted(set(found) - KEYS))}."
-            )
+        if set(found) - OF_HEADS != KEYS:
+            unknown = sorted(set(found) - KEYS - OF_HEADS)
+            raise ArtifactError(f"{path}: missing keys {sorted(KEYS - set(found))}, unknown keys {brief(unknown)}.")
         if found["checksum"] != own_checksum(found):
             raise ArtifactError(
                 f"{path}: damaged or changed since it was saved. Take an earlier copy; settings are changed by from_pretrained(config=...)."
@@ -79,6 +80,7 @@ class Manifest:
             lineage=Lineage.from_dict(found["lineage"], f"{path}: lineage"),
             serving=ServingHistory.from_dict(found["run"], f"{path}: run"),
             files=files,
+            target=BaseFingerprint.from_dict(found["target"]) if "target" in found else None,
         )
 
     def dump(self, path: Path) -> bytes:
@@ -92,6 +94,8 @@ class Manifest:
             "run": self.serving.to_dict(),
             "files": self.files,
         }
+        if self.target is not None:
+            manifest["target"] = asdict(self.target)
         data = to_json(manifest | {"checksum": own_checksum(manifest)}).encode()
         self.parse(data, path)  # what could not be read again is not written
         if len(data) > MOST_JSON_BYTES:

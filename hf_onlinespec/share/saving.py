@@ -28,6 +28,7 @@ class Saved(Audited, Protocol):
     """A draft, as far as it is saved."""
 
     identity: BaseFingerprint  # of its base
+    target_identity: BaseFingerprint | None  # that a head learns for; None: it is no head, or has served none yet
     metrics: DraftMetrics
     idle: IdleLearning
 
@@ -48,6 +49,7 @@ def artifact_of(draft: Saved) -> Artifact:
             state=State(learned.tensors, learned.values | {"metrics": state.part("metrics").values}),
             serving=ServingHistory.of(draft.metrics, draft.targets.names),
             lineage=replace(copy.deepcopy(draft.lineage), privacy=privacy_record(draft)),
+            target=draft.target_identity,
         )
 
 

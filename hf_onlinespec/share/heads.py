@@ -1,0 +1,71 @@
+"""Draft heads by name: found in a folder or on the Hub, read for their target, and whether they were learned for this one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import PreTrainedModel
+
+from .._compat.hub import HUB_FAILURES
+from ..errors import ArtifactError, DraftError, brief
+from ..heads.base import Head
+from ..heads.reading import read_head
+from ..heads.recognising import is_head, is_head_config
+from ..heads.stored import CONFIG
+from ..models.identity import BaseFingerprint
+
+logger = logging.getLogger(__name__)
+
+FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "hydra_lm_head.pt"]
+
+
+def head_folder(name: str, revision: str | None = None, token: str | None = None) -> Path | None:
+    """Where the files of a draft head are; None: it is no head, or it is not known."""
+    if Path(name).is_dir():
+        return Path(name) if is_head(name) else None
+    try:
+        stated = json.loads(Path(hf_hub_download(name, CONFIG, revision=revision, token=token)).read_text("utf-8"))
+        if not isinstance(stated, dict) or not is_head_config(stated):
+            return None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, token=token))
+    except (*HUB_FAILURES, OSError, ValueError):  # whoever loads it as a model finds out, and says why
+        return None
+
+
+def load_head(name: str, folder: Path, target: PreTrainedModel | None) -> Head:
+    """The head of a folder, for its target, in the target's precision and on its device. Raises DraftError."""
+    if target is None:
+        raise DraftError(
+            f"{brief(name)} is a draft head, which reads its target's hidden states and embedding: give the target it is for, as in "
+            "OnlineDraft.from_pretrained(HEAD, target=target), or attach(target, HEAD)."
+        )
+    dtype = target.dtype if target.dtype.is_floating_point else None
+    head = read_head(folder, target.config, dtype).eval()
+    head.config.name_or_path = name
+    head.share(target)
+    return head if target.device.type == "meta" else head.to(target.device)
+
+
+def check_learned_for(expected: BaseFingerprint, target: PreTrainedModel, force: bool) -> None:
+    """Whether what a head has learned was learned for this target; weights alone may differ, as a quantised copy's do.
+
+    Raises:
+        ArtifactError: the target has another configuration or tokenizer, unless `force`.
+    """
+    found = BaseFingerprint.of(target)
+    known = expected.tokenizer is not None and found.tokenizer is not None
+    if expected.config != found.config or (known and expected.tokenizer != found.tokenizer):
+        if not force:
+            raise ArtifactError(
+                f"The head was trained for another target.\n  trained for: {expected}\n  given:       {found}\n"
+                "Give the right one as target=, or force=True if you know that they are alike."
+            )
+    elif expected.weights != found.weights:
+        logger.warning(
+            "The head has learned for %s, and this target has other weights: a copy in another precision, or a fine-tuned one. "
+            "It stays lossless, and learns what is different.",
+            expected.name or "another target",
+        )
