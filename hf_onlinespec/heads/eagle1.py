@@ -21,6 +21,7 @@ class Eagle1Head(Head):
     """EAGLE-1's head. It says its logits with the target's vocabulary head, see `Head.share`."""
 
     config: Eagle1Config
+    config_class = Eagle1Config
 
     def __init__(self, config: Eagle1Config) -> None:
         super().__init__(config)

@@ -32,6 +32,7 @@ class Eagle3Head(Head):
     """
 
     config: Eagle3Config
+    config_class = Eagle3Config
     lm_head: nn.Module
 
     def __init__(self, config: Eagle3Config, draft_ids: Tensor | None = None) -> None:

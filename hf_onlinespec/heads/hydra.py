@@ -64,6 +64,7 @@ class HydraHead(Head):
     """Hydra's heads, "mlp" and "prefix-mlp". Only the prefix layer has a cache, and only first steps write to it."""
 
     config: HydraConfig
+    config_class = HydraConfig
 
     def __init__(self, config: HydraConfig) -> None:
         super().__init__(config)

@@ -56,6 +56,7 @@ def read_head(folder: str | Path, target_config: PretrainedConfig, dtype: torch.
             f"{folder / CONFIG} describes no head that can be built: {type(error).__name__}: {error}"
         ) from error
     _check(head, tensors, form, folder)
+    head.config.name_or_path = str(folder)
     if isinstance(head, Eagle3Head):
         head.form = form
         head.draft_ids = _draft_ids(head.config, maps, folder)

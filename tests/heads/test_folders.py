@@ -120,7 +120,7 @@ def test_the_longest_text_is_the_targets_and_a_scaled_rope_keeps_its_own_start(t
 def test_a_map_of_the_whole_vocabulary_is_none_and_offsets_alone_are_enough(tmp_path: Path) -> None:
     whole = changed(files.eagle3(), tensors=files.vocabulary_map(list(range(V))))
     assert read(whole, tmp_path / "whole").draft_ids is None
-    head = read(changed(EAGLE3, tensors={"t2d": None}), tmp_path / "offsets")  # type: ignore[dict-item]
+    head = read(changed(EAGLE3, tensors={"t2d": None}), tmp_path / "offsets")
     assert head.draft_ids is not None and head.draft_ids.tolist() == DRAFT_IDS
 
 
@@ -296,12 +296,16 @@ def same(one: Head, other: Head) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
+def described(head: Head) -> dict[str, Any]:
+    return {key: value for key, value in head.config.to_dict().items() if key != "_name_or_path"}
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_head_that_was_written_is_read_to_equal_bits(name: str, tmp_path: Path) -> None:
     head = read(WRITTEN[name], tmp_path / "first")
     write_head(head, tmp_path / "again", target_config=files.target_config())
     again = read_head(tmp_path / "again", files.target_config())
-    assert same(head, again) and again.config.to_dict() == head.config.to_dict()
+    assert same(head, again) and described(again) == described(head)
     assert type(again) is type(head) and again.reads == head.reads
 
 
@@ -312,7 +316,7 @@ def test_an_eagle3_head_is_written_in_both_forms(name: str, form: str, tmp_path:
     write_head(head, tmp_path / form, form)
     again = read_head(tmp_path / form, files.target_config())
     assert isinstance(again, Eagle3Head) and again.form == form and same(head, again)
-    assert again.config.to_dict() == head.config.to_dict()
+    assert described(again) == described(head)
 
 
 def test_a_form_without_a_place_for_what_a_head_is_is_refused(tmp_path: Path) -> None:
