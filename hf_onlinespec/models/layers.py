@@ -60,7 +60,9 @@ def adapted_layers(
         blocks: how many adapters stand side by side.
     """
     names, left_out = choose_layers(model, wanted)
-    if blocks > 1:
+    # A draft head reads more than tokens and is ours: its rows are those of the batch in every layer. A trial of one step would
+    # leave out what Hydra drafts its second token with.
+    if blocks > 1 and model.main_input_name == "input_ids":
         follow = follows_batch(model, names)
         left_out |= {name: ROWS for name in names if name not in follow}
     return [name for name in names if name not in left_out], left_out
@@ -111,18 +113,16 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
         DraftError: the model's forward does.
     """
     vocab = model.config.get_text_config().vocab_size
-    inputs = {"input_ids": torch.arange(1, 7, device=model.device).remainder(vocab).view(2, 3)}
-    if model.main_input_name not in inputs:  # a draft head reads more than tokens
-        inputs = dict(model.dummy_inputs)
+    tokens = torch.arange(1, 7, device=model.device).remainder(vocab).view(2, 3)
     modules = dict(model.named_modules())
     seen: dict[str, list[list[Tensor]]] = {name: [] for name in names}
-    for batch in (slice(1), slice(1, 2), slice(2)):
+    for batch in (tokens[:1], tokens[1:], tokens):
         handles = []
         for name in names:
             seen[name].append([])
             handles.append(modules[name].register_forward_pre_hook(_collector(seen[name][-1])))
         try:
-            model(**{name: value[batch] for name, value in inputs.items()}, use_cache=False)
+            model(input_ids=batch, use_cache=False)
         except Exception as error:  # as in plain.check_cache: whatever it raises here, it would raise at every step
             raise DraftError(
                 f"The draft {type(model).__name__} cannot read two sequences, which the experts of an ensemble need: "

@@ -84,6 +84,29 @@ def test_gradients_reach_every_part_of_the_adapter_through_two_steps(name: str, 
 
 
 @pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_the_blocks_of_an_ensemble_speak_for_each_sequence_by_itself(name: str, tmp_path: Path) -> None:
+    head = opened(HEADS[name], tmp_path)
+    lora = GatedLora(head, rank=4, alpha=8.0, blocks=2)
+    moved(lora)
+    assert lora.left_out == {}
+    token = head.dummy_inputs["tokens"][:, :1]
+
+    def twice(weights: Tensor, rows: slice) -> Tensor:
+        inputs = {key: value[rows] for key, value in head.dummy_inputs.items()}
+        with lora.gated(weights) as tree:
+            first = tree(**inputs, use_cache=True)
+            hidden = first.hidden[:, -1:]
+            return tree(token[rows], hidden=hidden, past_key_values=first.past_key_values).logits
+
+    weights = torch.tensor([[1.0, 0.0], [0.3, 0.7]])
+    both = twice(weights, slice(0, 2))
+    for row in range(2):
+        alone = twice(weights[row : row + 1], slice(row, row + 1))
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_a_merged_adapter_is_written_as_an_ordinary_head(name: str, tmp_path: Path) -> None:
     head = opened(HEADS[name], tmp_path / "first")
     lora = GatedLora(head, rank=4, alpha=8.0)
