@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from ..rounds import Rows
 from .feedback import Feedback
-from .segment import Segment
+from .request_feedback import Held
+from .segment import Segment, sayable
 from .service import LearningService
 from .trainable import Prefix
 
@@ -25,6 +26,11 @@ class DraftedRow(Protocol):
 
     @property
     def config(self) -> PretrainedConfig: ...
+
+    @property
+    def features(self) -> Held | None:
+        """The target's hidden states that it holds; None: the draft reads none."""
+        ...
 
     @property
     def taught(self) -> int | Tensor:
@@ -67,7 +73,9 @@ class CallFeedback:
 
     def begin_anew(self) -> None:
         """What was recorded is forgotten."""
-        self._of = [self._learning.new_feedback(row.taught, self._temperature, row.config) for row in self.rows]
+        self._of = [
+            self._learning.new_feedback(row.taught, self._temperature, row.config, row.features) for row in self.rows
+        ]
 
     def begin(self, rows: Rows, row: int) -> None:
         """The prompts, before the first round."""
@@ -124,6 +132,8 @@ class CallFeedback:
         assert row.tokens is not None
         teachers = of.teachers()
         features = row.learned_features(of.end - len(teachers[0]) - self._context, of.end)
+        if features is not None:
+            teachers = [teacher.last(sayable(features.shape[1])) for teacher in teachers]
         return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature, features)
 
     def keep(self, i: int, segment: Segment) -> None:

@@ -102,6 +102,10 @@ class Teacher:
         """The same at some of the positions."""
         return self._map(lambda tensor: tensor[part])
 
+    def last(self, n: int) -> Teacher:
+        """The same at the last n positions at most."""
+        return self if n >= len(self) else self.rows(slice(len(self) - max(0, n), None))
+
     def for_the_loss(self) -> Teacher:
         """The same without what only the acceptance in its own call needs."""
         return replace(self, power=1.0, log_tail_power=None)

@@ -16,6 +16,9 @@ from .feedback import Feedback
 
 PROFILE = 256  # bins of a request's token profile; chosen
 LIKENESS_SCALE = 8.0  # how much likelier requests with a like profile are sampled by "near": up to exp of this; chosen
+# Of hidden states that are remembered for a head; chosen. 16,384 tokens of a small target fit (3 × 576 numbers of bfloat16 each: 57 MB),
+# 10,922 of one that is 4,096 wide, where all of them would take 403 MB.
+MOST_FEATURES_BYTES = 256 * 2**20
 LOSS_RANGE = (1e-6, 1e3)  # losses by which requests are sampled by "loss"; chosen
 
 
@@ -48,7 +51,8 @@ class Replay:
     the same chance to be (a reservoir), so that old domains stay alive.
 
     Bytes are bounded by `max_tokens * (12 + 12 * top_k)`, an int64 token, a float32 tail, and float32 + int64 per kept
-    probability, and a profile of 1 KiB per request.
+    probability, and a profile of 1 KiB per request. A draft head's requests hold hidden states beside: of these there are at most
+    `MOST_FEATURES_BYTES`, and where `max_tokens` tokens would take more, fewer tokens are kept.
 
     Args:
         sampling: which requests are replayed, a key of `SAMPLING`.
@@ -63,8 +67,8 @@ class Replay:
         sampling: str = "uniform",
         constants: ReplayConstants = ReplayConstants(),
     ) -> None:
-        self.max_tokens = max_tokens
-        self._recent_tokens = constants.recent_share * max_tokens  # room for the newest requests
+        self.max_tokens = max_tokens  # fewer once their hidden states would take too much
+        self._recent_share = constants.recent_share
         self.top_k = top_k
         self.refused = 0  # requests longer than the bound
         self.recent: list[Remembered] = []  # the newest last
@@ -75,6 +79,9 @@ class Replay:
 
     def add(self, feedback: Feedback, loss: float = float("inf")) -> None:
         """Remembers a request, and forgets others beyond the bound. One that is longer than the bound is counted, not kept."""
+        if feedback.features is not None:
+            width = feedback.features.shape[-1] * feedback.features.element_size()
+            self.max_tokens = min(self.max_tokens, MOST_FEATURES_BYTES // width)
         small = Feedback(feedback.tokens, feedback.teacher.top(self.top_k).for_the_loss(), feedback.features)
         if len(small.tokens) > self.max_tokens:
             self.refused += 1
@@ -85,6 +92,11 @@ class Replay:
                 self._retire(self.recent.pop(0))
             else:
                 self.old.pop(self._random.randrange(len(self.old)))
+
+    @property
+    def _recent_tokens(self) -> float:
+        """Room for the newest requests."""
+        return self._recent_share * self.max_tokens
 
     def _retire(self, request: Remembered) -> None:
         """Into the reservoir, with the chance that any earlier request has to be there."""

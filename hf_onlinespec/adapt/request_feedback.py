@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -9,6 +11,14 @@ from transformers import PretrainedConfig
 from ..config import OnlineSpecConfig
 from ..models.opening import opening_tokens
 from .feedback import Feedback, Teacher, concatenate
+from .segment import sayable
+
+
+class Held(Protocol):
+    """What takes memory for the time of a request."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class RequestFeedback:
@@ -19,6 +29,7 @@ class RequestFeedback:
             distribution on them; None: all.
         temperature: of the call, 0 for greedy.
         config: of the draft model; None: no token opens what it reads.
+        features: the target's hidden states that the row holds meanwhile; None: the draft reads none.
     """
 
     def __init__(
@@ -27,11 +38,12 @@ class RequestFeedback:
         vocabulary: int | Tensor | None = None,
         temperature: float = 0.0,
         config: PretrainedConfig | None = None,
+        features: Held | None = None,
     ) -> None:
         self.waiting = 0  # tokens that are neither learned from nor put off
         self.end = 0  # how much of the request the draft can learn from
         self._settings, self._vocabulary, self._temperature = settings, vocabulary, temperature
-        self._config = config
+        self._config, self._features = config, features
         self._segment: list[Tensor] = []  # per round (batch, n, vocab) target logits of the waiting tokens
         self._kept: list[list[Teacher]] = []  # per row: what the replay will be given
 
@@ -47,8 +59,9 @@ class RequestFeedback:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what was recorded and not handed out, and of what is kept for the replay."""
+        """Bytes of what was recorded and not handed out, of what is kept for the replay, and of the hidden states that are held."""
         kept = sum(teacher.nbytes for row in self._kept for teacher in row)
+        kept += 0 if self._features is None else self._features.nbytes
         return kept + sum(logits.nbytes for logits in self._segment)
 
     def record(self, logits: Tensor, end: int) -> None:
@@ -92,7 +105,9 @@ class RequestFeedback:
                 start = max(start, self.end - 1 - features.shape[1])
             kept = tokens[row, start : self.end].clone()
             if features is not None:
-                found.append(Feedback(kept, concatenate(teachers), features[row, 1 - len(kept) :].clone()))
+                known = features[row, features.shape[1] + 1 - len(kept) :].clone()
+                teacher = concatenate(teachers).last(sayable(len(known)))
+                found += [Feedback(kept, teacher, known)] if len(teacher) else []
                 continue
             if start > padding and self._config is not None:
                 opening = opening_tokens(self._config, tokens[row, padding : padding + 1].tolist())

@@ -65,6 +65,7 @@ class LearningSchedule:
         self.learns = failures.learning.begin() and learns  # whether the target's logits are recorded
         self.rounds = 0
         self._learned = self._deferred = False
+        self._left_out = ""  # why nothing of this call can be learned
         self._feedback = CallFeedback(learning, rows, temperature)
         self._requests: dict[int, Request] = {}  # by row, for the privacy audit, as soon as it is learned from
         settings = learning.settings
@@ -79,10 +80,19 @@ class LearningSchedule:
         return self._failures.learning.attempt(self._stop)
 
     def _stop(self) -> None:
-        """Nothing more of this call is learned, and what was recorded for it goes."""
+        """What fails ends the learning of this call."""
         self._counts.failed_updates += 1
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing more of this call is learned, and what was recorded for it goes."""
         self.learns = self._memory.asks = False
         self._feedback.begin_anew()
+
+    def leave_out(self, reason: str) -> None:
+        """Learns nothing of this call, for a reason that is no failure."""
+        self._left_out = reason
+        self._end()
 
     @property
     def worked(self) -> bool:
@@ -141,7 +151,7 @@ class LearningSchedule:
         end = tokens.shape[1]
         prefix = row.prefix(end - 1 - n)
         self._route(row, tokens)
-        if any(teacher.teaches for teacher in segment.teachers):
+        if segment.teaches:
             latest = self._feedback.latest
             assert latest is not None
             self._learning.learn_segment(
@@ -206,6 +216,8 @@ class LearningSchedule:
         """Whether this call was learned from, and why not, in words."""
         if not self._asked:
             return "the last request was only drafted for: onlinespec=False"
+        if self._left_out:
+            return f"the last request was not learned from: {self._left_out}"
         if self._feedback.recorded and self._learning.settings.update_when == "idle":
             return self._idle.outcome
         return _outcome(
@@ -227,7 +239,8 @@ class LearningSchedule:
             for i in rows:
                 row, segment = self._feedback.rows[i], self._feedback.segment(i)
                 self._route(row, segment.tokens)
-                self._learning.score_offline(segment, row.prompt_log_ratio)
+                if segment.n:
+                    self._learning.score_offline(segment, row.prompt_log_ratio)
                 if self._keeps:
                     self._feedback.keep(i, segment)
 

@@ -27,6 +27,11 @@ class Segment:
         return len(self.teachers[0])
 
     @property
+    def teaches(self) -> bool:
+        """Whether the target has said anything that can be learned."""
+        return self.n > 0 and any(teacher.teaches for teacher in self.teachers)
+
+    @property
     def nbytes(self) -> int:
         features = 0 if self.features is None else self.features.nbytes
         return self.tokens.nbytes + features + sum(teacher.nbytes for teacher in self.teachers)
@@ -66,12 +71,25 @@ class PendingRequest:
         return segment.tokens.shape[1] - new == before.shape[1] and torch.equal(segment.tokens[:, :-new], before)
 
     def joined(self, segment: Segment, accepted: list[list[float]], scores: Scores) -> PendingRequest:
-        teachers = [concatenate([a, b]) for a, b in zip(self.segment.teachers, segment.teachers, strict=True)]
+        earlier, new = self.segment, segment.tokens.shape[1] - self.segment.tokens.shape[1]
+        teachers, features = segment.teachers, segment.features
+        if features is None or features.shape[1] >= new:  # else those in between are held no longer
+            teachers = [concatenate([a, b]) for a, b in zip(earlier.teachers, teachers, strict=True)]
+            if features is not None and earlier.features is not None:
+                features = torch.cat([earlier.features, features[:, -new:]], dim=1)
         rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
         both = self.scores.base is not None and scores.base is not None
         original = [*(self.scores.base or []), *(scores.base or [])] if both else None
-        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature, segment.features)
+        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature, features)
         return PendingRequest(whole, rows, Scores(self.scores.learned + scores.learned, original))
+
+
+def sayable(features: int) -> int:
+    """How many of the last tokens of a text a head has a row for, of which the target's features are known at so many tokens.
+
+    A row is made of the features at a token and of the token behind it, and says the next one.
+    """
+    return max(0, features - 1)
 
 
 def padded_features(rows: list[Tensor | None]) -> Tensor | None:

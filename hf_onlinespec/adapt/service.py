@@ -20,7 +20,7 @@ from ..state import State, copied
 from .feedback import Feedback, acceptance
 from .learned_texts import Learned, Request
 from .learner import Learner
-from .request_feedback import RequestFeedback
+from .request_feedback import Held, RequestFeedback
 from .segment import Segment
 from .trainable import Prefix
 
@@ -93,9 +93,11 @@ class LearningService:
 
     # A request
 
-    def new_feedback(self, taught: int | Tensor, temperature: float, config: PretrainedConfig) -> RequestFeedback:
+    def new_feedback(
+        self, taught: int | Tensor, temperature: float, config: PretrainedConfig, features: Held | None = None
+    ) -> RequestFeedback:
         """Where a row that begins keeps what it will be learned from."""
-        feedback = RequestFeedback(self.settings, taught, temperature, config)
+        feedback = RequestFeedback(self.settings, taught, temperature, config, features)
         with self.lock:
             self._requests.add(feedback)
         return feedback

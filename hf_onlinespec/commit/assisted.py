@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import CandidateGenerator
 
 from ..adapt.feedback import FeedbackRecorder
+from ..errors import UnsupportedError
 from ..metrics import Counts
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows
@@ -33,6 +34,9 @@ class OnlineCandidateGenerator(CandidateGenerator):
         learn: False: this request is only drafted, nothing is recorded, remembered or learned.
         vocabulary: of the target; None: the draft's own. Ids that the draft does not have too are never drafted by it, and it
             reads another token in the place of one that it has no embedding for.
+
+    Raises:
+        UnsupportedError: the draft reads hidden states of its target.
     """
 
     def __init__(
@@ -44,6 +48,11 @@ class OnlineCandidateGenerator(CandidateGenerator):
         learn: bool = True,
         vocabulary: Vocabulary | None = None,
     ) -> None:
+        if draft.reads:
+            raise UnsupportedError(
+                "A draft head reads the hidden states of its target, which transformers' own assisted decoding hands to none of our "
+                "drafts. Pass the draft to generate as assistant_model=."
+            )
         call = Call(
             generation_config,
             logits_processor,

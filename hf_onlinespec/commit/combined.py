@@ -165,6 +165,12 @@ class Combined(Proposer):
             with self._drafting():
                 for i, model in enumerate(self._models):
                     model.take_features(features[i : i + 1])
+        elif (
+            self._models and self._draft.reads
+        ):  # the target hands out none: no failure, but there is nothing to draft from
+            self._drafts = False
+            if self.schedule is not None:
+                self.schedule.leave_out("its target hands out no hidden states, which the draft reads")
         if self._call.learns:
             self._sources.read(rows, proposal, logits)
 

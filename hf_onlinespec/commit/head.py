@@ -62,8 +62,8 @@ class HeadModel(DraftModel):
         """See `Trainable.logits`: (rows, n, ids)."""
         tokens = tokens.to(self.device)
         features = self._read(tokens[:, :-1], mask) if features is None else features.to(self.device)
-        tokens = tokens[:, -features.shape[1] :]
-        mask = None if mask is None else _widened(mask, tokens.shape[1])
+        length, known = tokens.shape[1], features.shape[1]
+        tokens, mask = tokens[:, -known:], _mask_of(mask, length - 1 - known, length - 1)
         with self.serving(base) as model:
             logits = model(tokens=tokens, features=features, attention_mask=mask, logits_to_keep=n).logits
         return _with_unread(logits, n)
@@ -82,19 +82,18 @@ class HeadModel(DraftModel):
         features = self._read(tokens[:, :-1], mask) if features is None else features
         rows, copies, length = tokens.shape[0], 1 if gates is None else gates.shape[0], tokens.shape[1]
         start = length - 1 - features.shape[1]
-        if prefix is not None and prefix.first + prefix.length >= start and mask is None:
-            start = prefix.first + prefix.length
+        if prefix is not None and prefix.first + prefix.length >= start:  # of one row, whose features hold no padding
+            start, mask = prefix.first + prefix.length, None
         else:
             prefix = None
         # The features of the last token but one belong to what comes behind the text.
         features = features[:, start + 1 - length : -1].repeat(copies, 1, 1)
         tokens = tokens[:, start + 1 : -1].repeat(copies, 1)
-        past = {}
+        past, mask = {}, _mask_of(mask, start, length - 2)
+        mask = None if mask is None else mask.repeat(copies, 1)
         if prefix is not None:
             assert isinstance(prefix.cache, Cache)
             past = {CACHE: copied_prefix(prefix.cache, prefix.length, self.config)}
-        elif mask is not None:
-            mask = _widened(mask, length - 1)[:, start:-1].repeat(copies, 1)
         own = None if gates is None else gates.repeat_interleave(rows, dim=0)
         inputs = {"tokens": tokens, "features": features, "attention_mask": mask, "use_cache": bool(past), **past}
         if base:
@@ -117,20 +116,24 @@ class HeadModel(DraftModel):
                 "A draft head reads hidden states of its target, which is not at hand: load the head with target=, or let it serve."
             )
         inputs = {"input_ids": tokens.to(target.device)}
-        if mask is not None:
-            own = _widened(mask, tokens.shape[1]).to(target.device)
+        own = _mask_of(mask, 0, tokens.shape[1])
+        if own is not None:
+            own = own.to(target.device)
             inputs |= {"attention_mask": own, "position_ids": (own.long().cumsum(-1) - 1).clamp_min(0)}
         outputs = target(**inputs, **hidden_states_inputs(self.reads), use_cache=False, return_dict=True)
-        features = hidden_states(outputs, self.reads)
+        features = hidden_states(outputs, self.reads, tokens.shape[1])
         if features is None:
             raise UnsupportedError(f"The target {type(target).__name__} hands out no hidden states.")
         return features.to(self.device)
 
 
-def _widened(mask: Tensor, length: int) -> Tensor:
-    """A mask (rows, prompt) over the last `length` tokens of rows that go on behind the prompt."""
-    missing = length - mask.shape[1]
-    return F.pad(mask, (0, missing), value=1) if missing > 0 else mask[:, -length:]
+def _mask_of(mask: Tensor | None, start: int, end: int) -> Tensor | None:
+    """Of the rows of a head from `start` to `end` whether they stand at padding: (rows, end − start).
+
+    Args:
+        mask: (rows, prompt) of tokens that go on behind the prompt; None: no padding.
+    """
+    return None if mask is None else F.pad(mask, (0, max(0, end - mask.shape[1])), value=1)[:, start:end]
 
 
 def _with_unread(logits: Tensor, n: int) -> Tensor:

@@ -67,14 +67,22 @@ class RowFeatures:
             self.start += surplus
 
     def rows(self, start: int, end: int) -> Tensor:
-        """(1, end − start, width) of tokens that are held."""
-        found, at = [], self.start
-        for part in self._parts:
-            stop = at + part.shape[1]
-            if stop > start and at < end:
+        """(1, end − start, width) of tokens that are held; none where `end` lies before `start`.
+
+        Raises:
+            IndexError: some of them are not held.
+        """
+        if start < self.start or max(start, end) > self.end or not self._parts:
+            raise IndexError(f"Features of the tokens {start} to {end}: those of {self.start} to {self.end} are held.")
+        found, stop = [self._parts[-1][:, :0]], self.end
+        for part in reversed(self._parts):  # mostly the newest are asked for
+            at = stop - part.shape[1]
+            if at < end and stop > start:
                 found.append(part[:, max(0, start - at) : end - at])
-            at = stop
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+            if at <= start:
+                break
+            stop = at
+        return found[-1] if len(found) == 2 else torch.cat(found[::-1], dim=1)
 
     @property
     def nbytes(self) -> int:

@@ -133,7 +133,10 @@ class RowModel:
 
     def learned_features(self, start: int, end: int) -> Tensor | None:
         """See `DraftedRow`."""
-        return None if self.features is None else self.features.rows(max(start, self.features.start), end - 1)
+        if self.features is None:
+            return None
+        start = max(start, self.features.start)
+        return self.features.rows(start, max(start, end - 1))
 
     def next_token(self, served: PreTrainedModel, prefix: Tensor, best: int = 0) -> NextToken | None:
         """The token after `prefix` (1, L), which is read; None: what the draft says is not finite.

@@ -112,7 +112,11 @@ class OnlineSpecConfig:
     replay_sampling: str = _setting(
         "uniform", f"which remembered requests are rehearsed, one of {sorted(REPLAY_SAMPLING)}"
     )
-    replay_tokens: int = _setting(16_384, "most tokens (prompts included) that the replay remembers; 0: no replay")
+    replay_tokens: int = _setting(
+        16_384,
+        "most tokens (prompts included) that the replay remembers, fewer where the hidden states that a draft head reads would take "
+        "over 256 MB; 0: no replay",
+    )
     replay_top_k: int = _setting(64, "target probabilities kept per remembered position")
     memory_tokens: int = _setting(
         65_536, "tokens of prompts and outputs that the suffix memory holds, 16 to 20 bytes each; 0: no suffix memory"

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, final
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from .._compat.adapters import base_of
+from .._compat.models import uncompiled
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora, without_adapter
 from ..adapt.idle import IdleLearning
@@ -27,7 +30,7 @@ from ..commit.draft_model import DraftModel
 from ..commit.head import HeadModel
 from ..commit.row_model import RowModel
 from ..config import OnlineSpecConfig, as_config
-from ..errors import ConfigError, CopyError, NotAModelError
+from ..errors import ConfigError, CopyError, DraftError, NotAModelError
 from ..govern.acceptance import RequestStats
 from ..heads.base import Head
 from ..metrics.summary import counted, size
@@ -96,7 +99,7 @@ class OnlineDraft(Draft):
         """A new adapter on the model's weights as they are now."""
         settings = self.settings
         with torch.inference_mode(False):
-            base = model if isinstance(model, Head) else plain_draft(model)
+            base = _base(model)
             identity = BaseFingerprint.of(base)
             rank, alpha, layers = settings.rank, settings.alpha, settings.target_modules
             adapter = GatedLora(
@@ -276,7 +279,8 @@ class OnlineDraft(Draft):
 
         The adapter, its gradients, moments, folded weights and earlier states; what the replay remembers; what was recorded in
         requests that are in progress: up to `context_tokens` target distributions over the whole vocabulary each, 4 bytes per
-        token of the vocabulary, or `top_k` of them; requests that wait to be evaluated, or to be learned when idle. A gradient
+        token of the vocabulary, or `top_k` of them, and of a draft head the hidden states of the latest tokens; requests that wait to
+        be evaluated, or to be learned when idle. A gradient
         step takes more for its own time: what a forward and a backward of the draft over the new tokens take.
         """
         return self.learning.nbytes + self.idle.nbytes
@@ -435,3 +439,14 @@ class OnlineDraft(Draft):
 
     def resume(self, state: State) -> None:
         self.learning.resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
+
+
+def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model or head to adapt. Raises DraftError."""
+    inner = uncompiled(model) if isinstance(model, nn.Module) else model
+    if isinstance(inner, PeftModel) and isinstance(base_of(inner), Head):
+        raise DraftError(
+            f"The draft is a PeftModel around the head {type(base_of(inner)).__name__}: an adapter on a head is loaded with it. "
+            "Pass the head itself, or load its folder with OnlineDraft.from_pretrained."
+        )
+    return inner if isinstance(inner, Head) else plain_draft(model)

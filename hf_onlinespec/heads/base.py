@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
 from ..errors import DraftError, UnsupportedError
-from ..models.vocabulary import rows
+from ..models.vocabulary import MAX_PADDING, rows
 from .config import HeadConfig
 from .layer import Context, mask_of, positions_of
 
@@ -101,10 +101,11 @@ class Head(PreTrainedModel, ABC):
         """Uses the target's embedding, and its vocabulary head, where this head has none of its own. They stay the target's.
 
         Raises:
-            DraftError: the target has another width or vocabulary.
+            DraftError: the target has another width or vocabulary, or fewer layers than the head reads.
         """
         embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
-        size, width = rows(embedding), target.config.get_text_config(decoder=True).hidden_size
+        config = target.config.get_text_config(decoder=True)
+        size, width, layers = rows(embedding), config.hidden_size, config.num_hidden_layers
         if width != self.config.target_hidden_size:
             raise DraftError(
                 f"The head reads hidden states of width {self.config.target_hidden_size} (target_hidden_size), and those of "
@@ -115,6 +116,17 @@ class Head(PreTrainedModel, ABC):
                 f"The head is made for {self.config.vocab_size} tokens (vocab_size), and the embedding of {type(target).__name__} "
                 f"has {size}: it belongs to another target."
             )
+        if size is not None and size - self.config.vocab_size > MAX_PADDING:
+            raise DraftError(
+                f"The head is made for {self.config.vocab_size} tokens (vocab_size), and the embedding of {type(target).__name__} "
+                f"has {size}, over {MAX_PADDING} more: it belongs to a target with another tokenizer."
+            )
+        beyond = [index for index in self.reads if not -layers - 1 <= index <= layers]
+        if beyond:
+            raise DraftError(
+                f"The head reads hidden_states[{beyond[0]}] of its target, and {type(target).__name__} has {layers} layers: it "
+                "belongs to another target."
+            )
         self.target_layers.embedding, self.target_layers.lm_head = embedding, lm_head
 
     def embedded(self, tokens: Tensor) -> Tensor:
@@ -123,10 +135,14 @@ class Head(PreTrainedModel, ABC):
         Raises:
             DraftError: neither is there.
         """
-        table = self.embed_tokens if self.embed_tokens is not None else self.target_layers.embedding
+        if self.embed_tokens is not None:
+            own: Tensor = self.embed_tokens(tokens)
+            return own
+        table = self.target_layers.embedding
         if table is None:
             raise DraftError("This head reads with its target's embedding: call head.share(target) first.")
-        found: Tensor = table(tokens)
+        with torch.no_grad():  # the target's weights are not the head's to train
+            found: Tensor = table(tokens)
         return found
 
     def context(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.cache_utils import Cache
 
 from ..errors import DraftError
@@ -68,6 +69,10 @@ class Eagle1Head(Head):
         lm_head = self.target_layers.lm_head
         if lm_head is None:
             raise DraftError("This head speaks with its target's vocabulary head: call head.share(target) first.")
-        numbers = next(lm_head.parameters()).dtype
-        logits: Tensor = lm_head(hidden.to(numbers) if numbers.is_floating_point else hidden)
+        weights = dict(lm_head.named_parameters())
+        numbers = next(iter(weights.values())).dtype
+        read = hidden.to(numbers) if numbers.is_floating_point else hidden
+        # Gradients flow through it to the head, and none to the target's weights; quantised ones take part as they are.
+        frozen = {name: weight.detach() for name, weight in weights.items() if weight.requires_grad}
+        logits: Tensor = functional_call(lm_head, frozen, (read,)) if frozen and hidden.requires_grad else lm_head(read)
         return logits.to(hidden)

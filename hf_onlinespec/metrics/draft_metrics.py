@@ -22,7 +22,7 @@ class DraftMetrics(Counts):
     last: Counts = field(default_factory=Counts)
     history: list[Counts] = field(default_factory=list)  # stretches of equally many requests, the last may be shorter
     replay_bytes: int = 0
-    replay_refused: int = 0  # requests longer than `replay_tokens`
+    replay_refused: int = 0  # requests longer than the replay has room
     memory_bytes: int = 0  # of the suffix memory
     idle_updates: int = 0  # gradient steps taken while nothing was generated; not among `updates`
     idle_time_s: float = 0.0  # time of these; in no speed

@@ -87,6 +87,9 @@ def _say_limits(draft: Draft, verifier: Verifier) -> None:
         if reason:
             decisions.drafting = reason
             return
+        if verifier.unread_because:
+            decisions.drafting = f"guesses alone: {verifier.unread_because}"
+            return
         decided = decisions.drafting.partition(CHAINS_ONLY)[0]  # what an earlier request said of trees is left out
         chains = verifier.trees_because
         decisions.drafting = f"{decided}{CHAINS_ONLY}{chains}" if chains else decided

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE, crop, held_tokens, move, record_past, returned_cache, rollback_obstacle
 from .._compat.generation import continue_inputs, continues_inputs, generative, mask_length
-from .._compat.hidden_states import hidden_states, hidden_states_inputs
+from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..errors import UnsupportedError
 from ..rounds import Proposal
 from .positions import PositionLimits
@@ -38,7 +38,8 @@ class Verifier:
         reads: indices of its `hidden_states` that the draft reads; (): none.
 
     Attributes:
-        features: (batch, fed, width) these hidden states of all that it was fed in the last round; None: they are not read.
+        features: (batch, fed, width) these hidden states of all that it was fed in the last round; None: they are not read, or
+            `unread_because` says why there are none.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Verifier:
         trees_because: str = "",
         reads: tuple[int, ...] = (),
     ) -> None:
-        self._target, self._reads = target, reads
+        self._target, self._reads = target, reads if takes_hidden_states(target) else ()
         self.features: Tensor | None = None
+        self.unread_because = "" if self._reads == reads else _unread(target)
         self.plain_because = plain_because  # why rounds have no room
         self.trees_because = trees_because  # why all proposals have to be chains
         self._kwargs = dict(model_kwargs)
@@ -161,10 +163,17 @@ class Verifier:
             )
         outputs = self._target(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
         self._take(outputs, end, fed)
-        features = hidden_states(outputs, self._reads)
-        if features is not None:
-            self.features = features if self.features is None else torch.cat([self.features, features], dim=1)
+        if self._reads:
+            self._take_features(hidden_states(outputs, self._reads, fed))
         return outputs.logits[:, -k - 1 :]
+
+    def _take_features(self, features: Tensor | None) -> None:
+        """Those of one forward (batch, fed, width), behind those of the pieces of the prompt before it."""
+        if features is None:
+            self._reads, self.unread_because = (), _unread(self._target)
+            self.features = None
+        else:
+            self.features = features if self.features is None else torch.cat([self.features, features], dim=1)
 
     def _arrange(self, inputs: dict[str, Any], tree: Proposal) -> None:
         """Makes the inputs of a forward over a chain those of one over a tree: the last kept token and the candidates."""
@@ -223,6 +232,12 @@ class Verifier:
             self._kwargs = continue_inputs(self._target, self._outputs, self._kwargs | columns)
             self._columns = {name: self._kwargs.pop(name) for name in columns if name in self._kwargs}
         self._kept = length
+
+
+def _unread(target: PreTrainedModel) -> str:
+    return (
+        f"the target {type(target).__name__} hands out no hidden states, one for each token, which the draft head reads"
+    )
 
 
 def _continued(values: Tensor, length: int, how: str) -> Tensor:
