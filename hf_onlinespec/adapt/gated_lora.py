@@ -26,8 +26,8 @@ from .._compat.adapters import (
 )
 from ..errors import DraftError
 from ..models.borrow import borrow, copy_modules
+from ..models.layers import HEAD_INPUT, adapted_layers, describe
 from ..models.layers import adaptable_layers as adaptable_layers
-from ..models.layers import adapted_layers, describe
 from ..runtime.progress import each
 from ..runtime.seeding import seeded
 from .flat_layout import ADAPTER, FlatLayout, flattened
@@ -42,7 +42,7 @@ def _with_adapter(base: PreTrainedModel, names: list[str], rank: int, alpha: flo
         lora_alpha=alpha,  # type: ignore[arg-type]  # need not be whole
         target_modules=names,
         lora_dropout=0.0,
-        task_type="CAUSAL_LM" if base.main_input_name == "input_ids" else None,  # a draft head takes more than tokens
+        task_type=None if base.main_input_name == HEAD_INPUT else "CAUSAL_LM",
     )
     with seeded(base, seed), warnings.catch_warnings():
         # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.

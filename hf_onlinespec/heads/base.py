@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
-from ..errors import DraftError, UnsupportedError
+from ..errors import DraftError
+from ..models.layers import HEAD_INPUT
 from ..models.vocabulary import MAX_PADDING, rows
 from .config import HeadConfig
 from .layer import Context, mask_of, positions_of
@@ -51,7 +52,7 @@ class Head(PreTrainedModel, ABC):
 
     config: HeadConfig
     base_model_prefix = ""
-    main_input_name = "tokens"
+    main_input_name = HEAD_INPUT
     draft_ids: Tensor | None
     embed_tokens: nn.Module | None
     lm_head: nn.Module | None
@@ -186,14 +187,6 @@ class Head(PreTrainedModel, ABC):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return False
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """PEFT asks for this method. Raises UnsupportedError: a head reads hidden states, which only its target has."""
-        raise UnsupportedError("A draft head does not generate by itself: pass it to its target's generate.")
 
 
 def require_one(features: Tensor | None, hidden: Tensor | None) -> None:

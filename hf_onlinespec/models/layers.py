@@ -16,6 +16,9 @@ from .borrow import is_plain
 
 FORWARD = "its forward is not W x"
 COMPUTED = "its weight is computed at every forward"
+# What a draft head names its main input: hidden states of its target go with the tokens, so that PEFT's wrapper of causal language
+# models does not call it, and a trial on tokens alone is none.
+HEAD_INPUT = "tokens"
 EXPERT = "PEFT takes its name for an expert's weights"
 ROWS = "its rows are not those of the batch, which an ensemble's gate has to follow"
 
@@ -60,9 +63,9 @@ def adapted_layers(
         blocks: how many adapters stand side by side.
     """
     names, left_out = choose_layers(model, wanted)
-    # A draft head reads more than tokens and is ours: its rows are those of the batch in every layer. A trial of one step would
-    # leave out what Hydra drafts its second token with.
-    if blocks > 1 and model.main_input_name == "input_ids":
+    # Draft heads are ours, and their rows those of the batch in every layer. A trial of one step would leave out what Hydra drafts
+    # its second token with.
+    if blocks > 1 and model.main_input_name != HEAD_INPUT:
         follow = follows_batch(model, names)
         left_out |= {name: ROWS for name in names if name not in follow}
     return [name for name in names if name not in left_out], left_out
