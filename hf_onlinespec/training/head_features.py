@@ -113,7 +113,7 @@ class TargetReader:
             first, end = len(answer.prompt), len(rows[i]) - 1
             features = torch.cat([states[j][i, : end - 1] for j in self.reads], dim=-1)
             said = states[-1][i, first:end]
-            own = logits[i, first:end] if not self._from_hidden else lm_head(said)  # type: ignore[misc]  # checked above
+            own = logits[i, first:end] if not self._from_hidden else lm_head(said)
             if not self._from_hidden:
                 said = own[:, self.draft_ids]
             parts = (features.bfloat16(), said.bfloat16(), own.argmax(-1))
@@ -152,7 +152,7 @@ class FeatureCache:
         file, answers = self._file(block), self.answers[block * BLOCK : (block + 1) * BLOCK]
         if file.exists() or sum(f.stat().st_size for f in self._folder.iterdir()) >= self._most_bytes:
             return
-        parts = {}
+        parts: dict[str, Tensor] = {}
         for i, recorded in enumerate(self.reader.read(answers)):
             parts |= {f"{name}.{i}": tensor.contiguous() for name, tensor in vars(recorded).items()}
         unfinished = file.with_suffix(".part")

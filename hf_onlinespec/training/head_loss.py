@@ -1,4 +1,4 @@
-"""A head drafts behind every row of an answer at once: to learn (training-time test), and to count how much would be accepted."""
+"""A head drafts behind every row of an answer at once, and learns from it: training-time test."""
 
 from __future__ import annotations
 
@@ -81,54 +81,19 @@ def unrolled_loss(
         steps: k goes from 0 to steps - 1.
         known: (V,) True for the tokens of the draft vocabulary; None: all.
     """
-    p = batch.prompt_tokens.shape[1]
-    counted = batch.real[:, p:]
+    counted = batch.real[:, batch.prompt_tokens.shape[1] :]
     if known is not None:
         counted = counted & known[batch.best]
     law = target_logits.softmax(-1)
     unroll, n = Unroll(head, batch), counted.shape[1]
     losses: list[Tensor] = []
     out = unroll.first()
-    for k in range(steps):
+    for k in range(min(steps, n)):
         if k:
-            # row i reads answer token i + k
-            out = unroll.next(F.pad(batch.tokens[:, k:-1], (0, k)), out.hidden)
-        rows = counted[:, k:] if k < n else counted[:, :0]
-        logits = out.logits[:, : rows.shape[1]][rows]  # (tokens, Vd)
-        loss = F.cross_entropy(logits.float(), law[:, k:][rows], reduction="sum") if len(logits) else logits.sum()
-        losses.append(loss / max(1, len(logits)))
+            out = unroll.next(F.pad(batch.tokens[:, k:-1], (0, k)), out.hidden)  # row i reads answer token i + k
+        rows = counted[:, k:].flatten()
+        logits, p = out.logits[:, : n - k].flatten(0, 1), law[:, k:].flatten(0, 1)  # each (tokens, Vd)
+        each = F.cross_entropy(logits.float(), p, reduction="none")
+        losses.append((each * rows).sum() / rows.sum().clamp_min(1))
     total = torch.stack([decay**k * loss for k, loss in enumerate(losses)]).sum()
     return Unrolled(total, [float(loss.detach()) for loss in losses])
-
-
-@torch.no_grad()
-def accepted_behind(head: Head, batch: HeadBatch, length: int) -> Tensor:
-    """How many tokens of a greedy draft of `length` tokens are those of the answer, (B, n): behind row i, the draft of answer token i + 1."""
-    ids = head.draft_ids
-    unroll, n = Unroll(head, batch), batch.best.shape[1]
-    out = unroll.first()
-    p = batch.prompt_tokens.shape[1]
-    right = batch.real[:, p:]  # behind the answer nothing is accepted
-    accepted = torch.zeros_like(batch.best)
-    for k in range(length):
-        drafted = out.logits.argmax(-1)
-        drafted = drafted if ids is None else ids[drafted]
-        answer = F.pad(batch.tokens[:, k + 1 :], (0, k), value=-1)[:, :n]
-        left = F.pad(batch.real[:, p + k :], (0, k), value=False)
-        right = right & left & (drafted == answer)
-        accepted += right
-        if k + 1 < length:
-            out = unroll.next(drafted, out.hidden)
-    return accepted
-
-
-def acceptance_length(accepted: Tensor, batch: HeadBatch) -> tuple[int, int]:
-    """Tokens and target forwards of the answers of a batch, walked from draft to draft; accepted (B, n): `accepted_behind`."""
-    p = batch.prompt_tokens.shape[1]
-    tokens = forwards = 0
-    for row, n in zip(accepted.tolist(), batch.real[:, p:].sum(-1).tolist(), strict=True):
-        i = 0
-        while i < n:
-            tokens, forwards = tokens + min(row[i] + 1, n - i), forwards + 1
-            i += row[i] + 1
-    return tokens, forwards
