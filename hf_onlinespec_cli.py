@@ -510,6 +510,68 @@ def inspect(
 
 @app.command()
 @reports_errors
+def head(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The model: a folder or a name on the Hub.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The head.", rich_help_panel=OUTPUT)],
+    prompts: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help='Prompts such as it will serve: lines of JSON, {"prompt": "..."}, with a "domain" where you like; may be given again.',
+            rich_help_panel=RUN,
+        ),
+    ],
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="For answers and checkpoints, from which an interrupted command goes on.",
+            show_default="FOLDER.work, beside the head",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", rich_help_panel=RUN)] = 128,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Answers that are written at once.", rich_help_panel=RUN)
+    ] = 16,
+    draft_vocab: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that the head can propose.", rich_help_panel=RUN)
+    ] = 8192,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the answers.", rich_help_panel=RUN)] = 4,
+    learning_rate: Annotated[float, typer.Option(metavar="R", help="Of AdamW.", rich_help_panel=RUN)] = 1e-3,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    seed: Annotated[int, typer.Option(help="Of sampled answers, and of the order of training.", rich_help_panel=RUN)] = 0,
+) -> int:
+    """Build a draft head for a model that has none.
+
+    The model writes answers to your prompts, and an EAGLE-3 head learns to foretell them. Some thousand prompts are a start: the card
+    says how well it drafts on answers that were held out. The same command goes on after an interruption.
+
+    Example: `hf-onlinespec head HuggingFaceTB/SmolLM2-135M-Instruct --prompts mine.jsonl --out my-head`
+    """
+    from hf_onlinespec.cli.head import HeadSettings, run_head
+
+    return run_head(
+        HeadSettings(
+            target,
+            out,
+            prompts,
+            work,
+            new_tokens,
+            batch_size,
+            draft_vocab,
+            epochs,
+            learning_rate,
+            dtype.value,
+            device,
+            seed,
+        )
+    )
+
+
+@app.command()
+@reports_errors
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What save_pretrained wrote.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to.")],

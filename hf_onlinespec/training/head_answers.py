@@ -19,7 +19,7 @@ SORTED_BATCHES = 8  # batches whose prompts are sorted by length together, so th
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """A prompt as the target reads it, chat template included, and what kind of request it is."""
 
     tokens: list[int]
@@ -77,7 +77,7 @@ def read_answers(file: Path) -> list[Answer]:
     return found
 
 
-def write_answers(target: PreTrainedModel, prompts: Sequence[Prompt], file: Path, writing: Writing) -> list[Answer]:
+def write_answers(target: PreTrainedModel, prompts: Sequence[EncodedPrompt], file: Path, writing: Writing) -> list[Answer]:
     """The target answers every prompt; what the file holds already is kept, so that an interruption costs one batch.
 
     The process's random state is left as it was.
@@ -109,7 +109,7 @@ def _line(answer: Answer) -> str:
     return json.dumps(fields) + "\n"
 
 
-def _in_batches(prompts: Sequence[Prompt], batch_size: int) -> list[Prompt]:
+def _in_batches(prompts: Sequence[EncodedPrompt], batch_size: int) -> list[EncodedPrompt]:
     """The prompts in the order of writing: sorted by length within a few batches."""
     block = batch_size * SORTED_BATCHES
     blocks = (prompts[at : at + block] for at in range(0, len(prompts), block))
@@ -127,7 +127,7 @@ def _drop_cut_off(file: Path) -> None:
 
 
 @torch.no_grad()
-def _answered(target: PreTrainedModel, prompts: list[Prompt], writing: Writing, sampled: bool) -> Iterator[Answer]:
+def _answered(target: PreTrainedModel, prompts: list[EncodedPrompt], writing: Writing, sampled: bool) -> Iterator[Answer]:
     longest = max(len(p.tokens) for p in prompts)
     tokens = torch.tensor([[0] * (longest - len(p.tokens)) + p.tokens for p in prompts], device=target.device)
     mask = torch.tensor([[0] * (longest - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=target.device)

@@ -26,7 +26,7 @@ from ..runtime.progress import each
 from ..runtime.seeding import seeded
 from ..share.provenance import versions
 from .head_acceptance import CHAIN, acceptance_by_kind
-from .head_answers import Answer, Prompt, Writing, write_answers
+from .head_answers import Answer, EncodedPrompt, Writing, write_answers
 from .head_features import BLOCK, FeatureCache, TargetReader
 from .head_loop import HeadLoop, LoopSettings, Progress
 from .head_record import TrainingRecord
@@ -71,7 +71,7 @@ class HeadTraining:
 
 def new_head(
     target: PreTrainedModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EncodedPrompt],
     folder: str | Path,
     config: HeadTraining | None = None,
     *,
@@ -127,7 +127,7 @@ def new_head(
 
 def chat_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], kinds: Sequence[str] | None = None
-) -> list[Prompt]:
+) -> list[EncodedPrompt]:
     """Texts as prompts: by the tokenizer's chat template, if it has one.
 
     Args:
@@ -140,7 +140,7 @@ def chat_prompts(
             tokens = list(tokenizer(text).input_ids)
         else:
             tokens = chat_inputs(tokenizer, [{"role": "user", "content": text}])["input_ids"][0].tolist()
-        found.append(Prompt(tokens, kind))
+        found.append(EncodedPrompt(tokens, kind))
     return found
 
 

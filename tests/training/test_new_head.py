@@ -18,7 +18,7 @@ from hf_onlinespec.heads.eagle3 import Eagle3Head
 from hf_onlinespec.heads.reading import read_head
 from hf_onlinespec.training import head_loop
 from hf_onlinespec.training.head_acceptance import acceptance_by_kind, accepted_behind, forwards
-from hf_onlinespec.training.head_answers import Answer, Prompt, Writing, read_answers, write_answers
+from hf_onlinespec.training.head_answers import Answer, EncodedPrompt, Writing, read_answers, write_answers
 from hf_onlinespec.training.head_features import FeatureCache, TargetReader, collated
 from hf_onlinespec.training.head_loop import LoopSettings, epoch_batches
 from hf_onlinespec.training.head_loss import unrolled_loss
@@ -39,9 +39,9 @@ def target_of(layers: int = 4, **settings: Any) -> PreTrainedModel:
     return tiny_llama(1, VOCAB, layers, **settings)
 
 
-def asked(n: int = 12) -> list[Prompt]:
+def asked(n: int = 12) -> list[EncodedPrompt]:
     generator = torch.Generator().manual_seed(3)
-    return [Prompt(torch.randint(VOCAB, (2 + i % 5,), generator=generator).tolist(), "ab"[i % 2]) for i in range(n)]
+    return [EncodedPrompt(torch.randint(VOCAB, (2 + i % 5,), generator=generator).tolist(), "ab"[i % 2]) for i in range(n)]
 
 
 def made(target: PreTrainedModel, draft_vocab_size: int = 20, seed: int = 0) -> Eagle3Head:
