@@ -541,7 +541,9 @@ def head(
     learning_rate: Annotated[float, typer.Option(metavar="R", help="Of AdamW.", rich_help_panel=RUN)] = 1e-3,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
-    seed: Annotated[int, typer.Option(help="Of sampled answers, and of the order of training.", rich_help_panel=RUN)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of sampled answers, and of the order of training.", rich_help_panel=RUN)
+    ] = 0,
 ) -> int:
     """Build a draft head for a model that has none.
 

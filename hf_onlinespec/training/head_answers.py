@@ -77,7 +77,9 @@ def read_answers(file: Path) -> list[Answer]:
     return found
 
 
-def write_answers(target: PreTrainedModel, prompts: Sequence[EncodedPrompt], file: Path, writing: Writing) -> list[Answer]:
+def write_answers(
+    target: PreTrainedModel, prompts: Sequence[EncodedPrompt], file: Path, writing: Writing
+) -> list[Answer]:
     """The target answers every prompt; what the file holds already is kept, so that an interruption costs one batch.
 
     The process's random state is left as it was.
@@ -127,7 +129,9 @@ def _drop_cut_off(file: Path) -> None:
 
 
 @torch.no_grad()
-def _answered(target: PreTrainedModel, prompts: list[EncodedPrompt], writing: Writing, sampled: bool) -> Iterator[Answer]:
+def _answered(
+    target: PreTrainedModel, prompts: list[EncodedPrompt], writing: Writing, sampled: bool
+) -> Iterator[Answer]:
     longest = max(len(p.tokens) for p in prompts)
     tokens = torch.tensor([[0] * (longest - len(p.tokens)) + p.tokens for p in prompts], device=target.device)
     mask = torch.tensor([[0] * (longest - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=target.device)

@@ -41,7 +41,9 @@ def target_of(layers: int = 4, **settings: Any) -> PreTrainedModel:
 
 def asked(n: int = 12) -> list[EncodedPrompt]:
     generator = torch.Generator().manual_seed(3)
-    return [EncodedPrompt(torch.randint(VOCAB, (2 + i % 5,), generator=generator).tolist(), "ab"[i % 2]) for i in range(n)]
+    return [
+        EncodedPrompt(torch.randint(VOCAB, (2 + i % 5,), generator=generator).tolist(), "ab"[i % 2]) for i in range(n)
+    ]
 
 
 def made(target: PreTrainedModel, draft_vocab_size: int = 20, seed: int = 0) -> Eagle3Head:
