@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .._compat.models import model_name
 from ..errors import DraftError, brief
+from ..models.borrow import is_plain
 from .base import Head
 from .config import Eagle1Config, Eagle3Config, HeadConfig, HydraConfig
 from .described import FLAGS, IDS, default_reads
@@ -38,7 +39,7 @@ def write_head(
 
     Args:
         form: "eagle3" (EAGLE, SGLang, vLLM) or "speculators" (vLLM) for an EAGLE-3 head; None: as it was read, or the head's only one.
-        target_config: of its target, which configurations name.
+        target_config: of its target, which configurations name; the package speculators loads no head without that name.
         weights: instead of the head's own, by their names, as `GatedLora.merged_weights` has them.
 
     Raises:
@@ -57,6 +58,8 @@ def write_head(
         for key, tensor in held.items()
         for name in file_names(key, form, head.config)
     }
+    if form == SPECULATORS:
+        tensors = _embedding(head, dtype) | tensors
     if head.draft_ids is not None:
         tensors |= _vocabulary_map(head.draft_ids.cpu(), head.config.vocab_size)
     folder = Path(folder)
@@ -72,6 +75,15 @@ def _own_form(head: Head) -> str:
     if isinstance(head, Eagle3Head):
         return head.form
     return EAGLE1 if isinstance(head, Eagle1Head) else HYDRA
+
+
+def _embedding(head: Head, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The embedding of the target that the head shares: files of speculators hold it, and that package fills no gap reliably (0.9.0)."""
+    table = head.target_layers.embedding
+    if not isinstance(table, nn.Embedding) or not is_plain(table.weight):
+        return {}
+    weight = table.weight.detach()[: head.config.vocab_size]
+    return {"embed_tokens.weight": weight.to("cpu", dtype, copy=True)}
 
 
 def _vocabulary_map(ids: Tensor, size: int) -> dict[str, Tensor]:

@@ -398,6 +398,16 @@ def test_the_speculators_form_names_its_verifier_and_its_layer(tmp_path: Path) -
     assert written["transformer_layer_config"]["model_type"] == "llama"
 
 
+def test_the_speculators_form_holds_the_embedding_of_a_target_that_is_shared(tmp_path: Path) -> None:
+    head, target = read(files.eagle3(), tmp_path / "first"), files.target()
+    head.share(target)
+    write_head(head, tmp_path / "speculators", "speculators")
+    write_head(head, tmp_path / "eagle3", "eagle3")
+    again = read_head(tmp_path / "speculators", files.target_config())
+    assert torch.equal(held(again)["embed_tokens.weight"], target.get_input_embeddings().weight)
+    assert not read_head(tmp_path / "eagle3", files.target_config()).config.own_embeddings
+
+
 def test_other_weights_are_written_in_place_of_the_heads_own(tmp_path: Path) -> None:
     head = read(EAGLE3, tmp_path / "first")
     doubled = {name: 2 * tensor for name, tensor in held(head).items()}
