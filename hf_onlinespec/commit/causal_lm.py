@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import NoReturn, final
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from .._compat.models import keeps_logits
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
+from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
-from .draft_model import DraftModel, Reader
+from .draft_model import Branch, DraftModel, Reader
 from .row_features import RowFeatures
 
 
@@ -152,6 +153,14 @@ class CausalReader(Reader):
         logits: Tensor = served(**{CACHE: self._past}, use_cache=True, **inputs).logits
         self._length += feed.shape[1]
         return logits[:, -1]
+
+    def can_branch(self, parent: int, depth: int) -> bool:
+        return (
+            False  # not every model takes a mask of a tree, and a step of a whole model is too dear for a second guess
+        )
+
+    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> NoReturn:
+        raise UnsupportedError("A causal language model drafts chains.")
 
     def rewind(self, length: int) -> None:
         keep = min(self._length, length - 1)

@@ -14,6 +14,7 @@ from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
 from .chain import Chain
+from .expansion import Expansion
 from .guessing import Guesser, GuessSources
 from .proposal import ProposalBuilder
 from .row_model import RowModel
@@ -98,7 +99,7 @@ class Combined(Proposer):
         if model is not None and wanted and most > 0 and model.reader.can_draft(tokens.shape[1]):
             self._build_chain(i, builder, plan, most, guesser, trees, failed)
         if guesser is not None and most > 0 and self._call.counts.failed_drafts == failed:
-            self._add_guesses(builder, plan, guesser, most, trees)
+            self._add_guesses(i, builder, plan, guesser, most, trees)
         vocabulary = None if model is None else model.vocabulary
         vocabulary = self._call.vocabulary or vocabulary
         return builder.proposal(vocabulary.said if self._call.sample and vocabulary is not None else 0)
@@ -148,16 +149,18 @@ class Combined(Proposer):
             chain.wait(builder)
 
     def _add_guesses(
-        self, builder: ProposalBuilder, plan: Plan | None, guesser: Guesser, most: int, trees: bool
+        self, i: int, builder: ProposalBuilder, plan: Plan | None, guesser: Guesser, most: int, trees: bool
     ) -> None:
         """Guesses beside and behind the chain, as far as they are expected to pay."""
-        governor = self._governor
+        governor, expansion = self._governor, None
+        if trees and plan is not None and builder.has_model_token and not self._reads_prompt:
+            expansion = Expansion(governor, self._draft.lock, plan, self._models[i], builder, self._drafting)
         with self._sources.attempt():
 
             def pays(candidates: int, chance: float) -> bool:
                 return candidates < most if plan is None else governor.guess_pays(plan, candidates, chance)
 
-            grow(builder, guesser, pays, most, self._call.end_tokens, trees)
+            grow(builder, guesser, pays, most, self._call.end_tokens, trees, expansion)
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None) -> None:
         """See `Proposer`: the best next tokens behind everything that was verified, and what a head reads."""
@@ -190,9 +193,12 @@ class Combined(Proposer):
             for i, builder in enumerate(self._builders):
                 self._observe_guesses(i, builder, verdict)
         with self._draft.failures.records.attempt(), self._draft.lock:
-            for sources, chances, stats in zip(verdict.proposal.sources, verdict.chances, self._stats, strict=True):
+            for i, (sources, chances, stats) in enumerate(
+                zip(verdict.proposal.sources, verdict.chances, self._stats, strict=True)
+            ):
                 outcomes = [(sources[candidate], chance) for candidate, chance in chances]
-                self._governor.observe(sources, outcomes, timed_s, target_s, stats)
+                expansions = self._builders[i].expansions if self._builders else 0
+                self._governor.observe(sources, outcomes, timed_s, target_s, stats, expansions)
 
     def _observe_guesses(self, i: int, builder: ProposalBuilder, verdict: Verdict) -> None:
         """Every place that was verified has shown which of all guesses was right."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from ..adapt.trainable import Prefix
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .row_features import RowFeatures
+
+
+class Branch(NamedTuple):
+    """A candidate that a draft model is to read."""
+
+    node: int
+    parent: int  # the candidate that it follows; -1: the row
+    depth: int  # candidates before it
+    token: int
 
 
 class Reader(ABC):
@@ -38,6 +48,14 @@ class Reader(ABC):
         Args:
             served: the module tree that drafts now, see `DraftModel.serving`.
         """
+
+    @abstractmethod
+    def can_branch(self, parent: int, depth: int) -> bool:
+        """Whether it can read candidates of this depth behind a candidate that it has read in this round (-1: behind the row)."""
+
+    @abstractmethod
+    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
+        """What the model says behind several candidates, which it reads in one forward: logits (branches, ids), from id 0 on."""
 
     @abstractmethod
     def rewind(self, length: int) -> None:

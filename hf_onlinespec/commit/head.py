@@ -6,7 +6,7 @@ Row t of a head is made of the target's features at token t and of token t + 1, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn, final
 
 import torch
@@ -24,7 +24,7 @@ from ..errors import UnsupportedError
 from ..heads.base import Head
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
-from .draft_model import DraftModel, Reader
+from .draft_model import Branch, DraftModel, Reader
 from .row_features import RowFeatures
 
 
@@ -154,7 +154,10 @@ class HeadReader(Reader):
         self._past = DynamicCache(config=self._model.config)
         record_past(self._past)
         self._first = self._end = self._features.start  # of the tokens whose features were read
-        self._drafted = 0  # rows behind them
+        self._drafted = 0  # rows of drafted tokens behind them
+        # Of the row itself (-1) and of the candidates that were read in this round: place in the cache, and (1, 1, width).
+        self._read: dict[int, tuple[int, Tensor]] = {}
+        self._above: dict[int, int] = {}  # what a candidate follows
         self._logits: Tensor | None = None  # (1, ids) behind the last row
         self._hidden: Tensor | None = None  # (1, 1, width) of the last row
         self._kept: tuple[Tensor | None, Tensor | None] = None, None  # the same, of the last row of true features
@@ -175,15 +178,56 @@ class HeadReader(Reader):
             tokens = prefix[:, self._end + 1 : known.end + 1]
             self._step(served, tokens, features=known.rows(self._end, known.end))
             self._end, self._kept = known.end, (self._logits, self._hidden)
+            self._note(-1, -1)
         for at in range(self._end + 1 + self._drafted, prefix.shape[1]):
             self._step(served, prefix[:, at : at + 1], hidden=self._hidden)
+            self._note(self._drafted, self._drafted - 1)
             self._drafted += 1
         assert self._logits is not None
+        return self._of_all_ids(self._logits)
+
+    def _of_all_ids(self, logits: Tensor) -> Tensor:
+        """Logits (n, ids) as those of the target's ids."""
         if self._model.ids is None:
-            return self._logits
-        scores = self._logits.new_full((1, self._model.config.vocab_size), -torch.inf)
-        scores[:, self._model.ids] = self._logits
+            return logits
+        scores = logits.new_full((len(logits), self._model.config.vocab_size), -torch.inf)
+        scores[:, self._model.ids] = logits
         return scores
+
+    @property
+    def _cached(self) -> int:
+        return int(self._past.get_seq_length())
+
+    def _note(self, node: int, parent: int) -> None:
+        assert self._hidden is not None
+        self._read[node], self._above[node] = (self._cached - 1, self._hidden), parent
+
+    def can_branch(self, parent: int, depth: int) -> bool:
+        return self._model.most is None and parent in self._read
+
+    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
+        rows, cached, n = self._end - self._first, self._cached, len(branches)
+        device = self._model.device
+        seen = torch.zeros(n, cached + n, dtype=torch.bool)
+        seen[:, :rows] = True
+        for i, branch in enumerate(branches):
+            above = branch.parent
+            while above >= 0:
+                seen[i, self._read[above][0]] = True
+                above = self._above[above]
+            seen[i, cached + i] = True
+        out = served(
+            tokens=torch.tensor([[branch.token for branch in branches]], device=device),
+            hidden=torch.cat([self._read[branch.parent][1] for branch in branches], dim=1),
+            attention_mask=seen[None, None].to(device),
+            position_ids=torch.tensor([[rows + branch.depth for branch in branches]], device=device),
+            **{CACHE: self._past},
+            use_cache=True,
+        )
+        for i, branch in enumerate(branches):
+            self._read[branch.node] = cached + i, out.hidden[:, i : i + 1]
+            self._above[branch.node] = branch.parent
+        return self._of_all_ids(out.logits[0])
 
     def _step(self, served: PreTrainedModel, tokens: Tensor, **read: Tensor | None) -> None:
         out = served(
@@ -193,8 +237,11 @@ class HeadReader(Reader):
 
     def rewind(self, length: int) -> None:
         """Rolls back to the rows of true features: the tokens that were drafted are read again, with theirs."""
-        crop(self._past, max(0, int(self._past.get_seq_length()) - (self._end - self._first)))
+        crop(self._past, max(0, self._cached - (self._end - self._first)))
         self._drafted, (self._logits, self._hidden) = 0, self._kept
+        self._read, self._above = {}, {}
+        if self._hidden is not None:
+            self._note(-1, -1)
 
     def prefix(self, most: int) -> Prefix | None:
         length = min(self._end, most - 1) - self._first

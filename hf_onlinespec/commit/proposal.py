@@ -33,6 +33,7 @@ class ProposalBuilder:
         self.drafted: list[TokenSource] = []
         self.model_s = 0.0
         self.has_model_token = False  # whether the draft model has drafted
+        self.expansions = 0  # forwards of the draft model behind several candidates at once
         self.places: dict[
             int, Place
         ] = {}  # by the candidate that a prefix ends with (-1: the row): what was said of it

@@ -19,7 +19,7 @@ from ..models.vocabulary import widened
 from ..runtime.clock import is_host
 from ..runtime.forks import Lock
 from .base import Call
-from .draft_model import DraftModel
+from .draft_model import Branch, DraftModel
 from .recycling import best_tokens
 from .row_features import RowFeatures
 from .sampling import draw
@@ -170,6 +170,14 @@ class RowModel:
             places = best_tokens(shares, best + 1)
             likeliest = tuple(zip(places[0].tolist(), shares[0, places[0]].tolist(), strict=True))
         return NextToken(token, known, probs, float(shares.max()), likeliest)
+
+    def next_of(self, served: PreTrainedModel, branches: Sequence[Branch], n: int) -> list[list[tuple[int, float]]]:
+        """The n likeliest tokens behind each of several candidates, and their probabilities before any processor."""
+        scores = self.reader.branch(served, branches)[:, : self.common].float()
+        shares = (scores / (self._call.temperature or 1.0)).softmax(-1)
+        tokens = best_tokens(shares, n)
+        found = zip(tokens.tolist(), shares.gather(-1, tokens).tolist(), strict=True)
+        return [list(zip(own, probs, strict=True)) for own, probs in found]
 
     def _processed(self, scores: Tensor, prefix: Tensor) -> Tensor:
         """Scores (1, common ids) as the target's stateless processors make them, so that q is warped as p is."""

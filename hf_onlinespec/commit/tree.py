@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..govern.guesses import Guess
+from .expansion import Expansion, Leaf
 from .guessing import Guesser
 from .proposal import ProposalBuilder
 from .suffix_memory import REACH
@@ -34,6 +35,7 @@ def grow(
     room: int,
     ends: set[int],
     branches: bool,
+    expansion: Expansion | None = None,
 ) -> None:
     """Adds guesses to what is drafted, the likeliest path first, until the next one does not pay.
 
@@ -42,8 +44,11 @@ def grow(
         room: most candidates that follow each other.
         ends: tokens that nothing follows.
         branches: whether several may follow the same prefix; else they go on behind the last candidate, one after the other.
+        expansion: asks the draft model what follows candidates beside its chain; None: it is not asked.
     """
     heap: list[_Branch] = []
+    leaves: list[Leaf] = []
+    offered: set[tuple[int, int]] = set()
     number = 0
 
     def offer(parent: int, depth: int, context: list[int] | None, survival: float, guesses: list[Guess]) -> None:
@@ -51,6 +56,9 @@ def grow(
         if context is None or depth >= room:
             return
         for guess in guesses if branches else guesses[:1]:
+            if (parent, guess.token) in offered:
+                continue
+            offered.add((parent, guess.token))
             number += 1
             heapq.heappush(heap, _Branch(-survival * guess.chance, number, parent, depth, context, guess))
 
@@ -60,15 +68,22 @@ def grow(
             offer(at.parent, at.depth, at.context, at.survival, place.guesses)
         else:
             offer(at.parent, at.depth, at.context, at.survival, at.guesses)
-    while heap:
+    while heap or leaves:
+        if not heap or not pays(len(builder.drafted), -heap[0].less):
+            following = [] if expansion is None else expansion.next(leaves)
+            if not following:
+                return
+            for leaf, guesses in following:
+                offer(leaf.node, leaf.depth + 1, leaf.context, leaf.survival, guesses)
+            continue
         best = heapq.heappop(heap)
-        if not pays(len(builder.drafted), -best.less):
-            return
         node = builder.add_branch(best.guess, best.parent, best.depth)
         # What follows is asked for where one more candidate would pay that is kept less often than its parent: asking takes time too.
         if best.guess.token in ends or best.depth + 1 >= room:
             continue
+        context = [*best.context[1 - REACH :], best.guess.token]
+        if expansion is not None:
+            leaves.append(Leaf(node, best.parent, best.depth, best.guess.token, -best.less, context))
         if pays(len(builder.drafted), -best.less * LIKELIEST_NEXT):
-            context = [*best.context[1 - REACH :], best.guess.token]
             builder.places[node] = place = guesser.place(context, False)
             offer(node, best.depth + 1, context, -best.less, place.guesses)

@@ -105,6 +105,15 @@ class Governor:
         """
         return self._planner.guess_pays(plan, candidates, chance)
 
+    def leaves_to_expand(self, plan: Plan, chances: Sequence[float], candidates: int) -> int:
+        """How many leaves of the tree the draft model reads at once, to go on behind them; 0: it does not pay.
+
+        Args:
+            chances: that they are kept, the likeliest leaf first.
+            candidates: so far.
+        """
+        return self._planner.leaves_to_expand(plan, chances, candidates)
+
     def guess_beats_model(self, plan: Plan, position: int, survival: float, chance: float, begun: bool = False) -> bool:
         """Whether a guess is taken for `position` of the chain: where it is better than none, and than the draft model's token.
 
@@ -126,10 +135,15 @@ class Governor:
         draft_s: float,
         target_s: float,
         seen: RequestStats | None = None,
+        expansions: int = 0,
     ) -> None:
-        """Takes in one round: its candidates, the chance that each verified one was kept, and its times; notes it in `seen`."""
+        """Takes in one round: its candidates, the chance that each verified one was kept, and its times; notes it in `seen`.
+
+        Args:
+            expansions: forwards of the draft model behind several candidates at once.
+        """
         k = len(drafted)
-        steps = sum(d.is_drafted for d in drafted)
+        steps = sum(d.is_drafted for d in drafted) + expansions
         names = {d.source for d in drafted}
         model, memory = "model" in names, bool(names - {"model"})
         name = "plain" if not k else "model" if not memory else "memory+model" if model else "memory"

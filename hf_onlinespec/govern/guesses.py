@@ -154,6 +154,16 @@ class GuessChances:
         found += [self._beside(token, share, drafted, "model") for token, share in from_model.items()]
         return found
 
+    def expanded(self, token: int, share: float, prior: float) -> Guess:
+        """The draft model's likeliest token behind a candidate that is none of its chain's.
+
+        Args:
+            share: its probability.
+            prior: the chance of such a token in the chain.
+        """
+        key = ("expanded", self._bin(share))
+        return Guess(token, self._mean(key, prior), "model", (key,))
+
     def _beside(self, token: int, chance: float, drafted: float, source: str) -> Guess:
         key = ("beside", source, self._bin(chance), self._bin(drafted))
         return Guess(token, self._mean(key, chance * (1 - drafted)), source, (key,))
