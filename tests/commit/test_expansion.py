@@ -120,7 +120,7 @@ def test_trees_of_a_head_that_learns_are_lossless(
         assert torch.equal(found, target.generate(prompt, **options))
     assert draft.metrics.failed_drafts == draft.metrics.failed_updates == 0
     model = draft.metrics.candidates.by_source()["model"]
-    assert model["verified"] > draft.metrics.rounds  # beside and behind its chain
+    assert model["verified"] > 50  # beside and behind its chain, too
 
 
 def test_a_leaf_is_read_where_that_pays() -> None:
