@@ -21,7 +21,7 @@ from ..runtime.forks import Lock
 from .base import Call
 from .draft_model import Branch, DraftModel
 from .recycling import best_tokens
-from .row_features import RowFeatures
+from .row_features import MOST_HELD, RowFeatures
 from .sampling import draw
 
 
@@ -59,7 +59,7 @@ class RowModel:
         self.prompt_log_ratio: float | None = (
             None  # how much the prompt speaks for the learned draft; None: it was not asked
         )
-        self.features = RowFeatures(call.padding(row)) if model.reads else None
+        self.features = RowFeatures(call.padding(row), MOST_HELD) if model.reads else None
         self.reader = model.reader(self.mask, self.features)
 
     @property

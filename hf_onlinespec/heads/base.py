@@ -122,6 +122,11 @@ class Head(PreTrainedModel, ABC):
                 f"The head is made for {self.config.vocab_size} tokens (vocab_size), and the embedding of {type(target).__name__} "
                 f"has {size}, over {MAX_PADDING} more: it belongs to a target with another tokenizer."
             )
+        if not self.config.own_embeddings and isinstance(embedding, nn.Embedding) and embedding.embedding_dim != width:
+            raise DraftError(
+                f"The embedding of {type(target).__name__} is {embedding.embedding_dim} wide and its hidden states {width}: the head "
+                "cannot read with it. It needs its own, embed_tokens.weight."
+            )
         beyond = [index for index in self.reads if not -layers - 1 <= index <= layers]
         if beyond:
             raise DraftError(

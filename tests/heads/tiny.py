@@ -45,7 +45,8 @@ def tiny_head(kind: str, target: PreTrainedModel, seed: int = 3) -> Head:
         return tiny_eagle3(target, range(0, target.config.get_text_config(decoder=True).vocab_size, 2), seed=seed)
     torch.manual_seed(seed)
     if kind == "EAGLE-1":
-        return Eagle1Head(Eagle1Config(**_layer(target))).eval()
+        # Its layer has no norm in front: wide weights would make rounding grow from step to step.
+        return Eagle1Head(Eagle1Config(**_layer(target) | dict(initializer_range=0.1))).eval()
     return HydraHead(HydraConfig(**_layer(target), num_heads=3, prefix=kind == "Hydra prefix-mlp")).eval()
 
 

@@ -1,0 +1,247 @@
+"""Targets with a draft head: outputs are those of plain decoding while the head learns, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from hf_onlinespec import DraftError, OnlineCandidateGenerator, OnlineDraft, UnsupportedError
+from tests.architectures import ARCHITECTURES, LIMIT
+from tests.chi_square import MILLION, THOUSAND
+from tests.heads.tiny import KINDS, tiny_eagle3, tiny_head
+from tests.tiny_models import tiny_llama
+from tests.verify.test_sampling_law import Whims
+
+PER_ROUND: dict[str, Any] = dict(lookahead=3, update_every=1, update_when="round", rank=2, alpha=2.0)
+GREEDY: dict[str, Any] = dict(do_sample=False, pad_token_id=0)
+# Layers with a window shorter than the text, capped logits, positions learned, rotated, by a slope; classes that hand out all hidden
+# states for a list of some (bloom, falcon, mpt); text alone for models of pictures (gemma3, qwen2_vl).
+FAMILIES = (
+    *("llama", "qwen3", "gemma2 past-window", "gemma3", "gpt2", "gpt_neox", "mistral", "bloom", "falcon", "mpt", "opt"),
+    "qwen2_vl",
+)
+
+
+def of_family(name: str) -> PreTrainedModel:
+    return next(a for a in ARCHITECTURES if a.name == name).build()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_is_that_of_plain_decoding_while_the_head_learns(family: str) -> None:
+    target = of_family(family)
+    for kind in ("EAGLE-3", "EAGLE-1"):
+        draft = OnlineDraft(tiny_head(kind, target), **PER_ROUND, memory_tokens=0)
+        for seed in range(2):
+            tokens = torch.randint(1, 80, (1, 10), generator=torch.Generator().manual_seed(seed))
+            how = GREEDY | dict(attention_mask=torch.ones_like(tokens), max_new_tokens=LIMIT - 13)
+            plain = target.generate(tokens, **how)
+            assert torch.equal(plain, target.generate(tokens, assistant_model=draft, **how))
+        metrics = draft.metrics
+        assert metrics.updates > 3 and metrics.sources["model"] + metrics.sources["memory+model"] > 3
+        assert not metrics.failed_drafts and not metrics.failed_updates
+
+
+class Seen(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"update_every": 1}], ids=["auto", "numbers"])
+def test_scores_logits_and_streams_are_those_of_plain_decoding(kind: str, settings: dict[str, Any]) -> None:
+    target = tiny_llama(1, vocab=40, layers=3, initializer_range=0.3)
+    draft = OnlineDraft(tiny_head(kind, target), rank=2, alpha=2.0, **settings)
+    for length in (1, 6, 6):
+        prompt, streams = torch.arange(1, length + 1)[None], (Seen(), Seen())
+        how = GREEDY | dict(max_new_tokens=40, return_dict_in_generate=True, output_scores=True, output_logits=True)
+        plain = target.generate(prompt, streamer=streams[0], **how)
+        ours = target.generate(prompt, streamer=streams[1], assistant_model=draft, **how)
+        assert torch.equal(plain.sequences, ours.sequences) and streams[0].tokens == streams[1].tokens
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(torch.stack(plain[name]), torch.stack(ours[name]), rtol=1e-4, atol=1e-4)
+    assert not draft.metrics.failed_drafts and not draft.metrics.failed_updates
+
+
+KNOWN = [0, 2, 3, 5, 8, 9, 11]  # tokens of the head below: a part of all twelve
+LAW: dict[str, Any] = dict(temperature=0.8, top_k=9, top_p=0.9)
+
+
+@torch.no_grad()
+def departures(texts: list[Tensor], prompt: int, target: PreTrainedModel, **law: Any) -> Tensor:
+    """How far sampled texts (1, L) lean: to each token, to those that the head knows, to the likeliest one; in standard deviations.
+
+    Behind every prefix the target's law says how often each of these is expected. The sum of the differences has mean 0, and as its
+    variance the sum of the variances, whatever decided about drafting before.
+    """
+    warpers = [
+        TemperatureLogitsWarper(law["temperature"]),
+        TopKLogitsWarper(law["top_k"]),
+        TopPLogitsWarper(law["top_p"]),
+    ]
+    difference = variance = torch.zeros(())
+    for text in texts:
+        p = LogitsProcessorList(warpers)(text, target(text).logits[0, prompt - 1 : -1]).double().softmax(-1)
+        tokens = torch.eye(p.shape[-1], dtype=p.dtype)
+        known, best = tokens[KNOWN].sum(0).expand(len(p), 1, -1), tokens[p.argmax(-1)][:, None]
+        asked = torch.cat([tokens.expand(len(p), -1, -1), known, best], dim=1)  # (n, questions, tokens)
+        chance = (asked * p[:, None]).sum(-1)
+        happened = asked.gather(-1, text[0, prompt:, None, None].expand(-1, asked.shape[1], 1))[..., 0]
+        difference, variance = difference + (happened - chance).sum(0), variance + (chance * (1 - chance)).sum(0)
+    return difference / variance.sqrt()
+
+
+@pytest.mark.parametrize("how", ["chains", "trees"])
+def test_a_head_that_knows_a_part_of_the_tokens_keeps_the_law_while_it_learns(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its q is 0 at all others, whatever temperature, top-k and top-p make of the rest."""
+    target = tiny_llama(1, layers=2, vocab=12, initializer_range=0.2)
+    settings: dict[str, Any] = dict(rank=2, alpha=2.0, lr=3e-3, replay_passes=0, seed=1)
+    if how == "chains":
+        settings |= dict(lookahead=4, update_when="round", update_every=3, memory_tokens=0)
+    else:
+        monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
+        monkeypatch.setattr(Whims, "whim", random.Random(3))
+        settings |= dict(memory_tokens=2000, update_every=1)
+    draft = OnlineDraft(tiny_eagle3(target, KNOWN, reads=(1, 0, 2)), **settings)
+    prompt, texts = torch.tensor([[1, 4]]), []
+    torch.manual_seed(13)
+    for _ in range(20):
+        texts.append(target.generate(prompt, assistant_model=draft, do_sample=True, max_new_tokens=70, **LAW))
+    assert departures(texts, 2, target, **LAW).abs().max() < THOUSAND
+    assert departures(texts, 2, target, **LAW | {"temperature": 1.3}).abs().max() > MILLION  # the test can fail
+    metrics, tokens = draft.metrics, draft.metrics.candidates.by_source()["model"]
+    assert metrics.updates >= 20 and not metrics.failed_drafts and not metrics.failed_updates
+    assert tokens["verified"] - 200 > tokens["kept"] > 200
+
+
+class Silent(LlamaForCausalLM):
+    """Hands out no hidden states, whatever it is asked."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        output: ModelOutput = super().forward(*args, **kwargs | {"output_hidden_states": False})
+        return output
+
+
+class Unasked(LlamaForCausalLM):
+    """Cannot be asked for them."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = True,
+        return_dict: bool = True,
+    ) -> ModelOutput:
+        output: ModelOutput = super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
+        )
+        return output
+
+
+@pytest.mark.parametrize("name", ["Silent", "Unasked", "Gemma3nForCausalLM"])
+def test_a_target_without_hidden_states_is_decoded_without_the_head(name: str) -> None:
+    """Guesses are drafted as ever; nothing fails, nothing is learned, and `decisions` says why."""
+    if name == "Gemma3nForCausalLM":
+        target = of_family("gemma3n_text")  # it keeps several streams of them
+    else:
+        base = tiny_llama(1, vocab=40, layers=3)
+        target = (Silent if name == "Silent" else Unasked)(base.config).eval()
+        target.load_state_dict(base.state_dict())
+    for settings in (PER_ROUND, {}):
+        draft = OnlineDraft(tiny_eagle3(target), **settings)
+        for _ in range(3):
+            prompt = torch.arange(1, 7)[None]
+            how = GREEDY | dict(max_new_tokens=20, attention_mask=torch.ones_like(prompt))
+            assert torch.equal(target.generate(prompt, **how), target.generate(prompt, assistant_model=draft, **how))
+        metrics = draft.metrics
+        assert f"{name} hands out no hidden states" in metrics.decisions.drafting
+        assert "not learned from: its target hands out no hidden states" in metrics.decisions.learning
+        assert not metrics.updates and not metrics.failed_drafts and not metrics.failed_updates
+        assert metrics.sources["memory"] and not metrics.sources["model"] and not draft.learning.replayed()
+
+
+def test_a_head_of_another_target_is_refused_before_any_work() -> None:
+    target = tiny_llama(1, vocab=40, layers=3)
+    prompt = torch.tensor([[1, 2, 3]])
+    others = {
+        r"width 32 \(target_hidden_size\)": tiny_eagle3(tiny_llama(2, vocab=40, hidden=32)),
+        "made for 48 tokens": tiny_eagle3(tiny_llama(2, vocab=48)),
+        r"hidden_states\[4\] of its target, and LlamaForCausalLM has 3 layers": tiny_eagle3(target, reads=(1, 4, 2)),
+    }
+    for words, head in others.items():
+        draft = OnlineDraft(head, **PER_ROUND)
+        with pytest.raises(DraftError, match=words):
+            target.generate(prompt, assistant_model=draft, max_new_tokens=4)
+        assert draft.metrics.requests == 0
+    projected = of_family("opt projected")
+    with pytest.raises(DraftError, match="embedding of OPTForCausalLM is 16 wide"):
+        projected.generate(prompt, assistant_model=OnlineDraft(tiny_eagle3(projected)), max_new_tokens=4)
+    padded = tiny_eagle3(tiny_llama(2, vocab=40))
+    with pytest.raises(DraftError, match="another tokenizer"):
+        tiny_llama(1, vocab=2000, layers=3).generate(prompt, assistant_model=OnlineDraft(padded), max_new_tokens=4)
+    target.generate(prompt, assistant_model=OnlineDraft(tiny_eagle3(target, reads=(3, -1, -4))), max_new_tokens=4)
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0)
+    draft = OnlineDraft(tiny_eagle3(tiny_llama(1, vocab=40)))
+    with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration is an encoder–decoder"):
+        T5ForConditionalGeneration(config).generate(torch.tensor([[1, 2]]), assistant_model=draft, max_new_tokens=4)
+
+
+def test_an_adapter_around_a_head_is_refused_by_name() -> None:
+    head = tiny_eagle3(tiny_llama(1, vocab=40, layers=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a base without a name
+        wrapped = get_peft_model(head, LoraConfig(target_modules=["fc"], task_type="CAUSAL_LM"))
+    with pytest.raises(DraftError, match="PeftModel around the head Eagle3Head"):
+        OnlineDraft(wrapped)
+
+
+def test_in_another_loop_a_head_is_refused() -> None:
+    draft = OnlineDraft(tiny_eagle3(tiny_llama(1, vocab=40, layers=3)))
+    with pytest.raises(UnsupportedError, match="assistant_model="):
+        OnlineCandidateGenerator(draft, GenerationConfig(max_length=20), LogitsProcessorList())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_head_serves_targets_in_turns(kind: str) -> None:
+    """Of equal shape and other weights: its embedding is that of the target at hand."""
+    targets = [tiny_llama(seed, vocab=40, layers=3) for seed in (1, 2)]
+    draft = OnlineDraft(tiny_head(kind, targets[0]), **PER_ROUND)
+    for _ in range(3):
+        for target in targets:
+            prompt = torch.arange(1, 7)[None]
+            how = GREEDY | dict(max_new_tokens=12)
+            assert torch.equal(target.generate(prompt, **how), target.generate(prompt, assistant_model=draft, **how))
+    assert not draft.metrics.failed_drafts and not draft.metrics.failed_updates and draft.metrics.updates > 6
+    assert all(weight.grad is None for target in targets for weight in target.parameters())
