@@ -138,7 +138,7 @@ def test_a_head_that_knows_a_part_of_the_tokens_keeps_the_law_while_it_learns(
     assert departures(texts, 2, target, **LAW | {"temperature": 1.3}).abs().max() > MILLION  # the test can fail
     metrics, tokens = draft.metrics, draft.metrics.candidates.by_source()["model"]
     assert metrics.updates >= 20 and not metrics.failed_drafts and not metrics.failed_updates
-    assert tokens["verified"] - 200 > tokens["kept"] > 200
+    assert tokens["verified"] - 40 > tokens["kept"] > 40
 
 
 class Silent(LlamaForCausalLM):
