@@ -16,9 +16,10 @@ from hf_onlinespec.adapt.objective import Objective
 from hf_onlinespec.adapt.replay import Replay
 from hf_onlinespec.adapt.segment import PendingRequest, Scores, Segment, padded, padded_features
 from hf_onlinespec.commit.row_features import RowFeatures
+from hf_onlinespec.embedded import EmbeddedPair, prompts
 from hf_onlinespec.heads.base import Head
 from tests.drafts import flat_params, move
-from tests.heads.tiny import KINDS, tiny_head
+from tests.heads.tiny import KINDS, tiny_eagle3, tiny_head
 from tests.tiny_models import tiny_llama
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -281,3 +282,31 @@ def test_features_of_a_request_in_progress_are_counted() -> None:
     target.generate(torch.tensor([[1, 2, 3, 4]]), assistant_model=draft, max_new_tokens=30)
     grown = 64 * 20  # float32, 16 numbers of a token; and what the target said of it
     assert max(seen) - start > grown + 4 * 24 * 20
+
+
+def from_the_target(target: PreTrainedModel) -> Head:
+    """A head that says what the target's own vocabulary head says of a late hidden state, and attends at random."""
+    config = target.config
+    reads, width = (1, config.num_hidden_layers // 2, -2), config.hidden_size
+    head = tiny_eagle3(target, reads=reads, num_attention_heads=4, num_key_value_heads=4, initializer_range=0.02)
+    with torch.no_grad():
+        head.lm_head.weight.copy_(target.get_output_embeddings().weight)
+        head.norm.weight.copy_(target.model.norm.weight)
+        head.fc.weight.zero_()[:, -width:] = torch.eye(width)
+    return head
+
+
+def test_a_new_head_of_a_trained_target_is_accepted_more_often_with_every_request(pair: EmbeddedPair) -> None:
+    """Of one domain, without memory and recycling: what is kept is the head's."""
+    target, orders = pair.target, [pair.tokenizer(text, return_tensors="pt") for text in prompts("orders")[:6]]
+    how = dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
+    settings = SMALL | dict(rank=16, alpha=16.0, lr=0.01, update_every=1, replay_passes=5)
+    learning, frozen = (OnlineDraft(from_the_target(target), **settings) for _ in range(2))
+    lengths: dict[str, list[float]] = {"learning": [], "frozen": []}
+    for i, one in enumerate(orders):
+        text = target.generate(**one, assistant_model=learning, **how)
+        lengths["learning"].append(learning.metrics.last.acceptance_length)
+        if i > 3:
+            assert torch.equal(text, target.generate(**one, assistant_model=frozen, onlinespec=False, **how))
+            lengths["frozen"].append(frozen.metrics.last.acceptance_length)
+    assert sum(lengths["learning"][-2:]) > sum(lengths["frozen"]) + 0.5, lengths

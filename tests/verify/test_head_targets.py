@@ -222,7 +222,7 @@ def test_an_adapter_around_a_head_is_refused_by_name() -> None:
     head = tiny_eagle3(tiny_llama(1, vocab=40, layers=3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of a base without a name
-        wrapped = get_peft_model(head, LoraConfig(target_modules=["fc"], task_type="CAUSAL_LM"))
+        wrapped = get_peft_model(head, LoraConfig(target_modules=["fc"]))
     with pytest.raises(DraftError, match="PeftModel around the head Eagle3Head"):
         OnlineDraft(wrapped)
 
