@@ -19,7 +19,7 @@ class RowFeatures:
         most: the newest so many tokens are held, and those of the latest round.
     """
 
-    def __init__(self, padding: int, most: int) -> None:
+    def __init__(self, padding: int = 0, most: int = MOST_HELD) -> None:
         self.start = self.end = padding
         self._parts: list[Tensor] = []  # each (1, n, width), one behind the other
         self._round: Tensor | None = None  # of everything that was fed in the latest round

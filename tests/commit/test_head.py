@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec._compat.hidden_states import hidden_states_inputs
 from hf_onlinespec.adapt.trainable import Prefix
-from hf_onlinespec.commit.draft_model import Reader
+from hf_onlinespec.commit.draft_model import Branch, Reader
 from hf_onlinespec.commit.head import HeadModel
 from hf_onlinespec.commit.row_features import RowFeatures
+from hf_onlinespec.govern.planner import Plan
 from hf_onlinespec.heads.base import Head
 from tests.heads.tiny import KINDS, tiny_head
 from tests.tiny_models import CACHE, tiny_llama
@@ -32,18 +34,32 @@ class Recorded(Reader):
 
     def __init__(self, reader: Reader, found: list[tuple[int, Tensor, Tensor]]) -> None:
         self._reader, self._found, self._row = reader, found, 0
+        self._paths: dict[int, Tensor] = {}  # by candidate of this round that was read: the tokens up to it
 
     @property
     def length(self) -> int:
         return self._reader.length
 
     def can_draft(self, length: int) -> bool:
-        self._row = length
+        self._row, self._paths = length, {}
         return self._reader.can_draft(length)
 
     def scores(self, served: PreTrainedModel, prefix: Tensor) -> Tensor:
         scores = self._reader.scores(served, prefix)
         self._found.append((self._row, prefix.clone(), scores.clone()))
+        self._paths |= {at - self._row - 1: prefix[:, :at].clone() for at in range(self._row, prefix.shape[1] + 1)}
+        return scores
+
+    def can_branch(self, parent: int, depth: int) -> bool:
+        return self._reader.can_branch(parent, depth)
+
+    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
+        scores = self._reader.branch(served, branches)
+        for branch, own in zip(branches, scores, strict=True):
+            assert branch.depth == self._paths[branch.parent].shape[1] - self._row
+            path = torch.cat([self._paths[branch.parent], torch.tensor([[branch.token]])], dim=1)
+            self._paths[branch.node] = path
+            self._found.append((self._row, path, own[None].clone()))
         return scores
 
     def rewind(self, length: int) -> None:
@@ -121,11 +137,18 @@ def test_drafted_tokens_are_read_from_true_features_after_every_rejection(kind: 
     assert max(drafted) == (4 if head.most is None else 3) and 1 in kept and len(kept) > 2
 
 
+class Branching(Whims):
+    """Goes on behind some of the leaves."""
+
+    def leaves_to_expand(self, plan: Plan, chances: Sequence[float], candidates: int) -> int:
+        return self.whim.randrange(len(chances) + 1) if candidates < 8 else 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_guesses_inside_of_the_chain_and_trees_leave_no_trace(kind: str, recorded, monkeypatch) -> None:
     target = target_of()
     head = tiny_head(kind, target)
-    monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
+    monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Branching)
     monkeypatch.setattr(Whims, "whim", random.Random(5))
     draft = OnlineDraft(head, lr=1e-30)  # it remembers, and learns nothing
     for seed in range(3):
@@ -134,6 +157,10 @@ def test_guesses_inside_of_the_chain_and_trees_leave_no_trace(kind: str, recorde
         target.generate(prompt, assistant_model=draft, max_new_tokens=60, **WILD | {"temperature": 1.5})
     check(recorded, head, target)
     rounds = draft.metrics.decisions.rounds
+    branches = sum(
+        len({tuple(tokens[0].tolist()) for at, tokens, _ in recorded if at == row}) > 4 for row, *_ in recorded
+    )
+    assert branches > 5 or head.most is not None
     assert all(rounds[kind] > 5 for kind in ("plain", "model", "memory", "memory+model")), rounds
 
 
