@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .._compat.generation import generative, sampled_at
-from ..errors import ConfigError
+from ..errors import ConfigError, require_whole
 from ..runtime.progress import progress
 from ..runtime.seeding import seeded
 
@@ -56,6 +56,18 @@ class Writing:
     sampled_share: float = 1 / 3
     temperature: float = 0.8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_whole("new_tokens", self.new_tokens, 2)  # the first one is the target's own: nothing drafts it
+        require_whole("batch_size", self.batch_size)
+        if not 0 <= self.sampled_share < 1:
+            raise ConfigError(
+                f"sampled_share={self.sampled_share}: expected 0 or more, and below 1: greedy answers are held out."
+            )
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"temperature={self.temperature}: expected a value above 0; sampled_share=0 samples nothing."
+            )
 
 
 def read_answers(file: Path) -> list[Answer]:

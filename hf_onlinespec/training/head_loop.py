@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require_whole
 from ..heads.eagle3 import Eagle3Head
 from ..runtime.progress import progress
 from .head_features import FeatureCache
@@ -47,6 +47,17 @@ class LoopSettings:
     max_grad_norm: float = 1.0
     checkpoint_s: float = 180.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "unrolled_steps"):
+            require_whole(name, vars(self)[name])
+        for name in ("learning_rate", "decay", "max_grad_norm"):
+            if not 0 < vars(self)[name] < float("inf"):
+                raise ConfigError(f"{name}={vars(self)[name]}: expected a value above 0.")
+        if not (self.warmup >= 0 and self.cooldown >= 0 and self.warmup + self.cooldown <= 1):
+            raise ConfigError(
+                f"warmup={self.warmup}, cooldown={self.cooldown}: expected parts of the training, 1 together at most."
+            )
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of one step of `total`."""

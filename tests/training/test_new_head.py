@@ -297,6 +297,24 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         new_head(target_of(), asked(), tmp_path / "head", replace(QUICK, draft_vocab_size=10))
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (Writing, {"new_tokens": 1}),
+        (Writing, {"sampled_share": 1.0}),
+        (Writing, {"temperature": 0.0}),
+        (LoopSettings, {"epochs": 0}),
+        (LoopSettings, {"learning_rate": -1.0}),
+        (LoopSettings, {"warmup": 0.7, "cooldown": 0.4}),
+        (HeadTraining, {"held_out": 0.0}),
+        (HeadTraining, {"draft_vocab_size": 0}),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(kind: Any, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        kind(**changes)
+
+
 def test_too_few_answers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="too few"):
         new_head(target_of(), [], tmp_path / "head", QUICK, answers=[Answer([1], [2, 3])])
