@@ -538,7 +538,7 @@ def head(
         int, typer.Option(metavar="N", help="Tokens that the head can propose.", rich_help_panel=RUN)
     ] = 8192,
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the answers.", rich_help_panel=RUN)] = 4,
-    learning_rate: Annotated[float, typer.Option(metavar="R", help="Of AdamW.", rich_help_panel=RUN)] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(metavar="R", help="Of AdamW.", rich_help_panel=RUN)] = 2e-3,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
     seed: Annotated[

@@ -29,7 +29,7 @@ class HeadSettings:
     batch_size: int = 16  # of the answers that are written
     draft_vocab: int = 8192
     epochs: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     dtype: str = AUTO
     device: str | None = None
     seed: int = 0

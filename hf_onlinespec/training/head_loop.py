@@ -20,6 +20,10 @@ from .head_features import FeatureCache
 from .head_loss import unrolled_loss
 
 BETAS = (0.9, 0.95)  # EAGLE's
+# SmolLM2-135M, one pass over 33,000 answer tokens: acceptance length 1.23 at 2e-3, 1.22 at 1e-3.
+LEARNING_RATE = 2e-3
+# The embedded pair's target, eight passes over 5,730 answer tokens: acceptance length 1.44 with 1 step, 1.66 with 3, 1.66 with 5.
+UNROLLED_STEPS = 3
 SORTED_BATCHES = 8  # batches whose answers are sorted by length together, so that little is padded; chosen
 
 
@@ -38,11 +42,11 @@ class LoopSettings:
 
     epochs: int = 4
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = LEARNING_RATE
     warmup: float = 0.05
     cooldown: float = 0.4
     weight_decay: float = 0.0
-    unrolled_steps: int = 3
+    unrolled_steps: int = UNROLLED_STEPS
     decay: float = 0.8
     max_grad_norm: float = 1.0
     checkpoint_s: float = 180.0
