@@ -307,6 +307,9 @@ class OnlineDraft(Draft):
             settings = (learning or self.settings).of_draft()
             settings = replace(settings, update_when="request", update_every=1, memory_tokens=0)
             clone = OnlineDraft(without_adapter(self.trainable.adapter), settings)
+            target = self.targets.at_hand
+            if target is not None and isinstance(clone.trainable, HeadModel):
+                clone.trainable.belongs_to(target)  # canaries come without features
             if learning is None:
                 clone.learning.learner.resume(adapter, learned)
             else:

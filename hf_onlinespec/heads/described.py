@@ -177,25 +177,32 @@ def default_reads(layers: int) -> tuple[int, int, int]:
     return 2, layers // 2, layers - 3
 
 
-def _reads(fields: _Fields, layers: int) -> tuple[int, ...]:
-    """Indices in the tuple of the target's `hidden_states`.
+def stated_reads(values: Mapping[str, Any], file: Path) -> tuple[int, ...]:
+    """Indices in the tuple of the target's `hidden_states` that the config.json of an EAGLE-3 head names; (): none. Raises DraftError.
 
     At the top of a configuration they are such indices (vLLM, speculators); in `eagle_config` they count layers, whose outputs
     are meant (SGLang), and the output of layer j is hidden state j + 1.
     """
-    nested = (fields.values.get("eagle_config") or {}).get(IDS) or []
-    top = fields.values.get(IDS) or []
+    fields = _Fields(values, file)
+    nested = (values.get("eagle_config") or {}).get(IDS) or []
+    top = values.get(IDS) or []
     for ids in (nested, top):
         if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise fields.wrong(IDS, ids, "expected a list of whole numbers")
-    reads = tuple(top) or tuple(i + 1 for i in nested) or default_reads(layers)
+    reads = tuple(top) or tuple(i + 1 for i in nested)
     if top and nested and reads != tuple(i + 1 for i in nested):
         raise fields.wrong(
             IDS, top, f"eagle_config has {nested}, which count layers, and mean {[i + 1 for i in nested]}"
         )
+    return reads
+
+
+def _reads(fields: _Fields, layers: int) -> tuple[int, ...]:
+    """The same of a target of so many layers, that has them all. Raises DraftError."""
+    reads = stated_reads(fields.values, fields.file) or default_reads(layers)
     if not all(0 <= i <= layers for i in reads):
         told = f"the target has {layers} layers, so that its hidden states are 0 to {layers}"
-        raise fields.wrong(IDS, list(nested or reads), told)
+        raise fields.wrong(IDS, list(reads), told)
     return reads
 
 

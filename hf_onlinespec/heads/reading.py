@@ -1,4 +1,4 @@
-"""read_head: a draft head from a folder, in any form that is served, for one target."""
+"""read_head: a draft head from a folder, in any form that is served, for one target; check_head: whether it is for that target."""
 
 from __future__ import annotations
 
@@ -33,7 +33,18 @@ def read_head(folder: str | Path, target_config: PretrainedConfig, dtype: torch.
         DraftError: it is no head that is served, it is damaged, or it was made for another target. The tensor or the field is named,
             before any weight is loaded but those of the vocabulary's map.
     """
-    folder = Path(folder)
+    head, tensors = _empty_head(Path(folder), target_config)
+    weights = {name: _loaded(some) for name, some in tensors.items()}
+    return _filled(head, weights, dtype)
+
+
+def check_head(folder: str | Path, target_config: PretrainedConfig) -> None:
+    """Raises DraftError as `read_head` would, but for what only the numbers of its tensors tell. Arguments as there."""
+    _empty_head(Path(folder), target_config)
+
+
+def _empty_head(folder: Path, target_config: PretrainedConfig) -> tuple[Head, dict[str, list[Stored]]]:
+    """The head without its weights, and where these are stored, by the names of its parameters. Raises DraftError."""
     values, stored = stored_config(folder), stored_tensors(folder)
     form = served_form(values, stored, folder)
     prefix = form == HYDRA and values.get("hydra_head_arch") == "prefix-mlp"
@@ -60,8 +71,7 @@ def read_head(folder: str | Path, target_config: PretrainedConfig, dtype: torch.
     if isinstance(head, Eagle3Head):
         head.form = form
         head.draft_ids = _draft_ids(head.config, maps, folder)
-    weights = {name: _loaded(some) for name, some in tensors.items()}
-    return _filled(head, weights, dtype)
+    return head, tensors
 
 
 def _empty(config: HeadConfig) -> Head:

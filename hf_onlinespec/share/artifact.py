@@ -43,6 +43,7 @@ from .folder import (
     open_tensors,
     read_file,
 )
+from .head_facts import HeadFacts
 from .history import ServingHistory
 from .json_files import parse_json
 from .lineage import Lineage
@@ -71,7 +72,8 @@ class Artifact:
     serving: ServingHistory  # what was measured
     lineage: Lineage = field(default_factory=Lineage)  # where it came from
     versions: dict[str, str] = field(default_factory=versions)  # of the packages that made it
-    target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head
+    target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head, or has served none yet
+    head: HeadFacts | None = None  # None: it is no head
 
     def write(self, folder: str | Path, card: str = "", curve: bytes | None = None) -> None:
         """Writes the folder, or replaces what an earlier `write` left there.
@@ -98,7 +100,14 @@ class Artifact:
             (folder / CURVE).write_bytes(curve)
         files = {name: _checksum_of(folder / name) for name in CHECKED if (folder / name).exists()}
         manifest = Manifest(
-            self.settings.to_saved(), self.base, self.versions, self.lineage, self.serving, files, self.target
+            self.settings.to_saved(),
+            self.base,
+            self.versions,
+            self.lineage,
+            self.serving,
+            files,
+            self.target,
+            self.head,
         )
         # The set is complete from here on, see `finish_interrupted_write`.
         part = folder / MANIFEST_PART
@@ -137,6 +146,7 @@ class Artifact:
             manifest.lineage,
             manifest.versions,
             manifest.target,
+            manifest.head,
         )
 
 

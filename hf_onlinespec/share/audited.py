@@ -21,6 +21,7 @@ class AdaptedModel(Protocol):
 
     adapter: GatedLora
     positions: int  # the longest context that it may see
+    ids: Tensor | None  # the target's ids (n,) that it has logits for; None: those of its vocabulary, in order
 
     def logits(self, tokens: Tensor, n: int, base: bool = False) -> Tensor: ...
 
@@ -44,3 +45,13 @@ class Audited(Protocol):
     def steps(self) -> int: ...  # gradient steps that the adapter has taken
 
     def clone_for_audit(self, learning: OnlineSpecConfig | None = None) -> Audited: ...
+
+
+def logits_of_all_ids(draft: Audited, tokens: Tensor, n: int, base: bool) -> Tensor:
+    """What a draft says after each of the last n of `tokens` (rows, L): (rows, n, vocab), -inf where a head has no such token."""
+    logits, ids = draft.trainable.logits(tokens, n, base), draft.trainable.ids
+    if ids is None:
+        return logits
+    found = logits.new_full((*logits.shape[:-1], draft.vocabulary.size), -torch.inf)
+    found[..., ids] = logits
+    return found

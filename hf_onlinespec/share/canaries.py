@@ -22,7 +22,7 @@ from .._compat.devices import doubles
 from ..adapt.feedback import Feedback, Teacher
 from ..errors import ConfigError, DraftError, require_whole
 from ..runtime.progress import Bar
-from .audited import Audited
+from .audited import Audited, logits_of_all_ids
 
 PREFIX, SECRET = 8, 6  # tokens of a canary
 ALPHABET = 10  # letters of a secret, as many as there are digits: 10^6 secrets, 19.9 bits
@@ -53,19 +53,29 @@ class Exposure:
 
 
 def make_canaries(
-    vocabulary: int, n: int, seed: int = 0, length: int = SECRET, prefix: int = PREFIX, alphabet: int = ALPHABET
+    vocabulary: int,
+    n: int,
+    seed: int = 0,
+    length: int = SECRET,
+    prefix: int = PREFIX,
+    alphabet: int = ALPHABET,
+    ids: Tensor | None = None,
 ) -> list[Canary]:
     """n secrets of one alphabet, each after a prefix of its own; the same ones for the same seed.
+
+    Args:
+        ids: tokens (m,) that secrets are made of; None: all of the vocabulary.
 
     Raises:
         ConfigError: a number below 1, or an alphabet that the vocabulary does not hold.
     """
     for name, value in {"canaries": n, "length": length, "prefix": prefix}.items():
         require_whole(name, value)
-    if require_whole("alphabet", alphabet, 2) > vocabulary:
-        raise ConfigError(f"alphabet={alphabet}: expected at most the vocabulary's {vocabulary} tokens.")
+    known = torch.arange(vocabulary) if ids is None else ids.cpu()
+    if require_whole("alphabet", alphabet, 2) > len(known):
+        raise ConfigError(f"alphabet={alphabet}: expected at most the vocabulary's {len(known)} tokens.")
     generator = torch.Generator().manual_seed(seed)
-    letters = torch.randperm(vocabulary, generator=generator)[:alphabet]
+    letters = known[torch.randperm(len(known), generator=generator)[:alphabet]]
     found = []
     for _ in range(n):
         context = torch.randint(vocabulary, (prefix,), generator=generator)
@@ -74,15 +84,25 @@ def make_canaries(
     return found
 
 
-def as_feedback(tokens: Tensor, n: int | None = None) -> Feedback:
-    """Text (L,) as if the target had been sure of its last n tokens; None: of all but the first."""
+def as_feedback(tokens: Tensor, n: int | None = None, ids: Tensor | None = None) -> Feedback:
+    """Text (L,) as if the target had been sure of its last n tokens; None: of all but the first.
+
+    Args:
+        ids: of the target that the draft has logits for, ascending (m,): it learns nothing at others; None: all.
+    """
     n = len(tokens) - 1 if n is None else n
     if tokens.dim() != 1 or not 1 <= n < len(tokens):
         raise ConfigError(
             f"A text of shape {tuple(tokens.shape)}, {n} of them written: expected a written token behind another."
         )
-    log_probs = torch.full((n, 1), math.log(SURE))
-    teacher = Teacher(log_probs, tokens[-n:, None].cpu(), torch.full((n,), math.log1p(-SURE)))
+    written, log_probs = tokens[-n:].cpu(), torch.full((n, 1), math.log(SURE))
+    log_tail = torch.full((n,), math.log1p(-SURE))
+    if ids is None:
+        return Feedback(tokens.cpu(), Teacher(log_probs, written[:, None], log_tail))
+    places = torch.searchsorted(ids.cpu(), written).clamp_max(len(ids) - 1)
+    unknown = ids.cpu()[places] != written
+    log_probs[unknown], log_tail[unknown] = -torch.inf, -torch.inf
+    teacher = Teacher(log_probs, places[:, None], log_tail, len(ids), has_gaps=bool(unknown.any()))
     return Feedback(tokens.cpu(), teacher)
 
 
@@ -102,7 +122,7 @@ def plant(draft: Audited, canaries: Sequence[Canary], repeats: int = 1, bar: Bar
 
     Each plant is a request of its own, replayed like any other. Raises ConfigError where a canary is longer than the draft reads.
     """
-    texts = [as_feedback(canary.tokens, len(canary.secret)) for canary in canaries]
+    texts = [as_feedback(canary.tokens, len(canary.secret), draft.trainable.ids) for canary in canaries]
     for text in texts:
         check_text(draft, text, draft.vocabulary.size)
     for _ in range(repeats):
@@ -143,6 +163,8 @@ def probe(draft: Audited, canaries: Sequence[Canary], references: int = REFERENC
 def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple[Tensor, Tensor]:
     """Of the last n tokens of every row of `tokens` (rows, L): log-likelihoods (rows, n), and whether each is the likeliest token.
 
+    Of a token that a head cannot say the log-likelihood counts as 0, of the evolved and of the base draft alike.
+
     Args:
         base: under the base draft, whatever was learned.
 
@@ -155,8 +177,11 @@ def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple
     size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
     found, likeliest = [], []
     for part in tokens.to(draft.device).split(size):
-        logits = draft.trainable.logits(part[:, :-1], n, base)
-        found.append(doubles(logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)))
+        logits = logits_of_all_ids(draft, part[:, :-1], n, base)
+        likely = logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)
+        if draft.trainable.ids is not None:
+            likely = likely.masked_fill(~torch.isin(part[:, -n:], draft.trainable.ids), 0.0)
+        found.append(doubles(likely))
         likeliest.append((logits.argmax(-1) == part[:, -n:]).cpu())
     log_probs = torch.cat(found)
     if not bool(torch.isfinite(log_probs).all()):

@@ -6,7 +6,6 @@ holds no text of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -30,6 +29,7 @@ from .card_tables import (
     steps_text,
 )
 from .curve import curve
+from .head_facts import HeadFacts
 from .history import ServingHistory
 from .lineage import Lineage
 from .public import is_repo_id
@@ -56,6 +56,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 target, tokenizer = AutoModelForCausalLM.from_pretrained({target}), AutoTokenizer.from_pretrained({target})
 draft = OnlineDraft.from_pretrained({draft})
 out = target.generate(**tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64, assistant_model=draft)"""
+
+# What is said of a draft model, and of a draft head.
+ELSEWHERE = """\
+With other libraries it is an ordinary PEFT adapter that
+drafts and does not learn. Where the base ties its embedding to its head and both are adapted, PEFT warns about it when it loads the
+adapter; it drafts correctly, but `merge_and_unload` gives wrong weights unless the two are untied first. `OnlineDraft.merge_and_export`
+does that."""
+HEAD_ELSEWHERE = """\
+`draft.merge_and_export(FOLDER)` writes
+the head with what it learned as an ordinary head folder, in the form that the head was read in."""
+EAGLE3_ELSEWHERE = """ `form="eagle3"` is what vLLM and SGLang load,
+`form="speculators"` what vLLM loads."""
+OTHERS = """\
+It was trained for the target and for prompts like those that it served. With another target, or prompts of another kind, it may draft
+  worse than its base; it needs the target's tokenizer."""
+HEAD_OTHERS = """\
+It reads hidden states of its target, and was trained for this one and for prompts like those that it served. With prompts of another
+  kind, or a copy of the target with other weights, it may draft worse than the head that it began with; another target is refused."""
 
 
 def write(
@@ -97,13 +115,19 @@ def model_card(
     serving, settings, base = artifact.serving, artifact.settings, artifact.base
     title = f"Evolved draft of {plain_text(base.name) or 'a model'}" if repo_id is None else repo_id.rpartition("/")[2]
     license, machine = artifact.lineage.license, serving.machine.to_dict()
-    usage_note, usage = _usage(serving.targets, base, repo_id)
+    usage_note, usage = _usage(artifact, repo_id)
+    head = artifact.head
+    base_name = "base draft" if head is None else "draft head"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         metadata=_metadata(serving, base, title, license).to_yaml(),
         title=escaped(title),
+        what="A draft model" if head is None else f"A draft head ({head.kind})",
+        begun_on="its base draft" if head is None else "the head that it began with",
+        base_name=base_name,
         base=_base(base),
-        targets=", ".join(map(code_span, serving.targets)) or NO_NAME,
-        lineage=_lineage(artifact.lineage),
+        head_rows="" if head is None else _head_rows(head),
+        targets=_targets(artifact),
+        lineage=_lineage(artifact.lineage, base_name),
         learner=learner_text(settings),
         schedule=schedule_text(settings),
         served=served_text(serving),
@@ -118,7 +142,26 @@ def model_card(
         else "No licence of the adapter is stated.",
         usage_note=usage_note,
         usage=usage,
+        elsewhere=ELSEWHERE if head is None else _head_elsewhere(head),
+        others=OTHERS if head is None else HEAD_OTHERS,
     )
+
+
+def _head_rows(head: HeadFacts) -> str:
+    return f"| kind | {head.kind} |\n| reads | {head.reads_text} |\n| draft vocabulary | {head.vocabulary_text} |\n"
+
+
+def _head_elsewhere(head: HeadFacts) -> str:
+    return HEAD_ELSEWHERE + (EAGLE3_ELSEWHERE if head.kind == "EAGLE-3" else "")
+
+
+def _targets(artifact: Artifact) -> str:
+    """What it drafted for; of the target that a head has learned for, how it is told from others."""
+    names, target = list(artifact.serving.targets), artifact.target
+    if target is None:
+        return ", ".join(map(code_span, names)) or NO_NAME
+    others = [code_span(name) for name in names if name != target.name]
+    return ", ".join([_base(target), *others])
 
 
 def _metadata(serving: ServingHistory, base: BaseFingerprint, title: str, license: str | None) -> ModelCardData:
@@ -165,18 +208,22 @@ def _base(base: BaseFingerprint) -> str:
     return f"{named(base.name)}{revision}; fingerprints: weights {code_span(base.weights)}, configuration {code_span(base.config)}"
 
 
-def _lineage(lineage: Lineage) -> str:
-    """Where it came from, those that were merged into it with their own."""
+def _lineage(lineage: Lineage, base_name: str) -> str:
+    """Where it came from, those that were merged into it with their own.
+
+    Args:
+        base_name: what its base is called.
+    """
     steps = []
     if lineage.parent is not None:
         revision = "" if lineage.parent.revision is None else f" at {code_span(lineage.parent.revision)}"
         steps.append(f"goes on from {code_span(lineage.parent.source)}{revision}")
     if lineage.merged:
-        parts = (f"[{_lineage(part)}] × {part.weight:.4g}" for part in lineage.merged)
+        parts = (f"[{_lineage(part, base_name)}] × {part.weight:.4g}" for part in lineage.merged)
         steps.append(f"merged: {' + '.join(parts)}")
     elif lineage.merged_left_out is not None:
         steps.append(f"merged from {lineage.merged_left_out:,} drafts, directly or not, which are left out here")
-    steps = (steps or ["begun on the base draft"]) + _trained(lineage)
+    steps = (steps or [f"begun on the {base_name}"]) + _trained(lineage)
     if lineage.distilled is not None:
         rank, error = lineage.distilled.rank, lineage.distilled.relative_error
         steps.append(f"distilled to rank {rank}, which left out {error:.1%} of the change")
@@ -214,15 +261,20 @@ def _data(lineage: Lineage, statement: str | None) -> str:
     return text
 
 
-def _usage(targets: Sequence[str], base: BaseFingerprint, repo_id: str | None) -> tuple[str, str]:
+def _usage(artifact: Artifact, repo_id: str | None) -> tuple[str, str]:
     """A sentence, and lines that run, once the names are filled in that only the reader knows."""
+    base, targets = artifact.base, artifact.serving.targets
     source = quoted("." if repo_id is None else repo_id)
     target = targets[0] if targets else ""
+    if artifact.target is not None:
+        target = artifact.target.name
     unknown = []
     if base.name != EMBEDDED and not _is_on_hub(base):
         source += f", base_model={quoted(YOUR_BASE)}"
         unknown.append(_to_fill_in(YOUR_BASE, base.name))
     lines = EMBEDDED_USAGE if target == EMBEDDED_TARGET else USAGE
+    if artifact.head is not None:
+        source += f", target={'pair.target' if target == EMBEDDED_TARGET else 'target'}"
     if target != EMBEDDED_TARGET and not ("/" in target and is_repo_id(target)):  # without "/": a folder's name, mostly
         unknown.append(_to_fill_in(YOUR_TARGET, target))
         target = YOUR_TARGET

@@ -22,16 +22,26 @@ logger = logging.getLogger(__name__)
 FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "hydra_lm_head.pt"]
 
 
-def head_folder(name: str, revision: str | None = None, token: str | None = None) -> Path | None:
-    """Where the files of a draft head are; None: it is no head, or it is not known."""
+def names_head(name: str, revision: str | None = None, token: str | None = None) -> bool:
+    """Whether a draft head is in a folder or on the Hub; False too where that is not known: whoever loads it as a model says why."""
     if Path(name).is_dir():
-        return Path(name) if is_head(name) else None
+        return is_head(name)
     try:
         stated = json.loads(Path(hf_hub_download(name, CONFIG, revision=revision, token=token)).read_text("utf-8"))
-        if not isinstance(stated, dict) or not is_head_config(stated):
-            return None
+        return isinstance(stated, dict) and is_head_config(stated)
+    except (*HUB_FAILURES, OSError, ValueError):
+        return False
+
+
+def head_folder(name: str, revision: str | None = None, token: str | None = None) -> Path | None:
+    """Where the files of a draft head are, downloaded if need be; None: it is no head, or it is not known."""
+    if not names_head(name, revision, token):
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, token=token))
-    except (*HUB_FAILURES, OSError, ValueError):  # whoever loads it as a model finds out, and says why
+    except (*HUB_FAILURES, OSError, ValueError):
         return None
 
 

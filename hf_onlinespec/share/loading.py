@@ -27,7 +27,7 @@ from .artifact import Artifact, Outline
 from .base_models import check_base, is_embedded, load_base, load_model, named_base, why_not_loaded
 from .fit import PREFIX, check_layers, check_shapes, check_size, names_of
 from .folder import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, header_of, is_artifact, read_json, read_tensors
-from .heads import check_learned_for
+from .heads import check_learned_for, head_folder
 from .learned_from import loaded_record
 from .lineage import Lineage, Parent
 from .lora_options import LoraOptions
@@ -71,12 +71,12 @@ def load(
     options = read_plain_options(origin.folder)
     settings = _as_adapter(config if config is not None else OnlineSpecConfig(), options)
     settings = replace(settings, target_modules=options.target_modules)
-    base = _draftable(NamedBase.of(origin).load(base_model, token, target))
+    base = draftable(NamedBase.of(origin).load(base_model, token, target))
     adapter = read_plain_adapter(origin.folder, settings, base)
     return Loaded(base, settings, adapter=adapter, lineage=Lineage(parent=origin.parent), target=target)
 
 
-def _draftable(model: PreTrainedModel) -> PreTrainedModel:
+def draftable(model: PreTrainedModel) -> PreTrainedModel:
     """The model to adapt. Raises DraftError."""
     return model if isinstance(model, Head) else plain_draft(model)
 
@@ -91,7 +91,7 @@ def _load_evolved(
     target: PreTrainedModel | None,
 ) -> Loaded:
     outline = Outline.read(folder)
-    base = _draftable(NamedBase.of(origin).load(base_model, token, target))
+    base = draftable(NamedBase.of(origin).load(base_model, token, target))
     check_base(outline.manifest.base, BaseFingerprint.of(base), force)
     if target is not None and outline.manifest.target is not None:
         check_learned_for(outline.manifest.target, target, force)
@@ -138,6 +138,21 @@ def is_evolved(source: str) -> bool:
     return True
 
 
+def head_of(source: str | Path, base: str | Path | None = None) -> Path | None:
+    """Where the draft head is that a source holds, or that its adapter was made for; None: the draft is no head.
+
+    Args:
+        base: the model that an adapter is used on; None: the one that it was made for.
+
+    Raises:
+        DraftError, ArtifactError, HubError: the source is not there, or damaged.
+    """
+    origin = locate(source)
+    if origin.folder is None:
+        return head_folder(str(source))
+    return NamedBase.of(origin).head_folder() if base is None else head_folder(str(base))
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a source turned out to hold."""
@@ -182,6 +197,12 @@ class NamedBase:
     ) -> PreTrainedModel:
         """The model; arguments and errors are those of `load_base`."""
         return load_base(base_model, self.expected, self.name_or_path, token, self.revision, target)
+
+    def head_folder(self) -> Path | None:
+        """Where its files are, if it is a draft head; None: it is none, or it is not known. Raises DraftError."""
+        if is_embedded(self.expected, self.name_or_path):
+            return None
+        return head_folder(*named_base(self.expected, self.name_or_path, self.revision))
 
     def config(self) -> PretrainedConfig | None:
         """Its configuration alone, before weights are read; None: `load` will say why there is none. Raises DraftError."""

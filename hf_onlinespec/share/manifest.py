@@ -12,13 +12,14 @@ from ..errors import ArtifactError, OnlineSpecError, brief
 from ..models.identity import BaseFingerprint
 from .files import checksum
 from .folder import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, STATE, is_artifact, path_of, read_file
+from .head_facts import HeadFacts
 from .history import ServingHistory
 from .json_files import MOST_JSON_BYTES, parse_json
 from .lineage import Lineage
 
 FORMAT = 1
 KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files", "checksum"}
-OF_HEADS = {"target"}  # in the manifest of a head alone
+OF_HEADS = {"target", "head"}  # in the manifest of a head alone
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Manifest:
     lineage: Lineage
     serving: ServingHistory
     files: dict[str, str]  # their checksums
-    target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head
+    target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head, or has served none yet
+    head: HeadFacts | None = None  # None: it is no head
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -81,6 +83,7 @@ class Manifest:
             serving=ServingHistory.from_dict(found["run"], f"{path}: run"),
             files=files,
             target=BaseFingerprint.from_dict(found["target"]) if "target" in found else None,
+            head=HeadFacts.from_dict(found["head"]) if "head" in found else None,
         )
 
     def dump(self, path: Path) -> bytes:
@@ -96,6 +99,8 @@ class Manifest:
         }
         if self.target is not None:
             manifest["target"] = asdict(self.target)
+        if self.head is not None:
+            manifest["head"] = self.head.to_dict()
         data = to_json(manifest | {"checksum": own_checksum(manifest)}).encode()
         self.parse(data, path)  # what could not be read again is not written
         if len(data) > MOST_JSON_BYTES:

@@ -32,7 +32,7 @@ from .._compat.devices import doubles
 from ..adapt.learned_texts import Examined, LearnedText, written_often
 from ..models.opening import opening_tokens
 from ..runtime.progress import progress
-from .audited import Audited
+from .audited import Audited, logits_of_all_ids
 from .learned_from import examined_state
 from .privacy_record import GAIN_BITS, OFTEN_BITS
 
@@ -146,7 +146,7 @@ def _takes_tokens_alone(target: PreTrainedModel) -> bool:
 
 
 def _reader(draft: Audited, base: bool) -> Reader:
-    return lambda tokens: draft.trainable.logits(tokens, tokens.shape[1], base)
+    return lambda tokens: logits_of_all_ids(draft, tokens, tokens.shape[1], base)
 
 
 def _needs_opening(draft: Audited, base: Reader, texts: Sequence[LearnedText]) -> bool:

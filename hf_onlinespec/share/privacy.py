@@ -59,7 +59,7 @@ def audit(
     for often in repeats:
         require_whole("repeats", often)
     vocabulary = draft.vocabulary.size
-    secrets = make_canaries(vocabulary, canaries, seed)
+    secrets = make_canaries(vocabulary, canaries, seed, ids=draft.trainable.ids)
     if own is None:
         own = draft.learning.replayed()
     afterwards = own[-AFTERWARDS:] if afterwards is None else afterwards
@@ -103,7 +103,8 @@ def _as_it_learned(draft: Audited, known: PrivacyRecord) -> tuple[PrivacyRecord,
     found: list[Probed] = []
     if not known.has_main_prompt or not draft.steps:
         return known, found
-    often, secrets = min(known.repeats, MOST_REPEATS), make_canaries(draft.vocabulary.size, CANARIES)
+    often = min(known.repeats, MOST_REPEATS)
+    secrets = make_canaries(draft.vocabulary.size, CANARIES, ids=draft.trainable.ids)
     for learned in known.settings:
         settings = learned_settings(draft, learned)
         if settings is None:

@@ -27,6 +27,9 @@ def public_version(artifact: Artifact) -> Artifact:
     base = artifact.base
     if not is_public(base.name, base.revision):
         base = replace(base, name="")
+    target = artifact.target
+    if target is not None and not is_public(target.name, target.revision):
+        target = replace(target, name="")
     machine = artifact.serving.machine
     gpu = None if machine.gpu is None else WITHHELD
     serving = replace(
@@ -41,6 +44,7 @@ def public_version(artifact: Artifact) -> Artifact:
         artifact,
         settings=settings,
         base=base,
+        target=target,
         options=replace(
             artifact.options,
             base_name=base.name,

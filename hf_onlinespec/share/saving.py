@@ -16,6 +16,7 @@ from ..state import State
 from . import card
 from .artifact import Artifact
 from .audited import Audited
+from .head_facts import HeadFacts
 from .history import ServingHistory
 from .learned_from import privacy_record
 from .lora_options import LoraOptions
@@ -50,6 +51,7 @@ def artifact_of(draft: Saved) -> Artifact:
             serving=ServingHistory.of(draft.metrics, draft.targets.names),
             lineage=replace(copy.deepcopy(draft.lineage), privacy=privacy_record(draft)),
             target=draft.target_identity,
+            head=HeadFacts.of(draft.config),
         )
 
 

@@ -24,14 +24,14 @@ from ..config import ENSEMBLE, OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError, require_whole
 from ..models.identity import BaseFingerprint
-from ..models.plain import plain_draft
 from ..runtime.progress import each
 from ..share.artifact import Artifact
 from ..share.base_models import check_base, load_base
 from ..share.fit import PARTS, PREFIX, check_layers, check_size, names_of
+from ..share.heads import check_learned_for
 from ..share.learned_from import merged_record
 from ..share.lineage import Distilled, merged_lineages
-from ..share.loading import locate
+from ..share.loading import draftable, locate
 from ..share.resuming import adopt
 from ..share.targets import Targets
 from ..share.tensor_files import shapes_of
@@ -82,6 +82,7 @@ def combine(
     base_model: PreTrainedModel | str | Path | None = None,
     weights: Sequence[float] | None = None,
     config: OnlineSpecConfig | None = None,
+    target: PreTrainedModel | None = None,
 ) -> OnlineDraft:
     """One draft from several of one base, exactly: its rank is the sum of theirs. It learns on with a new state.
 
@@ -94,10 +95,11 @@ def combine(
         base_model: the base draft, or its name; None: the one that the first was made for.
         weights: factors of the adapters' changes; None: 1 / n each, their mean.
         config: settings to go on with, of a single learner; None: those of the first. Rank, alpha and layers are set here.
+        target: that draft heads are for.
 
     Raises:
         ConfigError: there is nothing to combine, or a weight that is not finite.
-        ArtifactError: they belong to different bases.
+        ArtifactError: they belong to different bases, or were trained for another target.
     """
     if not artifacts:
         raise ConfigError("artifacts is empty: expected at least one evolved draft.")
@@ -112,7 +114,8 @@ def combine(
                 f"  one:     {first.base}\n  another: {other.base}"
             )
     layers = sorted(set().union(*(_layers(artifact.adapter) for artifact in artifacts)))
-    draft = _new_draft(artifacts, base_model, config, sum(artifact.options.rank for artifact in artifacts), layers)
+    rank = sum(artifact.options.rank for artifact in artifacts)
+    draft = _new_draft(artifacts, base_model, config, rank, layers, target)
     changes = [_changes(artifact) for artifact in artifacts]
     joined: dict[str, Factors] = {}
     for layer in layers:
@@ -131,6 +134,7 @@ def distil(
     rank: int,
     base_model: PreTrainedModel | str | Path | None = None,
     config: OnlineSpecConfig | None = None,
+    target: PreTrainedModel | None = None,
 ) -> tuple[OnlineDraft, Distillation]:
     """The best approximation of lower rank, layer by layer, and what it leaves out. It learns on with a new state.
 
@@ -139,14 +143,14 @@ def distil(
 
     Args:
         rank: of the new adapter; one that is not lower changes nothing.
-        base_model, config: as in `combine`.
+        base_model, config, target: as in `combine`.
 
     Raises:
         ConfigError: the rank is below 1.
         ArtifactError: the adapter was not made for this base.
     """
     require_whole("rank", rank)
-    draft = _new_draft([artifact], base_model, config, rank, sorted(_layers(artifact.adapter)))
+    draft = _new_draft([artifact], base_model, config, rank, sorted(_layers(artifact.adapter)), target)
     changes = _changes(artifact)
     approximated: dict[str, Factors] = {}
     lost: dict[str, float] = {}
@@ -213,6 +217,7 @@ def _new_draft(
     config: OnlineSpecConfig | None,
     rank: int,
     layers: Sequence[str],
+    target: PreTrainedModel | None,
 ) -> OnlineDraft:
     """A new draft of this rank for what these adapters change, that has learned nothing yet."""
     first = artifacts[0]
@@ -221,10 +226,12 @@ def _new_draft(
         if config is not None:
             raise ConfigError("learner='ensemble': combined adapters are one expert. Use another learner to go on.")
         settings = replace(settings, learner=settings.expert_learner)
-    base = plain_draft(load_base(base_model, first.base, first.options.base_name or ""))
+    base = draftable(load_base(base_model, first.base, first.options.base_name or "", target=target))
     check_base(first.base, BaseFingerprint.of(base), force=False)
     sizes = []
     for artifact in artifacts:
+        if target is not None and artifact.target is not None:
+            check_learned_for(artifact.target, target, force=False)
         shapes = shapes_of(artifact.adapter)
         check_layers(shapes, artifact.options.target_modules, artifact.settings, base)
         sizes += [4 * math.prod(shape) for shape in shapes.values()]
@@ -239,6 +246,8 @@ def _new_draft(
         ),
     )
     draft.targets = Targets(name for artifact in artifacts for name in artifact.serving.targets)
+    if target is not None:
+        draft.serves(target)
     return draft
 
 
