@@ -171,6 +171,13 @@ class Domain(str, Enum):
     sql = "sql"
 
 
+class HeadForm(str, Enum):
+    """What `--form` takes."""
+
+    eagle3 = "eagle3"
+    speculators = "speculators"
+
+
 class Dtype(str, Enum):
     """What `--dtype` takes."""
 
@@ -211,6 +218,15 @@ DraftOption = Annotated[
         rich_help_panel=MODELS,
     ),
 ]
+OwnDraftOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME_OR_PATH",
+        help="A smaller model with the same tokenizer, a draft head of the target, or a saved draft.",
+        show_default="the suffix memory drafts alone",
+        rich_help_panel=MODELS,
+    ),
+]
 EmbeddedOption = Annotated[
     bool, typer.Option("--embedded", help="Use the pair that ships with the package.", rich_help_panel=MODELS)
 ]
@@ -231,6 +247,14 @@ BaseOption = Annotated[
     str | None,
     typer.Option(metavar="NAME_OR_PATH", help="The base draft.", show_default="the one that it was made for"),
 ]
+HeadTargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME_OR_PATH",
+        help="Of a draft head: the model that it drafts for.",
+        show_default="the one that it learned for",
+    ),
+]
 
 
 @app.command("try")
@@ -239,7 +263,7 @@ def try_(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="The model to be accelerated: a folder or a name on the Hub.")
     ],
-    draft: DraftOption = None,
+    draft: OwnDraftOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -278,7 +302,7 @@ def try_(
 ) -> int:
     """Try it on your own model: does it pay, and are the answers the same?
 
-    Sends real prompts through plain generation, transformers' prompt lookup (and its assisted generation, with --draft) and
+    Sends real prompts through plain generation, transformers' prompt lookup (and its assisted generation, with a model as --draft) and
     ours, in turns, for about three minutes. Says how fast each is, whether every answer is plain generation's, what was
     learned, and what to paste into your code. Exit code 1: an answer of ours differs by more than rounding.
 
@@ -297,15 +321,7 @@ def try_(
 @reports_errors
 def chat(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The model: a folder or a name on the Hub.")],
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_PATH",
-            help="A smaller model with the same tokenizer, or a saved draft.",
-            show_default="the suffix memory drafts alone",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
+    draft: OwnDraftOption = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.", rich_help_panel=RUN)] = None,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", rich_help_panel=RUN)] = 512,
     temperature: Annotated[
@@ -348,15 +364,7 @@ def serve(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="The model to be served: a folder or a name on the Hub.")
     ],
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_PATH",
-            help="A smaller model with the same tokenizer, or a saved draft.",
-            show_default="the suffix memory drafts alone",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
+    draft: OwnDraftOption = None,
     host: Annotated[str, typer.Option(help="Address to listen at.", rich_help_panel=RUN)] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.", rich_help_panel=RUN)] = 8000,
     allow_remote: Annotated[
@@ -496,10 +504,10 @@ def regret(
 @app.command()
 @reports_errors
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="FOLDER_OR_REPO", help="A saved draft.")],
+    source: Annotated[str, typer.Argument(metavar="FOLDER_OR_REPO", help="A saved draft, or a draft head.")],
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")] = None,
 ) -> int:
-    """Show what an evolved draft is, and what it measured.
+    """Show what an evolved draft is, and what it measured; of a draft head which it is, and what it reads.
 
     Example: `hf-onlinespec inspect demo-out/evolved`
     """
@@ -590,6 +598,7 @@ def push(
     ] = False,
     license: Annotated[str | None, typer.Option(metavar="NAME", help="Of the adapter, as the Hub names it.")] = None,
     base: BaseOption = None,
+    target: HeadTargetOption = None,
 ) -> int:
     """Push a saved draft to the Hub.
 
@@ -612,6 +621,7 @@ def push(
         with_state=with_state,
         license=license,
         base=base,
+        target=target,
     )
 
 
@@ -644,18 +654,26 @@ def merge(
     ] = None,
     rank: Annotated[int | None, typer.Option(metavar="R", help="Distil to this rank.")] = None,
     base: BaseOption = None,
-    export: Annotated[bool, typer.Option("--export", help="Write a plain causal language model.")] = False,
+    export: Annotated[
+        bool, typer.Option("--export", help="Write a plain causal language model, or an ordinary draft head.")
+    ] = False,
+    form: Annotated[
+        HeadForm | None,
+        typer.Option(help="Of an EAGLE-3 head that is exported.", show_default="the one that it was read in"),
+    ] = None,
+    target: HeadTargetOption = None,
 ) -> int:
     """Combine evolved drafts, distil them to a rank, or merge them into a plain model.
 
     Combines drafts of one base exactly: the rank of the result is the sum of theirs. --rank distils it, --export writes a
-    plain causal language model for transformers, vLLM or SGLang instead of an adapter.
+    plain causal language model for transformers, vLLM or SGLang instead of an adapter; of draft heads an ordinary head, for
+    vLLM and SGLang (--form eagle3) or vLLM (--form speculators).
 
     Example: `hf-onlinespec merge ./a ./b --weights 0.25 0.75 --out ./both`
     """
     from hf_onlinespec.cli.drafts import run_merge
 
-    return run_merge(sources, out, weights or None, rank, base, export)
+    return run_merge(sources, out, weights or None, rank, base, export, None if form is None else form.value, target)
 
 
 @app.command()
@@ -673,6 +691,7 @@ def audit(
         str | None, typer.Option(metavar="NAME_OR_PATH", help="For the texts.", show_default="the base's")
     ] = None,
     base: BaseOption = None,
+    target: HeadTargetOption = None,
     seed: Annotated[int, typer.Option(help="Chooses the canaries.")] = 0,
 ) -> int:
     """Show what an evolved draft gives away of the text it learned from.
@@ -684,7 +703,7 @@ def audit(
     """
     from hf_onlinespec.cli.drafts import run_audit
 
-    return run_audit(source, canaries, own, held_out, tokenizer, base, seed)
+    return run_audit(source, canaries, own, held_out, tokenizer, base, seed, target)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec
 
+from transformers import PreTrainedModel
+
 from .._compat.models import model_name
 from ..adapt.feedback import Feedback
 from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError, OnlineSpecError
+from ..heads.outline import HeadOutline
 from ..share import card
 from ..share.artifact import Artifact, Outline
 from ..share.canaries import as_feedback
 from ..share.export import merge_and_export
 from ..share.folder import ADAPTER, STATE
+from ..share.heads import head_folder
 from ..share.hub import Push, known_parent
 from ..share.lineage import Lineage
 from ..share.loading import locate
+from ..share.manifest import Manifest
 from ..share.privacy import audit, check_privacy
 from ..training.combining import combine, distil, no_evolved_draft, read_evolved
 from ..training.corpus import read_corpus
 from .common import FOUND, check_own, check_seed, check_writable, quiet_libraries
-from .loading import load_tokenizer
+from .loading import best_device, load_model, load_tokenizer
 
 P = ParamSpec("P")
 
@@ -37,6 +42,7 @@ OPTIONS = {
     "skip_audit": (("skip_audit=True", "--skip-audit"),),
     "force": (("force=True", "--force"),),
     "base": (("base_model=", "--base"),),
+    "target": (("target=", "--target"),),
     "license": (("license=", "--license "),),
 }
 
@@ -74,8 +80,12 @@ def in_options(message: str, known: set[str]) -> str:
 
 @in_own_options
 def run_inspect(source: str, revision: str | None = None) -> int:
-    """Prints what an evolved draft is, and what it measured."""
+    """Prints what an evolved draft or a draft head is; of the former also what it measured."""
     origin = locate(source, revision)
+    head = head_folder(source, revision) if origin.folder is None else None
+    if head is not None:
+        print("\n".join(_head_lines(HeadOutline.read(head))))
+        return 0
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(source)
     outline = Outline.read(origin.folder)
@@ -83,6 +93,11 @@ def run_inspect(source: str, revision: str | None = None) -> int:
     default = OnlineSpecConfig().to_dict()
     changed = {k: v for k, v in settings.to_dict().items() if v != default[k]}
     print(f"base: {printable(str(outline.manifest.base))}")
+    facts, target = outline.manifest.head, outline.manifest.target
+    if facts is not None:
+        print(f"draft head: {facts.kind}, reads {facts.reads_text}; it proposes {facts.vocabulary_text}")
+    if target is not None:
+        print(f"learned for the target: {printable(str(target))}")
     print(f"learner: {settings.learner}; settings that are not the defaults: {changed or 'none'}")
     print(f"came from: {printable(_came_from(outline.manifest.lineage))}")
     print(f"targets: {printable(', '.join(serving.targets)) or 'none yet'}")
@@ -99,6 +114,37 @@ def run_inspect(source: str, revision: str | None = None) -> int:
     sizes = {ADAPTER: outline.adapter} | ({STATE: outline.state} if outline.state else {})
     print(", ".join(f"{name}: {sum(t.nbytes for t in found.values()):,} bytes" for name, found in sizes.items()))
     return 0
+
+
+def _head_lines(head: HeadOutline) -> list[str]:
+    """What is printed of a draft head that has learned nothing here."""
+    if head.reads is None:
+        reads = "hidden_states[2, L // 2, L - 3] of a target of L layers, as nothing is said"
+    else:
+        reads = "the last hidden state" if head.reads == (-1,) else f"hidden_states[{', '.join(map(str, head.reads))}]"
+    of = "" if head.vocabulary is None else f" of the target's {head.vocabulary:,}"
+    own = "all tokens of the target" if head.draft_vocabulary is None else f"{head.draft_vocabulary:,}{of} tokens"
+    return [
+        f"draft head: {head.kind}, in the form {head.form!r}",
+        f"reads: {reads}",
+        f"proposes: {own}",
+        f"size: {head.parameters:,} parameters, {head.nbytes:,} bytes",
+        "It drafts for the target that it was trained for: --draft of chat, serve and try.",
+    ]
+
+
+def _target_of(manifest: Manifest | Artifact, named: str | None) -> PreTrainedModel | None:
+    """The target that a draft head needs, as `--target` or the draft names it; None: the draft is no head. Raises ConfigError."""
+    if manifest.head is None:
+        if named is not None:
+            raise ConfigError(f"--target {named}: the draft is a whole model, and needs none. Leave it out.")
+        return None
+    name = named or (manifest.target.name if manifest.target is not None else "")
+    if not name:
+        raise ConfigError(
+            "The draft is a draft head, and does not say for which target: name it, --target NAME_OR_PATH."
+        )
+    return load_model("--target", name, device=best_device())
 
 
 def printable(text: str) -> str:
@@ -126,6 +172,7 @@ def run_push(
     with_state: bool,
     license: str | None,
     base: str | None,
+    target: str | None = None,
 ) -> int:
     """Pushes a saved draft to the Hub."""
     options = Push(
@@ -143,7 +190,8 @@ def run_push(
     options = options.with_user()
     artifact = Artifact.read(folder)
     if public and not skip_audit:
-        check_privacy(OnlineDraft.from_pretrained(folder, base_model=base))
+        model = _target_of(artifact, target)
+        check_privacy(OnlineDraft.from_pretrained(folder, base_model=base, target=model))
     commit = options.commit(artifact, known_parent(artifact.lineage, options.repo_id))
     print(f"Pushed: {options.repo_id} at {commit}")
     options.create_tag(commit)
@@ -174,23 +222,29 @@ def run_merge(
     rank: int | None,
     base: str | None,
     export: bool,
+    form: str | None = None,
+    target: str | None = None,
 ) -> int:
     """Combines, distils or exports evolved drafts."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"--out {out}: not empty. Name a new folder.")
     check_writable(out, f"--out {out}")
     artifacts = [read_evolved(source) for source in sources]
-    if len(artifacts) == 1 and rank is None and weights is None and export:
-        draft = OnlineDraft.from_pretrained(sources[0], base_model=base)
-    elif len(artifacts) == 1 and rank is None and weights is None:
+    alone = len(artifacts) == 1 and rank is None and weights is None
+    if alone and not export:
         raise ConfigError(f"One draft, {sources[0]}, and nothing to do with it: give another one, --rank or --export.")
+    if form is not None and (not export or artifacts[0].head is None):
+        raise ConfigError(f"--form {form}: it is that of a draft head that is exported. Leave it out, or add --export.")
+    model = _target_of(artifacts[0], target)
+    if alone:
+        draft = OnlineDraft.from_pretrained(sources[0], base_model=base, target=model)
     else:
-        draft = combine(artifacts, base, weights)
+        draft = combine(artifacts, base, weights, target=model)
     if rank is not None:
-        draft, distilled = distil(draft.artifact(), rank, base)
+        draft, distilled = distil(draft.artifact(), rank, base, target=model)
         print(f"Distilled to rank {distilled.rank}: {distilled.error:.1%} of the change is left out.")
     if export:
-        merge_and_export(draft, out)
+        merge_and_export(draft, out, form=form)
     else:
         card.write(draft.artifact(), out)
     print(f"Written: {out}")
@@ -206,23 +260,31 @@ def run_audit(
     tokenizer: str | None,
     base: str | None,
     seed: int,
+    target: str | None = None,
 ) -> int:
     """Prints what an evolved draft gives away; the exit code says whether a public push would be refused."""
     check_seed(seed)
     if (own is None) != (held_out is None):
         raise ConfigError("Give --own and --held-out together: the one is compared with the other.")
     corpora = {name: read_corpus(path) for name, path in (("own", own), ("held_out", held_out)) if path}
-    draft = OnlineDraft.from_pretrained(source, base_model=base)
+    origin = locate(source)
+    if origin.evolved:
+        assert origin.folder is not None
+        model = _target_of(Manifest.read(origin.folder), target)
+    else:
+        model = None
+    draft = OnlineDraft.from_pretrained(source, base_model=base, target=model)
     texts: dict[str, list[Feedback]] = {}
     if corpora:
-        tokenize = load_tokenizer("--tokenizer", tokenizer or model_name(draft.config))
+        of = draft.config if model is None else model.config
+        tokenize = load_tokenizer("--tokenizer", tokenizer or model_name(of))
         for name, parts in corpora.items():
             tokens = [
                 tokenize(text, return_tensors="pt").input_ids[0, : draft.trainable.positions]
                 for p in parts
                 for text in p
             ]
-            texts[name] = [as_feedback(one) for one in tokens if len(one) > 1]
+            texts[name] = [as_feedback(one, ids=draft.trainable.ids) for one in tokens if len(one) > 1]
     report = audit(draft, canaries, own=texts.get("own"), held_out=texts.get("held_out"), seed=seed)
     print(report.text(), end="")
     return FOUND if report.refusals() else 0

@@ -20,11 +20,13 @@ from transformers import (
 from .._compat.models import placed
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError
+from ..heads.reading import check_head
 from ..models.vocabulary import check_vocabularies
 from ..runtime.failures import is_out_of_memory
 from ..share.base_models import why_not_loaded
 from ..share.folder import is_artifact
-from ..share.loading import NamedBase, locate
+from ..share.heads import names_head
+from ..share.loading import NamedBase, head_of, locate
 from .common import AUTO
 
 
@@ -61,7 +63,10 @@ def best_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> t
 
 
 def load_config(option: str, name: str) -> PretrainedConfig:
-    """The configuration of a model. Raises ConfigError in one line, named after the option."""
+    """The configuration of a whole model. Raises ConfigError in one line, named after the option."""
+    if names_head(name):  # its configuration is that of a model with one layer, which transformers would build
+        way = "Name a whole model." if option == "--draft" else "A head is given as --draft, beside its target."
+        raise ConfigError(f"{option} {name}: a draft head, and no whole model. {way}")
     config: PretrainedConfig = _loaded(AutoConfig, option, name)
     return config
 
@@ -122,27 +127,51 @@ def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device |
     return placed
 
 
-def load_draft(
-    option: str,
-    name: str,
-    target: PretrainedConfig,
+def load_pair(
+    target: str,
+    draft: str | None,
+    config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     device: torch.device,
     base: str | None = None,
-) -> OnlineDraft:
-    """The draft of an option: a saved one goes on, a LoRA adapter or a causal language model begins a new one.
+) -> tuple[PreTrainedModel, OnlineDraft | None]:
+    """The models of TARGET and --draft: a saved draft goes on, an adapter, a model or a head begins a new one.
 
     Args:
-        target: its configuration: a draft with another tokenizer is refused before its weights are read.
+        draft: None: there is none.
+        config: of the target: a draft for another one is refused before weights of the target are read.
         tokenizer: of the target; None: there is none.
-        base: the model that a saved draft has to be made for; None: the one that it names.
+        base: the model or head that a saved draft has to be made for; None: the one that it names.
 
     Raises:
         ConfigError, DraftError, ArtifactError, HubError: in one line.
     """
-    model, is_adapter = load_draft_model(option, name, target, tokenizer, dtype, device, base)
-    return OnlineDraft.from_pretrained(name, base_model=model) if is_adapter else OnlineDraft(model)
+    if draft is None:
+        return load_model("TARGET", target, dtype, device), None
+    if is_head_for(draft, config, base):
+        model = load_model("TARGET", target, dtype, device)
+        return model, OnlineDraft.from_pretrained(draft, base_model=base, target=model)
+    found, is_adapter = load_draft_model("--draft", draft, config, tokenizer, dtype, device, base)
+    online = OnlineDraft.from_pretrained(draft, base_model=found) if is_adapter else OnlineDraft(found)
+    return load_model("TARGET", target, dtype, device), online
+
+
+def is_head_for(draft: str, target: PretrainedConfig, base: str | None = None) -> bool:
+    """Whether --draft names a head, or what one has learned, and not a model. Arguments are those of `load_pair`.
+
+    Raises:
+        DraftError: it is a head of another target, or one that is not served.
+        ArtifactError, HubError: it is damaged, or not there.
+    """
+    folder = head_of(draft, base)
+    if folder is None:
+        return False
+    try:
+        check_head(folder, target)
+    except DraftError as error:
+        raise DraftError(f"--draft {draft}: {error}") from error
+    return True
 
 
 def load_draft_model(
@@ -156,7 +185,12 @@ def load_draft_model(
 ) -> tuple[PreTrainedModel, bool]:
     """The model of a draft without what it learned, and whether the option names more than that: an adapter for it.
 
-    Args and errors are those of `load_draft`.
+    Args:
+        target: its configuration: a draft with another tokenizer is refused before its weights are read.
+        tokenizer, base: see `load_pair`.
+
+    Raises:
+        ConfigError, DraftError, ArtifactError, HubError: in one line.
     """
     origin = locate(name)
     is_adapter = origin.folder is not None

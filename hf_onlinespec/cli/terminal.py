@@ -28,7 +28,7 @@ from ..share.folder import is_artifact
 from ..training.corpus import check_text
 from .chat import Chat
 from .common import AUTO, INTERRUPTED, check_folder, check_own, check_saving, explain, quiet_libraries
-from .loading import best_device, check_template, load_config, load_draft, load_model, load_tokenizer
+from .loading import best_device, check_template, load_config, load_pair, load_tokenizer
 
 PROMPT = "› "
 DRAFTED, QUIET = "green", "dim"  # styles
@@ -79,10 +79,7 @@ def run_chat(settings: ChatSettings) -> int:
     check_template("TARGET", settings.target, tokenizer)
     notes = console(sys.stderr)
     notes.print(f"Loading {settings.target} …", style=QUIET, markup=False)
-    draft = None
-    if settings.draft is not None:
-        draft = load_draft("--draft", settings.draft, config, tokenizer, settings.dtype, device)
-    target = load_model("TARGET", settings.target, settings.dtype, device)
+    target, draft = load_pair(settings.target, settings.draft, config, tokenizer, settings.dtype, device)
     drafts = attach(target, draft)
     chat = Chat(target, tokenizer, drafts, settings.system, settings.new_tokens, settings.options())
     dtype = str(target.dtype).removeprefix("torch.")

@@ -30,6 +30,7 @@ from ..measure.tables import show_result
 from ..measure.trial import SPARE, Outcome, Trial
 from ..measure.verdict import Models, code_for
 from ..runtime.version import __version__
+from ..share.loading import load_beside
 from ..share.provenance import provenance
 from .common import (
     AUTO,
@@ -43,7 +44,16 @@ from .common import (
     finite,
     quiet_libraries,
 )
-from .loading import best_device, check_template, free_bytes, load_config, load_draft_model, load_model, load_tokenizer
+from .loading import (
+    best_device,
+    check_template,
+    free_bytes,
+    is_head_for,
+    load_config,
+    load_draft_model,
+    load_model,
+    load_tokenizer,
+)
 from .outputs import Outputs
 
 BUSY = 0.75  # load per core from which other work is likely to decide the speeds (chosen)
@@ -107,7 +117,7 @@ def run_try(
     outputs = Outputs()
     if settings.save is not None:
         print(f"Saving the draft in {settings.save} …", file=sys.stderr, flush=True)  # it may take some 20 s
-    go_on = f"OnlineDraft.from_pretrained({str(settings.save)!r})"
+    go_on = f"OnlineDraft.from_pretrained({str(settings.save)!r}{', target=target' if models.is_head else ''})"
     saved = f"Saved: the evolved draft, {settings.save}. Go on from it with {go_on}."
     outputs.write("--save", settings.save, lambda folder: _save(trial, folder), saved)
     summary = summarise(trial.outcome)
@@ -207,7 +217,8 @@ def _prepared(
             f"With fewer than {LEAST_PROMPTS + SPARE} prompts, warm-up and calibration use prompts that are measured too."
         )
     draft, make = None, None
-    if settings.draft is not None:
+    is_head = settings.draft is not None and is_head_for(settings.draft, config)
+    if settings.draft is not None and not is_head:
         draft, is_adapter = load_draft_model("--draft", settings.draft, config, tokenizer, settings.dtype, device)
         if is_adapter:
             make = partial(OnlineDraft.from_pretrained, settings.draft, base_model=draft)
@@ -215,6 +226,9 @@ def _prepared(
                 "Ours goes on from the adapter of --draft; transformers' assisted generation drafts with its base model."
             )
     target = load_model("TARGET", settings.target, settings.dtype, device)
+    if settings.draft is not None and is_head:
+        make = partial(OnlineDraft.of, load_beside(settings.draft, target))
+        notes.append("Transformers' assisted generation runs no draft heads: it is not among the other ways.")
     examiner = Examiner(target, lambda: float32_copy(target, free_bytes(device)))
     trial = Trial(
         target,
@@ -233,11 +247,11 @@ def _prepared(
     )
     trial.outcome.notes += notes
     base = settings.draft if draft is None or make is None else model_name(draft.config)
-    saved = None if make is None else settings.draft
-    if draft is not None and settings.save is not None:
+    saved = settings.draft if draft is not None and make is not None else None
+    if settings.draft is not None and settings.save is not None:
         saved = str(settings.save)
     is_chat = tokenizer.chat_template is not None
-    return trial, Models(settings.target, base, str(target.dtype), str(device), is_chat, saved)
+    return trial, Models(settings.target, base, str(target.dtype), str(device), is_chat, saved, is_head)
 
 
 def set_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

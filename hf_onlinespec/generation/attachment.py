@@ -19,10 +19,9 @@ from ..config import OnlineSpecConfig, as_config
 from ..draft import OnlineDraft, kept_draft, online_draft
 from ..errors import DraftError, UnsupportedError
 from ..metrics import DraftMetrics
-from ..models.vocabulary import check_vocabularies
 from ..runtime.warning import warn_or_log
 from ..share.loading import load_beside
-from ..verify.checks import check_target
+from ..verify.checks import check_draft, check_target
 from .call import ATTACHED, Attachment
 from .setting import wanted
 
@@ -105,9 +104,9 @@ def _model_draft(target: PreTrainedModel, draft: object, config: OnlineSpecConfi
         )
     model = draft if isinstance(draft, OnlineDraft) else uncompiled(draft)
     if isinstance(model, PreTrainedModel | PeftModel):
-        check_vocabularies(target, model)  # before an adapter is made for nothing
+        check_draft(target, model)  # before an adapter is made for nothing
     found = online_draft(cast(PreTrainedModel, draft), config)  # which refuses other modules itself
-    check_vocabularies(target, found.model)
+    check_draft(target, found.model)
     return found
 
 

@@ -83,8 +83,9 @@ class Trial:
     """Runs a trial; `outcome` grows prompt by prompt.
 
     Args:
-        draft: a smaller model with the same tokenizer; None: the suffix memory drafts.
-        make: makes what drafts in ours, of `draft`, each time from the same beginning; None: a new `OnlineDraft`.
+        draft: a smaller model with the same tokenizer; None: what `make` makes drafts, or else the suffix memory.
+        make: makes what drafts in ours, each time from the same beginning: of `draft`, or of a draft head, which transformers
+            cannot run, where that is None; None: a new `OnlineDraft` of `draft`.
         prompts: to be measured, in their order; `new_tokens` of each is chosen by the budget unless `new_tokens` is given.
         spare: `SPARE` prompts for warm-up and calibration.
         examiner: classifies outputs that differ from plain's.
@@ -210,14 +211,16 @@ class Trial:
         arms: dict[str, Arm] = {PLAIN: {}}
         lookups = {f"{LOOKUP} {n}": {"prompt_lookup_num_tokens": n} for n in LOOKUP_TOKENS}
         arms |= {name: arm for name, arm in lookups.items() if name not in self._failing}
-        if self._draft is None:
-            online_memory(self._target, anew=True)
-            return arms | {OURS: {"onlinespec": True}}
         if self._has_static_draft:
+            assert self._draft is not None
             static = stock_draft(draft_tokens, borrow(self._draft))
             arms[f"{DRAFT} {draft_tokens}"] = {"assistant_model": static}
-        ours = OnlineDraft(self._draft) if self._make is None else self._make()
-        return arms | {OURS: {"assistant_model": ours}}
+        if self._make is not None:
+            return arms | {OURS: {"assistant_model": self._make()}}
+        if self._draft is not None:
+            return arms | {OURS: {"assistant_model": OnlineDraft(self._draft)}}
+        online_memory(self._target, anew=True)
+        return arms | {OURS: {"onlinespec": True}}
 
     @property
     def ours(self) -> Draft:

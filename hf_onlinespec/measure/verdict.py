@@ -77,11 +77,12 @@ class Models:
     """What was tried, by the names that load it."""
 
     target: str
-    draft: str | None  # None: the suffix memory drafted
+    draft: str | None  # a model or a draft head; None: the suffix memory drafted
     dtype: str  # as Python writes it, such as "torch.bfloat16"
     device: str
     is_chat: bool  # whether the tokenizer has a chat template
     saved: str | None = None  # where the draft is kept with what it learned; None: nowhere
+    is_head: bool = False  # whether the draft is a draft head, which is loaded for its target
 
 
 def code_for(verdict: Verdict, models: Models) -> str:
@@ -95,7 +96,10 @@ def code_for(verdict: Verdict, models: Models) -> str:
         f"model = {load.format(models.target)}",
     ]
     arguments = dict(static_arguments(verdict.best)) if not ours else {}
-    if ours and models.saved is not None:
+    attached = "model" if models.draft is None else "model, draft"
+    if models.is_head:
+        attached = f"model, {(models.saved or models.draft)!r}"
+    elif ours and models.saved is not None:
         lines.append(f"draft = hf_onlinespec.OnlineDraft.from_pretrained({models.saved!r})")
     elif models.draft is not None and (ours or verdict.best.startswith(DRAFT)):
         lines.append(f"draft = {load.format(models.draft)}")
@@ -104,7 +108,6 @@ def code_for(verdict: Verdict, models: Models) -> str:
             arguments = {"assistant_model": "draft"}
     if ours:
         imports.insert(1, "import hf_onlinespec")
-        attached = "model" if models.draft is None else "model, draft"
         lines.append(
             f"hf_onlinespec.attach({attached})  # from here on every model.generate(...) speculates and learns"
         )

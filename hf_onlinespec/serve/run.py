@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli.common import FAILED, check_extra, check_saving, quiet_libraries
-from ..cli.loading import best_device, load_config, load_draft, load_model, load_tokenizer
+from ..cli.loading import best_device, load_config, load_pair, load_tokenizer
 from ..commit.base import Draft
 from ..errors import ConfigError
 from ..generation import attach
@@ -63,12 +63,10 @@ def serve(
         config, tokenizer = load_config("TARGET", target), load_tokenizer("TARGET", target)
         from . import app  # noqa: F401  # of a transformers that it was not written for, it says so before weights are read
 
-        found, is_model = None, draft is not None and locate(draft).folder is None
+        is_model = draft is not None and locate(draft).folder is None
         _say(f"Loading {target} …")
-        if draft is not None:
-            name, base = (str(save), draft if is_model else None) if resumes else (draft, None)
-            found = load_draft("--draft", name, config, tokenizer, dtype, place, base)
-        model = load_model("TARGET", target, dtype, place)
+        name, base = (str(save), draft if is_model else None) if resumes else (draft, None)
+        model, found = load_pair(target, name, config, tokenizer, dtype, place, base)
         drafts = attach(model, found)
         if resumes:
             print(f"The draft saved in {save} goes on: {drafts.metrics.requests:,} requests so far.")

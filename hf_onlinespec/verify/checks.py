@@ -56,11 +56,8 @@ def check_call(
             f"The target {name} runs with prompt learning, whose virtual tokens are not supported yet. "
             "Call generate without onlinespec."
         )
-    head = base_of(draft) if isinstance(draft, PeftModel) else draft
-    if isinstance(head, Head):
-        head.share(target)
-    elif draft is not None:
-        check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
+    if draft is not None:
+        check_draft(target, draft, tokenizer, assistant_tokenizer)
     if config.num_return_sequences not in (None, 1):
         raise UnsupportedError(
             f"num_return_sequences={config.num_return_sequences}: not supported yet. Call generate once per sequence."
@@ -85,6 +82,27 @@ def check_call(
             raise UnsupportedError(
                 f"{output}=True is not supported with a learning draft. Run a forward on the result instead."
             )
+
+
+def check_draft(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | PeftModel,
+    tokenizer: object = None,
+    assistant_tokenizer: object = None,
+) -> None:
+    """Refuses a model with another tokenizer, and a head of another target; a head shares the target's embedding from here on.
+
+    Args:
+        tokenizer, assistant_tokenizer: as `generate` takes them; None: not given.
+
+    Raises:
+        DraftError: names what differs.
+    """
+    head = base_of(draft) if isinstance(draft, PeftModel) else draft
+    if isinstance(head, Head):
+        head.share(target)
+    else:
+        check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
 
 
 def check_target(target: PreTrainedModel) -> None:

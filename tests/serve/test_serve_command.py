@@ -9,12 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_onlinespec import ConfigError, OnlineDraft
-from hf_onlinespec.cli import common
+from hf_onlinespec.cli import common, loading
 from hf_onlinespec.embedded import FOLDER, load_draft
-from hf_onlinespec.serve import run
 from hf_onlinespec_cli import main
 from tests.conftest import tiny_llama
 
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("process_settings")
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     # These checks need none of the server's packages.
     monkeypatch.setitem(common.PACKAGES, "serve", ())
     monkeypatch.setitem(sys.modules, "hf_onlinespec.serve.app", ModuleType("app"))
@@ -110,10 +109,12 @@ def test_a_saved_draft_with_another_tokenizer_is_refused_before_its_weights_are_
 def test_a_folder_with_a_draft_and_no_tokenizer_is_taken_as_in_chat(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loads(option: str, *_: object) -> None:
+    def loads(option: str, *_: object) -> PreTrainedModel:
+        if option == "--draft":
+            return load_draft()
         raise ConfigError(f"{option} was to be loaded.")
 
-    monkeypatch.setattr(run, "load_model", loads)
+    monkeypatch.setattr(loading, "load_model", loads)
     load_draft().save_pretrained(tmp_path)
     capsys.readouterr()
     assert main(["serve", TARGET, "--draft", str(tmp_path), "--port", "0"]) == 2

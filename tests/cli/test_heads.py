@@ -1,0 +1,213 @@
+"""Draft heads in every command that takes --draft or a saved draft."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_onlinespec import DraftError, OnlineDraft
+from hf_onlinespec.cli.loading import load_config, load_pair, load_tokenizer
+from hf_onlinespec.cli.trial import TrySettings, run_try
+from hf_onlinespec.embedded import EmbeddedPair, prompts
+from hf_onlinespec.heads.config import Eagle1Config, Eagle3Config, HydraConfig
+from hf_onlinespec.heads.eagle1 import Eagle1Head
+from hf_onlinespec.heads.eagle3 import Eagle3Head
+from hf_onlinespec.heads.hydra import HydraHead
+from hf_onlinespec.heads.outline import HeadOutline
+from hf_onlinespec.heads.reading import read_head
+from hf_onlinespec.heads.writing import write_head
+from hf_onlinespec.measure import bench, trial
+from hf_onlinespec.share.folder import ADAPTER, CARD
+from hf_onlinespec_cli import main
+from tests.conftest import tiny_llama
+from tests.loopback_hub import LoopbackHub
+from tests.measure.test_trial import ticking
+
+pytestmark = pytest.mark.usefixtures("process_settings")
+
+VOCABULARY, IDS = 2048, 300
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": VOCABULARY}
+
+
+@pytest.fixture
+def target(pair: EmbeddedPair, tmp_path: Path) -> Path:
+    model = tiny_llama(3, vocab=VOCABULARY, layers=6, hidden=32)
+    model.save_pretrained(tmp_path / "target")
+    pair.tokenizer.save_pretrained(tmp_path / "target")
+    return tmp_path / "target"
+
+
+@pytest.fixture
+def head(target: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    config = Eagle3Config(**SIZES, draft_vocab_size=IDS, reads=(2, 3, 4))
+    ids = torch.randperm(VOCABULARY)[:IDS].sort().values
+    write_head(Eagle3Head(config, ids), tmp_path / "head", "eagle3", target_config=load_config("TARGET", str(target)))
+    return tmp_path / "head"
+
+
+@pytest.fixture
+def evolved(target: Path, head: Path, tmp_path: Path) -> Path:
+    """What the head learned from two requests."""
+    model, draft = pair_of(target, head)
+    draft.save_pretrained(tmp_path / "fresh")
+    served(model, draft)
+    draft.save_pretrained(tmp_path / "evolved")
+    return tmp_path / "evolved"
+
+
+def pair_of(target: Path, draft: Path, base: Path | None = None) -> tuple[Any, OnlineDraft]:
+    config, tokenizer = load_config("TARGET", str(target)), load_tokenizer("TARGET", str(target))
+    model, found = load_pair(
+        str(target), str(draft), config, tokenizer, "auto", CPU, None if base is None else str(base)
+    )
+    assert found is not None
+    return model, found
+
+
+def served(model: Any, draft: OnlineDraft) -> None:
+    for i in range(2):
+        prompt = torch.arange(5 + i, 15 + i)[None]
+        model.generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=draft)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_chat_drafts_with_a_head_saves_what_it_learned_and_goes_on_from_it(
+    target: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "saved"
+    common = ("chat", target, "--new-tokens", "24", "--temperature", "0", "--device", "cpu", "--save", saved)
+    for draft, requests in ((head, 1), (saved, 2)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("order 12 boxes\n"))
+        assert said(capsys, *common, "--draft", draft).strip()
+        model = pair_of(target, saved)[0]
+        resumed = OnlineDraft.from_pretrained(saved, target=model)
+        assert resumed.metrics.requests == requests and resumed.metrics.drafted_tokens > 0
+
+
+def test_a_saved_head_goes_on_with_the_head_that_an_option_names(target: Path, head: Path, evolved: Path) -> None:
+    """As `serve --draft HEAD --save FOLDER` resumes."""
+    _, named = pair_of(target, evolved)
+    head.rename(head.parent / "elsewhere")
+    model, moved = pair_of(target, evolved, head.parent / "elsewhere")
+    assert moved.steps == named.steps > 0 and moved.device == model.device
+
+
+def test_a_head_of_another_target_is_refused_before_weights_are_read(
+    head: Path, evolved: Path, pair: EmbeddedPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    tiny_llama(3, vocab=VOCABULARY, layers=6, hidden=48).save_pretrained(other)
+    pair.tokenizer.save_pretrained(other)
+    (other / "model.safetensors").write_bytes(b"")  # not to be read
+    for draft in (head, evolved):
+        capsys.readouterr()
+        told = refused(capsys, "chat", other, "--draft", draft)
+        assert "hidden_size=32" in told and "belongs to another one" in told and f"--draft {draft}" in told
+    with pytest.raises(DraftError, match="hidden_size"):
+        run_try(TrySettings(str(other), str(head), device="cpu"))
+
+
+def test_a_head_is_no_whole_model(target: Path, head: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "given as --draft" in refused(capsys, "chat", head)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "order"}) + "\n")
+    told = refused(
+        capsys, "record", "--target", target, "--draft", head, "--prompts", file, "--out", tmp_path / "r.safetensors"
+    )
+    assert "a draft head, and no whole model" in told
+
+
+def test_try_measures_a_head_without_transformers_assisted_generation(
+    target: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trial, "WARM_UP_TOKENS", 2)
+    monkeypatch.setattr(bench, "WARM_UPS", 1)
+    file, out, saved = tmp_path / "mine.jsonl", tmp_path / "out.json", tmp_path / "saved"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts("orders")[:2]))
+    settings = TrySettings(str(target), str(head), file, 1e6, None, out, saved, "cpu", new_tokens=6)
+    assert run_try(settings, clock=ticking()) == 0
+    found = json.loads(out.read_text())
+    assert {record["arm"] for record in found["requests"]} == {"plain", "prompt lookup 3", "prompt lookup 10", "ours"}
+    assert any("runs no draft heads" in note for note in found["notes"])
+    assert found["models"]["is_head"] and f"hf_onlinespec.attach(model, {str(saved)!r})" in found["code"]
+    assert pair_of(target, saved)[1].metrics.requests == 2
+
+
+def test_inspect_says_what_a_head_is(
+    target: Path, head: Path, evolved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    out = said(capsys, "inspect", head)
+    assert "EAGLE-3, in the form 'eagle3'" in out and "hidden_states[2, 3, 4]" in out
+    size = sum(p.numel() for p in read_head(head, load_config("TARGET", str(target))).parameters())
+    assert "300 of the target's 2,048 tokens" in out and f"{size:,} parameters" in out
+    out = said(capsys, "inspect", evolved)
+    assert "base: name head" in out and "learned for the target: name target" in out
+    assert "EAGLE-3, reads hidden_states[2, 3, 4] of a target of 6 layers" in out and ADAPTER in out
+
+
+def test_the_outline_of_a_head_is_that_of_its_kind(head: Path, tmp_path: Path) -> None:
+    write_head(Eagle1Head(Eagle1Config(**SIZES)), tmp_path / "one")
+    write_head(HydraHead(HydraConfig(**SIZES, num_heads=2)), tmp_path / "hydra")
+    one, hydra = HeadOutline.read(tmp_path / "one"), HeadOutline.read(tmp_path / "hydra")
+    assert (one.kind, one.reads, one.draft_vocabulary, one.vocabulary) == ("EAGLE-1", (-1,), None, VOCABULARY)
+    assert (hydra.kind, hydra.reads, hydra.draft_vocabulary) == ("Hydra", (-1,), VOCABULARY)
+    config = json.loads((head / "config.json").read_text())
+    for key in ("eagle_config", "eagle_aux_hidden_state_layer_ids"):
+        config.pop(key, None)
+    (head / "config.json").write_text(json.dumps(config | {"draft_vocab_size": IDS}))
+    assert HeadOutline.read(head).reads is None
+
+
+@pytest.mark.parametrize("form", ["eagle3", "speculators"])
+def test_merge_exports_a_head_in_a_form(
+    target: Path, evolved: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capsys, "merge", evolved, "--export", "--out", tmp_path / "x")
+    assert "--target target: " in told  # a folder's name: where it lies is not in the file
+    out = tmp_path / form
+    said(capsys, "merge", evolved, "--export", "--form", form, "--target", target, "--out", out)
+    assert HeadOutline.read(out).form == form
+    assert pair_of(target, out)[1].steps == 0
+    told = refused(capsys, "merge", evolved, evolved, "--form", form, "--target", target, "--out", tmp_path / "y")
+    assert f"--form {form}" in told and "--export" in told
+
+
+def test_heads_are_combined_for_their_target(
+    target: Path, evolved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "merge", evolved, evolved, "--rank", "2", "--target", target, "--out", tmp_path / "both")
+    both, one = pair_of(target, tmp_path / "both")[1], pair_of(target, evolved)[1]
+    assert both.settings.rank == 2 and len(both.lineage.merged) == 2
+    assert both.artifact().target == one.artifact().target is not None
+
+
+def test_a_head_is_pushed_and_pulled_and_audited_where_its_target_is_at_hand(
+    hub: LoopbackHub, target: Path, evolved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "push", evolved, "me/head")
+    assert hub.repos["me/head"].private
+    said(capsys, "pull", "me/head", tmp_path / "pulled")
+    assert "learned for the target" in said(capsys, "inspect", tmp_path / "pulled")
+    capsys.readouterr()
+    assert main(["audit", str(evolved), "--target", str(target), "--canaries", "1"]) in (0, 1)
+    assert "| once | 0 |" in capsys.readouterr().out
+    statement = ("--public", "--data-statement", "Made-up prompts.", "--target", target)
+    said(capsys, "push", evolved.parent / "fresh", "me/public", *statement)
+    assert "A draft head (EAGLE-3)" in hub.read("me/public", CARD).decode()
