@@ -38,7 +38,9 @@ def prompts(n: int, seed: int) -> list[tuple[str, str]]:
     """(kind, prompt): the first n of each kind, shuffled."""
     found = []
     for kind in KINDS:
-        lines = (data_folder() / "streams" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (
+            (data_folder() / "streams" / f"{kind}.jsonl").read_text(encoding="utf-8").split("\n")
+        )  # not splitlines: U+2028
         found += [(kind, json.loads(line)["prompt"]) for line in lines[:n]]
     random.Random(seed).shuffle(found)
     return found
