@@ -96,8 +96,9 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name}={brief(values[name])}: expected a finite number above 0, from {LEAST:g} to {MOST:g}."
             )
-    if not isinstance(values["recycle"], bool):
-        raise ConfigError(f"recycle={brief(values['recycle'])}: expected True or False.")
+    for name in ("recycle", "grow_head"):
+        if not isinstance(values[name], bool):
+            raise ConfigError(f"{name}={brief(values[name])}: expected True or False.")
     _check_together(values)
 
 

@@ -126,6 +126,11 @@ class OnlineSpecConfig:
         "whether the target's best next tokens behind each token are kept and guessed again, 32 bytes per token of the vocabulary, "
         "never saved",
     )
+    grow_head: bool = _setting(
+        False,
+        "without a draft: an EAGLE-3 head for the target grows from its weights, learns from what is served, and drafts once that "
+        "pays",
+    )
     audit_tokens: int = _setting(
         131_072,
         "tokens of what was learned from that stay in the process, 4 bytes each and never saved, so that a public push can be "

@@ -23,6 +23,7 @@ from ..runtime.warning import warn_or_log
 from ..share.loading import load_beside
 from ..verify.checks import check_draft, check_target
 from .call import ATTACHED, Attachment
+from .growing import grown_draft
 from .setting import wanted
 
 
@@ -65,6 +66,8 @@ def attach(
         config = saved
     if isinstance(draft, str | Path):
         draft = OnlineDraft.of(load_beside(draft, inner, config))
+    if draft is None:
+        draft = grown_draft(inner, config)
     if draft is None or isinstance(draft, MemoryDraft):
         _keep(inner, draft, config)
         model_draft = None

@@ -31,6 +31,7 @@ from ..verify.checks import check_call, check_inputs, check_mode, check_synced_g
 from ..verify.custom_generate import GenerateFn
 from ..verify.loop import decode
 from .call import AttachedCall, anything_attached, call_of, call_with, calling
+from .growing import grown_draft
 from .setting import add_setting, remove_setting, says, unset, wanted
 
 Function = Callable[..., Any]
@@ -224,6 +225,9 @@ def _draft_for(target: PreTrainedModel, assistant: Any, settings: OnlineSpecConf
         return assistant
     if assistant is not None:
         return online_draft(assistant, settings)
+    grown = grown_draft(target, settings)
+    if grown is not None:
+        return grown
     if settings is not None and not settings.guesses:
         raise UnsupportedError(
             "memory_tokens=0 and recycle=False without assistant_model: nothing could draft. Pass a draft, or leave onlinespec out."

@@ -1,0 +1,59 @@
+"""A head grows with a target that has none: what it is served teaches it, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hf_onlinespec
+from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.embedded import load_pair, prompts
+from hf_onlinespec.errors import ConfigError
+from hf_onlinespec.heads.eagle3 import Eagle3Head
+from tests.tiny_models import tiny_llama
+
+GROWS = OnlineSpecConfig(grow_head=True)
+OPTIONS = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
+
+
+def test_it_is_begun_once_kept_with_the_target_and_lossless() -> None:
+    target, plain = tiny_llama(0, layers=4), tiny_llama(0, layers=4)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        prompt = torch.randint(32, (1, 6))
+        found = target.generate(prompt, onlinespec=GROWS if seed < 2 else True, **OPTIONS)
+        assert torch.equal(found, plain.generate(prompt, **OPTIONS))
+    assert hf_onlinespec.online_metrics(target).requests == 3
+    with pytest.raises(ConfigError, match="other settings"):
+        target.generate(prompt, onlinespec=OnlineSpecConfig(grow_head=True, rank=4), **OPTIONS)
+
+
+def test_an_attached_target_grows_its_head() -> None:
+    target = tiny_llama(0, layers=4)
+    draft = hf_onlinespec.attach(target, config=GROWS)
+    assert isinstance(draft, OnlineDraft) and isinstance(draft.trainable.adapter.tree, Eagle3Head)
+    target.generate(torch.arange(8)[None], **OPTIONS)
+    assert draft.metrics.requests == 1
+    assert hf_onlinespec.detach(target) is draft
+
+
+def test_it_learns_from_what_it_serves() -> None:
+    """Its acceptance on requests of one kind, before it has learned and after."""
+    pair = load_pair()
+    config = OnlineSpecConfig(
+        grow_head=True,
+        lookahead=3,
+        update_every=1,
+        update_when="round",
+        replay_passes=2,
+        memory_tokens=0,
+        recycle=False,
+        lr=5e-3,
+    )
+    lengths = []
+    texts = prompts("orders")[:12]
+    for text in texts:
+        inputs = pair.tokenizer(text, return_tensors="pt")
+        pair.target.generate(**inputs, do_sample=False, max_new_tokens=24, onlinespec=config)
+        lengths.append(hf_onlinespec.online_metrics(pair.target).last.acceptance_length)
+    assert sum(lengths[-6:]) / 6 > 1.15 * sum(lengths[:3]) / 3, lengths
