@@ -108,6 +108,22 @@ def test_of_a_long_answer_the_newest_tokens_are_remembered(monkeypatch: pytest.M
         check_laws(found.teacher, head, target(text).logits[0, -held:-1])
 
 
+@pytest.mark.parametrize("length", [5, 15, 30])
+@pytest.mark.parametrize("context", [1, 512])
+def test_behind_its_last_position_a_head_neither_drafts_nor_learns(
+    length: int, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_onlinespec.commit.row_model.MOST_HELD", 8)
+    target = target_of()
+    draft = OnlineDraft(tiny_eagle3(target, max_position_embeddings=16), **PER_ROUND | dict(context_tokens=context))
+    for _ in range(2):
+        prompt = torch.randint(1, 24, (1, length))
+        target.generate(prompt, assistant_model=draft, max_new_tokens=25)
+    metrics = draft.metrics
+    assert not metrics.failed_drafts and not metrics.failed_updates and bool(metrics.updates) == (length < 17)
+    assert all(len(one.features) == len(one.tokens) - 1 for one in draft.learning.replayed())
+
+
 @pytest.mark.parametrize("known", [12, 4, 2])
 def test_segments_of_one_request_are_joined_with_their_features(known: int) -> None:
     """Of a later segment that knows features of all tokens, of the new ones alone, or not even of these."""

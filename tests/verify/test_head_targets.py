@@ -35,9 +35,9 @@ from tests.verify.test_sampling_law import Whims
 PER_ROUND: dict[str, Any] = dict(lookahead=3, update_every=1, update_when="round", rank=2, alpha=2.0)
 GREEDY: dict[str, Any] = dict(do_sample=False, pad_token_id=0)
 # Layers with a window shorter than the text, capped logits, positions learned, rotated, by a slope; classes that hand out all hidden
-# states for a list of some (bloom, falcon, mpt); text alone for models of pictures (gemma3, qwen2_vl).
+# states for a list of some (bloom, falcon); text alone for models of pictures (gemma3, qwen2_vl).
 FAMILIES = (
-    *("llama", "qwen3", "gemma2 past-window", "gemma3", "gpt2", "gpt_neox", "mistral", "bloom", "falcon", "mpt", "opt"),
+    *("llama", "qwen3", "gemma2 past-window", "gemma3", "gpt2", "gpt_neox", "mistral", "bloom", "falcon"),
     "qwen2_vl",
 )
 
@@ -51,13 +51,13 @@ def test_greedy_output_is_that_of_plain_decoding_while_the_head_learns(family: s
     target = of_family(family)
     for kind in ("EAGLE-3", "EAGLE-1"):
         draft = OnlineDraft(tiny_head(kind, target), **PER_ROUND, memory_tokens=0)
-        for seed in range(2):
+        for seed in range(2 if kind == "EAGLE-3" else 1):
             tokens = torch.randint(1, 80, (1, 10), generator=torch.Generator().manual_seed(seed))
             how = GREEDY | dict(attention_mask=torch.ones_like(tokens), max_new_tokens=LIMIT - 13)
             plain = target.generate(tokens, **how)
             assert torch.equal(plain, target.generate(tokens, assistant_model=draft, **how))
         metrics = draft.metrics
-        assert metrics.updates > 3 and metrics.sources["model"] + metrics.sources["memory+model"] > 3
+        assert metrics.updates > 2 and metrics.sources["model"] + metrics.sources["memory+model"] > 3
         assert not metrics.failed_drafts and not metrics.failed_updates
 
 
@@ -124,7 +124,7 @@ def test_a_head_that_knows_a_part_of_the_tokens_keeps_the_law_while_it_learns(
     target = tiny_llama(1, layers=2, vocab=12, initializer_range=0.2)
     settings: dict[str, Any] = dict(rank=2, alpha=2.0, lr=3e-3, replay_passes=0, seed=1)
     if how == "chains":
-        settings |= dict(lookahead=4, update_when="round", update_every=3, memory_tokens=0)
+        settings |= dict(lookahead=4, update_when="round", update_every=8, memory_tokens=0)
     else:
         monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
         monkeypatch.setattr(Whims, "whim", random.Random(3))
@@ -132,12 +132,12 @@ def test_a_head_that_knows_a_part_of_the_tokens_keeps_the_law_while_it_learns(
     draft = OnlineDraft(tiny_eagle3(target, KNOWN, reads=(1, 0, 2)), **settings)
     prompt, texts = torch.tensor([[1, 4]]), []
     torch.manual_seed(13)
-    for _ in range(20):
+    for _ in range(16):
         texts.append(target.generate(prompt, assistant_model=draft, do_sample=True, max_new_tokens=70, **LAW))
     assert departures(texts, 2, target, **LAW).abs().max() < THOUSAND
     assert departures(texts, 2, target, **LAW | {"temperature": 1.3}).abs().max() > MILLION  # the test can fail
     metrics, tokens = draft.metrics, draft.metrics.candidates.by_source()["model"]
-    assert metrics.updates >= 20 and not metrics.failed_drafts and not metrics.failed_updates
+    assert metrics.updates >= 16 and not metrics.failed_drafts and not metrics.failed_updates
     assert tokens["verified"] - 40 > tokens["kept"] > 40
 
 
