@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ..rounds import Rows
 from .feedback import Feedback
 from .request_feedback import Held
-from .segment import Segment, sayable
+from .segment import LEAST_CONTEXT, Segment, sayable
 from .service import LearningService
 from .trainable import Prefix
 
@@ -66,7 +66,7 @@ class CallFeedback:
 
     def __init__(self, learning: LearningService, rows: Sequence[DraftedRow], temperature: float) -> None:
         self.rows, self._learning, self._temperature = rows, learning, temperature
-        self._context = learning.settings.context_tokens
+        self._context = max(LEAST_CONTEXT, learning.settings.context_tokens)  # in front of what a head learns
         self.latest: Rows | None = None  # the rows as the target reads them; None: the call has not begun
         self.recorded = False  # whether there was anything that the draft can see
         self.begin_anew()

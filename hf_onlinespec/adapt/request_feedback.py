@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ..config import OnlineSpecConfig
 from ..models.opening import opening_tokens
 from .feedback import Feedback, Teacher, concatenate
-from .segment import sayable
+from .segment import LEAST_CONTEXT, sayable
 
 
 class Held(Protocol):
@@ -100,9 +100,10 @@ class RequestFeedback:
         for row, teachers in enumerate(self._kept):
             new = sum(map(len, teachers))
             padding = 0 if mask is None else int((mask[row] == 0).sum())
-            start = max(padding, self.end - new - self._settings.context_tokens)
+            context = self._settings.context_tokens
+            start = max(padding, self.end - new - context)
             if features is not None:
-                start = max(start, self.end - 1 - features.shape[1])
+                start = max(padding, self.end - new - max(LEAST_CONTEXT, context), self.end - 1 - features.shape[1])
             kept = tokens[row, start : self.end].clone()
             if features is not None:
                 known = features[row, features.shape[1] + 1 - len(kept) :].clone()

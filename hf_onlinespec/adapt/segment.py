@@ -84,6 +84,9 @@ class PendingRequest:
         return PendingRequest(whole, rows, Scores(self.scores.learned + scores.learned, original))
 
 
+LEAST_CONTEXT = 2  # tokens in front of the first one that a row of a head says
+
+
 def sayable(features: int) -> int:
     """How many of the last tokens of a text a head has a row for, of which the target's features are known at so many tokens.
 
