@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from hf_onlinespec import DraftError, OnlineDraft
+from hf_onlinespec.cli import common
 from hf_onlinespec.cli.loading import load_config, load_pair, load_tokenizer
 from hf_onlinespec.cli.trial import TrySettings, run_try
 from hf_onlinespec.embedded import EmbeddedPair, prompts
@@ -22,6 +25,7 @@ from hf_onlinespec.heads.outline import HeadOutline
 from hf_onlinespec.heads.reading import read_head
 from hf_onlinespec.heads.writing import write_head
 from hf_onlinespec.measure import bench, trial
+from hf_onlinespec.serve import run
 from hf_onlinespec.share.folder import ADAPTER, CARD
 from hf_onlinespec_cli import main
 from tests.conftest import tiny_llama
@@ -91,10 +95,10 @@ def test_chat_drafts_with_a_head_saves_what_it_learned_and_goes_on_from_it(
     target: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = tmp_path / "saved"
-    common = ("chat", target, "--new-tokens", "24", "--temperature", "0", "--device", "cpu", "--save", saved)
+    arguments = ("chat", target, "--new-tokens", "24", "--temperature", "0", "--device", "cpu", "--save", saved)
     for draft, requests in ((head, 1), (saved, 2)):
         monkeypatch.setattr("sys.stdin", io.StringIO("order 12 boxes\n"))
-        assert said(capsys, *common, "--draft", draft).strip()
+        assert said(capsys, *arguments, "--draft", draft).strip()
         model = pair_of(target, saved)[0]
         resumed = OnlineDraft.from_pretrained(saved, target=model)
         assert resumed.metrics.requests == requests and resumed.metrics.drafted_tokens > 0
@@ -106,6 +110,26 @@ def test_a_saved_head_goes_on_with_the_head_that_an_option_names(target: Path, h
     head.rename(head.parent / "elsewhere")
     model, moved = pair_of(target, evolved, head.parent / "elsewhere")
     assert moved.steps == named.steps > 0 and moved.device == model.device
+
+
+def test_serve_drafts_with_a_head_and_goes_on_from_what_it_saved(
+    target: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, steps = tmp_path / "saved", []
+
+    def one_request(model: Any, tokenizer: Any, drafts: OnlineDraft, *_: object) -> int:
+        served(model, drafts)
+        drafts.save_pretrained(saved)
+        steps.append(drafts.steps)
+        return 0
+
+    monkeypatch.setattr(run, "_serve", one_request)  # the server's packages may not be here
+    monkeypatch.setitem(common.PACKAGES, "serve", ())
+    monkeypatch.setitem(sys.modules, "hf_onlinespec.serve.app", ModuleType("app"))
+    arguments = ("serve", target, "--draft", head, "--save", saved, "--port", "0", "--device", "cpu")
+    said(capsys, *arguments)
+    assert f"The draft saved in {saved} goes on: 2 requests" in said(capsys, *arguments)
+    assert steps[1] > steps[0] > 0
 
 
 def test_a_head_of_another_target_is_refused_before_weights_are_read(
