@@ -28,8 +28,8 @@ from trees import prompts, told
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.commit.memory_draft import MemoryDraft
-from hf_onlinespec.generation.growing import new_head_of
 from hf_onlinespec.heads.reading import read_head
+from hf_onlinespec.share.heads import grown_head
 from hf_onlinespec.verify.custom_generate import GenerateFn
 
 ALONE = {"memory_tokens": 0, "recycle": False}
@@ -128,7 +128,7 @@ def made(arm: str, target: Any, args: argparse.Namespace) -> Any:
         name, _, value = pair.partition("=")
         settings[name] = json.loads(value) if value[:1] in "0123456789[tf" else value
     if arm == "grown":
-        return OnlineDraft(new_head_of(target, args.seed), OnlineSpecConfig(**settings))
+        return OnlineDraft(grown_head(target), OnlineSpecConfig(**settings))
     head = read_head(args.head, target.config, target.dtype).eval()
     head.share(target)
     return OnlineDraft(head.to(target.device), OnlineSpecConfig(**settings))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import hf_onlinespec
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import load_pair, prompts
-from hf_onlinespec.errors import ConfigError
+from hf_onlinespec.errors import ArtifactError, ConfigError
 from hf_onlinespec.heads.eagle3 import Eagle3Head
 from tests.tiny_models import tiny_llama
 
@@ -57,3 +59,17 @@ def test_it_learns_from_what_it_serves() -> None:
         pair.target.generate(**inputs, do_sample=False, max_new_tokens=24, onlinespec=config)
         lengths.append(hf_onlinespec.online_metrics(pair.target).last.acceptance_length)
     assert sum(lengths[-6:]) / 6 > 1.15 * sum(lengths[:3]) / 3, lengths
+
+
+def test_a_grown_head_is_saved_and_goes_on_with_its_target(tmp_path: Path) -> None:
+    target = tiny_llama(0, layers=4)
+    draft = hf_onlinespec.attach(target, config=OnlineSpecConfig(grow_head=True, update_every=1, update_when="round"))
+    torch.manual_seed(0)
+    target.generate(torch.randint(32, (1, 6)), **OPTIONS)
+    assert isinstance(draft, OnlineDraft) and draft.steps > 0
+    draft.save_pretrained(tmp_path)
+    loaded = OnlineDraft.from_pretrained(tmp_path, target=tiny_llama(0, layers=4))
+    mine, others = draft.state().part("adapter").tensors, loaded.state().part("adapter").tensors
+    assert loaded.steps == draft.steps and all(torch.equal(mine[name], others[name]) for name in mine)
+    with pytest.raises(ArtifactError, match="another base"):
+        OnlineDraft.from_pretrained(tmp_path, target=tiny_llama(1, layers=4))

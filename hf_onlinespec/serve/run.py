@@ -70,7 +70,7 @@ def serve(
         drafts = attach(model, found)
         if resumes:
             print(f"The draft saved in {save} goes on: {drafts.metrics.requests:,} requests so far.")
-        return _serve(model, tokenizer, drafts, target, draft, listener, save, save_every, isolate, allow_remote)
+        return serve_model(model, tokenizer, drafts, target, draft, listener, save, save_every, isolate, allow_remote)
     finally:
         listener.close()
         signal.signal(signal.SIGTERM, terminates)
@@ -108,7 +108,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _serve(
+def serve_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drafts: Draft,

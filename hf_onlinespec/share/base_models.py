@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
 from ..models.identity import EMBEDDED, BaseFingerprint
-from .heads import head_folder, load_head
+from .heads import GROWN, head_folder, load_head
 
 
 def load_base(
@@ -70,7 +70,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model, or a draft head, from a folder or from the Hub, whose own code is never run. Raises DraftError."""
     folder = head_folder(name, revision, token)
-    if folder is not None:
+    if folder is not None or name == GROWN:
         return load_head(name, folder, target)
     try:
         return AutoModelForCausalLM.from_pretrained(

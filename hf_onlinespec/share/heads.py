@@ -6,24 +6,35 @@ import json
 import logging
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
 from .._compat.hub import HUB_FAILURES
+from .._compat.models import placed
 from ..errors import ArtifactError, DraftError, brief
 from ..heads.base import Head
+from ..heads.eagle3 import Eagle3Head
 from ..heads.reading import read_head
 from ..heads.recognising import is_head, is_head_config
+from ..heads.starting import new_config, special_tokens, start_from_target
 from ..heads.stored import CONFIG
 from ..models.identity import BaseFingerprint
+from ..runtime.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
+# Tokens that a grown head can propose: nothing is known of the target's own frequent ones yet, and tokenizers give the lowest ids to
+# frequent tokens. 89 % of SmolLM2's answer tokens are among its first 8,192 ids: LOG 2026-11-26 "Draft heads".
+DRAFT_VOCABULARY = 8192
+GROWN = "hf_onlinespec:grown_head"  # name of the head that every target begins with; it is made anew from the target's weights
 FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "hydra_lm_head.pt"]
 
 
 def names_head(name: str, revision: str | None = None, token: str | None = None) -> bool:
     """Whether a draft head is in a folder or on the Hub; False too where that is not known: whoever loads it as a model says why."""
+    if name == GROWN:
+        return True
     if Path(name).is_dir():
         return is_head(name)
     try:
@@ -34,8 +45,8 @@ def names_head(name: str, revision: str | None = None, token: str | None = None)
 
 
 def head_folder(name: str, revision: str | None = None, token: str | None = None) -> Path | None:
-    """Where the files of a draft head are, downloaded if need be; None: it is no head, or it is not known."""
-    if not names_head(name, revision, token):
+    """Where the files of a draft head are, downloaded if need be; None: it is no head, it is not known, or it has none (`GROWN`)."""
+    if name == GROWN or not names_head(name, revision, token):
         return None
     if Path(name).is_dir():
         return Path(name)
@@ -45,13 +56,33 @@ def head_folder(name: str, revision: str | None = None, token: str | None = None
         return None
 
 
-def load_head(name: str, folder: Path, target: PreTrainedModel | None) -> Head:
-    """The head of a folder, for its target, in the target's precision and on its device. Raises DraftError."""
+def grown_head(target: PreTrainedModel) -> Head:
+    """The untrained EAGLE-3 head that a target begins with, in its precision and on its device: the same one each time.
+
+    Raises:
+        DraftError: it has no embedding, or none that a head could use.
+    """
+    config = new_config(target, DRAFT_VOCABULARY)
+    size, first = config.draft_vocab_size or config.vocab_size, special_tokens(target)
+    rest = (token for token in range(config.vocab_size) if token not in first)
+    ids = [*(token for token in dict.fromkeys(first) if token < config.vocab_size), *rest][:size]
+    with seeded(target, 0):
+        head = Eagle3Head(config, torch.tensor(sorted(ids)))
+    start_from_target(head, target)
+    head.config.name_or_path = GROWN
+    head.share(target)
+    return placed(head, target.device).to(target.dtype).eval()  # type: ignore[arg-type]
+
+
+def load_head(name: str, folder: Path | None, target: PreTrainedModel | None) -> Head:
+    """The head of a folder, for its target, in the target's precision and on its device; None: `GROWN`. Raises DraftError."""
     if target is None:
         raise DraftError(
             f"{brief(name)} is a draft head, which reads its target's hidden states and embedding: give the target it is for, as in "
             "OnlineDraft.from_pretrained(HEAD, target=target), or attach(target, HEAD)."
         )
+    if folder is None:
+        return grown_head(target)
     dtype = target.dtype if target.dtype.is_floating_point else None
     head = read_head(folder, target.config, dtype).eval()
     head.config.name_or_path = name

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .._compat.generation import generative, sampled_at
 from ..errors import ConfigError, require_whole
+from ..heads.starting import ends_of
 from ..runtime.progress import progress
 from ..runtime.seeding import seeded
 
@@ -158,9 +159,3 @@ def _answered(
     for prompt, row in zip(prompts, out[:, longest:].tolist(), strict=True):
         n = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         yield Answer(prompt.tokens, row[:n], prompt.kind, sampled)
-
-
-def ends_of(target: PreTrainedModel) -> list[int]:
-    """The tokens that end an answer of the target."""
-    ends = target.generation_config.eos_token_id if target.generation_config is not None else None
-    return [ends] if isinstance(ends, int) else list(ends or [])

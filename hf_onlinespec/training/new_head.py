@@ -20,6 +20,7 @@ from .._compat.models import model_name
 from .._compat.tokenizers import chat_inputs
 from ..errors import ConfigError, require_whole
 from ..heads.eagle3 import Eagle3Head
+from ..heads.starting import draft_tokens, new_config, special_tokens, start_from_target
 from ..heads.writing import write_head
 from ..models.identity import public_name
 from ..runtime.progress import each
@@ -30,7 +31,7 @@ from .head_answers import Answer, EncodedPrompt, Writing, write_answers
 from .head_features import BLOCK, FeatureCache, TargetReader
 from .head_loop import HeadLoop, LoopSettings, Progress
 from .head_record import TrainingRecord
-from .head_start import draft_tokens, frequent_tokens, new_config, special_tokens, start_from_target
+from .head_start import frequent_tokens
 from .warm_start import evaluating
 
 RECORD = "training.json"

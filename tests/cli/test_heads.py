@@ -123,7 +123,7 @@ def test_serve_drafts_with_a_head_and_goes_on_from_what_it_saved(
         steps.append(drafts.steps)
         return 0
 
-    monkeypatch.setattr(run, "_serve", one_request)  # the server's packages may not be here
+    monkeypatch.setattr(run, "serve_model", one_request)  # the server's packages may not be here
     monkeypatch.setitem(common.PACKAGES, "serve", ())
     monkeypatch.setitem(sys.modules, "hf_onlinespec.serve.app", ModuleType("app"))
     arguments = ("serve", target, "--draft", head, "--save", saved, "--port", "0", "--device", "cpu")

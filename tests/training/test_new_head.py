@@ -16,13 +16,14 @@ from hf_onlinespec import ConfigError, DraftError
 from hf_onlinespec.embedded import EmbeddedPair, prompts
 from hf_onlinespec.heads.eagle3 import Eagle3Head
 from hf_onlinespec.heads.reading import read_head
+from hf_onlinespec.heads.starting import new_config, start_from_target
 from hf_onlinespec.training import head_loop
 from hf_onlinespec.training.head_acceptance import acceptance_by_kind, accepted_behind, forwards
 from hf_onlinespec.training.head_answers import Answer, EncodedPrompt, Writing, read_answers, write_answers
 from hf_onlinespec.training.head_features import FeatureCache, TargetReader, collated
 from hf_onlinespec.training.head_loop import LoopSettings, epoch_batches
 from hf_onlinespec.training.head_loss import unrolled_loss
-from hf_onlinespec.training.head_start import frequent_tokens, new_config, start_from_target
+from hf_onlinespec.training.head_start import frequent_tokens
 from hf_onlinespec.training.new_head import HeadTraining, chat_prompts, new_head
 from tests.conftest import tiny_gpt2, tiny_llama
 

@@ -1,0 +1,127 @@
+"""Where a new EAGLE-3 head starts: its shape and draft vocabulary, and the weights that it takes from its target."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .._compat.models import max_positions
+from ..models.vocabulary import rows
+from .config import Eagle3Config
+from .eagle3 import Eagle3Head
+
+# Parts of a head's layer that take a target's layer as it is, by how their names end in Llama-like models.
+COPIED = (
+    "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+ON_HIDDEN = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+RENAMED = {"hidden_norm.weight": "input_layernorm.weight"}  # of the head, and of the target
+LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
+NORM = re.compile(r"(?:.*\.)?norm\.weight")  # the target's last norm
+
+
+def special_tokens(target: PreTrainedModel) -> list[int]:
+    """The tokens that begin, end or pad a text of the target."""
+    config = target.config.get_text_config(decoder=True)
+    named = [vars(config).get(name) for name in ("bos_token_id", "pad_token_id")]
+    return [token for token in named if isinstance(token, int) and token >= 0] + ends_of(target)
+
+
+def ends_of(target: PreTrainedModel) -> list[int]:
+    """The tokens that end an answer of the target."""
+    ends = target.generation_config.eos_token_id if target.generation_config is not None else None
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
+def default_reads(layers: int) -> tuple[int, ...]:
+    """EAGLE-3's three hidden states of a target with this many layers: near its input, its middle and its output."""
+    return tuple(sorted({min(2, layers - 1), layers // 2, max(layers - 3, 0)}))
+
+
+def new_config(target: PreTrainedModel, draft_vocab_size: int, **changes: Any) -> Eagle3Config:
+    """A head with the widths of one layer of the target.
+
+    Args:
+        changes: fields of Eagle3Config that are another.
+    """
+    text = target.config.get_text_config(decoder=True)
+    said, width, heads = text.to_dict(), int(text.hidden_size), int(text.num_attention_heads)
+    table = rows(target.get_input_embeddings())
+    vocab_size = int(text.vocab_size) if table is None else min(int(text.vocab_size), table)
+    rope = said.get("rope_parameters") or {}
+    fields: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": said.get("intermediate_size") or 4 * width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": said.get("num_key_value_heads") or heads,
+        "head_dim": said.get("head_dim") or width // heads,
+        "rms_norm_eps": said.get("rms_norm_eps") or 1e-5,
+        "max_position_embeddings": max_positions(target.config),
+        # A target whose layers rotate differently (Gemma-3) names a rope for each kind of layer: then it is Llama's default.
+        "rope_parameters": rope if "rope_type" in rope else {"rope_type": "default", "rope_theta": 10000.0},
+        "vocab_size": vocab_size,
+        "draft_vocab_size": min(draft_vocab_size, vocab_size),
+        "reads": default_reads(int(text.num_hidden_layers)),
+    }
+    return Eagle3Config(**(fields | changes))
+
+
+def draft_tokens(head: Eagle3Head) -> Tensor:
+    """(Vd,) the target ids of a head's logits."""
+    return head.draft_ids if head.draft_ids is not None else torch.arange(head.config.vocab_size)
+
+
+@torch.no_grad()
+def start_from_target(head: Eagle3Head, target: PreTrainedModel, source: int = -1) -> list[str]:
+    """Sets a head's weights from its target's, where shapes fit; returns the names of the weights that were set.
+
+    The projection passes the last of the features on, attention and MLP are those of one layer of the target and read the hidden
+    state, not the token yet; the vocabulary head's rows and the norm before it are the target's.
+
+    Args:
+        source: the target's layer.
+    """
+    own, found = head.state_dict(), []
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in target.state_dict().items():
+        match = LAYER.fullmatch(name)
+        if match:
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor
+    layer = layers[sorted(layers)[source]] if layers else {}
+    for name in (*COPIED, *RENAMED):
+        found += _set(own, f"layers.0.{name}", layer.get(RENAMED.get(name, name)))
+    width = head.config.hidden_size
+    for name in ON_HIDDEN:
+        mine, given = own[f"layers.0.{name}"], layer.get(name)
+        if given is not None and given.shape == mine[:, width:].shape:
+            mine[:, width:] = given
+            found.append(f"layers.0.{name}")
+    if head.config.target_hidden_size == width:
+        own["fc.weight"].zero_()
+        own["fc.weight"][:, -width:] = torch.eye(width)
+        found.append("fc.weight")
+    lm_head = target.get_output_embeddings()
+    if isinstance(lm_head, nn.Module):
+        weight = dict(lm_head.named_parameters(recurse=False)).get("weight")
+        ids = draft_tokens(head)
+        found += _set(own, "lm_head.weight", None if weight is None else weight[ids.to(weight.device)])
+    norms: Sequence[Tensor] = [tensor for name, tensor in target.state_dict().items() if NORM.fullmatch(name)]
+    found += _set(own, "norm.weight", norms[-1] if norms else None)
+    return found
+
+
+def _set(own: dict[str, Tensor], name: str, given: Tensor | None) -> list[str]:
+    """Copies a tensor into a head's weight of the same shape; the name, if it did."""
+    if given is None or given.shape != own[name].shape:
+        return []
+    own[name].copy_(given)
+    return [name]
