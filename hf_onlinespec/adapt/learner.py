@@ -89,7 +89,8 @@ class Learner:
     ) -> Scores:
         """One step on the last n tokens of every row.
 
-        A single learner builds on the prefix, without gradients: one forward and backward over the rest, with nothing recomputed.
+        A single learner builds on the prefix, without gradients: one forward and backward over the rest; nothing is recomputed but rows of
+        a head that its later steps go on from.
         Experts of an ensemble have read nothing themselves, and read everything.
 
         Args:
@@ -101,29 +102,25 @@ class Learner:
         gates = self.experts.rows
         prefix = prefix if gates is None and not self._cache_invalid else None
 
-        def alone(base: bool) -> Tensor:
-            return self.trainable.training_logits(
-                segment.tokens, n, segment.mask, base=base, features=segment.features
-            )[0]
-
-        of_base = None
-        if gates is None and compare and self.experts.steps:
-            with torch.no_grad():
-                of_base = self._objective.acceptance(segment, alone(base=True))
+        of_base = self._base_acceptance(segment) if gates is None and compare and self.experts.steps else None
         started = time.perf_counter()
         with torch.enable_grad():
-            logits = self.trainable.training_logits(
-                segment.tokens, n, segment.mask, gates, prefix, features=segment.features
-            )
-            accepted = [self._objective.acceptance(segment, row) for row in logits.detach()]
-            experts = logits[: self.trainable.adapter.blocks]
-            losses = torch.stack([self._objective.losses(segment.teachers, row).mean() for row in experts])
-        self.loss = float(losses.detach()[self.experts.mixture.best_expert])
+            steps = self._objective.unrolled(self.trainable, segment, gates, prefix)
+            accepted = [self._objective.acceptance(segment, row) for row in steps[0].detach()]
+            experts = self._objective.copies(segment.taught, [step[: self.trainable.adapter.blocks] for step in steps])
+            losses = torch.stack([expert.mean for expert in experts])
+        self.loss = float(torch.cat(experts[self.experts.mixture.best_expert].first).detach().mean())
         scores = Scores(accepted[0], of_base)
         if gates is not None:
             scores = Scores(accepted[self.experts.mixture.served_row], accepted[self.trainable.adapter.blocks])
         before, skipped = counts.updates, counts.skipped_updates
-        self._step(losses, counts, "new", started, lambda base: self._objective.losses(segment.teachers, alone(base)))
+        self._step(
+            losses,
+            counts,
+            "new",
+            started,
+            lambda base: self._objective.segment_losses(self.trainable, segment, base).all,
+        )
         if counts.updates > before:
             counts.learned_tokens += batch * n
             counts.loss_sum += max(0.0, self.loss) * batch * n  # rounding may leave a divergence just below 0
@@ -133,6 +130,14 @@ class Learner:
         elif segment.is_finite and self._evaluator.collect(segment, accepted, scores) and self._returns is not None:
             self._returns.forget()
         return scores
+
+    @torch.no_grad()
+    def _base_acceptance(self, segment: Segment) -> list[float]:
+        """Acceptance of the base draft at the new tokens."""
+        logits = self.trainable.training_logits(
+            segment.tokens, segment.n, segment.mask, base=True, features=segment.features
+        )
+        return self._objective.acceptance(segment, logits[0])
 
     @torch.no_grad()
     def _is_learnable(self, base: bool, losses: Callable[[bool], Tensor]) -> bool:
@@ -251,16 +256,16 @@ class Learner:
         gates = torch.eye(self.trainable.adapter.blocks, device=self.trainable.adapter.params.device)
         with torch.enable_grad():
             rows = self._objective.request_losses(self.trainable, requests, gates if self.experts.is_ensemble else None)
-            losses = torch.stack([torch.cat(row).mean() for row in rows])
+            losses = torch.stack([row.mean for row in rows])
         before = counts.updates
         self._step(
             losses,
             counts,
             kind,
             started,
-            lambda base: torch.cat(self._objective.request_losses(self.trainable, requests, None, base)[0]),
+            lambda base: self._objective.request_losses(self.trainable, requests, None, base)[0].all,
         )
-        found = [float(loss.detach().mean()) for loss in rows[self.experts.mixture.best_expert]]
+        found = [float(loss.detach().mean()) for loss in rows[self.experts.mixture.best_expert].first]
         if counts.updates > before:
             self._report("new" if kind == "new" else "replay", sum(found) / len(found), started)
         return found

@@ -43,6 +43,15 @@ class Segment:
             return list(self.tokens)
         return [row[int((mask == 0).sum()) :] for row, mask in zip(self.tokens, self.mask, strict=True)]
 
+    def taught(self, step: int) -> list[Teacher]:
+        """One teacher per row of what a drafted step can learn, see `taught_by`."""
+        if step == 0:
+            return self.teachers
+        features = None if self.features is None else self.features.shape[1]
+        return [
+            taught_by(teacher, step, len(row), features) for teacher, row in zip(self.teachers, self.rows, strict=True)
+        ]
+
     @property
     def is_finite(self) -> bool:
         """Whether the target's distribution is one everywhere: no NaN, no +∞."""
@@ -87,12 +96,22 @@ class PendingRequest:
 LEAST_CONTEXT = 2  # tokens in front of the first one that a row of a head says
 
 
-def sayable(features: int) -> int:
+def sayable(features: int, step: int = 0) -> int:
     """How many of the last tokens of a text a head has a row for, of which the target's features are known at so many tokens.
 
-    A row is made of the features at a token and of the token behind it, and says the next one.
+    A row is made of the features at a token and of the token behind it, and says the next one; at a later step, one further behind.
     """
-    return max(0, features - 1)
+    return max(0, features - 1 - step)
+
+
+def taught_by(teacher: Teacher, step: int, tokens: int, features: int | None) -> Teacher:
+    """What a drafted step can learn of the last tokens of a text of so many: all, or at a later step those that a head has a row for.
+
+    Args:
+        features: at how many of the last tokens but one features are known; None: at all of them.
+    """
+    known = tokens - 1 if features is None else min(features, tokens - 1)
+    return teacher.last(sayable(known, step)) if step else teacher
 
 
 def padded_features(rows: list[Tensor | None]) -> Tensor | None:

@@ -104,6 +104,29 @@ class Trainable(Protocol):
         """
         ...
 
+    def unrolled_logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        prefix: Prefix | None = None,
+        base: bool = False,
+        features: Tensor | None = None,
+        steps: int = 1,
+    ) -> list[Tensor]:
+        """`training_logits`, and what the draft says about the same n tokens where it drafted those right before them itself.
+
+        Args:
+            steps: the first one and those of a draft head that follow: step k has gone on for k tokens without the target's hidden
+                states. Drafts that read none have the first step alone, and a head no more than the tokens that it can draft.
+
+        Returns:
+            Of each step logits (copies, rows, n, vocab). The first tokens of a text are none of a later step's to say, see
+            `Segment.taught`.
+        """
+        ...
+
 
 def params_of(adapter: Adapter, parts: Mapping[str, Tensor]) -> Tensor:
     """A flat vector (parameters,) like the adapter's, from tensors by their names in files.

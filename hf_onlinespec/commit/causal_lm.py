@@ -89,6 +89,20 @@ class CausalLM(DraftModel):
         found: Tensor = logits[:, -n:].unflatten(0, (copies, rows))
         return found
 
+    def unrolled_logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        prefix: Prefix | None = None,
+        base: bool = False,
+        features: Tensor | None = None,
+        steps: int = 1,
+    ) -> list[Tensor]:
+        """See `Trainable.unrolled_logits`. It reads what it drafted as it reads a text: there is one step."""
+        return [self.training_logits(tokens, n, mask, gates, prefix, base)]
+
     def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> Tensor:
         """What the draft says with these tensors in the place of its adapter's, by PEFT's names; gradients flow to them."""
         own = self.adapter.placed(adapter)

@@ -165,5 +165,19 @@ class DraftModel(ABC):
         """See `Trainable.training_logits`; held between two gradient steps."""
 
     @abstractmethod
+    def unrolled_logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        prefix: Prefix | None = None,
+        base: bool = False,
+        features: Tensor | None = None,
+        steps: int = 1,
+    ) -> list[Tensor]:
+        """See `Trainable.unrolled_logits`; held between two gradient steps."""
+
+    @abstractmethod
     def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> Tensor:
         """What the draft says with these tensors in the place of its adapter's, by PEFT's names; gradients flow to them."""

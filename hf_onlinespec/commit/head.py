@@ -22,6 +22,7 @@ from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
 from ..errors import UnsupportedError
 from ..heads.base import Head
+from ..heads.unrolling import Unroll
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .draft_model import Branch, DraftModel, Reader
@@ -79,29 +80,43 @@ class HeadModel(DraftModel):
         features: Tensor | None = None,
     ) -> Tensor:
         """See `Trainable.training_logits`. What no row says, as the second token of a text, has logits of 0 and no gradient."""
+        return self.unrolled_logits(tokens, n, mask, gates, prefix, base, features)[0]
+
+    def unrolled_logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        prefix: Prefix | None = None,
+        base: bool = False,
+        features: Tensor | None = None,
+        steps: int = 1,
+    ) -> list[Tensor]:
+        """See `Trainable.unrolled_logits`. Step k says token j from row j - 2 - k; what no row says has logits of 0 and no gradient."""
+        steps = steps if self.most is None else min(steps, self.most)
         features = self._read(tokens[:, :-1], mask) if features is None else features
         rows, copies, length = tokens.shape[0], 1 if gates is None else gates.shape[0], tokens.shape[1]
-        start = length - 1 - features.shape[1]
+        start, cache = length - 1 - features.shape[1], DynamicCache() if steps > 1 else None
         if prefix is not None and prefix.first + prefix.length >= start:  # of one row, whose features hold no padding
-            start, mask = prefix.first + prefix.length, None
-        else:
-            prefix = None
+            assert isinstance(prefix.cache, Cache)
+            # A later step goes on from rows before those whose first step says the last n tokens: they are read anew.
+            start, mask = max(start, prefix.first, prefix.first + prefix.length + 1 - steps), None
+            cache = copied_prefix(prefix.cache, start - prefix.first, self.config)
         # The features of the last token but one belong to what comes behind the text.
         features = features[:, start + 1 - length : -1].repeat(copies, 1, 1)
         tokens = tokens[:, start + 1 : -1].repeat(copies, 1)
-        past, mask = {}, _mask_of(mask, start, length - 2)
+        mask = _mask_of(mask, start, length - 2)
         mask = None if mask is None else mask.repeat(copies, 1)
-        if prefix is not None:
-            assert isinstance(prefix.cache, Cache)
-            past = {CACHE: copied_prefix(prefix.cache, prefix.length, self.config)}
-        own = None if gates is None else gates.repeat_interleave(rows, dim=0)
-        inputs = {"tokens": tokens, "features": features, "attention_mask": mask, "use_cache": bool(past), **past}
+        drafting = min(n + steps - 1, tokens.shape[1])
         if base:
-            logits = self.adapter.tree(**inputs, logits_to_keep=n).logits
+            said = Unroll(self.adapter.tree, drafting, mask, cache).teacher_forced(tokens, features, steps, n)
         else:
+            own = None if gates is None else gates.repeat_interleave(rows, dim=0)
             with self.adapter.gated(own) as model:
-                logits = model(**inputs, logits_to_keep=n).logits
-        return _with_unread(logits, n).unflatten(0, (copies, rows))
+                said = Unroll(model, drafting, mask, cache).teacher_forced(tokens, features, steps, n)
+        said += [said[0][:, :0]] * (steps - len(said))  # of a text that is too short for them
+        return [_with_unread(logits, n).unflatten(0, (copies, rows)) for logits in said]
 
     def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> NoReturn:
         """See `DraftModel`. Raises UnsupportedError."""

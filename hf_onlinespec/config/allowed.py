@@ -24,6 +24,7 @@ WHOLE = {
     "rank": (1, 16_384),  # above the width of any draft: from there on an adapter is the whole matrix
     "experts": (1, 64),
     "snapshots": (0, 64),  # copies of the adapter in half precision
+    "head_steps": (1, 16),
     "lookahead": (0, 4_096),
     "update_every": (1, 10**9),
     "replay_passes": (0, 64),

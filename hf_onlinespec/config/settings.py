@@ -88,6 +88,11 @@ class OnlineSpecConfig:
     )
     loss: str = _setting("forward_kl", f"divergence between target and draft, one of {sorted(LOSSES)}")
     temperature: float = _setting(1.0, "softens target and draft inside the loss")
+    head_steps: int = _setting(
+        1,
+        "drafted steps behind each position that a draft head learns from, of Hydra no more than it has heads; an ordinary draft has "
+        "no such steps",
+    )
     top_k: int | None = _setting(
         None, "keep only this many target probabilities per position, the rest as one tail mass; None: all of them"
     )

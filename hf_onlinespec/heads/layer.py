@@ -46,10 +46,18 @@ def mask_of(mask: Tensor | None, n: int, past: int, dtype: torch.dtype, device: 
     padded = mask is not None and not bool(mask.all())
     if not padded and (past == 0 or n == 1):
         return None
+    return seen_keys(mask if padded else None, n, past, device)
+
+
+def seen_keys(mask: Tensor | None, n: int, past: int, device: torch.device) -> Tensor:
+    """Which keys n rows behind `past` cached ones see: (1 or B, 1, n, past + n), up to their own.
+
+    Args:
+        mask: (B, past + n) with zeros for padding; None: there is none.
+    """
     seen = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)[None, None]
-    if not padded:
+    if mask is None:
         return seen
-    assert mask is not None
     own = torch.eye(n, past + n, dtype=torch.bool, device=device).roll(past, dims=1)
     return (seen & mask.bool()[:, None, None]) | own  # padding sees itself, as a row without any key has no softmax
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..heads.base import Head
 from .head_features import BLOCK, FeatureCache, HeadBatch
-from .head_loss import Unroll
+from .head_loss import unroll_of
 
 CHAIN = 5  # tokens of the drafts that a head is measured by
 
@@ -17,8 +17,8 @@ CHAIN = 5  # tokens of the drafts that a head is measured by
 def accepted_behind(head: Head, batch: HeadBatch, length: int) -> Tensor:
     """How many tokens of a greedy draft of `length` are the answer's, (B, n): behind row i, the draft that begins at answer token i + 1."""
     p, n = batch.prompt_tokens.shape[1], batch.best.shape[1]
-    unroll = Unroll(head, batch)
-    out = unroll.first()
+    unroll = unroll_of(head, batch)
+    out = unroll.first(batch.read, batch.features, n)
     right = batch.real[:, p:]
     accepted = torch.zeros_like(batch.best)
     for k in range(length):

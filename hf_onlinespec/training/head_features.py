@@ -47,6 +47,11 @@ class HeadBatch:
     said: Tensor  # (B, n, width or draft vocabulary): of the target behind answer token i, see `Recorded.said`
     best: Tensor  # (B, n)
 
+    @property
+    def read(self) -> Tensor:
+        """(B, p + n) the tokens behind the rows."""
+        return torch.cat([self.prompt_tokens, self.tokens[:, :-1]], dim=1)
+
     def to(self, device: torch.device) -> HeadBatch:
         return HeadBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 

@@ -140,6 +140,13 @@ def test_the_names_in_a_folder_of_format_1() -> None:
     assert set(found) == MANIFEST_KEYS and found["format"] == 1 and set(found["run"]) == RUN
 
 
+def test_settings_that_came_later_have_their_defaults(draft: OnlineDraft, tmp_path: Path) -> None:
+    assert "head_steps" not in manifest(FOLDER)["settings"] and draft.settings.head_steps == 1
+    draft.save_pretrained(tmp_path)
+    assert manifest(tmp_path)["settings"]["head_steps"] == 1
+    assert OnlineDraft.from_pretrained(tmp_path, counted_llama(6007)).settings == draft.settings
+
+
 def test_what_was_loaded_is_saved_to_the_same_bits(draft: OnlineDraft, tmp_path: Path) -> None:
     draft.save_pretrained(tmp_path)
     for name in (ADAPTER, STATE):
