@@ -120,6 +120,7 @@ def serve_model(
     isolate: bool,
     allow_remote: bool,
 ) -> int:
+    """Serves a model with what is attached to it until it is stopped, and saves the draft; the exit code."""
     import uvicorn
 
     # Only now: they need the packages of the extra.
