@@ -74,7 +74,7 @@ def both(
 
 
 def ratio(pairs: list[tuple[Run, Run]]) -> str:
-    rows = [(ours.tokens, ours.seconds, plain.tokens, plain.seconds) for plain, ours in pairs]
+    rows = [(plain.tokens, plain.seconds, ours.tokens, ours.seconds) for plain, ours in pairs]
     return "{:.3f} (90 % interval {:.3f} to {:.3f})".format(*interval(rows))
 
 

@@ -158,7 +158,7 @@ def report(rows: list[dict[str, Any]], arms: list[str]) -> None:
     for arm in arms:
         for other in arms[: arms.index(arm)]:
             for start, words in ((0, "all"), (last, "last quarter")):
-                pairs = zip(of(arm, start), of(other, start), strict=True)
+                pairs = zip(of(other, start), of(arm, start), strict=True)
                 ratio, low, high = interval([(a["tokens"], a["seconds"], b["tokens"], b["seconds"]) for a, b in pairs])
                 lengths = (
                     ""
