@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, final
+from functools import cached_property
+from typing import final
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from .._compat.models import keeps_logits
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
-from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .draft_model import Branch, DraftModel, Reader
+from .draft_trees import added_mask, reads_trees, seen_by
 from .row_features import RowFeatures
 
 
@@ -31,6 +32,12 @@ class CausalLM(DraftModel):
     def __init__(self, adapter: GatedLora, experts: Experts, vocabulary: Vocabulary, lock: Lock, steps: Lock) -> None:
         super().__init__(adapter, experts, vocabulary, lock, steps)
         self._keeps_logits = keeps_logits(adapter.tree)
+
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether it reads several candidates at once, tried once."""
+        with self.serving(base=True) as model:
+            return reads_trees(model)
 
     def reader(self, mask: Tensor | None, features: RowFeatures | None) -> CausalReader:
         return CausalReader(self, mask)
@@ -153,6 +160,9 @@ class CausalReader(Reader):
         self._model, self._mask, self._length = model, mask, length
         self._past = DynamicCache(config=model.config) if past is None else past
         record_past(self._past)
+        self._row = 0  # tokens of the row; 0: it was not rolled back to a round yet
+        # Candidates that were read beside the chain in this round: place in the cache, and what they follow.
+        self._branches: dict[int, tuple[int, int]] = {}
 
     @property
     def length(self) -> int:
@@ -169,17 +179,27 @@ class CausalReader(Reader):
         return logits[:, -1]
 
     def can_branch(self, parent: int, depth: int) -> bool:
-        return (
-            False  # not every model takes a mask of a tree, and a step of a whole model is too dear for a second guess
-        )
+        known = parent in self._branches or self._row + parent < self._length
+        fits = 0 < self._row + depth < self._model.positions
+        return bool(self._row) and known and fits and self._mask is None and self._model.reads_trees
 
-    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> NoReturn:
-        raise UnsupportedError("A causal language model drafts chains.")
+    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
+        chain = {i: (self._row + i, i - 1) for i in range(self._length - self._row)}
+        cached, device = self._length + len(self._branches), self._model.device
+        seen = seen_by(branches, chain | self._branches, self._row, cached)
+        inputs = {
+            "input_ids": torch.tensor([[branch.token for branch in branches]], device=device),
+            "attention_mask": added_mask(seen, served.dtype, device),
+            "position_ids": torch.tensor([[self._row + branch.depth for branch in branches]], device=device),
+        }
+        logits: Tensor = served(**{CACHE: self._past}, use_cache=True, **inputs).logits
+        self._branches |= {branch.node: (cached + i, branch.parent) for i, branch in enumerate(branches)}
+        return logits[0]
 
     def rewind(self, length: int) -> None:
         keep = min(self._length, length - 1)
-        crop(self._past, self._length - keep)
-        self._length = keep
+        crop(self._past, self._length + len(self._branches) - keep)
+        self._length, self._row, self._branches = keep, length, {}
 
     def prefix(self, most: int) -> Prefix | None:
         length = min(self._length, most)
@@ -188,4 +208,5 @@ class CausalReader(Reader):
     @property
     def _is_whole(self) -> bool:
         """Whether every layer holds all tokens: a sliding window drops the first ones."""
-        return all(keys.shape[-2] == self._length for keys, _ in cache_tensors(self._past))
+        held = self._length + len(self._branches)
+        return all(keys.shape[-2] == held for keys, _ in cache_tensors(self._past))

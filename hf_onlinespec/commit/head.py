@@ -26,6 +26,7 @@ from ..heads.unrolling import Unroll
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .draft_model import Branch, DraftModel, Reader
+from .draft_trees import seen_by
 from .row_features import RowFeatures
 
 
@@ -221,16 +222,10 @@ class HeadReader(Reader):
         return self._model.most is None and parent in self._read
 
     def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
-        rows, cached, n = self._end - self._first, self._cached, len(branches)
+        rows, cached = self._end - self._first, self._cached
         device = self._model.device
-        seen = torch.zeros(n, cached + n, dtype=torch.bool)
-        seen[:, :rows] = True
-        for i, branch in enumerate(branches):
-            above = branch.parent
-            while above >= 0:
-                seen[i, self._read[above][0]] = True
-                above = self._above[above]
-            seen[i, cached + i] = True
+        read = {node: (place, self._above[node]) for node, (place, _) in self._read.items()}
+        seen = seen_by(branches, read, rows, cached)
         out = served(
             tokens=torch.tensor([[branch.token for branch in branches]], device=device),
             hidden=torch.cat([self._read[branch.parent][1] for branch in branches], dim=1),

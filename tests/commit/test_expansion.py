@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.commit.draft_model import Branch
+from hf_onlinespec.commit.draft_trees import reads_trees
 from hf_onlinespec.commit.head import HeadModel
 from hf_onlinespec.commit.row_features import RowFeatures
 from hf_onlinespec.govern.acceptance import RequestStats, TokenSource
@@ -18,9 +20,15 @@ from hf_onlinespec.govern.governor import Governor
 from hf_onlinespec.govern.planner import Plan
 from hf_onlinespec.heads.config import Eagle3Config
 from hf_onlinespec.heads.eagle3 import Eagle3Head
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import tiny_gpt2, tiny_llama
 
 VOCABULARY, READS = 32, (1, 2, 3)
+
+
+def tiny_bloom(seed: int) -> PreTrainedModel:
+    """It knows its positions by ALiBi."""
+    torch.manual_seed(seed)
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,41 @@ def test_behind_each_candidate_it_says_what_it_says_behind_that_path_alone(
             assert not reader.can_branch(0, 1)
 
 
+@torch.no_grad()
+def test_a_draft_model_says_behind_each_candidate_what_it_says_behind_that_path_alone(target: PreTrainedModel) -> None:
+    model = OnlineDraft(target).trainable
+    reader = model.reader(None, None)
+    tokens, chain = torch.tensor([[3, 9, 4, 7, 2]]), [11, 12, 13]
+
+    def alone(path: list[int]) -> Tensor:
+        logits: Tensor = target(torch.cat([tokens, torch.tensor([path]).long()], dim=-1)).logits[0, -1]
+        return logits
+
+    with model.serving() as served:
+        reader.scores(served, tokens[:, :3])  # an earlier round
+        for _ in range(2):
+            reader.rewind(5)
+            for n in range(len(chain)):  # the last candidate is not read
+                reader.scores(served, torch.cat([tokens, torch.tensor([chain[:n]]).long()], dim=-1))
+            assert reader.can_branch(-1, 0) and reader.can_branch(1, 2) and not reader.can_branch(2, 3)
+            first = [Branch(3, -1, 0, 21), Branch(4, 0, 1, 22), Branch(5, 1, 2, 23)]
+            paths = [[21], [11, 22], [11, 12, 23]]
+            for row, path in zip(reader.branch(served, first), paths, strict=True):
+                assert torch.allclose(row, alone(path), atol=1e-5), path
+            second = [Branch(6, 3, 1, 24), Branch(7, 4, 2, 25)]
+            for row, path in zip(reader.branch(served, second), [[21, 24], [11, 22, 25]], strict=True):
+                assert torch.allclose(row, alone(path), atol=1e-5), path
+            prefix = reader.prefix(4)
+            assert prefix is not None and prefix.length == 4  # learning builds on the row, whatever was read beside it
+
+
+@pytest.mark.parametrize(("make", "reads"), [(tiny_llama, True), (tiny_gpt2, True), (tiny_bloom, False)])
+def test_a_draft_model_that_reads_no_trees_is_told_from_one_that_does(
+    make: Callable[..., PreTrainedModel], reads: bool
+) -> None:
+    assert reads_trees(make(0)) is reads
+
+
 class Whims(Governor):
     """Drafts, guesses and goes on behind candidates at random."""
 
@@ -106,12 +149,14 @@ class Whims(Governor):
         return self.whim.randrange(4)
 
 
-def test_trees_of_a_head_that_learns_are_lossless(
-    target: PreTrainedModel, head: Eagle3Head, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["head", "draft model"])
+def test_trees_of_a_draft_that_learns_are_lossless(
+    target: PreTrainedModel, head: Eagle3Head, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
     monkeypatch.setattr(Whims, "whim", random.Random(3))
-    draft = OnlineDraft(head, update_every=1, update_when="round")
+    model = head if kind == "head" else tiny_llama(3, vocab=VOCABULARY)
+    draft = OnlineDraft(model, update_every=1, update_when="round")
     torch.manual_seed(5)
     for _ in range(12):
         prompt = torch.randint(VOCABULARY, (1, 6))
@@ -119,8 +164,8 @@ def test_trees_of_a_head_that_learns_are_lossless(
         found = target.generate(prompt, assistant_model=draft, **options)
         assert torch.equal(found, target.generate(prompt, **options))
     assert draft.metrics.failed_drafts == draft.metrics.failed_updates == 0
-    model = draft.metrics.candidates.by_source()["model"]
-    assert model["verified"] > 50  # beside and behind its chain, too
+    said = draft.metrics.candidates.by_source()["model"]
+    assert said["verified"] > 50  # beside and behind its chain, too
 
 
 def test_a_leaf_is_read_where_that_pays() -> None:
