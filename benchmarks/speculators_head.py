@@ -71,7 +71,7 @@ def write(folder: Path) -> None:
                     position_ids=torch.arange(step, ROWS + step)[None],
                 )
                 logits.append(out.logits[0])
-                hidden, cache = out.hidden, out.past_key_values
+                hidden, cache = out.hidden, out.cache
         write_head(head, folder / name, "speculators", target_config=target.config)
         save_file(
             {"tokens": tokens, "features": features, "logits": torch.stack(logits)}, folder / f"{name}.safetensors"

@@ -60,6 +60,10 @@ def main() -> None:
     parser.add_argument("--before", type=Path)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--prompts", type=int, default=30, help="of each kind")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="prompts, to go on where an earlier run was ended; the memory begins anew"
+    )
+    parser.add_argument("--most", type=int, help="prompts behind them; None: all")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -96,7 +100,8 @@ def main() -> None:
     arms["ours"] = lambda: {"custom_generate": GenerateFn(drafts["ours"], None, None)}
 
     rows: list[dict[str, Any]] = []
-    for at, (kind, prompt) in enumerate(prompts(args.prompts, args.seed)):
+    stream = prompts(args.prompts, args.seed)[args.skip :][: args.most]
+    for at, (kind, prompt) in enumerate(stream):
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(args.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat.caches import CACHE, copied_prefix, crop, record_past
+from .._compat.caches import copied_prefix, crop, record_past
 from .._compat.hidden_states import hidden_states, hidden_states_inputs
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
@@ -231,7 +231,7 @@ class HeadReader(Reader):
             hidden=torch.cat([self._read[branch.parent][1] for branch in branches], dim=1),
             attention_mask=seen[None, None].to(device),
             position_ids=torch.tensor([[rows + branch.depth for branch in branches]], device=device),
-            **{CACHE: self._past},
+            past_key_values=self._past,
             use_cache=True,
         )
         for i, branch in enumerate(branches):
@@ -241,7 +241,7 @@ class HeadReader(Reader):
 
     def _step(self, served: PreTrainedModel, tokens: Tensor, **read: Tensor | None) -> None:
         out = served(
-            tokens=tokens.to(self._model.device), **read, **{CACHE: self._past}, use_cache=True, logits_to_keep=1
+            tokens=tokens.to(self._model.device), **read, past_key_values=self._past, use_cache=True, logits_to_keep=1
         )
         self._logits, self._hidden = out.logits[:, -1], out.hidden[:, -1:]
 

@@ -26,7 +26,7 @@ class HeadOutput(ModelOutput):
 
     logits: Tensor = None  # type: ignore[assignment]  # (B, n or logits_to_keep, draft vocabulary)
     hidden: Tensor = None  # type: ignore[assignment]  # (B, n, width): what the next step is given
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
 class TargetLayers:

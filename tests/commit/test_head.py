@@ -94,9 +94,7 @@ def said(head: Head, target: PreTrainedModel, row: int, tokens: Tensor, before: 
     features = torch.cat([read[i] for i in head.reads], dim=-1)[:, before + unread : -1]
     out = head(tokens[:, before + unread + 1 : before + row], features=features, use_cache=True)
     for at in range(before + row, tokens.shape[1]):
-        out = head(
-            tokens[:, at : at + 1], hidden=out.hidden[:, -1:], past_key_values=out.past_key_values, use_cache=True
-        )
+        out = head(tokens[:, at : at + 1], hidden=out.hidden[:, -1:], past_key_values=out.cache, use_cache=True)
     scores = out.logits[:, -1]
     if head.draft_ids is None:
         return scores

@@ -91,7 +91,7 @@ def test_a_head_says_what_its_formulas_say_over_a_prompt_and_rounds_of_rejection
         logits, hidden, past = rival(tokens, features, None, past)
         torch.testing.assert_close(out.logits, logits, **CLOSE)
         torch.testing.assert_close(out.hidden, hidden, **CLOSE)
-        cache = out.past_key_values
+        cache = out.cache
         length = 0 if cache is None else held_tokens(cache)
         ours, theirs, steps = out.hidden[:, -1:], hidden[:, -1:], past
         for _ in range(drafted - 1):
@@ -124,8 +124,8 @@ def test_padding_on_the_left_changes_nothing(kind: str, tmp_path: Path) -> None:
         if step + 1 == head.most:
             break
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
-        whole = head(token, hidden=whole.hidden[:, -1:], past_key_values=whole.past_key_values, attention_mask=mask)
-        alone = head(token[1:], hidden=alone.hidden[:, -1:], past_key_values=alone.past_key_values)
+        whole = head(token, hidden=whole.hidden[:, -1:], past_key_values=whole.cache, attention_mask=mask)
+        alone = head(token[1:], hidden=alone.hidden[:, -1:], past_key_values=alone.cache)
 
 
 WITH_CACHE = ["EAGLE-3, plain", "EAGLE-3, two layers", "EAGLE-1"]
@@ -139,7 +139,7 @@ def test_the_branches_of_a_tree_are_as_chains(kind: str, additive: bool, tmp_pat
     head = opened(kind, tmp_path)
     inputs = Inputs(head, batch=1)
     read = head(inputs.tokens(6), features=inputs.features(6), use_cache=True)
-    children, cache = inputs.tokens(2), read.past_key_values
+    children, cache = inputs.tokens(2), read.cache
     seen = torch.ones(1, 1, 2, 8, dtype=torch.bool)
     seen[0, 0, 0, 7] = seen[0, 0, 1, 6] = False
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if additive else seen
@@ -167,7 +167,7 @@ def test_steps_at_every_position_at_once_are_as_drafting_behind_each(kind: str, 
         out = head(
             text[:, k : n + k],
             hidden=out.hidden,
-            past_key_values=out.past_key_values,
+            past_key_values=out.cache,
             attention_mask=torch.cat([causal, *[own] * k], dim=1)[None, None],
             position_ids=torch.arange(k, n + k)[None],
         )
@@ -178,7 +178,7 @@ def test_steps_at_every_position_at_once_are_as_drafting_behind_each(kind: str, 
             torch.testing.assert_close(found[k][:, t], alone.logits[:, -1], **CLOSE)
             if k + 1 < steps:
                 token = text[:, t + k + 1 : t + k + 2]
-                alone = head(token, hidden=alone.hidden[:, -1:], past_key_values=alone.past_key_values)
+                alone = head(token, hidden=alone.hidden[:, -1:], past_key_values=alone.cache)
 
 
 @pytest.mark.parametrize("kind", ["EAGLE-3, reduced vocabulary", "EAGLE-1", "Hydra prefix-mlp"])

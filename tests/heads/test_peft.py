@@ -77,8 +77,8 @@ def test_gradients_reach_every_part_of_the_adapter_through_two_steps(name: str, 
     tokens = head.dummy_inputs["tokens"]
     with lora.gated() as tree:
         first = tree(**head.dummy_inputs, use_cache=True)
-        second = tree(tokens, hidden=first.hidden, past_key_values=first.past_key_values)
-        third = tree(tokens, hidden=second.hidden, past_key_values=second.past_key_values)
+        second = tree(tokens, hidden=first.hidden, past_key_values=first.cache)
+        third = tree(tokens, hidden=second.hidden, past_key_values=second.cache)
         (first.logits.square().sum() + second.logits.square().sum() + third.logits.square().sum()).backward()
     assert all(bool(part.abs().sum() > 0) for part in lora.named(lora.grads).values())
 
@@ -97,7 +97,7 @@ def test_the_blocks_of_an_ensemble_speak_for_each_sequence_by_itself(name: str, 
         with lora.gated(weights) as tree:
             first = tree(**inputs, use_cache=True)
             hidden = first.hidden[:, -1:]
-            return tree(token[rows], hidden=hidden, past_key_values=first.past_key_values).logits
+            return tree(token[rows], hidden=hidden, past_key_values=first.cache).logits
 
     weights = torch.tensor([[1.0, 0.0], [0.3, 0.7]])
     both = twice(weights, slice(0, 2))

@@ -29,7 +29,7 @@ from hf_onlinespec import DraftError, OnlineCandidateGenerator, OnlineDraft, Uns
 from tests.architectures import ARCHITECTURES, LIMIT
 from tests.chi_square import MILLION, THOUSAND
 from tests.heads.tiny import KINDS, tiny_eagle3, tiny_head
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import CACHE, tiny_llama
 from tests.verify.test_sampling_law import Whims
 
 PER_ROUND: dict[str, Any] = dict(lookahead=3, update_every=1, update_when="round", rank=2, alpha=2.0)
@@ -158,12 +158,12 @@ class Unasked(LlamaForCausalLM):
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,  # as transformers 5.24 calls it
         use_cache: bool = True,
         return_dict: bool = True,
     ) -> ModelOutput:
-        output: ModelOutput = super().forward(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache
-        )
+        past = {CACHE: past_key_values if cache is None else cache}
+        output: ModelOutput = super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **past)
         return output
 
 
