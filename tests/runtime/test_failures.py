@@ -130,7 +130,7 @@ def test_a_step_that_raises_leaves_everything_as_it_was(target, prompt, monkeypa
 
 
 # Modules that earlier packages do not have are named by their paths, so that the rest can be run against these.
-REQUEST_MODEL = "hf_onlinespec.commit.causal_lm.RowModel"
+REQUEST_MODEL = "hf_onlinespec.commit.row_model.RowModel"
 PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "the draft model's cache": ("hf_onlinespec.commit.causal_lm", "record_past", {}),
     "the draft model's part": (REQUEST_MODEL, "__init__", {"update_when": "round"}),
