@@ -121,7 +121,9 @@ class HeadModel(DraftModel):
 
     def logits_with(self, adapter: Mapping[str, Tensor], **inputs: Tensor) -> NoReturn:
         """See `DraftModel`. Raises UnsupportedError."""
-        raise UnsupportedError("A draft head is not trained on whole texts: they hold no hidden states of its target.")
+        raise UnsupportedError(
+            "warm_start trains draft models: a draft head reads hidden states of its target. Train one with hf-onlinespec head, or let it learn while it serves."
+        )
 
     @torch.no_grad()
     def _read(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

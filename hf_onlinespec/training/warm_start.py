@@ -27,7 +27,7 @@ from transformers import (
 from .._compat.models import max_positions, model_name
 from ..config import ENSEMBLE
 from ..draft import OnlineDraft
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..models.identity import public_name
 from ..models.vocabulary import check_vocabularies
 from ..runtime.progress import Bar, NoBar, progress
@@ -68,6 +68,7 @@ def warm_start(
     Raises:
         ConfigError: there is no text, a prompt is too long, the draft is an ensemble, or training came to no finite adapter.
         DraftError: target and draft have different tokenizers, see `vocabulary.py`.
+        UnsupportedError: the draft is a head.
 
     Example:
         >>> draft = warm_start(OnlineDraft(model), target, tokenizer, prompts=prompts)     # doctest: +SKIP
@@ -156,6 +157,11 @@ def _check(
     texts: Sequence[str],
     prompts: Sequence[str],
 ) -> None:
+    if draft.reads:
+        raise UnsupportedError(
+            "warm_start trains draft models, and a draft head reads hidden states of its target. Train one with hf-onlinespec head, or "
+            "let it learn while it serves."
+        )
     for name, given in (("texts", texts), ("prompts", prompts)):
         if isinstance(given, str):
             raise ConfigError(f"{name} is one text: expected a list of them, {name}=[...].")

@@ -13,12 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_onlinespec
 from hf_onlinespec import OnlineDraft
-from hf_onlinespec.errors import ArtifactError, DraftError
+from hf_onlinespec.embedded import EmbeddedPair
+from hf_onlinespec.errors import ArtifactError, DraftError, UnsupportedError
 from hf_onlinespec.heads.base import Head
 from hf_onlinespec.heads.config import Eagle3Config
 from hf_onlinespec.heads.eagle3 import Eagle3Head
 from hf_onlinespec.heads.reading import read_head
 from hf_onlinespec.heads.writing import write_head
+from hf_onlinespec.training.warm_start import warm_start
 
 LEARNS = {"lookahead": 3, "update_every": 1, "update_when": "round", "memory_tokens": 0, "replay_tokens": 0}
 VOCABULARY = 96
@@ -147,3 +149,10 @@ def test_a_head_is_attached_by_name(folder: Path) -> None:
 def test_only_heads_have_forms(tmp_path: Path) -> None:
     with pytest.raises(DraftError, match="form='eagle3': only draft heads have forms"):
         OnlineDraft(new_target()).merge_and_export(tmp_path / "out", form="eagle3")
+
+
+def test_a_head_is_not_warm_started(target: LlamaForCausalLM, folder: Path, pair: EmbeddedPair) -> None:
+    """Said before the target writes anything."""
+    draft = OnlineDraft.from_pretrained(folder, target=target)
+    with pytest.raises(UnsupportedError, match="hf-onlinespec head"):
+        warm_start(draft, target, pair.tokenizer, prompts=["a b"])
