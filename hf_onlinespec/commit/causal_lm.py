@@ -178,10 +178,13 @@ class CausalReader(Reader):
         self._length += feed.shape[1]
         return logits[:, -1]
 
+    @property
+    def reads_trees(self) -> bool:
+        return self._mask is None and self._model.reads_trees
+
     def can_branch(self, parent: int, depth: int) -> bool:
         known = parent in self._branches or self._row + parent < self._length
-        fits = 0 < self._row + depth < self._model.positions
-        return bool(self._row) and known and fits and self._mask is None and self._model.reads_trees
+        return bool(self._row) and known and self._row + depth < self._model.positions
 
     def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
         chain = {i: (self._row + i, i - 1) for i in range(self._length - self._row)}

@@ -49,9 +49,14 @@ class Reader(ABC):
             served: the module tree that drafts now, see `DraftModel.serving`.
         """
 
+    @property
+    @abstractmethod
+    def reads_trees(self) -> bool:
+        """Whether the model reads several candidates behind one prefix; tried once, where it is not known."""
+
     @abstractmethod
     def can_branch(self, parent: int, depth: int) -> bool:
-        """Whether it can read candidates of this depth behind a candidate that it has read in this round (-1: behind the row)."""
+        """Whether a candidate of this depth stands behind one that it has read in this round (-1: the row), and within its positions."""
 
     @abstractmethod
     def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:

@@ -57,10 +57,13 @@ class Expansion:
     def next(self, leaves: list[Leaf]) -> list[tuple[Leaf, list[Guess]]]:
         """What follows the leaves that are worth it, taken off the list; []: none is."""
         builder, reader = self._builder, self._model.reader
-        if builder.expansions >= MOST or not self._worth(leaves):
-            return []  # before anybody finds out whether the model reads them
-        chosen = self._worth([leaf for leaf in leaves if reader.can_branch(leaf.parent, leaf.depth)])
-        if not chosen:
+        if builder.expansions >= MOST:
+            return []
+        readable = [leaf for leaf in leaves if reader.can_branch(leaf.parent, leaf.depth)]
+        readable.sort(key=lambda leaf: -leaf.survival)
+        chances = [leaf.survival for leaf in readable]
+        chosen = readable[: self._governor.leaves_to_expand(self._plan, chances, len(builder.drafted))]
+        if not chosen or not reader.reads_trees:  # that may have to be tried: only where it would pay
             return []
         started = time.perf_counter()
         said: list[list[tuple[int, float]]] = []
@@ -72,12 +75,6 @@ class Expansion:
         for leaf in chosen:
             leaves.remove(leaf)
         return [(leaf, self._guesses(leaf, best)) for leaf, best in zip(chosen, said, strict=False)]  # none has failed
-
-    def _worth(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Those of the leaves that are worth reading, the likeliest first."""
-        ranked = sorted(leaves, key=lambda leaf: -leaf.survival)
-        chances = [leaf.survival for leaf in ranked]
-        return ranked[: self._governor.leaves_to_expand(self._plan, chances, len(self._builder.drafted))]
 
     def _guesses(self, leaf: Leaf, best: list[tuple[int, float]]) -> list[Guess]:
         """The draft's best tokens (token, probability) behind a leaf, and what others guess there."""

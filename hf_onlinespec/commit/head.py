@@ -220,8 +220,12 @@ class HeadReader(Reader):
         assert self._hidden is not None
         self._read[node], self._above[node] = (self._cached - 1, self._hidden), parent
 
+    @property
+    def reads_trees(self) -> bool:
+        return self._model.most is None
+
     def can_branch(self, parent: int, depth: int) -> bool:
-        return self._model.most is None and parent in self._read
+        return parent in self._read
 
     def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
         rows, cached = self._end - self._first, self._cached

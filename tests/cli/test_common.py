@@ -18,13 +18,13 @@ import pytest
 import torch
 import typer
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, T5Config
 
 import hf_onlinespec_cli
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.cli import common, loading
 from hf_onlinespec.cli.common import check_folder, check_writable
-from hf_onlinespec.cli.loading import best_device, best_dtype, load_draft, load_model, load_tokenizer
+from hf_onlinespec.cli.loading import best_device, best_dtype, load_model, load_pair, load_tokenizer
 from hf_onlinespec.embedded import DOMAINS, HOME_DOMAIN
 from hf_onlinespec.embedded import FOLDER as EMBEDDED
 from hf_onlinespec.errors import ConfigError, DraftError, VersionError
@@ -348,30 +348,38 @@ def test_the_device_is_an_accelerator_where_there_is_one(monkeypatch: pytest.Mon
         best_device("nowhere")
 
 
+def draft_for(target: PreTrainedModel, folder: Path, name: str) -> OnlineDraft:
+    """What `--draft NAME` loads beside a target, which is saved in the folder."""
+    target.save_pretrained(folder / "target")
+    _, draft = load_pair(str(folder / "target"), name, target.config, None, "auto", torch.device("cpu"))
+    assert draft is not None
+    return draft
+
+
 def test_a_draft_of_any_kind_is_loaded(tmp_path: Path) -> None:
     """A model, an evolved draft, and an ordinary adapter."""
-    target, device = tiny_llama(1, layers=2), torch.device("cpu")
+    target = tiny_llama(1, layers=2)
     tiny_llama(2).save_pretrained(tmp_path / "model")
-    new = load_draft("--draft", str(tmp_path / "model"), target.config, None, "auto", device)
+    new = draft_for(target, tmp_path, str(tmp_path / "model"))
     assert new.metrics.requests == 0
     serve(target, new, range(2))
     new.save_pretrained(tmp_path / "evolved")
-    assert load_draft("--draft", str(tmp_path / "evolved"), target.config, None, "auto", device).metrics.requests == 2
+    assert draft_for(target, tmp_path, str(tmp_path / "evolved")).metrics.requests == 2
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "adapter").mkdir(exist_ok=True)
         shutil.copy(tmp_path / "evolved" / name, tmp_path / "adapter")
-    adapted = load_draft("--draft", str(tmp_path / "adapter"), target.config, None, "auto", device)
+    adapted = draft_for(target, tmp_path, str(tmp_path / "adapter"))
     assert adapted.metrics.requests == 0
     torch.testing.assert_close(adapted(TOKENS).logits, new(TOKENS).logits)
     tiny_llama(2, vocab=4096).save_pretrained(tmp_path / "other")
     with pytest.raises(DraftError, match="Use a draft with the target's own tokenizer"):
-        load_draft("--draft", str(tmp_path / "other"), target.config, None, "auto", device)
+        draft_for(target, tmp_path, str(tmp_path / "other"))
 
 
 def test_a_saved_draft_is_no_target_and_needs_its_base(tmp_path: Path) -> None:
-    target, device = tiny_llama(1), torch.device("cpu")
+    target = tiny_llama(1)
     tiny_llama(2).save_pretrained(tmp_path / "base")
-    new = load_draft("--draft", str(tmp_path / "base"), target.config, None, "auto", device)
+    new = draft_for(target, tmp_path, str(tmp_path / "base"))
     new.save_pretrained(tmp_path / "evolved")
     name = str(tmp_path / "evolved")
     for load in (load_model, load_tokenizer):
@@ -379,7 +387,7 @@ def test_a_saved_draft_is_no_target_and_needs_its_base(tmp_path: Path) -> None:
             load("TARGET", name)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(DraftError, match=rf"--draft {name}: the base of this adapter cannot be loaded: .*base") as told:
-        load_draft("--draft", name, target.config, None, "auto", device)
+        draft_for(target, tmp_path, name)
     assert "Expected an evolved draft" not in str(told.value)
 
 

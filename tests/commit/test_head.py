@@ -50,6 +50,10 @@ class Recorded(Reader):
         self._paths |= {at - self._row - 1: prefix[:, :at].clone() for at in range(self._row, prefix.shape[1] + 1)}
         return scores
 
+    @property
+    def reads_trees(self) -> bool:
+        return self._reader.reads_trees
+
     def can_branch(self, parent: int, depth: int) -> bool:
         return self._reader.can_branch(parent, depth)
 
