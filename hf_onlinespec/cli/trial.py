@@ -30,6 +30,7 @@ from ..measure.tables import show_result
 from ..measure.trial import SPARE, Outcome, Trial
 from ..measure.verdict import Models, code_for
 from ..runtime.version import __version__
+from ..share.heads import shipped_head_for
 from ..share.loading import load_beside
 from ..share.provenance import provenance
 from .common import (
@@ -225,6 +226,9 @@ def _prepared(
             notes.append(
                 "Ours goes on from the adapter of --draft; transformers' assisted generation drafts with its base model."
             )
+    shipped = None if settings.draft is not None else shipped_head_for(config)
+    if shipped is not None:
+        notes.append(f"A draft head for this target ships with the package and was not tried: --draft {shipped}.")
     target = load_model("TARGET", settings.target, settings.dtype, device)
     if settings.draft is not None and is_head:
         make = partial(OnlineDraft.of, load_beside(settings.draft, target))

@@ -17,9 +17,16 @@ from .._compat.models import commit_hash, model_name
 from ..embedded import FOLDER
 from ..errors import ArtifactError, brief
 
-# The names of the draft and of the target that ship with the package, on any machine.
+# What ships with the package, by its names on any machine.
 EMBEDDED = "hf_onlinespec:embedded_pair/draft"
 EMBEDDED_TARGET = "hf_onlinespec:embedded_pair/target"
+SMOLLM2_HEAD = "hf_onlinespec:smollm2_head"
+PACKAGED = {
+    EMBEDDED: FOLDER / "draft",
+    EMBEDDED_TARGET: FOLDER / "target",
+    SMOLLM2_HEAD: FOLDER.with_name("smollm2_head"),
+}
+GROWN = "hf_onlinespec:grown_head"  # the head that every target begins with: made anew from the target's weights, it has no files
 LONGEST_NAME = 1_000  # characters; chosen
 SAMPLED = 256  # numbers of every weight that make its fingerprint
 # What the same model may carry under several values.
@@ -97,9 +104,14 @@ def public_name(name: str) -> str:
     """A model's name without the folders of this machine."""
     if name and (os.path.exists(name) or os.path.isabs(name)):
         folder = Path(name).resolve()
-        embedded = {(FOLDER / "draft").resolve(): EMBEDDED, (FOLDER / "target").resolve(): EMBEDDED_TARGET}
-        return embedded.get(folder, folder.name)
+        packaged = {place.resolve(): own for own, place in PACKAGED.items()}
+        return packaged.get(folder, folder.name)
     return name
+
+
+def is_own_name(name: str | None) -> bool:
+    """Whether a name means the same model wherever the package is installed."""
+    return name == GROWN or name in PACKAGED
 
 
 def tokenizer_file(name: str, revision: str | None) -> Path | None:

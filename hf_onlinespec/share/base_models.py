@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
-from ..models.identity import EMBEDDED, BaseFingerprint
-from .heads import GROWN, head_folder, load_head
+from ..models.identity import EMBEDDED, GROWN, BaseFingerprint
+from .heads import head_folder, load_head
 
 
 def load_base(

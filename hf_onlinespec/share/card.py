@@ -11,7 +11,7 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..models.identity import EMBEDDED, EMBEDDED_TARGET, BaseFingerprint
+from ..models.identity import EMBEDDED_TARGET, BaseFingerprint, is_own_name
 from .artifact import Artifact
 from .card_tables import (
     NO_NAME,
@@ -269,7 +269,7 @@ def _usage(artifact: Artifact, repo_id: str | None) -> tuple[str, str]:
     if artifact.target is not None:
         target = artifact.target.name
     unknown = []
-    if base.name != EMBEDDED and not _is_on_hub(base):
+    if not is_own_name(base.name) and not _is_on_hub(base):
         source += f", base_model={quoted(YOUR_BASE)}"
         unknown.append(_to_fill_in(YOUR_BASE, base.name))
     lines = EMBEDDED_USAGE if target == EMBEDDED_TARGET else USAGE

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .._compat.hub import HUB_FAILURES
-from .._compat.models import placed
+from .._compat.models import model_name, placed
 from ..errors import ArtifactError, DraftError, brief
 from ..heads.base import Head
 from ..heads.eagle3 import Eagle3Head
-from ..heads.reading import read_head
+from ..heads.reading import check_head, read_head
 from ..heads.recognising import is_head, is_head_config
 from ..heads.starting import new_config, special_tokens, start_from_target
 from ..heads.stored import CONFIG
-from ..models.identity import BaseFingerprint
+from ..models.identity import GROWN, PACKAGED, SMOLLM2_HEAD, BaseFingerprint
 from ..runtime.seeding import seeded
 
 logger = logging.getLogger(__name__)
@@ -27,16 +27,21 @@ logger = logging.getLogger(__name__)
 # Tokens that a grown head can propose: nothing is known of the target's own frequent ones yet, and tokenizers give the lowest ids to
 # frequent tokens. 89 % of SmolLM2's answer tokens are among its first 8,192 ids: LOG 2026-11-26 "Draft heads".
 DRAFT_VOCABULARY = 8192
-GROWN = "hf_onlinespec:grown_head"  # name of the head that every target begins with; it is made anew from the target's weights
+SHIPPED_FOR = "SmolLM2-135M-Instruct"  # the target of the head that ships with the package, in any folder or account of the Hub
 FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "hydra_lm_head.pt"]
 
 
 def names_head(name: str, revision: str | None = None, token: str | None = None) -> bool:
-    """Whether a draft head is in a folder or on the Hub; False too where that is not known: whoever loads it as a model says why."""
+    """Whether a name is a draft head's; False too where that is not known: whoever loads it as a model says why.
+
+    Args:
+        name: of a folder, of what ships with the package, or on the Hub.
+    """
     if name == GROWN:
         return True
-    if Path(name).is_dir():
-        return is_head(name)
+    folder = PACKAGED.get(name, Path(name))
+    if folder.is_dir():
+        return is_head(folder)
     try:
         stated = json.loads(Path(hf_hub_download(name, CONFIG, revision=revision, token=token)).read_text("utf-8"))
         return isinstance(stated, dict) and is_head_config(stated)
@@ -48,8 +53,9 @@ def head_folder(name: str, revision: str | None = None, token: str | None = None
     """Where the files of a draft head are, downloaded if need be; None: it is no head, it is not known, or it has none (`GROWN`)."""
     if name == GROWN or not names_head(name, revision, token):
         return None
-    if Path(name).is_dir():
-        return Path(name)
+    folder = PACKAGED.get(name, Path(name))
+    if folder.is_dir():
+        return folder
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, token=token))
     except (*HUB_FAILURES, OSError, ValueError):
@@ -88,6 +94,17 @@ def load_head(name: str, folder: Path | None, target: PreTrainedModel | None) ->
     head.config.name_or_path = name
     head.share(target)
     return head if target.device.type == "meta" else head.to(target.device)
+
+
+def shipped_head_for(target: PretrainedConfig) -> str | None:
+    """The name of the head that ships with the package and is for this target, by its name and its shape; None: there is none."""
+    if Path(model_name(target)).name != SHIPPED_FOR:
+        return None
+    try:
+        check_head(PACKAGED[SMOLLM2_HEAD], target)
+    except DraftError:
+        return None
+    return SMOLLM2_HEAD
 
 
 def check_learned_for(expected: BaseFingerprint, target: PreTrainedModel, force: bool) -> None:

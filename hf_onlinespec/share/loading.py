@@ -21,7 +21,7 @@ from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
 from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from ..heads.base import Head
-from ..models.identity import BaseFingerprint, public_name
+from ..models.identity import PACKAGED, BaseFingerprint, is_own_name, public_name
 from ..models.plain import plain_draft
 from .artifact import Artifact, Outline
 from .base_models import check_base, is_embedded, load_base, load_model, named_base, why_not_loaded
@@ -218,16 +218,16 @@ class NamedBase:
 
 
 def locate(source: str | Path, revision: str | None = None, token: str | None = None) -> Origin:
-    """Finds a folder, or downloads the adapter of a repository.
+    """Finds a folder or what ships with the package, or downloads the adapter of a repository.
 
     Raises:
         DraftError: neither exists.
         HubError: the Hub cannot be reached, or asks for a token.
     """
-    folder = Path(source)
-    if folder.is_dir():
+    folder = PACKAGED.get(str(source), Path(source))
+    if folder.is_dir() or is_own_name(str(source)):
         if revision is not None:
-            raise ConfigError(f"revision={revision!r}: {source} is a folder of this machine. Leave it out.")
+            raise ConfigError(f"revision={revision!r}: {source} is on this machine. Leave it out.")
         return Origin(str(source), folder if _holds_adapter(folder) else None, None)
     if folder.is_absolute() or folder.is_file():
         raise DraftError(f"{source}: no such folder. Expected one that save_pretrained wrote, or a name on the Hub.")

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import ENSEMBLE, one_expert
-from ..models.identity import EMBEDDED, EMBEDDED_TARGET
+from ..models.identity import is_own_name
 from ..state import State
 from .artifact import Artifact
 from .lineage import Lineage
@@ -58,12 +58,12 @@ def public_version(artifact: Artifact) -> Artifact:
 
 
 def is_public(name: str | None, revision: str | None = "") -> bool:
-    """Whether a name is one on the Hub, as far as it tells itself; not whether the repository is public.
+    """Whether a name is one of the package, or one on the Hub as far as it tells itself; not whether the repository is public.
 
     Args:
         revision: of what was loaded from there; None: it was not.
     """
-    if name in (EMBEDDED, EMBEDDED_TARGET):
+    if is_own_name(name):
         return True
     return revision is not None and name is not None and "/" in name and is_repo_id(name)
 

@@ -25,6 +25,7 @@ from hf_onlinespec.heads.outline import HeadOutline
 from hf_onlinespec.heads.reading import read_head
 from hf_onlinespec.heads.writing import write_head
 from hf_onlinespec.measure import bench, trial
+from hf_onlinespec.models.identity import PACKAGED, SMOLLM2_HEAD
 from hf_onlinespec.serve import run
 from hf_onlinespec.share.folder import ADAPTER, CARD
 from hf_onlinespec_cli import main
@@ -171,6 +172,39 @@ def test_try_measures_a_head_without_transformers_assisted_generation(
     assert any("runs no draft heads" in note for note in found["notes"])
     assert found["models"]["is_head"] and f"hf_onlinespec.attach(model, {str(saved)!r})" in found["code"]
     assert pair_of(target, saved)[1].metrics.requests == 2
+
+
+def test_the_head_of_the_package_is_a_draft_by_its_name(
+    target: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PACKAGED, SMOLLM2_HEAD, head)
+    saved = tmp_path / "saved"
+    monkeypatch.setattr("sys.stdin", io.StringIO("order 12 boxes\n"))
+    said(capsys, "chat", target, "--new-tokens", "24", "--device", "cpu", "--save", saved, "--draft", SMOLLM2_HEAD)
+    assert f"base: name {SMOLLM2_HEAD}" in said(capsys, "inspect", saved)
+    assert "EAGLE-3, in the form 'eagle3'" in said(capsys, "inspect", SMOLLM2_HEAD)
+    assert pair_of(target, saved)[1].metrics.drafted_tokens > 0
+
+
+def test_try_says_that_a_head_for_the_target_ships_with_the_package(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trial, "WARM_UP_TOKENS", 2)
+    monkeypatch.setattr(bench, "WARM_UPS", 1)
+    monkeypatch.setitem(PACKAGED, SMOLLM2_HEAD, head)
+    named = target.rename(target.parent / "SmolLM2-135M-Instruct")
+    file, option = named.parent / "mine.jsonl", f"--draft {SMOLLM2_HEAD}"
+    file.write_text(json.dumps({"prompt": "order"}) + "\n")
+
+    def report(model: Path, draft: str | None = None) -> str:
+        settings = TrySettings(str(model), draft, file, 1e6, device="cpu", new_tokens=2)
+        assert run_try(settings, clock=ticking()) == 0
+        return capsys.readouterr().out
+
+    assert option in report(named)
+    assert option not in report(named, SMOLLM2_HEAD)
+    tiny_llama(3, vocab=VOCABULARY, layers=6, hidden=48).save_pretrained(named)
+    assert option not in report(named)
 
 
 def test_inspect_says_what_a_head_is(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import hf_onlinespec
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.embedded import EmbeddedPair
-from hf_onlinespec.errors import ArtifactError, DraftError, UnsupportedError
+from hf_onlinespec.errors import ArtifactError, ConfigError, DraftError, UnsupportedError
 from hf_onlinespec.heads.base import Head
 from hf_onlinespec.heads.config import Eagle3Config
 from hf_onlinespec.heads.eagle3 import Eagle3Head
 from hf_onlinespec.heads.reading import read_head
 from hf_onlinespec.heads.writing import write_head
+from hf_onlinespec.models.identity import GROWN, PACKAGED, SMOLLM2_HEAD
+from hf_onlinespec.share.card import model_card
+from hf_onlinespec.share.folder import ADAPTER_CONFIG
+from hf_onlinespec.share.public import public_version
 from hf_onlinespec.training.warm_start import warm_start
 
 LEARNS = {"lookahead": 3, "update_every": 1, "update_when": "round", "memory_tokens": 0, "replay_tokens": 0}
@@ -54,6 +60,15 @@ def folder(target: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -
     found = tmp_path_factory.mktemp("heads") / "head"
     write_head(Eagle3Head(config, ids), found, "eagle3", target_config=target.config)
     return found
+
+
+@pytest.fixture
+def packaged(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same head in the place of the one that ships with the package."""
+    place = tmp_path / "package" / "smollm2_head"
+    shutil.copytree(folder, place)
+    monkeypatch.setitem(PACKAGED, SMOLLM2_HEAD, place)
+    return place
 
 
 def serve(target: PreTrainedModel, draft: OnlineDraft, seed: int, requests: int = 2) -> None:
@@ -144,6 +159,49 @@ def test_a_head_is_attached_by_name(folder: Path) -> None:
     found = target.generate(prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)
     assert torch.equal(found, plain.generate(prompt, do_sample=False, max_new_tokens=12, pad_token_id=0))
     assert draft.metrics.requests == 1 and draft.metrics.drafted_tokens > 0
+
+
+def test_what_the_head_of_the_package_learned_comes_back_by_its_name_on_another_machine(
+    target: LlamaForCausalLM, packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = OnlineDraft.from_pretrained(SMOLLM2_HEAD, target=target, config=LEARNS)
+    serve(target, draft, 0)
+    saved = tmp_path / "evolved"
+    draft.save_pretrained(saved)
+    assert json.loads((saved / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == SMOLLM2_HEAD
+    assert not any(str(packaged.parent).encode() in file.read_bytes() for file in saved.iterdir())
+    elsewhere = packaged.rename(tmp_path / "another_place")
+    monkeypatch.setitem(PACKAGED, SMOLLM2_HEAD, elsewhere)
+    loaded = OnlineDraft.from_pretrained(saved, target=target)
+    mine, others = draft.state().part("adapter").tensors, loaded.state().part("adapter").tensors
+    assert loaded.steps == draft.steps > 0 and all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def test_the_head_of_the_package_has_its_name_where_its_folder_was_given_too(
+    target: LlamaForCausalLM, packaged: Path
+) -> None:
+    assert OnlineDraft.from_pretrained(packaged, target=target).identity.name == SMOLLM2_HEAD
+
+
+@pytest.mark.parametrize("name", [SMOLLM2_HEAD, GROWN])
+def test_heads_without_a_folder_of_the_user_are_named_in_public(
+    target: LlamaForCausalLM, packaged: Path, tmp_path: Path, name: str
+) -> None:
+    """Their name is all that others need to load the base."""
+    draft = OnlineDraft.from_pretrained(name, target=target)
+    public = public_version(draft.artifact())
+    assert public.base.name == public.options.base_name == name
+    assert "base_model=" not in model_card(public, "me/draft")
+    public.write(tmp_path / "public", "")
+    assert OnlineDraft.from_pretrained(tmp_path / "public", target=target).identity == draft.identity
+    with pytest.raises(ConfigError, match=f"revision='main': {name} is on this machine"):
+        OnlineDraft.from_pretrained(name, target=target, revision="main")
+
+
+def test_the_head_of_the_package_is_refused_by_another_target(packaged: Path) -> None:
+    for changes, field in (({"hidden_size": 48}, "hidden_size"), ({"num_hidden_layers": 4}, "layer_ids")):
+        with pytest.raises(DraftError, match=field):
+            OnlineDraft.from_pretrained(SMOLLM2_HEAD, target=new_target(**changes))
 
 
 def test_only_heads_have_forms(tmp_path: Path) -> None:
