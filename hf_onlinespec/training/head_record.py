@@ -34,7 +34,7 @@ trained on:
 All settings and the curve over training tokens, for machines: `training.json`.
 
 ```python
-model.generate(**inputs, assistant_model=OnlineDraft.from_pretrained("{folder}", target=model))
+model.generate(**inputs, assistant_model=OnlineDraft.from_pretrained("{name}", target=model))
 ```
 """
 
@@ -69,11 +69,11 @@ class TrainingRecord:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def card(self, folder: str) -> str:
+    def card(self, name: str) -> str:
         """The model card.
 
         Args:
-            folder: that the head is loaded from.
+            name: that the head is loaded by, as `OnlineDraft.from_pretrained` takes it.
         """
         named = self.target or f"a model of class {self.target_class}"
         metadata = ModelCardData(
@@ -100,5 +100,5 @@ class TrainingRecord:
                 f"| {self.acceptance_length[kind]:.2f} |"
                 for kind in [k for k in kinds if k] + ["all"]
             ),
-            folder=folder,
+            name=name,
         )
