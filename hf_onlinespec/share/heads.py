@@ -27,9 +27,7 @@ logger = logging.getLogger(__name__)
 # Tokens that a grown head can propose: nothing is known of the target's own frequent ones yet, and tokenizers give the lowest ids to
 # frequent tokens. 89 % of SmolLM2's answer tokens are among its first 8,192 ids: LOG 2026-11-26 "Draft heads".
 DRAFT_VOCABULARY = 8192
-SHIPPED_FOR = (
-    "SmolLM2-135M-Instruct"  # target of the head that ships with the package, in any folder or account of the Hub
-)
+SHIPPED_FOR = "SmolLM2-135M-Instruct"  # target of the head that ships with the package, in whatever folder or account
 FILES = [CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "hydra_lm_head.pt"]
 
 
