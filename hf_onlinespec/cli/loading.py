@@ -21,12 +21,13 @@ from .._compat.models import placed
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError
 from ..heads.reading import check_head
+from ..models.identity import GROWN
 from ..models.vocabulary import check_vocabularies
 from ..runtime.failures import is_out_of_memory
 from ..share.base_models import why_not_loaded
 from ..share.folder import is_artifact
-from ..share.heads import names_head
-from ..share.loading import NamedBase, head_of, locate
+from ..share.heads import head_folder, names_head
+from ..share.loading import NamedBase, base_of, locate
 from .common import AUTO
 
 
@@ -164,9 +165,10 @@ def is_head_for(draft: str, target: PretrainedConfig, base: str | None = None) -
         DraftError: it is a head of another target, or one that is not served.
         ArtifactError, HubError: it is damaged, or not there.
     """
-    folder = head_of(draft, base)
+    name, revision = base_of(draft, base)
+    folder = head_folder(name, revision)
     if folder is None:
-        return False
+        return name == GROWN  # it has no files: its target makes it
     try:
         check_head(folder, target)
     except DraftError as error:

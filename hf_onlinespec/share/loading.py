@@ -27,7 +27,7 @@ from .artifact import Artifact, Outline
 from .base_models import check_base, is_embedded, load_base, load_model, named_base, why_not_loaded
 from .fit import PREFIX, check_layers, check_shapes, check_size, names_of
 from .folder import ADAPTER, ADAPTER_CONFIG, CHECKED, CONFIG, header_of, is_artifact, read_json, read_tensors
-from .heads import check_learned_for, head_folder
+from .heads import check_learned_for
 from .learned_from import loaded_record
 from .lineage import Lineage, Parent
 from .lora_options import LoraOptions
@@ -138,8 +138,8 @@ def is_evolved(source: str) -> bool:
     return True
 
 
-def head_of(source: str | Path, base: str | Path | None = None) -> Path | None:
-    """Where the draft head is that a source holds, or that its adapter was made for; None: the draft is no head.
+def base_of(source: str | Path, base: str | Path | None = None) -> tuple[str, str | None]:
+    """Name or folder, and revision, of the model or head that a source holds, or that its adapter was made for.
 
     Args:
         base: the model that an adapter is used on; None: the one that it was made for.
@@ -149,8 +149,8 @@ def head_of(source: str | Path, base: str | Path | None = None) -> Path | None:
     """
     origin = locate(source)
     if origin.folder is None:
-        return head_folder(str(source))
-    return NamedBase.of(origin).head_folder() if base is None else head_folder(str(base))
+        return str(source), None
+    return NamedBase.of(origin).named() if base is None else (str(base), None)
 
 
 @dataclass(frozen=True)
@@ -198,18 +198,16 @@ class NamedBase:
         """The model; arguments and errors are those of `load_base`."""
         return load_base(base_model, self.expected, self.name_or_path, token, self.revision, target)
 
-    def head_folder(self) -> Path | None:
-        """Where its files are, if it is a draft head; None: it is none, or it is not known. Raises DraftError."""
-        if is_embedded(self.expected, self.name_or_path):
-            return None
-        return head_folder(*named_base(self.expected, self.name_or_path, self.revision))
+    def named(self) -> tuple[str, str | None]:
+        """Its name or folder, and its revision. Raises DraftError: it is not known."""
+        return named_base(self.expected, self.name_or_path, self.revision)
 
     def config(self) -> PretrainedConfig | None:
         """Its configuration alone, before weights are read; None: `load` will say why there is none. Raises DraftError."""
         if is_embedded(self.expected, self.name_or_path):
             name, revision = str(FOLDER / "draft"), None
         else:
-            name, revision = named_base(self.expected, self.name_or_path, self.revision)
+            name, revision = self.named()
         try:
             found: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError):

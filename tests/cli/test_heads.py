@@ -25,7 +25,7 @@ from hf_onlinespec.heads.outline import HeadOutline
 from hf_onlinespec.heads.reading import read_head
 from hf_onlinespec.heads.writing import write_head
 from hf_onlinespec.measure import bench, trial
-from hf_onlinespec.models.identity import PACKAGED, SMOLLM2_HEAD
+from hf_onlinespec.models.identity import GROWN, PACKAGED, SMOLLM2_HEAD
 from hf_onlinespec.serve import run
 from hf_onlinespec.share.folder import ADAPTER, CARD
 from hf_onlinespec_cli import main
@@ -184,6 +184,16 @@ def test_the_head_of_the_package_is_a_draft_by_its_name(
     assert f"base: name {SMOLLM2_HEAD}" in said(capsys, "inspect", saved)
     assert "EAGLE-3, in the form 'eagle3'" in said(capsys, "inspect", SMOLLM2_HEAD)
     assert pair_of(target, saved)[1].metrics.drafted_tokens > 0
+
+
+def test_a_grown_head_is_saved_and_goes_on(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "saved"
+    for draft, requests in ((GROWN, 1), (saved, 2)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("order 12 boxes\n"))
+        said(capsys, "chat", target, "--new-tokens", "8", "--device", "cpu", "--save", saved, "--draft", draft)
+        assert pair_of(target, saved)[1].metrics.requests == requests
 
 
 def test_try_says_that_a_head_for_the_target_ships_with_the_package(
