@@ -97,7 +97,7 @@ def test_packages_that_do_not_fit_are_one_line(
         raise VersionError(f"{moved}.\nInstall another one.")
 
     monkeypatch.setattr(OnlineDraft, "from_pretrained", fails)
-    assert main(["audit", "somewhere"]) == 2
+    assert main(["audit", str(EMBEDDED / "draft")]) == 2
     assert one_line(capsys.readouterr().err).endswith(f"{moved}. Install another one.")
     monkeypatch.setitem(sys.modules, "hf_onlinespec.cli.drafts", None)  # importing it fails
     assert main(["inspect", "x"]) == 2
@@ -138,7 +138,7 @@ def test_whoever_ends_a_command_interrupts_it(
         assert signal.getsignal(ending) is signal.SIG_DFL
         signal.signal(ending, signal.SIG_IGN)
         monkeypatch.setattr(time, "sleep", lambda _: None)
-        assert main(["audit", "somewhere"]) == 2 and after == ["went on"]
+        assert main(["audit", str(EMBEDDED / "draft")]) == 2 and after == ["went on"]
     finally:
         signal.signal(ending, before)
 
@@ -295,7 +295,7 @@ def test_memory_that_runs_out_later_is_one_line(
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
 
     monkeypatch.setattr(OnlineDraft, "from_pretrained", fails)
-    assert main(["audit", "somewhere"]) == 2
+    assert main(["audit", str(EMBEDDED / "draft")]) == 2
     assert "out of memory" in one_line(capsys.readouterr().err)
 
 
