@@ -112,7 +112,7 @@ def test_an_interrupt_anywhere_exits_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(OnlineDraft, "from_pretrained", interrupted)
-    assert main(["audit", "somewhere"]) == 130
+    assert main(["audit", str(EMBEDDED / "draft")]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -133,7 +133,7 @@ def test_whoever_ends_a_command_interrupts_it(
     before = signal.signal(ending, signal.SIG_DFL)
     try:
         monkeypatch.setattr(OnlineDraft, "from_pretrained", ended)
-        assert main(["audit", "somewhere"]) == 130
+        assert main(["audit", str(EMBEDDED / "draft")]) == 130
         assert "interrupted" in capsys.readouterr().err and not after
         assert signal.getsignal(ending) is signal.SIG_DFL
         signal.signal(ending, signal.SIG_IGN)
@@ -305,7 +305,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(OnlineDraft, "from_pretrained", fails)
     with pytest.raises(ZeroDivisionError):
-        main(["audit", "somewhere"])
+        main(["audit", str(EMBEDDED / "draft")])
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
