@@ -95,6 +95,13 @@ class LearningSchedule:
         self._end()
 
     @property
+    def may_learn(self) -> bool:
+        """Whether this call may be learned from: not where there was no time for it when it began."""
+        settings = self._learning.settings
+        waits = settings.update_every == "auto" and settings.update_when != "idle"
+        return self.learns and (self._memory.asks or not waits)
+
+    @property
     def worked(self) -> bool:
         """Whether this call was learned from without a failure."""
         return self._learned and not self._counts.failed_updates

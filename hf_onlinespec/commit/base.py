@@ -85,6 +85,7 @@ class Proposer(ABC):
     """What a draft is in one call of `generate`: it owns caches, and nothing that outlives the call."""
 
     schedule: LearningSchedule | None = None  # when the request is learned; None: there is nothing to train
+    reads: tuple[int, ...] = ()  # of `Draft.reads`, what is read in this call: all or nothing
 
     @abstractmethod
     def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
@@ -104,8 +105,8 @@ class Proposer(ABC):
         Called before `observe` of the same round; later, processors may have written into them.
 
         Args:
-            features: (batch, fed, width) the hidden states of `Draft.reads`, of all that the target was fed in this round: the end of
-                the rows, then the candidates; None: the draft reads none, or the target hands out none.
+            features: (batch, fed, width) the hidden states of `reads`, of all that the target was fed in this round: the end of the
+                rows, then the candidates; None: none are read, or the target hands out none.
         """
 
     @abstractmethod

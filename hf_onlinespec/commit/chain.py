@@ -74,7 +74,7 @@ class Chain:
             builder.add_guess(place.guesses[0])
         return speaks
 
-    def add_model_token(self, builder: ProposalBuilder) -> bool:
+    def add_model_token(self, builder: ProposalBuilder, plan: Plan | None) -> bool:
         """Adds a token of the model's; False: what it says is not finite, and the chain ends."""
         started, governor, model = time.perf_counter(), self._governor, self._model
         found = model.next_token(self._served, builder.prefix, BESIDE if self.trees else 0)
@@ -87,13 +87,18 @@ class Chain:
         key: tuple[int, ...] = (-1,)
         chance = governor.acceptances.mean_rate(model.base)
         beside: list[Guess] = []
+        place = builder.places.get(len(builder.drafted) - 1, NOWHERE)
         if found.confidence is not None:
             key, chance = governor.acceptances.rate_by_confidence(found.confidence, model.base)
         if self.trees and found.known is not None:
-            place = builder.places.get(len(builder.drafted) - 1, NOWHERE)
             beside = governor.guesses.beside(place, found.known, chance, found.best)
         source = TokenSource("model", len(builder.drafted), key)
-        builder.add_model_token(found.token, found.known, found.probs, source, chance, beside)
+        guessed = plan is not None and any(
+            guess.token == found.known
+            and governor.guess_gains(plan, len(builder.drafted), builder.survival * guess.chance)
+            for guess in place.guesses
+        )
+        builder.add_model_token(found.token, found.known, found.probs, source, chance, beside, guessed)
         if self.reads_prompt and not builder.model_s and self._call.waits:
             seconds = finished(model.model.device) - started
             with self._lock:

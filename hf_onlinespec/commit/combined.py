@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -44,7 +45,15 @@ class Combined(Proposer):
         self.schedule = schedule
         self._draft, self._call, self._models, self._sources, self._stats = draft, call, models, sources, stats
         self._governor = draft.governor  # one for the whole call, whatever begins anew meanwhile
-        self._drafts = draft.failures.drafting.begin()  # whether the draft model takes part
+        self._weighed = call.timed and call.lookahead is None  # whether the draft model has to pay
+        self._drafts = draft.failures.drafting.begin()  # whether it takes part
+        if models and self._drafts and self._weighed:
+            with draft.lock:
+                self._drafts = self._governor.takes_part()
+        self.reads = draft.reads if models else ()
+        if schedule is not None and self.reads and not self._drafts and not schedule.may_learn:
+            self.reads = ()
+            schedule.leave_out("the draft was left alone, and its target handed out no hidden states")
         self._drafted = False  # whether it has drafted in this call
         self._reads_prompt = (
             True  # whether it reads the prompt in this round: that tells nothing about the cost of a step
@@ -145,7 +154,7 @@ class Combined(Proposer):
                             continue
                 if self._call.counts.failed_drafts > failed:
                     break
-                self._drafted |= chain.add_model_token(builder)
+                self._drafted |= chain.add_model_token(builder, plan)
             chain.wait(builder)
 
     def _add_guesses(
@@ -168,9 +177,7 @@ class Combined(Proposer):
             with self._drafting():
                 for i, model in enumerate(self._models):
                     model.take_features(features[i : i + 1])
-        elif (
-            self._models and self._draft.reads
-        ):  # the target hands out none: no failure, but there is nothing to draft from
+        elif self.reads:  # the target hands out none: no failure, but there is nothing to draft from
             self._drafts = False
             if self.schedule is not None:
                 self.schedule.leave_out("its target hands out no hidden states, which the draft reads")
@@ -199,6 +206,15 @@ class Combined(Proposer):
                 outcomes = [(sources[candidate], chance) for candidate, chance in chances]
                 expansions = self._builders[i].expansions if self._builders else 0
                 self._governor.observe(sources, outcomes, timed_s, target_s, stats, expansions)
+            if self._weighed and self._drafts:
+                for builder, path in zip(self._builders, verdict.paths, strict=False):
+                    self._weigh(builder, path)
+
+    def _weigh(self, builder: ProposalBuilder, path: Sequence[int]) -> None:
+        """Tells the governor what the draft model brought in this round: without it, the first of its own would have been the end."""
+        first = next((at for at, candidate in enumerate(path) if candidate in builder.own), len(path))
+        own, candidates, reads = len(builder.own), len(builder.drafted), bool(self.reads)
+        self._governor.observe_draft(len(path) - first, own, candidates, builder.model_s, reads)
 
     def _observe_guesses(self, i: int, builder: ProposalBuilder, verdict: Verdict) -> None:
         """Every place that was verified has shown which of all guesses was right."""

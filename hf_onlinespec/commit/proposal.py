@@ -33,6 +33,7 @@ class ProposalBuilder:
         self.drafted: list[TokenSource] = []
         self.model_s = 0.0
         self.has_model_token = False  # whether the draft model has drafted
+        self.own: set[int] = set()  # candidates of the draft model's that no guess would have had
         self.expansions = 0  # forwards of the draft model behind several candidates at once
         self.places: dict[
             int, Place
@@ -66,6 +67,7 @@ class ProposalBuilder:
         drafted: TokenSource,
         chance: float,
         beside: list[Guess],
+        guessed: bool = False,
     ) -> None:
         """A token (batch, 1) of the draft model's at the end of the chain.
 
@@ -73,9 +75,12 @@ class ProposalBuilder:
             known: the token, where the host has it.
             probs: (batch, V) what it was drawn from, 0 at further ids; None: it was not drawn.
             beside: guesses that may take its place.
+            guessed: whether it would be there without the model, too.
         """
         self._prefix = torch.cat([self.prefix, token], dim=-1)
         self.has_model_token = True
+        if not guessed:
+            self.own.add(len(self.drafted))
         if probs is not None:
             self._q.append((len(self.drafted), probs))
         if beside:
@@ -110,6 +115,8 @@ class ProposalBuilder:
     def add_branch(self, guess: Guess, parent: int, depth: int) -> int:
         """A guess behind any candidate, once the chain is complete; its number."""
         self._branches.append((parent, guess.token))
+        if guess.source == "model":
+            self.own.add(len(self.drafted))
         if guess.law is not None:
             self._q.append((len(self.drafted), guess.law))
         self.drafted.append(TokenSource(guess.source, depth))

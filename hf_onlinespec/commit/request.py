@@ -47,6 +47,11 @@ class Request:
         """When the call is learned; None: there is nothing to train."""
         return None if self.proposer is None else self.proposer.schedule
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Indices of the target's `hidden_states` that are read in this call; (): none."""
+        return () if self.proposer is None else self.proposer.reads
+
     def _proposing(self) -> Attempt:
         return self._failures.proposing.attempt(self._stop_proposing)
 

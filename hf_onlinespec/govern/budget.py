@@ -79,12 +79,12 @@ class LearningBudget:
         self._scorings_s: deque[float] = deque(maxlen=constants.price_window)
         self._since_scoring_s = 0.0
 
-    def earn(self, seconds: float, base: bool = False) -> None:
-        """So much time was spent on decoding."""
+    def earn(self, seconds: float, base: bool = False, limit: float = 1.0) -> None:
+        """So much time was spent on decoding, and learning may take no larger share of it than `limit`."""
         self._decisions.budget_fraction = self._parts[base].fraction
         if 0 < seconds < math.inf:
             self._since_scoring_s += seconds
-            self._balance_s += self._budget * self._decisions.budget_fraction * seconds
+            self._balance_s += min(limit, self._budget * self._decisions.budget_fraction) * seconds
             if self._step_s:
                 most = self._constants.saved_rounds * (1 + self._passes) * self._step_s
                 self._balance_s = min(self._balance_s, most)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ..metrics import Decisions
 from .acceptance import AcceptanceConstants, Acceptances, RequestStats, TokenSource
+from .account import AccountConstants, DraftAccount
 from .budget import BudgetConstants, LearningBudget
 from .costs import CostConstants, Costs
 from .fit import Fit, FitConstants
@@ -35,6 +36,7 @@ class GovernorConstants:
     router: RouterConstants = field(default_factory=RouterConstants)
     fit: FitConstants = field(default_factory=FitConstants)
     guesses: GuessConstants = field(default_factory=GuessConstants)
+    account: AccountConstants = field(default_factory=AccountConstants)
     min_positions: int = 5  # drafted positions that tell a request's acceptance; chosen
     # So many requests below the acceptance, and none above so many times of it: the draft has much to learn. Chosen.
     low_acceptance: float = 0.3
@@ -70,14 +72,23 @@ class Governor:
         self.router = AdapterRouter(constants.router)
         self.fit = Fit(constants.fit)
         self.costs = Costs(constants.costs)
+        self.account = DraftAccount(constants.account)
         max_lookahead = constants.acceptance.max_lookahead
         self._planner = Planner(self.acceptances, self.costs, self.decisions, max_lookahead, constants.planner)
         self._fixed = lookahead
+        self._left_alone = False  # whether the draft model takes no part in this request
         self._unseen = 0  # requests since the draft model's acceptance was last seen
         self._shown = False  # whether it was shown since the last request
         self._lows = {base: 0 for base in (False, True)}  # requests of low acceptance since one of a better one
 
     # Drafting
+
+    def takes_part(self) -> bool:
+        """Counts a request; whether the draft model takes part in it, or is left alone because it does not pay, see `DraftAccount`."""
+        self._left_alone = not self.account.takes_part()
+        if not self._left_alone and not self.account.pays:
+            self._planner.probe_soon()
+        return not self._left_alone
 
     def plan(self, drafts: bool = True, seen: RequestStats | None = None, room: int = 0, unread: int = 0) -> Plan:
         """How far the draft model should go in this round; counts rounds in which it should not, and then tries it now and then.
@@ -104,6 +115,10 @@ class Governor:
         Counts the rounds in which none pays, and then tries one now and then: what is never tried is never found to be better.
         """
         return self._planner.guess_pays(plan, candidates, chance)
+
+    def guess_gains(self, plan: Plan, candidates: int, chance: float) -> bool:
+        """Whether a guess that is kept with this chance gains more than verifying it beside so many candidates costs."""
+        return bool(self.costs.pace_s) and self._planner.guess_gains(plan, candidates, chance)
 
     def leaves_to_expand(self, plan: Plan, chances: Sequence[float], candidates: int) -> int:
         """How many leaves of the tree the draft model reads at once, to go on behind them; 0: it does not pay.
@@ -151,7 +166,21 @@ class Governor:
         self.costs.observe_round(k, steps, draft_s, target_s)
         weight = self._planner.observe_round(k, steps, outcomes)
         self.acceptances.observe_round(outcomes, RequestStats() if seen is None else seen, weight)
-        self.budget.earn(draft_s + target_s, self.acceptances.base_served_last)
+        self.budget.earn(draft_s + target_s, self.acceptances.base_served_last, self.account.learning_limit)
+
+    def observe_draft(self, gained: int, own: int, candidates: int, draft_s: float, reads: bool = False) -> None:
+        """Takes in what the draft model did in a round of a request that it takes part in.
+
+        Args:
+            gained: tokens that were kept, and that there would not have been without it.
+            own: of the candidates, those that no guess would have had.
+            draft_s: that it took, a prompt that it read included.
+            reads: whether the target handed out hidden states for it.
+        """
+        if self.costs.pace_s and math.isfinite(draft_s):
+            verify = self.costs.verify
+            taken = draft_s / self.costs.pace_s + verify.at(candidates) - verify.at(candidates - own)
+            self.account.observe(gained / self._planner.usual_rate, taken, reads)
 
     def _report(self, lookahead: int | str) -> None:
         """Says what holds now, and why."""
@@ -161,6 +190,8 @@ class Governor:
             self.decisions.verify_step = self.costs.verify.step(self.constants.planner.first_lookahead)
         if lookahead != "auto":
             self.decisions.drafting = f"lookahead={lookahead} was asked for"
+        elif self._left_alone:
+            self.decisions.drafting = f"guesses alone: {self.account.reason}"
         elif self._planner.reason:
             self.decisions.drafting = self._planner.reason
 

@@ -117,7 +117,7 @@ class Planner:
             lookahead = constants.first_lookahead if drafts and costs.pace_s else 0
             if lookahead and self._acceptances.rate < constants.min_acceptance_to_start:
                 lookahead = self._probe(0)
-            rate = 1.0 if drafts else self._usual_rate()
+            rate = 1.0 if drafts else self.usual_rate
             return Plan(lookahead, rate, 0.0, serves_base=seen.serves_base)
         a, doubt = self._acceptances.request_rate(seen)
         best, rate = self.best(a, seen.serves_base)
@@ -151,7 +151,8 @@ class Planner:
             return "plain decoding: reading the prompt would take longer than drafting saves"
         return f"plain decoding: at acceptance {self._acceptances.rate:.2f} no lookahead of the draft model is faster"
 
-    def _usual_rate(self) -> float:
+    @property
+    def usual_rate(self) -> float:
         """Tokens per plain step of late, whoever has drafted; 1 where plain decoding is as fast."""
         prior = self._constants.rate_prior
         return max(1.0, self._tokens.mean(1.0, prior) / self._time.mean(1.0, prior))
@@ -195,6 +196,10 @@ class Planner:
         self._decisions.probes += 1
         return constants.probe_lookahead
 
+    def probe_soon(self) -> None:
+        """The next rounds are tries, if the draft model is not expected to pay in them."""
+        self._probes_left = max(self._probes_left, self._constants.more_probes)
+
     def model_pays(self, plan: Plan, position: int, survival: float, begun: bool) -> bool:
         """Whether the draft model should draft the token at `position`, see `Governor.model_pays`."""
         if position == 0 or not self._costs.draft.known:
@@ -209,19 +214,23 @@ class Planner:
         costs = self._costs
         if candidates >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
             return False
-        # The draft model does not go on behind it: nothing more is gained.
-        rate = max(plan.rate, self._usual_rate())
-        if chance > self._constants.guess_margin * rate * costs.verify.step(candidates):
+        if self.guess_gains(plan, candidates, chance):
             self._guess_probe.shorten()
             return True
         return candidates == 0 and self._guess_probe.due()
+
+    def guess_gains(self, plan: Plan, candidates: int, chance: float) -> bool:
+        """Whether one more guess is expected to gain, see `Governor.guess_gains`."""
+        # The draft model does not go on behind it: nothing more is gained.
+        rate = max(plan.rate, self.usual_rate)
+        return chance > self._constants.guess_margin * rate * self._costs.verify.step(candidates)
 
     def leaves_to_expand(self, plan: Plan, chances: Sequence[float], candidates: int) -> int:
         """How many leaves the draft model goes on behind, see `Governor.leaves_to_expand`."""
         costs, constants = self._costs, self._constants
         if not plan.lookahead or not costs.draft.known:
             return 0
-        rate = constants.guess_margin * max(plan.rate, self._usual_rate())
+        rate = constants.guess_margin * max(plan.rate, self.usual_rate)
         verify = rate * costs.verify.step(candidates)
         found, most, gain = 0, 0.0, 0.0
         for n, chance in enumerate(chances[: constants.max_expanded], 1):

@@ -63,12 +63,13 @@ def decode(
         processors = LogitsProcessorList(logits_processor)
         plain = why_plain(target, input_ids, model_kwargs)
         chains = plain or why_chains(target, input_ids, model_kwargs)
-        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain, chains, draft.reads)
+        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain, chains)
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
         call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
         request = Request(draft, call)
+        verifier.hand_out(request.reads)
         try:
             output = _loop(input_ids, verifier, request, processors, stopping_criteria, generation_config, streamer)
             request.finish()

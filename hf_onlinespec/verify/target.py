@@ -35,10 +35,9 @@ class Verifier:
     Args:
         plain_because: why this target is decoded without drafting; "": it need not be.
         trees_because: why it verifies no trees but chains, see `why_chains`; "": it verifies trees.
-        reads: indices of its `hidden_states` that the draft reads; (): none.
 
     Attributes:
-        features: (batch, fed, width) these hidden states of all that it was fed in the last round; None: they are not read, or
+        features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round; None: they are not read, or
             `unread_because` says why there are none.
     """
 
@@ -50,11 +49,10 @@ class Verifier:
         model_kwargs: dict[str, Any],
         plain_because: str = "",
         trees_because: str = "",
-        reads: tuple[int, ...] = (),
     ) -> None:
-        self._target, self._reads = target, reads if takes_hidden_states(target) else ()
+        self._target, self._reads = target, tuple[int, ...]()
         self.features: Tensor | None = None
-        self.unread_because = "" if self._reads == reads else _unread(target)
+        self.unread_because = ""
         self.plain_because = plain_because  # why rounds have no room
         self.trees_because = trees_because  # why all proposals have to be chains
         self._kwargs = dict(model_kwargs)
@@ -97,6 +95,11 @@ class Verifier:
         self._kept = length
         self._outputs: ModelOutput | None = None  # of the last forward
         self.keep(input_ids)
+
+    def hand_out(self, reads: tuple[int, ...]) -> None:
+        """From now on, hands out the `hidden_states` of these indices as `features`; (): none."""
+        self._reads = reads if takes_hidden_states(self._target) else ()
+        self.unread_because = "" if self._reads == reads else _unread(self._target)
 
     def room(self, input_ids: Tensor) -> int:
         """Most tokens that may be drafted behind `input_ids`, so that the target computes what it computes in plain decoding."""

@@ -95,6 +95,9 @@ class Whims(Governor):
 
     whim = random.Random(3)
 
+    def takes_part(self) -> bool:
+        return True
+
     def plan(self, drafts: bool = True, seen: RequestStats | None = None, room: int = 0, unread: int = 0) -> Plan:
         return Plan(self.whim.randrange(4) if drafts else 0, 1.0, 0.0)
 
