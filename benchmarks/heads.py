@@ -4,6 +4,7 @@
     python benchmarks/heads.py SMOLLM HEAD --out heads.jsonl
     python benchmarks/heads.py SMOLLM HEAD --stream held_out --prompts 10 --arms "static alone"      # of the kinds that it was trained on
     python benchmarks/heads.py SMOLLM --arms memory grown                                            # grow_head: from nothing
+    python benchmarks/heads.py SMOLLM HEAD --stream held_out --prompts 43 --arms evolving --dtype float32 --check    # equal to plain
 
 Arms in turns, each request through all of them before the next one, in an order that rotates; learning time is inside. `alone`:
 without memory and recycled tokens. The stream that training did not contain: SQL questions, shell commands and order notes, mixed.
@@ -22,6 +23,7 @@ import torch
 from before_after import interval
 from order_notes import order_note
 from recorded import data_folder
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from trees import prompts, told
@@ -70,8 +72,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the learning arms")
+    parser.add_argument("--check", action="store_true", help="whether outputs are those of plain generate; greedy only")
+    parser.add_argument("--cpu", action="store_true", help="processor time, on a machine that does other work too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    now = time.thread_time if args.cpu else time.perf_counter
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -96,13 +101,15 @@ def main() -> None:
                 options["custom_generate"] = GenerateFn(drafts[arm], None, None)
             elif arm != "plain":
                 options |= {"assistant_model": drafts[arm], "onlinespec": not arm.startswith("static")}
-            started = time.perf_counter()
+            started = now()
             outputs[arm] = target.generate(**inputs, **options)
-            row = {"request": at, "kind": kind, "arm": arm, "seconds": time.perf_counter() - started}
+            row = {"request": at, "kind": kind, "arm": arm, "seconds": now() - started}
             row["tokens"] = outputs[arm].shape[1] - inputs["input_ids"].shape[1]
             if arm != "plain":
                 last = drafts[arm].metrics.last
                 row |= {"rounds": last.rounds, "drafted": last.drafted_tokens, "update_s": last.update_time_s}
+            if args.check:
+                row["differs"] = differs(target, inputs, options, outputs[arm])
             rows.append(row)
         if args.out is not None:
             with args.out.open("a", encoding="utf-8") as file:
@@ -116,6 +123,16 @@ def main() -> None:
             "|",
             draft.metrics.decisions.learning,
         )
+
+
+@torch.no_grad()
+def differs(target: Any, inputs: Any, options: dict[str, Any], output: Tensor) -> bool:
+    """Whether plain `generate` writes something else: asked where the target's likeliest tokens along the output, read at once, are not it."""
+    prompt = inputs["input_ids"].shape[1]
+    if torch.equal(target(output).logits[0, prompt - 1 : -1].argmax(-1), output[0, prompt:]):
+        return False
+    plain = target.generate(**inputs, do_sample=False, max_new_tokens=options["max_new_tokens"])
+    return not torch.equal(plain, output)
 
 
 def made(arm: str, target: Any, args: argparse.Namespace) -> Any:
@@ -151,6 +168,8 @@ def report(rows: list[dict[str, Any]], arms: list[str]) -> None:
             quarters = [length([r for r in of(arm) if r["request"] * 4 // requests == quarter]) for quarter in range(4)]
             line += f", acceptance length {length(of(arm)):.3f}, by quarter {[round(q, 2) for q in quarters]}, "
             line += ", ".join(f"{kind} {length(of(arm, 0, kind)):.2f}" for kind in kinds)
+            if "differs" in rows[0]:
+                line += f"; {sum(r['differs'] for r in of(arm))} of {len(of(arm))} outputs are not plain generate's"
             line += (
                 f"; learning {sum(r['update_s'] for r in of(arm)) / sum(r['seconds'] for r in of(arm)):.1%} of the time"
             )

@@ -22,6 +22,11 @@ class CostConstants:
     verify_slope: float = 0.05  # the same, per token; chosen
     verify_prior: float = 0.01  # times that these two are worth: one size alone cannot tell them apart; chosen
     pace_rate: float = 0.2  # how fast the pace of the machine follows a round's time; chosen
+    # Plain rounds one after the other that take so many times what the pace says: then what was measured against it is forgotten. Chosen;
+    # without it, a machine that becomes slower in the first rounds looks too slow for drafting for ever:
+    # test_a_machine_that_becomes_slower_at_once_is_drafted_on_again.
+    changed: float = 1.5
+    changed_rounds: int = 2
     pace_step: float = 2.0  # a round's time changes the pace as if it were so many times off at most; chosen
     prefill_rate: float = 0.2  # how fast the time of reading follows a prompt's; chosen
     prefill_stall: float = 4.0  # a prompt's time counts as so many times the known one at most; chosen
@@ -35,6 +40,10 @@ class DraftCost:
 
     def __init__(self, constants: CostConstants = CostConstants()) -> None:
         self._constants = constants
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew."""
         self._seen: dict[int, deque[float]] = {}
         self._medians: dict[int, float] = {}
         self._start, self._step = 0.0, 0.0  # the line
@@ -84,9 +93,13 @@ class VerifyCost:
 
     def __init__(self, constants: CostConstants = CostConstants()) -> None:
         self._constants = constants
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew."""
         self._seen: dict[int, deque[float]] = {}
         self._medians: dict[int, float] = {}
-        self._bend, self._slope = constants.verify_bend, constants.verify_slope
+        self._bend, self._slope = self._constants.verify_bend, self._constants.verify_slope
 
     def add(self, k: int, steps: float) -> None:
         """Verifying k ≥ 1 tokens took so many plain steps."""
@@ -131,6 +144,7 @@ class Costs:
         self._constants = constants
         self.verify, self.draft = VerifyCost(constants), DraftCost(constants)  # of k ≥ 1 drafted tokens
         self.pace_s = 0.0  # seconds of a plain target step; 0: not known
+        self._changed = 0  # plain rounds one after the other that took much longer than the pace says
         self._prefill_step = 0.0  # time of the draft for one token of a prompt; 0: not known
 
     @property
@@ -141,6 +155,10 @@ class Costs:
     def round(self, k: int) -> float:
         """Time of drafting and verifying k ≥ 1 tokens."""
         return self.verify.at(k) + self.draft.at(k)
+
+    def without_stall(self, steps: float) -> float:
+        """A time of drafting in plain steps, counted as so many times the usual one at most."""
+        return min(steps, self._constants.stall * self.draft.at(1)) if self.draft.known else steps
 
     def drafting(self, begun: bool) -> float:
         """Time of one more drafted token; the first of a round costs more."""
@@ -171,9 +189,16 @@ class Costs:
                 self.pace_s = target_s
             return
         ratio = target_s / (self.pace_s * self.verify.at(k))
-        if k:
-            self.verify.add(k, target_s / self.pace_s)
         if steps and draft_s:
             self.draft.add(steps, draft_s / self.pace_s)
+        if k:
+            self.verify.add(k, target_s / self.pace_s)
+        else:
+            self._changed = self._changed + 1 if ratio > self._constants.changed else 0
+            if self._changed == self._constants.changed_rounds:
+                self.verify.forget()
+                self.draft.forget()
+                self._changed, self.pace_s = 0, target_s
+                return
         most = self._constants.pace_step
         self.pace_s *= min(max(ratio, 1 / most), most) ** self._constants.pace_rate

@@ -177,9 +177,10 @@ class Governor:
             draft_s: that it took, a prompt that it read included.
             reads: whether the target handed out hidden states for it.
         """
-        if self.costs.pace_s and math.isfinite(draft_s):
-            verify = self.costs.verify
-            taken = draft_s / self.costs.pace_s + verify.at(candidates) - verify.at(candidates - own)
+        costs, verify = self.costs, self.costs.verify
+        if costs.pace_s and math.isfinite(draft_s):
+            drafting = costs.without_stall(draft_s / costs.pace_s)
+            taken = drafting + verify.at(candidates) - verify.at(candidates - own)
             self.account.observe(gained / self._planner.usual_rate, taken, reads)
 
     def _report(self, lookahead: int | str) -> None:

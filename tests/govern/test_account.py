@@ -122,6 +122,17 @@ def test_learning_is_limited_while_the_draft_does_not_pay() -> None:
     assert steps["unpaid"] == pytest.approx(steps["paid"] * BUDGET / CONSTANTS.unpaid_learning, rel=0.05)
 
 
+def test_a_stall_of_the_draft_counts_as_a_few_of_its_steps() -> None:
+    governor = timed()
+    drafted = [TokenSource("model", 0, (0,))]
+    for _ in range(ENOUGH):
+        governor.observe(drafted, outcomes(drafted, [1.0]), 0.1, 1.1)
+        governor.observe_draft(gained=1, own=1, candidates=1, draft_s=0.1)
+    before = governor.account.taken
+    governor.observe_draft(gained=1, own=1, candidates=1, draft_s=60.0)
+    assert before < governor.account.taken < before + 0.02
+
+
 def test_the_reason_is_told() -> None:
     governor = timed()
     assert governor.takes_part()

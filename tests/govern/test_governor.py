@@ -434,3 +434,41 @@ def test_the_next_best_tokens_of_a_model_are_no_memory() -> None:
     for proposed in ([drafted, beside], [drafted, recycled], [recycled]):
         governor.observe(proposed, [], 0.1, 1.0)
     assert governor.decisions.rounds == {"plain": 0, "model": 1, "memory": 1, "memory+model": 1}
+
+
+def guessed_per_round(governor: Governor, rounds: int, plain_s: float, drafts: bool) -> float:
+    """Guesses that a governor buys in each of so many rounds; each is right three times of five, and verifying one takes a twentieth."""
+    right, bought = random.Random(0), 0
+    for _ in range(rounds):
+        plan = governor.plan(drafts, RequestStats(), room=40)
+        k = model = int(plan.lookahead > 0)
+        while k < 4 and governor.guess_pays(plan, k, 0.6 ** (k + 1)):
+            k += 1
+        drafted = [TokenSource("model" if at < model else "memory", at, (3,) if at < model else ()) for at in range(k)]
+        kept = [float(right.random() < 0.6) for _ in range(k)]
+        seen = kept[: kept.index(0.0) + 1] if 0.0 in kept else kept
+        governor.observe(drafted, outcomes(drafted, seen), 0.15 * plain_s * model, (1 + 0.05 * k) * plain_s)
+        bought += k
+    return bought / rounds
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("slower", [3.0, 10.0, 30.0])
+def test_a_machine_that_becomes_slower_at_once_is_drafted_on_again(slower: float, drafts: bool) -> None:
+    """The first plain step was fast, and everything after it seems to take long: that says nothing about verifying."""
+    governor = Governor(BUDGET, PASSES)
+    governor.observe((), (), 0.0, 1.0 / slower)
+    guessed_per_round(governor, 60, 1.0, drafts)
+    assert guessed_per_round(governor, 200, 1.0, drafts) > 3.5
+
+
+def test_a_stall_says_nothing_about_the_machine() -> None:
+    governor = Governor(BUDGET, PASSES)
+    governor.observe((), (), 0.0, 1.0)
+    guessed_per_round(governor, 200, 1.0, False)
+    known = governor.costs.verify.at(4)
+    governor.observe((), (), 0.0, 30.0)
+    assert governor.costs.verify.at(4) == known and governor.costs.pace_s < 1.3
+    governor.observe((), (), 0.0, 1.0)
+    governor.observe((), (), 0.0, 30.0)
+    assert governor.costs.verify.at(4) == known
