@@ -1,7 +1,7 @@
 """What is handed on in a round: rows → proposal → verdict. Plain data, below commit, verify and adapt.
 
 A batch has a length per row. Lengths and counts are numbers of the host: a round decides by them, and a tensor of an accelerator
-would be waited for. One row is all that `verify/checks.py` lets in for now.
+would be waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ class Rows:
 
     tokens: Tensor  # (batch, longest), padded on the right; a prompt may be padded on the left, see `Call.mask`
     lengths: tuple[int, ...]  # (batch,) of a row's tokens, padding on the left included
+    # (batch,) which rows of the call these are: those that have ended are not among them. None: all of them, in order.
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def of_call(self) -> tuple[int, ...]:
+        """(batch,) which rows of the call these are."""
+        return tuple(range(len(self.lengths))) if self.numbers is None else self.numbers
+
+    def of_rows(self, rows: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        lengths, numbers = tuple(self.lengths[row] for row in rows), tuple(self.of_call[row] for row in rows)
+        index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
+        return Rows(self.tokens[index, : max(lengths, default=0)], lengths, numbers)
 
     @classmethod
     def of(cls, tokens: Tensor) -> Rows:

@@ -21,6 +21,8 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
     StaticCache,
     TextIteratorStreamer,
     pipeline,
@@ -122,8 +124,6 @@ def test_what_a_call_says_itself_goes_before(target, draft_model, prompt) -> Non
     assert heard == []
     with pytest.raises(UnsupportedError, match="num_beams=2"):
         target.generate(prompt, onlinespec=True, num_beams=2, **GREEDY)
-    with pytest.raises(UnsupportedError, match="batch of 2"):
-        target.generate(prompt.repeat(2, 1), onlinespec=True, **GREEDY)
     with pytest.raises(ConfigError, match="lookahead"):
         target.generate(prompt, onlinespec=OnlineSpecConfig(rank=4, alpha=4.0, lookahead=7), **GREEDY)
     assert draft.metrics.requests == 1
@@ -152,17 +152,30 @@ def echo(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
     return input_ids
 
 
+class AllTheSame(LogitsProcessor):
+    """Lets all rows say what the first one says."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores[:1].expand_as(scores)
+
+
+BATCH = torch.tensor([[3, 14, 15], [9, 2, 6]])
 RUN_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
     "num_beams": ({"num_beams": 2}, "num_beams=2"),
     "sampled beams": ({"num_beams": 2, "do_sample": True}, "num_beams=2"),
-    "num_return_sequences": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
     "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
     "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
     "use_cache": ({"use_cache": False}, "use_cache=False"),
     "static cache": ({"cache_implementation": "static", "disable_compile": True}, "static"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
-    "batch": ({"inputs": torch.tensor([[3, 14, 15], [9, 2, 6]])}, "batch of 2"),
-    "sampled batch": ({"inputs": torch.tensor([[3, 14, 15], [9, 2, 6]]), "do_sample": True}, "batch of 2"),
+    "a batch with a processor of its own": (
+        {"inputs": BATCH, "logits_processor": LogitsProcessorList([AllTheSame()])},
+        "AllTheSame says of a row alone something else",
+    ),
+    "sampled batch with a processor of its own": (
+        {"inputs": BATCH, "logits_processor": LogitsProcessorList([AllTheSame()]), "do_sample": True},
+        "AllTheSame says of a row alone something else",
+    ),
     "embeddings": ({"inputs": None, "inputs_embeds": torch.randn(1, 3, 16)}, "inputs_embeds"),
     "another loop": ({"custom_generate": echo}, "custom_generate"),
 }
@@ -180,7 +193,7 @@ def test_a_call_that_cannot_be_served_runs_as_if_nothing_were_attached(prompt, c
         return out if isinstance(out, Tensor) else out.sequences, torch.rand(1)
 
     plain = run()
-    with_draft = said in ("num_beams=2", "batch of 2")  # the others are alike
+    with_draft = said == "num_beams=2" or said.startswith("AllTheSame")  # the others are alike
     draft = attach(target, tiny_llama(2) if with_draft else None, SMALL if with_draft else FIXED)
     with pytest.warns(UserWarning, match=f"without the attached draft: .*{said}") as heard:
         ours = run(), run()
@@ -194,7 +207,7 @@ def test_a_call_that_cannot_be_served_runs_as_if_nothing_were_attached(prompt, c
 
 
 @pytest.mark.parametrize("with_draft", [False, True])
-@pytest.mark.parametrize("call", [{"num_beams": 2}, {"inputs": torch.tensor([[3, 14, 15], [9, 2, 6]])}])
+@pytest.mark.parametrize("call", [{"num_beams": 2}, {"num_beams": 3, "inputs": BATCH}])
 def test_a_call_that_runs_plain_is_not_charged_for_walks_over_the_model(
     target, prompt, call, with_draft, monkeypatch
 ) -> None:
@@ -223,22 +236,22 @@ def test_each_reason_is_told_once_and_again_after_attaching_another_draft(target
     for n, heard in ((2, 1), (3, 0)):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            target.generate(prompt.repeat(n, 1), **GREEDY)
+            target.generate(prompt, num_beams=n, **GREEDY)
         assert len(told) == heard
     attach(target)  # the same: nothing is told twice
-    target.generate(prompt.repeat(4, 1), **GREEDY)
+    target.generate(prompt, num_beams=4, **GREEDY)
     attach(target, tiny_llama(2))
-    with pytest.warns(UserWarning, match="batch of 4"):
-        target.generate(prompt.repeat(4, 1), **GREEDY)
+    with pytest.warns(UserWarning, match="num_beams=4"):
+        target.generate(prompt, num_beams=4, **GREEDY)
 
 
 def test_where_warnings_are_errors_the_answer_is_there(target, prompt, caplog) -> None:
-    plain = target.generate(prompt.repeat(2, 1), **GREEDY)
+    plain = target.generate(prompt, num_beams=2, **GREEDY)
     attach(target)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(plain, target.generate(prompt.repeat(2, 1), **GREEDY))
-    assert "batch of 2" in caplog.text
+        assert torch.equal(plain, target.generate(prompt, num_beams=2, **GREEDY))
+    assert "num_beams=2" in caplog.text
 
 
 def test_an_errant_call_raises_what_it_raised_before(target, prompt) -> None:
@@ -697,8 +710,8 @@ def test_a_pipeline(pair: EmbeddedPair) -> None:
     with attached(pair.target, OnlineDraft(load_draft())) as draft:
         assert [pipe(text, **call) for text in texts] == plain
         assert draft.metrics.requests == 2 and draft.metrics.rounds < draft.metrics.new_tokens
-        with pytest.warns(UserWarning, match="batch of 2"):
-            assert pipe(texts, batch_size=2, **call) == together
+        assert pipe(texts, batch_size=2, **call) == together
+        assert draft.metrics.requests == 3
 
 
 def test_a_streamer_in_a_thread(pair: EmbeddedPair) -> None:

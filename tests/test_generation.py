@@ -238,7 +238,6 @@ def test_other_calls_are_untouched_bit_for_bit(target, draft_model, prompt) -> N
 
 BAD_CALLS = {
     "num_beams": ({"num_beams": 2}, "num_beams=2"),
-    "num_return_sequences": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
     "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
     "assistant_ensemble_weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight=0.5"),
     "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
@@ -271,19 +270,9 @@ def test_bad_calls(target, draft_model, prompt, call, said) -> None:
     assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))  # and it goes on
 
 
-def test_batches_are_refused_before_any_work(target, draft_model) -> None:
-    forwards = []
-    target.register_forward_pre_hook(lambda *_: forwards.append(1))
-    with pytest.raises(UnsupportedError, match="batch of 3"):
-        target.generate(torch.ones(3, 4, dtype=torch.long), assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
-    assert forwards == []
-
-
 def test_a_refused_call_sets_nothing_up(target, draft_model, prompt) -> None:
-    with pytest.raises(UnsupportedError, match="batch of 2"):
-        target.generate(
-            torch.ones(2, 4, dtype=torch.long), assistant_model=draft_model, onlinespec=True, max_new_tokens=5
-        )
+    with pytest.raises(UnsupportedError, match="num_beams=2"):
+        target.generate(prompt, assistant_model=draft_model, onlinespec=True, num_beams=2, max_new_tokens=5)
     target.generate(prompt, assistant_model=draft_model, onlinespec=SMALL, **GREEDY)
     assert online_draft(draft_model).settings == SMALL
 
@@ -510,10 +499,10 @@ top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_
 renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
 begin_suppress_tokens sequence_bias watermarking_config encoder_no_repeat_ngram_size pad_token_id bos_token_id eos_token_id
 decoder_start_token_id""".split()
-BEFORE_THE_LOOP = ["token_healing", "is_assistant"]  # generate() has seen to it
+BEFORE_THE_LOOP = ["token_healing", "is_assistant", "num_return_sequences"]  # generate() has seen to it
 IN_THE_LOOP = """do_sample use_cache cache_implementation cache_config output_scores output_logits return_dict_in_generate
 prefill_chunk_size num_assistant_tokens""".split()
-REFUSED = """num_beams use_mtp guidance_scale num_return_sequences output_attentions output_hidden_states prompt_lookup_num_tokens
+REFUSED = """num_beams use_mtp guidance_scale output_attentions output_hidden_states prompt_lookup_num_tokens
 assistant_early_exit assistant_ensemble_weight speculation_type penalty_alpha dola_layers num_beam_groups constraints
 force_words_ids""".split()
 WITHOUT_MEANING_HERE = """early_stopping length_penalty diversity_penalty low_memory max_cache_len compile_config disable_compile

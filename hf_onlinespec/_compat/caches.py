@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from .alterations import is_foreign
@@ -167,6 +168,24 @@ def move(cache: Cache, sources: Tensor, to: int) -> None:
         for states in (layer.keys, layer.values):  # (batch, heads, length, head_dim); `update` has just made them
             index = at.expand(-1, states.shape[1], -1, states.shape[3])
             states[..., to : to + n, :] = states.gather(-2, index)
+
+
+def rearrange(cache: Cache, places: Tensor) -> None:
+    """Leaves in each row the keys and values at these places (batch, n), in this order; of a cache that `moves`.
+
+    Row by row: a gather over all of them at once takes several times as long on a CPU.
+    """
+    for layer in _filled(cache):
+        own = places.to(layer.keys.device)
+        layer.keys = torch.stack([row.index_select(1, at) for row, at in zip(layer.keys, own, strict=True)])
+        layer.values = torch.stack([row.index_select(1, at) for row, at in zip(layer.values, own, strict=True)])
+
+
+def select_rows(cache: Cache, rows: Tensor) -> None:
+    """Leaves these rows of the batch, in this order; of a cache that `moves`."""
+    for layer in _filled(cache):
+        own = rows.to(layer.keys.device)
+        layer.keys, layer.values = layer.keys[own], layer.values[own]
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -19,20 +19,33 @@ with imports_of_others():
     from transformers.generation import (
         EpsilonLogitsWarper,
         EtaLogitsWarper,
+        ExponentialDecayLengthPenalty,
+        ForcedBOSTokenLogitsProcessor,
+        ForcedEOSTokenLogitsProcessor,
         GenerateDecoderOnlyOutput,
+        InfNanRemoveLogitsProcessor,
+        LogitNormalization,
         LogitsProcessorList,
+        MaxLengthCriteria,
+        MaxTimeCriteria,
         MinLengthLogitsProcessor,
         MinNewTokensLengthLogitsProcessor,
         MinPLogitsWarper,
         NoBadWordsLogitsProcessor,
         NoRepeatNGramLogitsProcessor,
+        PrefixConstrainedLogitsProcessor,
         RepetitionPenaltyLogitsProcessor,
+        SequenceBiasLogitsProcessor,
+        StoppingCriteriaList,
+        StopStringCriteria,
+        SuppressTokensAtBeginLogitsProcessor,
         SuppressTokensLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
         TypicalLogitsWarper,
     )
+    from transformers.generation.stopping_criteria import EosTokenCriteria
     from transformers.generation.utils import GenerationMode, is_deepspeed_zero3_enabled, is_fsdp_managed_module
     from transformers.pipelines import base as pipelines_base
     from transformers.utils import ModelOutput
@@ -151,9 +164,60 @@ STATELESS = (
 )
 
 
-def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Copies of the list's members that are known to be pure functions: what they keep for the size of the first scores is theirs."""
-    return LogitsProcessorList([copy.copy(p) for p in processors if type(p) in STATELESS])
+# What transformers itself has that says of a row what it says of it alone, and that keeps nothing from call to call: types must
+# match exactly, as above.
+OF_EACH_ROW = (
+    *STATELESS,
+    EosTokenCriteria,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+
+
+def known_of_row(one: Any, row: int) -> Any:
+    """What says of a row alone what a processor or criterion of transformers' own says of it in a batch: itself, for most of them.
+
+    None: it is none that is known to say of a row what it says of it alone.
+    """
+    if type(one) is PrefixConstrainedLogitsProcessor:  # it asks the caller by the number of the row
+        allowed = one._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, tokens: allowed(row, tokens), 1)
+    if type(one) is RepetitionPenaltyLogitsProcessor and isinstance(one.prompt_ignore_length, Tensor):  # the padding
+        own = copy.copy(one)
+        own.prompt_ignore_length = one.prompt_ignore_length[row : row + 1]
+        return own
+    return one if type(one) in OF_EACH_ROW else None
+
+
+def goes_on_finished(criteria: StoppingCriteriaList) -> str:
+    """Why `generate` lets rows that have ended write on until all of them have, instead of padding them; "": it does not."""
+    if any(hasattr(criterion, "eos_token_id") for criterion in criteria):  # as `generate` asks
+        return ""
+    others = [type(criterion).__name__ for criterion in criteria if type(criterion) is not MaxLengthCriteria]
+    return f"{others[0]} without a token that ends a text: rows write on until all of them have ended" if others else ""
+
+
+def pad_token(config: GenerationConfig) -> int:
+    """What rows that have ended are padded with; 0 where none is needed, as all of them end together."""
+    found = vars(config).get("_pad_token_tensor")
+    return 0 if found is None else int(found)
+
+
+def stateless(processors: LogitsProcessorList, row: int = 0) -> LogitsProcessorList:
+    """Copies of the list's members that are known to be pure functions: what they keep for the size of the first scores is theirs.
+
+    Args:
+        row: that they are called with, alone.
+    """
+    return LogitsProcessorList([copy.copy(known_of_row(p, row)) for p in processors if type(p) in STATELESS])
 
 
 class GenerativeModel(Protocol):

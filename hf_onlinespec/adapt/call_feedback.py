@@ -67,7 +67,9 @@ class CallFeedback:
     def __init__(self, learning: LearningService, rows: Sequence[DraftedRow], temperature: float) -> None:
         self.rows, self._learning, self._temperature = rows, learning, temperature
         self._context = max(LEAST_CONTEXT, learning.settings.context_tokens)  # in front of what a head learns
-        self.latest: Rows | None = None  # the rows as the target reads them; None: the call has not begun
+        self._latest: dict[
+            int, tuple[Rows, int]
+        ] = {}  # per row: where it is, as the target reads it, and its place there
         self.recorded = False  # whether there was anything that the draft can see
         self.begin_anew()
 
@@ -77,10 +79,16 @@ class CallFeedback:
             self._learning.new_feedback(row.taught, self._temperature, row.config, row.features) for row in self.rows
         ]
 
-    def begin(self, rows: Rows, row: int) -> None:
-        """The prompts, before the first round."""
-        self.latest = rows
-        self.rows[row].take(rows.row(row))
+    def begin(self, rows: Rows, at: int) -> None:
+        """The prompt of one of the rows, before the first round."""
+        row = rows.of_call[at]
+        self._latest[row] = rows, at
+        self.rows[row].take(rows.row(at))
+
+    def latest(self, i: int) -> Tensor:
+        """(1, L) a row as the target reads it, once it has begun."""
+        rows, at = self._latest[i]
+        return rows.row(at)
 
     @property
     def begun(self) -> bool:
@@ -95,6 +103,10 @@ class CallFeedback:
             for i, (row, of) in enumerate(zip(self.rows, self._of, strict=True))
             if of.waiting and row.tokens is not None
         ]
+
+    def waiting_tokens(self, i: int) -> int:
+        """How many of a row they are."""
+        return self._of[i].waiting
 
     @property
     def kept(self) -> bool:
@@ -111,19 +123,20 @@ class CallFeedback:
 
         Up to the last position that the draft can see. None: nothing is recorded.
         """
-        self.latest = rows
-        for i, row in enumerate(self.rows):
+        for at, i in enumerate(rows.of_call):
+            row = self.rows[i]
+            self._latest[i] = rows, at
             if row.tokens is None:
                 continue
             before = row.tokens.shape[1]
-            new = rows.lengths[i] - before
-            row.take(rows.row(i))
+            new = rows.lengths[at] - before
+            row.take(rows.row(at))
             seen = max(0, min(new, self._learning.positions + 1 - before))
             if logits is not None and seen:
                 self.recorded = True
-                own = logits[i : i + 1, :seen]
-                # Logits of rejected tokens are not held with the others.
-                own = own if seen == logits.shape[1] else own.clone()
+                own = logits[at : at + 1, :seen]
+                # Logits of rejected tokens, and of other rows, are not held with the others.
+                own = own if own.shape[:2] == logits.shape[:2] else own.clone()
                 self._of[i].record(own.to(self._learning.device), before + seen)
 
     def segment(self, i: int) -> Segment:

@@ -110,10 +110,10 @@ class LearningSchedule:
 
     def begin(self, rows: Rows) -> None:
         """Before the first round: the prompts."""
-        for i, row in enumerate(self._feedback.rows):
-            if row.tokens is None:
+        for at, i in enumerate(rows.of_call):
+            if self._feedback.rows[i].tokens is None:
                 with self.attempt():
-                    self._feedback.begin(rows, i)
+                    self._feedback.begin(rows, at)
 
     def copied(self, logits: Tensor) -> Tensor | None:
         """A copy of the target's raw logits of a round, which processors may write into; None: they are not recorded."""
@@ -132,25 +132,33 @@ class LearningSchedule:
     def _learn_of_round(self) -> None:
         settings = self._learning.settings
         full = self._feedback.full
-        due = full
+        due, most = full, None
         if settings.update_every == "auto":
-            due = (full or settings.update_when == "round") and self._worthwhile_steps() > 0
+            most = self._worthwhile_steps() if full or settings.update_when == "round" else 0
+            due = most > 0
         elif settings.update_when == "round":
             due = full or self.rounds % int(settings.update_every) == 0
         if due:
-            self.update()
+            self.update(most)
         elif full:
             self._feedback.defer_to_replay()
 
-    def update(self) -> None:
-        """One gradient step of every row on the tokens since the last update, on top of what the draft has read."""
-        rows = self._feedback.waiting
+    def update(self, most: int | None = None) -> int:
+        """A gradient step for each row on its tokens since the last update, on top of what the draft has read; how many steps.
+
+        Row by row: what the draft has read lies in a cache of each.
+
+        Args:
+            most: rows that there is time for, those with the most tokens; None: all.
+        """
+        rows = sorted(self._feedback.waiting, key=lambda i: -self._feedback.waiting_tokens(i))[:most]
         if not rows:
-            return
+            return 0
         with self._budget.charged():
             for i in rows:
                 self._step(i)
         self._learned = True
+        return len(rows)
 
     def _step(self, i: int) -> None:
         row, segment = self._feedback.rows[i], self._feedback.segment(i)
@@ -159,13 +167,13 @@ class LearningSchedule:
         prefix = row.prefix(end - 1 - n)
         self._route(row, tokens)
         if segment.teaches:
-            latest = self._feedback.latest
-            assert latest is not None
             self._learning.learn_segment(
                 segment,
                 self._counts,
                 prefix=prefix,
-                recalled=self._memory.expected(i, latest.row(i), slice(end - n - row.prompt, end - row.prompt)),
+                recalled=self._memory.expected(
+                    i, self._feedback.latest(i), slice(end - n - row.prompt, end - row.prompt)
+                ),
                 prompt_log_ratio=row.prompt_log_ratio or 0.0,
                 request=self._requests.setdefault(i, Request(row.prompt)),
             )
@@ -190,7 +198,7 @@ class LearningSchedule:
 
     def _finish(self, unseen: bool) -> None:
         settings = self._learning.settings
-        steps = 1 + settings.replay_passes
+        steps, most, taken = 1 + settings.replay_passes, None, 1
         if settings.update_when == "idle":
             self._feedback.defer_to_replay()
             for _, one in self._feedback.finished():
@@ -198,20 +206,21 @@ class LearningSchedule:
             self._learned = True
             return
         if settings.update_every == "auto" and self._budget.timed:
-            steps = self._worthwhile_steps()
+            steps = most = self._worthwhile_steps()
             if not steps:
                 self._deferred = True
                 self._learning.governor.decisions.deferred_updates += 1
                 if unseen:
                     self._score_offline()
         if steps:
-            self.update()
-        elif self._keeps:
+            updated = self.update(most)
+            taken = 1 if most is None else max(1, updated)
+        if self._feedback.waiting and (steps or self._keeps):
             self._feedback.defer_to_replay()
         with self._budget.charged():
             for i, one in self._feedback.finished():
                 self._learning.remember(one, self._requests.get(i))
-            self._learning.replay_steps(self._counts, steps - 1)
+            self._learning.replay_steps(self._counts, steps - taken)
             self._learning.fold()
 
     def close(self) -> None:

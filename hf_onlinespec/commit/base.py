@@ -54,9 +54,9 @@ class Call:
     lookahead: int | None = None  # tokens per round, as the user has fixed them; None: the governor decides
     counts: Counts = field(default_factory=Counts)  # of the request
 
-    def stateless_processors(self) -> LogitsProcessorList:
-        """Copies of the processors that are applied to a draft too; to be made before the target's own are called."""
-        return stateless(self.processors)
+    def stateless_processors(self, row: int = 0) -> LogitsProcessorList:
+        """Copies of the processors that are applied to a row of a draft too; to be made before the target's own are called."""
+        return stateless(self.processors, row)
 
     @property
     def sample(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapt.schedule import LearningSchedule
-from ..govern.acceptance import RequestStats
+from ..govern.acceptance import RequestStats, RowRound
 from ..govern.planner import Plan
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
@@ -44,7 +44,9 @@ class Combined(Proposer):
     ) -> None:
         self.schedule = schedule
         self._draft, self._call, self._models, self._sources, self._stats = draft, call, models, sources, stats
-        self._governor = draft.governor  # one for the whole call, whatever begins anew meanwhile
+        self._governors = draft.governor  # of the whole call, whatever begins anew meanwhile
+        with draft.lock:
+            self._governor = self._governors.for_rows(call.rows)  # of the rounds of so many rows
         self._weighed = call.timed and call.lookahead is None  # whether the draft model has to pay
         self._drafts = draft.failures.drafting.begin()  # whether it takes part
         if models and self._drafts and self._weighed:
@@ -58,8 +60,10 @@ class Combined(Proposer):
         self._reads_prompt = (
             True  # whether it reads the prompt in this round: that tells nothing about the cost of a step
         )
-        self._rows: Rows | None = None  # as they are now
-        self._builders: list[ProposalBuilder] = []  # of the latest round, per row
+        self._latest: dict[int, tuple[Rows, int]] = {}  # by row of the call: where it is now, and its place there
+        self._new_tokens = [0] * call.rows
+        self._builders: list[ProposalBuilder] = []  # of the latest round, per row of it
+        self._rests = False  # whether nobody is asked in it
 
     # Beside decoding nothing may fail a call, see runtime/failures.py.
 
@@ -81,13 +85,33 @@ class Combined(Proposer):
 
     def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
         """See `Proposer`. Who drafts a token, and whether to go on, is decided from the prefix and from q before the draw."""
-        self._rows, self._builders = rows, []
-        return Proposal.joined([self._propose(i, rows.row(i), room, trees) for i in range(len(rows.lengths))])
+        self._note(rows)
+        self._builders = []
+        with self._draft.lock:
+            self._governor = self._governors.for_rows(len(rows.lengths))
+            pace = self._governor.pace
+            self._rests = self._weighed and pace is not None and not pace.asks()
+        reading = False
+        for at, i in enumerate(rows.of_call):
+            self._build(i, rows.row(at), room, trees)
+            reading |= self._reads_prompt
+        self._reads_prompt = reading
+        if len(self._builders) > 1 and self._weighed:
+            with self._draft.lock:
+                width = self._governor.width([builder.chances for builder in self._builders])
+            for builder in self._builders:
+                builder.cut(width)
+        vocabulary = self._call.vocabulary or (self._models[0].vocabulary if self._models else None)
+        size = vocabulary.said if self._call.sample and vocabulary is not None else 0
+        return Proposal.joined([builder.proposal(size) for builder in self._builders])
 
-    def _propose(self, i: int, tokens: Tensor, room: int, trees: bool) -> Proposal:
-        """The candidates behind one row (1, L)."""
+    def _note(self, rows: Rows) -> None:
+        self._latest |= {i: (rows, at) for at, i in enumerate(rows.of_call)}
+
+    def _build(self, i: int, tokens: Tensor, room: int, trees: bool) -> None:
+        """The candidates behind one row (1, L); i: which one of the call."""
         failed = self._call.counts.failed_drafts
-        plan, most, asks = None, room, self._call.timed
+        plan, most, asks = None, room, self._call.timed and not self._rests
         if asks and self._call.lookahead is None:
             plan = self._plan(i, tokens, room)
         elif asks:
@@ -101,17 +125,16 @@ class Combined(Proposer):
             self._reads_prompt = model.reader.length == 0
         draws = self._call.sample and not trees  # several guesses are better than one that is drawn
         guesser = self._sources.row(i, tokens, self._stats[i], draws) if asks else None
+        if self._rests:
+            self._sources.begin(i, tokens, self._stats[i])
         context = None if guesser is None else guesser.context
         builder = ProposalBuilder(tokens, context, self._call.end_tokens)
         self._builders.append(builder)
-        wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
+        wanted = model is not None and self._drafts and not self._rests and (plan is None or plan.lookahead > 0)
         if model is not None and wanted and most > 0 and model.reader.can_draft(tokens.shape[1]):
             self._build_chain(i, builder, plan, most, guesser, trees, failed)
         if guesser is not None and most > 0 and self._call.counts.failed_drafts == failed:
             self._add_guesses(i, builder, plan, guesser, most, trees)
-        vocabulary = None if model is None else model.vocabulary
-        vocabulary = self._call.vocabulary or vocabulary
-        return builder.proposal(vocabulary.said if self._call.sample and vocabulary is not None else 0)
 
     def _plan(self, i: int, tokens: Tensor, room: int) -> Plan:
         """How far the draft model should go; where that depends on the prompt, it is scored first."""
@@ -175,37 +198,44 @@ class Combined(Proposer):
         """See `Proposer`: the best next tokens behind everything that was verified, and what a head reads."""
         if features is not None:
             with self._drafting():
-                for i, model in enumerate(self._models):
-                    model.take_features(features[i : i + 1])
+                for at, i in enumerate(rows.of_call if self._models else ()):
+                    self._models[i].take_features(features[at : at + 1])
         elif self.reads:  # the target hands out none: no failure, but there is nothing to draft from
             self._drafts = False
             if self.schedule is not None:
                 self.schedule.leave_out("its target hands out no hidden states, which the draft reads")
-        if self._call.learns:
+        if self._call.learns and not self._rests:
             self._sources.read(rows, proposal, logits)
 
     def observe(self, verdict: Verdict) -> None:
         """See `Proposer`: the governor is told what was drafted, how it was accepted, and the times."""
-        self._rows, model_s = verdict.rows, verdict.proposal.model_s
+        rows, model_s = verdict.rows, verdict.proposal.model_s
+        self._note(rows)
+        for at, i in enumerate(rows.of_call):
+            self._new_tokens[i] += verdict.new_tokens[at]
         with self._drafting():
-            for i, model in enumerate(self._models):
-                length = verdict.rows.lengths[i] - verdict.new_tokens[i]
-                model.keep_features(length, verdict.proposal.tokens.shape[1], verdict.paths[i])
+            for at, i in enumerate(rows.of_call if self._models else ()):
+                length = rows.lengths[at] - verdict.new_tokens[at]
+                self._models[i].keep_features(length, verdict.proposal.tokens.shape[1], verdict.paths[at])
         target_s = verdict.target_s
         if target_s:
             target_s += verdict.draft_s - model_s  # the time of guesses belongs to every round
         timed_s = 0.0 if self._reads_prompt else model_s
         with self._sources.attempt(), self._draft.lock:
             self._sources.take_in()
-            for i, builder in enumerate(self._builders):
-                self._observe_guesses(i, builder, verdict)
+            for at, builder in enumerate(self._builders):
+                self._observe_guesses(at, builder, verdict)
         with self._draft.failures.records.attempt(), self._draft.lock:
-            for i, (sources, chances, stats) in enumerate(
-                zip(verdict.proposal.sources, verdict.chances, self._stats, strict=True)
-            ):
-                outcomes = [(sources[candidate], chance) for candidate, chance in chances]
-                expansions = self._builders[i].expansions if self._builders else 0
-                self._governor.observe(sources, outcomes, timed_s, target_s, stats, expansions)
+            rounds = []
+            for at, i in enumerate(rows.of_call):
+                sources = verdict.proposal.sources[at]
+                outcomes = [(sources[candidate], chance) for candidate, chance in verdict.chances[at]]
+                expansions = self._builders[at].expansions if self._builders else 0
+                rounds.append(RowRound(sources, outcomes, self._stats[i], expansions))
+            self._governor.observe_rows(rounds, timed_s, target_s)
+            if self._governor.pace is not None and verdict.target_s:
+                seconds = verdict.draft_s + verdict.target_s
+                self._governor.pace.observe(not self._rests, seconds, sum(verdict.new_tokens))
             if self._weighed and self._drafts:
                 for builder, path in zip(self._builders, verdict.paths, strict=False):
                     self._weigh(builder, path)
@@ -216,14 +246,15 @@ class Combined(Proposer):
         own, candidates, reads = len(builder.own), len(builder.drafted), bool(self.reads)
         self._governor.observe_draft(len(path) - first, own, candidates, builder.model_s, reads)
 
-    def _observe_guesses(self, i: int, builder: ProposalBuilder, verdict: Verdict) -> None:
-        """Every place that was verified has shown which of all guesses was right."""
+    def _observe_guesses(self, row: int, builder: ProposalBuilder, verdict: Verdict) -> None:
+        """Every place of a row of this round that was verified has shown which of all guesses was right."""
         if not builder.places and not builder.beside:
             return
-        new = verdict.rows.row(i)[0, -verdict.new_tokens[i] :].tolist()
-        for at, token in zip((-1, *verdict.paths[i]), new, strict=False):
+        stats = self._stats[verdict.rows.of_call[row]]
+        new = verdict.rows.row(row)[0, -verdict.new_tokens[row] :].tolist()
+        for at, token in zip((-1, *verdict.paths[row]), new, strict=False):
             if at in builder.places:
-                self._governor.guesses.observe(builder.places[at], token, self._stats[i])
+                self._governor.guesses.observe(builder.places[at], token, stats)
             if at in builder.beside:
                 self._governor.guesses.observe_guesses(builder.beside[at], token)
 
@@ -232,13 +263,13 @@ class Combined(Proposer):
     def finish(self) -> bool:
         """See `Proposer`."""
         draft, unseen = self._draft, False
-        if self._sources.in_use and self._call.learns and self._rows is not None:
+        if self._sources.in_use and self._call.learns and self._latest:
             with self._sources.attempt(), draft.lock:
-                draft.metrics.memory_bytes = self._sources.commit(self._rows)
+                for rows, at in self._latest.values():
+                    draft.metrics.memory_bytes = self._sources.commit(rows.of_rows([at]))
         with draft.failures.records.attempt(), draft.lock:
             steps = self._models[0].model.steps if self._models else 0
-            new_tokens = self._call.counts.new_tokens
-            for stats in self._stats:
+            for stats, new_tokens in zip(self._stats, self._new_tokens, strict=True):
                 unseen |= self._governor.request_ended(new_tokens, stats, self._call.lookahead, steps)
         for worked, what in (
             (bool(self._models), draft.failures.preparing),

@@ -145,6 +145,11 @@ class GuessSources:
             return Guesser(memory, self._table, self._chances, memory.context, calibration, self._vocabulary, draws)
         return None
 
+    def begin(self, i: int, tokens: Tensor, stats: RequestStats) -> None:
+        """Reads the prompt of a row (1, L), if it was not read yet, in a round in which nobody is asked."""
+        if self._memory is not None and i not in self._rows:
+            self.row(i, tokens, stats)
+
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
         """Finds the target's best tokens in its raw logits (batch, n + 1, vocab) behind every row and every candidate."""
         if self._table is None or not self._usable:
@@ -183,4 +188,7 @@ class GuessSources:
 
     def commit(self, rows: Rows) -> int:
         """Gives every row to the memory; its bytes."""
-        return max(row.commit(rows.row(i)) for i, row in self._rows.items())
+        read = [(self._rows[i], rows.row(at)) for at, i in enumerate(rows.of_call) if i in self._rows]
+        return max(
+            (row.commit(tokens) for row, tokens in read), default=0 if self._memory is None else self._memory.nbytes
+        )

@@ -31,6 +31,7 @@ class ProposalBuilder:
         self.survival = 1.0  # estimated chance that all candidates of the chain are kept
         self.ended = False
         self.drafted: list[TokenSource] = []
+        self.chances: list[float] = []  # of every candidate: estimated chance that it is kept
         self.model_s = 0.0
         self.has_model_token = False  # whether the draft model has drafted
         self.own: set[int] = set()  # candidates of the draft model's that no guess would have had
@@ -101,6 +102,7 @@ class ProposalBuilder:
             self.context = None if known is None else [*self.context[1 - REACH :], known]
         self.drafted.append(drafted)
         self.survival *= chance
+        self.chances.append(self.survival)
         self.ended = known is not None and known in self._eos
 
     def open_places(self, branches: bool) -> list[OpenPlace]:
@@ -112,8 +114,9 @@ class ProposalBuilder:
             found.append(OpenPlace(self._end, self._end + 1, self.context, self.survival, guesses))
         return found
 
-    def add_branch(self, guess: Guess, parent: int, depth: int) -> int:
-        """A guess behind any candidate, once the chain is complete; its number."""
+    def add_branch(self, guess: Guess, parent: int, depth: int, chance: float) -> int:
+        """A guess behind any candidate, once the chain is complete; its number. chance: that all of its path is kept."""
+        self.chances.append(chance)
         self._branches.append((parent, guess.token))
         if guess.source == "model":
             self.own.add(len(self.drafted))
@@ -121,6 +124,16 @@ class ProposalBuilder:
             self._q.append((len(self.drafted), guess.law))
         self.drafted.append(TokenSource(guess.source, depth))
         return len(self.drafted) - 1
+
+    def cut(self, n: int) -> None:
+        """Leaves the first n candidates, and all that the model drafted or that were drawn: these are verified in any case."""
+        asked = [i for i, token in enumerate(self.drafted) if token.is_drafted] + [i for i, _ in self._q]
+        n = max(n, max(asked, default=-1) + 1)
+        chain = self._end + 1
+        self._prefix = self.prefix[:, : self._length + min(n, chain)]
+        self._branches = self._branches[: max(0, n - chain)]
+        self.drafted, self.chances = self.drafted[:n], self.chances[:n]
+        self.own = {i for i in self.own if i < n}
 
     def proposal(self, vocab: int) -> Proposal:
         """What has become of it; `vocab`: size of the distributions, 0: greedy."""

@@ -116,7 +116,9 @@ class Request:
         proposer, schedule = self.proposer, self.schedule
         if proposer is None:
             return
-        if self.counts.rounds == 1:  # the first forward reads the prompt: its time says nothing about a round's
+        if (
+            self.counts.rounds == self.call.rows
+        ):  # the first forward reads the prompt: its time says nothing about a round's
             verdict = replace(verdict, target_s=0.0)
         with self._beside_proposing():
             proposer.observe(verdict)
@@ -130,7 +132,7 @@ class Request:
         counts = self.counts
         counts.draft_time_s += verdict.draft_s
         counts.target_time_s += verdict.target_s
-        counts.rounds += 1
+        counts.rounds += len(verdict.rows.lengths)
         counts.new_tokens += sum(verdict.new_tokens)
         counts.drafted_tokens += sum(verdict.proposal.lengths)
         counts.accepted_tokens += sum(verdict.accepted)
@@ -142,8 +144,9 @@ class Request:
             (row[i].source, row[i].position) for row, path in zip(sources, verdict.paths, strict=True) for i in path
         )
         counts.candidates += CandidateCounts(verified, kept)
-        names = {token.source for row in sources for token in row}
-        counts.drafted_by(bool(names - {"model"}), "model" in names)
+        for row in sources:
+            names = {token.source for token in row}
+            counts.drafted_by(bool(names - {"model"}), "model" in names)
 
     def finish(self) -> None:
         """Ends the request: it is remembered, what is left of it learned and others are replayed, as far as that is worth it."""

@@ -49,7 +49,7 @@ class RowModel:
     ) -> None:
         self.model, self._call, self._stats = model, call, stats
         # Copied now: once the target's own are called, they keep the size of its scores.
-        self._processors = call.stateless_processors()
+        self._processors = call.stateless_processors(row)
         self._governor, self._lock = governor, lock
         self.vocabulary = call.vocabulary or model.vocabulary  # of the target
         own = None if call.mask is None else call.mask[row : row + 1]

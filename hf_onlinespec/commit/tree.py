@@ -77,7 +77,7 @@ def grow(
                 offer(leaf.node, leaf.depth + 1, leaf.context, leaf.survival, guesses)
             continue
         best = heapq.heappop(heap)
-        node = builder.add_branch(best.guess, best.parent, best.depth)
+        node = builder.add_branch(best.guess, best.parent, best.depth, -best.less)
         # What follows is asked for where one more candidate would pay that is kept less often than its parent: asking takes time too.
         if best.guess.token in ends or best.depth + 1 >= room:
             continue

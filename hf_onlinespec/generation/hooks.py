@@ -27,6 +27,7 @@ from ..draft import OnlineDraft, online_draft
 from ..errors import OnlineSpecError, UnsupportedError
 from ..models.plain import no_model
 from ..share.loading import is_evolved, load_beside
+from ..verify.batch import check_batch
 from ..verify.checks import check_call, check_inputs, check_mode, check_synced_gpus
 from ..verify.custom_generate import GenerateFn
 from ..verify.loop import decode
@@ -126,8 +127,10 @@ def _wrap_validate(validate: Function, get_mode: Function) -> Function:
         if mode == GenerationMode.ASSISTED_GENERATION and _is_ours(config, assistant):
             _check_ours(self, assistant, config, mode_kwargs)
             # Vocabularies were compared; transformers asks for two tokenizers wherever sizes differ, and refuses them otherwise.
-            ours = ("assistant_model", "assistant_tokenizer")
-            mode_kwargs = {name: value for name, value in mode_kwargs.items() if name not in ours}
+            told = ("assistant_model", "assistant_tokenizer")
+            mode_kwargs = {name: value for name, value in mode_kwargs.items() if name not in told}
+            if (config.num_return_sequences or 1) > 1:
+                mode = get_mode(config)  # transformers' own assisted decoding takes one sequence
         if call is not None and call.served:
             mode = get_mode(config)  # a class that names the modes it supports means plain decoding's
         validate(self, mode, config, mode_kwargs)
@@ -187,6 +190,7 @@ def _wrap_assisted(assisted: Function) -> Function:
                 **model_kwargs,
             )
         check_inputs(self, input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
+        check_batch(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer)
         setting = wanted(generation_config)
         if assistant_model is None and call is not None:
             assistant_model = call.attachment.draft
@@ -200,9 +204,10 @@ def _decode_attached(
     call: AttachedCall, arguments: Positional, synced_gpus: bool, named: dict[str, Any], model_kwargs: dict[str, Any]
 ) -> Any:
     """A call that what is attached serves, as far as its configuration tells; what its inputs rule out decodes plainly."""
-    target, input_ids, _, _, config = arguments
+    target, input_ids, processors, criteria, config = arguments
     try:
         check_inputs(target, input_ids, config, model_kwargs)
+        check_batch(target, input_ids, processors, criteria, config, model_kwargs, named["streamer"])
         draft = call.attachment.drafts_for(target)
         call.prove(input_ids, model_kwargs)
     except OnlineSpecError as reason:

@@ -95,6 +95,21 @@ class RequestStats:
     serves_base: bool = False  # the base draft serves it, whatever was learned
 
 
+@dataclass(frozen=True)
+class RowRound:
+    """What one row has shown in a round."""
+
+    drafted: Sequence[TokenSource]  # its candidates
+    outcomes: Sequence[tuple[TokenSource, float]]  # of each verified one, the chance that it was kept
+    seen: RequestStats  # of the row, noted in it
+    expansions: int = 0  # forwards of the draft model behind several candidates at once
+
+    @property
+    def steps(self) -> int:
+        """Forwards of the draft model."""
+        return sum(token.is_drafted for token in self.drafted) + self.expansions
+
+
 class Acceptances:
     """Estimates for one draft model and one memory; what the learned draft and the base draft do is kept apart."""
 

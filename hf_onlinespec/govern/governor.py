@@ -7,14 +7,16 @@ its cost, and `routing.py` says which of the two drafts serves a request.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..metrics import Decisions
-from .acceptance import AcceptanceConstants, Acceptances, RequestStats, TokenSource
+from .acceptance import AcceptanceConstants, Acceptances, RequestStats, RowRound, TokenSource
 from .account import AccountConstants, DraftAccount
+from .batch_pace import BatchPace, PaceConstants
 from .budget import BudgetConstants, LearningBudget
 from .costs import CostConstants, Costs
 from .fit import Fit, FitConstants
@@ -37,6 +39,7 @@ class GovernorConstants:
     fit: FitConstants = field(default_factory=FitConstants)
     guesses: GuessConstants = field(default_factory=GuessConstants)
     account: AccountConstants = field(default_factory=AccountConstants)
+    pace: PaceConstants = field(default_factory=PaceConstants)
     min_positions: int = 5  # drafted positions that tell a request's acceptance; chosen
     # So many requests below the acceptance, and none above so many times of it: the draft has much to learn. Chosen.
     low_acceptance: float = 0.3
@@ -76,10 +79,33 @@ class Governor:
         max_lookahead = constants.acceptance.max_lookahead
         self._planner = Planner(self.acceptances, self.costs, self.decisions, max_lookahead, constants.planner)
         self._fixed = lookahead
+        self._rows, self._by_rows = 1, dict[int, Governor]()
+        self.pace: BatchPace | None = None  # whether anybody is asked in rounds of several rows
         self._left_alone = False  # whether the draft model takes no part in this request
         self._unseen = 0  # requests since the draft model's acceptance was last seen
         self._shown = False  # whether it was shown since the last request
         self._lows = {base: 0 for base in (False, True)}  # requests of low acceptance since one of a better one
+
+    def for_rows(self, rows: int) -> Governor:
+        """Decides for rounds of so many rows: by times of their own, and by what is known of acceptance, which they share.
+
+        Rows are reckoned as if each did what the others do: a plain step brings a token to each, and the draft model, which reads
+        row by row, takes its time in each. Sizes up to a power of two are one.
+        """
+        size = 1 << (rows - 1).bit_length()
+        if size == 1:
+            return self
+        if size not in self._by_rows:
+            own, constants = copy.copy(self), self.constants
+            # What is tried now and then in one row takes the time of all of them: as often in a round, not in a row.
+            planner = constants.planner
+            rarely = {name: size * vars(planner)[name] for name in ("first_probe", "last_probe", "refresh")}
+            own.costs, own.account = Costs(constants.costs), DraftAccount(constants.account)
+            most = constants.acceptance.max_lookahead
+            own._planner = Planner(own.acceptances, own.costs, own.decisions, most, replace(planner, **rarely))
+            own._rows, own._by_rows, own.pace = size, {}, BatchPace(constants.pace)
+            self._by_rows[size] = own
+        return self._by_rows[size]
 
     # Drafting
 
@@ -120,6 +146,14 @@ class Governor:
         """Whether a guess that is kept with this chance gains more than verifying it beside so many candidates costs."""
         return bool(self.costs.pace_s) and self._planner.guess_gains(plan, candidates, chance)
 
+    def width(self, chances: Sequence[Sequence[float]]) -> int:
+        """How many candidates of each row of a batch are verified, the first ones: a wide row makes all of them as wide.
+
+        Args:
+            chances: per row, that its candidates are kept.
+        """
+        return self._planner.width(chances)
+
     def leaves_to_expand(self, plan: Plan, chances: Sequence[float], candidates: int) -> int:
         """How many leaves of the tree the draft model reads at once, to go on behind them; 0: it does not pay.
 
@@ -141,7 +175,7 @@ class Governor:
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """The draft took so long to read so many tokens of a prompt."""
-        self.costs.observe_prefill(tokens, seconds)
+        self.costs.observe_prefill(tokens, self._rows * seconds)
 
     def observe(
         self,
@@ -157,15 +191,24 @@ class Governor:
         Args:
             expansions: forwards of the draft model behind several candidates at once.
         """
-        k = len(drafted)
-        steps = sum(d.is_drafted for d in drafted) + expansions
-        names = {d.source for d in drafted}
+        stats = RequestStats() if seen is None else seen
+        self.observe_rows([RowRound(drafted, outcomes, stats, expansions)], draft_s, target_s)
+
+    def observe_rows(self, rows: Sequence[RowRound], draft_s: float, target_s: float) -> None:
+        """Takes in one round of one or several rows, and the times of all of them together.
+
+        The target verifies as many candidates of each row as the row with the most has; of the draft model's steps the mean counts.
+        """
+        k = max(len(row.drafted) for row in rows)
+        steps = -(-sum(row.steps for row in rows) // len(rows))
+        names = {token.source for row in rows for token in row.drafted}
         model, memory = "model" in names, bool(names - {"model"})
         name = "plain" if not k else "model" if not memory else "memory+model" if model else "memory"
         self.decisions.rounds[name] += 1
         self.costs.observe_round(k, steps, draft_s, target_s)
-        weight = self._planner.observe_round(k, steps, outcomes)
-        self.acceptances.observe_round(outcomes, RequestStats() if seen is None else seen, weight)
+        for row in rows:
+            weight = self._planner.observe_round(k, steps, row.outcomes)
+            self.acceptances.observe_round(row.outcomes, row.seen, weight)
         self.budget.earn(draft_s + target_s, self.acceptances.base_served_last, self.account.learning_limit)
 
     def observe_draft(self, gained: int, own: int, candidates: int, draft_s: float, reads: bool = False) -> None:
@@ -179,7 +222,7 @@ class Governor:
         """
         costs, verify = self.costs, self.costs.verify
         if costs.pace_s and math.isfinite(draft_s):
-            drafting = costs.without_stall(draft_s / costs.pace_s)
+            drafting = costs.without_stall(self._rows * draft_s / costs.pace_s)
             taken = drafting + verify.at(candidates) - verify.at(candidates - own)
             self.account.observe(gained / self._planner.usual_rate, taken, reads)
 
@@ -191,6 +234,10 @@ class Governor:
             self.decisions.verify_step = self.costs.verify.step(self.constants.planner.first_lookahead)
         if lookahead != "auto":
             self.decisions.drafting = f"lookahead={lookahead} was asked for"
+        elif self.pace is not None and not self.pace.pays:
+            self.decisions.drafting = (
+                f"plain decoding of {self._rows // 2 + 1} to {self._rows} rows: {self.pace.reason}"
+            )
         elif self._left_alone:
             self.decisions.drafting = f"guesses alone: {self.account.reason}"
         elif self._planner.reason:

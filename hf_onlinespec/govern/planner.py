@@ -98,6 +98,7 @@ class Planner:
         first, last = constants.first_probe, constants.last_probe
         self._draft_probe = Backoff(first, last)  # of rounds in which drafting was not worth it
         self._guess_probe = Backoff(first, last)  # of rounds in which no guess was worth it
+        self._width_probe = Backoff(first, last)  # of rounds of a batch in which no width was worth it
         self._probed_acceptance = 0.0
         self._probes_left, self._probing = 0, False
 
@@ -224,6 +225,22 @@ class Planner:
         # The draft model does not go on behind it: nothing more is gained.
         rate = max(plan.rate, self.usual_rate)
         return chance > self._constants.guess_margin * rate * self._costs.verify.step(candidates)
+
+    def width(self, chances: Sequence[Sequence[float]]) -> int:
+        """How many candidates of each row are verified, see `Governor.width`."""
+        costs, most = self._costs, max(map(len, chances))
+        if not costs.pace_s:
+            return most
+        rate = self._constants.guess_margin * len(chances) * self.usual_rate
+        found, net, gain = 0, 0.0, 0.0
+        for n in range(most):
+            gain += sum(row[n] for row in chances if n < len(row))
+            this = gain - rate * (costs.verify.at(n + 1) - costs.verify.at(0))
+            if this > net:
+                found, net = n + 1, this
+        if not found and self._width_probe.due():
+            return min(most, self._constants.probe_lookahead)
+        return found
 
     def leaves_to_expand(self, plan: Plan, chances: Sequence[float], candidates: int) -> int:
         """How many leaves the draft model goes on behind, see `Governor.leaves_to_expand`."""

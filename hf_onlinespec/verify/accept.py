@@ -48,7 +48,7 @@ def accept(
         earlier = None if scores is None else tuple(s[index] for s in scores)
         group = _Group(proposal.of(members), logits[index], own, earlier)
         verdicts[tuple(members)] = group.accept(processors, stopping_criteria, sample)
-    return _joined(proposal, verdicts)
+    return joined(proposal, verdicts)
 
 
 class _Walk:
@@ -217,7 +217,7 @@ class _Group:
         ]
 
 
-def _joined(proposal: Proposal, groups: dict[tuple[int, ...], Verdict]) -> Verdict:
+def joined(proposal: Proposal, groups: dict[tuple[int, ...], Verdict]) -> Verdict:
     """Verdicts on some of the rows each, as one on all of them."""
     place = {row: (verdict, i) for rows, verdict in groups.items() for i, row in enumerate(rows)}
     order = [place[row] for row in range(len(place))]

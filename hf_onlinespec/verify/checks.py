@@ -58,10 +58,6 @@ def check_call(
         )
     if draft is not None:
         check_draft(target, draft, tokenizer, assistant_tokenizer)
-    if config.num_return_sequences not in (None, 1):
-        raise UnsupportedError(
-            f"num_return_sequences={config.num_return_sequences}: not supported yet. Call generate once per sequence."
-        )
     if config.guidance_scale not in (None, 1, 1.0):
         raise UnsupportedError(
             f"guidance_scale={config.guidance_scale}: classifier-free guidance is not supported yet. Leave it out."
@@ -143,10 +139,6 @@ def check_inputs(
 ) -> None:
     """Refuses inputs that the loop does not take."""
     name = type(target).__name__
-    if input_ids.shape[0] != 1:
-        raise UnsupportedError(
-            f"A batch of {input_ids.shape[0]} sequences is not supported yet. Call generate once per sequence."
-        )
     if drops_cache(target):
         raise UnsupportedError(
             f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "

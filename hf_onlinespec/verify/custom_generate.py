@@ -20,6 +20,7 @@ from .._compat.generation import needs_synced_gpus
 from ..commit.base import Draft
 from ..config import OnlineSpecConfig
 from ..errors import UnsupportedError
+from .batch import check_batch
 from .checks import check_call, check_inputs, check_synced_gpus
 from .loop import decode
 
@@ -55,6 +56,9 @@ class GenerateFn:
                 )
             stop = StopStringCriteria(self._tokenizer, stop_strings)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
+        check_batch(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, self._streamer
+        )
         if self._streamer is not None:
             self._streamer.put(input_ids.cpu())  # as generate does with a streamer of its own
         return decode(

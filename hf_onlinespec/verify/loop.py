@@ -2,12 +2,13 @@
 
 `generate` has done all its preparation when it hands over to `decode`. Every kept token is the target's own: greedy
 decoding keeps its argmax, sampling keeps its law (speculative sampling, arXiv:2211.17192, algorithm 1), whatever the
-draft proposes. One sequence for now; tensors carry the batch dimension throughout.
+draft proposes. This is the loop of one sequence; that of several: batch.py.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,18 +18,24 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat.generation import generated_output
+from .._compat.caches import CACHE
+from .._compat.generation import generated_output, sample
 from ..commit.base import Call, Draft, note_latest
 from ..commit.request import Request
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
+from .batch import check_batch, decode_rows, why_plain_batch
 from .checks import check_call, check_inputs
 from .probe import why_plain
 from .probe_trees import why_chains
+from .ragged import RaggedVerifier
+from .row_calls import RowCalls
 from .streaming import OriginStreamer
 from .target import Verifier
 
+# Decodes one request.
+Loop = Callable[[Request], GenerateDecoderOnlyOutput | Tensor]
 CHAINS_ONLY = "; chains only: "  # in `decisions`, between what was decided and why no tree was verified
 
 
@@ -55,29 +62,82 @@ def decode(
     """
     check_call(target, draft.model, generation_config, tokenizer, assistant_tokenizer)
     check_inputs(target, input_ids, generation_config, model_kwargs)
+    processors = LogitsProcessorList(logits_processor)
+    check_batch(target, input_ids, processors, stopping_criteria, generation_config, model_kwargs, streamer)
+    several = input_ids.shape[0] > 1
+    if several:
+        with torch.inference_mode(False), torch.no_grad():
+            plain = why_plain_batch(target, input_ids, stopping_criteria, generation_config, model_kwargs)
+        if plain:
+            draft.metrics.decisions.drafting = plain
+            return sample(target, input_ids, processors, stopping_criteria, generation_config, **model_kwargs)
     started = time.perf_counter()
     note_latest(target, draft)
     with draft.failures.records.attempt():
         draft.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
-        processors = LogitsProcessorList(logits_processor)
-        plain = why_plain(target, input_ids, model_kwargs)
-        chains = plain or why_chains(target, input_ids, model_kwargs)
-        verifier = Verifier(target, input_ids, generation_config, model_kwargs, plain, chains)
         # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
         call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
+        arguments = (target, input_ids, processors, stopping_criteria, generation_config)
+        loop = _several(*arguments, model_kwargs, draft) if several else _one(*arguments, model_kwargs, draft, streamer)
         request = Request(draft, call)
-        verifier.hand_out(request.reads)
         try:
-            output = _loop(input_ids, verifier, request, processors, stopping_criteria, generation_config, streamer)
-            request.finish()
-            _say_limits(draft, verifier)
+            output = loop(request)
         finally:  # an interrupted call counts too: the draft may have learned in it
             request.close(started)
     draft.warn_once(draft.governor.fit.message)
     return output
+
+
+def _one(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    draft: Draft,
+    streamer: BaseStreamer | None,
+) -> Loop:
+    """The loop of one row."""
+    plain = why_plain(target, input_ids, model_kwargs)
+    chains = plain or why_chains(target, input_ids, model_kwargs)
+    verifier = Verifier(target, input_ids, config, model_kwargs, plain, chains)
+
+    def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
+        verifier.hand_out(request.reads)
+        output = _loop(input_ids, verifier, request, processors, criteria, config, streamer)
+        request.finish()
+        _say_limits(draft, verifier)
+        return output
+
+    return loop
+
+
+def _several(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    draft: Draft,
+) -> Loop:
+    """The loop of several rows."""
+    calls = RowCalls.of(processors, criteria, input_ids.shape[0])
+
+    def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
+        verifier = RaggedVerifier(target, input_ids, model_kwargs, request.reads)
+        output = decode_rows(input_ids, verifier, request, calls, config, model_kwargs[CACHE])
+        request.finish()
+        if verifier.unread_because:
+            with draft.lock:
+                draft.metrics.decisions.drafting = f"guesses alone: {verifier.unread_because}"
+        return output
+
+    return loop
 
 
 def _say_limits(draft: Draft, verifier: Verifier) -> None:
@@ -124,7 +184,7 @@ def _loop(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    sample, asked = bool(generation_config.do_sample), _Asked.of(generation_config)
+    draws, asked = bool(generation_config.do_sample), _Asked.of(generation_config)
     rows, done = Rows.of(input_ids), False
     while not done:
         # 1. The draft commits. The last token of a round is the target's own, so one place is left for it.
@@ -140,7 +200,7 @@ def _loop(
         raw = None if asked.logits is None else logits.clone()
 
         # 3. Accept a prefix, and one token more.
-        verdict = accept(proposal, logits, rows, processors, stopping_criteria, sample, asked.scores)
+        verdict = accept(proposal, logits, rows, processors, stopping_criteria, draws, asked.scores)
         verdict = replace(verdict, draft_s=draft_s, target_s=time.perf_counter() - clock)
         asked.add(verdict, raw)
         if streamer is not None:

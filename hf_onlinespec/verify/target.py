@@ -99,7 +99,7 @@ class Verifier:
     def hand_out(self, reads: tuple[int, ...]) -> None:
         """From now on, hands out the `hidden_states` of these indices as `features`; (): none."""
         self._reads = reads if takes_hidden_states(self._target) else ()
-        self.unread_because = "" if self._reads == reads else _unread(self._target)
+        self.unread_because = "" if self._reads == reads else unread(self._target)
 
     def room(self, input_ids: Tensor) -> int:
         """Most tokens that may be drafted behind `input_ids`, so that the target computes what it computes in plain decoding."""
@@ -173,7 +173,7 @@ class Verifier:
     def _take_features(self, features: Tensor | None) -> None:
         """Those of one forward (batch, fed, width), behind those of the pieces of the prompt before it."""
         if features is None:
-            self._reads, self.unread_because = (), _unread(self._target)
+            self._reads, self.unread_because = (), unread(self._target)
             self.features = None
         else:
             self.features = features if self.features is None else torch.cat([self.features, features], dim=1)
@@ -237,7 +237,8 @@ class Verifier:
         self._kept = length
 
 
-def _unread(target: PreTrainedModel) -> str:
+def unread(target: PreTrainedModel) -> str:
+    """Why a draft head cannot read what a target says inside."""
     return (
         f"the target {type(target).__name__} hands out no hidden states, one for each token, which the draft head reads"
     )

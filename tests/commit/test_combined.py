@@ -148,7 +148,7 @@ def test_the_memory_s_time_belongs_to_the_round(draft_model: PreTrainedModel, mo
     candidates = Drafting(draft)
     told: list[tuple[float, float]] = []
     monkeypatch.setattr(
-        draft.governor, "observe", lambda sources, outcomes, draft_s, target_s, *rest: told.append((draft_s, target_s))
+        draft.governor, "observe_rows", lambda rows, draft_s, target_s: told.append((draft_s, target_s))
     )
     tokens = torch.tensor([[1, 2, 3]])
     for _ in range(2):  # the first one reads the prompt

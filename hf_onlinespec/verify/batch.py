@@ -1,0 +1,201 @@
+"""The loop for several rows, each of which keeps as many tokens of a round as it accepts.
+
+A row that has ended leaves: it costs nothing while the others go on. The rows come back in their order, padded on the right as
+`generate` pads them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .._compat.caches import CACHE, held_tokens
+from .._compat.generation import generated_output, goes_on_finished, pad_token
+from ..commit.request import Request
+from ..errors import UnsupportedError
+from ..models.vocabulary import Vocabulary
+from ..rounds import Proposal, Rows, Verdict
+from .accept import accept, joined
+from .probe import why_plain
+from .probe_trees import why_chains
+from .ragged import RaggedVerifier
+from .row_calls import RowCalls, check_row_calls
+from .target import COLUMNS, TEXT
+
+# Inputs with a column for each token that are read in a batch.
+READ = {"attention_mask", "position_ids"}
+
+
+def check_batch(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    streamer: object = None,
+) -> None:
+    """Refuses what the loop does not take of several rows, before any work. Each error names the value and the way out."""
+    n = len(input_ids)
+    if n == 1:
+        return
+    if streamer is not None:
+        raise UnsupportedError(
+            f"A streamer with a batch of {n}: it is shown one sequence. Call generate once per sequence."
+        )
+    held = held_tokens(model_kwargs[CACHE])
+    if held:
+        raise UnsupportedError(
+            f"{CACHE} holds {held} tokens of each row of a batch of {n}: rows that accept different numbers of tokens could not go "
+            "on in it. Leave it out, or call generate once per sequence."
+        )
+    asked = bool(config.return_dict_in_generate and config.output_scores)
+    check_row_calls(processors, criteria, input_ids, Vocabulary.of(target).said, asked)
+
+
+def why_plain_batch(
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> str:
+    """Why several rows are decoded by transformers' own loop, without drafting; "": they need not be.
+
+    Rows of different lengths ask of a target what a tree asks: keys in any order, and a position for each token.
+    """
+    reason = goes_on_finished(criteria)
+    if not reason and config.prefill_chunk_size:
+        reason = f"prefill_chunk_size={config.prefill_chunk_size}"
+    more = sorted({name for name, value in model_kwargs.items() if value is not None} - (TEXT - COLUMNS.keys()) - READ)
+    if not reason and more:
+        reason = f"{', '.join(more)} beside the tokens"
+    if not reason:
+        one = {name: value[:1] if name in READ and value is not None else value for name, value in model_kwargs.items()}
+        reason = why_plain(target, input_ids[:1], one) or why_chains(target, input_ids[:1], one)
+    return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
+
+
+@dataclass
+class _Results:
+    """The rows that have ended, and what `generate` hands back beside the tokens, as far as it was asked for."""
+
+    tokens: dict[int, Tensor] = field(default_factory=dict)  # by row of the call, (L,)
+    scores: list[list[Tensor]] | None = None  # per row, processed ones (vocab,) of every new token
+    logits: list[list[Tensor]] | None = None  # the same, raw
+
+    @classmethod
+    def of(cls, config: GenerationConfig, rows: int) -> _Results:
+        def asked(output: bool | None) -> list[list[Tensor]] | None:
+            return [[] for _ in range(rows)] if config.return_dict_in_generate and output else None
+
+        return cls({}, asked(config.output_scores), asked(config.output_logits))
+
+    def add(self, verdict: Verdict, raw: Tensor | None) -> None:
+        new = None if raw is None else verdict.of_new_tokens(raw)
+        for i, row in enumerate(verdict.rows.of_call):
+            if self.scores is not None and verdict.scores is not None:
+                self.scores[row] += verdict.scores[i]
+            if self.logits is not None and new is not None:
+                self.logits[row] += new[i, : verdict.new_tokens[i]].unbind()
+            if verdict.done[i]:
+                self.tokens[row] = verdict.rows.row(i)[0]
+
+    def output(self, config: GenerationConfig, cache: object) -> GenerateDecoderOnlyOutput | Tensor:
+        rows = [self.tokens[row] for row in range(len(self.tokens))]
+        longest = max(map(len, rows))
+        sequences = rows[0].new_full((len(rows), longest), pad_token(config))
+        for own, padded in zip(rows, sequences, strict=True):
+            padded[: len(own)] = own
+        if not config.return_dict_in_generate:
+            return sequences
+        return generated_output(sequences, _by_token(self.scores), _by_token(self.logits), cache)
+
+
+def _by_token(rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
+    """Values (vocab,) per row and token as (batch, vocab) per token; 0 at tokens that pad a row."""
+    if rows is None:
+        return None
+    nothing, most = torch.zeros_like(rows[0][0]), max(map(len, rows))
+    return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(most))
+
+
+def decode_rows(
+    input_ids: Tensor,
+    verifier: RaggedVerifier,
+    request: Request,
+    calls: RowCalls,
+    config: GenerationConfig,
+    cache: object,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Generates several rows; arguments and result are those of transformers' decoding methods.
+
+    Args:
+        cache: of the call, which stays empty: rows that have ended are not in ours any more.
+    """
+    sample, results, rows = bool(config.do_sample), _Results.of(config, len(input_ids)), Rows.of(input_ids)
+    while rows.lengths:
+        # 1. The draft commits. Of a row that is nearer to its end than others, what lies behind it is never reached.
+        clock = time.perf_counter()
+        room = min(config.max_length - min(rows.lengths) - 1, verifier.room())
+        proposal = request.propose(rows, max(0, room), verifier.trees)
+        draft_s = time.perf_counter() - clock
+
+        # 2. The target verifies all of it in one forward.
+        clock = time.perf_counter()
+        logits = verifier.verify(rows, proposal)  # (batch, n + 1, vocab)
+        request.read(rows, proposal, logits, verifier.features)
+        raw = None if results.logits is None else logits.clone()
+
+        # 3. Every row accepts a prefix, and one token more.
+        verdict = _accept(proposal, logits, rows, calls, sample, results.scores)
+        kept = replace(verdict.rows, numbers=rows.of_call)
+        verdict = replace(verdict, rows=kept, draft_s=draft_s, target_s=time.perf_counter() - clock)
+        results.add(verdict, raw)
+        verifier.keep(verdict)
+
+        # 4. The draft adapts, and rows that have ended leave.
+        request.observe(verdict)
+        going_on = [i for i, done in enumerate(verdict.done) if not done]
+        rows = kept.of_rows(going_on)
+        if 0 < len(going_on) < len(verdict.done):
+            verifier.leave(going_on)
+    return results.output(config, cache)
+
+
+def _accept(
+    proposal: Proposal,
+    logits: Tensor,
+    rows: Rows,
+    calls: RowCalls,
+    sample: bool,
+    scores: list[list[Tensor]] | None,
+) -> Verdict:
+    """What every row keeps: rows of one length together, or each one by itself with its own processors and criteria."""
+    groups = defaultdict(list)
+    for i, (length, row) in enumerate(zip(rows.lengths, rows.of_call, strict=True)):
+        groups[length if calls.shared else row].append(i)
+    verdicts = {}
+    for members in groups.values():
+        own, all_rows = rows.of_rows(members), len(groups) == 1
+        row = own.of_call[0]
+        # Those that are shared do not look at earlier scores.
+        earlier = None if scores is None else () if calls.shared else tuple(one[None] for one in scores[row])
+        index = torch.tensor(members, device=logits.device)
+        verdicts[tuple(members)] = accept(
+            proposal if all_rows else proposal.of(members),
+            logits if all_rows else logits[index],
+            own,
+            calls.processors[row],
+            calls.criteria[row],
+            sample,
+            earlier,
+        )
+    return next(iter(verdicts.values())) if len(verdicts) == 1 else joined(proposal, verdicts)

@@ -1,0 +1,139 @@
+"""The target with the KV cache of several rows, of which each keeps as many tokens of a round as it accepts.
+
+Rejected places stay in the cache as far as another row has kept some there: holes, to which nothing attends. Positions are given
+for each token, so that holes count nowhere. Where too many places are holes, all rows are moved together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .._compat.caches import CACHE, crop, fresh_cache, move, rearrange, select_rows
+from .._compat.generation import generative
+from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
+from ..rounds import Proposal, Rows, Verdict
+from .positions import PositionLimits
+from .target import unread
+from .trees import MOST_NODES, tree_mask, tree_positions
+
+# Share of the places that may be holes. Measured: LOG 2026-11-26 "Batches": moving all rows in every round takes 10 to 24 % of a round,
+# never moving them 1 to 30 % more places.
+MOST_HOLES = 0.25
+
+
+class RaggedVerifier:
+    """The target with its KV cache of several rows. The cache is its own: one that the caller has given stays empty.
+
+    Args:
+        input_ids: (batch, prompt), padded on the left.
+
+    Attributes:
+        features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round; None: none
+            are read, or `unread_because` says why there are none.
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], reads: tuple[int, ...] = ()
+    ) -> None:
+        self._target, self._reads = target, reads if takes_hidden_states(target) else ()
+        self.features: Tensor | None = None
+        self.unread_because = "" if self._reads == reads else unread(target)
+        columns = ("attention_mask", "position_ids", CACHE)
+        self._kwargs = {name: value for name, value in model_kwargs.items() if name not in columns}
+        self._cache = fresh_cache(target.config)
+        self._table = PositionLimits.of(target.config).table
+        mask = model_kwargs.get("attention_mask")
+        # What of the cache is kept tokens, and of the tokens that are not in it yet, which come next: (batch, places), 0 at holes.
+        self._seen = torch.ones_like(input_ids) if mask is None else mask.to(input_ids)
+        self._held = self._seen.sum(-1).tolist()  # per row, of these
+        given = model_kwargs.get("position_ids")
+        counted = (self._seen.cumsum(-1) - 1).clamp_min(0) if given is None else given
+        self._unread = counted.expand(input_ids.shape)  # (batch, unread) the positions of the tokens that come next
+        self._cached = 0  # places in the cache
+
+    @property
+    def first(self) -> bool:
+        """Whether the prompts are still to be read."""
+        return self._cached == 0
+
+    def room(self) -> int:
+        """Most tokens that may be drafted behind every row."""
+        return max(0, self._table - self._seen.shape[1])
+
+    @property
+    def trees(self) -> bool:
+        """Whether the next round may be of trees. The prompts are read with chains."""
+        return not self.first and self._table - self._seen.shape[1] >= MOST_NODES
+
+    def verify(self, rows: Rows, proposal: Proposal) -> Tensor:
+        """Raw logits (batch, n + 1, vocab) in float32 behind the rows and behind each of their candidates, in one forward."""
+        n, fed = proposal.tokens.shape[1], self._unread.shape[1]
+        if self.first:
+            tokens = rows.tokens
+        else:
+            ends = torch.tensor(rows.lengths, device=rows.tokens.device)[:, None] - 1
+            tokens = rows.tokens.gather(1, ends)
+        tokens = torch.cat([tokens, proposal.tokens], dim=-1)
+        steps = torch.arange(1, n + 1, device=tokens.device)
+        has = steps <= torch.tensor(proposal.lengths, device=tokens.device)[:, None]  # (batch, n)
+        inputs = generative(self._target).prepare_inputs_for_generation(
+            tokens,
+            next_sequence_length=tokens.shape[1],
+            is_first_iteration=self.first,
+            attention_mask=torch.cat([self._seen, has.to(self._seen)], dim=-1),
+            position_ids=torch.cat([self._unread, self._unread[:, -1:] + steps], dim=-1),
+            **self._kwargs,
+            **{CACHE: self._cache},
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = n + 1
+        if not all(proposal.is_chain(row) for row in range(len(rows.lengths))):
+            shown = self._seen[:, : self._cached]
+            inputs["position_ids"] = tree_positions(proposal, self._unread)
+            inputs["attention_mask"] = tree_mask(proposal, self._cached, shown, self._target.dtype, tokens.device)
+        outputs = self._target(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
+        self._cached += fed
+        self.features = hidden_states(outputs, self._reads, tokens.shape[1]) if self._reads else None
+        if self._reads and self.features is None:
+            self._reads, self.unread_because = (), unread(self._target)
+        return outputs.logits[:, -n - 1 :].to(dtype=torch.float32, device=rows.tokens.device)
+
+    def keep(self, verdict: Verdict) -> None:
+        """Keeps in the cache what the rows have kept, all tokens of a row but the last."""
+        paths, device = verdict.paths, self._seen.device
+        most = max(map(len, paths))
+        if any(path != tuple(range(len(path))) for path in paths):
+            places = torch.tensor([[*path, *range(len(path), most)] for path in paths])
+            move(self._cache, places + self._cached, self._cached)
+        crop(self._cache, verdict.proposal.tokens.shape[1] - most)
+        kept = torch.tensor(list(map(len, paths)), device=device)[:, None]
+        own = torch.arange(most, device=device) < kept  # (batch, most)
+        self._cached += most
+        self._seen = torch.cat([self._seen, own.to(self._seen), torch.ones_like(self._seen[:, :1])], dim=-1)
+        self._unread = self._unread[:, -1:] + kept + 1
+        self._held = [held + len(path) + 1 for held, path in zip(self._held, paths, strict=True)]
+        self._close_holes()
+
+    def leave(self, going_on: Sequence[int]) -> None:
+        """Keeps some of the rows alone, in this order."""
+        index = torch.tensor(going_on, device=self._seen.device)
+        select_rows(self._cache, index)
+        self._seen, self._unread = self._seen[index], self._unread[index]
+        self._held = [self._held[row] for row in going_on]
+        self._close_holes()
+
+    def _close_holes(self) -> None:
+        """Moves the rows together, to the right, where that is worth it, or where a table of positions may count places."""
+        places, most = self._seen.shape[1], max(self._held)
+        full = places + MOST_NODES > self._table
+        if places == most or not (full or places - most > MOST_HOLES * places):
+            return
+        order = self._seen.argsort(dim=1, stable=True)[:, places - most :]  # holes first
+        # The last column is of the token that is not in the cache yet: it is the last one of every row.
+        rearrange(self._cache, order[:, :-1])
+        self._seen, self._cached = self._seen.gather(1, order), most - 1
