@@ -44,7 +44,7 @@ class Nudge(LogitsProcessor):
 
 
 class Follow(LogitsProcessor):
-    """Leaves plain `generate` one choice: the tokens of another text."""
+    """Leaves plain `generate` one choice: the tokens of other texts (rows, L)."""
 
     def __init__(self, tokens: Tensor, start: int) -> None:
         self._tokens, self._start = tokens, start
@@ -53,12 +53,11 @@ class Follow(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         place = self._start + self.calls
         self.calls += 1
-        if place >= len(self._tokens):
+        if place >= self._tokens.shape[1]:
             return scores
         only = torch.full_like(scores, -torch.inf)
-        token = int(self._tokens[place])
-        only[:, token] = scores[:, token]
-        return only
+        token = self._tokens[:, place : place + 1]
+        return only.scatter(1, token, scores.gather(1, token))
 
 
 class Stop:
@@ -133,11 +132,13 @@ class Case:
 # Words of each refusal, and what in a request gives reason for it.
 REFUSALS = (
     ("num_beams=", ("beams",)),
-    ("num_return_sequences=", ("sequences",)),
     ("guidance_scale=", ("guidance",)),
     ("prompt_lookup_num_tokens=", ("lookup",)),
     ("output_hidden_states=", ("outputs",)),
-    ("A batch of", ("batch",)),
+    ("of a row alone", ("batch", "sequences")),
+    ("cannot be copied for each row", ("batch", "sequences")),
+    ("of the whole batch", ("batch", "sequences")),
+    ("of each row of a batch", ("batch", "sequences")),
     ("use_cache=False", ("no cache",)),
     ("cache", ("static cache", "quantized cache")),
     ("recurrent state", ("stateful",)),
@@ -347,7 +348,7 @@ def _objects(rng: random.Random, request: Request, most: int) -> None:
 
 
 def _refused(rng: random.Random, request: Request, target: str) -> None:
-    """What ours refuses and plain does not."""
+    """What ours refuses and plain does not, and several rows."""
     arguments, prompt = request.arguments, request.prompt
     if rng.random() > 0.06:
         return
@@ -359,6 +360,7 @@ def _refused(rng: random.Random, request: Request, target: str) -> None:
             if key in arguments:
                 arguments[key] = arguments[key].repeat(2, 1)
         arguments.pop("streamer", None)
+        request.turn = ""  # the cache of a batch is handed back empty: the new tokens alone would be another text
     if name in ("beams", "sequences", "lookup"):
         arguments.pop("streamer", None)
     if name in ("static cache", "quantized cache", "no cache"):

@@ -189,7 +189,8 @@ def differ(case: Case, request: Request, target: PreTrainedModel, plain: Answer,
                 return "tie" if gap < TIE else f"token {i} of {len(row)}: {a} became {b}, gap {gap:.2g}"
         if len(row) != len(other):
             return f"{len(other)} tokens instead of {len(row)}"
-    for name in ("heard", "calls", "cached"):
+    # Of several rows each has its own copies of what the caller gave, and the cache is handed back empty.
+    for name in ("heard", "calls", "cached") if len(ours.tokens) == 1 else ("heard",):
         if getattr(plain, name) != getattr(ours, name):
             return f"{name}: {getattr(plain, name)} became {getattr(ours, name)}"
     for name in ("scores", "logits"):
@@ -223,12 +224,12 @@ def _gap(request: Request, case: Case, target: PreTrainedModel, place: int) -> f
 
 def _could_be(request: Request, case: Case, target: PreTrainedModel, ours: Answer) -> str:
     """Whether plain `generate`, left no other choice, writes the same text: in its support, and of its length."""
-    for i, row in enumerate(ours.scores or []):
-        if not torch.isfinite(row[0, ours.tokens[0][ours.start + i]]):
+    for i, scores in enumerate(ours.scores or []):
+        if not all(torch.isfinite(own[row[ours.start + i]]) for own, row in zip(scores, ours.tokens, strict=True)):
             return f"sampled token {i} has probability 0"
     followed = copy.copy(request)
     given = request.arguments.get("logits_processor")
-    tokens = torch.tensor(ours.tokens[0])
+    tokens = torch.tensor(ours.tokens)
     first = [] if given is None else given.make()
     followed.arguments = request.arguments | {"logits_processor": Fresh(lambda: [*first, Follow(tokens, ours.start)])}
     plain = ask(target, followed, case)
@@ -237,7 +238,7 @@ def _could_be(request: Request, case: Case, target: PreTrainedModel, ours: Answe
     return (
         "equal"
         if plain.tokens == ours.tokens
-        else f"sampled {len(tokens)} tokens; plain stops it at {len(plain.tokens[0])}"
+        else f"sampled {tokens.shape[1]} tokens; plain stops it at {len(plain.tokens[0])}"
     )
 
 
