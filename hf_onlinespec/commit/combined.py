@@ -46,16 +46,19 @@ class Combined(Proposer):
         self._draft, self._call, self._models, self._sources, self._stats = draft, call, models, sources, stats
         self._governors = draft.governor  # of the whole call, whatever begins anew meanwhile
         with draft.lock:
-            self._governor = self._governors.for_rows(call.rows)  # of the rounds of so many rows
+            self._governor = self._weighs = self._governors.for_rows(call.rows)  # of the rounds of so many rows
         self._weighed = call.timed and call.lookahead is None  # whether the draft model has to pay
-        self._drafts = draft.failures.drafting.begin()  # whether it takes part
-        if models and self._drafts and self._weighed:
+        failing = not draft.failures.drafting.begin()
+        self._left_alone = False  # whether it takes no part because it does not pay
+        if models and not failing and self._weighed:
             with draft.lock:
-                self._drafts = self._governor.takes_part()
+                self._left_alone = not self._governor.takes_part()
+        self._drafts = not failing and not self._left_alone  # whether the draft model takes part
         self.reads = draft.reads if models else ()
         if schedule is not None and self.reads and not self._drafts and not schedule.may_learn:
             self.reads = ()
-            schedule.leave_out("the draft was left alone, and its target handed out no hidden states")
+            why = draft.failures.drafting.reason if failing else "the draft was left alone"
+            schedule.leave_out(f"{why}, and its target handed out no hidden states")
         self._drafted = False  # whether it has drafted in this call
         self._reads_prompt = (
             True  # whether it reads the prompt in this round: that tells nothing about the cost of a step
@@ -129,6 +132,7 @@ class Combined(Proposer):
             self._sources.begin(i, tokens, self._stats[i])
         context = None if guesser is None else guesser.context
         builder = ProposalBuilder(tokens, context, self._call.end_tokens)
+        builder.read = tokens.shape[1] if model is not None and self._reads_prompt else 0
         self._builders.append(builder)
         wanted = model is not None and self._drafts and not self._rests and (plan is None or plan.lookahead > 0)
         if model is not None and wanted and most > 0 and model.reader.can_draft(tokens.shape[1]):
@@ -236,15 +240,16 @@ class Combined(Proposer):
             if self._governor.pace is not None and verdict.target_s:
                 seconds = verdict.draft_s + verdict.target_s
                 self._governor.pace.observe(not self._rests, seconds, sum(verdict.new_tokens))
-            if self._weighed and self._drafts:
+            if self._weighed and self._drafts and self._models and self._governor is self._weighs:
                 for builder, path in zip(self._builders, verdict.paths, strict=False):
                     self._weigh(builder, path)
+        self._builders = []  # if proposing fails now, they are not taken in again
 
     def _weigh(self, builder: ProposalBuilder, path: Sequence[int]) -> None:
         """Tells the governor what the draft model brought in this round: without it, the first of its own would have been the end."""
         first = next((at for at, candidate in enumerate(path) if candidate in builder.own), len(path))
         own, candidates, reads = len(builder.own), len(builder.drafted), bool(self.reads)
-        self._governor.observe_draft(len(path) - first, own, candidates, builder.model_s, reads)
+        self._weighs.observe_draft(len(path) - first, own, candidates, builder.model_s, reads, builder.read)
 
     def _observe_guesses(self, row: int, builder: ProposalBuilder, verdict: Verdict) -> None:
         """Every place of a row of this round that was verified has shown which of all guesses was right."""
@@ -270,7 +275,10 @@ class Combined(Proposer):
         with draft.failures.records.attempt(), draft.lock:
             steps = self._models[0].model.steps if self._models else 0
             for stats, new_tokens in zip(self._stats, self._new_tokens, strict=True):
-                unseen |= self._governor.request_ended(new_tokens, stats, self._call.lookahead, steps)
+                can_score = bool(self.reads) or not draft.reads
+                unseen |= self._weighs.request_ended(
+                    new_tokens, stats, self._call.lookahead, steps, left_alone=self._left_alone, can_score=can_score
+                )
         for worked, what in (
             (bool(self._models), draft.failures.preparing),
             (self._drafted and self._drafts, draft.failures.drafting),

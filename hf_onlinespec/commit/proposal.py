@@ -33,6 +33,7 @@ class ProposalBuilder:
         self.drafted: list[TokenSource] = []
         self.chances: list[float] = []  # of every candidate: estimated chance that it is kept
         self.model_s = 0.0
+        self.read = 0  # tokens of a prompt that the draft model has to read first
         self.has_model_token = False  # whether the draft model has drafted
         self.own: set[int] = set()  # candidates of the draft model's that no guess would have had
         self.expansions = 0  # forwards of the draft model behind several candidates at once

@@ -110,7 +110,8 @@ class OnlineSpecConfig:
         "rounds between two updates, with update_when='round'; 'auto': learn while it pays, within update_budget",
     )
     update_budget: float = _setting(
-        0.1, "largest share of the time spent on learning, with update_every='auto'; what is learned when idle is free"
+        0.1,
+        "largest share of the time spent on learning, with update_every='auto', and 0.02 until the draft has paid; what is learned when idle is free",
     )
     replay_passes: int = _setting(2, "gradient steps on remembered requests after each request; the most with 'auto'")
     replay_batch: int = _setting(4, "remembered requests in one such step")

@@ -83,5 +83,5 @@ class DraftAccount:
     @property
     def learning_limit(self) -> float:
         """Largest share of the decoding time that learning may take, whatever its own budget is."""
-        weighed = self._taken.weight > 0  # not so where the user fixes what is drafted
+        weighed = self._taken.weight > 0  # not so where the user has always fixed what is drafted
         return self._constants.unpaid_learning if weighed and not self._has_paid else 1.0

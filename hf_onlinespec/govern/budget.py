@@ -73,7 +73,7 @@ class LearningBudget:
         decisions.budget_fraction = constants.first_fraction
         self.verdict = ""  # what was found out about learning the last time, and what follows; empty: nothing yet
         self._parts = {base: _PerDraft(constants) for base in (False, True)}
-        self._balance_s = 0.0
+        self._balance_s, self._limit = 0.0, 1.0
         self._steps_s: deque[float] = deque(maxlen=constants.price_window)
         self._step_s = 0.0  # their median: what a gradient step costs
         self._scorings_s: deque[float] = deque(maxlen=constants.price_window)
@@ -81,7 +81,7 @@ class LearningBudget:
 
     def earn(self, seconds: float, base: bool = False, limit: float = 1.0) -> None:
         """So much time was spent on decoding, and learning may take no larger share of it than `limit`."""
-        self._decisions.budget_fraction = self._parts[base].fraction
+        self._decisions.budget_fraction, self._limit = self._parts[base].fraction, limit
         if 0 < seconds < math.inf:
             self._since_scoring_s += seconds
             self._balance_s += min(limit, self._budget * self._decisions.budget_fraction) * seconds
@@ -180,7 +180,8 @@ class LearningBudget:
 
     def account(self) -> str:
         """What gradient steps take, and what there is for them, in words."""
-        share = f"the {self._budget * self._decisions.budget_fraction:.1%} of the decoding time that learning may take"
+        most = min(self._limit, self._budget * self._decisions.budget_fraction)
+        share = f"the {most:.1%} of the decoding time that learning may take"
         if not self._step_s:
             return f"it took more than {share}, and came to no gradient step"
         steps = 1 + self._passes

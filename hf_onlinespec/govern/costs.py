@@ -156,9 +156,11 @@ class Costs:
         """Time of drafting and verifying k ≥ 1 tokens."""
         return self.verify.at(k) + self.draft.at(k)
 
-    def without_stall(self, steps: float) -> float:
-        """A time of drafting in plain steps, counted as so many times the usual one at most."""
-        return min(steps, self._constants.stall * self.draft.at(1)) if self.draft.known else steps
+    def without_stall(self, steps: float, read: int = 0) -> float:
+        """A time of drafting in plain steps, counted as so many times the usual one at most; `read`: tokens of a prompt that it read."""
+        constants = self._constants
+        usual = self.draft.at(1) if self.draft.known else 1.0  # a draft's step takes less than one of the target's
+        return min(steps, constants.stall * usual + constants.prefill_stall * self.prefill(read))
 
     def drafting(self, begun: bool) -> float:
         """Time of one more drafted token; the first of a round costs more."""
@@ -193,12 +195,13 @@ class Costs:
             self.draft.add(steps, draft_s / self.pace_s)
         if k:
             self.verify.add(k, target_s / self.pace_s)
+            self._changed = 0
         else:
             self._changed = self._changed + 1 if ratio > self._constants.changed else 0
             if self._changed == self._constants.changed_rounds:
                 self.verify.forget()
                 self.draft.forget()
-                self._changed, self.pace_s = 0, target_s
+                self._changed, self.pace_s, self._prefill_step = 0, target_s, 0.0
                 return
         most = self._constants.pace_step
         self.pace_s *= min(max(ratio, 1 / most), most) ** self._constants.pace_rate

@@ -81,7 +81,6 @@ class Governor:
         self._fixed = lookahead
         self._rows, self._by_rows = 1, dict[int, Governor]()
         self.pace: BatchPace | None = None  # whether anybody is asked in rounds of several rows
-        self._left_alone = False  # whether the draft model takes no part in this request
         self._unseen = 0  # requests since the draft model's acceptance was last seen
         self._shown = False  # whether it was shown since the last request
         self._lows = {base: 0 for base in (False, True)}  # requests of low acceptance since one of a better one
@@ -111,10 +110,10 @@ class Governor:
 
     def takes_part(self) -> bool:
         """Counts a request; whether the draft model takes part in it, or is left alone because it does not pay, see `DraftAccount`."""
-        self._left_alone = not self.account.takes_part()
-        if not self._left_alone and not self.account.pays:
+        part = self.account.takes_part()
+        if part and not self.account.pays:
             self._planner.probe_soon()
-        return not self._left_alone
+        return part
 
     def plan(self, drafts: bool = True, seen: RequestStats | None = None, room: int = 0, unread: int = 0) -> Plan:
         """How far the draft model should go in this round; counts rounds in which it should not, and then tries it now and then.
@@ -211,7 +210,9 @@ class Governor:
             self.acceptances.observe_round(row.outcomes, row.seen, weight)
         self.budget.earn(draft_s + target_s, self.acceptances.base_served_last, self.account.learning_limit)
 
-    def observe_draft(self, gained: int, own: int, candidates: int, draft_s: float, reads: bool = False) -> None:
+    def observe_draft(
+        self, gained: int, own: int, candidates: int, draft_s: float, reads: bool = False, read: int = 0
+    ) -> None:
         """Takes in what the draft model did in a round of a request that it takes part in.
 
         Args:
@@ -219,14 +220,15 @@ class Governor:
             own: of the candidates, those that no guess would have had.
             draft_s: that it took, a prompt that it read included.
             reads: whether the target handed out hidden states for it.
+            read: tokens of a prompt that it read in this round.
         """
         costs, verify = self.costs, self.costs.verify
         if costs.pace_s and math.isfinite(draft_s):
-            drafting = costs.without_stall(self._rows * draft_s / costs.pace_s)
+            drafting = costs.without_stall(self._rows * draft_s / costs.pace_s, self._rows * read)
             taken = drafting + verify.at(candidates) - verify.at(candidates - own)
             self.account.observe(gained / self._planner.usual_rate, taken, reads)
 
-    def _report(self, lookahead: int | str) -> None:
+    def _report(self, lookahead: int | str, left_alone: bool) -> None:
         """Says what holds now, and why."""
         self.decisions.acceptance = self.acceptances.rate
         if self.costs.pace_s:
@@ -238,7 +240,7 @@ class Governor:
             self.decisions.drafting = (
                 f"plain decoding of {self._rows // 2 + 1} to {self._rows} rows: {self.pace.reason}"
             )
-        elif self._left_alone:
+        elif left_alone:
             self.decisions.drafting = f"guesses alone: {self.account.reason}"
         elif self._planner.reason:
             self.decisions.drafting = self._planner.reason
@@ -304,16 +306,25 @@ class Governor:
         return sum(acceptance**i for i in range(self.constants.compared_lookahead + 1))
 
     def request_ended(
-        self, new_tokens: int, seen: RequestStats | None = None, lookahead: int | None = None, steps: int = 0
+        self,
+        new_tokens: int,
+        seen: RequestStats | None = None,
+        lookahead: int | None = None,
+        steps: int = 0,
+        *,
+        left_alone: bool = False,
+        can_score: bool = True,
     ) -> bool:
         """Takes in the end of a request; whether it is scored: where the draft has neither drafted nor learned in it.
 
         Args:
             lookahead: that was fixed for this request; None: the settings'.
             steps: gradient steps that the draft has taken before this request is learned from.
+            left_alone: whether the draft model took no part, see `takes_part`.
+            can_score: whether there is what scoring needs: the hidden states that the draft reads.
         """
         constants = self.constants
-        self._report(self._fixed if lookahead is None else lookahead)
+        self._report(self._fixed if lookahead is None else lookahead, left_alone)
         self._planner.request_ended(new_tokens)
         self._shown = False
         if seen is not None:
@@ -328,7 +339,7 @@ class Governor:
         else:
             self._unseen += 1
         self.acceptances.request_ended()
-        if new_tokens < constants.min_positions or not self._unseen:
+        if new_tokens < constants.min_positions or not self._unseen or not can_score:
             return False
         # At once, while the stream may have changed; then now and then.
         wanted = self._unseen <= constants.score_at_once or self._unseen % constants.score_every == 0

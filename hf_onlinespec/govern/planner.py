@@ -263,6 +263,8 @@ class Planner:
         costs = self._costs
         if position >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
             return False
+        if self._probing and not position:
+            return False  # a try that a guess takes the place of shows nothing
         more = costs.verify.step(position)
         gain = survival * chance * (1 + plan.value) - plan.rate * more
         if gain <= 0:

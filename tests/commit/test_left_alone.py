@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.govern.governor import Governor
+from hf_onlinespec.rounds import Proposal
 from tests.heads.tiny import tiny_head
 from tests.tiny_models import tiny_llama
 
@@ -95,3 +97,31 @@ def test_a_draft_model_that_never_helps_is_left_alone_in_time(target: PreTrained
     target.generate(PROMPT, assistant_model=draft, **CALL)
     assert draft.metrics.decisions.drafting.startswith("guesses alone: the draft model saves")
     assert not draft.metrics.last.candidates.by_source().get("model")
+
+
+@pytest.mark.failures
+def test_a_round_is_weighed_once_where_proposing_fails_afterwards(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighed: list[int] = []
+    monkeypatch.setattr(Governor, "observe_draft", lambda self, gained, *args: weighed.append(gained))
+    draft = OnlineDraft(tiny_llama(2, vocab=24), memory_tokens=64)
+    monkeypatch.setattr(Proposal, "check", fails_from_the_fourth_round())
+    plain = target.generate(PROMPT, **CALL)
+    assert torch.equal(target.generate(PROMPT, assistant_model=draft, **CALL), plain)
+    assert draft.metrics.last.rounds > 10 and len(weighed) <= 4
+
+
+def fails_from_the_fourth_round() -> Callable[..., None]:
+    rounds = iter(range(100))
+
+    def check(self: Proposal, *args: Any) -> None:
+        if next(rounds) >= 3:
+            raise RuntimeError("for a test")
+
+    return check
+
+
+def test_what_cannot_be_scored_is_not_asked_for() -> None:
+    governor = Governor(0.1, 2)
+    assert governor.request_ended(40) and not Governor(0.1, 2).request_ended(40, can_score=False)

@@ -119,6 +119,7 @@ def test_learning_is_limited_while_the_draft_does_not_pay() -> None:
             governor.observe((), (), 0.0, 1.0)
             rounds += 1
         steps[name] = rounds
+        assert "2.0%" in governor.budget.account() or name == "paid"
     assert steps["unpaid"] == pytest.approx(steps["paid"] * BUDGET / CONSTANTS.unpaid_learning, rel=0.05)
 
 
@@ -133,6 +134,26 @@ def test_a_stall_of_the_draft_counts_as_a_few_of_its_steps() -> None:
     assert before < governor.account.taken < before + 0.02
 
 
+def test_a_prompt_that_is_read_counts_as_long_as_it_takes() -> None:
+    governor = timed()
+    drafted = [TokenSource("model", 0, (0,))]
+    for _ in range(ENOUGH):
+        governor.observe(drafted, outcomes(drafted, [1.0]), 0.1, 1.1)
+    governor.observe_prefill(400, 20.0)
+    for _ in range(ENOUGH):
+        governor.observe_draft(gained=0, own=0, candidates=0, draft_s=20.0, read=400)
+    assert governor.account.taken == pytest.approx(20.0, rel=0.1)
+
+
+def test_the_first_round_of_a_draft_may_take_long_and_does_not_end_its_part() -> None:
+    governor = Governor(BUDGET, PASSES)
+    governor.observe((), (), 0.0, 1.0)
+    governor.observe_draft(gained=1, own=1, candidates=1, draft_s=1000.0)
+    for _ in range(ENOUGH):
+        governor.observe_draft(gained=1, own=1, candidates=1, draft_s=0.1)
+    assert governor.takes_part()
+
+
 def test_the_reason_is_told() -> None:
     governor = timed()
     assert governor.takes_part()
@@ -140,7 +161,7 @@ def test_the_reason_is_told() -> None:
         governor.observe_draft(gained=0, own=1, candidates=4, draft_s=0.1)
     assert not governor.takes_part()
     governor.plan(drafts=False)
-    governor.request_ended(20)
+    governor.request_ended(20, left_alone=True)
     assert governor.decisions.drafting.startswith("guesses alone: the draft model saves 0.000 and takes 0.1")
     assert governor.takes_part()  # a trial
     governor.plan()
@@ -158,7 +179,8 @@ def test_a_trial_of_what_was_left_alone_drafts() -> None:
     assert not any(governor.plan(room=40).lookahead for _ in range(20))
     while not governor.takes_part():
         pass
-    assert governor.plan(room=40).lookahead
+    plan = governor.plan(room=40)
+    assert plan.lookahead and not governor.guess_beats_model(plan, 0, 1.0, 0.9)  # nor does a guess take its place
 
 
 def test_a_guess_gains_where_it_is_kept_more_often_than_it_costs() -> None:

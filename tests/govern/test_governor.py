@@ -472,3 +472,17 @@ def test_a_stall_says_nothing_about_the_machine() -> None:
     governor.observe((), (), 0.0, 1.0)
     governor.observe((), (), 0.0, 30.0)
     assert governor.costs.verify.at(4) == known
+    guessed_per_round(governor, 5, 1.0, False)  # rounds between two stalls
+    governor.observe((), (), 0.0, 30.0)
+    assert governor.costs.verify.at(4) == pytest.approx(known, abs=0.02) and governor.costs.pace_s < 2
+
+
+def test_what_reading_a_prompt_takes_is_measured_anew_on_a_slower_machine() -> None:
+    governor = Governor(BUDGET, PASSES)
+    governor.observe((), (), 0.0, 0.1)
+    governor.observe_prefill(100, 1.0)  # ten of those steps, and one of the later ones
+    assert governor.costs.prefill(100) == pytest.approx(10.0)
+    for _ in range(3):
+        governor.observe((), (), 0.0, 1.0)
+    governor.observe_prefill(100, 1.0)
+    assert governor.costs.prefill(100) == pytest.approx(1.0)
