@@ -46,15 +46,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This call of generate ran without")
     pair = load_pair()
-    texts = prompts("shell")[:4]
-    one = pair.tokenizer(texts[0], return_tensors="pt")
-    pair.tokenizer.pad_token = pair.tokenizer.eos_token
-    pair.tokenizer.padding_side = "left"
-    batch = pair.tokenizer(texts, return_tensors="pt", padding=True)
+    one = pair.tokenizer(prompts("shell")[0], return_tensors="pt")
     limits: dict[str, Any] = dict(do_sample=False, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens)
     calls: dict[str, dict[str, Any]] = {
         "4 beams": dict(one, num_beams=4, **limits),
-        "batch of 4": dict(batch, **limits),
     }
     draft = OnlineDraft(load_draft())
     print("| call | attached | call, ms | more, ms (95 %) | more, % (95 %) |\n|---|---|---|---|---|")

@@ -1,0 +1,64 @@
+"""Rounds of a batch: who is asked in them, and how wide they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_onlinespec.govern.batch_pace import BatchPace
+from hf_onlinespec.govern.governor import Governor
+
+
+def shares(pace: BatchPace, asking_s: float, tokens: int, rounds: int) -> float:
+    """Share of the rounds in which somebody is asked, where a bare round of 4 rows takes a second."""
+    asked = 0
+    for _ in range(rounds):
+        asks = pace.asks()
+        asked += asks
+        pace.observe(asks, asking_s if asks else 1.0, tokens if asks else 4)
+    return asked / rounds
+
+
+def test_nobody_is_asked_for_long_where_that_takes_longer() -> None:
+    pace = BatchPace()
+    shares(pace, asking_s=1.6, tokens=5, rounds=400)
+    assert shares(pace, asking_s=1.6, tokens=5, rounds=2000) < 0.05
+    assert not pace.pays and "a token takes 320.00 ms where anybody drafts, and 250.00 ms" in pace.reason
+
+
+def test_where_asking_pays_a_bare_round_is_timed_now_and_then() -> None:
+    pace = BatchPace()
+    assert not pace.asks()  # first it is found out what a bare round takes
+    assert 0.9 < shares(pace, asking_s=1.6, tokens=10, rounds=1000) < 1.0
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 10), (10, 5)])
+def test_what_changes_is_found_out(before: int, after: int) -> None:
+    pace = BatchPace()
+    shares(pace, asking_s=1.6, tokens=before, rounds=500)
+    shares(pace, asking_s=1.6, tokens=after, rounds=600)
+    assert pace.pays is (after == 10)
+
+
+def test_one_row_is_always_asked() -> None:
+    governor = Governor(0.1, 1)
+    assert governor.pace is None and governor.for_rows(1) is governor
+
+
+def test_batches_have_times_of_their_own_by_size_and_share_what_is_known_of_acceptance() -> None:
+    governor = Governor(0.1, 1)
+    four, eight = governor.for_rows(4), governor.for_rows(5)
+    assert four is governor.for_rows(3) and eight is governor.for_rows(8) and four is not eight
+    four.observe((), (), 0.0, 2.0)
+    assert four.costs.pace_s == 2.0 and not governor.costs.pace_s and not eight.costs.pace_s
+    assert four.acceptances is governor.acceptances and four.budget is governor.budget
+    assert four.decisions is governor.decisions and governor.decisions.rounds["plain"] == 1
+
+
+def test_all_rows_are_as_wide_as_pays_for_them_together() -> None:
+    governor = Governor(0.1, 1).for_rows(4)
+    assert governor.width([[0.5], []]) == 1  # nothing is known: nothing is cut
+    governor.observe((), (), 0.0, 1.0)
+    likely, doubtful = [0.4] * 4, [0.05] * 4
+    assert governor.width([likely] * 4) == 4
+    assert governor.width([likely, [], [], []]) == 0  # the others would wait for one row
+    assert governor.width([doubtful] * 4) == 0
