@@ -21,7 +21,7 @@ from .positions import PositionLimits
 from .target import unread
 from .trees import MOST_NODES, tree_mask, tree_positions
 
-# Share of the places that may be holes. Measured: LOG 2026-11-26 "Batches": moving all rows in every round takes 10 to 24 % of a round,
+# Share of the places that may be holes. Measured: LOG 2026-11-26 "Batches": moving all rows in every round takes 8 to 25 % of a round,
 # never moving them 1 to 30 % more places.
 MOST_HOLES = 0.25
 
