@@ -53,11 +53,11 @@ def test_the_draft_is_priced_by_the_time_that_the_device_takes(monkeypatch, targ
     )
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
     queue, told = Queue(monkeypatch, target), []
-    observe, read = draft.governor.observe, draft.governor.observe_prefill
-    draft.governor.observe = lambda drafted, outcomes, draft_s, *rest: (
+    observe, read = draft.governor.observe_rows, draft.governor.observe_prefill
+    draft.governor.observe_rows = lambda rows, draft_s, target_s: (
         queue.work(),  # the answer of the target was read by then
-        told.append((len(drafted), draft_s)),
-        observe(drafted, outcomes, draft_s, *rest),
+        told.append((len(rows[0].drafted), draft_s)),
+        observe(rows, draft_s, target_s),
     )[2]
     prompts: list[float] = []
     draft.governor.observe_prefill = lambda tokens, seconds: (prompts.append(seconds), read(tokens, seconds))[1]

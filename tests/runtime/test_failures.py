@@ -162,7 +162,7 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "the tree": ("hf_onlinespec.commit.combined", "grow", {"lookahead": "auto"}),
     "the memory's answer": (SuffixMemory, "continuation", {}),
     "the memory's tokens": (SuffixMemory, "extend", {}),
-    "the governor": (Governor, "observe", {}),
+    "the governor": (Governor, "observe_rows", {}),
     "the governor's end of a request": (Governor, "request_ended", {}),
     "the plan": (Governor, "plan", {"lookahead": "auto"}),
     "the counters": (DraftMetrics, "close", {}),
@@ -177,7 +177,7 @@ LEADING: dict[str, list[tuple[Any, str, Any]]] = {
     "the prompt's preference, before it drafts": [
         (Governor, "decide_prompt_scoring", lambda *_: True),
     ],
-    "a look": [(LearningBudget, "affordable_steps", lambda *_: 0), (Governor, "request_ended", lambda *_: True)],
+    "a look": [(LearningBudget, "affordable_steps", lambda *_: 0), (Governor, "request_ended", lambda *_, **__: True)],
 }
 
 
