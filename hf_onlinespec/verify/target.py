@@ -37,8 +37,8 @@ class Verifier:
         trees_because: why it verifies no trees but chains, see `why_chains`; "": it verifies trees.
 
     Attributes:
-        features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round; None: they are not read, or
-            `unread_because` says why there are none.
+        features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round;
+            None: they are not read, or `unread_because` says why there are none.
     """
 
     def __init__(
