@@ -214,7 +214,7 @@ DraftOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME_OR_PATH",
-        help="A smaller one with the same tokenizer: a folder or a name on the Hub.",
+        help="A smaller one with the same tokenizer, or a draft head of the target: a folder or a name on the Hub.",
         rich_help_panel=MODELS,
     ),
 ]
@@ -479,6 +479,15 @@ def regret(
             rich_help_panel=MODELS,
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="Of a draft head: the model that it drafts for, which reads every request once.",
+            show_default="the one that was recorded",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
     config: Annotated[
         str, typer.Option(metavar="JSON", help='Settings of the draft, such as {"lr": 1e-3}.', rich_help_panel=RUN)
     ] = "{}",
@@ -498,7 +507,7 @@ def regret(
     """
     from hf_onlinespec.cli.measure import run_regret
 
-    return run_regret(run_file, draft, config, lookahead, out, dtype.value, device)
+    return run_regret(run_file, draft, target, config, lookahead, out, dtype.value, device)
 
 
 @app.command()

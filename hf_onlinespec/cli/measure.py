@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from ..measure.records import Prompt, Record
 from ..measure.regret import evaluate
 from ..models.vocabulary import check_vocabularies
 from ..share import card
+from ..share.heads import head_folder, load_head, names_head
 from ..share.provenance import provenance
 from .common import (
     AUTO,
@@ -35,7 +37,7 @@ from .common import (
     finite,
     quiet_libraries,
 )
-from .loading import best_device, load_config, load_model, load_tokenizer
+from .loading import best_device, is_head_for, load_config, load_model, load_tokenizer
 
 EVOLVED = "evolved"  # folder of the demo's evolved draft, beside its result
 
@@ -109,8 +111,14 @@ class OwnModels:
     dtype: str = AUTO
     device: str | None = None
 
-    def load(self, prompts: Sequence[Prompt]) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-        """Target, draft and tokenizer; whatever can be refused is refused before weights are read. Raises ConfigError."""
+    def load(self, prompts: Sequence[Prompt]) -> tuple[PreTrainedModel, Tensor | None, PreTrainedTokenizerBase]:
+        """Target, the ids that a draft head proposes (m,; None: all), and tokenizer.
+
+        Whatever can be refused is refused before weights are read; the draft is loaded once, so that it is known to be one.
+
+        Raises:
+            ConfigError, DraftError: in one line.
+        """
         names, dtype = {"--target": self.target or "", "--draft": self.draft or ""}, self.dtype
         if sum(name is not None for name in (self.target, self.draft)) != (0 if self.embedded else 2):
             raise ConfigError("Give both --target and --draft, or --embedded alone.")
@@ -119,12 +127,19 @@ class OwnModels:
             dtype = "float32" if dtype == AUTO else dtype  # it is stored in half of its precision
         device = best_device(self.device)
         quiet_libraries(bars=True)
-        config, other = (load_config(option, name) for option, name in names.items())
-        check_vocabularies(config, other)
+        config = load_config("--target", names["--target"])
+        head = names_head(names["--draft"])
+        if head:
+            is_head_for(names["--draft"], config)  # raises where it is another target's
+        else:
+            check_vocabularies(config, load_config("--draft", names["--draft"]))
         tokenizer = load_tokenizer("--target", names["--target"])
         check_lengths(prompts, [len(tokenizer(prompt.text).input_ids) for prompt in prompts], config)
-        target, draft = (load_model(option, name, dtype, device) for option, name in names.items())
-        return target, draft, tokenizer
+        target = load_model("--target", names["--target"], dtype, device)
+        if head:
+            return target, load_head(names["--draft"], head_folder(names["--draft"]), target).draft_ids, tokenizer
+        load_model("--draft", names["--draft"], dtype, device)
+        return target, None, tokenizer
 
 
 def run_record(
@@ -140,11 +155,11 @@ def run_record(
     if out.is_dir():
         raise ConfigError(f"--out {out}: it is a folder. Name a file.")
     prompts = load_prompts(prompts_file, limit, new_tokens)
-    target, _, tokenizer = models.load(prompts)
+    target, draft_ids, tokenizer = models.load(prompts)
     found: list[Recorded] = []
     stopped: BaseException | None = None
     try:
-        for recorded in record(target, tokenizer, prompts, temperature, seed):
+        for recorded in record(target, tokenizer, prompts, temperature, seed, draft_ids=draft_ids):
             found.append(recorded)
             if len(found) % 10 == 0 and not sys.stderr.isatty():  # else there is a bar
                 print(f"{len(found)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
@@ -152,7 +167,7 @@ def run_record(
         if not found:
             raise
         stopped = reason
-    Recording(found, temperature, models.draft or "").save(out)
+    Recording(found, temperature, models.draft or "", models.target or "", draft_ids).save(out)
     some = "" if stopped is None else f", of the first {len(found)} of {len(prompts)} prompts"
     print(f"Written: {out}{some}. It holds your prompts and the answers as tokens.")
     if isinstance(stopped, Exception):
@@ -161,9 +176,20 @@ def run_record(
 
 
 def run_regret(
-    run_file: Path, draft: str | None, settings_json: str, lookahead: int, out: Path, dtype: str, device: str | None
+    run_file: Path,
+    draft: str | None,
+    target: str | None,
+    settings_json: str,
+    lookahead: int,
+    out: Path,
+    dtype: str,
+    device: str | None,
 ) -> int:
-    """Replays a recording; writes regret.json and regret.png into `out`."""
+    """Replays a recording; writes regret.json and regret.png into `out`.
+
+    Args:
+        draft, target: None: those of the recording. A target is asked for where the draft is a head of it.
+    """
     check_extra("regret", "demo")
     from ..measure import plots  # only now: it needs the optional packages
 
@@ -182,14 +208,22 @@ def run_regret(
     if name == str(FOLDER / "draft") and dtype == AUTO:
         dtype = "float32"  # it is stored in half of its precision
 
+    reads: PreTrainedModel | None = None  # what a draft head reads the hidden states of
+    if names_head(name):
+        said = target or recording.target
+        if not said:
+            raise ConfigError(f"--draft {name}: a draft head, whose target the recording does not name. Give --target.")
+        is_head_for(name, load_config("--target", said))  # raises where it is another one's
+        reads = load_model("--target", said, dtype, place)
+
     def model() -> PreTrainedModel:
-        return load_model("--draft", name, dtype, place)
+        return load_model("--draft", name, dtype, place) if reads is None else load_head(name, head_folder(name), reads)
 
     def show(text: str) -> None:
         if not sys.stderr.isatty():  # else there are bars
             print(f"{text} …", file=sys.stderr, flush=True)
 
-    report = evaluate(recording, model, config, lookahead, show=show)
+    report = evaluate(recording, model, config, lookahead, show=show, target=reads)
     plots.regret_figure(report).savefig(out / "regret.png", dpi=150)
     (out / "regret.json").write_text(
         json.dumps(finite(asdict(report)), indent=2, allow_nan=False) + "\n", encoding="utf-8"

@@ -42,6 +42,10 @@ class CausalLM(DraftModel):
     def reader(self, mask: Tensor | None, features: RowFeatures | None) -> CausalReader:
         return CausalReader(self, mask)
 
+    def features(self, tokens: Tensor, mask: Tensor | None = None) -> None:
+        """See `DraftModel`: it reads none."""
+        return None
+
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
         """Model inputs for `tokens` (rows, n) behind `cached` tokens, with the padding of `mask` (rows, prompt)."""
         if mask is None:

@@ -147,6 +147,14 @@ class DraftModel(ABC):
         """
 
     @abstractmethod
+    def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """The target's hidden states (rows, n, width) at tokens (rows, n), in a forward of it; None: the model reads none.
+
+        Raises:
+            UnsupportedError: no target is known, or it hands out none.
+        """
+
+    @abstractmethod
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, Reader]]:
         """See `Trainable.prompt_log_ratio`; what was read by the learned (False) and by the base draft (True), where it is all of it."""
 

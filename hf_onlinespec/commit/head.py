@@ -63,7 +63,7 @@ class HeadModel(DraftModel):
     ) -> Tensor:
         """See `Trainable.logits`: (rows, n, ids)."""
         tokens = tokens.to(self.device)
-        features = self._read(tokens[:, :-1], mask) if features is None else features.to(self.device)
+        features = self.features(tokens[:, :-1], mask) if features is None else features.to(self.device)
         length, known = tokens.shape[1], features.shape[1]
         tokens, mask = tokens[:, -known:], _mask_of(mask, length - 1 - known, length - 1)
         with self.serving(base) as model:
@@ -96,7 +96,7 @@ class HeadModel(DraftModel):
     ) -> list[Tensor]:
         """See `Trainable.unrolled_logits`. Step k says token j from row j - 2 - k; what no row says has logits of 0 and no gradient."""
         steps = steps if self.most is None else min(steps, self.most)
-        features = self._read(tokens[:, :-1], mask) if features is None else features
+        features = self.features(tokens[:, :-1], mask) if features is None else features
         rows, copies, length = tokens.shape[0], 1 if gates is None else gates.shape[0], tokens.shape[1]
         start, cache = length - 1 - features.shape[1], DynamicCache() if steps > 1 else None
         if prefix is not None and prefix.first + prefix.length >= start:  # of one row, whose features hold no padding
@@ -126,8 +126,8 @@ class HeadModel(DraftModel):
         )
 
     @torch.no_grad()
-    def _read(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """The target's features (rows, n, width) of tokens (rows, n). Raises UnsupportedError."""
+    def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `DraftModel`."""
         target = None if self._target is None else self._target()
         if target is None:
             raise UnsupportedError(

@@ -26,6 +26,7 @@ from ..share.files import check_regular
 FORMAT = "1"
 TENSORS = ("tokens", "lengths", "new", "log_probs", "ids", "log_tail", "log_p")
 TAIL_POWER = "log_tail_power"  # at temperatures other than 0 and 1; recordings made before 2026-11-26 lack it
+DRAFT_IDS = "draft_ids"  # of recordings for a draft head that proposes some of the target's tokens
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Recording:
     requests: list[Recorded]
     temperature: float
     draft: str = ""  # the draft that the stream is meant for: a folder or a name on the Hub; "": the embedded one
+    target: str = ""  # that said it: a folder or a name on the Hub; "": the embedded one, or it is not known
+    # (m,) ids of the target that a draft head proposes: the distributions are over these alone; None: over all of them.
+    draft_ids: Tensor | None = None
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file."""
@@ -61,12 +65,15 @@ class Recording:
             "format": FORMAT,
             "temperature": json.dumps(self.temperature),
             "draft": self.draft,
+            "target": self.target,
             "vocabulary": json.dumps(teachers[0].vocabulary if teachers else None),
             "domains": json.dumps([r.domain for r in self.requests]),
         }
         powers = [teacher.log_tail_power for teacher in teachers if teacher.log_tail_power is not None]
         if powers:
             tensors[TAIL_POWER] = torch.cat(powers)
+        if self.draft_ids is not None:
+            tensors[DRAFT_IDS] = self.draft_ids
         aside = path.with_name(path.name + ".part")
         aside.unlink(missing_ok=True)  # what a process that was killed has left, and no link is followed
         try:
@@ -89,6 +96,7 @@ class Recording:
                 if about.get("format") != FORMAT:
                     raise ConfigError(f"{path}: format {about.get('format')!r} is no recording of format {FORMAT}.")
                 t = {name: file.get_tensor(name) for name in TENSORS}
+                draft_ids = file.get_tensor(DRAFT_IDS) if DRAFT_IDS in file.keys() else None
                 if TAIL_POWER in file.keys():
                     t[TAIL_POWER] = file.get_tensor(TAIL_POWER)
             domains, temperature = json.loads(about["domains"]), float(json.loads(about["temperature"]))
@@ -109,6 +117,7 @@ class Recording:
             not whole
             or len(t["tokens"]) != int(t["lengths"].sum())
             or any(len(v) != rows for k, v in t.items() if k not in TENSORS[:3])
+            or (draft_ids is not None and (draft_ids.dim() != 1 or len(draft_ids) != vocabulary))
         ):
             raise ConfigError(f"{path}: the parts of the recording do not fit together. Record the stream anew.")
         tokens = t["tokens"].split(t["lengths"].tolist())
@@ -119,12 +128,23 @@ class Recording:
         requests = [
             Recorded(
                 domain,
-                Feedback(text, Teacher(log_probs, ids, tail, vocabulary, False, _power(power, temperature), power)),
+                Feedback(
+                    text,
+                    Teacher(
+                        log_probs,
+                        ids,
+                        tail,
+                        vocabulary,
+                        bool((log_probs == -torch.inf).all(-1).any()),
+                        _power(power, temperature),
+                        power,
+                    ),
+                ),
                 log_p,
             )
             for domain, text, power, log_probs, ids, tail, log_p in zip(domains, tokens, powers, *parts, strict=True)
         ]
-        return cls(requests, temperature, about.get("draft", ""))
+        return cls(requests, temperature, about.get("draft", ""), about.get("target", ""), draft_ids)
 
 
 def _power(log_tail_power: Tensor | None, temperature: float) -> float:
@@ -139,11 +159,13 @@ def record(
     temperature: float,
     seed: int = 0,
     top_k: int = 512,
+    draft_ids: Tensor | None = None,
 ) -> Iterator[Recorded]:
     """What the target says to each prompt, with the `top_k` most probable tokens of every distribution and the mass of the others.
 
     Args:
         prompts: with a text, a domain and a number of new tokens, see `records.Prompt`.
+        draft_ids: ids (m,) of the target that a draft head proposes; None: all. The distributions are over these alone.
     """
     sampling = sampled_at(temperature)
     for number, prompt in enumerate(each(prompts, "Recording", "prompt")):
@@ -161,8 +183,8 @@ def record(
         tokens = out.sequences[0]
         chosen = tokens[-len(logits) :, None]
         log_p = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, chosen).squeeze(-1)
-        k = min(top_k, logits.shape[-1] - 1)
-        feedback = Feedback(
-            tokens.cpu(), Teacher.from_logits(logits, 1.0, k, call_temperature=temperature).to(torch.device("cpu"))
-        )
+        ids = None if draft_ids is None else draft_ids.to(logits.device)
+        k = min(top_k, (logits.shape[-1] if ids is None else len(ids)) - 1)
+        teacher = Teacher.from_logits(logits, 1.0, k, ids, temperature)
+        feedback = Feedback(tokens.cpu(), teacher.to(torch.device("cpu")))
         yield Recorded(prompt.domain, feedback, log_p.cpu())

@@ -171,13 +171,21 @@ def expected_rounds(kept: Sequence[float], lookahead: int) -> float:
     return sum(begins[:n])
 
 
-def kept_chances(request: Recorded, logits: Tensor, temperature: float) -> list[float]:
-    """Chance that each new token was drafted, given the draft's logits (n, vocab) there."""
+def kept_chances(request: Recorded, logits: Tensor, temperature: float, draft_ids: Tensor | None = None) -> list[float]:
+    """Chance that each new token was drafted, given the draft's logits (n, vocab) there.
+
+    Args:
+        draft_ids: (vocab,) the ids that the logits are of; None: all of the target's, in order. Other tokens are never drafted.
+    """
     text = request.feedback.tokens[-len(request.log_p) :].to(logits.device)
+    drafts = torch.ones_like(text, dtype=torch.bool)
+    if draft_ids is not None:
+        same = text[:, None] == draft_ids.to(text)
+        text, drafts = same.long().argmax(-1), same.any(-1)
     if not temperature:
-        return [float(same) for same in (logits.argmax(-1) == text).tolist()]
+        return [float(kept) for kept in ((logits.argmax(-1) == text) & drafts).tolist()]
     log_q = (logits.float() / temperature).log_softmax(-1).gather(-1, text[:, None]).squeeze(-1)
-    found: list[float] = (log_q.cpu() - request.log_p).exp().clamp_max(1.0).tolist()
+    found: list[float] = ((log_q.cpu() - request.log_p).exp().clamp_max(1.0) * drafts.cpu()).tolist()
     return found
 
 
@@ -188,6 +196,7 @@ def evaluate(
     lookahead: int = 5,
     epochs: int = EPOCHS,
     show: Callable[[str], None] = lambda text: None,
+    target: PreTrainedModel | None = None,
 ) -> RegretReport:
     """Replays a stream: learning after every request, and the comparators.
 
@@ -196,6 +205,8 @@ def evaluate(
         config: how to learn; its schedule is not used.
         epochs: of a comparator's training, at most.
         show: is told what is done now.
+        target: that a draft head reads the hidden states of; None: the draft reads none. It reads every request once, and nothing of
+            them is written.
 
     Raises:
         ConfigError: before anything is replayed, if the settings or the draft do not fit the recording.
@@ -208,7 +219,7 @@ def evaluate(
         raise ConfigError(f"lookahead={lookahead}: expected at least 1.")
     config = replace(config, update_every=1)
     draft = OnlineDraft(model(), config)
-    requests, temperature = _fitting(recording.requests, draft), recording.temperature
+    requests, temperature = _fitting(recording, draft, target), recording.temperature
     show("learning")
     served, frozen, gradients = _online(requests, draft, temperature, lookahead)
 
@@ -240,30 +251,47 @@ def _online(
     for request in each(requests, "Learning", "request"):
         _add(served, draft, request, temperature, lookahead, base=False)
         _add(frozen, draft, request, temperature, lookahead, base=True)
-        tokens, teacher = request.feedback.tokens, request.feedback.teacher
-        draft.learning.learn_segment(Segment(tokens[None], [teacher], None, temperature), Counts())
+        feedback = request.feedback
+        features = None if feedback.features is None else feedback.features[None]
+        segment = Segment(feedback.tokens[None], [feedback.teacher], None, temperature, features)
+        draft.learning.learn_segment(segment, Counts())
         gradients.add(draft.trainable.adapter.grads.clone())
-        draft.learning.remember(request.feedback)
+        draft.learning.remember(feedback)
         draft.learning.replay_steps(Counts(), draft.settings.replay_passes)
     return served, frozen, gradients
 
 
-def _fitting(requests: Sequence[Recorded], draft: OnlineDraft) -> list[Recorded]:
-    """The requests on the draft's device. Raises ConfigError where the draft cannot read them."""
-    vocab = draft.vocabulary.size
+def _fitting(recording: Recording, draft: OnlineDraft, target: PreTrainedModel | None) -> list[Recorded]:
+    """The requests on the draft's device, with the hidden states that it reads. Raises ConfigError where it cannot read them."""
+    requests, ids, vocab = recording.requests, draft.trainable.ids, draft.vocabulary.size
+    own, recorded = (None if some is None else some.cpu() for some in (ids, recording.draft_ids))
+    same = own is recorded if own is None or recorded is None else torch.equal(own, recorded)
+    if not same:
+        raise ConfigError(
+            f"The stream was recorded for {_proposing(recorded)}; the draft is {_proposing(own)}. Record it for this draft."
+        )
     for number, r in enumerate(requests, 1):
         most = int(r.feedback.tokens.max())
-        if r.feedback.teacher.tokens is not None:
+        if r.feedback.teacher.tokens is not None and ids is None:
             most = max(most, int(r.feedback.teacher.tokens.max()))
         if most >= vocab or len(r.feedback.tokens) > draft.trainable.positions:
             raise ConfigError(
                 f"Request {number} has token {most} and {len(r.feedback.tokens)} tokens; the draft knows {vocab} and reads "
                 f"{draft.trainable.positions}. Take the draft that the stream was recorded for."
             )
-    return [
-        replace(r, feedback=Feedback(r.feedback.tokens.to(draft.device), r.feedback.teacher.to(draft.device)))
-        for r in requests
-    ]
+    if target is not None:
+        draft.serves(target)
+    found = []
+    for r in requests:
+        tokens = r.feedback.tokens.to(draft.device)
+        features = draft.trainable.features(tokens[None, :-1])
+        feedback = Feedback(tokens, r.feedback.teacher.to(draft.device), None if features is None else features[0])
+        found.append(replace(r, feedback=feedback))
+    return found
+
+
+def _proposing(ids: Tensor | None) -> str:
+    return "a draft that proposes all tokens" if ids is None else f"a head that proposes {len(ids)} tokens"
 
 
 class _Gradients:
@@ -290,8 +318,9 @@ class _Gradients:
 @torch.no_grad()
 def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float, lookahead: int, base: bool) -> None:
     """What the draft as it is now does on a request."""
-    tokens, n = request.feedback.tokens[None], len(request.log_p)
-    logits = draft.trainable.logits(tokens[:, :-1], n, base)[0]
+    tokens, n, features = request.feedback.tokens[None], len(request.log_p), request.feedback.features
+    features = None if features is None else features[None, :-1]
+    logits = draft.trainable.logits(tokens[:, :-1], n, base, features=features)[0]
     teacher = request.feedback.teacher
     logits = teacher.common(logits)
     settings = draft.settings
@@ -303,7 +332,8 @@ def _add(curve: Curve, draft: OnlineDraft, request: Recorded, temperature: float
     if temperature:
         kl = float(LOSSES["forward_kl"](*teacher.compare_at(logits, temperature)).mean())
     curve.kl.append(kl)
-    curve.rounds.append(expected_rounds(kept_chances(request, logits, temperature), lookahead))
+    chances = kept_chances(request, logits, temperature, draft.trainable.ids)
+    curve.rounds.append(expected_rounds(chances, lookahead))
 
 
 def _comparator(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from hf_onlinespec import DraftError, OnlineDraft
+from hf_onlinespec.adapt.feedback import Feedback, Teacher
 from hf_onlinespec.cli import common
 from hf_onlinespec.cli.loading import load_config, load_pair, load_tokenizer
 from hf_onlinespec.cli.trial import TrySettings, run_try
@@ -25,6 +27,8 @@ from hf_onlinespec.heads.outline import HeadOutline
 from hf_onlinespec.heads.reading import read_head
 from hf_onlinespec.heads.writing import write_head
 from hf_onlinespec.measure import bench, trial
+from hf_onlinespec.measure.recording import Recorded, Recording
+from hf_onlinespec.measure.regret import kept_chances
 from hf_onlinespec.models.identity import GROWN, PACKAGED, SMOLLM2_HEAD
 from hf_onlinespec.serve import run
 from hf_onlinespec.share.folder import ADAPTER, CARD
@@ -150,12 +154,66 @@ def test_a_head_of_another_target_is_refused_before_weights_are_read(
 
 def test_a_head_is_no_whole_model(target: Path, head: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "given as --draft" in refused(capsys, "chat", head)
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"prompt": "order"}) + "\n")
-    told = refused(
-        capsys, "record", "--target", target, "--draft", head, "--prompts", file, "--out", tmp_path / "r.safetensors"
+
+
+@pytest.fixture
+def recorded(target: Path, head: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A recording for the head, of two sampled answers."""
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "run.safetensors"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts("orders")[:2]))
+    files = ("--prompts", file, "--out", out, "--new-tokens", "6", "--temperature", "0.8")
+    said(capsys, "record", "--target", target, "--draft", head, *files, "--device", "cpu")
+    return out
+
+
+def test_a_stream_is_recorded_for_a_head_and_its_regret_is_told(
+    target: Path, head: Path, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recording = Recording.load(recorded)
+    model, draft = pair_of(target, head)
+    ids, trainable = recording.draft_ids, draft.trainable
+    assert ids is not None and trainable.ids is not None and torch.equal(ids, trainable.ids)
+    settings = json.dumps({"rank": 4, "alpha": 4.0})
+    told = said(capsys, "regret", recorded, "--config", settings, "--out", tmp_path / "out", "--device", "cpu")
+    assert "dynamic regret" in told
+    report = json.loads((tmp_path / "out" / "regret.json").read_text(encoding="utf-8"))
+    assert sum(report["fixed"]["losses"]) < sum(report["frozen"]["losses"])
+    draft.serves(model)
+    for i, request in enumerate(recording.requests):
+        text = request.feedback.tokens[None]
+        with torch.no_grad():
+            log_p = model(text[:, :-1]).logits[0, -6:].float()
+        best_is_known = torch.isin(log_p.argmax(-1), ids)  # elsewhere a head learns nothing, and is taken to be wrong
+        log_p, log_q = log_p[:, ids] / 0.8, trainable.logits(text[:, :-1], 6)[0].float() / 0.8
+        p, q = log_p.softmax(-1), log_q.softmax(-1)
+        overlap = torch.where(best_is_known, torch.minimum(p, q).sum(-1), 0.0)
+        assert report["frozen"]["tv"][i] == pytest.approx(1 - float(overlap.mean()), abs=1e-4)
+
+
+def test_a_stream_is_replayed_for_the_head_and_the_target_that_it_was_recorded_for(
+    target: Path, head: Path, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recording = Recording.load(recorded)
+    assert (recording.target, recording.draft) == (str(target), str(head))
+    out = ("--out", tmp_path / "out", "--device", "cpu")
+    replace(recording, target="").save(tmp_path / "nameless")
+    assert "Give --target" in refused(capsys, "regret", tmp_path / "nameless", *out)
+    assert recording.draft_ids is not None
+    replace(recording, draft_ids=recording.draft_ids.flip(0)).save(tmp_path / "other")
+    assert f"a head that proposes {IDS} tokens" in refused(capsys, "regret", tmp_path / "other", *out)
+    assert f"a head that proposes {IDS} tokens; the draft is a draft that proposes all" in refused(
+        capsys, "regret", recorded, "--draft", target, *out
     )
-    assert "a draft head, and no whole model" in told
+
+
+def test_a_token_that_a_head_does_not_propose_is_never_drafted() -> None:
+    teacher = Teacher.from_logits(torch.zeros(2, 8), 1.0, 2, torch.tensor([2, 5, 6]))
+    request = Recorded("", Feedback(torch.tensor([1, 5, 3]), teacher), torch.tensor([0.5, 0.5]).log())
+    logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])  # of the ids 2, 5, 6
+    ids = torch.tensor([2, 5, 6])
+    assert kept_chances(request, logits, 0.0, ids) == [1.0, 0.0]
+    chance = float(logits[0].softmax(-1)[1]) / 0.5
+    assert kept_chances(request, logits, 1.0, ids) == pytest.approx([min(1.0, chance), 0.0])
 
 
 def test_try_measures_a_head_without_transformers_assisted_generation(
