@@ -38,7 +38,7 @@ FAILED, INTERRUPTED = 2, 130
 ENDINGS = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
 EXIT_CODES = (
     "Exit codes: 0 success; 1 something was found that should not be there (try: an answer differs by more than rounding; "
-    "audit: a public push would be refused); "
+    "audit: a public push would be refused; run: a prompt failed); "
     "2 a wrong argument, a missing package, or an error told in one line; 130 interrupted (Ctrl-C, SIGTERM)."
 )
 MODELS, RUN, OUTPUT = "Models", "Run", "Output"  # panels of the help
@@ -400,6 +400,75 @@ def serve(
     from hf_onlinespec.serve.run import serve as run_serve
 
     return run_serve(target, draft, host, port, save, save_every, isolate, allow_remote, device, dtype.value)
+
+
+@app.command()
+@reports_errors
+def run(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The model: a folder or a name on the Hub.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help='Lines of JSON, {"prompt": "..."} or {"messages": [...]}, with an "id" where you like, or lines of a .txt file.',
+            rich_help_panel=RUN,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="The answers, lines of JSON, as they are finished; those that are there already stay.",
+            rich_help_panel=OUTPUT,
+        ),
+    ],
+    draft: OwnDraftOption = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Prompts that are answered at a time.", rich_help_panel=RUN)
+    ] = 8,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", rich_help_panel=RUN)] = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Save the evolved draft there; one that is there already goes on.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option(metavar="N", help="Prompts between two saves; 0: only at the end.", rich_help_panel=OUTPUT)
+    ] = 500,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+) -> int:
+    """Answer a file of prompts in batches, faster the more of them there are.
+
+    Each answer is written as it is finished. An interrupted command goes on where it ended when it is given again, also after
+    prompts were added to the end of the file; with other prompts or settings it refuses. A prompt that fails has an "error" in
+    the place of a "text"; exit code 1: there are such prompts.
+
+    Example: `hf-onlinespec run HuggingFaceTB/SmolLM2-135M-Instruct --prompts in.jsonl --out out.jsonl`
+    """
+    from hf_onlinespec.cli.run import RunSettings, run_prompts
+
+    return run_prompts(
+        RunSettings(
+            target,
+            prompts,
+            out,
+            draft,
+            batch_size,
+            new_tokens,
+            temperature,
+            seed,
+            save,
+            save_every,
+            dtype.value,
+            device,
+        )
+    )
 
 
 @app.command()

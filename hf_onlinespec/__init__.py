@@ -23,11 +23,12 @@ from .errors import (
     UnsupportedError,
     VersionError,
 )
-from .generation import attach, attached, detach, disable, enable, online_metrics
+from .generation import Answer, attach, attached, detach, disable, enable, generate_stream, online_metrics
 from .metrics import DraftMetrics, RequestReport, Trace, UpdateReport
 from .runtime.version import __version__ as __version__
 
 __all__ = [
+    "Answer",
     "ArtifactError",
     "ConfigError",
     "CopyError",
@@ -54,6 +55,7 @@ __all__ = [
     "detach",
     "disable",
     "enable",
+    "generate_stream",
     "online_draft",
     "online_memory",
     "online_metrics",

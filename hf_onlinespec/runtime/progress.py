@@ -29,8 +29,8 @@ class NoBar:
 
 
 @contextmanager
-def progress(total: int, what: str, unit: str) -> Iterator[Bar]:
-    """A bar for `total` steps."""
+def progress(total: int | None, what: str, unit: str) -> Iterator[Bar]:
+    """A bar for `total` steps; None: nobody knows how many."""
     with logging.tqdm(total=total, desc=what, unit=f" {unit}", delay=DELAY_S, leave=False) as bar:
         yield bar
 

@@ -85,7 +85,7 @@ def parse_text(line: str, where: str, keys: Sequence[str], wanted: str) -> tuple
     Raises:
         ConfigError: it is no such line, or a text that no tokenizer takes.
     """
-    item = _parse(line, where, wanted)
+    item = parse_json(line, where, wanted)
     found = [key for key in keys if isinstance(item, dict) and key in item]
     text = item[found[0]] if isinstance(item, dict) and len(found) == 1 else None
     if not isinstance(item, dict) or not isinstance(text, str) or not text:
@@ -94,8 +94,8 @@ def parse_text(line: str, where: str, keys: Sequence[str], wanted: str) -> tuple
     return found[0], item
 
 
-def _parse(line: str, where: str, wanted: str) -> object:
-    """A line of JSON. Raises ConfigError where it is none."""
+def parse_json(line: str, where: str, wanted: str) -> object:
+    """A line of JSON; `wanted`: what is expected, for the error. Raises ConfigError where it is none."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
