@@ -297,7 +297,7 @@ def test_the_prompt_decides_who_drafts(target, draft_model, prompt, monkeypatch,
     monkeypatch.setattr(
         draft.trainable, "prompt_log_ratio", lambda tokens, mask, most: (prompt_log_ratio, asked(tokens, mask, most)[1])
     )
-    monkeypatch.setattr(draft.governor, "decide_prompt_scoring", lambda tokens, room: True)
+    monkeypatch.setattr(draft.governor, "decide_prompt_scoring", lambda *_: True)
     monkeypatch.setattr(draft.governor, "model_pays", lambda plan, position, survival, begun: position < 4)
     monkeypatch.setattr(draft.governor, "plan", lambda drafts, seen, room, unread: Plan(4, 1.0, 0.0))
     config = draft.generation_config.__class__(do_sample=False, max_length=64)

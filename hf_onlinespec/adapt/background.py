@@ -175,7 +175,7 @@ class IdleWorker(Generic[Item]):
                 if steps is not None:
                     next(steps)
             except StopIteration:
-                steps = None
+                steps = item = None
                 if self._backoff.worked():
                     self.metrics.decisions.learning = f"learning works again after: {self._backoff.reason}"
             except Exception as error:

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from ..metrics import Counts
 from ..metrics.summary import counted
@@ -16,19 +17,31 @@ from .segment import Segment
 from .service import LearningService
 
 
+@dataclass(frozen=True, eq=False)
+class _Handed:
+    """A finished request that was handed over."""
+
+    learning: LearningService  # of its adapter
+    feedback: Feedback
+    temperature: float  # that it was generated at
+
+
 class IdleLearning:
     """What learns for one draft while nothing is generated, from a worker thread that starts with the first request.
 
     Args:
         learning: takes the steps.
         traces: told of every step.
+        beside: of another adapter of the same draft, whose thread takes the steps; None: a thread of its own.
     """
 
-    def __init__(self, learning: LearningService, traces: Traces) -> None:
+    def __init__(self, learning: LearningService, traces: Traces, beside: IdleLearning | None = None) -> None:
         self._learning, self._metrics, self._traces = learning, learning.metrics, traces
-        self._worker: IdleWorker[tuple[Feedback, float]] = IdleWorker(
-            self._learn, learning.metrics, lambda item: item[0].nbytes
-        )
+        self._waiting = weakref.WeakSet[_Handed]()  # of this adapter, and not learned to the end
+        if beside is not None:
+            self._worker: IdleWorker[_Handed] = beside._worker
+            return
+        self._worker = IdleWorker(self._learn, learning.metrics, lambda item: item.feedback.nbytes)
         weakref.finalize(self, self._worker.close)  # at the end of the process too
 
     @property
@@ -42,7 +55,14 @@ class IdleLearning:
 
     def add(self, feedback: Feedback, temperature: float) -> None:
         """Hands over a finished request, which was generated at a temperature."""
-        self._worker.add((feedback, temperature))
+        handed = _Handed(self._learning, feedback, temperature)
+        self._waiting.add(handed)
+        self._worker.add(handed)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests of this adapter wait, or one is learned now."""
+        return bool(self._waiting)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """See `OnlineDraft.catch_up`."""
@@ -54,10 +74,10 @@ class IdleLearning:
         waiting = f"learned when nothing is generated: {counted(self._worker.waiting, 'request')} waiting"
         return self._worker.failure or f"{waiting}, {counted(self._metrics.idle_updates, 'gradient step')} taken so far"
 
-    def _learn(self, item: tuple[Feedback, float]) -> Iterator[None]:
+    def _learn(self, item: _Handed) -> Iterator[None]:
         """The gradient steps of one request, one at a time: a call may come in after any of them."""
-        learning, metrics = self._learning, self._metrics
-        feedback, temperature = item
+        learning, feedback, temperature = item.learning, item.feedback, item.temperature
+        metrics = learning.metrics
         segment = Segment(
             feedback.tokens[None],
             [feedback.teacher],

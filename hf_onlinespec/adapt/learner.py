@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Recollection:
+    """What a learner knows of requests, beside what is saved: users' text, which never leaves the process."""
+
+    replay: Replay
+    texts: LearnedTexts
+
+    @property
+    def nbytes(self) -> int:
+        return self.replay.nbytes + self.texts.nbytes
+
+
+@dataclass(frozen=True)
 class LearnerConstants:
     """Of the learner's parts."""
 
@@ -228,6 +240,15 @@ class Learner:
         if self._returns is not None:
             self._returns.forget()
         self._cache_invalid, self.loss = False, math.inf
+
+    @property
+    def remembered(self) -> Recollection:
+        """What another learner of the same settings can go on with, see `recall`."""
+        return Recollection(self.replay, self.texts)
+
+    def recall(self, remembered: Recollection) -> None:
+        """Goes on with what an earlier learner of this adapter has remembered."""
+        self.replay, self.texts = remembered.replay, remembered.texts
 
     # The replay
 

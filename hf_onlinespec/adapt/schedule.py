@@ -77,9 +77,9 @@ class LearningSchedule:
 
     def attempt(self) -> Attempt:
         """A `with` block around whatever is learned."""
-        return self._failures.learning.attempt(self._stop)
+        return self._failures.learning.attempt(self.stop)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """What fails ends the learning of this call."""
         self._counts.failed_updates += 1
         self._end()

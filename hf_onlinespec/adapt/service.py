@@ -19,7 +19,7 @@ from ..runtime.forks import Lock
 from ..state import State, copied
 from .feedback import Feedback, acceptance
 from .learned_texts import Learned, Request
-from .learner import Learner
+from .learner import Learner, Recollection
 from .request_feedback import Held, RequestFeedback
 from .segment import Segment
 from .trainable import Prefix
@@ -41,13 +41,28 @@ class LearningService:
         self._requests = weakref.WeakSet[RequestFeedback]()  # feedback of those in progress
         self.learner: Learner
         self.governor: Governor
+        self.router: AdapterRouter  # whether the learned or the base draft serves a request
+        self._away: Recollection | None = None  # of the learner, while its adapter is away
         self._loaded_rollbacks = 0  # of the guard, before it was loaded
         self.positions = 0  # the longest context that the draft may see
 
-    def begin(self, learner: Learner, governor: Governor, positions: int) -> None:
-        """Learning begins with this learner; the counters go on."""
+    def begin(self, learner: Learner, governor: Governor, positions: int, router: AdapterRouter | None = None) -> None:
+        """Learning begins with this learner; the counters go on.
+
+        Args:
+            router: of an adapter with a name; None: the governor's own.
+        """
         learner.guard.rollbacks, learner.experts.removed = self.metrics.rollbacks, self.metrics.removed_experts
         self.learner, self.governor, self.positions = learner, governor, positions
+        self.router = governor.router if router is None else router
+        if self._away is not None:
+            learner.recall(self._away)
+            self._away = None
+
+    def put_away(self) -> None:
+        """Lets go of the learner, whose state is kept elsewhere; the next one goes on with what it remembers of requests."""
+        self._away = self.learner.remembered
+        del self.learner
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +73,7 @@ class LearningService:
         """Memory that learning holds now: of the learner, and of what was recorded in requests that are in progress."""
         with self.lock:
             recorded = sum(request.nbytes for request in list(self._requests))
-        return self.learner.nbytes + recorded
+        return (self._away or self.learner).nbytes + recorded
 
     @contextmanager
     def at_rest(self) -> Iterator[Learned]:
@@ -122,12 +137,14 @@ class LearningService:
         """
         with self.steps_lock:
             governed = self.settings.update_every == "auto"
-            compare = governed and self.governor.decide_comparison(prompt_log_ratio)
+            compare = governed and self.governor.decide_comparison(prompt_log_ratio, self.router)
             scores = self.learner.segment(segment, prefix, counts, compare, request)
             self.note()
         if governed:
             with self.lock:
-                self.governor.observe_comparison(scores.learned, scores.base, recalled, True, prompt_log_ratio)
+                self.governor.observe_comparison(
+                    scores.learned, scores.base, recalled, True, prompt_log_ratio, self.router
+                )
 
     @torch.no_grad()
     def score_offline(self, segment: Segment, prompt_log_ratio: float | None = None) -> None:
@@ -135,7 +152,7 @@ class LearningService:
         trainable, n = self.learner.trainable, len(segment.teachers[0])
         if prompt_log_ratio is None:
             prompt_log_ratio, _ = trainable.prompt_log_ratio(
-                segment.tokens[:, :-n], segment.mask, self.governor.router.constants.prompt_tokens
+                segment.tokens[:, :-n], segment.mask, self.router.constants.prompt_tokens
             )
         seen = []
         for base in (False, True) if self.learner.experts.steps else (True,):
@@ -143,7 +160,9 @@ class LearningService:
             logits = trainable.logits(segment.tokens[:, :-1], n, base, segment.mask, features)
             seen.append(acceptance(segment.teachers, logits, segment.temperature, self.settings.temperature))
         with self.lock:
-            self.governor.observe_comparison(seen[0].tolist(), seen[-1].tolist(), (), False, prompt_log_ratio)
+            self.governor.observe_comparison(
+                seen[0].tolist(), seen[-1].tolist(), (), False, prompt_log_ratio, self.router
+            )
 
     def end_request(self) -> None:
         """Evaluates what the draft showed in a request that is over, or was broken off."""
@@ -216,6 +235,11 @@ class LearningService:
             self.metrics.decisions.rollback = self.learner.guard.reason
             self.note()
 
+    def take_back(self, adapter: Mapping[str, Tensor], learned: State) -> None:
+        """Goes on from the state that a learner had when it was put away. Raises ArtifactError."""
+        with self.steps_lock, self.lock, torch.inference_mode(False):
+            self.learner.resume(adapter, learned)
+
     def adopt(self, adapter: Mapping[str, Tensor], texts: Sequence[Tensor] = (), left_out: int = 0) -> None:
         """Goes on from an adapter that was trained elsewhere, by PEFT's names; the learner begins anew.
 
@@ -225,7 +249,10 @@ class LearningService:
         """
         with self.steps_lock, self.lock, torch.inference_mode(False):
             self.learner.adopt(adapter)
-            self.governor.router = AdapterRouter()  # which of the two serves was found out with the one before
+            router, unnamed = AdapterRouter(), self.router is self.governor.router
+            self.router = router  # which of the two serves was found out with the one before
+            if unnamed:
+                self.governor.router = router
             self.note()
             for text in texts:
                 self.learner.texts.finish(text, 0)  # it counts how often each stands, whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .._compat.generation import stateless
-from ..adapt.schedule import LearningSchedule
+from ..adapt.schedules import Schedule
 from ..config import REPORTING, OnlineSpecConfig, ReportTo, as_config
 from ..errors import ConfigError
 from ..govern.governor import Governor
@@ -53,6 +54,8 @@ class Call:
     waits: bool = False  # whether anything is decided by times: only then is an accelerator waited for
     lookahead: int | None = None  # tokens per round, as the user has fixed them; None: the governor decides
     counts: Counts = field(default_factory=Counts)  # of the request
+    # Per row the name of the adapter that drafts and learns, None: the one without a name. (): no row has one.
+    adapters: tuple[str | None, ...] = ()
 
     def stateless_processors(self, row: int = 0) -> LogitsProcessorList:
         """Copies of the processors that are applied to a row of a draft too; to be made before the target's own are called."""
@@ -84,7 +87,7 @@ class Call:
 class Proposer(ABC):
     """What a draft is in one call of `generate`: it owns caches, and nothing that outlives the call."""
 
-    schedule: LearningSchedule | None = None  # when the request is learned; None: there is nothing to train
+    schedule: Schedule | None = None  # when the request is learned; None: there is nothing to train
     reads: tuple[int, ...] = ()  # of `Draft.reads`, what is read in this call: all or nothing
 
     @abstractmethod
@@ -133,9 +136,11 @@ class Draft(ABC):
 
     Attributes:
         reads: indices of the target's `hidden_states` that the draft reads; (): none.
+        adapters: names of the adapters that it has beside the one without a name; None: it has none, and makes none.
     """
 
     reads: tuple[int, ...] = ()
+    adapters: Collection[str] | None = None
 
     def __init__(self, config: OnlineSpecConfig | dict[str, Any] | None = None, **settings: Any) -> None:
         self.settings = as_config(config, **settings) or OnlineSpecConfig()

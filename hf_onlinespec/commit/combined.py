@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..adapt.schedule import LearningSchedule
+from ..adapt.schedules import Schedule, Schedules
 from ..govern.acceptance import RequestStats, RowRound
 from ..govern.planner import Plan
 from ..rounds import Proposal, Rows, Verdict
@@ -40,7 +40,7 @@ class Combined(Proposer):
         models: list[RowModel],
         sources: GuessSources,
         stats: list[RequestStats],
-        schedule: LearningSchedule | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.schedule = schedule
         self._draft, self._call, self._models, self._sources, self._stats = draft, call, models, sources, stats
@@ -146,9 +146,9 @@ class Combined(Proposer):
         model = own if self._drafts and own is not None and tokens.shape[1] < own.model.positions else None
         if model is not None and model.tokens is None and self._draft.settings.update_every == "auto":
             with self._draft.lock:
-                scored = min(tokens.shape[1], governor.router.constants.prompt_tokens)
-                asks = governor.decide_prompt_scoring(scored, room)
-                model.serve(governor.router.use_base())
+                scored = min(tokens.shape[1], model.router.constants.prompt_tokens)
+                asks = governor.decide_prompt_scoring(scored, room, model.router)
+                model.serve(model.router.use_base())
             if asks:
                 with self._drafting():
                     model.route(model.readable(tokens))
@@ -215,6 +215,8 @@ class Combined(Proposer):
         """See `Proposer`: the governor is told what was drafted, how it was accepted, and the times."""
         rows, model_s = verdict.rows, verdict.proposal.model_s
         self._note(rows)
+        if isinstance(self.schedule, Schedules):
+            self.schedule.count(verdict)
         for at, i in enumerate(rows.of_call):
             self._new_tokens[i] += verdict.new_tokens[at]
         with self._drafting():
@@ -273,8 +275,8 @@ class Combined(Proposer):
                 for rows, at in self._latest.values():
                     draft.metrics.memory_bytes = self._sources.commit(rows.of_rows([at]))
         with draft.failures.records.attempt(), draft.lock:
-            steps = self._models[0].model.steps if self._models else 0
-            for stats, new_tokens in zip(self._stats, self._new_tokens, strict=True):
+            for i, (stats, new_tokens) in enumerate(zip(self._stats, self._new_tokens, strict=True)):
+                steps = self._models[i].model.steps if self._models else 0
                 can_score = bool(self.reads) or not draft.reads
                 unseen |= self._weighs.request_ended(
                     new_tokens, stats, self._call.lookahead, steps, left_alone=self._left_alone, can_score=can_score

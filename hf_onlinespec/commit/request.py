@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapt.schedule import LearningSchedule
+from ..adapt.schedules import Schedule
 from ..govern.governor import NOTHING_LEARNS
 from ..metrics import CandidateCounts
 from ..rounds import Proposal, Rows, Verdict
@@ -43,7 +43,7 @@ class Request:
             self.proposer = draft.proposer(self.call)
 
     @property
-    def schedule(self) -> LearningSchedule | None:
+    def schedule(self) -> Schedule | None:
         """When the call is learned; None: there is nothing to train."""
         return None if self.proposer is None else self.proposer.schedule
 

@@ -15,6 +15,7 @@ from .._compat.generation import processed_scores
 from ..adapt.trainable import Prefix
 from ..govern.acceptance import RequestStats
 from ..govern.governor import Governor
+from ..govern.routing import AdapterRouter
 from ..models.vocabulary import widened
 from ..runtime.clock import is_host
 from ..runtime.forks import Lock
@@ -42,15 +43,23 @@ class RowModel:
     Args:
         row: which one.
         stats: what the row shows of who drafts.
+        router: whether the learned or the base draft serves the row.
     """
 
     def __init__(
-        self, model: DraftModel, governor: Governor, lock: Lock, call: Call, row: int, stats: RequestStats
+        self,
+        model: DraftModel,
+        governor: Governor,
+        lock: Lock,
+        call: Call,
+        row: int,
+        stats: RequestStats,
+        router: AdapterRouter,
     ) -> None:
         self.model, self._call, self._stats = model, call, stats
         # Copied now: once the target's own are called, they keep the size of its scores.
         self._processors = call.stateless_processors(row)
-        self._governor, self._lock = governor, lock
+        self._governor, self._lock, self.router = governor, lock, router
         self.vocabulary = call.vocabulary or model.vocabulary  # of the target
         own = None if call.mask is None else call.mask[row : row + 1]
         self.mask = None if own is None or bool((own == 1).all()) else own.to(model.device)
@@ -102,14 +111,14 @@ class RowModel:
             return
         started, governor = time.perf_counter(), self._governor
         self.prompt_log_ratio, readers = self.model.prompt_log_ratio(
-            prompt, self.mask, governor.router.constants.prompt_tokens
+            prompt, self.mask, self.router.constants.prompt_tokens
         )
         with self._lock:
             if readers:
                 governor.observe_prefill(2 * prompt.shape[1], time.perf_counter() - started)
-            governor.router.observe_prompt(self.prompt_log_ratio)
+            self.router.observe_prompt(self.prompt_log_ratio)
             if not self.reader.length:  # who has begun goes on
-                self.serve(governor.router.use_base(self.prompt_log_ratio))
+                self.serve(self.router.use_base(self.prompt_log_ratio))
         if readers and not self.reader.length:  # the prompt is read already
             self.reader = readers[self.base]
 

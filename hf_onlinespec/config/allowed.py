@@ -34,6 +34,7 @@ WHOLE = {
     "audit_tokens": (0, 2**31),  # taken as they come
     "memory_tokens": (0, 2**25),  # taken at once: 16 to 20 bytes each, 0.7 GB
     "context_tokens": (1, 2**24),
+    "resident_adapters": (1, 4_096),
     "seed": (0, 2**63 - 1),
     "top_k": (1, 2**22),
 }

@@ -143,6 +143,11 @@ class OnlineSpecConfig:
         "judged; 0: none, and it is refused",
     )
     context_tokens: int = _setting(512, "most prompt tokens kept with a request for learning")
+    resident_adapters: int = _setting(
+        8,
+        "adapters with names that are in the process at once; the others are on its disk until they are asked for, but for what their "
+        "replay remembers",
+    )
     seed: int = _setting(0, "seed of the adapter's first values and of the replay's choices")
     report_to: ReportTo = _setting(  # noqa: RUF009  # it is a field
         (),

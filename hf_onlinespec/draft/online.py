@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora, without_adapter
 from ..adapt.idle import IdleLearning
 from ..adapt.learner import Learner
-from ..adapt.schedule import LearningSchedule
+from ..adapt.schedules import Schedule
 from ..adapt.service import LearningService
 from ..commit.base import Call, Draft, Proposer
 from ..commit.causal_lm import CausalLM
@@ -32,7 +33,9 @@ from ..commit.row_model import RowModel
 from ..config import OnlineSpecConfig, as_config
 from ..errors import ConfigError, CopyError, DraftError, NotAModelError
 from ..govern.acceptance import RequestStats
+from ..govern.routing import AdapterRouter
 from ..heads.base import Head
+from ..metrics import DraftMetrics, UpdateReport
 from ..metrics.summary import counted, size
 from ..models.identity import BaseFingerprint
 from ..models.layers import describe
@@ -52,6 +55,8 @@ from ..share.saving import artifact_of, save
 from ..share.targets import Targets
 from ..state import State, copied
 from ..verify.custom_generate import GenerateFn
+from .adapters import NamedAdapters
+from .rows import models_of_rows, schedule_of, schedule_of_names
 
 
 @final
@@ -68,6 +73,7 @@ class OnlineDraft(Draft):
     Attributes:
         trainable: the model with its adapter: it serves, and learning moves it.
         learning: what moves the adapter.
+        adapters: those that have names, see `generate(adapter=...)`: steps, acceptance and bytes by name.
 
     Raises:
         DraftError: the model is an encoder–decoder, keeps a state that cannot be rolled back, or has no layer for LoRA.
@@ -78,6 +84,10 @@ class OnlineDraft(Draft):
         >>> draft.metrics.acceptance_length                                    # doctest: +SKIP
     """
 
+    trainable: DraftModel
+    idle: IdleLearning
+    adapters: NamedAdapters[OnlineDraft]
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -85,39 +95,86 @@ class OnlineDraft(Draft):
         **settings: Any,
     ) -> None:
         super().__init__(config, **settings)
+        self._prepare(None)
+        self._begin(model)
+
+    def _prepare(self, beside: OnlineDraft | None) -> None:
+        """What does not depend on the model; `beside`: the draft of whose adapters this is one."""
         self.target_identity: BaseFingerprint | None = None  # the first one that a head has served; None: it is no head
         self._begun = 0  # how often it began, on the model's weights as they were then
         self.learning = LearningService(self.settings, self.metrics, self.lock, Lock())
-        self.idle = IdleLearning(self.learning, self._traces)
-        self._begin(model)
+        self._report_update: Callable[[UpdateReport], None]
+        self._report_update = self._traces.update if beside is None else beside._report_update
+        self.idle = IdleLearning(self.learning, self._traces, None if beside is None else beside.idle)
         self.lineage = Lineage.new()
         self.targets = Targets()
+        self._main: Callable[[], OnlineDraft | None] = lambda: None  # the draft of whose adapters this is one
         self.pushes = Lock(waits=False)  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
 
     def _begin(self, model: PreTrainedModel | PeftModel) -> None:
-        """A new adapter on the model's weights as they are now."""
-        settings = self.settings
+        """A new adapter on the model's weights as they are now; those with names are forgotten."""
         with torch.inference_mode(False):
             base = _base(model)
-            identity = BaseFingerprint.of(base)
+            self._adapt(base, BaseFingerprint.of(base))
+        self._source = Source(model)
+        self.adapters = NamedAdapters[OnlineDraft](self._beside, self.settings.resident_adapters)
+
+    def _adapt(self, base: PreTrainedModel, identity: BaseFingerprint, router: AdapterRouter | None = None) -> None:
+        """A new adapter on the base's weights; `router`: of one with a name."""
+        settings = self.settings
+        with torch.inference_mode(False):
             rank, alpha, layers = settings.rank, settings.alpha, settings.target_modules
             adapter = GatedLora(
                 base, rank=rank, alpha=alpha, target_modules=layers, blocks=settings.blocks, seed=settings.seed
             )
             experts, locks = Experts(adapter, settings), (self.lock, self.learning.steps_lock)
-            trainable: DraftModel
+            trainable: HeadModel | CausalLM
             if isinstance(base, Head):
                 trainable = HeadModel(base, adapter, experts, *locks)
             else:
                 check_cache(adapter.tree)
                 trainable = CausalLM(adapter, experts, Vocabulary.of(base), *locks)
-            learner = Learner(trainable, experts, settings, self._traces.update)
+            learner = Learner(trainable, experts, settings, self._report_update)
         self.identity, self.vocabulary, self.trainable = identity, trainable.vocabulary, trainable
         self.reads = trainable.reads
-        self.learning.begin(learner, self.governor, trainable.positions)
+        self.learning.begin(learner, self.governor, trainable.positions, router)
         self._begun += 1
-        self._source = Source(model)
+
+    # Adapters with names: each is a draft of its own, which `NamedAdapters` makes and puts away
+
+    def _beside(self) -> OnlineDraft:
+        """A draft with another adapter on the same base; lock, governor and what fails are those of this one."""
+        own = OnlineDraft.__new__(OnlineDraft)
+        Draft.__init__(own, replace(self.settings.of_draft(), memory_tokens=0, recycle=False))
+        own.settings = self.settings.of_draft()
+        own.governor, own.failures, own.lock = self.governor, self.failures, self.lock
+        own.metrics = DraftMetrics(decisions=self.governor.decisions)
+        own._prepare(self)
+        own._main, own._source = weakref.ref(self), self._source
+        own.adapters = NamedAdapters[OnlineDraft](own._beside, self.settings.resident_adapters)
+        own.begin_adapter()
+        return own
+
+    def begin_adapter(self) -> None:
+        """A new adapter in the place of this one, which has a name."""
+        main, router = self._main(), AdapterRouter(self.governor.constants.router)
+        assert main is not None  # it holds this one
+        self._adapt(without_adapter(main.trainable.adapter), main.identity, router)
+
+    def put_away(self) -> None:
+        """Lets go of an adapter that has a name, whose state is kept elsewhere; what it remembers of requests stays."""
+        with self.learning.steps_lock, self.lock:
+            self.learning.put_away()
+            del self.trainable
+
+    def take_back(self, state: State) -> None:
+        """The inverse of `put_away`. Raises ArtifactError."""
+        main = self._main()
+        assert main is not None
+        with self.learning.steps_lock, self.lock:
+            self._adapt(without_adapter(main.trainable.adapter), main.identity, self.learning.router)
+            self.learning.take_back(state.part("adapter").tensors, state.part("learning"))
 
     def begin_anew_if_changed(self, model: PreTrainedModel | PeftModel | None = None) -> None:
         """Begins anew, with a warning, where the model that it was made from has other weights or layers by now.
@@ -223,22 +280,17 @@ class OnlineDraft(Draft):
         stats = [RequestStats() for _ in range(call.rows)]
         sources = self.guess_sources(call)
         models: list[RowModel] = []
-        schedule = None
+        schedule: Schedule | None = None
         if self.failures.preparing.begin():
             with self.failures.preparing.attempt(call.count_failed_draft):
-                rows = [RowModel(self.trainable, self.governor, self.lock, call, i, own) for i, own in enumerate(stats)]
-                schedule = LearningSchedule(
-                    self.learning,
-                    self.idle,
-                    self.failures,
-                    rows,
-                    sources,
-                    call.counts,
-                    call.temperature,
-                    learns=call.learns,
-                    timed=call.timed,
-                    waits=call.waits,
-                )
+                lease = self.adapters.lease(name for name in call.adapters if name is not None)
+                names = call.adapters or (None,) * call.rows
+                drafts = [self if name is None else lease.drafts[name] for name in names]
+                rows = models_of_rows(drafts, call, stats)
+                if call.adapters:
+                    schedule = schedule_of_names(self, drafts, rows, call, sources, lease.end)
+                else:
+                    schedule = schedule_of(self, rows, call, sources, call.counts)
                 models = rows
         return Combined(self, call, models, sources, stats, schedule)
 
@@ -283,7 +335,7 @@ class OnlineDraft(Draft):
         be evaluated, or to be learned when idle. A gradient
         step takes more for its own time: what a forward and a backward of the draft over the new tokens take.
         """
-        return self.learning.nbytes + self.idle.nbytes
+        return self.learning.nbytes + self.idle.nbytes + self.adapters.nbytes
 
     def catch_up(self, timeout_s: float | None = None) -> bool:
         """Waits until everything that was handed to the worker is learned, and whether it was.

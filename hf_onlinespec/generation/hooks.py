@@ -33,7 +33,7 @@ from ..verify.custom_generate import GenerateFn
 from ..verify.loop import decode
 from .call import AttachedCall, anything_attached, call_of, call_with, calling
 from .growing import grown_draft
-from .setting import add_setting, remove_setting, says, unset, wanted
+from .setting import add_settings, remove_settings, says, unset, wanted, wanted_adapter
 
 Function = Callable[..., Any]
 
@@ -57,7 +57,7 @@ def enable() -> None:
     )
     for (owner, name), wrapper in zip(WRAPPED, wrappers, strict=True):
         setattr(owner, name, wrapper)
-    add_setting()
+    add_settings()
 
 
 def disable() -> None:
@@ -66,7 +66,7 @@ def disable() -> None:
         return
     for (owner, name), original in zip(WRAPPED, _originals, strict=True):
         setattr(owner, name, original)
-    remove_setting()
+    remove_settings()
     _originals.clear()
 
 
@@ -122,6 +122,11 @@ def _wrap_validate(validate: Function, get_mode: Function) -> Function:
         if isinstance(assistant, Draft):
             assistant.begin_anew_if_changed()
         call = call_of(self)
+        if wanted_adapter(config) is not None and call is None and not _is_ours(config, assistant):
+            raise UnsupportedError(
+                f"adapter={wanted_adapter(config)!r} in a call in which no draft of ours takes part. Pass a draft with onlinespec=True; "
+                "with custom_generate=, as an argument of generate itself."
+            )
         if call is not None and assistant is None and wanted(config):
             assistant = call.attachment.draft
         if mode == GenerationMode.ASSISTED_GENERATION and _is_ours(config, assistant):
@@ -195,6 +200,7 @@ def _wrap_assisted(assisted: Function) -> Function:
         if assistant_model is None and call is not None:
             assistant_model = call.attachment.draft
         draft = _draft_for(self, assistant_model, setting if isinstance(setting, OnlineSpecConfig) else None)
+        named["adapter"] = wanted_adapter(generation_config)
         return decode(*arguments, draft=draft, learn=setting is not False, **(named | model_kwargs))
 
     return _assisted_decoding
@@ -215,6 +221,7 @@ def _decode_attached(
     if call.reason is not None:
         given = {name: value for name, value in named.items() if value is not None}
         return sample(*arguments, synced_gpus=synced_gpus, **(given | model_kwargs))
+    named["adapter"] = wanted_adapter(config)
     try:
         return decode(*arguments, draft=draft, **(named | model_kwargs))
     except UnsupportedError as reason:  # the target's first forwards have shown it

@@ -1,4 +1,4 @@
-"""`GenerationConfig.onlinespec`, the setting that `enable()` adds."""
+"""`GenerationConfig.onlinespec` and `GenerationConfig.adapter`, the settings that `enable()` adds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from .._compat.generation import keeps_extras
 from ..config import OnlineSpecConfig
+from ..config.adapters import Asked, checked_adapter
 from ..errors import ConfigError
 
 
@@ -52,13 +53,27 @@ class OnlineSpecSetting:
             raise ConfigError(f"onlinespec={value!r}: expected True, False or an OnlineSpecConfig.")
 
 
-def add_setting() -> None:
-    """Gives transformers' configurations the attribute, which their annotations know nothing of."""
+class AdapterSetting:
+    """The names of adapters, for all rows or per row; checked when they are set, and plain JSON values."""
+
+    def __get__(self, config: GenerationConfig | None, owner: type) -> Asked:
+        return None if config is None else config.__dict__.get("adapter")
+
+    def __set__(self, config: GenerationConfig, value: Asked) -> None:
+        if value is not None:
+            keeps_extras(config)
+        config.__dict__["adapter"] = checked_adapter(value)
+
+
+def add_settings() -> None:
+    """Gives transformers' configurations the attributes, which their annotations know nothing of."""
     GenerationConfig.onlinespec = OnlineSpecSetting()  # type: ignore[attr-defined]
+    GenerationConfig.adapter = AdapterSetting()  # type: ignore[attr-defined]
 
 
-def remove_setting() -> None:
+def remove_settings() -> None:
     del GenerationConfig.onlinespec  # type: ignore[attr-defined]
+    del GenerationConfig.adapter  # type: ignore[attr-defined]
 
 
 def unset(config: GenerationConfig) -> None:
@@ -69,6 +84,11 @@ def unset(config: GenerationConfig) -> None:
 def wanted(config: GenerationConfig) -> OnlineSpecConfig | bool | None:
     """What a configuration says; None: nothing."""
     return config.onlinespec  # type: ignore[attr-defined]
+
+
+def wanted_adapter(config: GenerationConfig) -> Asked:
+    """The adapters that a configuration asks for; None: nothing."""
+    return config.adapter  # type: ignore[attr-defined]
 
 
 def says(argument: object, config: GenerationConfig | None, saved: GenerationConfig) -> bool:

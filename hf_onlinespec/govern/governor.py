@@ -247,20 +247,27 @@ class Governor:
 
     # Learning
 
-    def decide_comparison(self, prompt_log_ratio: float) -> bool:
-        """Counts an update; whether it scores the base draft too."""
-        return self.router.decide_comparison(prompt_log_ratio, self.decisions.budget_fraction == 1.0)
+    def decide_comparison(self, prompt_log_ratio: float, router: AdapterRouter | None = None) -> bool:
+        """Counts an update; whether it scores the base draft too.
 
-    def decide_prompt_scoring(self, tokens: int = 0, room: int | None = None) -> bool:
+        Args:
+            router: of the adapter that is updated; None: of the one without a name.
+        """
+        return (router or self.router).decide_comparison(prompt_log_ratio, self.decisions.budget_fraction == 1.0)
+
+    def decide_prompt_scoring(
+        self, tokens: int = 0, room: int | None = None, router: AdapterRouter | None = None
+    ) -> bool:
         """Counts a request; whether its prompt is scored to tell who serves it: not where neither draft is expected to draft.
 
         Args:
             tokens: that both drafts would have to read.
             room: tokens that the request may take; too few of them are not worth it. None: just enough.
+            router: of the adapter that serves the request; None: of the one without a name.
         """
         least = self.constants.planner.min_room_to_explore
         room = least if room is None else room
-        if room < least or not self.router.decide_scoring():
+        if room < least or not (router or self.router).decide_scoring():
             return False
         found = [self._planner.best(self.acceptances.mean_rate(base), base) for base in (False, True)]
         return any(best and self._planner.prefill_pays(2 * tokens, room, rate) for best, rate in found)
@@ -272,6 +279,7 @@ class Governor:
         recalled: Sequence[float] | None = (),
         updates: bool = True,
         prompt_log_ratio: float = 0.0,
+        router: AdapterRouter | None = None,
     ) -> None:
         """Acceptance at new positions that the draft has not learned from, and the base draft's at the same ones.
 
@@ -279,13 +287,15 @@ class Governor:
             recalled: estimated acceptance of the memory's answers there, 0 where it has none; (): no memory; None: not asked.
             updates: whether the draft learns from them now.
             prompt_log_ratio: of the prompt, see `AdapterRouter`.
+            router: of the learned draft; None: of the adapter without a name.
         """
         n = len(learned)
         if not n or not all(map(math.isfinite, (*learned, *(base or ())))):
             return  # a draft whose logits are not finite teaches nothing
-        by_base = self.router.use_base(prompt_log_ratio)
+        router = router or self.router
+        by_base = router.use_base(prompt_log_ratio)
         if base is not None:
-            self.router.observe_difference(prompt_log_ratio, statistics.mean(learned) - statistics.mean(base), n)
+            router.observe_difference(prompt_log_ratio, statistics.mean(learned) - statistics.mean(base), n)
             if updates and recalled is not None:
                 recalled = recalled or [0.0] * n
                 self.budget.observe_gain(self._beside(learned, recalled) / self._beside(base, recalled), by_base)

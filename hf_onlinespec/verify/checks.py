@@ -12,7 +12,9 @@ from .._compat.adapters import adds_virtual_tokens, base_of
 from .._compat.caches import CACHE, forgets, held_tokens, rollback_obstacle
 from .._compat.generation import SAMPLING_MODES, GenerationMode, known_continuation, mask_length, own_loop
 from .._compat.models import drops_cache, is_stateful
-from ..errors import UnsupportedError
+from ..commit.base import Draft
+from ..config.adapters import AUTO, MOST_ADAPTERS
+from ..errors import ConfigError, UnsupportedError, brief
 from ..heads.base import Head
 from ..models.vocabulary import check_vocabularies
 
@@ -99,6 +101,34 @@ def check_draft(
         head.share(target)
     else:
         check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
+
+
+def check_adapters(draft: Draft, names: tuple[str | None, ...], learns: bool) -> tuple[str | None, ...]:
+    """The names of the adapters of all rows, as they were given: each one is there, or learning makes it.
+
+    Raises:
+        ConfigError: the draft has no named adapters, or a call that learns nothing asks for one that does not exist.
+    """
+    if not any(names):
+        return names
+    if draft.adapters is None:
+        raise ConfigError(
+            f"adapter={brief(next(filter(None, names)))}: this {type(draft).__name__} has no adapters with names. Pass a draft model as "
+            "assistant_model, or leave adapter out."
+        )
+    if AUTO in names:
+        raise ConfigError("adapter='auto' is not available yet: name an adapter.")
+    unknown = sorted({name for name in names if name} - {*draft.adapters})
+    if unknown and not learns:
+        raise ConfigError(
+            f"adapter={brief(unknown[0])}: this draft has no such adapter, and onlinespec=False makes none. There are: "
+            f"{', '.join(sorted(draft.adapters)) or 'none'}."
+        )
+    if len(draft.adapters) + len(unknown) > MOST_ADAPTERS:
+        raise ConfigError(
+            f"adapter={brief(unknown[0])}: this draft has {len(draft.adapters)} adapters with names, and may have {MOST_ADAPTERS}."
+        )
+    return names
 
 
 def check_target(target: PreTrainedModel) -> None:

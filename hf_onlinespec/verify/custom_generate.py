@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from .._compat.generation import needs_synced_gpus
 from ..commit.base import Draft
 from ..config import OnlineSpecConfig
+from ..config.adapters import Asked
 from ..errors import UnsupportedError
 from .batch import check_batch
 from .checks import check_call, check_inputs, check_synced_gpus
@@ -41,6 +42,7 @@ class GenerateFn:
         # Named here, generate() hands it to us; it would want a tokenizer of its own, and that it never hands over.
         stop_strings: str | list[str] | None = None,
         onlinespec: OnlineSpecConfig | bool | None = None,
+        adapter: Asked = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         self._draft.begin_anew_if_changed()
@@ -70,5 +72,6 @@ class GenerateFn:
             draft=self._draft,
             learn=onlinespec is not False,
             streamer=self._streamer,
+            adapter=adapter,
             **model_kwargs,
         )

@@ -22,11 +22,12 @@ from .._compat.caches import CACHE
 from .._compat.generation import generated_output, sample
 from ..commit.base import Call, Draft, note_latest
 from ..commit.request import Request
+from ..config.adapters import Asked, adapters_of_rows
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
 from .batch import check_batch, decode_rows, why_plain_batch
-from .checks import check_call, check_inputs
+from .checks import check_adapters, check_call, check_inputs
 from .probe import why_plain
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
@@ -51,19 +52,25 @@ def decode(
     streamer: BaseStreamer | None = None,
     tokenizer: object = None,
     assistant_tokenizer: object = None,
+    adapter: Asked = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generates with a learning draft; arguments and result are those of transformers' decoding methods.
 
     Works under `torch.inference_mode()` too: learning needs ordinary tensors, so the mode is left for the time of the call.
 
+    Args:
+        adapter: of the draft, by name: which one drafts and learns; or one per prompt. None: the one without a name.
+
     Raises:
-        UnsupportedError, DraftError: before any work is done; the draft's learned state is untouched.
+        UnsupportedError, DraftError, ConfigError: before any work is done; the draft's learned state is untouched.
     """
     check_call(target, draft.model, generation_config, tokenizer, assistant_tokenizer)
     check_inputs(target, input_ids, generation_config, model_kwargs)
     processors = LogitsProcessorList(logits_processor)
     check_batch(target, input_ids, processors, stopping_criteria, generation_config, model_kwargs, streamer)
+    copies = generation_config.num_return_sequences or 1
+    adapters = check_adapters(draft, adapters_of_rows(adapter, len(input_ids), copies), learn)
     several = input_ids.shape[0] > 1
     if several:
         with torch.inference_mode(False), torch.no_grad():
@@ -80,6 +87,7 @@ def decode(
         mask = model_kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
         call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
+        call = replace(call, adapters=adapters)
         arguments = (target, input_ids, processors, stopping_criteria, generation_config)
         loop = _several(*arguments, model_kwargs, draft) if several else _one(*arguments, model_kwargs, draft, streamer)
         request = Request(draft, call)

@@ -110,7 +110,7 @@ class Whims(Governor):
     def guess_beats_model(self, plan: Plan, position: int, survival: float, chance: float, begun: bool = False) -> bool:
         return position < 4 and self.whim.random() < 0.6
 
-    def decide_prompt_scoring(self, tokens: int = 0, room: int = 0) -> bool:
+    def decide_prompt_scoring(self, tokens: int = 0, room: int = 0, router: object = None) -> bool:
         return self.whim.random() < 0.5
 
 
