@@ -77,18 +77,21 @@ def test_learning_of_one_adapter_never_moves_another(target, settings) -> None:
 
 
 def test_in_a_batch_a_row_teaches_its_own_adapter_alone(target) -> None:
-    """To the bit where every round has one token per row; else batching rounds."""
+    """To the bit whatever the other row's adapter is, where every round has one token per row; and as alone, up to rounding."""
     found = []
     for other in ("orders", None, "sql-too"):
         draft = new_draft(lookahead=0)
         for seed in range(2):
-            target.generate(**inputs_of(seed), assistant_model=draft, adapter=["sql", other], **GREEDY)
+            target.generate(**inputs_of(seed), assistant_model=draft, adapter=[other, "sql"], **GREEDY)
         found.append(params(draft, "sql"))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    both = new_draft(lookahead=0)
+    alone = new_draft(lookahead=0)
+    with alone.adapters.using("sql") as own:
+        begun = flat_params(own)
     for seed in range(2):
-        target.generate(**inputs_of(seed), assistant_model=both, adapter="sql", **GREEDY)
-    assert not torch.allclose(found[0], params(both, "sql"), atol=1e-3), "two rows teach more than one"
+        one = {name: rows[1:] for name, rows in inputs_of(seed).items()}
+        target.generate(**one, assistant_model=alone, adapter="sql", **GREEDY)
+    assert (params(alone, "sql") - found[0]).norm() < 0.02 * (found[0] - begun).norm()
 
 
 @pytest.mark.parametrize(
