@@ -20,7 +20,8 @@ from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
-from .draft_model import Branch, DraftModel, Reader
+from .batch_reader import BatchReader, reads_rows
+from .draft_model import Branch, DraftModel, KnownRow, Reader
 from .draft_trees import added_mask, reads_trees, seen_by
 from .row_features import RowFeatures
 
@@ -45,6 +46,17 @@ class CausalLM(DraftModel):
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> None:
         """See `DraftModel`: it reads none."""
         return None
+
+    @cached_property
+    def _reads_rows(self) -> bool:
+        """Whether it reads several rows of any lengths at once, tried once."""
+        with self.serving(base=True) as model:
+            return reads_rows(model, self.keep(1))
+
+    def shared_reader(self, rows: Mapping[int, KnownRow]) -> BatchReader | None:
+        if not self._reads_rows:
+            return None
+        return BatchReader(self.config, self.device, self.positions, self.keep(1), rows)
 
     def inputs(self, tokens: Tensor, cached: int, mask: Tensor | None) -> dict[str, Tensor]:
         """Model inputs for `tokens` (rows, n) behind `cached` tokens, with the padding of `mask` (rows, prompt)."""
@@ -169,6 +181,10 @@ class CausalReader(Reader):
         self._branches: dict[int, tuple[int, int]] = {}
 
     @property
+    def shared(self) -> None:
+        return None
+
+    @property
     def length(self) -> int:
         return self._length
 
@@ -203,10 +219,13 @@ class CausalReader(Reader):
         self._branches |= {branch.node: (cached + i, branch.parent) for i, branch in enumerate(branches)}
         return logits[0]
 
-    def rewind(self, length: int) -> None:
-        keep = min(self._length, length - 1)
+    def rewind(self, length: int, same: int | None = None) -> None:
+        keep = min(self._length, length - 1, length if same is None else same)
         crop(self._past, self._length + len(self._branches) - keep)
         self._length, self._row, self._branches = keep, length, {}
+
+    def leave(self) -> None:
+        pass
 
     def prefix(self, most: int) -> Prefix | None:
         length = min(self._length, most)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import final
 
 import torch
@@ -10,11 +12,11 @@ from torch import Tensor
 
 from ..adapt.schedules import Schedule, Schedules
 from ..govern.acceptance import RequestStats, RowRound
-from ..govern.planner import Plan
+from ..govern.planner import NextInRow, Plan
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
-from .chain import Chain
+from .chain import Chain, RowPart, grow_chains
 from .expansion import Expansion
 from .guessing import Guesser, GuessSources
 from .proposal import ProposalBuilder
@@ -94,11 +96,17 @@ class Combined(Proposer):
             self._governor = self._governors.for_rows(len(rows.lengths))
             pace = self._governor.pace
             self._rests = self._weighed and pace is not None and not pace.asks()
-        reading = False
+        self._reads_prompt = False
+        parts, chains = list[RowPart](), list[Chain]()
         for at, i in enumerate(rows.of_call):
-            self._build(i, rows.row(at), room, trees)
-            reading |= self._reads_prompt
-        self._reads_prompt = reading
+            part, chain = self._begin(i, rows.row(at), room, trees)
+            parts.append(part)
+            chains += [] if chain is None else [chain]
+        failed = self._call.counts.failed_drafts
+        self._grow(chains, rows.of_call)
+        for part in parts:
+            if part.guesser is not None and part.most > 0 and self._call.counts.failed_drafts == failed:
+                self._add_guesses(part, part.guesser)
         if len(self._builders) > 1 and self._weighed:
             with self._draft.lock:
                 width = self._governor.width([builder.chances for builder in self._builders])
@@ -111,34 +119,36 @@ class Combined(Proposer):
     def _note(self, rows: Rows) -> None:
         self._latest |= {i: (rows, at) for at, i in enumerate(rows.of_call)}
 
-    def _build(self, i: int, tokens: Tensor, room: int, trees: bool) -> None:
-        """The candidates behind one row (1, L); i: which one of the call."""
-        failed = self._call.counts.failed_drafts
+    def _begin(self, i: int, tokens: Tensor, room: int, trees: bool) -> tuple[RowPart, Chain | None]:
+        """What is asked for behind one row (1, L), and the draft model's part in it; i: which one of the call."""
         plan, most, asks = None, room, self._call.timed and not self._rests
         if asks and self._call.lookahead is None:
             plan = self._plan(i, tokens, room)
         elif asks:
             most, trees = min(room, self._call.lookahead or 0), False
-        model = self._models[i] if self._models else None
+        model, reads_prompt = self._models[i] if self._models else None, True
         if model is not None:
             model.take(tokens)
             if model.reader.length:  # in plain rounds too: no rejected token may outlive them
                 with self._drafting():
-                    model.reader.rewind(tokens.shape[1])
-            self._reads_prompt = model.reader.length == 0
+                    model.rewind()
+            reads_prompt = model.reader.length == 0
+        self._reads_prompt |= reads_prompt
         draws = self._call.sample and not trees  # several guesses are better than one that is drawn
         guesser = self._sources.row(i, tokens, self._stats[i], draws) if asks else None
         if self._rests:
             self._sources.begin(i, tokens, self._stats[i])
         context = None if guesser is None else guesser.context
         builder = ProposalBuilder(tokens, context, self._call.end_tokens)
-        builder.read = tokens.shape[1] if model is not None and self._reads_prompt else 0
+        builder.read = tokens.shape[1] if model is not None and reads_prompt else 0
         self._builders.append(builder)
+        part = RowPart(i, builder, plan, most, guesser, trees)
         wanted = model is not None and self._drafts and not self._rests and (plan is None or plan.lookahead > 0)
-        if model is not None and wanted and most > 0 and model.reader.can_draft(tokens.shape[1]):
-            self._build_chain(i, builder, plan, most, guesser, trees, failed)
-        if guesser is not None and most > 0 and self._call.counts.failed_drafts == failed:
-            self._add_guesses(i, builder, plan, guesser, most, trees)
+        if model is None or not wanted or most <= 0 or not model.reader.can_draft(tokens.shape[1]):
+            return part, None
+        attempt, lock = self._sources.attempt, self._draft.lock
+        chain = Chain(self._governor, lock, self._call, model, self._stats[i], part, reads_prompt, attempt)
+        return part, chain
 
     def _plan(self, i: int, tokens: Tensor, room: int) -> Plan:
         """How far the draft model should go; where that depends on the prompt, it is scored first."""
@@ -158,45 +168,53 @@ class Combined(Proposer):
             unread = tokens.shape[1] - (0 if own is None else own.reader.length)
             return governor.plan(model is not None, stats, room, unread)
 
-    def _build_chain(
-        self,
-        i: int,
-        builder: ProposalBuilder,
-        plan: Plan | None,
-        most: int,
-        guesser: Guesser | None,
-        trees: bool,
-        failed: int,
-    ) -> None:
-        """Candidates one behind the other, with the draft model; `failed`: `failed_drafts` before the round."""
-        model = self._models[i]
-        # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
-        with self._drafting(), model.model.serving(model.base) as served, torch.inference_mode():
-            chain = Chain(self._governor, self._draft.lock, self._call, model, self._stats[i], served)
-            chain.reads_prompt, chain.trees = self._reads_prompt, trees
-            while len(builder.drafted) < most and not builder.ended and chain.pays(builder, plan):
-                if guesser is not None:
-                    with self._sources.attempt():
-                        if chain.add_guess(builder, plan, guesser):
-                            continue
-                if self._call.counts.failed_drafts > failed:
-                    break
-                self._drafted |= chain.add_model_token(builder, plan)
-            chain.wait(builder)
+    def _grow(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
+        """The candidates of the draft model; rows: those that go on."""
+        groups = defaultdict[tuple[int, bool, int], list[Chain]](list)
+        for chain in chains:
+            model = chain.model
+            if len(rows) > 1 and not model.reader.length and model.reader.shared is None:
+                self._share(model, rows)
+            groups[id(model.model), model.base, id(model.reader.shared)].append(chain)
+        for group in groups.values():
+            model = group[0].model
+            # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
+            with self._drafting(), model.model.serving(model.base) as served, torch.inference_mode():
+                observe = partial(self._observe_prefill, len(rows)) if self._call.waits else None
+                pays = partial(self._models_pay, len(rows))
+                self._drafted |= grow_chains(group, served, pays, observe)
 
-    def _add_guesses(
-        self, i: int, builder: ProposalBuilder, plan: Plan | None, guesser: Guesser, most: int, trees: bool
-    ) -> None:
+    def _models_pay(self, rows: int, next_tokens: Sequence[NextInRow]) -> bool:
+        return not next_tokens or self._governor.models_pay(next_tokens, rows)
+
+    def _share(self, model: RowModel, rows: Sequence[int]) -> None:
+        """All rows that read nothing yet and that the same model serves are read together from now on, where it can."""
+        with self._drafting():
+            alike = [self._models[i] for i in rows]
+            alike = [row for row in alike if row.model is model.model and row.base == model.base]
+            unread = {row.row: row for row in alike if not row.reader.length and row.reader.shared is None}
+            shared = model.model.shared_reader(unread) if len(unread) > 1 else None
+            if shared is not None:
+                for i, row in unread.items():
+                    row.reader = shared.row(i)
+
+    def _observe_prefill(self, rows: int, tokens: int, seconds: float, read: int) -> None:
+        """The draft model took so long to read so many tokens of a prompt in some of the rows: in all of them it takes as much longer."""
+        with self._draft.lock:
+            self._governor.observe_prefill(tokens, seconds * rows / read)
+
+    def _add_guesses(self, part: RowPart, guesser: Guesser) -> None:
         """Guesses beside and behind the chain, as far as they are expected to pay."""
-        governor, expansion = self._governor, None
-        if trees and plan is not None and builder.has_model_token and not self._reads_prompt:
-            expansion = Expansion(governor, self._draft.lock, plan, self._models[i], builder, self._drafting)
+        governor, expansion, builder, plan = self._governor, None, part.builder, part.plan
+        if part.trees and plan is not None and builder.has_model_token and not builder.read:
+            model = self._models[part.row]
+            expansion = Expansion(governor, self._draft.lock, plan, model, builder, self._drafting)
         with self._sources.attempt():
 
             def pays(candidates: int, chance: float) -> bool:
-                return candidates < most if plan is None else governor.guess_pays(plan, candidates, chance)
+                return candidates < part.most if plan is None else governor.guess_pays(plan, candidates, chance)
 
-            grow(builder, guesser, pays, most, self._call.end_tokens, trees, expansion)
+            grow(builder, guesser, pays, part.most, self._call.end_tokens, part.trees, expansion)
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None) -> None:
         """See `Proposer`: the best next tokens behind everything that was verified, and what a head reads."""
@@ -222,7 +240,9 @@ class Combined(Proposer):
         with self._drafting():
             for at, i in enumerate(rows.of_call if self._models else ()):
                 length = rows.lengths[at] - verdict.new_tokens[at]
-                self._models[i].keep_features(length, verdict.proposal.tokens.shape[1], verdict.paths[at])
+                self._models[i].keep(length, verdict.proposal.tokens.shape[1], verdict.paths[at])
+                if verdict.done[at]:
+                    self._models[i].reader.leave()
         target_s = verdict.target_s
         if target_s:
             target_s += verdict.draft_s - model_s  # the time of guesses belongs to every round
@@ -237,7 +257,8 @@ class Combined(Proposer):
                 sources = verdict.proposal.sources[at]
                 outcomes = [(sources[candidate], chance) for candidate, chance in verdict.chances[at]]
                 expansions = self._builders[at].expansions if self._builders else 0
-                rounds.append(RowRound(sources, outcomes, self._stats[i], expansions))
+                together = bool(self._models) and self._models[i].reader.shared is not None
+                rounds.append(RowRound(sources, outcomes, self._stats[i], expansions, together))
             self._governor.observe_rows(rounds, timed_s, target_s)
             if self._governor.pace is not None and verdict.target_s:
                 seconds = verdict.draft_s + verdict.target_s
@@ -251,7 +272,8 @@ class Combined(Proposer):
         """Tells the governor what the draft model brought in this round: without it, the first of its own would have been the end."""
         first = next((at for at, candidate in enumerate(path) if candidate in builder.own), len(path))
         own, candidates, reads = len(builder.own), len(builder.drafted), bool(self.reads)
-        self._weighs.observe_draft(len(path) - first, own, candidates, builder.model_s, reads, builder.read)
+        draft_s = len(self._builders) * builder.model_s
+        self._weighs.observe_draft(len(path) - first, own, candidates, draft_s, reads, builder.read)
 
     def _observe_guesses(self, row: int, builder: ProposalBuilder, verdict: Verdict) -> None:
         """Every place of a row of this round that was verified has shown which of all guesses was right."""

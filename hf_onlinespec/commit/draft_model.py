@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,41 @@ class Branch(NamedTuple):
     token: int
 
 
+class KnownRow(Protocol):
+    """A row as a draft model reads it."""
+
+    tokens: Tensor | None  # (1, L) on the model's device, what the target has kept so far; None: it has not begun
+    padding: int  # of them, on the left, tokens that are none
+
+
+class SharedReader(ABC):
+    """What reads several rows of a call in one forward."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many rows it reads."""
+
+    @abstractmethod
+    def row(self, i: int) -> Reader:
+        """What it has read of one row of the call."""
+
+    @abstractmethod
+    def scores(self, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
+        """What the model says behind prefixes (1, L) of some of the rows, by their number, in this order: logits (rows, ids).
+
+        Args:
+            served: the module tree that drafts now, see `DraftModel.serving`.
+        """
+
+
 class Reader(ABC):
     """What a draft model has read of one row of a call: rolled back from round to round, never built anew."""
+
+    @property
+    @abstractmethod
+    def shared(self) -> SharedReader | None:
+        """What reads other rows in the same forward; None: this row is read by itself."""
 
     @property
     @abstractmethod
@@ -63,8 +96,16 @@ class Reader(ABC):
         """What the model says behind several candidates, which it reads in one forward: logits (branches, ids), from id 0 on."""
 
     @abstractmethod
-    def rewind(self, length: int) -> None:
-        """Rolls back to what was kept of `length` tokens, less the last one: it is read again, for its logits."""
+    def rewind(self, length: int, same: int | None = None) -> None:
+        """Rolls back to what was kept of `length` tokens, less the last one: it is read again, for its logits.
+
+        Args:
+            same: of what was read, so many tokens at the beginning are kept; None: as many as there are.
+        """
+
+    @abstractmethod
+    def leave(self) -> None:
+        """The row has ended: other rows need not be held up by it."""
 
     @abstractmethod
     def prefix(self, most: int) -> Prefix | None:
@@ -153,6 +194,9 @@ class DraftModel(ABC):
         Raises:
             UnsupportedError: no target is known, or it hands out none.
         """
+
+    def shared_reader(self, rows: Mapping[int, KnownRow]) -> SharedReader | None:
+        """What reads several rows, by their number in the call, in one forward; None: they are read one by one."""
 
     @abstractmethod
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, Reader]]:

@@ -25,7 +25,7 @@ from ..heads.base import Head
 from ..heads.unrolling import Unroll
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
-from .draft_model import Branch, DraftModel, Reader
+from .draft_model import Branch, DraftModel, KnownRow, Reader
 from .draft_trees import seen_by
 from .row_features import RowFeatures
 
@@ -52,6 +52,9 @@ class HeadModel(DraftModel):
     def reader(self, mask: Tensor | None, features: RowFeatures | None) -> HeadReader:
         assert features is not None
         return HeadReader(self, features)
+
+    def shared_reader(self, rows: Mapping[int, KnownRow]) -> None:
+        """See `DraftModel`. A head reads the target's features of each row."""
 
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, Reader]]:
         """See `DraftModel`. Before the target has read the prompt a head can say nothing about it."""
@@ -181,6 +184,10 @@ class HeadReader(Reader):
         self._kept: tuple[Tensor | None, Tensor | None] = None, None  # the same, of the last row of true features
 
     @property
+    def shared(self) -> None:
+        return None
+
+    @property
     def length(self) -> int:
         return self._end + 1 if self._end > self._first else 0
 
@@ -251,13 +258,16 @@ class HeadReader(Reader):
         )
         self._logits, self._hidden = out.logits[:, -1], out.hidden[:, -1:]
 
-    def rewind(self, length: int) -> None:
+    def rewind(self, length: int, same: int | None = None) -> None:
         """Rolls back to the rows of true features: the tokens that were drafted are read again, with theirs."""
         crop(self._past, max(0, self._cached - (self._end - self._first)))
         self._drafted, (self._logits, self._hidden) = 0, self._kept
         self._read, self._above = {}, {}
         if self._hidden is not None:
             self._note(-1, -1)
+
+    def leave(self) -> None:
+        pass
 
     def prefix(self, most: int) -> Prefix | None:
         length = min(self._end, most - 1) - self._first

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,24 +15,11 @@ from ..govern.acceptance import RequestStats
 from ..govern.governor import Governor
 from ..govern.routing import AdapterRouter
 from ..models.vocabulary import widened
-from ..runtime.clock import is_host
 from ..runtime.forks import Lock
 from .base import Call
 from .draft_model import Branch, DraftModel
 from .recycling import best_tokens
 from .row_features import MOST_HELD, RowFeatures
-from .sampling import draw
-
-
-@dataclass(frozen=True)
-class NextToken:
-    """A token of the draft model's."""
-
-    token: Tensor  # (1, 1)
-    known: int | None  # the same, where the host has it
-    probs: Tensor | None  # (1, vocab) the distribution it was drawn from; None: greedy
-    confidence: float | None  # probability of the likeliest token, where the host has it
-    best: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their probabilities, where they were asked for
 
 
 class RowModel:
@@ -61,14 +46,16 @@ class RowModel:
         self._processors = call.stateless_processors(row)
         self._governor, self._lock, self.router = governor, lock, router
         self.vocabulary = call.vocabulary or model.vocabulary  # of the target
+        self.row, self.padding = row, call.padding(row)
         own = None if call.mask is None else call.mask[row : row + 1]
         self.mask = None if own is None or bool((own == 1).all()) else own.to(model.device)
         self.tokens: Tensor | None = None  # (1, L) the row so far as the draft reads it, on its device
+        self._same: int | None = None  # tokens of it at the beginning that are as the model has read them
         self.prompt = 0  # how much of it was there before
         self.prompt_log_ratio: float | None = (
             None  # how much the prompt speaks for the learned draft; None: it was not asked
         )
-        self.features = RowFeatures(call.padding(row), MOST_HELD) if model.reads else None
+        self.features = RowFeatures(self.padding, MOST_HELD) if model.reads else None
         self.reader = model.reader(self.mask, self.features)
 
     @property
@@ -84,6 +71,16 @@ class RowModel:
     def common(self) -> int:
         """Ids below it may be drafted: target and draft have them both."""
         return min(self.vocabulary.size, self.model.vocabulary.size)
+
+    @property
+    def samples(self) -> bool:
+        """Whether its tokens are drawn."""
+        return self._call.sample
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether scores are to be `processed`."""
+        return bool(self._processors)
 
     @property
     def base(self) -> bool:
@@ -115,7 +112,7 @@ class RowModel:
         )
         with self._lock:
             if readers:
-                governor.observe_prefill(2 * prompt.shape[1], time.perf_counter() - started)
+                governor.observe_prefill(2 * prompt.shape[1], self._call.rows * (time.perf_counter() - started))
             self.router.observe_prompt(self.prompt_log_ratio)
             if not self.reader.length:  # who has begun goes on
                 self.serve(self.router.use_base(self.prompt_log_ratio))
@@ -135,10 +132,17 @@ class RowModel:
         if self.features is not None:
             self.features.take(features.to(self.model.device))
 
-    def keep_features(self, length: int, proposed: int, path: Sequence[int]) -> None:
-        """What stays of them, see `RowFeatures.keep`."""
+    def keep(self, length: int, proposed: int, path: Sequence[int]) -> None:
+        """Of a round that began with `length` tokens this path of the proposed ones was kept."""
         if self.features is not None:
             self.features.keep(length, proposed, path)
+        chain = next((i for i, candidate in enumerate(path) if candidate != i), len(path))
+        self._same = length + chain  # what the model has read of a chain ends where the path leaves it
+
+    def rewind(self) -> None:
+        """Takes back what was read beyond the row as it is now."""
+        assert self.tokens is not None
+        self.reader.rewind(self.tokens.shape[1], self._same)
 
     def learned_features(self, start: int, end: int) -> Tensor | None:
         """See `DraftedRow`."""
@@ -146,39 +150,6 @@ class RowModel:
             return None
         start = max(start, self.features.start)
         return self.features.rows(start, max(start, end - 1))
-
-    def next_token(self, served: PreTrainedModel, prefix: Tensor, best: int = 0) -> NextToken | None:
-        """The token after `prefix` (1, L), which is read; None: what the draft says is not finite.
-
-        Args:
-            served: the module tree that drafts now, see `DraftModel.serving`.
-            best: how many of the likeliest other tokens are asked for, where the host has them.
-        """
-        scores = self.reader.scores(served, self.readable(prefix))[:, : self.common].float()
-        # The processors may hold tensors on the target's device: theirs is the place to apply them.
-        scores = self._processed(scores.to(prefix.device), prefix)
-        host = is_host(prefix.device)  # elsewhere, reading a value waits for the device
-        probs = None
-        if self._call.sample:
-            probs = scores.softmax(-1)
-            if host and not math.isfinite(float(probs.sum())):
-                return None
-            if not host:
-                # Asking would wait for the device: the uniform distribution takes the place of none, what is drawn from q stays exact.
-                uniform = widened(probs.new_full((self.common,), 1 / self.common), probs.shape[-1], 0.0)
-                probs = torch.where(torch.isfinite(probs).all(-1, keepdim=True), probs, uniform)
-            token = draw(probs)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        if not host:
-            return NextToken(token, None, probs, None)
-        known = int(token)
-        shares = scores.softmax(-1) if probs is None else probs
-        likeliest: tuple[tuple[int, float], ...] = ()
-        if best:
-            places = best_tokens(shares, best + 1)
-            likeliest = tuple(zip(places[0].tolist(), shares[0, places[0]].tolist(), strict=True))
-        return NextToken(token, known, probs, float(shares.max()), likeliest)
 
     def next_of(self, served: PreTrainedModel, branches: Sequence[Branch], n: int) -> list[list[tuple[int, float]]]:
         """The n likeliest tokens behind each of several candidates, and their probabilities before any processor."""
@@ -188,10 +159,8 @@ class RowModel:
         found = zip(tokens.tolist(), shares.gather(-1, tokens).tolist(), strict=True)
         return [list(zip(own, probs, strict=True)) for own, probs in found]
 
-    def _processed(self, scores: Tensor, prefix: Tensor) -> Tensor:
+    def processed(self, scores: Tensor, prefix: Tensor) -> Tensor:
         """Scores (1, common ids) as the target's stateless processors make them, so that q is warped as p is."""
-        if not self._processors:
-            return scores
         # They index the target's vocabulary; what the draft does not propose is impossible before and after them.
         scores = widened(scores, self.vocabulary.said, -torch.inf)
         return processed_scores(self._processors, prefix, scores)

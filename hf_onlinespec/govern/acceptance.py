@@ -103,6 +103,7 @@ class RowRound:
     outcomes: Sequence[tuple[TokenSource, float]]  # of each verified one, the chance that it was kept
     seen: RequestStats  # of the row, noted in it
     expansions: int = 0  # forwards of the draft model behind several candidates at once
+    read_together: bool = False  # whether the draft model read it in the forwards of other rows
 
     @property
     def steps(self) -> int:

@@ -21,7 +21,7 @@ from .budget import BudgetConstants, LearningBudget
 from .costs import CostConstants, Costs
 from .fit import Fit, FitConstants
 from .guesses import GuessChances, GuessConstants
-from .planner import Plan, Planner, PlannerConstants
+from .planner import NextInRow, Plan, Planner, PlannerConstants
 from .routing import AdapterRouter, RouterConstants
 
 NOTHING_LEARNS = "there is no draft model: the suffix memory holds what was written, and has nothing to learn"
@@ -88,8 +88,8 @@ class Governor:
     def for_rows(self, rows: int) -> Governor:
         """Decides for rounds of so many rows: by times of their own, and by what is known of acceptance, which they share.
 
-        Rows are reckoned as if each did what the others do: a plain step brings a token to each, and the draft model, which reads
-        row by row, takes its time in each. Sizes up to a power of two are one.
+        Rows are reckoned as if each did what the others do: a plain step brings a token to each, and the draft model takes its time
+        for all of them, in one forward or in one of each. Sizes up to a power of two are one.
         """
         size = 1 << (rows - 1).bit_length()
         if size == 1:
@@ -134,6 +134,19 @@ class Governor:
         """
         return self._planner.model_pays(plan, position, survival, begun)
 
+    def may_draft(self, plan: Plan, position: int) -> bool:
+        """Whether the draft model may draft the token at `position` at all, be it worth its time or not."""
+        return self._planner.may_draft(plan, position)
+
+    def models_pay(self, next_tokens: Sequence[NextInRow], rows: int) -> bool:
+        """Whether the draft model should draft the next token in several rows, all of which it reads in one forward.
+
+        Args:
+            next_tokens: of the rows in which it may draft one.
+            rows: that it reads, and that the target verifies: the others, too, are as long in coming.
+        """
+        return self._planner.models_pay(next_tokens, rows)
+
     def guess_pays(self, plan: Plan, candidates: int, chance: float) -> bool:
         """Whether one more guess is verified, beside so many candidates, that is kept with this chance.
 
@@ -173,8 +186,8 @@ class Governor:
         return self._planner.guess_beats_model(plan, position, survival, chance, begun)
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """The draft took so long to read so many tokens of a prompt."""
-        self.costs.observe_prefill(tokens, self._rows * seconds)
+        """The draft took so long to read so many tokens of a prompt, in every row."""
+        self.costs.observe_prefill(tokens, seconds)
 
     def observe(
         self,
@@ -196,17 +209,19 @@ class Governor:
     def observe_rows(self, rows: Sequence[RowRound], draft_s: float, target_s: float) -> None:
         """Takes in one round of one or several rows, and the times of all of them together.
 
-        The target verifies as many candidates of each row as the row with the most has; of the draft model's steps the mean counts.
+        The target verifies as many candidates of each row as the row with the most has. Of the draft model's steps those of the row
+        with the most count where it reads them together, else the mean.
         """
         k = max(len(row.drafted) for row in rows)
-        steps = -(-sum(row.steps for row in rows) // len(rows))
+        steps = [row.steps for row in rows]
+        steps_of_all = max(steps) if any(row.read_together for row in rows) else -(-sum(steps) // len(steps))
         names = {token.source for row in rows for token in row.drafted}
         model, memory = "model" in names, bool(names - {"model"})
         name = "plain" if not k else "model" if not memory else "memory+model" if model else "memory"
         self.decisions.rounds[name] += 1
-        self.costs.observe_round(k, steps, draft_s, target_s)
+        self.costs.observe_round(k, steps_of_all, draft_s, target_s)
         for row in rows:
-            weight = self._planner.observe_round(k, steps, row.outcomes)
+            weight = self._planner.observe_round(k, steps_of_all, row.outcomes)
             self.acceptances.observe_round(row.outcomes, row.seen, weight)
         self.budget.earn(draft_s + target_s, self.acceptances.base_served_last, self.account.learning_limit)
 
@@ -218,13 +233,13 @@ class Governor:
         Args:
             gained: tokens that were kept, and that there would not have been without it.
             own: of the candidates, those that no guess would have had.
-            draft_s: that it took, a prompt that it read included.
+            draft_s: that it took, a prompt that it read included; of several rows, as if it had taken as long for each.
             reads: whether the target handed out hidden states for it.
             read: tokens of a prompt that it read in this round.
         """
         costs, verify = self.costs, self.costs.verify
         if costs.pace_s and math.isfinite(draft_s):
-            drafting = costs.without_stall(self._rows * draft_s / costs.pace_s, self._rows * read)
+            drafting = costs.without_stall(draft_s / costs.pace_s, read)
             taken = drafting + verify.at(candidates) - verify.at(candidates - own)
             self.account.observe(gained / self._planner.usual_rate, taken, reads)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..metrics import Decisions
 from .acceptance import Acceptances, RequestStats, TokenSource
@@ -69,6 +70,15 @@ class Plan:
     calibrate: bool = False  # nobody drafts: a plain step is timed again
     acceptance: float = 0.5  # estimated acceptance rate of the draft model in this request
     serves_base: bool = False  # the base draft serves it
+
+
+class NextInRow(NamedTuple):
+    """The token that the draft model may draft next in one of several rows."""
+
+    plan: Plan
+    position: int  # candidates before it
+    survival: float  # chance that these are kept
+    begun: bool  # whether the model has drafted in this round already
 
 
 class Planner:
@@ -203,12 +213,27 @@ class Planner:
 
     def model_pays(self, plan: Plan, position: int, survival: float, begun: bool) -> bool:
         """Whether the draft model should draft the token at `position`, see `Governor.model_pays`."""
-        if position == 0 or not self._costs.draft.known:
-            return position < plan.lookahead
-        if not plan.lookahead or position >= self._max_lookahead:
-            return False
+        if position == 0 or not self._costs.draft.known or not self.may_draft(plan, position):
+            return self.may_draft(plan, position)
         cost = plan.rate * (self._costs.drafting(begun) + self._costs.verify.step(position))
         return survival * self._acceptances.rate_at(position, plan.acceptance, plan.serves_base) > cost
+
+    def models_pay(self, next_tokens: Sequence[NextInRow], rows: int) -> bool:
+        """Whether the draft model should draft the next token in several rows, see `Governor.models_pay`."""
+        costs = self._costs
+        if not costs.draft.known or any(not row.position for row in next_tokens):
+            return True
+        gain = cost = 0.0
+        for plan, position, survival, begun in next_tokens:
+            gain += survival * self._acceptances.rate_at(position, plan.acceptance, plan.serves_base)
+            cost += plan.rate * (costs.drafting(begun) + costs.verify.step(position)) / len(next_tokens)
+        return gain > rows * cost
+
+    def may_draft(self, plan: Plan, position: int) -> bool:
+        """Whether the draft model may draft the token at `position` at all."""
+        if position == 0 or not self._costs.draft.known:
+            return position < plan.lookahead
+        return 0 < plan.lookahead and position < self._max_lookahead
 
     def guess_pays(self, plan: Plan, candidates: int, chance: float) -> bool:
         """Whether one more guess is verified, see `Governor.guess_pays`."""

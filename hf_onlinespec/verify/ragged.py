@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat.caches import CACHE, crop, fresh_cache, move, rearrange, select_rows
+from .._compat.caches import CACHE, crop, fresh_cache, move, select_rows
 from .._compat.generation import generative
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
+from ..models.holes import close_holes
 from ..rounds import Proposal, Rows, Verdict
 from .positions import PositionLimits
 from .target import unread
 from .trees import MOST_NODES, tree_mask, tree_positions
-
-# Share of the places that may be holes. Measured: LOG 2026-11-26 "Batches": moving all rows in every round takes 8 to 25 % of a round,
-# never moving them 1 to 30 % more places.
-MOST_HOLES = 0.25
 
 
 class RaggedVerifier:
@@ -128,12 +125,10 @@ class RaggedVerifier:
         self._close_holes()
 
     def _close_holes(self) -> None:
-        """Moves the rows together, to the right, where that is worth it, or where a table of positions may count places."""
-        places, most = self._seen.shape[1], max(self._held)
-        full = places + MOST_NODES > self._table
-        if places == most or not (full or places - most > MOST_HOLES * places):
-            return
-        order = self._seen.argsort(dim=1, stable=True)[:, places - most :]  # holes first
+        """Moves the rows together where that is worth it, or where a table of positions may count places."""
         # The last column is of the token that is not in the cache yet: it is the last one of every row.
-        rearrange(self._cache, order[:, :-1])
-        self._seen, self._cached = self._seen.gather(1, order), most - 1
+        full = self._seen.shape[1] + MOST_NODES > self._table
+        cached = close_holes(self._cache, self._seen[:, :-1], max(self._held) - 1, full)
+        if cached.shape[1] < self._seen.shape[1] - 1:
+            self._seen = torch.cat([cached, self._seen[:, -1:]], dim=-1)
+            self._cached = cached.shape[1]

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec._compat.hidden_states import hidden_states_inputs
 from hf_onlinespec.adapt.trainable import Prefix
-from hf_onlinespec.commit.draft_model import Branch, Reader
+from hf_onlinespec.commit.draft_model import Branch, Reader, SharedReader
 from hf_onlinespec.commit.head import HeadModel
 from hf_onlinespec.commit.row_features import RowFeatures
 from hf_onlinespec.govern.planner import Plan
@@ -66,8 +66,15 @@ class Recorded(Reader):
             self._found.append((self._row, path, own[None].clone()))
         return scores
 
-    def rewind(self, length: int) -> None:
-        self._reader.rewind(length)
+    def rewind(self, length: int, same: int | None = None) -> None:
+        self._reader.rewind(length, same)
+
+    @property
+    def shared(self) -> SharedReader | None:
+        return self._reader.shared
+
+    def leave(self) -> None:
+        self._reader.leave()
 
     def prefix(self, most: int) -> Prefix | None:
         return self._reader.prefix(most)

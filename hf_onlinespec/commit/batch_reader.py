@@ -1,0 +1,211 @@
+"""Several rows of a call, read by a causal language model in one forward.
+
+Each row has read as many tokens of its own as it has, drafted ones included, and keeps of them what the target keeps. What a row
+lacks in the one cache is a hole: rejected tokens, padding, and whatever other rows read while it read nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from .._compat.attention import has_sinks, takes_positions, tree_obstacle
+from .._compat.caches import CACHE, crop, select_rows
+from ..adapt.trainable import Prefix
+from ..models.holes import close_holes, last_seen
+from .draft_model import Branch, KnownRow, Reader, SharedReader
+from .draft_trees import MOST_OFF
+
+MOST_READ = 16  # tokens that are read behind a row in a round, with room to spare; chosen
+
+
+@final
+class BatchReader(SharedReader):
+    """The KV cache of a causal language model in several rows, each with its own holes.
+
+    Args:
+        positions: of the model, and with them the places that its cache should have at most.
+        inputs: of every forward.
+        rows: by their number in the call.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        device: torch.device,
+        positions: int,
+        inputs: Mapping[str, int],
+        rows: Mapping[int, KnownRow],
+    ) -> None:
+        self._device, self._positions, self._inputs = device, positions, inputs
+        self._rows = dict(rows)
+        self._order = list(rows)  # which row each one of the cache is
+        self._past = DynamicCache(config=config)
+        self._seen = torch.zeros(len(rows), 0, dtype=torch.long)  # (batch, places), on the host: 0 at holes
+        self._lengths = dict.fromkeys(rows, 0)  # tokens that were read, padding included
+        # Per row, of the tokens that were read since it was rolled back: which one, and its place.
+        self._latest: dict[int, list[tuple[int, int]]] = {row: [] for row in rows}
+        self._rejected: list[
+            tuple[int, int]
+        ] = []  # row and place of tokens that were rolled back since the last forward
+        self._left = False  # whether rows have left since then
+
+    @property
+    def size(self) -> int:
+        return len(self._rows)
+
+    def row(self, i: int) -> Reader:
+        """What it has read of one row."""
+        return _RowReader(self, i)
+
+    def length(self, i: int) -> int:
+        """Tokens of a row that need not be read again."""
+        return self._lengths[i]
+
+    def scores(self, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
+        """See `SharedReader`. Other rows read on in the same forward, as far as that makes it no wider: it costs nothing."""
+        self._settle()
+        n = max(prefix.shape[1] - self._lengths[row] for row, prefix in prefixes.items())
+        feeds = [self._feed(row, prefixes.get(row), n) for row in self._order]
+        cached = self._seen.shape[1]
+        positions, kept = [], []
+        for row, feed in zip(self._order, feeds, strict=True):
+            m, start, padding = feed.shape[1], self._lengths[row], self._rows[row].padding
+            first = cached + n - m  # rows end together
+            read = range(start, start + m)
+            positions.append([0] * (n - m) + [max(0, at - padding) for at in read])
+            kept.append([0] * (n - m) + [int(at >= padding) for at in read])
+            self._latest[row] += [(at, first + i) for i, at in enumerate(read)]
+        seen = torch.cat([self._seen, torch.tensor(kept)], dim=1)
+        logits: Tensor = served(
+            input_ids=torch.cat([F.pad(feed, (n - feed.shape[1], 0)) for feed in feeds]),
+            attention_mask=seen.to(self._device),
+            position_ids=torch.tensor(positions, device=self._device),
+            **{CACHE: self._past},
+            use_cache=True,
+            **self._inputs,
+        ).logits[:, -1]
+        self._seen = seen
+        for row, feed in zip(self._order, feeds, strict=True):
+            self._lengths[row] += feed.shape[1]
+        said = [self._order.index(row) for row in prefixes]
+        return logits if said == list(range(len(logits))) else logits[said]
+
+    def _feed(self, row: int, prefix: Tensor | None, n: int) -> Tensor:
+        """(1, ≤ n) of a row, what it reads next."""
+        start = self._lengths[row]
+        if prefix is not None:
+            return prefix[:, start:].to(self._device)
+        known = self._rows[row].tokens
+        assert known is not None
+        return known[:, start : min(start + n, self._positions)]
+
+    def rewind(self, i: int, length: int) -> None:
+        """Rolls a row back, see `Reader.rewind`."""
+        keep, at = min(self._lengths[i], length - 1), self._order.index(i)
+        self._rejected += [(at, place) for token, place in self._latest[i] if token >= keep]
+        self._lengths[i], self._latest[i] = keep, []
+
+    def leave(self, i: int) -> None:
+        """A row that has ended is read no further."""
+        del self._rows[i]
+        self._left = True
+
+    def _settle(self) -> None:
+        """Takes out rows that have left and places where no row has a token, and moves the others together where that is worth it."""
+        if not self._rejected and not self._left:
+            return
+        if self._rejected:
+            rows, rejected = zip(*self._rejected, strict=True)
+            self._seen[list(rows), list(rejected)] = 0
+        going_on = [at for at, row in enumerate(self._order) if row in self._rows]
+        if len(going_on) < len(self._order):
+            index = torch.tensor(going_on)
+            select_rows(self._past, index)
+            self._seen, self._order = self._seen[index], [self._order[at] for at in going_on]
+        places = last_seen(self._seen)
+        crop(self._past, self._seen.shape[1] - places)
+        most = int(self._seen[:, :places].sum(dim=1).max())
+        full = places + MOST_READ > self._positions
+        self._seen = close_holes(self._past, self._seen[:, :places], most, full)
+        self._rejected, self._left = [], False
+
+
+@final
+class _RowReader(Reader):
+    """One of the rows that are read together."""
+
+    def __init__(self, batch: BatchReader, row: int) -> None:
+        self._batch, self._row = batch, row
+
+    @property
+    def shared(self) -> SharedReader:
+        return self._batch
+
+    @property
+    def length(self) -> int:
+        return self._batch.length(self._row)
+
+    def can_draft(self, length: int) -> bool:
+        return True
+
+    def scores(self, served: PreTrainedModel, prefix: Tensor) -> Tensor:
+        return self._batch.scores(served, {self._row: prefix})
+
+    @property
+    def reads_trees(self) -> bool:
+        return False
+
+    def can_branch(self, parent: int, depth: int) -> bool:
+        return False
+
+    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
+        raise NotImplementedError  # see `can_branch`
+
+    def rewind(self, length: int, same: int | None = None) -> None:
+        self._batch.rewind(self._row, length if same is None else min(length, same + 1))
+
+    def leave(self) -> None:
+        self._batch.leave(self._row)
+
+    def prefix(self, most: int) -> Prefix | None:
+        return None  # its keys do not lie side by side
+
+
+@dataclass
+class _TriedRow:
+    tokens: Tensor | None
+    padding: int = 0
+
+
+@torch.no_grad()
+def reads_rows(model: PreTrainedModel, inputs: Mapping[str, int]) -> bool:
+    """Whether a model reads rows of different lengths as it reads each alone: by its configuration, then tried on two of them.
+
+    Args:
+        inputs: of every forward, for the logits of the last position.
+    """
+    if tree_obstacle(model.config) or has_sinks(model) or not takes_positions(model) or model.training:
+        return False
+    size, device = model.config.get_text_config(decoder=True).vocab_size, model.device
+    tokens = [[token % size for token in row] for row in ((3, 5, 7, 11, 13, 17), (2, 9, 4, 8, 6, 12))]
+    rows = {i: torch.tensor([row], device=device) for i, row in enumerate(tokens)}
+    try:
+        known = {i: _TriedRow(row[:, : 4 - 2 * i]) for i, row in rows.items()}
+        reader = BatchReader(model.config, device, 64, inputs, known)
+        reader.scores(model, {i: row[:, : 5 - 2 * i] for i, row in rows.items()})
+        for i, length in ((0, 5), (1, 2)):  # of the second row a token is taken back, and another one follows
+            reader.rewind(i, length)
+        found = reader.scores(model, {0: rows[0], 1: torch.cat([rows[1][:, :1], rows[1][:, 2:]], dim=1)})
+        whole = [rows[0], torch.cat([rows[1][:, :1], rows[1][:, 2:]], dim=1)]
+        alone = torch.cat([model(input_ids=row, use_cache=False).logits[:, -1] for row in whole])
+    except Exception:  # a model from elsewhere may raise anything: its rows are read one by one
+        return False
+    apart = (found - alone).abs().amax(dim=-1) / alone.abs().amax(dim=-1).clamp_min(1e-9)
+    return bool((apart <= MOST_OFF).all())
