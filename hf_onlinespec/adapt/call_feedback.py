@@ -149,6 +149,10 @@ class CallFeedback:
             teachers = [teacher.last(sayable(features.shape[1])) for teacher in teachers]
         return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature, features)
 
+    def joined(self, segments: Sequence[Segment]) -> Segment:
+        """Segments of several rows as one padded batch."""
+        return Segment.joined(segments, self._learning.settings.context_tokens, self.rows[0].config)
+
     def keep(self, i: int, segment: Segment) -> None:
         """What was handed out goes to the replay; of one request, all of it or nothing."""
         self._of[i].keep(segment.teachers)

@@ -210,7 +210,8 @@ def concatenate(teachers: list[Teacher]) -> Teacher:
 
 @torch.no_grad()
 def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teacher_temperature: float = 1.0) -> Tensor:
-    """Σ min(p, q) of the draft's logits (batch, n, V) at every position (batch · n,); at temperature 0: whether the argmax agrees.
+    """Σ min(p, q) of the draft's logits (batch, n, V) at every position of the teachers, of shorter ones the last; at temperature 0:
+    whether the argmax agrees.
 
     Other warpers of a call are not applied; of a top-k teacher's tail, only the whole mass is compared.
 
@@ -219,6 +220,7 @@ def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teac
     """
     found = []
     for teacher, row in zip(teachers, logits, strict=True):
+        row = row[len(row) - len(teacher) :]
         if temperature == 0:
             best = teacher.log_probs.argmax(-1)
             if teacher.tokens is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,50 +18,77 @@ from .trainable import Trainable
 JUDGED_TOKENS = 32  # of a request, that tell how experts and adapter do
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What experts and adapter showed of one row, before it was learned."""
+
+    segment: Segment
+    accepted: list[list[float]]  # by row of the batched forward: of every expert, and of what serves
+    scores: Scores
+
+    def finite(self) -> Judged:
+        """The same, with 0 where acceptance is not finite."""
+
+        def known(values: list[float]) -> list[float]:
+            return [a if math.isfinite(a) else 0.0 for a in values]
+
+        scores = Scores(known(self.scores.learned), self.scores.base)
+        return Judged(self.segment, [known(row) for row in self.accepted], scores)
+
+
 class Evaluator:
     """Collects what experts and adapter showed of a request, and evaluates it a whole request at a time."""
 
     def __init__(self, trainable: Trainable, experts: Experts, objective: Objective, guard: Guard) -> None:
         self.guard = guard
         self._trainable, self._experts, self._objective = trainable, experts, objective
-        self._pending: PendingRequest | None = None
+        self._pending: list[PendingRequest] = []  # of the rows of one call
 
     @property
     def nbytes(self) -> int:
-        return self.guard.nbytes + (0 if self._pending is None else self._pending.segment.nbytes)
+        return self.guard.nbytes + sum(pending.segment.nbytes for pending in self._pending)
 
     def begin_anew(self, guard: Guard) -> None:
         """The adapter is another one: what was known of the one before is forgotten, but for the number of rollbacks."""
         guard.rollbacks = self.guard.rollbacks
-        self.guard, self._pending = guard, None
+        self.guard, self._pending = guard, []
 
     def go_back(self) -> Tensor | None:
         """The newest earlier state (parameters,) of one expert; None: there is none."""
         state = self.guard.go_back()
         if state is not None:
-            self._pending = None
+            self._pending = []
         return state
 
-    def collect(self, segment: Segment, accepted: list[list[float]], scores: Scores) -> bool:
-        """Takes in acceptance on a segment; small segments of one request wait for the others. Whether the parameters changed."""
-        accepted = [[a if math.isfinite(a) else 0.0 for a in row] for row in accepted]
-        scores = Scores([a if math.isfinite(a) else 0.0 for a in scores.learned], scores.base)
-        pending, restored = self._pending, False
-        if pending is not None and pending.continues(segment):
-            pending = pending.joined(segment, accepted, scores)
-        else:
-            restored = self.evaluate()
-            pending = PendingRequest(segment, accepted, scores)
-        self._pending = pending
-        if len(pending.scores.learned) >= JUDGED_TOKENS:
-            restored |= self.evaluate()
-        return restored
+    def collect(self, rows: Sequence[Judged]) -> bool:
+        """Takes in acceptance on the rows of a step; small segments of one request wait for the others. Whether the parameters changed."""
+        found, restored = [row.finite() for row in rows], False
+        earlier = [next((one for one in self._pending if one.continues(row.segment)), None) for row in found]
+        if not any(one is not None for one in earlier):  # these are other requests
+            restored, self._pending = self.evaluate(), []
+        for before, row in zip(earlier, found, strict=True):
+            if before is None:
+                self._pending.append(PendingRequest(row.segment, row.accepted, row.scores))
+            else:
+                self._pending = [one for one in self._pending if one is not before]
+                self._pending.append(before.joined(row.segment, row.accepted, row.scores))
+        enough = [one for one in self._pending if len(one.scores.learned) >= JUDGED_TOKENS]
+        self._pending = [one for one in self._pending if len(one.scores.learned) < JUDGED_TOKENS]
+        return self._evaluate(enough) or restored
 
     def evaluate(self) -> bool:
         """Weighs the experts by what is collected, and asks the guard; whether an earlier state was restored."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return False
+        pending, self._pending = self._pending, []
+        return self._evaluate(pending)
+
+    def _evaluate(self, pending: Sequence[PendingRequest]) -> bool:
+        for one in pending:
+            if self._evaluate_one(one):
+                self._pending = []  # what the others showed is of the state that was left
+                return True
+        return False
+
+    def _evaluate_one(self, pending: PendingRequest) -> bool:
         experts = self._experts
         if experts.is_ensemble:
             experts.weigh([sum(row) / len(row) for row in pending.accepted])

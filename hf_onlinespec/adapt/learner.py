@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +17,12 @@ from ..state import State
 from .experts import Experts
 from .feedback import Feedback
 from .guard import Guard, GuardConstants
-from .judging import Evaluator
+from .judging import Evaluator, Judged
 from .learned_texts import LearnedTexts, Request
 from .objective import Objective
 from .replay import Replay, ReplayConstants, ReplaySchedule
 from .returns import StepReturns
-from .segment import Scores, Segment
+from .segment import Scores, Segment, split
 from .trainable import Prefix, Trainable, params_of
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,44 @@ class Learner:
             compare: whether the base draft should be looked at too, in a forward of its own; an ensemble always does.
             request: of which the segment is a part; None: it is all that is learned of its request before `remember`.
         """
-        n, batch = segment.n, segment.tokens.shape[0]
-        self.texts.grow(segment.rows, n if request is None else segment.tokens.shape[1] - request.prompt, request)
+        written = segment.n if request is None else segment.tokens.shape[1] - request.prompt
+        self.texts.grow(segment.rows, written, request)
+        judged, finite = self._learn(segment, prefix, counts, compare)
+        if finite:
+            self._collect([judged])
+        return judged.scores
+
+    def rows(
+        self, rows: Sequence[Segment], batch: Segment, requests: Sequence[Request], counts: Counts, compare: bool
+    ) -> list[Scores]:
+        """One step on the new tokens of several rows of one call, each a request of its own; nothing that was read is built on.
+
+        Args:
+            rows: of each the segment, with a target's distribution that is one.
+            batch: the same, as a padded batch.
+            requests: of which these are a part.
+            compare: see `segment`.
+
+        Returns:
+            Of every row.
+        """
+        for row, request in zip(rows, requests, strict=True):
+            self.texts.grow(row.rows, row.tokens.shape[1] - request.prompt, request)
+        judged, finite = self._learn(batch, None, counts, compare)
+        lengths = [row.n for row in rows]
+        scores = judged.scores.split(lengths)
+        accepted = [split(copy, lengths) for copy in judged.accepted]
+        if finite:
+            self._collect([Judged(row, [copy[i] for copy in accepted], scores[i]) for i, row in enumerate(rows)])
+        return scores
+
+    def _collect(self, judged: Sequence[Judged]) -> None:
+        if self._evaluator.collect(judged) and self._returns is not None:
+            self._returns.forget()
+
+    def _learn(self, segment: Segment, prefix: Prefix | None, counts: Counts, compare: bool) -> tuple[Judged, bool]:
+        """One step on a segment: what the draft showed before it, and whether that can be judged."""
+        new_tokens = segment.new_tokens
         gates = self.experts.rows
         prefix = prefix if gates is None and not self._cache_invalid else None
 
@@ -134,14 +170,12 @@ class Learner:
             lambda base: self._objective.segment_losses(self.trainable, segment, base).all,
         )
         if counts.updates > before:
-            counts.learned_tokens += batch * n
-            counts.loss_sum += max(0.0, self.loss) * batch * n  # rounding may leave a divergence just below 0
+            counts.learned_tokens += new_tokens
+            counts.loss_sum += max(0.0, self.loss) * new_tokens  # rounding may leave a divergence just below 0
             self._report("new", self.loss, started)
         if counts.skipped_updates > skipped:
             self._cache_invalid = True
-        elif segment.is_finite and self._evaluator.collect(segment, accepted, scores) and self._returns is not None:
-            self._returns.forget()
-        return scores
+        return Judged(segment, accepted, scores), counts.skipped_updates == skipped and segment.is_finite
 
     @torch.no_grad()
     def _base_acceptance(self, segment: Segment) -> list[float]:

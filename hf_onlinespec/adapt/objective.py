@@ -69,7 +69,7 @@ class Objective:
         return self._loss(*teacher.compare(logits, self._temperature, self._tail))
 
     def acceptance(self, segment: Segment, logits: Tensor) -> list[float]:
-        """Acceptance (batch · n,) of logits (batch, n, vocab) at the taught tokens, at the temperature of their call."""
+        """Acceptance of logits (batch, n, vocab) at the taught tokens, row by row, at the temperature of their call."""
         found: list[float] = acceptance(segment.teachers, logits, segment.temperature, self._temperature).tolist()
         return found
 

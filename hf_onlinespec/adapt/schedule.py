@@ -15,7 +15,11 @@ from .call_budget import CallBudget
 from .call_feedback import CallFeedback, DraftedRow
 from .idle import IdleLearning
 from .learned_texts import Request
-from .service import LearningService
+from .segment import Segment
+from .service import LearnedRow, LearningService
+from .trainable import Prefix
+
+MOST_ROWS = 16  # in one gradient step, whose forward is kept for its backward; chosen
 
 
 class ExpectedAnswers(Protocol):
@@ -144,41 +148,59 @@ class LearningSchedule:
             self._feedback.defer_to_replay()
 
     def update(self, most: int | None = None) -> int:
-        """A gradient step for each row on its tokens since the last update, on top of what the draft has read; how many steps.
+        """Gradient steps on the tokens since the last update, of up to `MOST_ROWS` rows each; how many.
 
-        Row by row: what the draft has read lies in a cache of each.
+        One row alone is learned on top of what the draft has read.
 
         Args:
-            most: rows that there is time for, those with the most tokens; None: all.
+            most: steps that there is time for, those of the rows with the most tokens; None: all.
         """
-        rows = sorted(self._feedback.waiting, key=lambda i: -self._feedback.waiting_tokens(i))[:most]
-        if not rows:
+        waiting = sorted(self._feedback.waiting, key=lambda i: -self._feedback.waiting_tokens(i))
+        steps = [waiting[at : at + MOST_ROWS] for at in range(0, len(waiting), MOST_ROWS)][:most]
+        if not steps:
             return 0
         with self._budget.charged():
-            for i in rows:
-                self._step(i)
+            for rows in steps:
+                self._step(rows)
         self._learned = True
-        return len(rows)
+        return len(steps)
 
-    def _step(self, i: int) -> None:
-        row, segment = self._feedback.rows[i], self._feedback.segment(i)
-        tokens, n = segment.tokens, segment.n
-        end = tokens.shape[1]
-        prefix = row.prefix(end - 1 - n)
-        self._route(row, tokens)
-        if segment.teaches:
-            self._learning.learn_segment(
-                segment,
-                self._counts,
-                prefix=prefix,
-                recalled=self._memory.expected(
-                    i, self._feedback.latest(i), slice(end - n - row.prompt, end - row.prompt)
-                ),
-                prompt_log_ratio=row.prompt_log_ratio or 0.0,
-                request=self._requests.setdefault(i, Request(row.prompt)),
-            )
+    def _step(self, rows: Sequence[int]) -> None:
+        segments = {i: self._feedback.segment(i) for i in rows}
+        prefixes = {i: self._feedback.rows[i].prefix(one.tokens.shape[1] - 1 - one.n) for i, one in segments.items()}
+        for i, segment in segments.items():
+            self._route(self._feedback.rows[i], segment.tokens)
+        taught = [i for i, segment in segments.items() if segment.teaches]
+        # A step on what is not finite is skipped: of a row whose target says such a thing, that row's alone.
+        together = [i for i in taught if len(taught) > 1 and segments[i].is_finite]
+        for i in taught:
+            if i not in together or len(together) == 1:
+                self._learn_row(i, segments[i], prefixes[i])
+        if len(together) > 1:
+            learned = [self._learned_row(i, segments[i]) for i in together]
+            self._learning.learn_rows(learned, self._feedback.joined([row.segment for row in learned]), self._counts)
+        if taught:
             self._learning.fold()
-        self._feedback.keep(i, segment)
+        for i, segment in segments.items():
+            self._feedback.keep(i, segment)
+
+    def _learn_row(self, i: int, segment: Segment, prefix: Prefix | None) -> None:
+        row = self._learned_row(i, segment)
+        self._learning.learn_segment(
+            segment,
+            self._counts,
+            prefix=prefix,
+            recalled=row.recalled,
+            prompt_log_ratio=row.prompt_log_ratio,
+            request=row.request,
+        )
+
+    def _learned_row(self, i: int, segment: Segment) -> LearnedRow:
+        row, end = self._feedback.rows[i], segment.tokens.shape[1]
+        new = slice(end - segment.n - row.prompt, end - row.prompt)
+        recalled = self._memory.expected(i, self._feedback.latest(i), new)
+        request = self._requests.setdefault(i, Request(row.prompt))
+        return LearnedRow(segment, recalled, row.prompt_log_ratio or 0.0, request)
 
     def _route(self, row: DraftedRow, tokens: Tensor) -> None:
         if self._learning.settings.update_every == "auto":

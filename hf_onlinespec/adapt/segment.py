@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from ..models.opening import opening_tokens
 from .feedback import Teacher, concatenate
 
 
@@ -15,7 +19,7 @@ class Segment:
     """New tokens that the target has spoken about, one teacher per row."""
 
     tokens: Tensor  # (batch, L)
-    teachers: list[Teacher]  # of the last n tokens of every row
+    teachers: list[Teacher]  # of the last tokens of every row, at most n
     mask: Tensor | None  # (batch, prompt) with zeros where the prompt is padded on the left
     temperature: float  # of the call that generated the tokens, 0 for greedy
     # (batch, m, width) the target's hidden states at the last m of the tokens but the last one; None: the draft reads none.
@@ -23,8 +27,13 @@ class Segment:
 
     @property
     def n(self) -> int:
-        """New tokens of every row."""
-        return len(self.teachers[0])
+        """New tokens of the row that has the most."""
+        return max(map(len, self.teachers))
+
+    @property
+    def new_tokens(self) -> int:
+        """New tokens of all rows together."""
+        return sum(map(len, self.teachers))
 
     @property
     def teaches(self) -> bool:
@@ -52,6 +61,29 @@ class Segment:
             taught_by(teacher, step, len(row), features) for teacher, row in zip(self.teachers, self.rows, strict=True)
         ]
 
+    @classmethod
+    def joined(cls, segments: Sequence[Segment], context: int, config: PretrainedConfig | None) -> Segment:
+        """Segments of one row each, of one call, as a padded batch whose rows end together.
+
+        Args:
+            context: most tokens in front of the new ones.
+            config: of the draft model; None: no token opens what it reads.
+        """
+        features = [None if one.features is None else one.features[0] for one in segments]
+        rows = []
+        for one, known in zip(segments, features, strict=True):
+            row, most = one.rows[0], one.n + context
+            if known is not None:
+                row = row[-len(known) - 1 :]
+            elif len(row) > most:
+                opening = [] if config is None else opening_tokens(config, row[:1].tolist())
+                row = torch.cat([row.new_tensor(opening), row[-most:]])
+            rows.append(row)
+        tokens, mask = padded(rows)
+        mask = None if mask is None else mask.to(tokens.device)
+        teachers = [one.teachers[0] for one in segments]
+        return cls(tokens, teachers, mask, segments[0].temperature, padded_features(features))
+
     @property
     def is_finite(self) -> bool:
         """Whether the target's distribution is one everywhere: no NaN, no +∞."""
@@ -60,10 +92,22 @@ class Segment:
 
 @dataclass(frozen=True)
 class Scores:
-    """Acceptance at new tokens (batch · n,), before anything was learned from them."""
+    """Acceptance at new tokens (all rows' one after the other), before anything was learned from them."""
 
     learned: list[float]  # of what serves
     base: list[float] | None  # of the base draft; None: it was not looked at
+
+    def split(self, lengths: Sequence[int]) -> list[Scores]:
+        """Those of every row, by how many tokens each has."""
+        learned = split(self.learned, lengths)
+        base = [None] * len(lengths) if self.base is None else split(self.base, lengths)
+        return [Scores(own, of_base) for own, of_base in zip(learned, base, strict=True)]
+
+
+def split(values: Sequence[float], lengths: Sequence[int]) -> list[list[float]]:
+    """Values of rows one after the other, by row."""
+    ends = list(accumulate(lengths))
+    return [list(values[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ from .segment import Segment
 from .trainable import Prefix
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LearnedRow:
+    """One of several rows of a call that are learned together; see `LearningService.learn_segment`."""
+
+    segment: Segment
+    recalled: Sequence[float] | None
+    prompt_log_ratio: float
+    request: Request
 
 
 class LearningService:
@@ -145,6 +156,23 @@ class LearningService:
                 self.governor.observe_comparison(
                     scores.learned, scores.base, recalled, True, prompt_log_ratio, self.router
                 )
+
+    def learn_rows(self, rows: Sequence[LearnedRow], batch: Segment, counts: Counts) -> None:
+        """One step on the new tokens of several rows of a call; the governor is told of each how the draft would have done.
+
+        Args:
+            batch: their segments as one.
+        """
+        with self.steps_lock:
+            governed = self.settings.update_every == "auto"
+            compare = governed and any([self.governor.decide_comparison(row.prompt_log_ratio) for row in rows])
+            segments, requests = [row.segment for row in rows], [row.request for row in rows]
+            scores = self.learner.rows(segments, batch, requests, counts, compare)
+            self.note()
+        if governed:
+            with self.lock:
+                for row, own in zip(rows, scores, strict=True):
+                    self.governor.observe_comparison(own.learned, own.base, row.recalled, True, row.prompt_log_ratio)
 
     @torch.no_grad()
     def score_offline(self, segment: Segment, prompt_log_ratio: float | None = None) -> None:

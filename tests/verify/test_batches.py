@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +24,15 @@ from transformers import (
 )
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, UnsupportedError, online_memory
+from hf_onlinespec.commit.batch_reader import BatchReader
 from hf_onlinespec.govern.acceptance import TokenSource
+from hf_onlinespec.govern.batch_pace import BatchPace
 from hf_onlinespec.rounds import Proposal, Rows, Verdict
 from tests.chi_square import THOUSAND, follows
 from tests.fakes import PlainDraft, ScriptedProposer
 from tests.heads.tiny import KINDS, tiny_head
 from tests.tiny_models import CACHE, random_model, tiny_gpt2, tiny_llama
-from tests.verify.test_sampling_law import Whims
+from tests.verify.test_sampling_law import Tastes, Whims
 
 VOCAB = 32
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
@@ -108,10 +112,10 @@ def scripted(
     return target.generate(**inputs, assistant_model=PlainDraft(proposer), **call), proposer
 
 
-def cases() -> list[tuple[int, dict[str, Any]]]:
-    rng = random.Random(7)
+def cases(n: int = 100, seed: int = 7) -> list[tuple[int, dict[str, Any]]]:
+    rng = random.Random(seed)
     found = []
-    for case in range(100):
+    for case in range(n):
         stop = rng.choice([None, 5, [5, 9], [3, 7, 11]])
         call: dict[str, Any] = {"do_sample": False, "max_new_tokens": rng.choice([1, 2, 7, 16, 24])}
         if stop is not None:
@@ -141,6 +145,55 @@ def test_greedy_rows_are_those_of_a_plain_batch_and_of_each_row_alone(target) ->
         alone = target.generate(**padded([rows[row]]), **call)[0, len(rows[row]) :]
         assert torch.equal(alone, ours[row, inputs["input_ids"].shape[1] :][: len(alone)]), case
     assert ragged > 40 and left > 25
+
+
+def altered(target: PreTrainedModel, share: float) -> PreTrainedModel:
+    """The target's copy with so much noise in its weights: 0 is right about everything, 1 about nothing."""
+    model, generator = tiny_llama(1, layers=2), torch.Generator().manual_seed(4)
+    for own, of_target in zip(model.parameters(), target.parameters(), strict=True):
+        own.data = of_target.data + share * of_target.std() * torch.randn(own.shape, generator=generator)
+    return model
+
+
+def run_with_draft_models(target: PreTrainedModel, n: int, seed: int = 11) -> Counter[str]:
+    """Random batches with draft models that are right about everything, something or nothing; those that differ from plain batches."""
+    rng, seen = random.Random(seed), Counter[str]()
+    scores = BatchReader.scores
+
+    def counted(self: BatchReader, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
+        seen["forwards"] += 1
+        seen["rows"] += len(prefixes)
+        return scores(self, served, prefixes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchReader, "scores", counted)
+        patch.setattr("hf_onlinespec.govern.governor.AdapterRouter", Tastes)
+        patch.setattr(Whims, "whim", random.Random(seed))
+        patch.setattr(BatchPace, "asks", lambda self: Whims.whim.random() < 0.8)  # no clock decides
+        settings = {"rank": 2, "alpha": 2.0, "update_every": 1, "replay_passes": 0}
+        fixed, whims = list[OnlineDraft](), list[OnlineDraft]()
+        for share in (0.0, 0.15, 1.0):
+            for when in ("round", "request"):
+                fixed.append(OnlineDraft(altered(target, share), **settings, update_when=when, lookahead=4))
+        patch.setattr("hf_onlinespec.commit.base.Governor", Whims)
+        whims += [OnlineDraft(altered(target, share), rank=2, alpha=2.0) for share in (0.0, 0.15, 1.0)]
+        for case, call in cases(n, seed):
+            draft = rng.choice(fixed if case % 2 else whims)
+            inputs = padded(prompts(tuple(rng.randrange(3, 41) for _ in range(rng.randrange(1, 9))), seed=case))
+            ours = target.generate(**inputs, assistant_model=draft, **call)
+            seen["differ"] += not torch.equal(target.generate(**inputs, **call), ours)
+            seen["partly accepted"] += 0 < draft.metrics.last.acceptance_rate < 1
+        seen["updates"] = sum(draft.metrics.updates for draft in fixed + whims)
+        seen["failed"] = sum(draft.metrics.failed_drafts + draft.metrics.failed_updates for draft in fixed + whims)
+    return seen
+
+
+def test_rows_that_a_draft_model_reads_together_are_those_of_a_plain_batch(target) -> None:
+    """Base and learned draft in one batch, learning at every round or at the end, whoever drafts and how far."""
+    seen = run_with_draft_models(target, 60)
+    assert not seen["differ"] and not seen["failed"], seen
+    assert seen["rows"] > 2.5 * seen["forwards"] > 800, seen
+    assert seen["partly accepted"] > 15 and seen["updates"] > 50, seen
 
 
 @pytest.mark.parametrize("rows", [2, 5, 8])
@@ -184,6 +237,7 @@ def test_every_row_follows_the_target_s_law(how, monkeypatch) -> None:
     if how == "whims":
         monkeypatch.setattr("hf_onlinespec.commit.base.Governor", Whims)
         monkeypatch.setattr(Whims, "whim", random.Random(5))
+        monkeypatch.setattr(BatchPace, "asks", lambda self: Whims.whim.random() < 0.8)  # no clock decides
     flat = {"vocab": LAW_VOCAB, "initializer_range": 0.2}
     target, model = tiny_llama(1, layers=2, **flat), tiny_llama(2, **flat)
     config = OnlineSpecConfig(
@@ -191,7 +245,14 @@ def test_every_row_follows_the_target_s_law(how, monkeypatch) -> None:
     )
     if how == "whims":
         config = replace(config, lookahead="auto", memory_tokens=200)
-    draft = OnlineDraft(model, config)
+    draft, together = OnlineDraft(model, config), list[int]()
+    scores = BatchReader.scores
+
+    def noted(self: BatchReader, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
+        together.append(len(prefixes))
+        return scores(self, served, prefixes)
+
+    monkeypatch.setattr(BatchReader, "scores", noted)
     rows = [[1, 4], [2, 3, 5, 1]]
     inputs, counts = padded(rows), torch.zeros(2, LAW_VOCAB**LAW_NEW, dtype=torch.long)
     place = torch.tensor([LAW_VOCAB**i for i in reversed(range(LAW_NEW))])
@@ -205,8 +266,9 @@ def test_every_row_follows_the_target_s_law(how, monkeypatch) -> None:
             counts[i % 2, (row * place).sum()] += 1
     for row, prompt in enumerate(rows):
         assert follows(counts[row], exact_law(target, prompt), THOUSAND)
-    assert (draft.metrics.updates > 300) is learns
+    assert (draft.metrics.updates >= LAW_CALLS) is learns
     assert draft.metrics.accepted_tokens > 100
+    assert sum(together) > 2 * len(together) > LAW_CALLS  # rows of both prompts are drafted in one forward
 
 
 @pytest.mark.parametrize("settings", [FIXED, OnlineSpecConfig(rank=2, alpha=2.0)], ids=["fixed", "auto"])
@@ -230,7 +292,8 @@ def test_a_draft_model_and_the_memory_draft_in_batches_and_learn_of_all_rows(tar
     if who == "model" and settings is FIXED:
         assert last.acceptance_length > 2
     if who != "memory" and settings is FIXED:
-        assert draft.metrics.updates >= 3 * 5 and len(draft.learning.replayed()) == 15
+        assert 3 <= draft.metrics.updates <= 3 * (1 + FIXED.replay_passes) and len(draft.learning.replayed()) == 15
+        assert draft.metrics.learned_tokens >= 3 * 5 * 32  # each new one at once, in one step for all rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +312,7 @@ def test_a_head_drafts_in_a_batch_as_in_each_row_alone_and_learns(target, kind, 
     for _ in range(2):
         assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, **GREEDY))
     metrics = draft.metrics
-    assert metrics.updates >= 8 and metrics.sources["model"] + metrics.sources["memory+model"] > 3
+    assert metrics.updates >= 2 and metrics.sources["model"] + metrics.sources["memory+model"] > 3
     assert not metrics.failed_drafts and not metrics.failed_updates
     if lookahead == "auto":
         return
