@@ -165,14 +165,18 @@ class LearningService:
         """
         with self.steps_lock:
             governed = self.settings.update_every == "auto"
-            compare = governed and any([self.governor.decide_comparison(row.prompt_log_ratio) for row in rows])
+            compare = governed and any(
+                [self.governor.decide_comparison(row.prompt_log_ratio, self.router) for row in rows]
+            )
             segments, requests = [row.segment for row in rows], [row.request for row in rows]
             scores = self.learner.rows(segments, batch, requests, counts, compare)
             self.note()
         if governed:
             with self.lock:
                 for row, own in zip(rows, scores, strict=True):
-                    self.governor.observe_comparison(own.learned, own.base, row.recalled, True, row.prompt_log_ratio)
+                    self.governor.observe_comparison(
+                        own.learned, own.base, row.recalled, True, row.prompt_log_ratio, self.router
+                    )
 
     @torch.no_grad()
     def score_offline(self, segment: Segment, prompt_log_ratio: float | None = None) -> None:

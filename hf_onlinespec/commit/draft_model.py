@@ -195,6 +195,7 @@ class DraftModel(ABC):
             UnsupportedError: no target is known, or it hands out none.
         """
 
+    @abstractmethod
     def shared_reader(self, rows: Mapping[int, KnownRow]) -> SharedReader | None:
         """What reads several rows, by their number in the call, in one forward; None: they are read one by one."""
 
