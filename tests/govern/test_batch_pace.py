@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from hf_onlinespec.govern.acceptance import RequestStats, RowRound, TokenSource
 from hf_onlinespec.govern.batch_pace import BatchPace
 from hf_onlinespec.govern.governor import Governor
+from hf_onlinespec.govern.planner import NextInRow, Plan
 
 
 def shares(pace: BatchPace, asking_s: float, tokens: int, rounds: int) -> float:
@@ -62,3 +64,39 @@ def test_all_rows_are_as_wide_as_pays_for_them_together() -> None:
     assert governor.width([likely] * 4) == 4
     assert governor.width([likely, [], [], []]) == 0  # the others would wait for one row
     assert governor.width([doubtful] * 4) == 0
+
+
+def drafted(n: int, together: bool) -> RowRound:
+    tokens = [TokenSource("model", at, (3,)) for at in range(n)]
+    return RowRound(tokens, [(token, 0.8) for token in tokens], RequestStats(), read_together=together)
+
+
+@pytest.mark.parametrize(("together", "step"), [(True, 0.1), (False, 0.4)])
+def test_steps_that_rows_share_cost_what_one_forward_takes(together: bool, step: float) -> None:
+    """One row of four drafts, 0.1 of a plain step for each token: where rows are read one by one, all of them would take four times."""
+    governor = Governor(0.1, 1).for_rows(4)
+    governor.observe((), (), 0.0, 1.0)
+    nothing = RowRound((), (), RequestStats(), read_together=together)
+    for _ in range(4):
+        for n in (4, 8):
+            governor.observe_rows([drafted(n, together), nothing, nothing, nothing], 0.1 * n, 1.4)
+    assert governor.costs.draft.step() == pytest.approx(step, rel=0.1)
+
+
+def test_one_more_forward_is_held_against_what_it_brings_in_all_rows() -> None:
+    governor = Governor(0.1, 1).for_rows(4)
+    governor.observe((), (), 0.0, 1.0)
+    plan = Plan(3, 1.0, 0.0, acceptance=0.8)
+    first = [NextInRow(plan, 0, 1.0, False)]
+    assert governor.models_pay(first, 4)  # nothing was timed yet
+    for _ in range(10):
+        for n in (2, 4):
+            governor.observe_rows([drafted(n, True)] * 4, 0.1 * n, 1.0 + 0.05 * n)
+
+    def likely(rows: int, survival: float) -> list[NextInRow]:
+        return [NextInRow(plan, 2, survival, True)] * rows
+
+    assert governor.models_pay(likely(4, 0.5), 4) and not governor.models_pay(likely(1, 0.5), 4)
+    assert governor.models_pay(likely(2, 0.9), 4) and not governor.models_pay(likely(4, 0.1), 4)
+    assert governor.models_pay(first, 4)  # whether the round is begun at all the plan decides
+    assert governor.may_draft(plan, 2) and not governor.may_draft(Plan(0, 1.0, 0.0), 2)
