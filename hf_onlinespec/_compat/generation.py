@@ -227,6 +227,8 @@ class GenerativeModel(Protocol):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]: ...
 
+    def _has_unfinished_sequences(self, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool: ...
+
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput | None, model_kwargs: dict[str, Any], is_encoder_decoder: bool
     ) -> dict[str, Any]: ...
@@ -331,3 +333,17 @@ def needs_synced_gpus(model: PreTrainedModel) -> bool:
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
     return bool(sharded) and several and torch.distributed.get_world_size() > 1
+
+
+def unfinished_anywhere(model: PreTrainedModel, done: bool, device: torch.device) -> bool:
+    """Whether any of the processes that hold one model goes on; all of them ask at once, and say whether they are done."""
+    return bool(generative(model)._has_unfinished_sequences(done, True, device=device))
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether several processes hold parts of a model's weights (ZeRO-3, FSDP)."""
+    from torch.distributed.tensor import DTensor  # not every torch has it, but who shards has
+
+    parameters = list(model.parameters())
+    zero = any("ds_id" in vars(parameter) for parameter in parameters)
+    return zero or is_fsdp_managed_module(model) or any(isinstance(p, DTensor) for p in parameters)

@@ -97,6 +97,11 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks)
 
 
+def is_split(model: PreTrainedModel) -> bool:
+    """Whether several processes hold parts of each layer, and compute every forward together (tensor parallelism)."""
+    return (model.tp_size or 1) > 1
+
+
 NO_LIMIT = 2**31
 
 

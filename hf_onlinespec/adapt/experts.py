@@ -206,6 +206,19 @@ class Experts:
         self._begin()
         self.steps = 1  # with none, the base draft would serve
 
+    def move(self, params: Tensor) -> None:
+        """Takes parameters (parameters,) that other replicas have learned, too: they serve, and learning goes on with the moments that it has.
+
+        Each expert stays in its ball; in one, an optimistic learner has new moments, because its hint says where it is.
+        """
+        rows = self._lora.split(params)
+        if self._starts is not None and self._settings.radius is not None:
+            state = self._learner.init(rows) if learner_name(self._settings) == "optimistic" else self.rule_state
+            moved = into_ball(rows - self._starts, self._settings.radius)
+            self.rule_state, rows = state | {"moved": moved}, self._starts + moved
+        self._lora.put(rows)
+        self.steps = max(self.steps, 1)  # with none, the base draft would serve
+
     # Saving
 
     def state(self) -> State:

@@ -56,6 +56,7 @@ class Learned:
     repeats: int  # times that the most frequent prompt stood in the stream, at most
     texts: tuple[LearnedText, ...]  # that are at hand, the newest last
     examined: Examined | None  # what came out of them, when that was last looked at
+    elsewhere: bool = False  # whether other processes have learned of the adapter, too, from other texts
 
     def often(self, before: int) -> int:
         """How many of the texts have a prompt that stands often, see `LearnedText.stands_often`."""

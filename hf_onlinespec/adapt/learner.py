@@ -267,6 +267,15 @@ class Learner:
         self.texts.examined = None  # that was of the adapter before
         self._forget()
 
+    def move(self, seen: Tensor, common: Tensor) -> None:
+        """Goes from where the adapter was seen (parameters,) to a common one, with what it has learned since; see replicas.py."""
+        params = self.trainable.adapter.params
+        seen, common = seen.to(params), common.to(params)
+        # Where nothing was learned since, to the bit: all replicas have the same adapter then.
+        self.experts.move(common if torch.equal(params, seen) else params + (common - seen))
+        if self._returns is not None:
+            self._returns.forget()
+
     def _forget(self) -> None:
         """What was known of the adapter that another one replaces: its earlier states, what is not evaluated, what steps brought."""
         self._evaluator.begin_anew(self._new_guard())

@@ -56,6 +56,7 @@ class LearningService:
         self._away: Recollection | None = None  # of the learner, while its adapter is away
         self._loaded_rollbacks = 0  # of the guard, before it was loaded
         self.positions = 0  # the longest context that the draft may see
+        self.learned_elsewhere = False  # whether other processes have learned of it, too, from texts that are not here
 
     def begin(self, learner: Learner, governor: Governor, positions: int, router: AdapterRouter | None = None) -> None:
         """Learning begins with this learner; the counters go on.
@@ -99,7 +100,13 @@ class LearningService:
                 texts.repeats,
                 tuple(texts.texts),
                 texts.examined,
+                self.learned_elsewhere,
             )
+
+    def move(self, seen: Tensor, common: Tensor) -> None:
+        """Goes from where an adapter was seen (parameters,) to one that several replicas have learned; steps since then stay."""
+        with self.steps_lock, self.lock, torch.inference_mode(False), torch.no_grad():
+            self.learner.move(seen, common)
 
     def adapter_params(self) -> dict[str, Tensor]:
         """A copy of the adapter by PEFT's names: of all experts, with no weight of theirs in it."""

@@ -27,6 +27,7 @@ WHOLE = {
     "head_steps": (1, 16),
     "lookahead": (0, 4_096),
     "update_every": (1, 10**9),
+    "average_every": (1, 10**9),
     "replay_passes": (0, 64),
     "replay_batch": (1, 1_024),
     "replay_tokens": (0, 2**31),  # taken as they come
@@ -38,6 +39,7 @@ WHOLE = {
     "seed": (0, 2**63 - 1),
     "top_k": (1, 2**22),
 }
+OR_NONE = ("average_every", "top_k")  # of these, may be None
 MOST_RANK = 16_384  # of all experts together
 LEAST, MOST = 1e-30, 1e12  # of the other numbers: their products and powers stay finite
 MOST_RATIO = 1e4  # of the step sizes of two experts
@@ -89,8 +91,9 @@ def check_values(values: Mapping[str, Any]) -> None:
         if values[name] not in list(allowed):
             raise ConfigError(f"{name}={brief(values[name])}: expected one of {sorted(allowed)}.")
     for name, (least, most) in WHOLE.items():
-        if not (name in AUTO and values[name] == "auto") and not (name == "top_k" and values[name] is None):
-            require_whole(name, values[name], least, most, ", or 'auto'" if name in AUTO else "")
+        if not (name in AUTO and values[name] == "auto") and not (name in OR_NONE and values[name] is None):
+            otherwise = ", or 'auto'" if name in AUTO else ", or None" if name in OR_NONE else ""
+            require_whole(name, values[name], least, most, otherwise)
     for name in POSITIVE:
         if values[name] is None and name in OPTIONAL:
             continue

@@ -113,6 +113,11 @@ class OnlineSpecConfig:
         0.1,
         "largest share of the time spent on learning, with update_every='auto', and 0.02 until the draft has paid; what is learned when idle is free",
     )
+    average_every: int | None = _setting(
+        32,
+        "under torch.distributed: gradient steps between two averages with the other processes, which learn the same adapter from "
+        "requests of their own; None: each process learns alone",
+    )
     replay_passes: int = _setting(2, "gradient steps on remembered requests after each request; the most with 'auto'")
     replay_batch: int = _setting(4, "remembered requests in one such step")
     replay_sampling: str = _setting(

@@ -17,11 +17,12 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.adapters import base_of
-from .._compat.models import uncompiled
+from .._compat.models import is_split, uncompiled
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora, without_adapter
 from ..adapt.idle import IdleLearning
 from ..adapt.learner import Learner
+from ..adapt.replicas import Replicas
 from ..adapt.schedules import Schedule
 from ..adapt.service import LearningService
 from ..commit.base import Call, Draft, Proposer
@@ -106,6 +107,7 @@ class OnlineDraft(Draft):
         self._report_update: Callable[[UpdateReport], None]
         self._report_update = self._traces.update if beside is None else beside._report_update
         self.idle = IdleLearning(self.learning, self._traces, None if beside is None else beside.idle)
+        self.replicas = Replicas(self.learning)
         self.lineage = Lineage.new()
         self.targets = Targets()
         self._main: Callable[[], OnlineDraft | None] = lambda: None  # the draft of whose adapters this is one
@@ -297,6 +299,10 @@ class OnlineDraft(Draft):
     def serves(self, target: PreTrainedModel) -> None:
         with self.lock:
             self.targets.add(target)
+            if is_split(target):
+                self.replicas.leave(
+                    "off: the processes split the target's layers, and serve the same requests together"
+                )
             if isinstance(self.trainable, HeadModel):
                 self.trainable.belongs_to(target)
                 if self.target_identity is None:
@@ -304,10 +310,13 @@ class OnlineDraft(Draft):
 
     @contextmanager
     def generating(self) -> Iterator[None]:
+        base = {"the base's configuration": self.identity.config, "the base's weights": self.identity.weights}
+        self.replicas.begin_call(base, self._begun)
         try:
             with self.idle.call():
                 yield
         finally:
+            self.replicas.end_call()
             checkpoints = self.checkpoints
             if checkpoints is not None:
                 with self.failures.records.attempt():
@@ -335,15 +344,20 @@ class OnlineDraft(Draft):
         be evaluated, or to be learned when idle. A gradient
         step takes more for its own time: what a forward and a backward of the draft over the new tokens take.
         """
-        return self.learning.nbytes + self.idle.nbytes + self.adapters.nbytes
+        return self.learning.nbytes + self.idle.nbytes + self.adapters.nbytes + self.replicas.nbytes
 
     def catch_up(self, timeout_s: float | None = None) -> bool:
         """Waits until everything that was handed to the worker is learned, and whether it was.
 
         What waits after a failure is tried at once. False: the time was too short, or some of what was handed over since the last
         call is lost, because there was no room (`metrics.idle_dropped`) or learning from it raised (`metrics.idle_failures`).
+
+        Of several processes that learn one adapter, what this one has learned is published, and what the others have published by
+        now is taken in; False, where that failed (`metrics.decisions.averaging`). It does not wait for what they have not: all have
+        the same adapter after each has called it, they have met (`accelerator.wait_for_everyone()`), and each has called it again.
         """
-        return self.idle.wait(timeout_s)
+        learned = self.idle.wait(timeout_s)
+        return self.replicas.catch_up(timeout_s) and learned
 
     def clone_for_audit(self, learning: OnlineSpecConfig | None = None) -> OnlineDraft:
         """A copy that learns on by itself, over the same base weights: always, after every request, whatever time it takes.
@@ -383,7 +397,7 @@ class OnlineDraft(Draft):
         """A copy of everything that is saved, as it is now; waits for what drafts or learns in another thread at this moment."""
         return artifact_of(self)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, is_main_process: bool | None = None) -> None:
         """Saves the evolved draft: an ordinary PEFT adapter, with what learning needs to go on, and a model card.
 
         What the replay and the suffix memory remember stays behind: it holds users' tokens. With `replay_tokens=0`,
@@ -393,19 +407,32 @@ class OnlineDraft(Draft):
         What it learned from since it was loaded is examined first, for a later public push, for at most twenty seconds:
         whether any of it comes out. Numbers of that are saved, no text; with `audit_tokens=0` nothing is examined.
 
+        Args:
+            is_main_process: whether this process writes, as in transformers and PEFT. None: of several processes that learn one adapter
+                the one of rank 0 does, and in the others nothing happens; any other process writes.
+
         Raises:
             ArtifactError: the folder cannot be written; what it held is still there.
         """
-        save(self, folder)
+        if self.replicas.saves(is_main_process):
+            save(self, folder)
 
-    def merge_and_export(self, folder: str | Path, dtype: torch.dtype | None = None, form: str | None = None) -> None:
+    def merge_and_export(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        form: str | None = None,
+        is_main_process: bool | None = None,
+    ) -> None:
         """Writes a plain causal language model that serves as `assistant_model` without this package, see `export.py`.
 
         Args:
             dtype: of the written weights; None: as the base has them.
             form: of a draft head: "eagle3" (vLLM, SGLang) or "speculators" (vLLM); None: as it was read.
+            is_main_process: see `save_pretrained`.
         """
-        merge_and_export(self, folder, dtype, form=form)
+        if self.replicas.saves(is_main_process):
+            merge_and_export(self, folder, dtype, form=form)
 
     def push_to_hub(
         self,
@@ -423,6 +450,7 @@ class OnlineDraft(Draft):
         revision: str | None = None,
         create_pr: bool = False,
         message: str | None = None,
+        is_main_process: bool | None = None,
     ) -> str:
         """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash.
 
@@ -440,6 +468,7 @@ class OnlineDraft(Draft):
             license: of the adapter, as the Hub names it ("apache-2.0"), for the card. None: what was stated before, if anything.
             revision: the branch to push to, made where it does not exist; None: main.
             create_pr: open a pull request, in place of a commit.
+            is_main_process: see `save_pretrained`; a process that leaves it to rank 0 returns "".
 
         Raises:
             ConfigError: an argument is not well-formed.
@@ -448,6 +477,8 @@ class OnlineDraft(Draft):
         """
         if message is not None and commit_message is not None:
             raise ConfigError(f"commit_message={commit_message!r} and message={message!r}: give one of the two.")
+        if not self.replicas.saves(is_main_process):
+            return ""
         said = commit_message if message is None else message
         options = Push(repo_id, private is not False, data_statement, token, said, tag, force, skip_audit)
         options = replace(options, with_state=with_state, license=license, revision=revision, create_pr=create_pr)

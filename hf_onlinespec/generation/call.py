@@ -22,7 +22,7 @@ from ..commit.memory_draft import online_memory
 from ..draft import OnlineDraft, online_draft
 from ..errors import OnlineSpecError, UnsupportedError
 from ..runtime.warning import warn_or_log
-from ..verify.checks import check_call, check_synced_gpus
+from ..verify.checks import check_attached_synced, check_call
 from ..verify.probe import Parts, check_rounds, parts_of
 
 
@@ -95,7 +95,7 @@ class AttachedCall:
         if never is not None and never.parts == parts_of(self.target):
             raise never.reason
         arguments = self.arguments or {}
-        check_synced_gpus(bool(arguments.get("synced_gpus")))
+        check_attached_synced(bool(arguments.get("synced_gpus")))
         draft = self.attachment.drafts_for(self.target)
         check_call(self.target, draft.model, self.config, arguments.get("tokenizer"))
 

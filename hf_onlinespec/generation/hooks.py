@@ -151,9 +151,10 @@ def _check_ours(
         assistant = uncompiled(assistant)
     if assistant is not None and not isinstance(assistant, Draft | PreTrainedModel | PeftModel):
         raise no_model(assistant)
-    check_synced_gpus(bool(mode_kwargs.get("synced_gpus")))
+    model = assistant.model if isinstance(assistant, Draft) else assistant
+    check_synced_gpus(bool(mode_kwargs.get("synced_gpus")), model, config)
     tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
-    check_call(target, assistant.model if isinstance(assistant, Draft) else assistant, config, *tokenizers)
+    check_call(target, model, config, *tokenizers)
 
 
 # The arguments of a decoding method that go before the named ones.
@@ -201,7 +202,8 @@ def _wrap_assisted(assisted: Function) -> Function:
             assistant_model = call.attachment.draft
         draft = _draft_for(self, assistant_model, setting if isinstance(setting, OnlineSpecConfig) else None)
         named["adapter"] = wanted_adapter(generation_config)
-        return decode(*arguments, draft=draft, learn=setting is not False, **(named | model_kwargs))
+        learn = setting is not False
+        return decode(*arguments, draft=draft, learn=learn, synced_gpus=synced_gpus, **(named | model_kwargs))
 
     return _assisted_decoding
 

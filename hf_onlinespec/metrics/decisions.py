@@ -25,6 +25,7 @@ class Decisions:
     learning: str = "nothing was decided yet"
     replay_passes: int = 0  # after a request, as far as they are affordable
     rollback: str = ""  # why an earlier state of the adapter took over, the last time
+    averaging: str = ""  # with other processes that learn the same adapter
 
     def summary(self) -> Summary:
         """What was decided, in lines with units, and as values."""
@@ -47,6 +48,8 @@ class Decisions:
         ]
         if self.rollback:
             rows.append(("rollback", self.rollback))
+        if self.averaging:
+            rows.append(("averaging", self.averaging))
         return Summary("Decisions", tuple(rows), asdict(self))
 
     def __repr__(self) -> str:

@@ -32,6 +32,9 @@ class DraftMetrics(Counts):
     expert_weights: tuple[float, ...] = (1.0,)  # of the experts in an ensemble's mixture; the last is the base draft's
     removed_experts: int = 0  # that diverged; a single learner begins anew
     rollbacks: int = 0  # times that an earlier state of the adapter took over; why: decisions.rollback
+    averages: int = (
+        0  # exchanges with other processes that learn the same adapter; what came of them: decisions.averaging
+    )
     failed_reports: int = 0  # times that a trace raised, see `Trace`; no answer needs one
 
     def summary(self) -> Summary:

@@ -14,6 +14,7 @@ from .privacy_record import (
     LEARNING_SETTINGS,
     NO_RECORD,
     OTHER_EXPERT_WEIGHTS,
+    OTHER_PROCESSES,
     SCALED_UP,
     PrivacyRecord,
     Settings,
@@ -36,6 +37,8 @@ def privacy_record(draft: Audited) -> PrivacyRecord:
         before = before.plus(EARLIER_STATE)
     if before.texts and learned.seen and draft.settings.learner == ENSEMBLE:
         before = before.plus(OTHER_EXPERT_WEIGHTS)
+    if learned.elsewhere:
+        before = before.plus(OTHER_PROCESSES)
     if not learned.seen or not learned.steps:
         return before
     if examined is not None and examined.state != examined_state(learned, before.repeats):

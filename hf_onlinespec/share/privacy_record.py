@@ -28,6 +28,7 @@ TRAINED_ELSEWHERE = "its adapter was trained elsewhere"
 SCALED_UP = "its adapter was scaled up: what was hidden under the old scale may come out under the new one"
 EARLIER_STATE = "an earlier state of the adapter took over, which was not examined while its texts were at hand"
 OTHER_EXPERT_WEIGHTS = "its experts were examined as they served, and weigh otherwise by now"
+OTHER_PROCESSES = "other processes have learned the same adapter, from texts that are not at hand in this one"
 UNREADABLE = "the record of what it learned from cannot be read"
 TOO_MANY_SETTINGS = "it learned with more settings than a record tells apart"
 OTHER_EXPERTS = (

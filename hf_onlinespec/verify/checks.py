@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.adapters import adds_virtual_tokens, base_of
 from .._compat.caches import CACHE, forgets, held_tokens, rollback_obstacle
-from .._compat.generation import SAMPLING_MODES, GenerationMode, known_continuation, mask_length, own_loop
+from .._compat.generation import (
+    SAMPLING_MODES,
+    GenerationMode,
+    is_sharded,
+    known_continuation,
+    mask_length,
+    own_loop,
+)
 from .._compat.models import drops_cache, is_stateful
 from ..commit.base import Draft
 from ..config.adapters import AUTO, MOST_ADAPTERS
@@ -155,12 +163,42 @@ def check_target(target: PreTrainedModel) -> None:
         )
 
 
-def check_synced_gpus(synced_gpus: bool) -> None:
-    """Refuses one model in several processes: each would have to run as many forwards as the longest of them."""
+def check_synced_gpus(
+    synced_gpus: bool, draft: PreTrainedModel | PeftModel | None, generation_config: GenerationConfig
+) -> None:
+    """Refuses what would run a forward of a target that several processes hold in one of them alone, see lockstep.py.
+
+    Args:
+        draft: the model that drafts; None: there is none.
+    """
+    if not synced_gpus:
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise UnsupportedError("synced_gpus=True: there is but one process. Leave it out, or start several.")
+    base = base_of(draft) if isinstance(draft, PeftModel) else draft
+    if isinstance(base, Head):
+        raise UnsupportedError(
+            f"synced_gpus=True with the draft head {type(base).__name__}, which reads with the target's own embedding: under DeepSpeed "
+            "ZeRO-3 or FSDP each process holds a part of it. Draft with a small model, or without one (onlinespec=True)."
+        )
+    if base is not None and is_sharded(base):
+        raise UnsupportedError(
+            f"synced_gpus=True with the draft {type(base).__name__}, of which each process holds a part: how often it runs depends on "
+            "the text. Load the draft outside of ZeRO-3 and FSDP, whole in every process."
+        )
+    if generation_config.prefill_chunk_size:
+        raise UnsupportedError(
+            f"prefill_chunk_size={generation_config.prefill_chunk_size} with synced_gpus=True: longer prompts would take more forwards "
+            "than shorter ones in other processes. Leave it out."
+        )
+
+
+def check_attached_synced(synced_gpus: bool) -> None:
+    """Refuses what is attached where several processes hold the target."""
     if synced_gpus:
         raise UnsupportedError(
-            "synced_gpus=True: under DeepSpeed ZeRO-3 or FSDP all processes have to run equally many forwards, and how many a "
-            "learning draft needs depends on its text. Call generate without onlinespec."
+            "synced_gpus=True: under DeepSpeed ZeRO-3 or FSDP all processes have to decode alike, and what is attached decides that in "
+            "each of them. Pass assistant_model= or onlinespec= in the call, in all processes."
         )
 
 

@@ -48,7 +48,8 @@ class GenerateFn:
         self._draft.begin_anew_if_changed()
         self._draft.check_setting(onlinespec)
         # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
-        check_synced_gpus(bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model))
+        synced_gpus = bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model)
+        check_synced_gpus(synced_gpus, self._draft.model, generation_config)
         check_call(model, self._draft.model, generation_config)
         check_inputs(model, input_ids, generation_config, model_kwargs)
         if stop_strings is not None:
@@ -73,5 +74,6 @@ class GenerateFn:
             learn=onlinespec is not False,
             streamer=self._streamer,
             adapter=adapter,
+            synced_gpus=synced_gpus,
             **model_kwargs,
         )

@@ -27,7 +27,8 @@ from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
 from .batch import check_batch, decode_rows, why_plain_batch
-from .checks import check_adapters, check_call, check_inputs
+from .checks import check_adapters, check_call, check_inputs, check_synced_gpus
+from .lockstep import CHAINS, Lockstep
 from .probe import why_plain
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
@@ -53,6 +54,7 @@ def decode(
     tokenizer: object = None,
     assistant_tokenizer: object = None,
     adapter: Asked = None,
+    synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generates with a learning draft; arguments and result are those of transformers' decoding methods.
@@ -71,13 +73,17 @@ def decode(
     check_batch(target, input_ids, processors, stopping_criteria, generation_config, model_kwargs, streamer)
     copies = generation_config.num_return_sequences or 1
     adapters = check_adapters(draft, adapters_of_rows(adapter, len(input_ids), copies), learn)
-    several = input_ids.shape[0] > 1
-    if several:
-        with torch.inference_mode(False), torch.no_grad():
+    check_synced_gpus(synced_gpus, draft.model, generation_config)
+    arguments = (target, input_ids, processors, stopping_criteria, generation_config)
+    lockstep, several = Lockstep(target, input_ids, synced_gpus), len(input_ids) > 1
+    with torch.inference_mode(False), torch.no_grad():
+        plain = lockstep.begin(input_ids, model_kwargs)
+        if several and not plain:
             plain = why_plain_batch(target, input_ids, stopping_criteria, generation_config, model_kwargs)
-        if plain:
-            draft.metrics.decisions.drafting = plain
-            return sample(target, input_ids, processors, stopping_criteria, generation_config, **model_kwargs)
+    if plain:
+        draft.metrics.decisions.drafting = plain
+        given = model_kwargs if streamer is None else model_kwargs | {"streamer": streamer}
+        return sample(*arguments, synced_gpus=synced_gpus, **given)
     started = time.perf_counter()
     note_latest(target, draft)
     with draft.failures.records.attempt():
@@ -88,8 +94,11 @@ def decode(
         mask = None if mask is None else mask[:, -input_ids.shape[1] :]
         call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
         call = replace(call, adapters=adapters)
-        arguments = (target, input_ids, processors, stopping_criteria, generation_config)
-        loop = _several(*arguments, model_kwargs, draft) if several else _one(*arguments, model_kwargs, draft, streamer)
+        loop = (
+            _several(*arguments, model_kwargs, draft)
+            if several
+            else _one(*arguments, model_kwargs, draft, streamer, lockstep)
+        )
         request = Request(draft, call)
         try:
             output = loop(request)
@@ -108,15 +117,16 @@ def _one(
     model_kwargs: dict[str, Any],
     draft: Draft,
     streamer: BaseStreamer | None,
+    lockstep: Lockstep,
 ) -> Loop:
     """The loop of one row."""
     plain = why_plain(target, input_ids, model_kwargs)
-    chains = plain or why_chains(target, input_ids, model_kwargs)
+    chains = plain or (CHAINS if lockstep.synced else why_chains(target, input_ids, model_kwargs))
     verifier = Verifier(target, input_ids, config, model_kwargs, plain, chains)
 
     def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
         verifier.hand_out(request.reads)
-        output = _loop(input_ids, verifier, request, processors, criteria, config, streamer)
+        output = _loop(input_ids, verifier, request, processors, criteria, config, streamer, lockstep)
         request.finish()
         _say_limits(draft, verifier)
         return output
@@ -191,6 +201,7 @@ def _loop(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
+    lockstep: Lockstep,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     draws, asked = bool(generation_config.do_sample), _Asked.of(generation_config)
     rows, done = Rows.of(input_ids), False
@@ -215,6 +226,7 @@ def _loop(
             _stream(streamer, verdict)
         rows, done = verdict.rows, all(verdict.done)
         verifier.keep(rows.tokens, verdict.paths)
+        lockstep.end_round(done)
 
         # 4. The draft adapts.
         request.observe(verdict)

@@ -42,6 +42,7 @@ TOLERANCE_HALF = 0.1  # bfloat16 has 8 bits, and an expert's router may flip at 
 
 # Classes of the modules of a model, and the kinds of its alterations.
 Parts = tuple[tuple[weakref.ref[type[nn.Module]], ...], tuple[Any, ...]]
+TRIAL_FORWARDS = 7  # of one trial of a target that is not in training mode
 MOST_TRIALS = 8  # of a model whose hooks refer to something else in each request, such as a counter; chosen
 
 # For each model why it is decoded plainly, by what it was made of when it was tried, and by what its alterations referred to. It
@@ -57,6 +58,31 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     Args:
         input_ids: (1, L) the prompt, or its new part.
     """
+    known = _as_known(target, model_kwargs)
+    if isinstance(known, str):
+        return known
+    tried, values = known
+    try:
+        # With dropout two forwards never agree: nothing can be compared, and no two answers need to be the same.
+        random = target.training and _is_random(target, input_ids, model_kwargs)
+        tried[values] = "" if random else _fault(target, input_ids, model_kwargs)
+    except Exception as error:  # a class from elsewhere may raise anything, and may yet decode token by token
+        reason = f"the target {type(target).__name__} was tried with several tokens at once, and failed: {kind_and_place(error)}"
+        if isinstance(error, torch.OutOfMemoryError):
+            return reason  # that passes: the next request tries again
+        tried[values] = reason
+    return tried[values]
+
+
+def needs_trial(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> bool:
+    """Whether `why_plain` would run forwards of its own."""
+    return not isinstance(_as_known(target, model_kwargs), str)
+
+
+def _as_known(
+    target: PreTrainedModel, model_kwargs: dict[str, Any]
+) -> str | tuple[dict[tuple[Any, ...], str], tuple[Any, ...]]:
+    """The answer of `why_plain`, where it is known; else where that of a trial belongs: results by the values that they are for."""
     extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
     if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
         return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
@@ -73,19 +99,11 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
         return ""
     made_of = (*_parts(modules, altered), target.training, frozenset(extras))
     tried = _tried.setdefault(target, {}).setdefault(made_of, {})
-    if altered.values not in tried:
-        if len(tried) >= MOST_TRIALS:
-            return next(filter(None, tried.values()), "")
-        try:
-            # With dropout two forwards never agree: nothing can be compared, and no two answers need to be the same.
-            random = target.training and _is_random(target, input_ids, model_kwargs)
-            tried[altered.values] = "" if random else _fault(target, input_ids, model_kwargs)
-        except Exception as error:  # a class from elsewhere may raise anything, and may yet decode token by token
-            reason = f"the target {type(target).__name__} was tried with several tokens at once, and failed: {kind_and_place(error)}"
-            if isinstance(error, torch.OutOfMemoryError):
-                return reason  # that passes: the next request tries again
-            tried[altered.values] = reason
-    return tried[altered.values]
+    if altered.values in tried:
+        return tried[altered.values]
+    if len(tried) >= MOST_TRIALS:
+        return next(filter(None, tried.values()), "")
+    return tried, altered.values
 
 
 def parts_of(target: PreTrainedModel) -> Parts:
