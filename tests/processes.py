@@ -97,6 +97,7 @@ def two_then_one(pair: Pair) -> None:
     seen: dict[str, Any] = {"start": pair.params()}
     pair.serve(1)
     seen["led"] = pair.params()
+    dist.barrier()  # nothing is published before: two gradient steps are fewer than four
     seen["met"] = pair.meet()
     seen["mean"] = pair.params()
     pair.serve(3)
