@@ -25,6 +25,7 @@ __all__ = [
     "LoraEmbedding",
     "LoraLayer",
     "activates_lora",
+    "adapts_by_row",
     "adds_virtual_tokens",
     "base_of",
     "delta_weight",
@@ -57,6 +58,14 @@ def activates_lora(model: PreTrainedModel) -> bool:
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     offsets = (hook.keywords.get("alora_offsets") or [] for hook in hooks if isinstance(hook, functools.partial))
     return any(offset is not None for row in offsets for offset in row)
+
+
+def adapts_by_row(model: PreTrainedModel) -> bool:
+    """Whether PEFT reads each row of a batch with an adapter of its own: the call was given `adapter_names`."""
+    if "peft_config" not in vars(model):
+        return False
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks)
 
 
 def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:

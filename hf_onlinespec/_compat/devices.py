@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .versions import imports_of_others
+
+with imports_of_others():
+    from accelerate.utils.operations import ConvertOutputsToFp32  # type: ignore[import-untyped]
+
+AUTOCAST = "torch.amp.autocast_mode"  # where the decorator lies that puts autocast around a function
 
 
 def matmul_dtypes(device: str) -> set[torch.dtype | str]:
@@ -29,6 +38,19 @@ def matmul_dtypes(device: str) -> set[torch.dtype | str]:
             settings.add("tf32")
     names: dict[str, torch.dtype | str] = {"tf32": "tf32", "bf16": torch.bfloat16}
     return {names.get(setting, torch.float32) for setting in settings}
+
+
+def autocast_inside(model: nn.Module) -> set[torch.dtype | str]:
+    """In what autocast multiplies where `forward` enters it by itself: so accelerate, hence a Trainer, makes mixed precision."""
+    found, forward = set[torch.dtype | str](), vars(model).get("forward")
+    while True:
+        forward = forward.__func__ if inspect.ismethod(forward) else forward
+        if not isinstance(forward, FunctionType | ConvertOutputsToFp32):
+            return found
+        if isinstance(forward, FunctionType) and forward.__globals__["__name__"] == AUTOCAST:
+            held = [cell.cell_contents for cell in forward.__closure__ or ()]
+            found |= {one.fast_dtype for one in held if isinstance(one, torch.autocast) and one._enabled}
+        forward = vars(forward).get("__wrapped__")
 
 
 def doubles(values: Tensor) -> Tensor:

@@ -35,8 +35,9 @@ def attach(
 ) -> Draft:
     """From now on every `generate` on this model speculates and learns, whoever calls it; returns what drafts.
 
-    A call that the decoding loop does not take (beam search, a batch, …) runs as if nothing were attached, and a warning says
-    why, once per reason. `onlinespec=` or `assistant_model=` in a call goes before: `onlinespec=True` uses the attached draft
+    Batches too, and models in training mode: the rollouts of a trainer, whose weights may be others in each call. A call that the
+    decoding loop does not take (beam search, a static cache, …) runs as if nothing were attached, and a warning says why, once per
+    reason. `onlinespec=` or `assistant_model=` in a call goes before: `onlinespec=True` uses the attached draft
     and raises where it cannot serve, `onlinespec=False` decodes plainly. What stands in the model's own `generation_config` does not.
     Attaching again replaces what was attached; `disable()` suspends it until `enable()`.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .._compat.adapters import adapts_by_row
 from .._compat.caches import CACHE, held_tokens
 from .._compat.generation import generated_output, goes_on_finished, pad_token
 from ..commit.request import Request
@@ -77,9 +78,17 @@ def why_plain_batch(
     more = sorted({name for name, value in model_kwargs.items() if value is not None} - (TEXT - COLUMNS.keys()) - READ)
     if not reason and more:
         reason = f"{', '.join(more)} beside the tokens"
+    if not reason and adapts_by_row(target):
+        reason = "adapter_names= gives each row an adapter of its own"
     if not reason:
-        one = {name: value[:1] if name in READ and value is not None else value for name, value in model_kwargs.items()}
-        reason = why_plain(target, input_ids[:1], one) or why_chains(target, input_ids[:1], one)
+        mask = model_kwargs.get("attention_mask")
+        row = 0 if mask is None else int(mask.sum(-1).argmax())  # another one may be padding alone
+        one = {
+            name: value[row : row + 1] if name in READ and value is not None and len(value) > 1 else value
+            for name, value in model_kwargs.items()
+        }
+        tokens = input_ids[row : row + 1]
+        reason = why_plain(target, tokens, one) or why_chains(target, tokens, one)
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
 
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from .._compat.adapters import activates_lora
 from .._compat.alterations import Alterations, alterations
 from .._compat.caches import CACHE, fresh_cache, own_way
-from .._compat.devices import matmul_dtypes
+from .._compat.devices import autocast_inside, matmul_dtypes
 from ..errors import UnsupportedError
 from ..govern.acceptance import TokenSource
 from ..rounds import Proposal
@@ -64,7 +64,7 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     tried, values = known
     try:
         # With dropout two forwards never agree: nothing can be compared, and no two answers need to be the same.
-        random = target.training and _is_random(target, input_ids, model_kwargs)
+        random = target.training and is_random(target, input_ids, model_kwargs)
         tried[values] = "" if random else _fault(target, input_ids, model_kwargs)
     except Exception as error:  # a class from elsewhere may raise anything, and may yet decode token by token
         reason = f"the target {type(target).__name__} was tried with several tokens at once, and failed: {kind_and_place(error)}"
@@ -118,13 +118,14 @@ def parts_of(target: PreTrainedModel) -> Parts:
     return _parts(modules, altered)
 
 
-def made_of(target: PreTrainedModel) -> tuple[bool, tuple[Any, ...]]:
-    """Whether a target is transformers' own as it is, of a family that is known, and what tells it from what it may become.
+def made_of(target: PreTrainedModel) -> tuple[bool, tuple[Any, ...], tuple[Any, ...]]:
+    """Whether a target is transformers' own as it is, of a family that is known; what tells it from what it may become; and what its
+    alterations refer to.
 
     It holds no module. Raises whatever hooks of others raise when they are looked into.
     """
     modules, unknown, altered = _looked_at(target)
-    return not unknown and not altered.kinds, (*_parts(modules, altered), altered.values, target.dtype)
+    return not unknown and not altered.kinds, (*_parts(modules, altered), target.dtype), altered.values
 
 
 def _parts(modules: list[nn.Module], altered: Alterations) -> Parts:
@@ -170,14 +171,18 @@ def _known_module(name: str) -> bool:
     return path[0] in ("transformers", *LIBRARIES)
 
 
-def tolerance(target: PreTrainedModel) -> float:
-    """How far two logits may be apart by rounding alone, in the precision that the target is computed with now."""
+def tolerance(target: PreTrainedModel, device: str) -> float:
+    """How far two logits may be apart by rounding alone, in the precision that the target is computed with now.
+
+    Args:
+        device: the kind that it computes on; weights that are offloaded lie nowhere between two forwards.
+    """
     dtypes: set[torch.dtype | str] = {
         p.dtype for p in target.parameters()
     }  # of quantised weights too, which are multiplied in half precision
     if torch.float32 in dtypes:
         dtypes -= {torch.float32}
-        dtypes |= matmul_dtypes(target.device.type)
+        dtypes |= matmul_dtypes(device) | autocast_inside(target)
     return max(TOLERANCE.get(dtype, TOLERANCE_HALF) for dtype in dtypes)
 
 
@@ -232,7 +237,7 @@ def own_random_numbers(target: PreTrainedModel, input_ids: Tensor) -> Iterator[N
         yield
 
 
-def _is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
+def is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
     """Whether two forwards over the same tokens differ."""
     prompt, kept = own_inputs(input_ids, model_kwargs)
     with own_random_numbers(target, input_ids):
@@ -252,7 +257,7 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
     def verifier() -> Verifier:
         return Verifier(target, prompt, config, kept | {CACHE: fresh_cache(target.config)})
 
-    config, most = GenerationConfig(), tolerance(target)
+    config, most = GenerationConfig(), tolerance(target, input_ids.device.type)
     one, several = verifier(), verifier()
     tokens, singles = _read_on(one, prompt, 4)
     n = prompt.shape[1]

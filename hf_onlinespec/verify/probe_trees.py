@@ -7,6 +7,8 @@ the keys instead of the positions of the tokens (windows, ALiBi, sinks) computes
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from .._compat.caches import CACHE, fresh_cache, moves
 from .._compat.generation import continues_inputs
 from ..runtime.failures import kind_and_place
 from .positions import PositionLimits
-from .probe import MOST_TRIALS, guesses, made_of, off, own_inputs, own_random_numbers, tolerance
+from .probe import MOST_TRIALS, guesses, is_random, made_of, off, own_inputs, own_random_numbers, tolerance
 from .target import TEXT, Verifier
 
 PROMPT_TOKENS = 8  # that a known class is tried with: its configuration has told what depends on the length; chosen
@@ -27,8 +29,10 @@ PROMPT_TOKENS = 8  # that a known class is tried with: its configuration has tol
 # the bit; with the mask left out they are 0.12 to 0.38 apart. A router that flips at a tie costs trees, not an answer.
 MOST_OFF = 0.05
 
-# For each model why it is given chains alone, by what it was made of when it was tried.
-_tried: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+# For each model why it is given chains alone, by what it was made of when it was tried, and by what its alterations referred to.
+_tried: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], dict[tuple[Any, ...], str]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def why_chains(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
@@ -42,14 +46,15 @@ def why_chains(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[st
         reason = tree_obstacle(target.config) or _inputs_obstacle(target, input_ids, model_kwargs)
         if reason:
             return f"the target {name} {reason}"
-        known, parts = made_of(target)
-        made = (*parts, attention_kind(target.config))
-        tried = _tried.setdefault(target, {})
-        if made not in tried:
+        known, parts, values = made_of(target)
+        made = (*parts, attention_kind(target.config), target.training)
+        tried = _tried.setdefault(target, {}).setdefault(made, {})
+        if values not in tried:
+            # Weights of a class from elsewhere are among the values: those of a policy in training change in every step.
             if len(tried) >= MOST_TRIALS:
-                return f"the target {name} was altered {MOST_TRIALS} times"
-            tried[made] = _fault(target, input_ids, model_kwargs, known)
-        return tried[made]
+                return next(filter(None, tried.values()), "")
+            tried[values] = _fault(target, input_ids, model_kwargs, known)
+        return tried[values]
     except Exception as error:  # hooks and classes of others may raise anything
         return f"the target {name} was tried with a tree, and failed: {kind_and_place(error)}"
 
@@ -63,8 +68,6 @@ def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: d
         return "has a cache whose keys cannot be moved"
     if PositionLimits.of(target.config).by_length:
         return "computes its positions, or selects its keys, by the length of a forward"
-    if target.training:
-        return "is in training mode"
     if not takes_positions(target) or (positions is not None and positions.ndim != 2):
         return "takes no position for each token"
     if mask is not None and (mask.ndim != 2 or (positions is None and not bool(mask.all()))):
@@ -83,19 +86,34 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
     if model_kwargs.get("position_ids") is not None:
         inputs["position_ids"] = torch.arange(prompt.shape[1], device=prompt.device)[None]
     try:
-        with own_random_numbers(target, input_ids):
+        # With dropout two forwards never agree, which says nothing of masks and positions.
+        random = target.training and is_random(target, input_ids, model_kwargs)
+        with own_random_numbers(target, input_ids), _in_evaluation(target) if random else nullcontext():
             found, expected = _two_branches(target, prompt, inputs)
     except torch.OutOfMemoryError:
         raise  # that passes: the next request tries again
     except Exception as error:  # a class from elsewhere may raise anything
         return f"the target {type(target).__name__} was tried with a tree, and failed: {kind_and_place(error)}"
     apart = off(found, expected)
-    if not bool((apart <= min(MOST_OFF, tolerance(target))).all()):
+    if not bool((apart <= min(MOST_OFF, tolerance(target, input_ids.device.type))).all()):
         return (
             f"the target {type(target).__name__} computes something else in a tree than in its branches "
             f"(logits off by {float(apart.max()):.2g} of the largest)"
         )
     return ""
+
+
+@contextmanager
+def _in_evaluation(target: PreTrainedModel) -> Iterator[None]:
+    """Within it the target is not in training mode."""
+    training = [module for module in target.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _two_branches(target: PreTrainedModel, prompt: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

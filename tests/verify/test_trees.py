@@ -223,7 +223,6 @@ def test_inputs_that_have_no_tree_are_given_chains() -> None:
         ({CACHE: DynamicCache(offloading=True)}, "cannot be moved"),
     ):
         assert reason in why_chains(target, prompt(), inputs)
-    assert "training mode" in why_chains(target.train(), prompt(), text)
 
 
 class RefusesMasks(LlamaForCausalLM):
@@ -245,6 +244,40 @@ class IgnoresMasks(LlamaForCausalLM):
 class CountsPositions(LlamaForCausalLM):
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **inputs: Any) -> ModelOutput:
         return super().forward(input_ids, position_ids=None, **inputs)
+
+
+def in_training(cls: type[LlamaForCausalLM], dropout: float) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    target = cls(LlamaConfig(**SMALL, attention_dropout=dropout)).train()
+    target.generation_config.pad_token_id, target.generation_config.eos_token_id = 0, None
+    return target
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_trees_are_verified_in_training_mode_and_trying_them_leaves_no_trace(dropout: float) -> None:
+    """As reinforcement learning leaves the policy that it samples from. Part of the model may be in evaluation mode."""
+    target, inputs = in_training(LlamaForCausalLM, dropout), {CACHE: DynamicCache()}
+    target.model.layers[1].eval()
+    modes, numbers = [module.training for module in target.modules()], torch.get_rng_state()
+    assert why_chains(target, prompt(), inputs) == ""
+    assert [module.training for module in target.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), numbers)
+    for cls in (IgnoresMasks, CountsPositions):
+        assert "something else" in why_chains(in_training(cls, dropout), prompt(), inputs)
+
+
+@torch.no_grad()
+def test_a_class_of_others_whose_weights_are_trained_goes_on_with_trees_as_it_was_found() -> None:
+    """Its weights are among what may alter what it computes, and those of a policy change in each step."""
+    for cls, reason in ((LlamaForCausalLM, ""), (IgnoresMasks, "something else")):
+        own = type("OfOthers", (cls,), {"__module__": "of_others"})
+        target = in_training(own, 0.0)
+        for _ in range(12):
+            found = why_chains(target, prompt(), {CACHE: DynamicCache()})
+            assert reason in found and bool(found) == bool(reason)
+            for parameter in target.parameters():
+                parameter.mul_(0.99)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
