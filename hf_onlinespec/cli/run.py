@@ -17,7 +17,6 @@ from ..commit.base import Draft
 from ..draft import OnlineDraft
 from ..generation import attach, generate_stream
 from ..runtime.progress import progress
-from ..share import card
 from ..share.folder import is_artifact
 from ..share.loading import locate
 from .answer_files import AnswerFile, Line, PromptFile
@@ -170,7 +169,7 @@ class _Work:
         folder, self._unsaved = self._settings.save, 0
         if folder is None or not isinstance(self._drafts, OnlineDraft):
             return
-        card.write(self._drafts.artifact(), folder, draw=False)
+        self._drafts.save_unexamined(folder)
         if examined and self._drafts.steps:
             _say(f"Saving the draft in {folder} …")
             self._drafts.save_pretrained(folder)

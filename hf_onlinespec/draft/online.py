@@ -50,6 +50,8 @@ from ..share.export import merge_and_export
 from ..share.hub import Push
 from ..share.lineage import Lineage
 from ..share.loading import Loaded, load
+from ..share.memorization import SAVE_S
+from ..share.named import place_of, remove_others
 from ..share.pushing import push
 from ..share.resuming import go_on
 from ..share.saving import artifact_of, save
@@ -286,6 +288,10 @@ class OnlineDraft(Draft):
         if self.failures.preparing.begin():
             with self.failures.preparing.attempt(call.count_failed_draft):
                 lease = self.adapters.lease(name for name in call.adapters if name is not None)
+                target = self.targets.at_hand
+                for own in lease.drafts.values():
+                    if target is not None:
+                        own.serves(target)
                 names = call.adapters or (None,) * call.rows
                 drafts = [self if name is None else lease.drafts[name] for name in names]
                 rows = models_of_rows(drafts, call, stats)
@@ -407,6 +413,8 @@ class OnlineDraft(Draft):
         What it learned from since it was loaded is examined first, for a later public push, for at most twenty seconds:
         whether any of it comes out. Numbers of that are saved, no text; with `audit_tokens=0` nothing is examined.
 
+        Adapters with names are saved in `adapters/NAME`, each as a draft that `from_pretrained` and PEFT load by itself too.
+
         Args:
             is_main_process: whether this process writes, as in transformers and PEFT. None: of several processes that learn one adapter
                 the one of rank 0 does, and in the others nothing happens; any other process writes.
@@ -415,7 +423,25 @@ class OnlineDraft(Draft):
             ArtifactError: the folder cannot be written; what it held is still there.
         """
         if self.replicas.saves(is_main_process):
-            save(self, folder)
+            self._save(Path(folder), SAVE_S)
+
+    def save_unexamined(self, folder: str | Path) -> None:
+        """Saves in no more time than writing takes: what was learned since it was loaded is not examined, and no curve drawn.
+
+        Raises:
+            ArtifactError: the folder cannot be written; what it held is still there.
+        """
+        if self.replicas.saves(None):
+            self._save(Path(folder), 0.0)
+
+    def _save(self, folder: Path, seconds: float) -> None:
+        names = list(self.adapters)
+        seconds /= 1 + len(names)
+        save(self, folder, seconds)
+        for name in names:
+            with self.adapters.using(name) as own:
+                save(own, place_of(folder, name), seconds)
+        remove_others(folder, names)
 
     def merge_and_export(
         self,
@@ -452,7 +478,7 @@ class OnlineDraft(Draft):
         message: str | None = None,
         is_main_process: bool | None = None,
     ) -> str:
-        """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash.
+        """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash. Adapters with names stay here.
 
         Args:
             repo_id: "user/name", or "name" for a repository of your own; made where it does not exist.
@@ -479,6 +505,11 @@ class OnlineDraft(Draft):
             raise ConfigError(f"commit_message={commit_message!r} and message={message!r}: give one of the two.")
         if not self.replicas.saves(is_main_process):
             return ""
+        if len(self.adapters):
+            self.warn_once(
+                f"Pushed is the adapter without a name: {', '.join(sorted(self.adapters))} stay here. Push one with "
+                "OnlineDraft.from_pretrained(FOLDER/adapters/NAME) and a repository of its own."
+            )
         said = commit_message if message is None else message
         options = Push(repo_id, private is not False, data_statement, token, said, tag, force, skip_audit)
         options = replace(options, with_state=with_state, license=license, revision=revision, create_pr=create_pr)
@@ -521,6 +552,9 @@ class OnlineDraft(Draft):
         if loaded.target is not None:
             draft.serves(loaded.target)
         go_on(draft, loaded)
+        for name, own in loaded.named.items():
+            with draft.adapters.using(name) as adapter:
+                go_on(adapter, own)
         return draft
 
     def resume(self, state: State) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..draft import OnlineDraft
 from ..errors import OnlineSpecError
-from ..share import card
 from .metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class DraftSaver:
     def save(self) -> bool:
         """Saves the draft as it is now, without examining what it learned from; whether that worked."""
         # The examination of `save_pretrained` may take twenty seconds of the processor, which requests want.
-        return self._attempt(lambda: card.write(self._draft.artifact(), self.folder, draw=False))
+        return self._attempt(lambda: self._draft.save_unexamined(self.folder))
 
     def close(self) -> None:
         """The last save: at once, and again with what `save_pretrained` examines."""
@@ -50,7 +49,7 @@ class DraftSaver:
         if self._thread is not None:
             self._thread.join()
         self.worked = self.save()  # whoever is killed during the examination has lost nothing
-        if self.worked and self._draft.steps:
+        if self.worked and (self._draft.steps or len(self._draft.adapters)):
             self._attempt(lambda: self._draft.save_pretrained(self.folder))
 
     def _attempt(self, write: Callable[[], None]) -> bool:

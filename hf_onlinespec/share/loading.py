@@ -31,6 +31,7 @@ from .heads import check_learned_for
 from .learned_from import loaded_record
 from .lineage import Lineage, Parent
 from .lora_options import LoraOptions
+from .named import named_folders
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Loaded:
     adapter: Mapping[str, Tensor] | None = None  # that learning goes on from, with a new state
     lineage: Lineage = field(default_factory=Lineage)  # what is known of it besides, see `Lineage.going_on_from`
     target: PreTrainedModel | None = None  # that a head is for
+    named: Mapping[str, Loaded] = field(default_factory=dict)  # adapters with names, of the same base
 
 
 def load(
@@ -90,8 +92,23 @@ def _load_evolved(
     token: str | None,
     target: PreTrainedModel | None,
 ) -> Loaded:
-    outline = Outline.read(folder)
     base = draftable(NamedBase.of(origin).load(base_model, token, target))
+    loaded = _load_adapter(folder, base, config, force, target)
+    if origin.revision is not None:  # a folder is where it was kept, not where it came from
+        loaded.lineage.parent = origin.parent
+    named = named_folders(folder) if origin.revision is None else {}
+    return replace(loaded, named={name: _load_adapter(own, base, config, force, target) for name, own in named.items()})
+
+
+def _load_adapter(
+    folder: Path,
+    base: PreTrainedModel,
+    config: OnlineSpecConfig | None,
+    force: bool,
+    target: PreTrainedModel | None,
+) -> Loaded:
+    """An evolved adapter of this base. Raises ArtifactError."""
+    outline = Outline.read(folder)
     check_base(outline.manifest.base, BaseFingerprint.of(base), force)
     if target is not None and outline.manifest.target is not None:
         check_learned_for(outline.manifest.target, target, force)
@@ -109,8 +126,6 @@ def _load_evolved(
         draft=None,
         privacy=loaded_record(artifact.lineage, artifact.options.scale, settings.alpha / settings.rank),
     )
-    if origin.revision is not None:  # a folder is where it was kept, not where it came from
-        lineage.parent = origin.parent
     if artifact.has_state:
         return Loaded(base, settings, artifact=artifact, lineage=lineage, target=target)
     return Loaded(base, settings, adapter=artifact.adapter, lineage=lineage, target=target)

@@ -55,16 +55,19 @@ def artifact_of(draft: Saved) -> Artifact:
         )
 
 
-def save(draft: Saved, folder: str | Path) -> None:
+def save(draft: Saved, folder: str | Path, seconds: float = SAVE_S) -> None:
     """Writes a folder that `OnlineDraft.from_pretrained` resumes, see `OnlineDraft.save_pretrained`.
+
+    Args:
+        seconds: in which what it learned from is examined; 0: it is not.
 
     Raises:
         ArtifactError: the folder cannot be written; what it held is still there.
     """
     with draft.idle.call():  # no step comes in between: what is saved is what was examined
-        if draft.steps:
+        if draft.steps and seconds:
             try:
-                examine(draft, SAVE_S)
+                examine(draft, seconds)
             except Exception:  # a save that is lost would be worse
                 logger.exception(
                     "What the draft learned from was not examined: a public push of what is saved will be refused."
