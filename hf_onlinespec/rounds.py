@@ -35,6 +35,12 @@ class Rows:
         index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
         return Rows(self.tokens[index, : max(lengths, default=0)], lengths, numbers)
 
+    def joined(self, others: Rows) -> Rows:
+        """These rows, then others of the same call."""
+        longest = max(*self.lengths, *others.lengths)
+        tokens = torch.cat([_padded(one.tokens[:, :longest], longest) for one in (self, others)])
+        return Rows(tokens, self.lengths + others.lengths, self.of_call + others.of_call)
+
     @classmethod
     def of(cls, tokens: Tensor) -> Rows:
         """Rows of one length: tokens (batch, length)."""

@@ -54,6 +54,9 @@ class ScriptedProposer(Proposer):
     def reset(self) -> None:
         pass
 
+    def leave(self, rows: Rows) -> bool:
+        return False
+
     def finish(self) -> bool:
         return False
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .alterations import is_foreign
 from .versions import imports_of_others
@@ -186,6 +187,18 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
     for layer in _filled(cache):
         own = rows.to(layer.keys.device)
         layer.keys, layer.values = layer.keys[own], layer.values[own]
+
+
+def join_rows(cache: Cache, others: Cache, places: int) -> None:
+    """Puts the rows of another cache behind those of the first, both filled up on the left to so many places; of caches that `move`."""
+    for layer, other in zip(_filled(cache), _filled(others), strict=True):
+        device = layer.keys.device
+
+        def filled(states: Tensor) -> Tensor:
+            return functional.pad(states.to(device), (0, 0, places - states.shape[-2], 0))  # noqa: B023  called at once
+
+        layer.keys = torch.cat([filled(layer.keys), filled(other.keys)])
+        layer.values = torch.cat([filled(layer.values), filled(other.values)])
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from ..rounds import Rows
 from .feedback import Feedback
-from .request_feedback import Held
+from .request_feedback import Held, RequestFeedback
 from .segment import LEAST_CONTEXT, Segment, sayable
 from .service import LearningService
 from .trainable import Prefix
@@ -39,6 +39,10 @@ class DraftedRow(Protocol):
 
     def take(self, tokens: Tensor) -> None:
         """The row as it is now, (1, L)."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets what the draft has read of it."""
         ...
 
     def route(self, prompt: Tensor) -> None:
@@ -70,14 +74,23 @@ class CallFeedback:
         self._latest: dict[
             int, tuple[Rows, int]
         ] = {}  # per row: where it is, as the target reads it, and its place there
+        self.open = set(range(len(rows)))  # those that have not ended, see `close`
         self.recorded = False  # whether there was anything that the draft can see
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """What was recorded is forgotten."""
-        self._of = [
-            self._learning.new_feedback(row.taught, self._temperature, row.config, row.features) for row in self.rows
-        ]
+        self._of = list(map(self._new, self.rows))
+
+    def _new(self, row: DraftedRow) -> RequestFeedback:
+        return self._learning.new_feedback(row.taught, self._temperature, row.config, row.features)
+
+    def close(self, rows: Sequence[int]) -> None:
+        """These rows have ended, and what they have shown was learned or deferred: nothing of them is held any longer."""
+        for i in rows:
+            self.open.discard(i)
+            self.rows[i].reset()
+            self._of[i] = self._new(self.rows[i])
 
     def begin(self, rows: Rows, at: int) -> None:
         """The prompt of one of the rows, before the first round."""
@@ -90,10 +103,9 @@ class CallFeedback:
         rows, at = self._latest[i]
         return rows.row(at)
 
-    @property
-    def begun(self) -> bool:
-        """Whether all rows were read."""
-        return all(row.tokens is not None for row in self.rows)
+    def begun(self, rows: Sequence[int]) -> bool:
+        """Whether all of these rows were read."""
+        return all(self.rows[i].tokens is not None for i in rows)
 
     @property
     def waiting(self) -> list[int]:
@@ -108,10 +120,9 @@ class CallFeedback:
         """How many of a row they are."""
         return self._of[i].waiting
 
-    @property
-    def kept(self) -> bool:
-        """Whether the replay will be given anything."""
-        return any(of.kept for of in self._of)
+    def kept(self, rows: Sequence[int]) -> bool:
+        """Whether the replay will be given anything of these rows."""
+        return any(self._of[i].kept for i in rows)
 
     @property
     def full(self) -> bool:
@@ -157,15 +168,16 @@ class CallFeedback:
         """What was handed out goes to the replay; of one request, all of it or nothing."""
         self._of[i].keep(segment.teachers)
 
-    def defer_to_replay(self) -> None:
-        """Leaves the waiting tokens to the replay."""
-        for of in self._of:
-            of.defer_to_replay()
+    def defer_to_replay(self, rows: Iterable[int] | None = None) -> None:
+        """Leaves the waiting tokens of these rows to the replay; None: of all."""
+        for i in self.open if rows is None else rows:
+            self._of[i].defer_to_replay()
 
-    def finished(self) -> list[tuple[int, Feedback]]:
-        """Every row as the replay keeps it."""
+    def finished(self, rows: Sequence[int]) -> list[tuple[int, Feedback]]:
+        """Every one of these rows as the replay keeps it."""
         found = []
-        for i, (row, of) in enumerate(zip(self.rows, self._of, strict=True)):
+        for i in rows:
+            row, of = self.rows[i], self._of[i]
             assert row.tokens is not None
             features = row.learned_features(of.end - of.learned - self._context, of.end)
             found += [(i, one) for one in of.feedback(row.tokens, row.mask, features)]

@@ -147,15 +147,17 @@ class LearningSchedule:
         elif full:
             self._feedback.defer_to_replay()
 
-    def update(self, most: int | None = None) -> int:
+    def update(self, most: int | None = None, among: Sequence[int] | None = None) -> int:
         """Gradient steps on the tokens since the last update, of up to `MOST_ROWS` rows each; how many.
 
         One row alone is learned on top of what the draft has read.
 
         Args:
             most: steps that there is time for, those of the rows with the most tokens; None: all.
+            among: rows; None: all.
         """
-        waiting = sorted(self._feedback.waiting, key=lambda i: -self._feedback.waiting_tokens(i))
+        waiting = [i for i in self._feedback.waiting if among is None or i in among]
+        waiting.sort(key=lambda i: -self._feedback.waiting_tokens(i))
         steps = [waiting[at : at + MOST_ROWS] for at in range(0, len(waiting), MOST_ROWS)][:most]
         if not steps:
             return 0
@@ -208,22 +210,28 @@ class LearningSchedule:
 
     # The end of the request
 
-    def finish(self, unseen: bool) -> None:
+    def finish(self, unseen: bool, rows: Rows | None = None) -> None:
         """Learns what is left of the call and rehearses others, as far as that is worth it.
 
         Args:
             unseen: whether it is long since the draft's acceptance was seen.
+            rows: those that have ended, of a call that goes on; None: the call has ended.
         """
+        ended = sorted(self._feedback.open) if rows is None else rows.of_call
         with self.attempt():
-            if self._feedback.begun and (self._feedback.waiting or self._feedback.kept):
-                self._finish(unseen)
+            waits = any(i in ended for i in self._feedback.waiting)
+            if self._feedback.begun(ended) and (waits or self._feedback.kept(ended)):
+                self._finish(unseen, ended)
+        if rows is not None:
+            with self.attempt():
+                self._feedback.close(ended)
 
-    def _finish(self, unseen: bool) -> None:
+    def _finish(self, unseen: bool, rows: Sequence[int]) -> None:
         settings = self._learning.settings
         steps, most, taken = 1 + settings.replay_passes, None, 1
         if settings.update_when == "idle":
-            self._feedback.defer_to_replay()
-            for _, one in self._feedback.finished():
+            self._feedback.defer_to_replay(rows)
+            for _, one in self._feedback.finished(rows):
                 self._idle.add(one, self._temperature)
             self._learned = True
             return
@@ -233,14 +241,14 @@ class LearningSchedule:
                 self._deferred = True
                 self._learning.governor.decisions.deferred_updates += 1
                 if unseen:
-                    self._score_offline()
+                    self._score_offline(rows)
         if steps:
-            updated = self.update(most)
+            updated = self.update(most, rows)
             taken = 1 if most is None else max(1, updated)
-        if self._feedback.waiting and (steps or self._keeps):
-            self._feedback.defer_to_replay()
+        if steps or self._keeps(rows):
+            self._feedback.defer_to_replay(rows)
         with self._budget.charged():
-            for i, one in self._feedback.finished():
+            for i, one in self._feedback.finished(rows):
                 self._learning.remember(one, self._requests.get(i))
             self._learning.replay_steps(self._counts, steps - taken)
             self._learning.fold()
@@ -262,24 +270,23 @@ class LearningSchedule:
             self._learning, self._counts, self._feedback.recorded, self._deferred, self._budget.affordable_steps
         )
 
-    @property
-    def _keeps(self) -> bool:
-        """Whether what is not learned from is worth remembering for the replay."""
+    def _keeps(self, rows: Sequence[int]) -> bool:
+        """Whether what is not learned from of these rows is worth remembering for the replay."""
         # Of a request, all or nothing.
-        return self._feedback.kept or self._learning.governor.decisions.budget_fraction == 1.0
+        return self._feedback.kept(rows) or self._learning.governor.decisions.budget_fraction == 1.0
 
-    def _score_offline(self) -> None:
+    def _score_offline(self, rows: Sequence[int]) -> None:
         """Shows the governor how the draft would have done on a request in which it neither drafts nor learns."""
-        rows = self._feedback.waiting
-        if not rows:
+        waiting = [i for i in self._feedback.waiting if i in rows]
+        if not waiting:
             return
         with self._budget.scored():
-            for i in rows:
+            for i in waiting:
                 row, segment = self._feedback.rows[i], self._feedback.segment(i)
                 self._route(row, segment.tokens)
                 if segment.n:
                     self._learning.score_offline(segment, row.prompt_log_ratio)
-                if self._keeps:
+                if self._keeps(rows):
                     self._feedback.keep(i, segment)
 
     def _worthwhile_steps(self) -> int:

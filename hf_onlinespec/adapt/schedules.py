@@ -88,6 +88,7 @@ class Schedules:
     ) -> None:
         self._parts, self._failures, self._counts, self._closed = parts, failures, counts, closed
         self.rounds = 0
+        self._begun: set[int] = set()  # rows of the call
 
     @property
     def learns(self) -> bool:
@@ -122,9 +123,10 @@ class Schedules:
     # A round
 
     def begin(self, rows: Rows) -> None:
-        """Before the first round: the prompts."""
-        if self.rounds:
+        """Before the first round of rows: their prompts."""
+        if self._begun.issuperset(rows.of_call):
             return
+        self._begun.update(rows.of_call)
         for part in self._parts:
             places, own = part.of(rows)
             if places:
@@ -177,10 +179,12 @@ class Schedules:
 
     # The end of the call
 
-    def finish(self, unseen: bool) -> None:
+    def finish(self, unseen: bool, rows: Rows | None = None) -> None:
         """See `LearningSchedule`."""
         for part in self._parts:
-            part.schedule.finish(unseen)
+            places, own = ([], None) if rows is None else part.of(rows)
+            if rows is None or places:
+                part.schedule.finish(unseen, own)
 
     def close(self) -> None:
         """The end of the call, finished or broken off: it is counted, and the adapters may leave the memory."""

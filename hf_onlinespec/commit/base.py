@@ -56,6 +56,7 @@ class Call:
     counts: Counts = field(default_factory=Counts)  # of the request
     # Per row the name of the adapter that drafts and learns, None: the one without a name. (): no row has one.
     adapters: tuple[str | None, ...] = ()
+    at_once: int | None = None  # rows, at most so many in a round: others begin where some have ended; None: all
 
     def stateless_processors(self, row: int = 0) -> LogitsProcessorList:
         """Copies of the processors that are applied to a row of a draft too; to be made before the target's own are called."""
@@ -119,6 +120,10 @@ class Proposer(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forgets what it has read: a proposal failed, and caches may hold anything."""
+
+    @abstractmethod
+    def leave(self, rows: Rows) -> bool:
+        """Rows have ended, of a request that goes on with others: as `finish`, of these alone."""
 
     @abstractmethod
     def finish(self) -> bool:

@@ -48,7 +48,7 @@ class Combined(Proposer):
         self._draft, self._call, self._models, self._sources, self._stats = draft, call, models, sources, stats
         self._governors = draft.governor  # of the whole call, whatever begins anew meanwhile
         with draft.lock:
-            self._governor = self._weighs = self._governors.for_rows(call.rows)  # of the rounds of so many rows
+            self._governor = self._weighs = self._governors.for_rows(call.at_once or call.rows)  # of so many rows
         self._weighed = call.timed and call.lookahead is None  # whether the draft model has to pay
         failing = not draft.failures.drafting.begin()
         self._left_alone = False  # whether it takes no part because it does not pay
@@ -67,6 +67,7 @@ class Combined(Proposer):
         )
         self._latest: dict[int, tuple[Rows, int]] = {}  # by row of the call: where it is now, and its place there
         self._new_tokens = [0] * call.rows
+        self._open = set(range(call.rows))  # rows that have not ended, see `leave`
         self._builders: list[ProposalBuilder] = []  # of the latest round, per row of it
         self._rests = False  # whether nobody is asked in it
 
@@ -289,20 +290,36 @@ class Combined(Proposer):
 
     # The end of the call
 
-    def finish(self) -> bool:
+    def leave(self, rows: Rows) -> bool:
         """See `Proposer`."""
+        return self._end(rows.of_call)
+
+    def _end(self, rows: Sequence[int]) -> bool:
+        """What is written in rows that have ended is remembered; whether it is long since the draft's acceptance was seen."""
         draft, unseen = self._draft, False
-        if self._sources.in_use and self._call.learns and self._latest:
+        latest = [self._latest.pop(i) for i in rows if i in self._latest]
+        if self._sources.in_use and self._call.learns and latest:
             with self._sources.attempt(), draft.lock:
-                for rows, at in self._latest.values():
-                    draft.metrics.memory_bytes = self._sources.commit(rows.of_rows([at]))
+                for own, at in latest:
+                    draft.metrics.memory_bytes = self._sources.commit(own.of_rows([at]))
         with draft.failures.records.attempt(), draft.lock:
-            for i, (stats, new_tokens) in enumerate(zip(self._stats, self._new_tokens, strict=True)):
+            for i in rows:
+                self._open.discard(i)
                 steps = self._models[i].model.steps if self._models else 0
                 can_score = bool(self.reads) or not draft.reads
                 unseen |= self._weighs.request_ended(
-                    new_tokens, stats, self._call.lookahead, steps, left_alone=self._left_alone, can_score=can_score
+                    self._new_tokens[i],
+                    self._stats[i],
+                    self._call.lookahead,
+                    steps,
+                    left_alone=self._left_alone,
+                    can_score=can_score,
                 )
+        return unseen
+
+    def finish(self) -> bool:
+        """See `Proposer`."""
+        draft, unseen = self._draft, self._end(sorted(self._open))
         for worked, what in (
             (bool(self._models), draft.failures.preparing),
             (self._drafted and self._drafts, draft.failures.drafting),

@@ -110,15 +110,17 @@ class Request:
             with self.schedule.attempt():
                 self._raw = self.schedule.copied(logits)
 
-    def observe(self, verdict: Verdict) -> None:
-        """Counts a round, and hands its outcome on."""
+    def observe(self, verdict: Verdict, reads_prompts: bool = False) -> None:
+        """Counts a round, and hands its outcome on.
+
+        Args:
+            reads_prompts: whether the target has read the prompts in it. In the first round of a row alone it always does.
+        """
         self._count(verdict)
         proposer, schedule = self.proposer, self.schedule
         if proposer is None:
             return
-        if (
-            self.counts.rounds == self.call.rows
-        ):  # the first forward reads the prompt: its time says nothing about a round's
+        if reads_prompts or self.counts.rounds == 1:  # the time of that says nothing about a round's
             verdict = replace(verdict, target_s=0.0)
         with self._beside_proposing():
             proposer.observe(verdict)
@@ -147,6 +149,16 @@ class Request:
         for row in sources:
             names = {token.source for token in row}
             counts.drafted_by(bool(names - {"model"}), "model" in names)
+
+    def leave(self, rows: Rows) -> None:
+        """Rows have ended, and others go on or are still to begin: these are remembered and learned as at the end of a request."""
+        if self.proposer is None:
+            return
+        unseen = False
+        with self._beside_proposing():
+            unseen = self.proposer.leave(rows)
+        if self.schedule is not None:
+            self.schedule.finish(unseen, rows)
 
     def finish(self) -> None:
         """Ends the request: it is remembered, what is left of it learned and others are replayed, as far as that is worth it."""

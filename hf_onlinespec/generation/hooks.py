@@ -29,7 +29,7 @@ from ..models.plain import no_model
 from ..share.loading import is_evolved, load_beside
 from ..verify.batch import check_batch
 from ..verify.checks import check_call, check_inputs, check_mode, check_synced_gpus
-from ..verify.custom_generate import GenerateFn
+from ..verify.custom_generate import GenerateFn, Prepare
 from ..verify.loop import decode
 from .call import AttachedCall, anything_attached, call_of, call_with, calling
 from .growing import grown_draft
@@ -86,7 +86,7 @@ def _wrap_extract(extract: Function) -> Function:
     ) -> dict[str, Any]:
         found = extract(self, custom_generate, *args, **kwargs)
         call = call_of(self)
-        ours = type(custom_generate) is GenerateFn
+        ours = type(custom_generate) in (GenerateFn, Prepare)
         others = callable(custom_generate) and not ours
         if call is not None:
             call.begin(found, chosen="assistant_model" in found or ours, elsewhere=others)
@@ -200,7 +200,7 @@ def _wrap_assisted(assisted: Function) -> Function:
         setting = wanted(generation_config)
         if assistant_model is None and call is not None:
             assistant_model = call.attachment.draft
-        draft = _draft_for(self, assistant_model, setting if isinstance(setting, OnlineSpecConfig) else None)
+        draft = draft_for(self, assistant_model, setting if isinstance(setting, OnlineSpecConfig) else None)
         named["adapter"] = wanted_adapter(generation_config)
         learn = setting is not False
         return decode(*arguments, draft=draft, learn=learn, synced_gpus=synced_gpus, **(named | model_kwargs))
@@ -231,7 +231,7 @@ def _decode_attached(
         raise
 
 
-def _draft_for(target: PreTrainedModel, assistant: Any, settings: OnlineSpecConfig | None) -> Draft:
+def draft_for(target: PreTrainedModel, assistant: Any, settings: OnlineSpecConfig | None) -> Draft:
     """What drafts in a call with onlinespec=: the given draft, or the target's suffix memory."""
     if isinstance(assistant, Draft):
         assistant.begin_anew_if_changed()

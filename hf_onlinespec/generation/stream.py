@@ -16,6 +16,8 @@ from ..runtime.progress import Bar, NoBar
 from ..runtime.progress import progress as progress_bar
 from .answers import Answer
 from .batches import Batches
+from .drafting import drafting_of
+from .prompt_calls import PromptCalls
 from .prompts import PromptReader
 
 # Arguments of `generate` that belong to one call, or ask for more than tokens.
@@ -39,8 +41,8 @@ def generate_stream(
     """Answers prompts as they come from an iterator, `batch_size` at a time, with a bounded number of them in memory.
 
     What drafts is said as in `generate`: `assistant_model=`, `onlinespec=`, or what is attached to the target; learning goes on from
-    prompt to prompt. A prompt that fails is an answer with an `error`, and costs no other one. At most four batches of prompts are
-    read ahead, and those of similar lengths are answered together.
+    prompt to prompt. A prompt that fails is an answer with an `error`, and costs no other one. Rows that end make room for the next
+    prompts; at most 16 batches of prompts are read ahead, and two at first.
 
     What an interruption (Ctrl-C) or an error of `prompts` itself finds finished is handed out before it is raised.
 
@@ -71,13 +73,16 @@ def generate_stream(
         )
     if (generate_kwargs.get("num_return_sequences") or 1) > 1:
         raise ConfigError("num_return_sequences: a prompt has one answer. Repeat the prompt instead.")
+    if isinstance(generate_kwargs.get("adapter"), list | tuple):
+        raise ConfigError("adapter: a stream has one for all prompts. Name it, or make a stream for each.")
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise ConfigError(f"prompts is a {type(prompts).__name__}: expected a list or an iterator of prompts.")
     inner = inner_model(target) if isinstance(target, nn.Module) else target
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedError(f"target is a {type(target).__name__}: expected a loaded transformers model.")
     reader = PromptReader(inner, tokenizer)
-    batches = Batches(target, tokenizer, batch_size, generate_kwargs)
+    calls = PromptCalls(target, tokenizer, generate_kwargs)
+    batches = Batches(calls, lambda: drafting_of(inner, generate_kwargs), batch_size)
     return _counted(_Stream(prompts, reader, batches, ordered), prompts, progress)
 
 
@@ -102,17 +107,20 @@ class _Stream:
         self._broken: BaseException | None = None  # what ended the prompts early
 
     def answers(self, bar: Bar) -> Iterator[Answer]:
-        while not (self._exhausted and self._batches.idle):
-            try:
-                self._fill()
-                if not self._batches.idle:
-                    self._take(self._batches.step())
-            except KeyboardInterrupt as interrupt:
-                self._broken = interrupt
-                break
-            for answer in self._due():
-                bar.update()
-                yield answer
+        try:
+            while not (self._exhausted and self._batches.idle):
+                try:
+                    self._fill()
+                    if not self._batches.idle:
+                        self._take(self._batches.step())
+                except KeyboardInterrupt as interrupt:
+                    self._broken = interrupt
+                    break
+                for answer in self._due():
+                    bar.update()
+                    yield answer
+        finally:
+            self._batches.close()
         for index in sorted(self._finished):  # where it was interrupted, some before them are missing
             bar.update()
             yield self._finished.pop(index)

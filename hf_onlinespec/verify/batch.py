@@ -93,7 +93,7 @@ def why_plain_batch(
 
 
 @dataclass
-class _Results:
+class BatchResults:
     """The rows that have ended, and what `generate` hands back beside the tokens, as far as it was asked for."""
 
     tokens: dict[int, Tensor] = field(default_factory=dict)  # by row of the call, (L,)
@@ -101,13 +101,18 @@ class _Results:
     logits: list[list[Tensor]] | None = None  # the same, raw
 
     @classmethod
-    def of(cls, config: GenerationConfig, rows: int) -> _Results:
+    def of(cls, config: GenerationConfig, rows: int) -> BatchResults:
         def asked(output: bool | None) -> list[list[Tensor]] | None:
             return [[] for _ in range(rows)] if config.return_dict_in_generate and output else None
 
         return cls({}, asked(config.output_scores), asked(config.output_logits))
 
+    @property
+    def wants_logits(self) -> bool:
+        return self.logits is not None
+
     def add(self, verdict: Verdict, raw: Tensor | None) -> None:
+        """Takes in a round; `raw`: its logits (batch, n + 1, vocab), if they are wanted."""
         new = None if raw is None else verdict.of_new_tokens(raw)
         for i, row in enumerate(verdict.rows.of_call):
             if self.scores is not None and verdict.scores is not None:
@@ -136,6 +141,44 @@ def _by_token(rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
     return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(most))
 
 
+class BatchRounds:
+    """The rounds of several rows, of all that are generated at the time or of those that begin."""
+
+    def __init__(self, request: Request, calls: RowCalls, config: GenerationConfig, results: BatchResults) -> None:
+        self._request, self._calls, self._config, self._results = request, calls, config, results
+        self._sample = bool(config.do_sample)
+
+    def next(self, rows: Rows, verifier: RaggedVerifier) -> Verdict:
+        """One round of rows that go on; the verifier holds what they keep, those included that have ended in it."""
+        # 1. The draft commits. Of a row that is nearer to its end than others, what lies behind it is never reached.
+        request, clock, reads_prompts = self._request, time.perf_counter(), verifier.first
+        room = min(self._config.max_length - min(rows.lengths) - 1, verifier.room())
+        proposal = request.propose(rows, max(0, room), verifier.trees)
+        draft_s = time.perf_counter() - clock
+
+        # 2. The target verifies all of it in one forward.
+        clock = time.perf_counter()
+        logits = verifier.verify(rows, proposal)  # (batch, n + 1, vocab)
+        request.read(rows, proposal, logits, verifier.features)
+        raw = logits.clone() if self._results.wants_logits else None
+
+        # 3. Every row accepts a prefix, and one token more.
+        verdict = _accept(proposal, logits, rows, self._calls, self._sample, self._results.scores)
+        kept = replace(verdict.rows, numbers=rows.of_call)
+        verdict = replace(verdict, rows=kept, draft_s=draft_s, target_s=time.perf_counter() - clock)
+        self._results.add(verdict, raw)
+        verifier.keep(verdict)
+
+        # 4. The draft adapts.
+        request.observe(verdict, reads_prompts)
+        return verdict
+
+
+def going_on(verdict: Verdict) -> list[int]:
+    """The places of the rows that have not ended."""
+    return [i for i, done in enumerate(verdict.done) if not done]
+
+
 def decode_rows(
     input_ids: Tensor,
     verifier: RaggedVerifier,
@@ -149,33 +192,14 @@ def decode_rows(
     Args:
         cache: of the call, which stays empty: rows that have ended are not in ours any more.
     """
-    sample, results, rows = bool(config.do_sample), _Results.of(config, len(input_ids)), Rows.of(input_ids)
+    results, rows = BatchResults.of(config, len(input_ids)), Rows.of(input_ids)
+    rounds = BatchRounds(request, calls, config, results)
     while rows.lengths:
-        # 1. The draft commits. Of a row that is nearer to its end than others, what lies behind it is never reached.
-        clock = time.perf_counter()
-        room = min(config.max_length - min(rows.lengths) - 1, verifier.room())
-        proposal = request.propose(rows, max(0, room), verifier.trees)
-        draft_s = time.perf_counter() - clock
-
-        # 2. The target verifies all of it in one forward.
-        clock = time.perf_counter()
-        logits = verifier.verify(rows, proposal)  # (batch, n + 1, vocab)
-        request.read(rows, proposal, logits, verifier.features)
-        raw = None if results.logits is None else logits.clone()
-
-        # 3. Every row accepts a prefix, and one token more.
-        verdict = _accept(proposal, logits, rows, calls, sample, results.scores)
-        kept = replace(verdict.rows, numbers=rows.of_call)
-        verdict = replace(verdict, rows=kept, draft_s=draft_s, target_s=time.perf_counter() - clock)
-        results.add(verdict, raw)
-        verifier.keep(verdict)
-
-        # 4. The draft adapts, and rows that have ended leave.
-        request.observe(verdict)
-        going_on = [i for i, done in enumerate(verdict.done) if not done]
-        rows = kept.of_rows(going_on)
-        if 0 < len(going_on) < len(verdict.done):
-            verifier.leave(going_on)
+        verdict = rounds.next(rows, verifier)
+        left = going_on(verdict)
+        rows = verdict.rows.of_rows(left)
+        if 0 < len(left) < len(verdict.done):  # rows that have ended leave
+            verifier.leave(left)
     return results.output(config, cache)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -52,13 +53,7 @@ class GenerateFn:
         check_synced_gpus(synced_gpus, self._draft.model, generation_config)
         check_call(model, self._draft.model, generation_config)
         check_inputs(model, input_ids, generation_config, model_kwargs)
-        if stop_strings is not None:
-            if self._tokenizer is None:
-                raise UnsupportedError(
-                    f"stop_strings={stop_strings!r} needs a tokenizer: use generate_fn(tokenizer=...)."
-                )
-            stop = StopStringCriteria(self._tokenizer, stop_strings)
-            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
+        stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, self._tokenizer)
         check_batch(
             model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, self._streamer
         )
@@ -77,3 +72,55 @@ class GenerateFn:
             synced_gpus=synced_gpus,
             **model_kwargs,
         )
+
+
+@dataclass(frozen=True)
+class PreparedCall:
+    """A call of `generate` that is prepared as far as its decoding method."""
+
+    target: PreTrainedModel
+    input_ids: Tensor  # (batch, prompt), padded on the left
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+
+
+class Prepare:
+    """Handed to `generate(custom_generate=...)`: keeps what is prepared, and decodes nothing.
+
+    Attributes:
+        call: what was prepared; None: `generate` did not come so far.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+        self.call: PreparedCall | None = None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        stop_strings: str | list[str] | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        if needs_synced_gpus(model):
+            raise UnsupportedError(
+                "Rows that begin and end one by one would run other forwards than the other processes."
+            )
+        criteria = _with_stop_strings(stopping_criteria, stop_strings, self._tokenizer)
+        self.call = PreparedCall(model, input_ids, logits_processor, criteria, generation_config, model_kwargs)
+        return input_ids
+
+
+def _with_stop_strings(
+    criteria: StoppingCriteriaList, stop_strings: str | list[str] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> StoppingCriteriaList:
+    if stop_strings is None:
+        return criteria
+    if tokenizer is None:
+        raise UnsupportedError(f"stop_strings={stop_strings!r} needs a tokenizer: use generate_fn(tokenizer=...).")
+    return StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])

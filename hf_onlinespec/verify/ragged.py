@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat.caches import CACHE, crop, fresh_cache, move, select_rows
+from .._compat.caches import CACHE, crop, fresh_cache, join_rows, move, select_rows
 from .._compat.generation import generative
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..models.holes import close_holes
@@ -27,7 +28,7 @@ class RaggedVerifier:
     """The target with its KV cache of several rows. The cache is its own: one that the caller has given stays empty.
 
     Args:
-        input_ids: (batch, prompt), padded on the left.
+        input_ids: (batch, prompt), padded on the left, the end of the rows.
 
     Attributes:
         features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round; None: none
@@ -71,7 +72,7 @@ class RaggedVerifier:
         """Raw logits (batch, n + 1, vocab) in float32 behind the rows and behind each of their candidates, in one forward."""
         n, fed = proposal.tokens.shape[1], self._unread.shape[1]
         if self.first:
-            tokens = rows.tokens
+            tokens = rows.tokens[:, -fed:]
         else:
             ends = torch.tensor(rows.lengths, device=rows.tokens.device)[:, None] - 1
             tokens = rows.tokens.gather(1, ends)
@@ -122,6 +123,18 @@ class RaggedVerifier:
         select_rows(self._cache, index)
         self._seen, self._unread = self._seen[index], self._unread[index]
         self._held = [self._held[row] for row in going_on]
+        self._close_holes()
+
+    def join(self, others: RaggedVerifier) -> None:
+        """Rows that have read their prompts go on behind these ones; the other verifier is used up."""
+        device, places = self._seen.device, max(self._cached, others._cached)
+        join_rows(self._cache, others._cache, places)
+        self._seen = torch.cat(
+            [F.pad(one, (places + 1 - one.shape[1], 0)) for one in (self._seen, others._seen.to(device))]
+        )
+        self._unread = torch.cat([self._unread, others._unread.to(device)])
+        self._held += others._held
+        self._cached = places
         self._close_holes()
 
     def _close_holes(self) -> None:

@@ -75,6 +75,9 @@ class Bigrams(Proposer):
 
     def reset(self) -> None: ...
 
+    def leave(self, rows: Rows) -> bool:
+        return False
+
     def finish(self) -> bool:
         return self.draft.governor.request_ended(self.call.counts.new_tokens, self.stats, self.call.lookahead)
 

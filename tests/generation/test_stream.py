@@ -96,6 +96,15 @@ def test_no_more_prompts_are_read_than_are_needed(ordered: bool) -> None:
     assert handed_out == 60
 
 
+def test_calls_of_many_batches_are_bounded_too_and_begin_small() -> None:
+    source, ahead, handed_out = Counted(prompts(150)), 0, 0
+    for _ in generate_stream(target(), source, 2, ordered=False, onlinespec=True, do_sample=False, max_new_tokens=2):
+        if not handed_out:
+            assert source.read == 4, "two batches at first"
+        ahead, handed_out = max(ahead, source.read - handed_out), handed_out + 1
+    assert handed_out == 150 and 16 < ahead <= 32
+
+
 def test_a_draft_learns_from_the_whole_stream() -> None:
     draft = OnlineDraft(tiny_llama(7), rank=2, update_every=1, lookahead=3)
     answers = list(generate_stream(target(), prompts(12), batch_size=4, assistant_model=draft, **GREEDY))
@@ -237,7 +246,7 @@ class Interrupts(LogitsProcessor):
 
 def test_an_interruption_hands_out_what_is_finished() -> None:
     model, asked = target(), prompts(20)
-    processors = LogitsProcessorList([Interrupts([170])])
+    processors = LogitsProcessorList([Interrupts([110])])
     found = []
     with pytest.raises(KeyboardInterrupt):
         for answer in generate_stream(model, asked, 4, onlinespec=True, logits_processor=processors, **GREEDY):

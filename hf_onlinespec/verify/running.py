@@ -1,0 +1,162 @@
+"""The rows of one call of `generate`, so many at a time: where some have ended, others begin, and join those that go on.
+
+Rows that begin read their prompts in a round of their own; from the next one on they are a part of all rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from ..commit.base import Call, Draft, note_latest
+from ..commit.request import Request
+from ..config.adapters import adapters_of_rows
+from ..errors import UnsupportedError
+from ..models.vocabulary import Vocabulary
+from ..rounds import Rows, Verdict
+from .batch import READ, BatchResults, BatchRounds, check_batch, going_on, why_plain_batch
+from .checks import check_adapters, check_call, check_inputs
+from .custom_generate import PreparedCall
+from .ragged import RaggedVerifier
+from .row_calls import RowCalls
+
+# Part of the places that are free before others begin: fewer forwards over prompts, of more rows each. Chosen.
+FREE_SHARE = 0.25
+
+
+class RunningBatch:
+    """Decodes the rows of a call, step by step.
+
+    Args:
+        learn: False: nothing is remembered or learned.
+        at_once: rows that are generated at a time.
+        adapter: of the draft, by name: which one drafts and learns. None: the one without a name.
+
+    Raises:
+        UnsupportedError, DraftError, ConfigError: before any work is done; it says why these rows cannot be decoded so.
+    """
+
+    def __init__(self, call: PreparedCall, draft: Draft, learn: bool, at_once: int, adapter: str | None = None) -> None:
+        target, config, inputs = call.target, call.config, call.input_ids
+        check_call(target, draft.model, config)
+        check_inputs(target, inputs, config, call.model_kwargs)
+        self._processors = LogitsProcessorList(call.processors)
+        check_batch(target, inputs, self._processors, call.criteria, config, call.model_kwargs)
+        adapters = check_adapters(draft, adapters_of_rows(adapter, len(inputs)), learn)
+        with torch.inference_mode(False), torch.no_grad():
+            plain = why_plain_batch(target, inputs, call.criteria, config, call.model_kwargs)
+        if plain:
+            raise UnsupportedError(plain)
+        self._call, self._draft, self._at_once = call, draft, at_once
+        self._waiting = deque(range(len(inputs)))
+        self._rows = Rows(inputs[:0], ())
+        self._verifier: RaggedVerifier | None = None  # of the rows that go on; None: there are none
+        mask = call.model_kwargs.get("attention_mask")
+        self._mask = torch.ones_like(inputs) if mask is None else mask[:, -inputs.shape[1] :]
+        self._seconds = 0.0  # that steps have taken: between them the caller's time passes
+        self._open = ExitStack()
+        note_latest(target, draft)
+        with draft.failures.records.attempt():
+            draft.serves(target)
+        self._open.enter_context(draft.generating())
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                rows = len(inputs)
+                own = Call(config, self._processors, rows, self._mask, learn, Vocabulary.of(target))
+                self._request = Request(draft, replace(own, adapters=adapters, at_once=min(at_once, rows)))
+                calls = RowCalls.of(self._processors, call.criteria, rows)
+                self._rounds = BatchRounds(self._request, calls, config, BatchResults.of(config, rows))
+        except BaseException:
+            self._open.close()
+            raise
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """The rows that have begun and not ended."""
+        return self._rows.of_call
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """The rows that have not begun."""
+        return tuple(self._waiting)
+
+    @property
+    def done(self) -> bool:
+        return not self._waiting and not self._rows.lengths
+
+    def step(self) -> dict[int, Tensor]:
+        """One round; the rows that have ended in it, whole (L,), without padding on the right."""
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                free = self._at_once - len(self._rows.lengths)
+                if self._waiting and free >= max(1, int(FREE_SHARE * self._at_once)):
+                    return self._begin(free)
+                return self._go_on()
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def _begin(self, n: int) -> dict[int, Tensor]:
+        """The first round of at most n rows; those that go on join the others."""
+        call, own = self._call, [self._waiting.popleft() for _ in range(min(n, len(self._waiting)))]
+        longest = int(self._mask[own].sum(dim=1).max())  # what all of them have as padding is not read
+        tokens = call.input_ids[own]
+        columns = {
+            name: values.expand(len(self._mask), -1)[own][:, -longest:]
+            if name in READ and values is not None
+            else values
+            for name, values in call.model_kwargs.items()
+        }
+        rows = Rows(tokens, (tokens.shape[1],) * len(own), tuple(own))
+        begun, self._rows = (
+            self._rows,
+            self._rows.joined(rows) if self._rows.lengths else rows,
+        )  # if it fails, all are running
+        verifier = RaggedVerifier(call.target, tokens[:, -longest:], columns, self._request.reads)
+        verdict = self._rounds.next(rows, verifier)
+        left = going_on(verdict)
+        kept = verdict.rows.of_rows(left)
+        self._rows = begun
+        if left:
+            if len(left) < len(own):
+                verifier.leave(left)
+            if self._verifier is None:
+                self._rows, self._verifier = kept, verifier
+            else:
+                self._verifier.join(verifier)
+                self._rows = begun.joined(kept)
+        return self._ended(verdict)
+
+    def _go_on(self) -> dict[int, Tensor]:
+        assert self._verifier is not None
+        verdict = self._rounds.next(self._rows, self._verifier)
+        left = going_on(verdict)
+        self._rows = verdict.rows.of_rows(left)
+        if not left:
+            self._verifier = None
+        elif len(left) < len(verdict.done):
+            self._verifier.leave(left)
+        return self._ended(verdict)
+
+    def _ended(self, verdict: Verdict) -> dict[int, Tensor]:
+        """What the rows that have ended have shown is learned now: nothing of them is held until all have ended."""
+        ended = [i for i, done in enumerate(verdict.done) if done]
+        if ended:
+            self._request.leave(verdict.rows.of_rows(ended))
+        return {verdict.rows.of_call[i]: verdict.rows.row(i)[0] for i in ended}
+
+    def close(self) -> None:
+        """The end of the call, finished or broken off."""
+        with self._open, torch.inference_mode(False), torch.no_grad():
+            try:
+                if self.done:
+                    self._request.finish()
+            finally:
+                self._request.close(time.perf_counter() - self._seconds)
+        self._draft.warn_once(self._draft.governor.fit.message)
