@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -13,7 +14,7 @@ from .feedback import Feedback
 from .request_feedback import Held, RequestFeedback
 from .segment import LEAST_CONTEXT, Segment, sayable
 from .service import LearningService
-from .trainable import Prefix
+from .trainable import Prefix, Trainable
 
 
 class DraftedRow(Protocol):
@@ -49,6 +50,10 @@ class DraftedRow(Protocol):
         """Once in a request: whether the learned or the base draft serves it, by its prompt."""
         ...
 
+    def routed(self, prompt_log_ratio: float) -> None:
+        """The same, where the prompt was scored together with others."""
+        ...
+
     def prefix(self, most: int) -> Prefix | None:
         """At most so many tokens that the learned draft has read already."""
         ...
@@ -59,6 +64,24 @@ class DraftedRow(Protocol):
         Of some of the first ones it may hold none any more.
         """
         ...
+
+
+def route(rows: Sequence[DraftedRow], prompts: Sequence[Tensor], trainable: Trainable, most: int) -> None:
+    """Scores the prompts (1, L) of some rows of a call, those together that were not scored yet.
+
+    Args:
+        most: tokens at the end of each that are read.
+    """
+    left = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if row.prompt_log_ratio is None]
+    if len(left) == 1:
+        left[0][0].route(left[0][1])
+    if len(left) < 2:
+        return
+    masks = [prompt.new_ones(prompt.shape) if row.mask is None else row.mask.to(prompt) for row, prompt in left]
+    tokens, mask = torch.cat([prompt for _, prompt in left]), torch.cat(masks)
+    ratios = trainable.prompt_log_ratios(tokens, None if bool(mask.all()) else mask, most)
+    for (row, _), ratio in zip(left, ratios, strict=True):
+        row.routed(ratio)
 
 
 class CallFeedback:

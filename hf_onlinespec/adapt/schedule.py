@@ -12,7 +12,7 @@ from ..metrics.summary import counted
 from ..rounds import Rows
 from ..runtime.failures import Attempt, Failures
 from .call_budget import CallBudget
-from .call_feedback import CallFeedback, DraftedRow
+from .call_feedback import CallFeedback, DraftedRow, route
 from .idle import IdleLearning
 from .learned_texts import Request
 from .segment import Segment
@@ -170,8 +170,7 @@ class LearningSchedule:
     def _step(self, rows: Sequence[int]) -> None:
         segments = {i: self._feedback.segment(i) for i in rows}
         prefixes = {i: self._feedback.rows[i].prefix(one.tokens.shape[1] - 1 - one.n) for i, one in segments.items()}
-        for i, segment in segments.items():
-            self._route(self._feedback.rows[i], segment.tokens)
+        self._route(rows)
         taught = [i for i, segment in segments.items() if segment.teaches]
         # A step on what is not finite is skipped: of a row whose target says such a thing, that row's alone.
         together = [i for i in taught if len(taught) > 1 and segments[i].is_finite]
@@ -204,9 +203,11 @@ class LearningSchedule:
         request = self._requests.setdefault(i, Request(row.prompt))
         return LearnedRow(segment, recalled, row.prompt_log_ratio or 0.0, request)
 
-    def _route(self, row: DraftedRow, tokens: Tensor) -> None:
-        if self._learning.settings.update_every == "auto":
-            row.route(tokens[:, : row.prompt])
+    def _route(self, rows: Sequence[int]) -> None:
+        learning, own = self._learning, [self._feedback.rows[i] for i in rows]
+        if learning.settings.update_every == "auto":
+            prompts = [row.tokens[:, : row.prompt] for row in own if row.tokens is not None]
+            route(own, prompts, learning.learner.trainable, learning.router.constants.prompt_tokens)
 
     # The end of the request
 
@@ -281,9 +282,9 @@ class LearningSchedule:
         if not waiting:
             return
         with self._budget.scored():
+            self._route(waiting)
             for i in waiting:
                 row, segment = self._feedback.rows[i], self._feedback.segment(i)
-                self._route(row, segment.tokens)
                 if segment.n:
                     self._learning.score_offline(segment, row.prompt_log_ratio)
                 if self._keeps(rows):

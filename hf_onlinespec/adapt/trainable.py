@@ -77,7 +77,11 @@ class Trainable(Protocol):
         ...
 
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, object]]:
-        """Log-likelihood per token of the last `most` of `tokens` (rows, L) under the learned draft minus that under its base, and what was read."""
+        """Log-likelihood per token of the last `most` of `tokens` (1, L) under the learned draft minus that under its base, and what was read."""
+        ...
+
+    def prompt_log_ratios(self, tokens: Tensor, mask: Tensor | None, most: int) -> list[float]:
+        """The same of every row of `tokens` (rows, L), in one forward of each draft."""
         ...
 
     def training_logits(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class CausalLM(DraftModel):
 
     @torch.no_grad()
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, dict[bool, Reader]]:
-        """Log-likelihood per token of `tokens` (rows, L) under the learned draft minus that under the base draft.
+        """Log-likelihood per token of `tokens` (1, L) under the learned draft minus that under the base draft.
 
         Of two drafts, the one that predicts a prompt better is the one that does better on its continuation: measured, see
         benchmarks/LOG.md. At most `most` last tokens are read, by both without the token that opens the text. Where
@@ -146,19 +146,36 @@ class CausalLM(DraftModel):
         if self._experts.serves_base or tokens.shape[1] < 2:
             return 0.0, {}
         mask = None if mask is None else mask[:, length - tokens.shape[1] :]
-        weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
-        weight = (weight[:, 1:] * weight[:, :-1]).float()
         found, caches = [], {base: DynamicCache(config=self.config) for base in (False, True)}
         for base, cache in caches.items():
             record_past(cache)
-            with self.serving(base) as model:
-                logits = model(**{CACHE: cache}, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
-            chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-            found.append(float((chosen * weight).sum() / weight.sum().clamp_min(1)))
+            found.append(float(self._log_likelihoods(tokens, mask, base, {CACHE: cache})[0]))
         difference = found[0] - found[1] if all(map(math.isfinite, found)) else 0.0
         if length > tokens.shape[1]:
             return difference, {}
         return difference, {base: CausalReader(self, mask, past, length - 1) for base, past in caches.items()}
+
+    @torch.no_grad()
+    def prompt_log_ratios(self, tokens: Tensor, mask: Tensor | None, most: int) -> list[float]:
+        """See `Trainable.prompt_log_ratios`."""
+        length = tokens.shape[1]
+        tokens = tokens[:, -most:].to(self.device)
+        if self._experts.serves_base or tokens.shape[1] < 2:
+            return [0.0] * len(tokens)
+        mask = None if mask is None else mask[:, length - tokens.shape[1] :]
+        learned, of_base = (self._log_likelihoods(tokens, mask, base, {"use_cache": False}) for base in (False, True))
+        both = torch.isfinite(learned) & torch.isfinite(of_base)
+        found: list[float] = torch.where(both, learned - of_base, 0.0).tolist()
+        return found
+
+    def _log_likelihoods(self, tokens: Tensor, mask: Tensor | None, base: bool, inputs: Mapping[str, Any]) -> Tensor:
+        """Per token, of every row of tokens (rows, L) without the first one."""
+        weight = torch.ones_like(tokens) if mask is None else mask[:, : tokens.shape[1]].to(tokens)
+        weight = (weight[:, 1:] * weight[:, :-1]).float()
+        with self.serving(base) as model:
+            logits = model(**inputs, **self.inputs(tokens[:, :-1], 0, mask)).logits.float()
+        chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        return (chosen * weight).sum(-1) / weight.sum(-1).clamp_min(1)
 
 
 @final

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..adapt.call_feedback import route
 from ..adapt.schedules import Schedule, Schedules
 from ..govern.acceptance import RequestStats, RowRound
 from ..govern.planner import NextInRow, Plan
@@ -98,6 +99,8 @@ class Combined(Proposer):
             pace = self._governor.pace
             self._rests = self._weighed and pace is not None and not pace.asks()
         self._reads_prompt = False
+        if self._call.timed and not self._rests and self._call.lookahead is None:
+            self._choose_drafts(rows, room)
         parts, chains = list[RowPart](), list[Chain]()
         for at, i in enumerate(rows.of_call):
             part, chain = self._begin(i, rows.row(at), room, trees)
@@ -151,18 +154,29 @@ class Combined(Proposer):
         chain = Chain(self._governor, lock, self._call, model, self._stats[i], part, reads_prompt, attempt)
         return part, chain
 
-    def _plan(self, i: int, tokens: Tensor, room: int) -> Plan:
-        """How far the draft model should go; where that depends on the prompt, it is scored first."""
-        governor, own, stats = self._governor, self._models[i] if self._models else None, self._stats[i]
-        model = own if self._drafts and own is not None and tokens.shape[1] < own.model.positions else None
-        if model is not None and model.tokens is None and self._draft.settings.update_every == "auto":
+    def _choose_drafts(self, rows: Rows, room: int) -> None:
+        """Once for every row, who serves it: where that depends on its prompt, that is scored first, those of all rows together."""
+        asked = list[tuple[RowModel, Tensor]]()
+        for at, i in enumerate(rows.of_call if self._drafts and self._draft.settings.update_every == "auto" else ()):
+            model = self._models[i] if self._models else None
+            if model is None or model.tokens is not None or rows.lengths[at] >= model.model.positions:
+                continue
             with self._draft.lock:
-                scored = min(tokens.shape[1], model.router.constants.prompt_tokens)
-                asks = governor.decide_prompt_scoring(scored, room, model.router)
+                scored = min(rows.lengths[at], model.router.constants.prompt_tokens)
+                asks = self._governor.decide_prompt_scoring(scored, room, model.router)
                 model.serve(model.router.use_base())
             if asks:
-                with self._drafting():
-                    model.route(model.readable(tokens))
+                asked.append((model, model.readable(rows.row(at))))
+        for own in {id(model.model): model.model for model, _ in asked}.values():
+            alike = [(model, prompt) for model, prompt in asked if model.model is own]
+            models, prompts = [model for model, _ in alike], [prompt for _, prompt in alike]
+            with self._drafting():
+                route(models, prompts, own, models[0].router.constants.prompt_tokens)
+
+    def _plan(self, i: int, tokens: Tensor, room: int) -> Plan:
+        """How far the draft model should go."""
+        governor, own, stats = self._governor, self._models[i] if self._models else None, self._stats[i]
+        model = own if self._drafts and own is not None and tokens.shape[1] < own.model.positions else None
         if not room:
             return Plan(0, 1.0, 0.0)
         with self._draft.lock:

@@ -204,6 +204,10 @@ class DraftModel(ABC):
         """See `Trainable.prompt_log_ratio`; what was read by the learned (False) and by the base draft (True), where it is all of it."""
 
     @abstractmethod
+    def prompt_log_ratios(self, tokens: Tensor, mask: Tensor | None, most: int) -> list[float]:
+        """See `Trainable.prompt_log_ratios`."""
+
+    @abstractmethod
     def logits(
         self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
     ) -> Tensor:

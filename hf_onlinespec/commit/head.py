@@ -60,6 +60,10 @@ class HeadModel(DraftModel):
         """See `DraftModel`. Before the target has read the prompt a head can say nothing about it."""
         return 0.0, {}
 
+    def prompt_log_ratios(self, tokens: Tensor, mask: Tensor | None, most: int) -> list[float]:
+        """See `DraftModel`: as above."""
+        return [0.0] * len(tokens)
+
     @torch.no_grad()
     def logits(
         self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None

@@ -110,14 +110,20 @@ class RowModel:
         self.prompt_log_ratio, readers = self.model.prompt_log_ratio(
             prompt, self.mask, self.router.constants.prompt_tokens
         )
-        with self._lock:
-            if readers:
+        if readers:
+            with self._lock:
                 governor.observe_prefill(2 * prompt.shape[1], self._call.rows * (time.perf_counter() - started))
-            self.router.observe_prompt(self.prompt_log_ratio)
-            if not self.reader.length:  # who has begun goes on
-                self.serve(self.router.use_base(self.prompt_log_ratio))
+        self.routed(self.prompt_log_ratio)
         if readers and not self.reader.length:  # the prompt is read already
             self.reader = readers[self.base]
+
+    def routed(self, prompt_log_ratio: float) -> None:
+        """Takes in how much its prompt speaks for the learned draft."""
+        self.prompt_log_ratio = prompt_log_ratio
+        with self._lock:
+            self.router.observe_prompt(prompt_log_ratio)
+            if not self.reader.length:  # who has begun goes on
+                self.serve(self.router.use_base(prompt_log_ratio))
 
     def serve(self, base: bool) -> None:
         """Who serves this row: the base draft or the learned one."""

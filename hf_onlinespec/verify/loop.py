@@ -19,7 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.caches import CACHE
-from .._compat.generation import generated_output, sample
+from .._compat.generation import generated_output
 from ..commit.base import Call, Draft, note_latest
 from ..commit.request import Request
 from ..config.adapters import Asked, adapters_of_rows
@@ -29,6 +29,7 @@ from .accept import accept
 from .batch import check_batch, decode_rows, why_plain_batch
 from .checks import check_adapters, check_call, check_inputs, check_synced_gpus
 from .lockstep import CHAINS, Lockstep
+from .plain_batch import decode_plainly
 from .probe import why_plain
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
@@ -80,20 +81,20 @@ def decode(
         plain = lockstep.begin(input_ids, model_kwargs)
         if several and not plain:
             plain = why_plain_batch(target, input_ids, stopping_criteria, generation_config, model_kwargs)
+    # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
+    mask = model_kwargs.get("attention_mask")
+    mask = None if mask is None else mask[:, -input_ids.shape[1] :]
+    call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
+    call = replace(call, adapters=adapters)
     if plain:
         draft.metrics.decisions.drafting = plain
         given = model_kwargs if streamer is None else model_kwargs | {"streamer": streamer}
-        return sample(*arguments, synced_gpus=synced_gpus, **given)
+        return decode_plainly(*arguments[:4], given | {"synced_gpus": synced_gpus}, draft, call)
     started = time.perf_counter()
     note_latest(target, draft)
     with draft.failures.records.attempt():
         draft.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
-        # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
-        mask = model_kwargs.get("attention_mask")
-        mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-        call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
-        call = replace(call, adapters=adapters)
         loop = (
             _several(*arguments, model_kwargs, draft)
             if several

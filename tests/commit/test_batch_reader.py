@@ -11,7 +11,11 @@ from torch import Tensor
 from transformers import Gemma2Config, PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.adapt.feedback import Teacher
+from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.commit.batch_reader import BatchReader, reads_rows
+from hf_onlinespec.metrics import Counts
+from tests.drafts import move
 from tests.heads.tiny import tiny_head
 from tests.tiny_models import random_model, tiny_gpt2, tiny_llama
 
@@ -140,3 +144,21 @@ def test_drafts_whose_rows_cannot_be_read_together_are_known() -> None:
 
     model.forward = blind  # type: ignore[method-assign]
     assert not reads_rows(model, {})
+
+
+def test_prompts_that_are_scored_together_say_what_each_says_alone() -> None:
+    draft = OnlineDraft(tiny_llama(2), rank=2)
+    rows, model = rows_of(random.Random(3), [5, 9, 2, 7]), draft.trainable
+    tokens = torch.cat([row.tokens for row in rows.values()])
+    mask = torch.tensor([[0] * row.padding + [1] * (9 - row.padding) for row in rows.values()])
+    assert model.prompt_log_ratios(tokens, mask, 128) == [0.0] * 4  # nothing was learned
+    draft.learning.learn_segment(
+        Segment(tokens[1:2], [Teacher.from_logits(torch.randn(4, VOCAB))], None, 1.0), Counts()
+    )
+    move(draft)
+    for most in (128, 6):
+        found = model.prompt_log_ratios(tokens, mask, most)
+        for row, ratio in zip(rows.values(), found, strict=True):
+            alone = model.prompt_log_ratio(row.tokens[:, row.padding :], None, most)[0]
+            assert ratio == pytest.approx(alone, abs=1e-4)
+    assert len({round(ratio, 3) for ratio in found}) == 4

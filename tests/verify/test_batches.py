@@ -480,7 +480,9 @@ def test_a_cache_of_an_earlier_turn_and_a_streamer_are_refused_by_name(target) -
         target.generate(**inputs, streamer=Streamer(), onlinespec=True, **GREEDY)
 
 
-def test_a_target_whose_rows_cannot_differ_in_length_decodes_plainly_and_says_why() -> None:
+@pytest.fixture(scope="module")
+def windowed() -> PreTrainedModel:
+    """Its layers attend to a window: rows of a batch cannot differ in length."""
     from transformers import Gemma2Config
 
     config = Gemma2Config(
@@ -497,14 +499,31 @@ def test_a_target_whose_rows_cannot_differ_in_length_decodes_plainly_and_says_wh
         eos_token_id=None,
         pad_token_id=None,
     )
-    target = random_model(config, 3)
+    return random_model(config, 3)
+
+
+def test_a_target_whose_rows_cannot_differ_in_length_decodes_plainly_and_says_why(windowed) -> None:
     inputs = padded(prompts((3, 8, 12)))
-    plain = target.generate(**inputs, **GREEDY)
-    assert torch.equal(plain, target.generate(**inputs, onlinespec=True, **GREEDY))
-    assert (
-        "a batch of 3 decoded plainly: the target Gemma2ForCausalLM has layers"
-        in online_memory(target).metrics.decisions.drafting
-    )
+    plain = windowed.generate(**inputs, **GREEDY)
+    draft = online_memory(windowed, anew=True)
+    assert torch.equal(plain, windowed.generate(**inputs, onlinespec=True, **GREEDY))
+    said = draft.metrics.decisions.drafting
+    assert "a batch of 3 decoded plainly: the target Gemma2ForCausalLM has layers" in said
+
+
+def test_what_is_decoded_plainly_is_counted_and_remembered(windowed) -> None:
+    rows = prompts((3, 8, 12))
+    inputs = padded(rows)
+    plain = windowed.generate(**inputs, **GREEDY)
+    stop = int(plain[1, 16])
+    draft = online_memory(windowed, anew=True)
+    out = windowed.generate(**inputs, onlinespec=True, eos_token_id=stop, **GREEDY)
+    written = sum(row.index(stop) + 1 if stop in row else len(row) for row in out[:, 12:].tolist())
+    metrics = draft.metrics
+    assert metrics.requests == 1 and metrics.new_tokens == metrics.plain_rounds == written < out[:, 12:].numel()
+    assert metrics.memory_bytes > 0 and metrics.wall_time_s > 0
+    windowed.generate(torch.tensor([rows[2]]), onlinespec=True, **GREEDY)
+    assert metrics.last.acceptance_length > 1.5  # of a row alone the memory drafts what the batch has written
 
 
 def test_stop_strings_end_each_row_by_itself(target) -> None:
