@@ -54,9 +54,10 @@ class Call:
     waits: bool = False  # whether anything is decided by times: only then is an accelerator waited for
     lookahead: int | None = None  # tokens per round, as the user has fixed them; None: the governor decides
     counts: Counts = field(default_factory=Counts)  # of the request
-    # Per row the name of the adapter that drafts and learns, None: the one without a name. (): no row has one.
+    # Per row the name of the adapter that drafts and learns, or "auto"; None: the one without a name. (): no row has one.
     adapters: tuple[str | None, ...] = ()
     at_once: int | None = None  # rows, at most so many in a round: others begin where some have ended; None: all
+    prompts: Tensor | None = None  # (batch, L) that the rows begin with, padded on the left; None: not told
 
     def stateless_processors(self, row: int = 0) -> LogitsProcessorList:
         """Copies of the processors that are applied to a row of a draft too; to be made before the target's own are called."""

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +101,10 @@ class Lease(Generic[D]):
 
     drafts: dict[str, D] = field(default_factory=dict)
 
+    def keep(self, names: Collection[str | None]) -> None:
+        """The others may leave."""
+        self.drafts = {name: draft for name, draft in self.drafts.items() if name in names}
+
     def end(self) -> None:
         """They may leave."""
         self.drafts = {}
@@ -151,11 +155,17 @@ class NamedAdapters(Mapping[str, AdapterSummary], Generic[D]):
         with self._lock:
             return sum(adapter.draft.learning.nbytes for adapter in self._adapters.values())
 
-    def lease(self, names: Iterable[str]) -> Lease[D]:
-        """These adapters, made or read where they are not there, for as long as a call uses them."""
+    def lease(self, names: Iterable[str], present: bool = False) -> Lease[D]:
+        """These adapters, made or read where they are not there, for as long as a call uses them.
+
+        Args:
+            present: also all others that are in the process.
+        """
         lease, wanted = Lease[D](), list(dict.fromkeys(names))
         with self._lock:
             self._make_room(wanted)
+            if present:
+                lease.drafts |= {name: one.draft for name, one in self._adapters.items() if one.file is None}
             for name in wanted:
                 lease.drafts[name] = self._present(name)
             self._leases.add(lease)

@@ -32,6 +32,7 @@ from ..commit.draft_model import DraftModel
 from ..commit.head import HeadModel
 from ..commit.row_model import RowModel
 from ..config import OnlineSpecConfig, as_config
+from ..config.adapters import AUTO
 from ..errors import ConfigError, CopyError, DraftError, NotAModelError
 from ..govern.acceptance import RequestStats
 from ..govern.routing import AdapterRouter
@@ -59,6 +60,7 @@ from ..share.targets import Targets
 from ..state import State, copied
 from ..verify.custom_generate import GenerateFn
 from .adapters import NamedAdapters
+from .routing import Routing
 from .rows import models_of_rows, schedule_of, schedule_of_names
 
 
@@ -287,16 +289,23 @@ class OnlineDraft(Draft):
         schedule: Schedule | None = None
         if self.failures.preparing.begin():
             with self.failures.preparing.attempt(call.count_failed_draft):
-                lease = self.adapters.lease(name for name in call.adapters if name is not None)
+                asked = [name for name in call.adapters if name is not None and name != AUTO]
+                lease = self.adapters.lease(asked, present=AUTO in call.adapters)
+                routing = Routing.of(self, lease.drafts, call)
+                lease.keep(routing.names)
                 target = self.targets.at_hand
                 for own in lease.drafts.values():
                     if target is not None:
                         own.serves(target)
-                names = call.adapters or (None,) * call.rows
-                drafts = [self if name is None else lease.drafts[name] for name in names]
+                drafts = [self if name is None else lease.drafts[name] for name in routing.names]
                 rows = models_of_rows(drafts, call, stats)
                 if call.adapters:
-                    schedule = schedule_of_names(self, drafts, rows, call, sources, lease.end)
+
+                    def closed() -> None:
+                        lease.end()
+                        routing.close(stats)
+
+                    schedule = schedule_of_names(self, routing.names, drafts, rows, call, sources, closed)
                 else:
                     schedule = schedule_of(self, rows, call, sources, call.counts)
                 models = rows

@@ -59,6 +59,7 @@ def schedule_of(
 
 def schedule_of_names(
     draft: Adapted,
+    names: Sequence[str | None],
     drafts: Sequence[Adapted],
     rows: Sequence[RowModel],
     call: Call,
@@ -69,12 +70,13 @@ def schedule_of_names(
 
     Args:
         draft: that has the adapters.
+        names: per row, of its adapter.
         drafts: per row, whose adapter serves it.
         closed: called at the end of the call.
     """
     parts = []
-    for name in dict.fromkeys(call.adapters):
-        numbers = tuple(i for i, other in enumerate(call.adapters) if other == name)
+    for name in dict.fromkeys(names):
+        numbers = tuple(i for i, other in enumerate(names) if other == name)
         own, counts = drafts[numbers[0]], Counts()
         schedule = schedule_of(own, [rows[i] for i in numbers], call, AnswersOfRows(memory, numbers), counts)
         parts.append(AdapterRows(name, numbers, schedule, counts, None if own is draft else own.metrics))

@@ -21,6 +21,7 @@ from .budget import BudgetConstants, LearningBudget
 from .costs import CostConstants, Costs
 from .fit import Fit, FitConstants
 from .guesses import GuessChances, GuessConstants
+from .names import NameConstants, NameRouter
 from .planner import NextInRow, Plan, Planner, PlannerConstants
 from .routing import AdapterRouter, RouterConstants
 
@@ -36,6 +37,7 @@ class GovernorConstants:
     planner: PlannerConstants = field(default_factory=PlannerConstants)
     budget: BudgetConstants = field(default_factory=BudgetConstants)
     router: RouterConstants = field(default_factory=RouterConstants)
+    names: NameConstants = field(default_factory=NameConstants)
     fit: FitConstants = field(default_factory=FitConstants)
     guesses: GuessConstants = field(default_factory=GuessConstants)
     account: AccountConstants = field(default_factory=AccountConstants)
@@ -73,6 +75,7 @@ class Governor:
         self.guesses = GuessChances(self.acceptances, constants.guesses)
         self.budget = LearningBudget(update_budget, replay_passes, self.decisions, constants.budget)
         self.router = AdapterRouter(constants.router)
+        self.names = NameRouter[str | None](constants.names)  # None: the adapter without a name
         self.fit = Fit(constants.fit)
         self.costs = Costs(constants.costs)
         self.account = DraftAccount(constants.account)

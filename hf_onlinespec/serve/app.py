@@ -34,6 +34,7 @@ from .._compat.serving import (
     TimedModel,
 )
 from ..commit.base import Draft
+from ..config.adapters import AUTO, is_name
 from ..draft import OnlineDraft
 from .clients import ClientMemories, client_of
 from .generating import ASKED, Asked, OneModel, OnlineGenerateManager, RequestError
@@ -222,7 +223,7 @@ def _route(endpoint: str, handler: Handler, metrics: ServerMetrics) -> Callable[
             for name, (kind, words) in FOUND_OUT_LATE.items():
                 if not isinstance(body.get(name), kind | None):
                     raise RequestError(400, f"{name}: expected {words}.")
-            asked = Asked(endpoint, client_of(request.headers.get("authorization")), _seed(body))
+            asked = Asked(endpoint, client_of(request.headers.get("authorization")), _seed(body), _adapter(body))
             ASKED.set(asked)
             response = await _unless_hung_up(request, handler.handle_request(body, request_id))
         except RequestError as error:
@@ -278,6 +279,17 @@ def _seed(body: dict[str, Any]) -> int | None:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
         raise RequestError(400, "seed: expected a whole number of 64 bits.")
     return seed
+
+
+def _adapter(body: dict[str, Any]) -> str | None:
+    """Takes the adapter's name out of a request: transformers' handlers know no such parameter."""
+    name = body.pop("adapter", None)
+    if name is None or name == AUTO or is_name(name):
+        adapter: str | None = name
+        return adapter
+    raise RequestError(
+        400, "adapter: expected a name of at most 64 small letters, digits, '.', '_' and '-', or \"auto\"."
+    )
 
 
 async def _unless_hung_up(request: Request, answer: Awaitable[Response]) -> Response:

@@ -21,9 +21,10 @@ from .._compat.generation import generative
 from .._compat.models import max_positions
 from .._compat.serving import BaseGenerateManager, Cancelled, GenerateManager, GenerationState
 from ..commit.base import Draft
-from ..errors import OnlineSpecError
-from ..generation.setting import wanted
+from ..errors import ConfigError, OnlineSpecError
+from ..generation.setting import wanted, wanted_adapter
 from ..metrics import Counts
+from ..verify.checks import check_adapters
 from .clients import ClientMemories
 from .metrics import DONE, FAILED, SOURCES, STOPPED, ServedRequest, ServerMetrics
 from .saving import DraftSaver
@@ -51,6 +52,7 @@ class Asked:
     endpoint: str
     client: bytes  # see clients.client_of
     seed: int | None = None
+    adapter: str | None = None  # that drafts and learns, by name
     answered: bool = False  # whether it was generated: what a handler raises after that is no fault of the request
 
 
@@ -138,7 +140,10 @@ class OnlineGenerateManager(BaseGenerateManager):
         self._inner.stop()
 
     def _call(self, inputs: dict[str, Tensor], gen_config: GenerationConfig, streams: bool) -> Call:
+        if ASKED.get().adapter is not None:
+            gen_config.adapter = ASKED.get().adapter  # type: ignore[attr-defined]
         check(inputs, gen_config, self.target, streams)
+        check_adapter(self.draft, gen_config)
         self._numbers += 1
         self.metrics.queued()
         return Call(self, self._numbers, ASKED.get(), inputs["input_ids"].shape[-1], streams)
@@ -243,6 +248,17 @@ class Call:
             # transformers logs this text, and puts it into the stream as it is.
             return RequestError(status, f"The request failed ({name}). Send it without stream to see why.")
         return RequestError(status, f"{name}: {error}")
+
+
+def check_adapter(draft: Draft, gen_config: GenerationConfig) -> None:
+    """Refuses an adapter that the draft neither has nor makes. Raises RequestError."""
+    name = wanted_adapter(gen_config)
+    if isinstance(name, list):
+        raise RequestError(400, "adapter: a request has one prompt, and takes one name.")
+    try:
+        check_adapters(draft, (name,), wanted(gen_config) is not False)
+    except ConfigError as error:
+        raise RequestError(400, str(error)) from error
 
 
 def check(inputs: dict[str, Tensor], gen_config: GenerationConfig, target: PreTrainedModel, streams: bool) -> None:

@@ -124,9 +124,7 @@ def check_adapters(draft: Draft, names: tuple[str | None, ...], learns: bool) ->
             f"adapter={brief(next(filter(None, names)))}: this {type(draft).__name__} has no adapters with names. Pass a draft model as "
             "assistant_model, or leave adapter out."
         )
-    if AUTO in names:
-        raise ConfigError("adapter='auto' is not available yet: name an adapter.")
-    unknown = sorted({name for name in names if name} - {*draft.adapters})
+    unknown = sorted({name for name in names if name} - {AUTO, *draft.adapters})
     if unknown and not learns:
         raise ConfigError(
             f"adapter={brief(unknown[0])}: this draft has no such adapter, and onlinespec=False makes none. There are: "

@@ -85,7 +85,7 @@ def decode(
     mask = model_kwargs.get("attention_mask")
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
     call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
-    call = replace(call, adapters=adapters)
+    call = replace(call, adapters=adapters, prompts=input_ids)
     if plain:
         draft.metrics.decisions.drafting = plain
         given = model_kwargs if streamer is None else model_kwargs | {"streamer": streamer}

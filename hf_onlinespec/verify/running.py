@@ -69,7 +69,9 @@ class RunningBatch:
             with torch.inference_mode(False), torch.no_grad():
                 rows = len(inputs)
                 own = Call(config, self._processors, rows, self._mask, learn, Vocabulary.of(target))
-                self._request = Request(draft, replace(own, adapters=adapters, at_once=min(at_once, rows)))
+                self._request = Request(
+                    draft, replace(own, adapters=adapters, prompts=inputs, at_once=min(at_once, rows))
+                )
                 calls = RowCalls.of(self._processors, call.criteria, rows)
                 self._rounds = BatchRounds(self._request, calls, config, BatchResults.of(config, rows))
         except BaseException:

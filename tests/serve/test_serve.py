@@ -27,6 +27,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
+from hf_onlinespec.commit.base import latest_draft
 from hf_onlinespec.commit.memory_draft import MemoryDraft
 from hf_onlinespec.embedded import FOLDER, EmbeddedPair, prompts
 from hf_onlinespec.serve import app
@@ -252,6 +253,33 @@ def test_a_request_can_switch_drafting_off(server: Running, pair: EmbeddedPair) 
     answer = server.client().chat.completions.create(**TEXT, max_tokens=8, extra_body=body)
     assert answer.choices[0].message.content == plain(pair, ASKED, 8)
     assert server.idle_page()["requests"][-1]["rounds"] == 0
+
+
+def test_a_request_names_the_adapter_that_drafts_and_learns(pair: EmbeddedPair) -> None:
+    def ask(server: Running, prompt: str, **more: Any) -> httpx.Response:
+        return server.post("/v1/completions", json={"model": NAME, "prompt": prompt, "max_tokens": 8} | more)
+
+    with running(OnlineSpecConfig(lookahead=3, update_every=4, replay_passes=0)) as server:
+        for name in ("sql", "sql", "auto", None):
+            answer = ask(server, SQL[0], adapter=name)
+            assert answer.json()["choices"][0]["text"] == plain(pair, SQL[0], 8)
+        chat = server.client().chat.completions.create(
+            **TEXT, max_tokens=8, extra_body={"adapter": "shell"}, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chat) == plain(pair, ASKED, 8)
+        server.idle_page()
+        drafts = latest_draft(server.pair.target)
+        assert isinstance(drafts, OnlineDraft)
+        assert sorted(drafts.adapters) == ["shell", "sql"] and all(one.steps for one in drafts.adapters.values())
+        assert drafts.adapters["sql"].metrics.requests >= 2 and drafts.adapters["shell"].metrics.requests == 1
+        of_config = json.dumps({"adapter": ["sql"]})
+        for name, more in (("../x", {}), (3, {}), (["sql"], {}), (None, {"generation_config": of_config})):
+            refused = ask(server, SQL[0], adapter=name, **more)
+            assert refused.status_code == 400 and "adapter: " in refused.json()["error"]["message"], refused.text
+        off = json.dumps({"onlinespec": False, "max_new_tokens": 4})
+        refused = ask(server, SQL[0], adapter="unheard", generation_config=off)
+        assert refused.status_code == 400 and "no such adapter" in refused.json()["error"]["message"]
+        assert sorted(drafts.adapters) == ["shell", "sql"]
 
 
 def test_an_answer_that_cannot_be_parsed_is_a_fault_of_the_server(
