@@ -154,7 +154,7 @@ class Sharded(LlamaForCausalLM):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not Sharded.alone:
             Sharded.forwards += 1
-            dist.all_reduce(torch.ones(1))
+            dist.all_reduce(torch.ones(64))  # of another size than what the loops say to each other
         return super().forward(*args, **kwargs)
 
 

@@ -212,3 +212,12 @@ def test_every_kind_of_learner_goes_on_from_an_average(
         assert float((flat_params(one.draft) - start).norm()) <= radius * 1.001
     one.serve(1)
     assert not one.draft.metrics.skipped_updates and torch.isfinite(flat_params(one.draft)).all()
+
+
+def test_what_was_learned_while_an_exchange_was_under_way_stays(both: tuple[Replica, Replica]) -> None:
+    draft = both[0].draft
+    seen = torch.linspace(-1.0, 1.0, len(flat_params(draft)))
+    draft.learning.move(flat_params(draft), seen)
+    assert torch.equal(flat_params(draft), seen)
+    draft.learning.move(seen - 0.25, seen + 0.5)  # it was seen before its last step, which led 0.25 further
+    torch.testing.assert_close(flat_params(draft), seen + 0.75)
