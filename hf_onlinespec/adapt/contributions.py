@@ -109,6 +109,7 @@ class Contributions:
         self._rank, self._others = process.rank, [rank for rank in range(process.count) if rank != process.rank]
         self._board = Board(process.store, name)
         self._given: dict[int, Tensor] = {}  # C_j by rank
+        self._settled: Tensor | None = None  # of this one, what is in `common`
         self._versions = dict.fromkeys(range(process.count), 0)
         self._silent = dict.fromkeys(self._others, 0)  # publications of our own since its last one
         # First this, then that: of two that begin together, one at least sees the other.
@@ -124,17 +125,22 @@ class Contributions:
 
     @property
     def nbytes(self) -> int:
-        return sum(vector.nbytes for vector in (self.start, self.common, *self._given.values()))
+        own = [] if self._settled is None else [self._settled]
+        return sum(vector.nbytes for vector in (self.start, self.common, *own, *self._given.values()))
 
     @property
     def contributors(self) -> int:
         """Other replicas of which something was taken in."""
         return len(self._given.keys() - {self._rank})
 
+    def go_on(self, common: Tensor) -> None:
+        """This replica has gone over to what `exchange` has found last."""
+        self.common, self._settled = common, self._given.get(self._rank)
+
     def exchange(self, params: Tensor) -> Tensor:
         """Publishes where this replica is, w_j (parameters,), and reads what the others have published by now; the new w.
 
-        What is not finite is neither published nor taken: all replicas decide that alike, by the same numbers.
+        Where this fails half-way, or the replica stays where it is, the next exchange takes its place. What is not finite is neither published nor taken: all replicas decide that alike, by the same numbers.
         """
         self._publish(params)
         for rank in self._others:
@@ -152,8 +158,7 @@ class Contributions:
             logger.warning("The adapter is not finite: it is not published to the other processes.")
             return
         active = 1 + sum(silent < SILENCE for silent in self._silent.values())
-        given = self._given.get(self._rank)
-        contribution = change / active if given is None else given + change / active
+        contribution = change / active if self._settled is None else self._settled + change / active
         self._versions[self._rank] += 1  # also where this fails half-way: who has read half of it reads the next one
         self._board.publish(self._rank, self._versions[self._rank], contribution)
         self._given[self._rank] = contribution

@@ -26,7 +26,7 @@ from torch import Tensor
 from .._compat.processes import Process, this_process
 from ..errors import ConfigError
 from ..metrics.summary import counted
-from ..runtime.failures import Backoff
+from ..runtime.failures import Attempt, Backoff
 from ..runtime.forks import Lock, renew_in_child
 from .contributions import Contributions
 from .learner import Learner
@@ -74,9 +74,9 @@ class Replicas:
         renew_in_child(self)
 
     def renew(self) -> None:
-        """In a forked child, which is none of the processes."""
-        self._busy = Lock(waits=False)
-        self.leave("")
+        """A forked child is none of the processes that its parent averages with."""
+        if self._process is not None:
+            self.leave("")
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +113,8 @@ class Replicas:
         try:
             if self._learner is not self._learning.learner:
                 self._begin(base, begun)
-            self._take()
+            with self._attempt():
+                self._take()
         finally:
             self._busy.release()
 
@@ -122,11 +123,12 @@ class Replicas:
         if self._shared is None or self._every is None or not self._busy.acquire(0.0):
             return
         try:
-            self._take()
-            self._calls += 1
-            steps = self._learning.learner.experts.steps
-            if steps - self._steps >= self._every or self._calls >= self._every:
-                self._start()
+            with self._attempt():
+                self._take()
+                self._calls += 1
+                steps = self._learning.learner.experts.steps
+                if steps - self._steps >= self._every or self._calls >= self._every:
+                    self._start()
         finally:
             self._busy.release()
 
@@ -139,14 +141,25 @@ class Replicas:
             if not self._settle(end):
                 return False
             self._backoff.resume()
-            self._start(waits=True)
+            with self._attempt():
+                self._start(waits=True)
             return self._settle(end)
 
     def _settle(self, end: float | None) -> bool:
         """Waits for an exchange that is under way, until a moment of the monotonic clock; whether it is taken in, or there was none."""
         if self._exchange is not None:
             self._exchange.join(None if end is None else max(0.0, end - time.monotonic()))
-        return self._take(waits=True)
+        settled = False
+        with self._attempt():
+            settled = self._take(waits=True)
+        return settled
+
+    def _attempt(self) -> Attempt:
+        """A `with` block that no failure leaves: learning goes on alone."""
+        return self._backoff.attempt(self._tell)
+
+    def _tell(self) -> None:
+        self._learning.metrics.decisions.averaging = self._backoff.reason
 
     def _begin(self, base: Mapping[str, str], begun: int) -> None:
         """The adapter is one that the others know, or the store is not there."""
@@ -155,25 +168,27 @@ class Replicas:
             return
         if not self._name:
             self._name = str(next(process.numbers))
+        self._process, self._shared, self._exchange = process, None, None
+        different: ConfigError | None = None
+        with self._attempt():
+            try:
+                self._shared = self._join(process, base, begun)
+            except ConfigError as error:
+                different = error
+        if different is not None:
+            raise different
+        self._learner = learning.learner
+        with self._attempt():
+            self._start()  # the others may have begun before
+
+    def _join(self, process: Process, base: Mapping[str, str], begun: int) -> Contributions:
+        learning = self._learning
         with learning.steps_lock:
-            start, steps = _flat(learning.learner), learning.learner.experts.steps
+            start, self._steps = _flat(learning.learner), learning.learner.experts.steps
         values = {name: json.dumps(value) for name, value in learning.settings.to_saved().items()}
-        known = {
-            **base,
-            **values,
-            "the adapter that it begins with": hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16],
-        }
-        shared = None
-        try:
-            shared = Contributions(process, f"{self._name}.{begun}", start, known)
-        except ConfigError:
-            raise
-        except Exception as error:
-            self._backoff.failed(error)
-            learning.metrics.decisions.averaging = self._backoff.reason
-        self._process, self._shared, self._exchange = process, shared, None
-        self._learner, self._steps, self._calls = learning.learner, steps, 0
-        self._start()  # the others may have begun before
+        fingerprint = hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16]
+        known = {**base, **values, "the adapter that it begins with": fingerprint}
+        return Contributions(process, f"{self._name}.{begun}", start, known)
 
     def _start(self, waits: bool = False) -> None:
         """Begins an exchange, unless one is under way, or a gradient step that is not waited for."""
@@ -188,9 +203,8 @@ class Replicas:
             learning.steps_lock.release()
         self._calls = 0
         exchange = _Exchange(shared, params)
-        with self._backoff.attempt():
-            exchange.start()
-            self._exchange = exchange
+        exchange.start()
+        self._exchange = exchange
 
     def _take(self, waits: bool = False) -> bool:
         """Takes in what an exchange has found, if it is over and no gradient step is under way; whether none is left, and none failed.
@@ -208,13 +222,13 @@ class Replicas:
             if exchange.common is None:
                 if exchange.error is not None:
                     self._backoff.failed(exchange.error)
-                learning.metrics.decisions.averaging = self._backoff.reason
+                    self._tell()
                 return False
             self._backoff.worked()
             if not torch.equal(exchange.common, shared.common):
                 learning.move(exchange.params, exchange.common)
                 learning.fold()
-            shared.common = exchange.common
+            shared.go_on(exchange.common)
             learning.learned_elsewhere |= shared.contributors > 0
             learning.metrics.averages += 1
             learning.metrics.decisions.averaging = f"{counted(learning.metrics.averages, 'exchange')}; {counted(shared.contributors, 'other process')} contributed"

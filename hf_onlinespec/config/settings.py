@@ -114,7 +114,7 @@ class OnlineSpecConfig:
         "largest share of the time spent on learning, with update_every='auto', and 0.02 until the draft has paid; what is learned when idle is free",
     )
     average_every: int | None = _setting(
-        32,
+        8,
         "under torch.distributed: gradient steps between two averages with the other processes, which learn the same adapter from "
         "requests of their own; None: each process learns alone",
     )

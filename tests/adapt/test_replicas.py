@@ -12,6 +12,7 @@ from torch.distributed import HashStore
 
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec._compat.processes import Process
+from hf_onlinespec.adapt.service import LearningService
 from hf_onlinespec.errors import ConfigError, PrivacyError
 from tests.conftest import tiny_llama
 from tests.drafts import flat_params
@@ -146,6 +147,27 @@ def test_without_the_store_learning_goes_on_alone_and_with_it_together_again(
     other.serve(1)
     other.meet()
     assert torch.equal(one.meet(), other.meet())
+
+
+@pytest.mark.failures
+def test_what_fails_beside_a_request_costs_no_answer(
+    both: tuple[Replica, Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = both
+    other.serve(2)
+    other.meet()
+    with monkeypatch.context() as patch:
+        patch.setattr(LearningService, "move", _no_memory)
+        one.serve(3)
+        assert not one.act().catch_up(60) and "MemoryError" in one.draft.metrics.decisions.averaging
+    assert one.draft.metrics.requests == 3 and not one.draft.metrics.averages
+    one.meet()
+    other.meet()
+    assert torch.equal(one.meet(), other.meet())
+
+
+def _no_memory(*arguments: Any) -> None:
+    raise MemoryError
 
 
 def test_another_base_or_other_settings_are_told_before_any_work(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
