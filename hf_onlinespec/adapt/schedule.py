@@ -169,14 +169,16 @@ class LearningSchedule:
 
     def _step(self, rows: Sequence[int]) -> None:
         segments = {i: self._feedback.segment(i) for i in rows}
-        prefixes = {i: self._feedback.rows[i].prefix(one.tokens.shape[1] - 1 - one.n) for i, one in segments.items()}
+        # As the row was read before it may be read anew to tell who serves it.
+        one = segments[rows[0]]
+        prefix = self._feedback.rows[rows[0]].prefix(one.tokens.shape[1] - 1 - one.n) if len(rows) == 1 else None
         self._route(rows)
         taught = [i for i, segment in segments.items() if segment.teaches]
         # A step on what is not finite is skipped: of a row whose target says such a thing, that row's alone.
         together = [i for i in taught if len(taught) > 1 and segments[i].is_finite]
         for i in taught:
             if i not in together or len(together) == 1:
-                self._learn_row(i, segments[i], prefixes[i])
+                self._learn_row(i, segments[i], prefix)
         if len(together) > 1:
             learned = [self._learned_row(i, segments[i]) for i in together]
             self._learning.learn_rows(learned, self._feedback.joined([row.segment for row in learned]), self._counts)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from .._compat.attention import has_sinks, takes_positions, tree_obstacle
-from .._compat.caches import CACHE, crop, select_rows
+from .._compat.caches import CACHE, cache_tensors, crop, join_rows, select_rows
 from ..adapt.trainable import Prefix
 from ..models.holes import close_holes, last_seen
 from .draft_model import Branch, KnownRow, Reader, SharedReader
@@ -43,12 +43,14 @@ class BatchReader(SharedReader):
         inputs: Mapping[str, int],
         rows: Mapping[int, KnownRow],
     ) -> None:
-        self._device, self._positions, self._inputs = device, positions, inputs
+        self._config, self._device, self._positions, self._inputs = config, device, positions, inputs
+        self._padding = {i: row.padding for i, row in rows.items()}
         self._rows = dict(rows)
         self._order = list(rows)  # which row each one of the cache is
         self._past = DynamicCache(config=config)
         self._seen = torch.zeros(len(rows), 0, dtype=torch.long)  # (batch, places), on the host: 0 at holes
-        self._lengths = dict.fromkeys(rows, 0)  # tokens that were read, padding included
+        # Tokens that were read, padding included; what all rows have as padding is not read.
+        self._lengths = dict.fromkeys(rows, min(row.padding for row in rows.values()))
         # Per row, of the tokens that were read since it was rolled back: which one, and its place.
         self._latest: dict[int, list[tuple[int, int]]] = {row: [] for row in rows}
         self._rejected: list[
@@ -64,9 +66,13 @@ class BatchReader(SharedReader):
         """What it has read of one row."""
         return _RowReader(self, i)
 
+    @property
+    def begun(self) -> bool:
+        return bool(self._seen.shape[1])
+
     def length(self, i: int) -> int:
         """Tokens of a row that need not be read again."""
-        return self._lengths[i]
+        return self._lengths[i] if self.begun else 0
 
     def scores(self, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
         """See `SharedReader`. Other rows read on in the same forward, as far as that makes it no wider: it costs nothing."""
@@ -116,6 +122,43 @@ class BatchReader(SharedReader):
         """A row that has ended is read no further."""
         del self._rows[i]
         self._left = True
+
+    def join(self, others: SharedReader) -> None:
+        """See `SharedReader`. What was rejected of either leaves its cache first."""
+        assert isinstance(others, BatchReader)
+        for one in (self, others):
+            one._settle()
+        places = max(self._seen.shape[1], others._seen.shape[1])
+        join_rows(self._past, others._past, places)
+        for one in (self, others):
+            more = places - one._seen.shape[1]
+            one._seen = F.pad(one._seen, (more, 0))
+            one._latest = {i: [(token, at + more) for token, at in read] for i, read in one._latest.items()}
+        self._seen = torch.cat([self._seen, others._seen])
+        self._order += others._order
+        self._rows |= others._rows
+        self._lengths |= others._lengths
+        self._latest |= others._latest
+        self._padding |= others._padding
+
+    def prefix(self, i: int, most: int) -> Prefix | None:
+        """See `Reader.prefix`: the row's own places of the cache, one beside the other, behind its padding."""
+        if i not in self._order or not self.begun:
+            return None
+        at = self._order.index(i)
+        rejected = {place for row, place in self._rejected if row == at}
+        places = [place for place in torch.nonzero(self._seen[at])[:, 0].tolist() if place not in rejected]
+        padding = self._padding[i]
+        kept = torch.tensor(places[: max(0, most - padding)], device=self._device)
+        if not len(kept):
+            return None
+        past = DynamicCache(config=self._config)
+        for layer, states in enumerate(cache_tensors(self._past)):
+            keys, values = (
+                F.pad(one[at : at + 1].index_select(2, kept.to(one.device)), (0, 0, padding, 0)) for one in states
+            )
+            past.update(keys, values, layer)
+        return Prefix(past, padding + len(kept))
 
     def _settle(self) -> None:
         """Takes out rows that have left and places where no row has a token, and moves the others together where that is worth it."""
@@ -175,7 +218,7 @@ class _RowReader(Reader):
         self._batch.leave(self._row)
 
     def prefix(self, most: int) -> Prefix | None:
-        return None  # its keys do not lie side by side
+        return self._batch.prefix(self._row, most)
 
 
 @dataclass

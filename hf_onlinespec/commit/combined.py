@@ -18,6 +18,7 @@ from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
 from .chain import Chain, RowPart, grow_chains
+from .draft_model import SharedReader
 from .expansion import Expansion
 from .guessing import Guesser, GuessSources
 from .proposal import ProposalBuilder
@@ -186,9 +187,10 @@ class Combined(Proposer):
     def _grow(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
         """The candidates of the draft model; rows: those that go on."""
         groups = defaultdict[tuple[int, bool, int], list[Chain]](list)
+        self._join(rows)
         for chain in chains:
             model = chain.model
-            if len(rows) > 1 and not model.reader.length and model.reader.shared is None:
+            if self._call.rows > 1 and not model.reader.length and model.reader.shared is None:
                 self._share(model, rows)
             groups[id(model.model), model.base, id(model.reader.shared)].append(chain)
         for group in groups.values():
@@ -208,10 +210,27 @@ class Combined(Proposer):
             alike = [self._models[i] for i in rows]
             alike = [row for row in alike if row.model is model.model and row.base == model.base]
             unread = {row.row: row for row in alike if not row.reader.length and row.reader.shared is None}
-            shared = model.model.shared_reader(unread) if len(unread) > 1 else None
+            alone = len(unread) == 1 and self._call.at_once is None  # others that begin later will join it
+            shared = None if alone else model.model.shared_reader(unread)
             if shared is not None:
                 for i, row in unread.items():
                     row.reader = shared.row(i)
+
+    def _join(self, rows: Sequence[int]) -> None:
+        """Rows that have begun in different rounds, and that the same model serves, are read together from now on."""
+        first = dict[tuple[int, bool], SharedReader]()
+        for i in rows if self._models else ():
+            model = self._models[i]
+            shared = model.reader.shared
+            if shared is None or not shared.begun:
+                continue
+            before = first.setdefault((id(model.model), model.base), shared)
+            if before is not shared:
+                with self._drafting(), torch.inference_mode():
+                    before.join(shared)
+                    for j in rows:
+                        if self._models[j].reader.shared is shared:
+                            self._models[j].reader = before.row(j)
 
     def _observe_prefill(self, rows: int, tokens: int, seconds: float, read: int) -> None:
         """The draft model took so long to read so many tokens of a prompt in some of the rows: in all of them it takes as much longer."""

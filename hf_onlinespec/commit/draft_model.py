@@ -44,9 +44,18 @@ class SharedReader(ABC):
     def size(self) -> int:
         """How many rows it reads."""
 
+    @property
+    @abstractmethod
+    def begun(self) -> bool:
+        """Whether anything was read."""
+
     @abstractmethod
     def row(self, i: int) -> Reader:
         """What it has read of one row of the call."""
+
+    @abstractmethod
+    def join(self, others: SharedReader) -> None:
+        """Takes over the rows of another one that have begun, of the same model."""
 
     @abstractmethod
     def scores(self, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:

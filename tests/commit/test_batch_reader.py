@@ -14,6 +14,7 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.commit.batch_reader import BatchReader, reads_rows
+from hf_onlinespec.commit.draft_model import DraftModel, Reader
 from hf_onlinespec.metrics import Counts
 from tests.drafts import move
 from tests.heads.tiny import tiny_head
@@ -45,6 +46,16 @@ def alone(model: PreTrainedModel, prefix: Tensor, padding: int) -> Tensor:
     return logits
 
 
+def check_prefix(draft: DraftModel, reader: Reader, row: Row) -> None:
+    """Learning computes on what was read what it computes on the whole row."""
+    tokens, mask = row.tokens, torch.tensor([[0] * row.padding + [1]])
+    prefix = reader.prefix(tokens.shape[1] - 3)
+    if prefix is not None and tokens.shape[1] - row.padding > 3:
+        assert prefix.length > row.padding
+        whole, rest = (draft.training_logits(tokens, 2, mask, prefix=one) for one in (None, prefix))
+        assert torch.allclose(whole, rest, atol=1e-4)
+
+
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @torch.no_grad()
 def test_each_row_is_told_what_it_is_told_alone(make) -> None:
@@ -58,7 +69,17 @@ def test_each_row_is_told_what_it_is_told_alone(make) -> None:
         assert reader is not None
         views = {i: reader.row(i) for i in rows}
         with draft.serving() as served:
-            for _ in range(6):
+            for step in range(6):
+                if step == 3:  # others join, which have read their prompts
+                    more = {i + 5: row for i, row in rows_of(rng, [rng.randrange(1, 20) for _ in range(2)]).items()}
+                    others = draft.shared_reader(more)
+                    assert others is not None
+                    others.scores(served, {i: row.tokens for i, row in more.items()})
+                    for i, row in more.items():
+                        others.row(i).rewind(row.tokens.shape[1])
+                    reader.join(others)
+                    views |= {i: reader.row(i) for i in more}
+                    rows |= more
                 wanted = {i: rng.randrange(4) for i in rows}
                 prefixes = {i: row.tokens for i, row in rows.items()}
                 for depth in range(max(wanted.values())):
@@ -76,6 +97,7 @@ def test_each_row_is_told_what_it_is_told_alone(make) -> None:
                     row.tokens = torch.cat([prefixes[i][:, :kept], own], dim=1)
                     if views[i].length:
                         views[i].rewind(row.tokens.shape[1], kept)
+                    check_prefix(draft, views[i], row)
                 if len(rows) > 2 and views[min(rows)].length and rng.random() < 0.3:
                     views[min(rows)].leave()
                     del rows[min(rows)]

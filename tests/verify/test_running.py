@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_onlinespec import Answer, OnlineDraft, OnlineSpecConfig, generate_stream, online_memory
+from hf_onlinespec.commit.batch_reader import BatchReader
 from hf_onlinespec.rounds import Proposal, Rows
 from hf_onlinespec.verify.ragged import RaggedVerifier
 from tests.generation.test_stream import END, GREEDY, alone, prompts, said, target
@@ -78,6 +81,23 @@ def test_every_kind_of_draft_serves_rows_that_join(kind: str, case: str) -> None
         assert metrics.drafted_tokens > 0 and least <= metrics.learned_tokens <= metrics.new_tokens
     if kind == "same" and case == "chains":
         assert metrics.acceptance_length > 2, "its cache holds what the row has read"
+
+
+def test_rows_that_join_are_drafted_in_the_forwards_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, read = BatchReader.scores, list[tuple[int, ...]]()
+
+    def watched(self: BatchReader, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
+        read.append(tuple(prefixes))
+        return scores(self, served, prefixes)
+
+    monkeypatch.setattr(BatchReader, "scores", watched)
+    draft = OnlineDraft(tiny_llama(1), rank=2, lookahead=3, update_every=1)
+    asked = prompts(10, seed=5)
+    answers = streamed(target(), asked, 3, assistant_model=draft)
+    assert [said(answer.tokens) for answer in answers] == [alone(target(), prompt) for prompt in asked]
+    assert {row for rows in read for row in rows} >= set(range(6)), "each row of a call, also one that begins by itself"
+    assert sum(min(rows) < 3 <= max(rows) for rows in read) > 3, "rows that have joined, with others"
+    assert not draft.metrics.failed_drafts and not draft.metrics.failed_updates
 
 
 def test_a_row_is_learned_when_it_has_ended_and_not_when_all_have() -> None:
