@@ -219,3 +219,13 @@ def test_target_fine_tune(monkeypatch, capsys) -> None:
     assert names["alignment"].updates == 8
     assert names["kept"] > 1.2 * names["left"]
     assert f"kept aligned {names['kept']:.2f}, " in printed
+
+
+@pytest.mark.filterwarnings("ignore")  # of a trainer that is given a model and no name of one
+def test_grpo_rollouts(monkeypatch, capsys) -> None:
+    pytest.importorskip("trl")
+    names, printed = run("05_grpo_rollouts.py", "2", monkeypatch=monkeypatch, capsys=capsys)
+    assert "greedy answers equal plain generate's after 2 of 2 steps\n" in printed
+    assert len(names["rewards"]) == len(names["comparison"].lengths) == 2
+    assert names["draft"].metrics.requests == 1 + 2 * 3 + 1  # a rollout, a greedy and a sampled batch in each step
+    assert all(seconds > 0 for seconds in names["comparison"].seconds)

@@ -1,4 +1,5 @@
-"""lm_eval's `hf` model on a generate task of this folder's own, with and without the model attached.
+"""lm_eval's `hf` model on a generate task of this folder's own, one question at a time and in batches, with and without the model
+attached.
 
 pip install lm_eval; python examples/integrations/lm_eval_task.py [--model FOLDER]
 """
@@ -13,7 +14,7 @@ from local_model import folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_onlinespec
-from hf_onlinespec.embedded import FOLDER
+from hf_onlinespec.embedded import FOLDER, load_draft
 
 QUESTIONS = 6
 
@@ -46,17 +47,20 @@ def evaluate(model: HFLM, where: Path) -> tuple[dict, list[str]]:
 
 def main() -> None:
     name = folder(__doc__)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
-    model = HFLM(pretrained=target, tokenizer=AutoTokenizer.from_pretrained(name), batch_size=1)
-    with tempfile.TemporaryDirectory() as where:
-        plain = evaluate(model, Path(where))
-        with hf_onlinespec.attached(target) as draft:
-            served = evaluate(model, Path(where))
-    assert served == plain, (served, plain)
-    assert draft.metrics.requests == QUESTIONS and 0 < draft.metrics.rounds < draft.metrics.new_tokens
-    print(
-        f"{QUESTIONS} answers equal plain generation's; {draft.metrics.acceptance_length:.2f} tokens per target forward"
-    )
+    target, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+    for batch_size, calls in ((1, QUESTIONS), (8, 1)):
+        model = HFLM(pretrained=target, tokenizer=tokenizer, batch_size=batch_size)
+        with tempfile.TemporaryDirectory() as where:
+            plain = evaluate(model, Path(where))
+            with hf_onlinespec.attached(target, load_draft()) as draft:
+                served = evaluate(model, Path(where))
+        metrics = draft.metrics
+        assert served == plain, (served, plain)
+        assert metrics.requests == calls and 0 < metrics.rounds < metrics.new_tokens
+        print(
+            f"batch_size={batch_size}: {QUESTIONS} answers equal plain generation's; {metrics.acceptance_length:.2f} tokens per "
+            "target forward"
+        )
 
 
 if __name__ == "__main__":

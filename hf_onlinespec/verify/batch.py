@@ -24,6 +24,7 @@ from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
 from ..rounds import Proposal, Rows, Verdict
 from .accept import accept, joined
+from .batch_criteria import BatchCriteria, split_criteria
 from .probe import why_plain
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
@@ -42,8 +43,13 @@ def check_batch(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
     streamer: object = None,
+    all_begin: bool = True,
 ) -> None:
-    """Refuses what the loop does not take of several rows, before any work. Each error names the value and the way out."""
+    """Refuses what the loop does not take of several rows, before any work. Each error names the value and the way out.
+
+    Args:
+        all_begin: whether all rows begin together: only then a criterion may judge them together.
+    """
     n = len(input_ids)
     if n == 1:
         return
@@ -58,7 +64,9 @@ def check_batch(
             "on in it. Leave it out, or call generate once per sequence."
         )
     asked = bool(config.return_dict_in_generate and config.output_scores)
-    check_row_calls(processors, criteria, input_ids, Vocabulary.of(target).said, asked)
+    # One that judges all rows would have to be shown their scores at one length too.
+    own = split_criteria(criteria, input_ids)[0] if all_begin and not asked else criteria
+    check_row_calls(processors, own, input_ids, Vocabulary.of(target).said, asked)
 
 
 def why_plain_batch(
@@ -122,6 +130,12 @@ class BatchResults:
             if verdict.done[i]:
                 self.tokens[row] = verdict.rows.row(i)[0]
 
+    def end_at(self, length: int, rows: list[Tensor], prompt: int) -> None:
+        """Ends all rows, as far as they have got, at a length that a prompt of so many tokens is part of."""
+        self.tokens = {i: row[:length] for i, row in enumerate(rows)}
+        if self.logits is not None:
+            self.logits = [own[: length - prompt] for own in self.logits]
+
     def output(self, config: GenerationConfig, cache: object) -> GenerateDecoderOnlyOutput | Tensor:
         rows = [self.tokens[row] for row in range(len(self.tokens))]
         longest = max(map(len, rows))
@@ -184,18 +198,25 @@ def decode_rows(
     verifier: RaggedVerifier,
     request: Request,
     calls: RowCalls,
+    together: BatchCriteria,
     config: GenerationConfig,
     cache: object,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generates several rows; arguments and result are those of transformers' decoding methods.
 
     Args:
+        calls: processors and criteria of each row.
+        together: criteria that end all rows at once.
         cache: of the call, which stays empty: rows that have ended are not in ours any more.
     """
     results, rows = BatchResults.of(config, len(input_ids)), Rows.of(input_ids)
     rounds = BatchRounds(request, calls, config, results)
     while rows.lengths:
         verdict = rounds.next(rows, verifier)
+        end = together.end(verdict)
+        if end is not None:
+            results.end_at(end, together.rows, input_ids.shape[1])
+            break
         left = going_on(verdict)
         rows = verdict.rows.of_rows(left)
         if 0 < len(left) < len(verdict.done):  # rows that have ended leave

@@ -19,7 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.caches import CACHE
-from .._compat.generation import generated_output
+from .._compat.generation import generated_output, pad_token
 from ..commit.base import Call, Draft, note_latest
 from ..commit.request import Request
 from ..config.adapters import Asked, adapters_of_rows
@@ -27,6 +27,7 @@ from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
 from .batch import check_batch, decode_rows, why_plain_batch
+from .batch_criteria import BatchCriteria, split_criteria
 from .checks import check_adapters, check_call, check_inputs, check_synced_gpus
 from .lockstep import CHAINS, Lockstep
 from .plain_batch import decode_plainly
@@ -145,11 +146,13 @@ def _several(
     draft: Draft,
 ) -> Loop:
     """The loop of several rows."""
-    calls = RowCalls.of(processors, criteria, input_ids.shape[0])
+    own, of_all = split_criteria(criteria, input_ids)
+    calls = RowCalls.of(processors, own, input_ids.shape[0])
+    together = BatchCriteria(of_all, input_ids, pad_token(config))
 
     def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
         verifier = RaggedVerifier(target, input_ids, model_kwargs, request.reads)
-        output = decode_rows(input_ids, verifier, request, calls, config, model_kwargs[CACHE])
+        output = decode_rows(input_ids, verifier, request, calls, together, config, model_kwargs[CACHE])
         request.finish()
         if verifier.unread_because:
             with draft.lock:

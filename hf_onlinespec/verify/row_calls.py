@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from .._compat.generation import known_of_row
 from ..errors import UnsupportedError
@@ -37,8 +37,8 @@ class RowCalls:
         if all(known_of_row(one, 0) is one for one in (*processors, *criteria)):
             return cls((processors,) * rows, (criteria,) * rows, True)
         return cls(
-            tuple(LogitsProcessorList([_of_row(one, row) for one in processors]) for row in range(rows)),
-            tuple(StoppingCriteriaList([_of_row(one, row) for one in criteria]) for row in range(rows)),
+            tuple(LogitsProcessorList([of_row(one, row) for one in processors]) for row in range(rows)),
+            tuple(StoppingCriteriaList([of_row(one, row) for one in criteria]) for row in range(rows)),
             False,
         )
 
@@ -73,10 +73,8 @@ def _try(one: Any, input_ids: Tensor, scores: Tensor, shown: Callable[[Tensor], 
     """Calls copies with all rows, and with each of them alone; `shown`: of scores (rows, vocab)."""
     name, way_out = type(one).__name__, "Call generate once per sequence, or without onlinespec."
     try:
-        together = _of_row(one, 0)(input_ids, shown(scores))
-        alone = [
-            _of_row(one, row)(input_ids[row : row + 1], shown(scores[row : row + 1])) for row in range(len(scores))
-        ]
+        together = of_row(one, 0)(input_ids, shown(scores))
+        alone = [of_row(one, row)(input_ids[row : row + 1], shown(scores[row : row + 1])) for row in range(len(scores))]
     except UnsupportedError:
         raise
     except Exception as error:  # what comes from elsewhere may raise anything
@@ -88,13 +86,17 @@ def _try(one: Any, input_ids: Tensor, scores: Tensor, shown: Callable[[Tensor], 
         raise UnsupportedError(f"{name} says of a row alone something else than in a batch. {way_out}")
 
 
-def _of_row(one: Any, row: int) -> Any:
+def of_row(one: Any, row: int) -> Any:
     """What is called with one row alone: itself, where it keeps nothing, else a copy."""
     known = known_of_row(one, row)
     if known is not None:
         return known
     try:
-        return copy.deepcopy(one)
+        # A tokenizer takes longer to copy than a batch to write; whoever stops at a text has one.
+        shared = {
+            id(part): part for part in vars(one).values() if isinstance(part, PreTrainedTokenizerBase | nn.Module)
+        }
+        return copy.deepcopy(one, shared)
     except Exception as error:  # what comes from elsewhere may hold anything
         raise UnsupportedError(
             f"{type(one).__name__} cannot be copied for each row of a batch: {error!r}. Call generate once per sequence, or without "

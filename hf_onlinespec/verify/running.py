@@ -47,7 +47,7 @@ class RunningBatch:
         check_call(target, draft.model, config)
         check_inputs(target, inputs, config, call.model_kwargs)
         self._processors = LogitsProcessorList(call.processors)
-        check_batch(target, inputs, self._processors, call.criteria, config, call.model_kwargs)
+        check_batch(target, inputs, self._processors, call.criteria, config, call.model_kwargs, all_begin=False)
         adapters = check_adapters(draft, adapters_of_rows(adapter, len(inputs)), learn)
         with torch.inference_mode(False), torch.no_grad():
             plain = why_plain_batch(target, inputs, call.criteria, config, call.model_kwargs)

@@ -420,8 +420,37 @@ class Uncopied(LogitsProcessor):
 
 
 class AllAtOnce(StoppingCriteria):
+    """Ends the batch where each row has had a token below a number; it remembers which rows had. lm_eval's stop sequences are so."""
+
+    def __init__(self, below: int, rows: int, prompt: int) -> None:
+        self._below, self._prompt = below, prompt
+        self.had, self.lengths = [False] * rows, list[int]()
+
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:  # type: ignore[override]
-        return False
+        for i, row in enumerate(input_ids[:, self._prompt :]):
+            self.had[i] = self.had[i] or bool((row[-1:] < self._below).any())
+        self.lengths.append(input_ids.shape[1])
+        return all(self.had)
+
+
+def test_a_criterion_that_judges_the_whole_batch_is_shown_what_plain_decoding_shows_it(target) -> None:
+    """Every length once, in order, with all rows; then all of them end there, however far some are ahead."""
+    ended = 0
+    for seed in range(12):
+        inputs = padded(prompts((3, 8, 5), seed))
+        call = GREEDY | {"eos_token_id": 31, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+        judges = [AllAtOnce(2 + seed % 5, 3, 8) for _ in range(2)]
+        plain = target.generate(**inputs, **call, stopping_criteria=StoppingCriteriaList([judges[0]]))
+        right = [True, False, seed % 2 == 0]
+        ours, proposer = scripted(
+            target, inputs, right, seed, stopping_criteria=StoppingCriteriaList([judges[1]]), **call
+        )
+        assert torch.equal(plain.sequences, ours.sequences)
+        assert len(plain.logits) == len(ours.logits)
+        assert judges[0].lengths == judges[1].lengths and judges[0].had == judges[1].had
+        assert max(map(max, proposer.kept)) > 0
+        ended += all(judges[0].had)
+    assert 2 <= ended < 12
 
 
 @pytest.mark.parametrize(
@@ -429,7 +458,15 @@ class AllAtOnce(StoppingCriteria):
     [
         ({"logits_processor": LogitsProcessorList([OfTheBatch()])}, "OfTheBatch says of a row alone something else"),
         ({"logits_processor": LogitsProcessorList([Uncopied()])}, "Uncopied cannot be copied"),
-        ({"stopping_criteria": StoppingCriteriaList([AllAtOnce()]), "eos_token_id": 31}, "AllAtOnce says one thing"),
+        (
+            {
+                "stopping_criteria": StoppingCriteriaList([AllAtOnce(3, 2, 8)]),
+                "eos_token_id": 31,
+                "return_dict_in_generate": True,
+                "output_scores": True,
+            },
+            "AllAtOnce says one thing",
+        ),
         ({"num_beams": 2}, "num_beams=2"),
     ],
 )
