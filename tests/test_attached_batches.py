@@ -121,7 +121,7 @@ def test_a_policy_whose_forward_enters_autocast_is_served() -> None:
     pair = load_pair()
     as_a_trainer_leaves_it(pair.target, "autocast")
     draft = attach(pair.target)
-    texts = pair.tokenizer(prompts("orders")[:2], padding=True, padding_side="left", return_tensors="pt")
+    texts = pair.tokenizer(prompts("shell")[4:6], padding=True, padding_side="left", return_tensors="pt")
     pair.target.generate(**texts, do_sample=False, max_new_tokens=4)
     assert draft.metrics.requests == 1, draft.metrics.decisions.drafting
 

@@ -273,6 +273,7 @@ def test_a_class_of_others_whose_weights_are_trained_goes_on_with_trees_as_it_wa
     for cls, reason in ((LlamaForCausalLM, ""), (IgnoresMasks, "something else")):
         own = type("OfOthers", (cls,), {"__module__": "of_others"})
         target = in_training(own, 0.0)
+        target.scale = torch.nn.Parameter(torch.ones(1))
         for _ in range(12):
             found = why_chains(target, prompt(), {CACHE: DynamicCache()})
             assert reason in found and bool(found) == bool(reason)
