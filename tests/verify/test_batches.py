@@ -453,6 +453,20 @@ def test_a_criterion_that_judges_the_whole_batch_is_shown_what_plain_decoding_sh
     assert 2 <= ended < 12
 
 
+def test_rows_that_are_ended_together_are_learned_and_remembered(target) -> None:
+    inputs, call = padded(prompts((3, 8, 5), 4)), GREEDY | {"eos_token_id": 31, "pad_token_id": 0}
+
+    def judged(**more: Any) -> Tensor:
+        return target.generate(**inputs, **call, stopping_criteria=StoppingCriteriaList([AllAtOnce(6, 3, 8)]), **more)
+
+    plain, draft = judged(), OnlineDraft(tiny_llama(2), FIXED)
+    assert plain.shape[1] < 28
+    for _ in range(2):
+        assert torch.equal(plain, judged(assistant_model=draft))
+    assert draft.metrics.updates > 0 and draft.metrics.requests == 2
+    assert draft.metrics.last.acceptance_length > 2
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
