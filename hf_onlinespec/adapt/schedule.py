@@ -285,10 +285,15 @@ class LearningSchedule:
             return
         with self._budget.scored():
             self._route(waiting)
-            for i in waiting:
-                row, segment = self._feedback.rows[i], self._feedback.segment(i)
-                if segment.n:
-                    self._learning.score_offline(segment, row.prompt_log_ratio)
+            segments = {i: self._feedback.segment(i) for i in waiting}
+            scored = {i: self._feedback.rows[i].prompt_log_ratio for i, segment in segments.items() if segment.n}
+            if len(scored) == 1:
+                i, ratio = next(iter(scored.items()))
+                self._learning.score_offline(segments[i], ratio)
+            elif scored:
+                batch = self._feedback.joined([segments[i] for i in scored])
+                self._learning.score_rows(batch, [ratio or 0.0 for ratio in scored.values()])
+            for i, segment in segments.items():
                 if self._keeps(rows):
                     self._feedback.keep(i, segment)
 

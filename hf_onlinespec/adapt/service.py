@@ -22,7 +22,7 @@ from .feedback import Feedback, acceptance
 from .learned_texts import Learned, Request
 from .learner import Learner, Recollection
 from .request_feedback import Held, RequestFeedback
-from .segment import Segment
+from .segment import Segment, split
 from .trainable import Prefix
 
 logger = logging.getLogger(__name__)
@@ -193,15 +193,24 @@ class LearningService:
             prompt_log_ratio, _ = trainable.prompt_log_ratio(
                 segment.tokens[:, :-n], segment.mask, self.router.constants.prompt_tokens
             )
-        seen = []
+        self._compare(segment, [n], [prompt_log_ratio])
+
+    @torch.no_grad()
+    def score_rows(self, batch: Segment, prompt_log_ratios: Sequence[float]) -> None:
+        """The same of several rows of a call, together."""
+        self._compare(batch, list(map(len, batch.teachers)), prompt_log_ratios)
+
+    def _compare(self, segment: Segment, lengths: Sequence[int], prompt_log_ratios: Sequence[float]) -> None:
+        """Tells the governor of every row, by how many tokens each has."""
+        trainable, seen = self.learner.trainable, []
         for base in (False, True) if self.learner.experts.steps else (True,):
             features = None if segment.features is None else segment.features[:, :-1]
-            logits = trainable.logits(segment.tokens[:, :-1], n, base, segment.mask, features)
-            seen.append(acceptance(segment.teachers, logits, segment.temperature, self.settings.temperature))
+            logits = trainable.logits(segment.tokens[:, :-1], segment.n, base, segment.mask, features)
+            found = acceptance(segment.teachers, logits, segment.temperature, self.settings.temperature)
+            seen.append(split(found.tolist(), lengths))
         with self.lock:
-            self.governor.observe_comparison(
-                seen[0].tolist(), seen[-1].tolist(), (), False, prompt_log_ratio, self.router
-            )
+            for learned, of_base, ratio in zip(seen[0], seen[-1], prompt_log_ratios, strict=True):
+                self.governor.observe_comparison(learned, of_base, (), False, ratio, self.router)
 
     def end_request(self) -> None:
         """Evaluates what the draft showed in a request that is over, or was broken off."""

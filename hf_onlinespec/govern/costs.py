@@ -109,6 +109,11 @@ class VerifyCost:
         if sum(map(len, self._seen.values())) >= self._constants.sure:
             self._fit()
 
+    @property
+    def widest(self) -> int:
+        """Most tokens that were timed."""
+        return max(self._seen, default=0)
+
     def at(self, k: int) -> float:
         """Time of verifying k ≥ 0 tokens."""
         return 1 + self._bend * (1 - 2 ** (-k / 2)) + self._slope * k

@@ -10,6 +10,7 @@ A request is told apart from the others by what it shows itself: how much that c
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class PlannerConstants:
     """Of how far is drafted, and of what is tried although it is not expected to pay."""
 
     max_candidates: int = 64  # of a round, at most; chosen
+    # A round is at most so many times as wide as one that was timed. In one row a wide one costs little more than what was extrapolated;
+    # of several rows it is the forward of a prompt: see `Governor.for_rows`.
+    widening: float = math.inf
     max_expanded: int = 8  # leaves that the draft goes on behind in one forward; chosen
     # A guess has to gain so many times what verifying it costs. Measured: LOG 2026-11-26 "Trees of candidates": on recorded answers
     # 1.3 gives 0.8 to 1.2 % more net speed than 1, and a fifth fewer candidates; costs are never known exactly.
@@ -235,10 +239,17 @@ class Planner:
             return position < plan.lookahead
         return 0 < plan.lookahead and position < self._max_lookahead
 
+    @property
+    def _widest(self) -> int:
+        """Candidates of a row, at most."""
+        constants = self._constants
+        timed = max(self._costs.verify.widest, constants.first_lookahead)
+        return int(min(constants.max_candidates, constants.widening * timed))
+
     def guess_pays(self, plan: Plan, candidates: int, chance: float) -> bool:
         """Whether one more guess is verified, see `Governor.guess_pays`."""
         costs = self._costs
-        if candidates >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
+        if candidates >= self._widest or not costs.pace_s or plan.calibrate:
             return False
         if self.guess_gains(plan, candidates, chance):
             self._guess_probe.shorten()
@@ -258,7 +269,7 @@ class Planner:
             return most
         rate = self._constants.guess_margin * len(chances) * self.usual_rate
         found, net, gain = 0, 0.0, 0.0
-        for n in range(most):
+        for n in range(min(most, self._widest)):
             gain += sum(row[n] for row in chances if n < len(row))
             this = gain - rate * (costs.verify.at(n + 1) - costs.verify.at(0))
             if this > net:
@@ -286,7 +297,7 @@ class Planner:
     def guess_beats_model(self, plan: Plan, position: int, survival: float, chance: float, begun: bool) -> bool:
         """Whether a guess is taken for `position` of the chain, see `Governor.guess_beats_model`."""
         costs = self._costs
-        if position >= self._constants.max_candidates or not costs.pace_s or plan.calibrate:
+        if position >= self._widest or not costs.pace_s or plan.calibrate:
             return False
         if self._probing and not position:
             return False  # a try that a guess takes the place of shows nothing

@@ -113,3 +113,21 @@ def test_a_row_whose_target_says_nan_keeps_no_other_from_learning(target, rows, 
     monkeypatch.setattr(schedule_copied, copied)
     target.generate(**rows, assistant_model=draft, **CALL)
     assert learned == [2] and draft.metrics.updates == 1 and draft.metrics.skipped_updates == 1
+
+
+def test_rows_that_are_not_learned_are_scored_together_as_each_alone(target, rows, monkeypatch) -> None:
+    told = list[tuple[list[float], list[float]]]()
+
+    def noted(self: Governor, learned: list[float], base: list[float], *args: Any) -> None:
+        told.append((learned, base))
+
+    monkeypatch.setattr(Governor, "observe_comparison", noted)
+    monkeypatch.setattr(LearningBudget, "affordable_steps", lambda self: 0)
+    monkeypatch.setattr(Governor, "request_ended", lambda self, *args, **kwargs: True)
+    draft = OnlineDraft(tiny_llama(2), rank=2, alpha=2.0)
+    target.generate(**rows, assistant_model=draft, **CALL)
+    together, told = told, list[tuple[list[float], list[float]]]()
+    for tokens, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True):
+        target.generate(tokens[mask.bool()][None], assistant_model=draft, **CALL)
+    assert len(together) == len(told) == 3 and not draft.metrics.updates
+    assert together == told and all(len(own) == 12 for own, _ in told)

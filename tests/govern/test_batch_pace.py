@@ -100,3 +100,20 @@ def test_one_more_forward_is_held_against_what_it_brings_in_all_rows() -> None:
     assert governor.models_pay(likely(2, 0.9), 4) and not governor.models_pay(likely(4, 0.1), 4)
     assert governor.models_pay(first, 4)  # whether the round is begun at all the plan decides
     assert governor.may_draft(plan, 2) and not governor.may_draft(Plan(0, 1.0, 0.0), 2)
+
+
+def test_a_batch_grows_no_wider_at_once_than_twice_what_was_timed() -> None:
+    """What a prompt's width takes in several rows does not follow from a few candidates."""
+    governor, sure = Governor(0.1, 1).for_rows(4), [1.0] * 64
+    governor.observe((), (), 0.0, 1.0)
+    plan = Plan(0, 1.0, 0.0)
+    wide = []
+    for _ in range(4):
+        wide.append(governor.width([sure] * 4))
+        assert governor.guess_pays(plan, wide[-1] - 1, 1.0) and not governor.guess_pays(plan, wide[-1], 1.0)
+        guesses = [TokenSource("memory", at) for at in range(wide[-1])]
+        governor.observe(guesses, [(guess, 1.0) for guess in guesses], 0.0, 1.1)
+    assert wide == [6, 12, 24, 48]
+    alone = Governor(0.1, 1)
+    alone.observe((), (), 0.0, 1.0)
+    assert alone.guess_pays(plan, 60, 1.0)
