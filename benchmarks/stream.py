@@ -48,13 +48,14 @@ def killed_and_started_again(n: int, new_tokens: int) -> None:
         for half in (True, False):
             started, process = time.perf_counter(), subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             memory: list[tuple[int, int]] = []  # answers, MB
+            begun = out.read_bytes().count(b"\n") if out.exists() else 0
             while process.poll() is None:
                 done = out.read_bytes().count(b"\n") if out.exists() else 0
                 if half and done >= n // 2:
                     process.kill()
                     process.wait()
                     break
-                if done and (not memory or done >= memory[-1][0] + n // 16):
+                if done > begun and (not memory or done >= memory[-1][0] + n // 16):
                     memory.append((done, psutil.Process(process.pid).memory_info().rss >> 20))
                 time.sleep(0.2)
             print(
@@ -67,11 +68,11 @@ def killed_and_started_again(n: int, new_tokens: int) -> None:
         print(f"{len(found)} answers, each once: {sorted(found) == list(range(n))}")
 
 
-def speed(n: int, new_tokens: int, size: int) -> None:
+def speed(n: int, new_tokens: int, size: int, arms: list[str]) -> None:
     asked, arguments = texts(n), {"max_new_tokens": new_tokens, "do_sample": False, "onlinespec": True}
     lengths: list[int] = []
     seconds, rounds = dict[str, float](), dict[str, float]()
-    for arm in ("stream", "steady", "waves"):
+    for arm in arms:
         pair = load_pair()
         started = time.process_time()
         if arm == "stream":
@@ -101,13 +102,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--against", nargs="+", default=["steady", "waves"])
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     if arguments.what == "run":
         killed_and_started_again(arguments.prompts, arguments.new_tokens)
     else:
-        speed(arguments.prompts, arguments.new_tokens, arguments.batch_size)
+        speed(arguments.prompts, arguments.new_tokens, arguments.batch_size, ["stream", *arguments.against])
 
 
 if __name__ == "__main__":

@@ -210,6 +210,8 @@ def check_inputs(
             f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "
             "Call model.eval() first, or switch gradient checkpointing off."
         )
+    if input_ids.shape[0] == 0:
+        raise UnsupportedError("The batch is empty: there is nothing to generate. Pass at least one prompt.")
     if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedError("inputs_embeds are not supported: the draft needs tokens. Pass input_ids alone.")
     cache = model_kwargs.get(CACHE)

@@ -5,6 +5,7 @@ Rows that begin read their prompts in a round of their own; from the next one on
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from contextlib import ExitStack
@@ -26,8 +27,9 @@ from .custom_generate import PreparedCall
 from .ragged import RaggedVerifier
 from .row_calls import RowCalls
 
-# Part of the places that are free before others begin: fewer forwards over prompts, of more rows each. Chosen.
-FREE_SHARE = 0.25
+# A forward over prompts takes as long as so many rounds, as far as it is decided when others begin. Chosen: a round of a target whose
+# weights take longer to be read than a few tokens to be reckoned.
+PROMPTS_ROUNDS = 1.0
 
 
 class RunningBatch:
@@ -59,6 +61,10 @@ class RunningBatch:
         self._verifier: RaggedVerifier | None = None  # of the rows that go on; None: there are none
         mask = call.model_kwargs.get("attention_mask")
         self._mask = torch.ones_like(inputs) if mask is None else mask[:, -inputs.shape[1] :]
+        self._row_rounds, self._ended_rows = (
+            0,
+            0,
+        )  # rounds so far, each counted for each of its rows; rows that have ended
         self._seconds = 0.0  # that steps have taken: between them the caller's time passes
         self._open = ExitStack()
         note_latest(target, draft)
@@ -98,11 +104,22 @@ class RunningBatch:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 free = self._at_once - len(self._rows.lengths)
-                if self._waiting and free >= max(1, int(FREE_SHARE * self._at_once)):
-                    return self._begin(free)
-                return self._go_on()
+                return self._begin(free) if self._waiting and free >= self._enough() else self._go_on()
         finally:
             self._seconds += time.perf_counter() - started
+
+    def _enough(self) -> int:
+        """Free places in which others begin.
+
+        Of f places (f − 1) / 2 are empty while they are waited for, and one forward over prompts comes to f rows. Of B rows, each of
+        T rounds, that takes (f − 1) / 2B + cB / fT of the time, which is least at f = B √(2c / T). Half of the places at most, as T is
+        not known at first: short answers are the first to end.
+        """
+        if not self._ended_rows:
+            return 1
+        rounds = self._row_rounds / self._ended_rows
+        best = round(self._at_once * math.sqrt(2 * PROMPTS_ROUNDS / rounds))
+        return max(1, min(best, self._at_once // 2))
 
     def _begin(self, n: int) -> dict[int, Tensor]:
         """The first round of at most n rows; those that go on join the others."""
@@ -116,10 +133,8 @@ class RunningBatch:
             for name, values in call.model_kwargs.items()
         }
         rows = Rows(tokens, (tokens.shape[1],) * len(own), tuple(own))
-        begun, self._rows = (
-            self._rows,
-            self._rows.joined(rows) if self._rows.lengths else rows,
-        )  # if it fails, all are running
+        begun = self._rows
+        self._rows = begun.joined(rows) if begun.lengths else rows  # where this round fails, all of them are running
         verifier = RaggedVerifier(call.target, tokens[:, -longest:], columns, self._request.reads)
         verdict = self._rounds.next(rows, verifier)
         left = going_on(verdict)
@@ -149,6 +164,8 @@ class RunningBatch:
     def _ended(self, verdict: Verdict) -> dict[int, Tensor]:
         """What the rows that have ended have shown is learned now: nothing of them is held until all have ended."""
         ended = [i for i, done in enumerate(verdict.done) if done]
+        self._row_rounds += len(verdict.done)
+        self._ended_rows += len(ended)
         if ended:
             self._request.leave(verdict.rows.of_rows(ended))
         return {verdict.rows.of_call[i]: verdict.rows.row(i)[0] for i in ended}

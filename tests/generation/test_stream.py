@@ -259,6 +259,20 @@ def test_an_interruption_hands_out_what_is_finished() -> None:
     assert memory.requests > 0 and memory.new_tokens >= sum(len(said(answer.tokens)) for answer in found)
 
 
+def test_an_interruption_hands_out_what_waits_for_an_earlier_answer_too() -> None:
+    found = {}
+    for ordered in (True, False):
+        found[ordered] = list[int]()
+        processors = LogitsProcessorList([Interrupts([40])])
+        with pytest.raises(KeyboardInterrupt):
+            for answer in generate_stream(
+                target(), prompts(20), 4, ordered=ordered, logits_processor=processors, **GREEDY
+            ):
+                found[ordered].append(answer.index)
+    assert found[True] == sorted(found[False]) and len(found[True]) >= 8
+    assert found[True] != list(range(len(found[True]))), "an earlier answer is missing"
+
+
 def test_an_interruption_while_prompts_are_waited_for_hands_out_what_is_finished() -> None:
     def queue() -> Iterator[list[int]]:
         yield from prompts(8)

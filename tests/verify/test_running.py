@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_onlinespec import Answer, OnlineDraft, OnlineSpecConfig, generate_stream, online_memory
+from hf_onlinespec import Answer, OnlineDraft, OnlineSpecConfig, UnsupportedError, generate_stream, online_memory
 from hf_onlinespec.commit.batch_reader import BatchReader
 from hf_onlinespec.rounds import Proposal, Rows
 from hf_onlinespec.verify.ragged import RaggedVerifier
@@ -164,3 +164,11 @@ def test_rows_joined_behind_others_have_left_and_have_other_lengths() -> None:
     both = one.joined(two)
     assert both.lengths == (2, 4, 2) and both.of_call == (5, 1, 7)
     assert [both.row(i)[0].tolist() for i in range(3)] == [[1, 2], [4, 5, 6, 7], [8, 9]]
+
+
+def test_an_empty_batch_is_refused_by_name_and_a_row_of_padding_alone_is_what_it_is_without_us() -> None:
+    model, mask = target(), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    with pytest.raises(UnsupportedError, match="The batch is empty"):
+        model.generate(torch.empty(0, 3, dtype=torch.long), onlinespec=True, **GREEDY)
+    padded = {"input_ids": torch.tensor([[0, 0, 0], [8, 9, 10]]), "attention_mask": mask}
+    assert torch.equal(model.generate(**padded, onlinespec=True, **GREEDY), model.generate(**padded, **GREEDY))
