@@ -2,7 +2,7 @@
 
 GRPO teaches the embedded target to open its notes on orders with the customer's name. The draft is attached once, and whatever
 the trainer samples comes through it. After each step two things are compared with plain `generate` of the policy as it is then:
-greedy answers, which have to be the same, and the time that sampling takes.
+the time that sampling takes, and greedy answers, which have to be the same.
 
     pip install trl; python examples/05_grpo_rollouts.py [steps]
 """
@@ -13,7 +13,7 @@ import time
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import BatchEncoding, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import hf_onlinespec
@@ -23,7 +23,12 @@ steps = int(sys.argv[1]) if len(sys.argv) > 1 else 24
 pair = load_pair()
 policy, tokenizer, orders = pair.target, pair.tokenizer, prompts("orders")
 tokenizer.pad_token = tokenizer.eos_token
-test = tokenizer(orders[:8], padding=True, padding_side="left", return_tensors="pt")
+
+
+def batch(step: int) -> BatchEncoding:
+    """Eight prompts, others in each step."""
+    some = (orders + orders)[8 * step % 200 :][:8]
+    return tokenizer(some, padding=True, padding_side="left", return_tensors="pt")
 
 
 def opens_with_the_name(prompts: list[str], completions: list[str], **_: object) -> list[float]:
@@ -32,15 +37,14 @@ def opens_with_the_name(prompts: list[str], completions: list[str], **_: object)
 
 
 class Comparison(TrainerCallback):
-    """After each step: greedy and sampled answers to the test prompts, as attached and plainly."""
+    """After each step: sampled and greedy answers to eight prompts, as attached and plainly."""
 
     def __init__(self) -> None:
         self.same, self.lengths = 0, []
         self.tokens, self.seconds = [0, 0], [0.0, 0.0]  # sampled: plainly, as attached
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        greedy = [policy.generate(**test, max_new_tokens=48, do_sample=False, onlinespec=on) for on in (None, False)]
-        self.same += torch.equal(*greedy)
+        test = batch(state.global_step)
         before = draft.metrics.rounds, draft.metrics.new_tokens
         for attached in (0, 1) if state.global_step % 2 else (1, 0):
             clock = time.perf_counter()
@@ -49,11 +53,13 @@ class Comparison(TrainerCallback):
             self.tokens[attached] += int((rows[:, test.input_ids.shape[1] :] != tokenizer.pad_token_id).sum())
         rounds, tokens = draft.metrics.rounds - before[0], draft.metrics.new_tokens - before[1]
         self.lengths.append(tokens / rounds)
+        greedy = [policy.generate(**test, max_new_tokens=48, do_sample=False, onlinespec=on) for on in (None, False)]
+        self.same += torch.equal(*greedy)
 
 
 comparison = Comparison()
 draft = hf_onlinespec.attach(policy, pair.draft)
-before = policy.generate(**test, max_new_tokens=48, do_sample=False)
+before = policy.generate(**batch(0), max_new_tokens=48, do_sample=False)
 with tempfile.TemporaryDirectory() as folder:
     args = GRPOConfig(
         output_dir=folder,
@@ -71,7 +77,7 @@ with tempfile.TemporaryDirectory() as folder:
         gradient_checkpointing=False,
         use_cpu=True,
     )
-    data = Dataset.from_dict({"prompt": orders[8:]})
+    data = Dataset.from_dict({"prompt": orders})
     trainer = GRPOTrainer(policy, opens_with_the_name, args, data, processing_class=tokenizer, callbacks=[comparison])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -80,9 +86,9 @@ rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in
 print("reward           ", " ".join(f"{reward:.2f}" for reward in rewards))
 print("acceptance length", " ".join(f"{length:.2f}" for length in comparison.lengths))
 print(f"greedy answers equal plain generate's after {comparison.same} of {steps} steps")
-after = policy.generate(**test, max_new_tokens=48, do_sample=False)
+after = policy.generate(**batch(0), max_new_tokens=48, do_sample=False)
 for tokens in before, after:
-    print(tokenizer.decode(tokens[0, test.input_ids.shape[1] :], skip_special_tokens=True))
+    print(tokenizer.decode(tokens[0, batch(0).input_ids.shape[1] :], skip_special_tokens=True))
 plain, ours = (tokens / seconds for tokens, seconds in zip(comparison.tokens, comparison.seconds, strict=True))
 print(f"rollouts: {ours:.0f} tokens/s as attached, {plain:.0f} plainly, {ours / plain:.2f} times")
 print(draft.metrics)
