@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import hf_onlinespec
 from hf_onlinespec import ConfigError, OnlineDraft, OnlineSpecConfig, UnsupportedError
-from hf_onlinespec.commit.causal_lm import CausalLM
 from tests.chi_square import THOUSAND, follows
 from tests.drafts import flat_params, move
 from tests.heads.tiny import KINDS, tiny_head
@@ -255,88 +255,68 @@ def test_a_changed_base_forgets_adapters_with_names(target) -> None:
 
 # adapter="auto"
 
+KINDS_OF = {"sql": range(1, 8), "orders": range(8, 16), "notes": range(16, 24)}  # tokens of the prompts of each
 
-def say(monkeypatch: pytest.MonkeyPatch, draft: OnlineDraft, speaks_for: dict[int, str | None]) -> list[int]:
-    """Lets prompts that begin with a token speak for an adapter by half a nat; the first tokens that were asked about are noted."""
-    asked: list[int] = []
 
-    def prompt_score(self: CausalLM, tokens: Tensor, most: int) -> float:
-        first = int(tokens[0, 0])
-        asked.append(first)
-        for name in draft.adapters:
-            with draft.adapters.using(name) as own:
-                if own.trainable is self:
-                    return -2.0 if speaks_for[first] == name else -2.5
-        return -2.0 if speaks_for[first] is None else -2.5
+def of_kind(name: str, seed: int, n: int = 6) -> list[int]:
+    rng = random.Random(f"{name} {seed}")
+    return [rng.choice(KINDS_OF[name]) for _ in range(n)]
 
-    monkeypatch.setattr(CausalLM, "prompt_score", prompt_score)
-    return asked
+
+def teach(draft: OnlineDraft, target: PreTrainedModel, names: tuple[str, ...] = NAMES) -> None:
+    for name in names:
+        inputs = padded([of_kind(name, seed) for seed in range(2)])
+        target.generate(**inputs, assistant_model=draft, adapter=name, **GREEDY)
 
 
 def requests(draft: OnlineDraft) -> list[int]:
     return [draft.adapters[name].metrics.requests if name in draft.adapters else 0 for name in NAMES]
 
 
-def test_auto_gives_each_row_the_adapter_that_its_prompt_speaks_for(target, monkeypatch) -> None:
-    draft, inputs = new_draft(), padded([[1, 5, 6, 7], [2, 9, 4], [3, 8], [1, 1, 2]])
-    asked = say(monkeypatch, draft, {1: "sql", 2: "orders", 3: None})
+def test_auto_gives_each_row_the_adapter_whose_prompts_its_own_looks_like(target) -> None:
+    draft = new_draft()
+    inputs = padded([of_kind("sql", 7, 4), of_kind("orders", 7), [25, 26, 27, 28, 29], of_kind("sql", 8)])
     plain = target.generate(**inputs, **GREEDY)
     assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, adapter="auto", **GREEDY))
-    assert asked == [] and len(draft.adapters) == 0 and draft.steps, "without names it is the one without a name"
-    for name in ("sql", "orders"):
-        target.generate(**inputs_of(4), assistant_model=draft, adapter=name, **GREEDY)
-    before, steps = requests(draft), draft.steps
+    assert len(draft.adapters) == 0 and draft.steps, "without names it is the one without a name"
+    draft = new_draft()
+    teach(draft, target)
+    before = [draft.adapters[name].metrics.new_tokens for name in NAMES]
     assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, adapter="auto", **GREEDY))
-    assert sorted(asked) == [1] * 6 + [2] * 3 + [3] * 3, "each prompt under each, without its padding"
-    assert requests(draft) == [before[0] + 1, before[1] + 1, 0] and draft.steps > steps
-    assert draft.adapters["sql"].metrics.last.new_tokens == 18 and draft.adapters["orders"].metrics.last.new_tokens == 9
-    target.generate(**inputs, assistant_model=draft, adapter=["notes", "auto", "notes", "notes"], **GREEDY)
-    assert requests(draft) == [before[0] + 1, before[1] + 2, 1]
+    new = [draft.adapters[name].metrics.new_tokens - n for name, n in zip(NAMES, before, strict=True)]
+    assert new == [18, 9, 0] and draft.steps, "two rows, one, none; one looks like none of them"
+    target.generate(**inputs, assistant_model=draft, adapter=["notes", "auto", "notes", None], **GREEDY)
+    assert requests(draft) == [2, 3, 2]
 
 
-def test_auto_chooses_among_the_adapters_in_the_process(target, monkeypatch) -> None:
-    draft, inputs = new_draft(resident_adapters=1), padded([[1, 5, 6, 7]])
-    for name in ("sql", "orders"):
-        target.generate(**inputs_of(4), assistant_model=draft, adapter=name, **GREEDY)
-    with monkeypatch.context() as patch:
-        patch.setattr(CausalLM, "prompt_score", lambda self, tokens, most: -2.0 - (self is draft.trainable))
-        target.generate(**inputs, assistant_model=draft, adapter="auto", onlinespec=False, **GREEDY)
-    assert requests(draft) == [1, 2, 0] and not draft.adapters["sql"].resident
+def test_auto_reads_again_the_adapter_that_a_prompt_speaks_for(target) -> None:
+    draft = new_draft(resident_adapters=1)
+    teach(draft, target)
+    assert [draft.adapters[name].resident for name in NAMES] == [False, False, True]
+    one = padded([of_kind("sql", 9)])
+    target.generate(**one, assistant_model=draft, adapter="auto", onlinespec=False, **GREEDY)
+    assert requests(draft) == [2, 1, 1] and draft.adapters["sql"].resident
 
 
-def test_auto_learns_from_acceptance_where_prompts_mislead(target, monkeypatch) -> None:
-    """The base is the target itself, and "sql" is spoiled; prompts speak for that a little nevertheless."""
+def test_auto_goes_by_acceptance_where_prompts_mislead(target) -> None:
+    """The base is the target itself, and "sql", which the prompts speak for, is spoiled."""
     draft, chosen = OnlineDraft(tiny_llama(1, layers=2), FIXED), []
+    teach(draft, target, ("sql",))
     with draft.adapters.using("sql") as own:
         move(own)
-    monkeypatch.setattr(CausalLM, "prompt_score", lambda self, tokens, most: -2.0 - 0.05 * (self is draft.trainable))
     for _ in range(12):
-        target.generate(**inputs_of(0, (6,)), assistant_model=draft, adapter="auto", onlinespec=False, **GREEDY)
-        chosen.append(requests(draft)[0] - sum(chosen))
-    assert chosen[:2] == [1, 1] and chosen[6:] == [0] * 6
+        before = requests(draft)[0]
+        one = padded([of_kind("sql", 3)])
+        target.generate(**one, assistant_model=draft, adapter="auto", onlinespec=False, **GREEDY)
+        chosen.append(requests(draft)[0] - before)
+    assert chosen[:2] == [1, 1] and chosen[-4:] == [0] * 4
     assert draft.metrics.last.acceptance_rate == pytest.approx(1.0)
 
 
-def test_a_prompt_s_score_is_its_log_likelihood_as_the_adapter_serves(target) -> None:
-    draft = new_draft()
-    target.generate(**inputs_of(4), assistant_model=draft, adapter="sql", **GREEDY)
-    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-    with draft.adapters.using("sql") as own:
-        scores = [model.prompt_score(tokens, most) for model in (draft.trainable, own.trainable) for most in (128, 4)]
-        logits = [draft(tokens).logits, own(tokens).logits]
-        alone = own(tokens[:, -4:]).logits
-    by_hand = [one[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None]).mean() for one in logits]
-    assert scores[0] == pytest.approx(float(by_hand[0]), abs=1e-4)
-    assert scores[2] == pytest.approx(float(by_hand[1]), abs=1e-4) and abs(scores[0] - scores[2]) > 1e-3
-    last = alone[0, :-1].log_softmax(-1).gather(-1, tokens[0, -3:, None]).mean()
-    assert scores[3] == pytest.approx(float(last), abs=1e-4)
-    assert draft.trainable.prompt_score(tokens[:, :1], 128) is None
-
-
-def test_auto_of_a_head_goes_by_acceptance_alone(target) -> None:
+def test_auto_routes_the_rows_of_a_head(target) -> None:
     draft = OnlineDraft(tiny_head("EAGLE-3", target), FIXED)
-    target.generate(**inputs_of(1), assistant_model=draft, adapter="sql", **GREEDY)
-    plain = target.generate(**inputs_of(1), **GREEDY)
-    for _ in range(6):
-        assert torch.equal(plain, target.generate(**inputs_of(1), assistant_model=draft, adapter="auto", **GREEDY))
-    assert draft.metrics.failed_drafts == 0 and draft.adapters["sql"].metrics.requests > 1 and draft.steps
+    teach(draft, target, ("sql", "orders"))
+    inputs = padded([of_kind("orders", 1), of_kind("sql", 0)])
+    plain = target.generate(**inputs, **GREEDY)
+    assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, adapter="auto", **GREEDY))
+    assert requests(draft) == [2, 2, 0] and draft.metrics.failed_drafts == 0 and not draft.steps

@@ -1,6 +1,6 @@
 """What `adapter="auto"` loses against the best adapter of each prompt in hindsight: three domains in turn, one adapter each.
 
-    python benchmarks/studies/routed_adapters.py --prompts 30 --out routed.json
+    python benchmarks/studies/routed_adapters.py --prompts 18 --out routed.json
 
 Each adapter first learns a few prompts of its domain by name. Then prompts of all domains come in turn with `adapter="auto"`, and the one
 that is chosen goes on learning. From the 101st prompt on, before each, every adapter, and the one without a name, answers the same prompt without learning: the
@@ -43,10 +43,10 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=30, help="that are measured")
+    parser.add_argument("--prompts", type=int, default=18, help="that are measured")
     parser.add_argument("--before", type=int, default=100, help="prompts before them, those by name included")
     parser.add_argument("--first", type=int, default=6, help="prompts that each adapter learns by name")
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON, more settings of the draft")
     parser.add_argument("--out", type=Path)
@@ -67,14 +67,6 @@ def main() -> None:
         )
         return draft.metrics.last.acceptance_length
 
-    def prompt_scores(text: str) -> dict[str, float | None]:
-        tokens, most = pair.tokenizer(text, return_tensors="pt").input_ids, draft.governor.names.constants.prompt_tokens
-        found = {"": draft.trainable.prompt_score(tokens, most)}
-        for name in DOMAINS:
-            with draft.adapters.using(name) as own:
-                found[name] = own.trainable.prompt_score(tokens, most)
-        return found
-
     texts = {domain: shuffled(domain, args.seed) for domain in DOMAINS}
     for domain in DOMAINS:
         for text in texts[domain][: args.first]:
@@ -87,13 +79,12 @@ def main() -> None:
         text = texts[domain][(args.first + i // len(DOMAINS)) % len(texts[domain])]
         measured = i >= args.before - named
         hindsight = {name or "": lengths(text, name, learns=False) for name in (None, *DOMAINS)} if measured else {}
-        scores = prompt_scores(text) if measured else {}
         before = draft.adapters[domain].metrics.requests
         routed = lengths(text, AUTO, learns=True)
         own = draft.adapters[domain].metrics.requests > before
         chosen_own += own
         if measured:
-            rows.append({"domain": domain, "own": own, "routed": routed, "hindsight": hindsight, "scores": scores})
+            rows.append({"domain": domain, "own": own, "routed": routed, "hindsight": hindsight})
             report(rows)
     print(f"The domain's own adapter was chosen for {chosen_own} of {i + 1} prompts.")
     print(draft.adapters)

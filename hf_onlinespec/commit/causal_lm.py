@@ -134,15 +134,6 @@ class CausalLM(DraftModel):
         return logits
 
     @torch.no_grad()
-    def prompt_score(self, tokens: Tensor, most: int) -> float | None:
-        """See `DraftModel`; the first of these tokens is only read."""
-        tokens = tokens[:, -min(most, self.positions) :].to(self.device)
-        if tokens.shape[1] < 2:
-            return None
-        score = float(self._log_likelihoods(tokens, None, False, {"use_cache": False}))
-        return score if math.isfinite(score) else None
-
-    @torch.no_grad()
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, dict[bool, Reader]]:
         """Log-likelihood per token of `tokens` (1, L) under the learned draft minus that under the base draft.
 

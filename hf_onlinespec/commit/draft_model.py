@@ -217,10 +217,6 @@ class DraftModel(ABC):
         """See `Trainable.prompt_log_ratios`."""
 
     @abstractmethod
-    def prompt_score(self, tokens: Tensor, most: int) -> float | None:
-        """Log-likelihood per token of the last `most` of `tokens` (1, L), without padding, as the draft serves; None: it cannot tell."""
-
-    @abstractmethod
     def logits(
         self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
     ) -> Tensor:

@@ -64,10 +64,6 @@ class HeadModel(DraftModel):
         """See `DraftModel`: as above."""
         return [0.0] * len(tokens)
 
-    def prompt_score(self, tokens: Tensor, most: int) -> float | None:
-        """See `DraftModel`. Before the target has read the prompt a head can say nothing about it."""
-        return None
-
     @torch.no_grad()
     def logits(
         self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None

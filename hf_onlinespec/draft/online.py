@@ -32,7 +32,6 @@ from ..commit.draft_model import DraftModel
 from ..commit.head import HeadModel
 from ..commit.row_model import RowModel
 from ..config import OnlineSpecConfig, as_config
-from ..config.adapters import AUTO
 from ..errors import ConfigError, CopyError, DraftError, NotAModelError
 from ..govern.acceptance import RequestStats
 from ..govern.routing import AdapterRouter
@@ -289,9 +288,10 @@ class OnlineDraft(Draft):
         schedule: Schedule | None = None
         if self.failures.preparing.begin():
             with self.failures.preparing.attempt(call.count_failed_draft):
-                asked = [name for name in call.adapters if name is not None and name != AUTO]
-                lease = self.adapters.lease(asked, present=AUTO in call.adapters)
-                routing = Routing.of(self, lease.drafts, call)
+                routing = Routing(self, call)
+                wanted = [name for name in routing.names if name is not None]
+                lease = self.adapters.lease(wanted, present=routing.routes)
+                routing.choose(lease.drafts)
                 lease.keep(routing.names)
                 target = self.targets.at_hand
                 for own in lease.drafts.values():

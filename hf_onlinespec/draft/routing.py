@@ -2,83 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from ..commit.base import Call
-from ..commit.draft_model import DraftModel
 from ..config.adapters import AUTO
 from ..govern.acceptance import RequestStats
 from ..govern.governor import Governor
 from ..runtime.failures import Failures
 from ..runtime.forks import Lock
 
-Scores = dict[str | None, float]  # of a prompt under each adapter; None: the one without a name
-
 
 class Routes(Protocol):
     """A draft that has adapters with names."""
 
-    trainable: DraftModel
     governor: Governor
     failures: Failures
     lock: Lock
 
-
-class Present(Protocol):
-    """A draft with one of them, which is in the process."""
-
-    trainable: DraftModel
+    @property
+    def adapters(self) -> Collection[str]: ...
 
 
-@dataclass(frozen=True)
 class Routing:
     """The adapters of a call's rows.
 
-    Args:
-        names: per row; None: the adapter without a name.
-        favourites: of the rows that were routed, the adapter that the prompt speaks for.
+    Attributes:
+        names: per row; None: the adapter without a name. Of a row that asked for "auto", the one that its prompt speaks for, until
+            `choose`.
     """
 
-    draft: Routes
-    names: tuple[str | None, ...]
-    favourites: Mapping[int, str | None]
-
-    @classmethod
-    def of(cls, draft: Routes, present: Mapping[str, Present], call: Call) -> Routing:
-        """Chooses for the rows that ask for it, among the adapters that are in the process and the one without a name."""
-        names, favourites, known = list(call.adapters or (None,) * call.rows), {}, dict[tuple[int, ...], Scores]()
-        models = {None: draft.trainable} | {name: own.trainable for name, own in present.items()}
-        router = draft.governor.names
-        for row, name in enumerate(names):
-            if name != AUTO:
-                continue
-            assert call.prompts is not None
-            prompt = call.prompts[row : row + 1, call.padding(row) :]
-            key = tuple(prompt[0, -router.constants.prompt_tokens :].tolist())
-            if key not in known:  # several sequences may have one prompt
-                known[key] = _scores(models, prompt, call, router.constants.prompt_tokens)
+    def __init__(self, draft: Routes, call: Call) -> None:
+        self.names = list(call.adapters or (None,) * call.rows)
+        self._draft, self._router = draft, draft.governor.names
+        self._favourites: dict[int, str | None] = {}  # of the rows that asked
+        noted = set()  # several sequences may have one prompt
+        # Once there are names, requests without any tell what these are not about.
+        if call.prompts is None or not (call.adapters or draft.adapters):
+            return
+        for row, name in enumerate(self.names):
+            prompt = tuple(call.prompts[row, call.padding(row) :].tolist())
             with draft.lock:
-                favourites[row], names[row] = router.favourite(known[key]), router.choose(known[key])
-        return cls(draft, tuple(names), favourites)
+                if name == AUTO:
+                    name = self.names[row] = self._favourites[row] = self._router.favourite(
+                        prompt, (None, *draft.adapters)
+                    )
+                if call.learns and (name, prompt) not in noted:
+                    self._router.note_prompt(name, prompt)
+            noted.add((name, prompt))
+
+    @property
+    def routes(self) -> bool:
+        """Whether any row asked for it."""
+        return bool(self._favourites)
+
+    def choose(self, present: Collection[str]) -> None:
+        """Settles the names, among the adapters that are in the process and the one without a name."""
+        with self._draft.lock:
+            for row, favourite in self._favourites.items():
+                self.names[row] = self._router.choose(favourite, (None, *present))
 
     def close(self, stats: Sequence[RequestStats]) -> None:
         """The end of the call: what the rows have shown of the adapters that were chosen for them."""
-        least = self.draft.governor.constants.min_positions
-        with self.draft.failures.records.attempt(), self.draft.lock:
-            for row, favourite in self.favourites.items():
+        least = self._draft.governor.constants.min_positions
+        with self._draft.failures.records.attempt(), self._draft.lock:
+            for row, favourite in self._favourites.items():
                 seen = stats[row]
                 if seen.positions >= least:
-                    self.draft.governor.names.observe(favourite, self.names[row], seen.acceptance / seen.positions)
-
-
-def _scores(models: Mapping[str | None, DraftModel], prompt: Tensor, call: Call, most: int) -> Scores:
-    """All the same where the models cannot tell."""
-    own = models[None].vocabulary
-    if len(models) > 1 and call.vocabulary is not None and call.vocabulary.read > own.size:
-        prompt = own.readable(prompt)
-    found = {name: model.prompt_score(prompt, most) if len(models) > 1 else None for name, model in models.items()}
-    return {name: 0.0 if score is None else score for name, score in found.items()}
+                    self._router.observe(favourite, self.names[row], seen.acceptance / seen.positions)
