@@ -110,18 +110,20 @@ class Replicas:
         """
         if self._every is None or not self._busy.acquire(0.0):
             return
+        started = time.perf_counter()
         try:
             if self._learner is not self._learning.learner:
                 self._begin(base, begun)
             with self._attempt():
                 self._take()
         finally:
-            self._busy.release()
+            self._end_turn(started)
 
     def end_call(self) -> None:
         """After a request: what was learned is published, if that is due, and what the others have learned taken in, if it is there."""
         if self._shared is None or self._every is None or not self._busy.acquire(0.0):
             return
+        started = time.perf_counter()
         try:
             with self._attempt():
                 self._take()
@@ -130,7 +132,12 @@ class Replicas:
                 if steps - self._steps >= self._every or self._calls >= self._every:
                     self._start()
         finally:
-            self._busy.release()
+            self._end_turn(started)
+
+    def _end_turn(self, started: float) -> None:
+        if self._shared is not None:
+            self._learning.metrics.averaging_time_s += time.perf_counter() - started
+        self._busy.release()
 
     def catch_up(self, timeout_s: float | None) -> bool:
         """Publishes what was learned and takes in what the others have published by now; False: no time, or no store."""

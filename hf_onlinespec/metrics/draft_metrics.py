@@ -32,9 +32,8 @@ class DraftMetrics(Counts):
     expert_weights: tuple[float, ...] = (1.0,)  # of the experts in an ensemble's mixture; the last is the base draft's
     removed_experts: int = 0  # that diverged; a single learner begins anew
     rollbacks: int = 0  # times that an earlier state of the adapter took over; why: decisions.rollback
-    averages: int = (
-        0  # exchanges with other processes that learn the same adapter; what came of them: decisions.averaging
-    )
+    averages: int = 0  # exchanges with other processes that learn the same adapter; why: decisions.averaging
+    averaging_time_s: float = 0.0  # that they took between requests; in no speed
     failed_reports: int = 0  # times that a trace raised, see `Trace`; no answer needs one
 
     def summary(self) -> Summary:
@@ -63,6 +62,9 @@ class DraftMetrics(Counts):
         if self.idle_updates or self.idle_dropped:
             idle = f"{counted(self.idle_updates, 'gradient step')} in {self.idle_time_s:.2f} s"
             rows.append(("when idle", f"{idle}, {counted(self.idle_dropped, 'request')} dropped"))
+        if self.averages:
+            told = f"{counted(self.averages, 'exchange')} with other processes, {self.averaging_time_s:.2f} s between requests"
+            rows.append(("averaging", told))
         if len(self.expert_weights) > 1:
             weights = [f"{weight:.2f}" for weight in self.expert_weights]
             rows.append(("expert weights", f"{', '.join(weights[:-1])}; the base draft {weights[-1]}"))

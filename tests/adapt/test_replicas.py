@@ -90,7 +90,9 @@ def test_two_replicas_end_with_one_adapter_that_both_have_learned(both: tuple[Re
     one.meet()
     other.meet()
     assert torch.equal(one.meet(), other.meet())
-    assert one.draft.metrics.averages > 2 and "1 other process contributed" in one.draft.metrics.decisions.averaging
+    assert one.draft.metrics.averages > 2 and one.draft.metrics.averaging_time_s > 0
+    assert "exchanges with other processes" in str(one.draft.metrics)
+    assert "1 other process contributed" in one.draft.metrics.decisions.averaging
 
 
 def test_after_one_average_the_adapter_is_the_mean_of_what_each_has_learned(both: tuple[Replica, Replica]) -> None:
