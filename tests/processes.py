@@ -92,6 +92,13 @@ class Dies(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
+class Never(StoppingCriteria):
+    """With it and without a token that ends a text, rows are decoded plainly: `generate` lets them write on."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
 def two_then_one(pair: Pair) -> None:
     """Both learn, one lags, one dies in the middle of a request: rank 1."""
     seen: dict[str, Any] = {"start": pair.params()}
@@ -151,11 +158,13 @@ class Sharded(LlamaForCausalLM):
     alone = False  # for a forward that is no part of the story
     forwards = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any
+    ) -> Any:
         if not Sharded.alone:
             Sharded.forwards += 1
             dist.all_reduce(torch.ones(64))  # of another size than what the loops say to each other
-        return super().forward(*args, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
 
 
 def in_step(pair: Pair) -> None:
@@ -181,7 +190,9 @@ def in_step(pair: Pair) -> None:
         (1, 9 + pair.rank, (longest, 2)[pair.rank], {"assistant_model": draft}),
         (1, 5, (4, longest)[pair.rank], {"assistant_model": draft, "do_sample": True}),
         (1, 12, (longest, 5)[pair.rank], {"onlinespec": True}),
-        (1 + pair.rank, 6, (longest, 3)[pair.rank], {"assistant_model": draft}),
+        (3 - pair.rank, 6, (longest, 3)[pair.rank], {"assistant_model": draft}),
+        (2 - pair.rank, 6, (4, longest)[pair.rank], {"assistant_model": draft}),
+        (2, 6, 8, {"assistant_model": draft} | ({"stopping_criteria": [Never()]} if pair.rank else {})),
         (1, 6, (1, longest)[pair.rank], {"custom_generate": draft.generate_fn()}),
     ]
     for rows, length, new, arguments in cases:

@@ -96,4 +96,4 @@ def test_processes_that_hold_one_target_run_equally_many_forwards_and_write_what
     assert all(both[0]["equal"]) and all(both[1]["equal"])
     for one in both:
         assert one["kept"] > 0 and one["rounds"] < sum(one["forwards"])  # it drafted, and ran forwards for the other
-        assert "a batch is decoded plainly" in one["told"][4] and "chains only" in one["told"][0]
+    assert "another process decodes its rows plainly" in both[0]["told"][6] and "Never" in both[1]["told"][6]

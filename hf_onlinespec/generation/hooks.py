@@ -152,7 +152,7 @@ def _check_ours(
     if assistant is not None and not isinstance(assistant, Draft | PreTrainedModel | PeftModel):
         raise no_model(assistant)
     model = assistant.model if isinstance(assistant, Draft) else assistant
-    check_synced_gpus(bool(mode_kwargs.get("synced_gpus")), model, config)
+    check_synced_gpus(bool(mode_kwargs.get("synced_gpus")), target, model, config)
     tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
     check_call(target, model, config, *tokenizers)
 

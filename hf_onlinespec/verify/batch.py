@@ -25,6 +25,7 @@ from ..models.vocabulary import Vocabulary
 from ..rounds import Proposal, Rows, Verdict
 from .accept import accept, joined
 from .batch_criteria import BatchCriteria, split_criteria
+from .lockstep import Lockstep
 from .probe import why_plain
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
@@ -89,15 +90,20 @@ def why_plain_batch(
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:
-        mask = model_kwargs.get("attention_mask")
-        row = 0 if mask is None else int(mask.sum(-1).argmax())  # another one may be padding alone
-        one = {
-            name: value[row : row + 1] if name in READ and value is not None and len(value) > 1 else value
-            for name, value in model_kwargs.items()
-        }
-        tokens = input_ids[row : row + 1]
+        tokens, one = longest_row(input_ids, model_kwargs)
         reason = why_plain(target, tokens, one) or why_chains(target, tokens, one)
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
+
+
+def longest_row(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The row (1, L) of a call with the most tokens, another one may be padding alone; and the inputs beside it."""
+    mask = model_kwargs.get("attention_mask")
+    row = 0 if mask is None or len(input_ids) == 1 else int(mask.sum(-1).argmax())
+    one = {
+        name: value[row : row + 1] if name in READ and value is not None and len(value) > 1 else value
+        for name, value in model_kwargs.items()
+    }
+    return input_ids[row : row + 1], one
 
 
 @dataclass
@@ -201,6 +207,7 @@ def decode_rows(
     together: BatchCriteria,
     config: GenerationConfig,
     cache: object,
+    lockstep: Lockstep,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generates several rows; arguments and result are those of transformers' decoding methods.
 
@@ -214,13 +221,13 @@ def decode_rows(
     while rows.lengths:
         verdict = rounds.next(rows, verifier)
         end = together.end(verdict)
-        if end is not None:
-            results.end_at(end, together.rows, input_ids.shape[1])
-            break
-        left = going_on(verdict)
+        left = going_on(verdict) if end is None else []
         rows = verdict.rows.of_rows(left)
         if 0 < len(left) < len(verdict.done):  # rows that have ended leave
             verifier.leave(left)
+        lockstep.end_round(not left)
+        if end is not None:
+            results.end_at(end, together.rows, input_ids.shape[1])
     return results.output(config, cache)
 
 

@@ -162,7 +162,10 @@ def check_target(target: PreTrainedModel) -> None:
 
 
 def check_synced_gpus(
-    synced_gpus: bool, draft: PreTrainedModel | PeftModel | None, generation_config: GenerationConfig
+    synced_gpus: bool,
+    target: PreTrainedModel,
+    draft: PreTrainedModel | PeftModel | None,
+    generation_config: GenerationConfig,
 ) -> None:
     """Refuses what would run a forward of a target that several processes hold in one of them alone, see lockstep.py.
 
@@ -173,6 +176,11 @@ def check_synced_gpus(
         return
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise UnsupportedError("synced_gpus=True: there is but one process. Leave it out, or start several.")
+    if target.training:
+        raise UnsupportedError(
+            f"synced_gpus=True with the target {type(target).__name__} in training mode: it may be random, and would have to be tried by "
+            "all processes together. Call model.eval() first."
+        )
     base = base_of(draft) if isinstance(draft, PeftModel) else draft
     if isinstance(base, Head):
         raise UnsupportedError(

@@ -1,12 +1,13 @@
 """One target in several processes (ZeRO-3, FSDP): a forward in one of them needs one in each of the others.
 
 The contract of `synced_gpus`: after every round all say whether they are done, and who is done runs forwards for nothing until all
-are. So all processes have to begin alike, which is agreed on before the first forward: several rows in any of them are decoded plainly
-in all, and where one has to try the target (probe.py), the others run as many forwards. Trees are not tried: chains alone.
+are. So all processes have to begin alike, which is agreed on before the first forward: where one has to try the target (probe.py,
+probe_trees.py), all run as many forwards, and where one decodes its rows plainly by transformers' own loop, all do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 
 from .._compat.generation import unfinished_anywhere
 from .probe import TRIAL_FORWARDS, needs_trial, why_plain
+from .probe_trees import TREE_FORWARDS, needs_tree_trial, why_chains
 
-CHAINS = "synced_gpus: the processes would have to try a tree together"
-BATCH = "synced_gpus: a batch is decoded plainly, here or in another process"
+ELSEWHERE = "synced_gpus: another process decodes its rows plainly, and all have to decode alike"
 
 
 class Lockstep:
@@ -30,22 +31,38 @@ class Lockstep:
     def __init__(self, target: PreTrainedModel, input_ids: Tensor, synced: bool) -> None:
         self.synced, self._target, self._token = synced, target, input_ids[:1, -1:]
 
-    def begin(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
-        """Before the first forward: why all processes decode plainly; "": each drafts as far as it can."""
+    def begin(self, row: Tensor, model_kwargs: dict[str, Any], why: Callable[[], str]) -> str:
+        """Before the first forward: why all processes decode plainly; "": each drafts as far as it can.
+
+        Args:
+            row: (1, L) of the call, that the target is tried with where it has to be, and the inputs beside it.
+            why: why this process decodes plainly; asked when the target has been tried.
+        """
         if not self.synced:
-            return ""
-        several = len(input_ids) > 1
-        tries = not several and needs_trial(self._target, model_kwargs)
-        said = torch.tensor([several, tries], dtype=torch.float32, device=input_ids.device)
+            return why()
+        target = self._target
+        self._try(needs_trial(target, model_kwargs), lambda: why_plain(target, row, model_kwargs), TRIAL_FORWARDS)
+        drafts = not why_plain(target, row, model_kwargs)
+        tries = drafts and needs_tree_trial(target, row, model_kwargs)
+        self._try(tries, lambda: why_chains(target, row, model_kwargs), TREE_FORWARDS)
+        plain = why()
+        elsewhere = self._anywhere(bool(plain))
+        return plain or (ELSEWHERE if elsewhere else "")
+
+    def _try(self, needed: bool, trial: Callable[[], str], forwards: int) -> None:
+        """Runs a trial in the processes that need it, and as many forwards in the others."""
+        if not self._anywhere(needed):
+            return
+        if needed:
+            trial()
+        else:
+            self._idle(forwards)
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether something holds in any of the processes, all of which ask at once."""
+        said = torch.tensor(float(here), device=self._token.device)
         torch.distributed.all_reduce(said)
-        anywhere = said.tolist()
-        if anywhere[0]:
-            return BATCH
-        if tries:
-            why_plain(self._target, input_ids, model_kwargs)
-        elif anywhere[1]:
-            self._idle(TRIAL_FORWARDS)
-        return ""
+        return said.item() > 0
 
     def end_round(self, done: bool) -> None:
         """After a forward of every process. One that is done goes on with forwards until all are."""

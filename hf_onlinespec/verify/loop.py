@@ -26,10 +26,10 @@ from ..config.adapters import Asked, adapters_of_rows
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
-from .batch import check_batch, decode_rows, why_plain_batch
+from .batch import check_batch, decode_rows, longest_row, why_plain_batch
 from .batch_criteria import BatchCriteria, split_criteria
 from .checks import check_adapters, check_call, check_inputs, check_synced_gpus
-from .lockstep import CHAINS, Lockstep
+from .lockstep import Lockstep
 from .plain_batch import decode_plainly
 from .probe import why_plain
 from .probe_trees import why_chains
@@ -75,13 +75,16 @@ def decode(
     check_batch(target, input_ids, processors, stopping_criteria, generation_config, model_kwargs, streamer)
     copies = generation_config.num_return_sequences or 1
     adapters = check_adapters(draft, adapters_of_rows(adapter, len(input_ids), copies), learn)
-    check_synced_gpus(synced_gpus, draft.model, generation_config)
+    check_synced_gpus(synced_gpus, target, draft.model, generation_config)
     arguments = (target, input_ids, processors, stopping_criteria, generation_config)
     lockstep, several = Lockstep(target, input_ids, synced_gpus), len(input_ids) > 1
+
+    def why() -> str:
+        batch = (target, input_ids, stopping_criteria, generation_config, model_kwargs)
+        return why_plain_batch(*batch) if several else ""
+
     with torch.inference_mode(False), torch.no_grad():
-        plain = lockstep.begin(input_ids, model_kwargs)
-        if several and not plain:
-            plain = why_plain_batch(target, input_ids, stopping_criteria, generation_config, model_kwargs)
+        plain = lockstep.begin(*longest_row(input_ids, model_kwargs), why)
     # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
     mask = model_kwargs.get("attention_mask")
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
@@ -97,7 +100,7 @@ def decode(
         draft.serves(target)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         loop = (
-            _several(*arguments, model_kwargs, draft)
+            _several(*arguments, model_kwargs, draft, lockstep)
             if several
             else _one(*arguments, model_kwargs, draft, streamer, lockstep)
         )
@@ -123,7 +126,7 @@ def _one(
 ) -> Loop:
     """The loop of one row."""
     plain = why_plain(target, input_ids, model_kwargs)
-    chains = plain or (CHAINS if lockstep.synced else why_chains(target, input_ids, model_kwargs))
+    chains = plain or why_chains(target, input_ids, model_kwargs)
     verifier = Verifier(target, input_ids, config, model_kwargs, plain, chains)
 
     def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
@@ -144,6 +147,7 @@ def _several(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
     draft: Draft,
+    lockstep: Lockstep,
 ) -> Loop:
     """The loop of several rows."""
     own, of_all = split_criteria(criteria, input_ids)
@@ -152,7 +156,7 @@ def _several(
 
     def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
         verifier = RaggedVerifier(target, input_ids, model_kwargs, request.reads)
-        output = decode_rows(input_ids, verifier, request, calls, together, config, model_kwargs[CACHE])
+        output = decode_rows(input_ids, verifier, request, calls, together, config, model_kwargs[CACHE], lockstep)
         request.finish()
         if verifier.unread_because:
             with draft.lock:

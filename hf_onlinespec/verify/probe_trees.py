@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .positions import PositionLimits
 from .probe import MOST_TRIALS, guesses, is_random, made_of, off, own_inputs, own_random_numbers, tolerance
 from .target import TEXT, Verifier
 
+TREE_FORWARDS = 5  # of one trial
 PROMPT_TOKENS = 8  # that a known class is tried with: its configuration has told what depends on the length; chosen
 
 # Largest difference of two logits over the largest one, where `tolerance` allows for more. On SmolLM2 in bfloat16 both are the same to
@@ -41,22 +43,50 @@ def why_chains(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[st
     Args:
         input_ids: (1, L) the prompt, or its new part.
     """
-    name = type(target).__name__
     try:
-        reason = tree_obstacle(target.config) or _inputs_obstacle(target, input_ids, model_kwargs)
-        if reason:
-            return f"the target {name} {reason}"
-        known, parts, values = made_of(target)
-        made = (*parts, attention_kind(target.config), target.training)
-        tried = _tried.setdefault(target, {}).setdefault(made, {})
-        if values not in tried:
-            # Weights of a class from elsewhere are among the values: those of a policy in training change in every step.
-            if len(tried) >= MOST_TRIALS:
-                return next(filter(None, tried.values()), "")
-            tried[values] = _fault(target, input_ids, model_kwargs, known)
-        return tried[values]
+        known = _as_known(target, input_ids, model_kwargs)
+        if isinstance(known, str):
+            return known
+        known.tried[known.values] = _fault(target, input_ids, model_kwargs, known.is_common)
+        return known.tried[known.values]
     except Exception as error:  # hooks and classes of others may raise anything
-        return f"the target {name} was tried with a tree, and failed: {kind_and_place(error)}"
+        return f"the target {type(target).__name__} was tried with a tree, and failed: {kind_and_place(error)}"
+
+
+def needs_tree_trial(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
+    """Whether `why_chains` would run forwards of its own."""
+    try:
+        return not isinstance(_as_known(target, input_ids, model_kwargs), str)
+    except Exception:  # as there
+        return False
+
+
+@dataclass(frozen=True)
+class _Untried:
+    """A target that is not tried yet, and where the answer belongs."""
+
+    tried: dict[tuple[Any, ...], str]  # by what its alterations refer to
+    values: tuple[Any, ...]  # of these, now
+    is_common: bool  # whether it is transformers' own as it is
+
+
+def _as_known(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str | _Untried:
+    """The answer of `why_chains`, where it is known. Raises whatever hooks and classes of others raise."""
+    name = type(target).__name__
+    reason = tree_obstacle(target.config) or _inputs_obstacle(target, input_ids, model_kwargs)
+    if reason:
+        return f"the target {name} {reason}"
+    is_common, parts, values = made_of(target)
+    made = (*parts, attention_kind(target.config), target.training)
+    tried = _tried.setdefault(target, {}).setdefault(made, {})
+    if values in tried:
+        return tried[values]
+    # Weights of a class from elsewhere are among the values: those of a policy in training change in every step.
+    if len(tried) >= MOST_TRIALS:
+        return next(filter(None, tried.values()), "")
+    if has_sinks(target):
+        return f"the target {name} has attention sinks"
+    return _Untried(tried, values, is_common)
 
 
 def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
@@ -77,8 +107,6 @@ def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: d
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], known: bool) -> str:
     """What a forward over a tree gets wrong, behind the request's own prompt and on a cache of its own; "": nothing."""
-    if has_sinks(target):
-        return f"the target {type(target).__name__} has attention sinks"
     prompt, _ = own_inputs(input_ids, model_kwargs)
     prompt = prompt[:, -PROMPT_TOKENS:] if known else prompt
     # Positions are given where the request gives them: a class may count otherwise by itself.

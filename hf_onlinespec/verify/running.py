@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from .._compat.generation import needs_synced_gpus
 from ..commit.base import Call, Draft, note_latest
 from ..commit.request import Request
 from ..config.adapters import adapters_of_rows
@@ -46,6 +47,10 @@ class RunningBatch:
 
     def __init__(self, call: PreparedCall, draft: Draft, learn: bool, at_once: int, adapter: str | None = None) -> None:
         target, config, inputs = call.target, call.config, call.input_ids
+        if needs_synced_gpus(target):
+            raise UnsupportedError(
+                "synced_gpus: rows begin at other times in each of the processes that hold the target"
+            )
         check_call(target, draft.model, config)
         check_inputs(target, inputs, config, call.model_kwargs)
         self._processors = LogitsProcessorList(call.processors)
