@@ -275,7 +275,7 @@ def requests(draft: OnlineDraft) -> list[int]:
 
 def test_auto_gives_each_row_the_adapter_whose_prompts_its_own_looks_like(target) -> None:
     draft = new_draft()
-    inputs = padded([of_kind("sql", 7, 4), of_kind("orders", 7), [25, 26, 27, 28, 29], of_kind("sql", 8)])
+    inputs = padded([of_kind("sql", 7, 4), of_kind("orders", 7), [25, 26, 27, 28, 29] * 3, of_kind("sql", 8)])
     plain = target.generate(**inputs, **GREEDY)
     assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, adapter="auto", **GREEDY))
     assert len(draft.adapters) == 0 and draft.steps, "without names it is the one without a name"
