@@ -99,8 +99,11 @@ class Combined(Proposer):
             self._governor = self._governors.for_rows(len(rows.lengths))
             pace = self._governor.pace
             self._rests = self._weighed and pace is not None and not pace.asks()
+        if self._rests:
+            self._read_on(rows)
+            return Proposal.nothing(rows)
         self._reads_prompt = False
-        if self._call.timed and not self._rests and self._call.lookahead is None:
+        if self._call.timed and self._call.lookahead is None:
             self._choose_drafts(rows, room)
         parts, chains = list[RowPart](), list[Chain]()
         for at, i in enumerate(rows.of_call):
@@ -124,31 +127,41 @@ class Combined(Proposer):
     def _note(self, rows: Rows) -> None:
         self._latest |= {i: (rows, at) for at, i in enumerate(rows.of_call)}
 
+    def _take(self, model: RowModel, tokens: Tensor) -> None:
+        """The row (1, L) as it is now; also where nobody drafts: no rejected token may outlive that."""
+        model.take(tokens)
+        if model.reader.length:
+            with self._drafting():
+                model.rewind()
+
+    def _read_on(self, rows: Rows) -> None:
+        """A round in which nobody is asked."""
+        for at, i in enumerate(rows.of_call):
+            tokens = rows.row(at)
+            if self._models:
+                self._take(self._models[i], tokens)
+            self._sources.begin(i, tokens, self._stats[i])
+
     def _begin(self, i: int, tokens: Tensor, room: int, trees: bool) -> tuple[RowPart, Chain | None]:
         """What is asked for behind one row (1, L), and the draft model's part in it; i: which one of the call."""
-        plan, most, asks = None, room, self._call.timed and not self._rests
+        plan, most, asks = None, room, self._call.timed
         if asks and self._call.lookahead is None:
             plan = self._plan(i, tokens, room)
         elif asks:
             most, trees = min(room, self._call.lookahead or 0), False
         model, reads_prompt = self._models[i] if self._models else None, True
         if model is not None:
-            model.take(tokens)
-            if model.reader.length:  # in plain rounds too: no rejected token may outlive them
-                with self._drafting():
-                    model.rewind()
+            self._take(model, tokens)
             reads_prompt = model.reader.length == 0
         self._reads_prompt |= reads_prompt
         draws = self._call.sample and not trees  # several guesses are better than one that is drawn
         guesser = self._sources.row(i, tokens, self._stats[i], draws) if asks else None
-        if self._rests:
-            self._sources.begin(i, tokens, self._stats[i])
         context = None if guesser is None else guesser.context
         builder = ProposalBuilder(tokens, context, self._call.end_tokens)
         builder.read = tokens.shape[1] if model is not None and reads_prompt else 0
         self._builders.append(builder)
         part = RowPart(i, builder, plan, most, guesser, trees)
-        wanted = model is not None and self._drafts and not self._rests and (plan is None or plan.lookahead > 0)
+        wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
         if model is None or not wanted or most <= 0 or not model.reader.can_draft(tokens.shape[1]):
             return part, None
         attempt, lock = self._sources.attempt, self._draft.lock

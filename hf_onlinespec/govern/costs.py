@@ -20,6 +20,8 @@ class CostConstants:
     draft_slope: float = 0.7  # of drafting, relative to one token, until two sizes were seen; chosen
     verify_bend: float = 0.2  # of verifying, until it is known (see `VerifyCost`); chosen
     verify_slope: float = 0.05  # the same, per token; chosen
+    # Whether a size above all that were seen often tells of verifying though it was hardly seen: see `Governor.for_rows`.
+    once_is_enough: bool = False
     verify_prior: float = 0.01  # times that these two are worth: one size alone cannot tell them apart; chosen
     pace_rate: float = 0.2  # how fast the pace of the machine follows a round's time; chosen
     # Plain rounds one after the other that take so many times what the pace says: then what was measured against it is forgotten. Chosen;
@@ -125,6 +127,8 @@ class VerifyCost:
     def _fit(self) -> None:
         constants = self._constants
         often = [k for k, seen in self._seen.items() if len(seen) >= constants.sure]
+        if constants.once_is_enough:
+            often += [k for k in self._seen if k > max(often, default=0)]
         xx = xk = kk = xy = ky = 0.0
         for k in often or self._seen:  # a size that was hardly seen may have met a stall
             weight, x, y = len(self._seen[k]), 1 - 2 ** (-k / 2), self._medians[k] - 1

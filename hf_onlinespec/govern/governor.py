@@ -103,7 +103,8 @@ class Governor:
             # What is tried now and then in one row takes the time of all of them: as often in a round, not in a row.
             planner = constants.planner
             rarely = {name: size * vars(planner)[name] for name in ("first_probe", "last_probe", "refresh")}
-            own.costs, own.account = Costs(constants.costs), DraftAccount(constants.account)
+            own.costs = Costs(replace(constants.costs, once_is_enough=True))
+            own.account = DraftAccount(constants.account)
             most = constants.acceptance.max_lookahead
             # Measured: on the embedded pair 8 rows of up to 64 candidates, reckoned as 2 plain steps from rounds of up to 4, took 6.
             own_planner = replace(planner, **rarely, widening=constants.batch_widening)

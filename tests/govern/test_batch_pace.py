@@ -114,6 +114,13 @@ def test_a_batch_grows_no_wider_at_once_than_twice_what_was_timed() -> None:
         guesses = [TokenSource("memory", at) for at in range(wide[-1])]
         governor.observe(guesses, [(guess, 1.0) for guess in guesses], 0.0, 1.1)
     assert wide == [6, 12, 24, 48]
+    for candidates in (2, 3, 4) * 4:
+        guesses = [TokenSource("memory", at) for at in range(candidates)]
+        governor.observe(guesses, [(guess, 0.2) for guess in guesses], 0.0, 1.6)
+    assert governor.costs.verify.at(64) < 4
+    guesses = [TokenSource("memory", at) for at in range(60)]
+    governor.observe(guesses, [(guess, 0.2) for guess in guesses], 0.0, 9.0)
+    assert governor.costs.verify.at(64) > 5  # once is enough to know that a wide one is dear
     alone = Governor(0.1, 1)
     alone.observe((), (), 0.0, 1.0)
     assert alone.guess_pays(plan, 60, 1.0)
