@@ -5,8 +5,8 @@
 
 `run`: SIGKILL once half of the prompts are answered, then the same command; says whether each answer is there once, and the resident
 memory of both processes over time. The prompts are the 600 held-out ones, again and again with another number in front.
-`speed`: processor time of one thread. "stream" takes the prompts as they come. "steady" is `generate` on
-batches of prompts whose answers are equally long, known from the first arm: rows end together, so that these batches stay full. "waves"
+`speed`: processor time of one thread, arms in turns of 16 answers. "stream" takes the prompts as they come. "steady" is `generate` on
+batches of prompts whose answers are equally long, known from an earlier run: rows end together, so that these batches stay full. "waves"
 is `generate` on the prompts as they come, batch after batch.
 """
 
@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -27,6 +27,8 @@ from transformers.utils import logging
 
 from hf_onlinespec import generate_stream, online_memory
 from hf_onlinespec.embedded import DOMAINS, FOLDER, EmbeddedPair, load_pair, prompts
+
+TURN = 16  # answers of an arm before the next one takes its turn
 
 
 def texts(n: int) -> list[str]:
@@ -68,32 +70,45 @@ def killed_and_started_again(n: int, new_tokens: int) -> None:
         print(f"{len(found)} answers, each once: {sorted(found) == list(range(n))}")
 
 
-def speed(n: int, new_tokens: int, size: int, arms: list[str]) -> None:
+def speed(n: int, new_tokens: int, size: int, against: list[str]) -> None:
     asked, arguments = texts(n), {"max_new_tokens": new_tokens, "do_sample": False, "onlinespec": True}
-    lengths: list[int] = []
-    seconds, rounds = dict[str, float](), dict[str, float]()
-    for arm in arms:
+
+    def stream() -> Iterator[int]:
         pair = load_pair()
-        started = time.process_time()
-        if arm == "stream":
-            answers = generate_stream(pair.target, asked, size, tokenizer=pair.tokenizer, **arguments)
-            lengths = [0 if answer.tokens is None else len(answer.tokens) for answer in answers]
-        else:
-            order = sorted(range(n), key=lambda i: lengths[i]) if arm == "steady" else range(n)
-            batch_after_batch(pair, [asked[i] for i in order], size, arguments)
-        seconds[arm], rounds[arm] = time.process_time() - started, online_memory(pair.target).metrics.acceptance_length
+        pairs.append(pair)
+        for answer in generate_stream(pair.target, asked, size, tokenizer=pair.tokenizer, ordered=False, **arguments):
+            lengths[answer.index] = 0 if answer.tokens is None else len(answer.tokens)
+            yield 1
+
+    def batches(order: Sequence[int]) -> Iterator[int]:
+        pair = load_pair()
+        pairs.append(pair)
+        for at in range(0, n, size):
+            own = [asked[i] for i in order[at : at + size]]
+            inputs = pair.tokenizer(own, return_tensors="pt", padding=True, padding_side="left")
+            pair.target.generate(**inputs, **arguments)
+            yield len(own)
+
+    pairs: list[EmbeddedPair] = []
+    lengths = [0] * n
+    for _ in stream():  # warms up, and tells the lengths
+        pass
+    pairs.clear()
+    orders = {"steady": sorted(range(n), key=lambda i: lengths[i]), "waves": range(n)}
+    arms = {"stream": stream()} | {arm: batches(orders[arm]) for arm in against}
+    seconds, left = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, n)
+    while any(left.values()):
+        for arm, own in arms.items():
+            started, turn = time.process_time(), 0
+            while turn < TURN and (done := next(own, 0)):
+                turn, left[arm] = turn + done, left[arm] - done
+            seconds[arm] += time.process_time() - started
     print(f"{n} prompts, {sum(lengths)} new tokens")
-    for arm, own in seconds.items():
-        over = seconds["steady"] / own
+    for (arm, took), pair in zip(seconds.items(), pairs, strict=True):
+        rounds, over = online_memory(pair.target).metrics.acceptance_length, seconds[against[0]] / took
         print(
-            f"{arm:6} {sum(lengths) / own:.1f} tokens/s, {over:.2f} of steady; {rounds[arm]:.2f} tokens a round of a row"
+            f"{arm:6} {sum(lengths) / took:.1f} tokens/s, {over:.3f} of {against[0]}; {rounds:.2f} tokens a round of a row"
         )
-
-
-def batch_after_batch(pair: EmbeddedPair, asked: list[str], size: int, arguments: dict[str, Any]) -> None:
-    for at in range(0, len(asked), size):
-        inputs = pair.tokenizer(asked[at : at + size], return_tensors="pt", padding=True, padding_side="left")
-        pair.target.generate(**inputs, **arguments)
 
 
 def main() -> None:
@@ -109,7 +124,7 @@ def main() -> None:
     if arguments.what == "run":
         killed_and_started_again(arguments.prompts, arguments.new_tokens)
     else:
-        speed(arguments.prompts, arguments.new_tokens, arguments.batch_size, ["stream", *arguments.against])
+        speed(arguments.prompts, arguments.new_tokens, arguments.batch_size, arguments.against)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol, cast
 
 import torch
@@ -199,6 +200,13 @@ def join_rows(cache: Cache, others: Cache, places: int) -> None:
 
         layer.keys = torch.cat([filled(layer.keys), filled(other.keys)])
         layer.values = torch.cat([filled(layer.values), filled(other.values)])
+
+
+def shallow_copy(cache: Cache) -> Cache:
+    """A cache of the same keys and values, whose rows can be chosen without the other's; of one that `moves`."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ for each token, so that holes count nowhere. Where too many places are holes, al
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._compat.caches import CACHE, crop, fresh_cache, join_rows, move, select_rows
+from .._compat.caches import CACHE, crop, fresh_cache, join_rows, move, select_rows, shallow_copy
 from .._compat.generation import generative
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..models.holes import close_holes
@@ -124,6 +125,14 @@ class RaggedVerifier:
         self._seen, self._unread = self._seen[index], self._unread[index]
         self._held = [self._held[row] for row in going_on]
         self._close_holes()
+
+    def split(self, n: int) -> RaggedVerifier:
+        """Takes the first n rows out, some but not all, as a verifier of their own."""
+        taken, rows = copy.copy(self), len(self._held)
+        taken._cache = shallow_copy(self._cache)
+        taken.leave(range(n))
+        self.leave(range(n, rows))
+        return taken
 
     def join(self, others: RaggedVerifier) -> None:
         """Rows that have read their prompts go on behind these ones; the other verifier is used up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import hf_onlinespec
-from hf_onlinespec import ConfigError, OnlineDraft, UnsupportedError, generate_stream
+from hf_onlinespec import ConfigError, OnlineDraft, UnsupportedError, embedded, generate_stream
 from hf_onlinespec.embedded import EmbeddedPair
+from hf_onlinespec.generation import stream
 from tests.conftest import tiny_llama
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
@@ -295,6 +297,35 @@ def test_an_error_of_the_prompts_themselves_is_raised_when_the_earlier_ones_are_
         for answer in generate_stream(target(), broken(), 2, **GREEDY):
             found.append(answer.index)
     assert found == list(range(5))
+
+
+def test_stop_strings_end_a_row_where_they_end_it_alone(pair: EmbeddedPair) -> None:
+    model, tokenizer, arguments = pair.target, pair.tokenizer, GREEDY | {"stop_strings": ["`", "\n\n"]}
+    texts = embedded.prompts("shell")[:5]
+    found = list(generate_stream(model, texts, 2, tokenizer=tokenizer, onlinespec=True, **arguments))
+    for text, answer in zip(texts, found, strict=True):
+        inputs = tokenizer(text, return_tensors="pt")
+        plain = model.generate(**inputs, tokenizer=tokenizer, onlinespec=False, **arguments)
+        assert said(answer.tokens) == plain[0, inputs["input_ids"].shape[1] :].tolist()
+    assert len({len(said(answer.tokens)) for answer in found}) > 1
+
+
+def test_a_bar_counts_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int | None, int]] = []
+
+    class Bar:
+        def update(self, n: int = 1) -> None:
+            seen[-1] = seen[-1][0], seen[-1][1] + n
+
+    @contextmanager
+    def bar(total: int | None, what: str, unit: str) -> Iterator[Bar]:
+        seen.append((total, 0))
+        yield Bar()
+
+    monkeypatch.setattr(stream, "progress_bar", bar)
+    for asked in (prompts(7), iter(prompts(7))):
+        assert len(list(generate_stream(target(), asked, 2, progress=True, **GREEDY))) == 7
+    assert seen == [(7, 7), (None, 7)]
 
 
 def test_no_prompts_are_no_answers() -> None:
