@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -282,8 +283,7 @@ class Combined(Proposer):
         self._note(rows)
         if isinstance(self.schedule, Schedules):
             self.schedule.count(verdict)
-        for at, i in enumerate(rows.of_call):
-            self._new_tokens[i] += verdict.new_tokens[at]
+        slowest = self._add_tokens(verdict)
         with self._drafting():
             for at, i in enumerate(rows.of_call if self._models else ()):
                 length = rows.lengths[at] - verdict.new_tokens[at]
@@ -307,13 +307,23 @@ class Combined(Proposer):
                 together = bool(self._models) and self._models[i].reader.shared is not None
                 rounds.append(RowRound(sources, outcomes, self._stats[i], expansions, together))
             self._governor.observe_rows(rounds, timed_s, target_s)
-            if self._governor.pace is not None and verdict.target_s:
-                seconds = verdict.draft_s + verdict.target_s
-                self._governor.pace.observe(not self._rests, seconds, sum(verdict.new_tokens))
+            if verdict.target_s:
+                seconds, mean = verdict.draft_s + verdict.target_s, statistics.mean(verdict.new_tokens)
+                self._governors.observe_progress(len(rows.lengths), not self._rests, seconds, slowest, mean)
             if self._weighed and self._drafts and self._models and self._governor is self._weighs:
                 for builder, path in zip(self._builders, verdict.paths, strict=False):
                     self._weigh(builder, path)
         self._builders = []  # if proposing fails now, they are not taken in again
+
+    def _add_tokens(self, verdict: Verdict) -> float:
+        """Counts the new tokens of a round; what it has brought the row that is behind. Where others follow, none is waited for."""
+        rows = verdict.rows.of_call
+        before = min(self._new_tokens[i] for i in rows)
+        for at, i in enumerate(rows):
+            self._new_tokens[i] += verdict.new_tokens[at]
+        if self._call.at_once is not None:
+            return statistics.mean(verdict.new_tokens)
+        return min(self._new_tokens[i] for i in rows) - before
 
     def _weigh(self, builder: ProposalBuilder, path: Sequence[int]) -> None:
         """Tells the governor what the draft model brought in this round: without it, the first of its own would have been the end."""

@@ -1,11 +1,16 @@
-"""Whether anybody is asked in a round of a batch: by the time per token of rounds in which somebody was, and in which nobody was.
+"""Whether anybody is asked in a round of a batch: by what rounds take, and bring, in which somebody was and in which nobody was.
 
 Asking costs more there than in a round of one row: every row is asked one by one, while the target reads all of them at once.
+
+A call ends with its slowest row, while rows that end earlier make the rounds behind them cheaper. Where a plain round of n rows takes
+a + b · n, rows with r_i tokens to go take a · max r + b · Σ r. A round that brings the row that is behind s tokens, and m tokens to
+each in the mean, saves a · s + b · n · m of that: its progress is (1 − β) s + β m plain rounds, with β = b · n / (a + b · n).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .backoff import Backoff
@@ -24,32 +29,50 @@ class PaceConstants:
     last_pause: int = 256
     old: float = 0.3  # of what was known of asking before a trial, that goes on counting; chosen
     rounds: float = 24.0  # of late that tell; chosen
-    # Of the time of a bare round's token, that one of asking may take. Rows that are ahead end earlier, and the rounds of those that are
-    # left take more for each token: batches of 8 of the embedded pair whose rounds were timed at 0.99 took 1.10 as a whole.
-    margin: float = 0.9
+    margin: float = 0.95  # of the time of a bare round, that the same progress may take where somebody is asked; chosen
     stall: float = 4.0  # a round counts as so many times the usual time of its kind at most; chosen
 
 
+def progress(slowest: float, mean: float, share: float) -> float:
+    """What a round brought, in plain rounds.
+
+    Args:
+        slowest: tokens of the row that is behind.
+        mean: tokens of a row.
+        share: β, of a plain round's time that grows with its rows.
+    """
+    return (1 - share) * slowest + share * mean
+
+
+def share_of_rows(times: Mapping[int, float], rows: int) -> float:
+    """β of batches of so many rows, by the times of plain rounds of several sizes; 0, the least, where no smaller one was timed."""
+    least = min(times, default=rows)
+    if rows not in times or least >= rows:
+        return 0.0
+    per_row = (times[rows] - times[least]) / (rows - least)
+    return min(1.0, max(0.0, rows * per_row / times[rows]))
+
+
 class _Kind:
-    """Time per token of one kind of rounds."""
+    """Time of the progress of a plain round, of one kind of rounds."""
 
     def __init__(self, constants: PaceConstants) -> None:
         self._constants = constants
-        self._seconds, self._tokens, self.rounds = 0.0, 0.0, 0
+        self._seconds, self._progress, self.rounds = 0.0, 0.0, 0
 
     @property
-    def token_s(self) -> float:
-        return self._seconds / self._tokens if self._tokens else 0.0
+    def plain_round_s(self) -> float:
+        return self._seconds / self._progress if self._progress else 0.0
 
     def fade(self, share: float) -> None:
         """What was seen so far counts as a share of it."""
-        self._seconds, self._tokens = share * self._seconds, share * self._tokens
+        self._seconds, self._progress = share * self._seconds, share * self._progress
 
-    def add(self, seconds: float, tokens: int) -> None:
-        if self._tokens:
-            seconds = min(seconds, self._constants.stall * self.token_s * tokens)
+    def add(self, seconds: float, progress: float) -> None:
+        if self._progress:
+            seconds = min(seconds, self._constants.stall * self.plain_round_s * progress)
         keep = 1 - 1 / self._constants.rounds
-        self._seconds, self._tokens = keep * self._seconds + seconds, keep * self._tokens + tokens
+        self._seconds, self._progress = keep * self._seconds + seconds, keep * self._progress + progress
         self.rounds += 1
 
 
@@ -68,7 +91,7 @@ class BatchPace:
     def pays(self) -> bool:
         """Whether asking is the faster of the two; also while that is not known."""
         known = self._asking.rounds and self._bare.rounds
-        return not known or self._asking.token_s <= self._constants.margin * self._bare.token_s
+        return not known or self._asking.plain_round_s <= self._constants.margin * self._bare.plain_round_s
 
     def asks(self) -> bool:
         """Counts a round; whether anybody is asked in it."""
@@ -91,15 +114,17 @@ class BatchPace:
         self._asking.fade(constants.old)
         return True
 
-    def observe(self, asked: bool, seconds: float, tokens: int) -> None:
-        """Takes in a round that gave all its rows so many tokens."""
+    def observe(self, asked: bool, seconds: float, progress: float) -> None:
+        """Takes in a round and its progress, in plain rounds."""
         if asked and self._unread:  # the memory has read what was written in bare rounds
             self._unread = False
-        elif 0 < seconds < math.inf and tokens:
-            (self._asking if asked else self._bare).add(seconds, tokens)
+        elif 0 < seconds < math.inf and progress:
+            (self._asking if asked else self._bare).add(seconds, progress)
 
     @property
     def reason(self) -> str:
         """What is known, in words."""
-        asking, bare = 1e3 * self._asking.token_s, 1e3 * self._bare.token_s
-        return f"a token takes {asking:.2f} ms where anybody drafts, and {bare:.2f} ms where nobody does"
+        asking, bare = 1e3 * self._asking.plain_round_s, 1e3 * self._bare.plain_round_s
+        return (
+            f"what a plain round brings takes {asking:.2f} ms where anybody drafts, and {bare:.2f} ms where nobody does"
+        )

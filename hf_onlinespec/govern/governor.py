@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from ..metrics import Decisions
 from .acceptance import AcceptanceConstants, Acceptances, RequestStats, RowRound, TokenSource
 from .account import AccountConstants, DraftAccount
-from .batch_pace import BatchPace, PaceConstants
+from .batch_pace import BatchPace, PaceConstants, progress, share_of_rows
 from .budget import BudgetConstants, LearningBudget
 from .costs import CostConstants, Costs
 from .fit import Fit, FitConstants
@@ -112,6 +112,18 @@ class Governor:
             own._rows, own._by_rows, own.pace = size, {}, BatchPace(constants.pace)
             self._by_rows[size] = own
         return self._by_rows[size]
+
+    def observe_progress(self, rows: int, asked: bool, seconds: float, slowest: float, mean: float) -> None:
+        """Takes in what a round of a batch took, and brought: tokens of the row that is behind, and of a row in the mean.
+
+        Args:
+            rows: of the round.
+            asked: whether anybody was, in it.
+        """
+        own = self.for_rows(rows)
+        if own.pace is not None:
+            times = {size: one.costs.pace_s for size, one in {1: self, **self._by_rows}.items() if one.costs.pace_s}
+            own.pace.observe(asked, seconds, progress(slowest, mean, share_of_rows(times, own._rows)))
 
     # Drafting
 

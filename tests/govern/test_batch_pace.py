@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from hf_onlinespec.govern.acceptance import RequestStats, RowRound, TokenSource
-from hf_onlinespec.govern.batch_pace import BatchPace
+from hf_onlinespec.govern.batch_pace import BatchPace, progress, share_of_rows
 from hf_onlinespec.govern.governor import Governor
 from hf_onlinespec.govern.planner import NextInRow, Plan
 
 
 def shares(pace: BatchPace, asking_s: float, tokens: int, rounds: int) -> float:
-    """Share of the rounds in which somebody is asked, where a bare round of 4 rows takes a second."""
+    """Share of the rounds in which somebody is asked, where a bare round of 4 rows takes a second; tokens: of a round of asking."""
     asked = 0
     for _ in range(rounds):
         asks = pace.asks()
         asked += asks
-        pace.observe(asks, asking_s if asks else 1.0, tokens if asks else 4)
+        pace.observe(asks, asking_s if asks else 1.0, tokens / 4 if asks else 1.0)
     return asked / rounds
 
 
@@ -24,7 +24,44 @@ def test_nobody_is_asked_for_long_where_that_takes_longer() -> None:
     pace = BatchPace()
     shares(pace, asking_s=1.6, tokens=5, rounds=400)
     assert shares(pace, asking_s=1.6, tokens=5, rounds=2000) < 0.05
-    assert not pace.pays and "a token takes 320.00 ms where anybody drafts, and 250.00 ms" in pace.reason
+    assert not pace.pays and "takes 1280.00 ms where anybody drafts, and 1000.00 ms where nobody" in pace.reason
+
+
+def test_the_progress_of_all_rounds_of_a_call_is_its_plain_decoding() -> None:
+    """Rows of 24 tokens each that come at different speeds and leave as they end; a plain round of n rows takes 3 + n."""
+    plain, left, took = {n: 3.0 + n for n in range(1, 5)}, {row: 24 for row in range(4)}, 0.0
+    while left:
+        n, new = len(left), {row: min(row + 1, tokens) for row, tokens in left.items()}
+        most = max(left.values())
+        left = {row: tokens - new[row] for row, tokens in left.items()}
+        share = share_of_rows(plain, n)
+        slowest = most - max(left.values())
+        took += plain[n] * progress(slowest, sum(new.values()) / n, share)
+        left = {row: tokens for row, tokens in left.items() if tokens}
+    assert took == pytest.approx(24 * plain[4])
+
+
+def test_how_much_rows_cost_is_told_by_the_times_of_two_sizes() -> None:
+    assert share_of_rows({1: 1.0, 8: 2.4}, 8) == pytest.approx(8 * 0.2 / 2.4)
+    assert (
+        share_of_rows({8: 2.4}, 8) == share_of_rows({1: 1.0}, 8) == 0.0
+    )  # not known: nothing is gained by rows that end earlier
+    assert share_of_rows({1: 3.0, 8: 2.4}, 8) == 0.0 and share_of_rows({1: 0.1, 8: 2.4}, 8) == 1.0
+
+
+@pytest.mark.parametrize(("one_row_s", "pays"), [(None, False), (0.95, False), (0.3, True)])
+def test_rows_that_are_ahead_count_as_far_as_rows_cost(one_row_s: float | None, pays: bool) -> None:
+    """Asking takes 1.3 times as long, and brings the rows 3 tokens in the mean, one of them always 1."""
+    governor = Governor(0.1, 1)
+    four = governor.for_rows(4)
+    assert four.pace is not None
+    if one_row_s is not None:
+        governor.observe((), (), 0.0, one_row_s)
+    four.observe((), (), 0.0, 1.0)
+    for _ in range(400):
+        asks = four.pace.asks()
+        governor.observe_progress(4, asks, 1.3 if asks else 1.0, 1.0, 3.0 if asks else 1.0)
+    assert four.pace.pays is pays
 
 
 def test_where_asking_pays_a_bare_round_is_timed_now_and_then() -> None:

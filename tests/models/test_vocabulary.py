@@ -436,7 +436,7 @@ def test_a_draft_without_a_law_proposes_common_ids_on_any_device(monkeypatch) ->
     vocabulary = Vocabulary(said=64, read=64, source="test")
     processors = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
     config = draft.generation_config.__class__(do_sample=True, max_length=64)
-    monkeypatch.setattr("hf_onlinespec.commit.row_model.is_host", lambda device: False)
+    monkeypatch.setattr("hf_onlinespec.commit.next_tokens.is_host", lambda device: False)
     request = Request(draft, Call(config, processors, rows=2, learns=False, vocabulary=vocabulary))
     proposal = request.propose(Rows.of(torch.tensor([[40, 3], [5, 60]])), 8)
     assert proposal.tokens.shape == (2, 4) and int(proposal.tokens.max()) < 32
