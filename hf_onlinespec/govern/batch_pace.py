@@ -24,9 +24,9 @@ class PaceConstants:
     trial: int = 6  # rounds of a trial of asking: the first one reads what was written meanwhile; chosen
     bare_every: int = 48  # rounds of asking until a bare one is timed again; chosen
     # Bare rounds until asking is tried again, at first and at most: the memory fills meanwhile. Chosen: a trial that does not pay takes
-    # up to twice the time of its rounds, 6 of 22 at first and 6 of 262 later.
-    first_pause: int = 16
-    last_pause: int = 256
+    # up to twice the time of its rounds, 6 of 70 at first and 6 of 518 later.
+    first_pause: int = 64
+    last_pause: int = 512
     old: float = 0.3  # of what was known of asking before a trial, that goes on counting; chosen
     rounds: float = 24.0  # of late that tell; chosen
     margin: float = 0.95  # of the time of a bare round, that the same progress may take where somebody is asked; chosen
