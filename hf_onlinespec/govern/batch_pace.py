@@ -44,13 +44,18 @@ def progress(slowest: float, mean: float, share: float) -> float:
     return (1 - share) * slowest + share * mean
 
 
-def share_of_rows(times: Mapping[int, float], rows: int) -> float:
-    """β of batches of so many rows, by the times of plain rounds of several sizes; 0, the least, where no smaller one was timed."""
+def share_of_rows(times: Mapping[int, float], rows: int, plain_s: float) -> float:
+    """β of batches of so many rows, whose plain rounds take `plain_s`; 0, the least, where no smaller one was timed.
+
+    Args:
+        times: by size, what the progress of a plain round takes in the faster way: those that are left when others have ended may be
+            asked again.
+    """
     least = min(times, default=rows)
-    if rows not in times or least >= rows:
+    if not plain_s or least >= rows:
         return 0.0
-    per_row = (times[rows] - times[least]) / (rows - least)
-    return min(1.0, max(0.0, rows * per_row / times[rows]))
+    per_row = (plain_s - times[least]) / (rows - least)
+    return min(1.0, max(0.0, rows * per_row / plain_s))
 
 
 class _Kind:
@@ -92,6 +97,10 @@ class BatchPace:
         """Whether asking is the faster of the two; also while that is not known."""
         known = self._asking.rounds and self._bare.rounds
         return not known or self._asking.plain_round_s <= self._constants.margin * self._bare.plain_round_s
+
+    def fastest_s(self, plain_s: float) -> float:
+        """What the progress of a plain round takes, asking or not; `plain_s`: what a plain round takes."""
+        return self._asking.plain_round_s if self._asking.rounds and self.pays else plain_s
 
     def asks(self) -> bool:
         """Counts a round; whether anybody is asked in it."""

@@ -122,8 +122,15 @@ class Governor:
         """
         own = self.for_rows(rows)
         if own.pace is not None:
-            times = {size: one.costs.pace_s for size, one in {1: self, **self._by_rows}.items() if one.costs.pace_s}
-            own.pace.observe(asked, seconds, progress(slowest, mean, share_of_rows(times, own._rows)))
+            times = {size: one._fastest_s for size, one in {1: self, **self._by_rows}.items() if one.costs.pace_s}
+            share = share_of_rows(times, own._rows, own.costs.pace_s)
+            own.pace.observe(asked, seconds, progress(slowest, mean, share))
+
+    @property
+    def _fastest_s(self) -> float:
+        """What a token of every row takes, drafted or not."""
+        plain_s = self.costs.pace_s
+        return plain_s / self._planner.usual_rate if self.pace is None else self.pace.fastest_s(plain_s)
 
     # Drafting
 

@@ -34,7 +34,7 @@ def test_the_progress_of_all_rounds_of_a_call_is_its_plain_decoding() -> None:
         n, new = len(left), {row: min(row + 1, tokens) for row, tokens in left.items()}
         most = max(left.values())
         left = {row: tokens - new[row] for row, tokens in left.items()}
-        share = share_of_rows(plain, n)
+        share = share_of_rows(plain, n, plain[n])
         slowest = most - max(left.values())
         took += plain[n] * progress(slowest, sum(new.values()) / n, share)
         left = {row: tokens for row, tokens in left.items() if tokens}
@@ -42,11 +42,19 @@ def test_the_progress_of_all_rounds_of_a_call_is_its_plain_decoding() -> None:
 
 
 def test_how_much_rows_cost_is_told_by_the_times_of_two_sizes() -> None:
-    assert share_of_rows({1: 1.0, 8: 2.4}, 8) == pytest.approx(8 * 0.2 / 2.4)
-    assert (
-        share_of_rows({8: 2.4}, 8) == share_of_rows({1: 1.0}, 8) == 0.0
-    )  # not known: nothing is gained by rows that end earlier
-    assert share_of_rows({1: 3.0, 8: 2.4}, 8) == 0.0 and share_of_rows({1: 0.1, 8: 2.4}, 8) == 1.0
+    assert share_of_rows({1: 1.0, 8: 2.0}, 8, 2.4) == pytest.approx(8 * 0.2 / 2.4)
+    # Not known: rows that end earlier gain nothing.
+    assert share_of_rows({8: 2.4}, 8, 2.4) == share_of_rows({1: 1.0}, 8, 0.0) == 0.0
+    assert share_of_rows({1: 3.0, 8: 2.4}, 8, 2.4) == 0.0 and share_of_rows({1: 0.1, 8: 2.4}, 8, 2.4) == 1.0
+
+
+def test_rows_that_are_left_count_by_what_asking_makes_of_them() -> None:
+    pace = BatchPace()
+    assert pace.fastest_s(1.0) == 1.0
+    shares(pace, asking_s=1.6, tokens=10, rounds=400)
+    assert pace.fastest_s(1.0) == pytest.approx(0.64)
+    shares(pace, asking_s=1.6, tokens=5, rounds=400)
+    assert pace.fastest_s(1.0) == 1.0
 
 
 @pytest.mark.parametrize(("one_row_s", "pays"), [(None, False), (0.95, False), (0.3, True)])
