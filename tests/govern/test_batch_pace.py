@@ -24,7 +24,7 @@ def test_nobody_is_asked_for_long_where_that_takes_longer() -> None:
     pace = BatchPace()
     shares(pace, asking_s=1.6, tokens=5, rounds=400)
     assert shares(pace, asking_s=1.6, tokens=5, rounds=2000) < 0.05
-    assert not pace.pays and "takes 1280.00 ms where anybody drafts, and 1000.00 ms where nobody" in pace.reason
+    assert not pace.pays and "takes 1280.00 ms with drafting, and 1000.00 ms without" in pace.reason
 
 
 def test_the_progress_of_all_rounds_of_a_call_is_its_plain_decoding() -> None:
