@@ -19,6 +19,7 @@ from ..generation import attach
 from ..share.folder import is_artifact
 from ..share.loading import locate
 
+BACKLOG = 2048  # connections that wait to be taken: uvicorn's own default
 GRACE_S = 5  # for requests at hand when the server is told to end; chosen: half of what `docker stop` waits
 OPEN = (
     "hf-onlinespec: warning: the server can be reached from other machines at {host}. It asks nobody for a key: whoever reaches it "
@@ -138,12 +139,15 @@ def serve_model(
     hosts = None if allow_remote else (*LOCAL, name)
     served = Served(target, model, tokenizer, drafts, draft, save, save_every, isolate, hosts)
     app = build_app(served)
+    listener.listen(BACKLOG)  # before the address is announced: whoever reads it may connect at once
     print(
         f"Serving {target} at {url}/v1 (model name: {target!r}). Page: {url}/onlinespec, metrics: {url}/metrics.",
         flush=True,
     )
     # uvicorn would log what a fault raises with its text, which may be a request's; the app logs faults itself.
-    config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=GRACE_S)
+    config = uvicorn.Config(
+        app, backlog=BACKLOG, log_level="critical", access_log=False, timeout_graceful_shutdown=GRACE_S
+    )
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn ended as it should, and hands the signal on

@@ -24,6 +24,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
 import httpx
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
@@ -35,6 +36,7 @@ from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
 from hf_onlinespec.serve.metrics import ServerMetrics
 from hf_onlinespec.share.folder import is_artifact
 from hf_onlinespec.verify.target import Verifier
+from hf_onlinespec_cli import main
 from tests.serving import NAME, Running, plain, running, wait_for
 
 SHELL, SQL = prompts("shell"), prompts("sql")
@@ -465,6 +467,22 @@ def test_requests_that_wait_are_ended_with_the_server() -> None:
             assert metrics.totals.new_tokens < 300
 
 
+@pytest.mark.usefixtures("process_settings")
+def test_the_address_can_be_reached_when_it_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A client that reads it may be faster than uvicorn's start."""
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        out = capsys.readouterr().out
+        address = sockets[0].getsockname()
+        assert f"http://{address[0]}:{address[1]}/v1" in out
+        socket.create_connection(address).close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    assert main(["serve", str(FOLDER / "target"), "--port", "0"]) == 0
+
+
 def test_a_terminated_server_saves_its_draft(tmp_path: Path) -> None:
     """One that was saved there before goes on."""
     folder = tmp_path / "draft"
@@ -472,19 +490,19 @@ def test_a_terminated_server_saves_its_draft(tmp_path: Path) -> None:
         server.complete(SQL[0], 4)
     command = [sys.executable, "-m", "hf_onlinespec_cli", "serve", str(FOLDER / "target"), "--port", "0"]
     command += ["--draft", str(FOLDER / "draft"), "--save", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        said = [next(process.stdout), next(process.stdout)]
-        assert said[0] == f"The draft saved in {folder} goes on: 1 requests so far.\n"
-        url = said[1].split()[3].removesuffix("/v1")
-        body = {"model": str(FOLDER / "target"), "prompt": SQL[0], "max_tokens": 6}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-        assert answer.json()["usage"]["completion_tokens"] == 6
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = [next(process.stdout), next(process.stdout)]
+            assert said[0] == f"The draft saved in {folder} goes on: 1 requests so far.\n"
+            url = said[1].split()[3].removesuffix("/v1")
+            body = {"model": str(FOLDER / "target"), "prompt": SQL[0], "max_tokens": 6}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert answer.json()["usage"]["completion_tokens"] == 6
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0 and out == f"The draft is saved in {folder}.\n"
     assert "completions done" in err and "Traceback" not in err
     assert f"Loading {FOLDER / 'target'} …\n" in err and f"Saving the draft in {folder} …\n" in err
