@@ -58,6 +58,9 @@ class Call:
     adapters: tuple[str | None, ...] = ()
     at_once: int | None = None  # rows, at most so many in a round: others begin where some have ended; None: all
     prompts: Tensor | None = None  # (batch, L) that the rows begin with, padded on the left; None: not told
+    placeholders: frozenset[int] = (
+        frozenset()
+    )  # tokens of the target that stand for a part of a picture, a video or a sound
 
     def stateless_processors(self, row: int = 0) -> LogitsProcessorList:
         """Copies of the processors that are applied to a row of a draft too; to be made before the target's own are called."""

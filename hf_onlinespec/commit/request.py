@@ -17,6 +17,7 @@ from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
 from .lookahead import fixed_lookahead, replaced
+from .text_rows import TextRows
 
 
 class Request:
@@ -33,6 +34,8 @@ class Request:
         lookahead = fixed_lookahead(call.config, draft.settings, own)
         draft.warn_once(replaced(call.config, own, lookahead))
         waits = call.timed and (lookahead is None or draft.settings.update_every == "auto")
+        self._text = TextRows.of(call)  # what the draft is shown of the row; None: all of it
+        call = call if self._text is None else self._text.call(call)
         self.call = replace(call, lookahead=lookahead, waits=waits)
         self.counts = call.counts
         self._draft, self._failures = draft, draft.failures
@@ -80,6 +83,7 @@ class Request:
             trees: whether several candidates may follow the same prefix.
         """
         failed = self.counts.failed_drafts
+        rows = self._seen(rows)
         proposal = nothing = Proposal.nothing(rows)
         if self.proposer is not None:
             if self._proposes:
@@ -89,6 +93,10 @@ class Request:
             if self.schedule is not None:
                 self.schedule.begin(rows)
         return nothing if self.counts.failed_drafts > failed else proposal
+
+    def _seen(self, rows: Rows) -> Rows:
+        """What the draft is shown of the rows."""
+        return rows if self._text is None else self._text.rows(rows)
 
     @property
     def _ids(self) -> int | None:
@@ -103,6 +111,9 @@ class Request:
         Args:
             features: (batch, fed, width) the hidden states that the draft reads, of all that the target was fed.
         """
+        if self._text is not None and features is not None:
+            features = self._text.features(features, rows.lengths[0] + proposal.tokens.shape[1])
+        rows = self._seen(rows)
         if self.proposer is not None:
             with self._beside_proposing():
                 self.proposer.read(rows, proposal, logits, features)
@@ -120,6 +131,7 @@ class Request:
         proposer, schedule = self.proposer, self.schedule
         if proposer is None:
             return
+        verdict = verdict if self._text is None else self._text.verdict(verdict)
         if reads_prompts or self.counts.rounds == 1:  # the time of that says nothing about a round's
             verdict = replace(verdict, target_s=0.0)
         with self._beside_proposing():

@@ -23,6 +23,7 @@ from .._compat.generation import generated_output, pad_token
 from ..commit.base import Call, Draft, note_latest
 from ..commit.request import Request
 from ..config.adapters import Asked, adapters_of_rows
+from ..models.placeholders import placeholder_tokens
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
@@ -89,7 +90,7 @@ def decode(
     mask = model_kwargs.get("attention_mask")
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
     call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
-    call = replace(call, adapters=adapters, prompts=input_ids)
+    call = replace(call, adapters=adapters, prompts=input_ids, placeholders=placeholder_tokens(target.config))
     if plain:
         draft.metrics.decisions.drafting = plain
         given = model_kwargs if streamer is None else model_kwargs | {"streamer": streamer}
