@@ -128,6 +128,14 @@ def held_tokens(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
+def held_rows(cache: Cache) -> int | None:
+    """Rows of the batch that a cache was filled with; None: it holds nothing, or none of its layers tells."""
+    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    filled = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+    states = [layer.keys for layer in filled if layer.keys is not None and layer.keys.numel()]
+    return states[0].shape[0] if states else None
+
+
 def fresh_cache(config: PretrainedConfig) -> Cache:
     """An empty cache, as `generate` makes it."""
     return DynamicCache(config=config.get_text_config(decoder=True))
@@ -207,6 +215,11 @@ def shallow_copy(cache: Cache) -> Cache:
     found = copy.copy(cache)
     found.layers = [copy.copy(layer) for layer in cache.layers]
     return found
+
+
+def take_over(cache: Cache, other: Cache) -> None:
+    """Leaves a cache with the keys and values of another one, which is used up."""
+    cache.layers = other.layers
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from .caches import CACHE
+from .caches import CACHE, held_tokens
 from .versions import imports_of_others, moved
 
 with imports_of_others():
@@ -71,6 +71,7 @@ ASSISTANT_DEFAULTS = {
 
 
 _GIVEN = "_onlinespec_given"  # in a configuration that `generate` has prepared: those of them that the user has set
+_CACHE_GIVEN = "_onlinespec_cache_given"  # the same: whether the user has passed a cache
 
 
 def keeps_extras(config: GenerationConfig) -> None:
@@ -100,7 +101,17 @@ def note_given(
         if set_ones:
             found[name] = set_ones[0]
     vars(prepared)[_GIVEN] = found
+    # From transformers 5.24 on `generate` takes either name.
+    vars(prepared)[_CACHE_GIVEN] = any(arguments.get(name) is not None for name in (CACHE, "past_key_values"))
     return prepared
+
+
+def hands_back_cache(config: GenerationConfig) -> bool:
+    """Whether the caller of `generate` has the cache afterwards: as a part of the result, or as they have passed it.
+
+    Without our hooks nobody has noted whether they have: then they may have.
+    """
+    return bool(config.return_dict_in_generate or vars(config).get(_CACHE_GIVEN, True))
 
 
 @functools.cache
@@ -296,9 +307,14 @@ def sample(model: PreTrainedModel, *arguments: Any, **model_kwargs: Any) -> Any:
     return _of_class(model, "_sample")(model, *arguments, **model_kwargs)
 
 
-def mask_length(generation_config: GenerationConfig) -> int | None:
-    """Length of an all-ones attention mask that `generate` dropped, prefix in the cache included; None if none was."""
-    return generation_config.__dict__.get("_mask_length")
+def hidden_tokens(input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
+    """Tokens of each row that are in its cache alone, of an earlier turn: `input_ids` are all tokens, or the new ones only.
+
+    The attention mask covers all of them. One that is all ones was dropped by `generate`, which has noted its length.
+    """
+    mask = model_kwargs.get("attention_mask")
+    covered = vars(generation_config).get("_mask_length") if mask is None else mask.shape[1]
+    return 0 if covered == input_ids.shape[1] else held_tokens(model_kwargs[CACHE])
 
 
 # Families of transformers whose own `_update_model_kwargs_for_generation` is compared with plain decoding in the tests. The

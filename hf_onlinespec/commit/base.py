@@ -31,6 +31,7 @@ from ..runtime.forks import Lock
 from ..runtime.traces import Traces
 from ..runtime.warning import warn_or_log
 from ..state import State
+from .gaps import Gaps
 from .guessing import GuessSources
 from .recycling import RecyclingTable
 from .suffix_memory import SuffixMemory
@@ -61,6 +62,9 @@ class Call:
     placeholders: frozenset[int] = (
         frozenset()
     )  # tokens of the target that stand for a part of a picture, a video or a sound
+    gaps: Gaps | None = (
+        None  # padding between the tokens of prompts; rows are shown with all of it on the left. None: none
+    )
 
     def stateless_processors(self, row: int = 0) -> LogitsProcessorList:
         """Copies of the processors that are applied to a row of a draft too; to be made before the target's own are called."""
@@ -87,6 +91,14 @@ class Call:
     def padding(self, row: int) -> int:
         """Tokens on the left of a row that are none."""
         return 0 if self.mask is None else int((self.mask[row] == 0).sum())
+
+    def first_fed(self, row: int) -> int:
+        """Tokens of a row before the first one that the target may read in this call."""
+        return self.padding(row) if self.gaps is None else self.gaps.first_fed[row]
+
+    def shown(self, rows: Rows) -> Rows:
+        """Rows as a draft is shown them."""
+        return rows if self.gaps is None else self.gaps.shown(rows)
 
 
 class Proposer(ABC):

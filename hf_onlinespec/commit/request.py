@@ -96,6 +96,7 @@ class Request:
 
     def _seen(self, rows: Rows) -> Rows:
         """What the draft is shown of the rows."""
+        rows = self.call.shown(rows)
         return rows if self._text is None else self._text.rows(rows)
 
     @property
@@ -111,6 +112,9 @@ class Request:
         Args:
             features: (batch, fed, width) the hidden states that the draft reads, of all that the target was fed.
         """
+        gaps = self.call.gaps
+        if gaps is not None and features is not None:
+            features = gaps.shown_features(features, rows.of_call, proposal.tokens.shape[1])
         if self._text is not None and features is not None:
             features = self._text.features(features, rows.lengths[0] + proposal.tokens.shape[1])
         rows = self._seen(rows)
@@ -131,7 +135,7 @@ class Request:
         proposer, schedule = self.proposer, self.schedule
         if proposer is None:
             return
-        verdict = verdict if self._text is None else self._text.verdict(verdict)
+        verdict = replace(verdict, rows=self._seen(verdict.rows))
         if reads_prompts or self.counts.rounds == 1:  # the time of that says nothing about a round's
             verdict = replace(verdict, target_s=0.0)
         with self._beside_proposing():
@@ -166,7 +170,7 @@ class Request:
         """Rows have ended, and others go on or are still to begin: these are remembered and learned as at the end of a request."""
         if self.proposer is None:
             return
-        unseen = False
+        unseen, rows = False, self._seen(rows)
         with self._beside_proposing():
             unseen = self.proposer.leave(rows)
         if self.schedule is not None:

@@ -15,15 +15,15 @@ class RowFeatures:
     """Features of the tokens `start` to `end` of a row, padding counted: what the target computed while it verified.
 
     Args:
-        padding: tokens on the left that are none.
+        first: tokens on the left that are none, or that the target has read in an earlier turn.
         most: the newest so many tokens are held, and those of the latest round.
     """
 
-    def __init__(self, padding: int = 0, most: int = MOST_HELD) -> None:
-        self.start = self.end = padding
+    def __init__(self, first: int = 0, most: int = MOST_HELD) -> None:
+        self.start = self.end = first
         self._parts: list[Tensor] = []  # each (1, n, width), one behind the other
         self._round: Tensor | None = None  # of everything that was fed in the latest round
-        self._padding, self._most = padding, most
+        self._most = most
 
     def take(self, features: Tensor) -> None:
         """Features (1, fed, width) of what the target was fed in this round: the end of the row, then every candidate."""

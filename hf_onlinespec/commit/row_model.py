@@ -55,7 +55,7 @@ class RowModel:
         self.prompt_log_ratio: float | None = (
             None  # how much the prompt speaks for the learned draft; None: it was not asked
         )
-        self.features = RowFeatures(self.padding, MOST_HELD) if model.reads else None
+        self.features = RowFeatures(call.first_fed(row), MOST_HELD) if model.reads else None
         self.reader = model.reader(self.mask, self.features)
 
     @property

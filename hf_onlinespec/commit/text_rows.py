@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..rounds import Rows, Verdict
+from ..rounds import Rows
 from .base import Call
 
 
@@ -37,9 +37,6 @@ class TextRows:
 
     def rows(self, rows: Rows) -> Rows:
         return Rows(self._text(rows.tokens), (rows.lengths[0] - int(self.hidden.sum()),), rows.numbers)
-
-    def verdict(self, verdict: Verdict) -> Verdict:
-        return replace(verdict, rows=self.rows(verdict.rows))
 
     def features(self, features: Tensor, end: int) -> Tensor:
         """Of hidden states (1, fed, width) of the last tokens in front of the place `end`, those at text."""

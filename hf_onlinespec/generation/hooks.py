@@ -196,7 +196,7 @@ def _wrap_assisted(assisted: Function) -> Function:
                 **model_kwargs,
             )
         check_inputs(self, input_ids, generation_config, model_kwargs)  # before a draft is set up for nothing
-        check_batch(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer)
+        check_batch(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         setting = wanted(generation_config)
         if assistant_model is None and call is not None:
             assistant_model = call.attachment.draft
@@ -215,7 +215,7 @@ def _decode_attached(
     target, input_ids, processors, criteria, config = arguments
     try:
         check_inputs(target, input_ids, config, model_kwargs)
-        check_batch(target, input_ids, processors, criteria, config, model_kwargs, named["streamer"])
+        check_batch(target, input_ids, processors, criteria, config, named["streamer"])
         draft = call.attachment.drafts_for(target)
         call.prove(input_ids, model_kwargs)
     except OnlineSpecError as reason:

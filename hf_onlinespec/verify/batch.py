@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .._compat.adapters import adapts_by_row
-from .._compat.caches import CACHE, held_tokens
-from .._compat.generation import generated_output, goes_on_finished, pad_token
+from .._compat.caches import held_tokens
+from .._compat.generation import generated_output, goes_on_finished, hands_back_cache, pad_token
 from ..commit.request import Request
 from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
 from ..rounds import Proposal, Rows, Verdict
 from .accept import accept, joined
 from .batch_criteria import BatchCriteria, split_criteria
+from .ended_rows import EndedRows
 from .lockstep import Lockstep
 from .probe import why_plain
 from .probe_trees import why_chains
@@ -42,7 +44,6 @@ def check_batch(
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
-    model_kwargs: dict[str, Any],
     streamer: object = None,
     all_begin: bool = True,
 ) -> None:
@@ -57,12 +58,6 @@ def check_batch(
     if streamer is not None:
         raise UnsupportedError(
             f"A streamer with a batch of {n}: it is shown one sequence. Call generate once per sequence."
-        )
-    held = held_tokens(model_kwargs[CACHE])
-    if held:
-        raise UnsupportedError(
-            f"{CACHE} holds {held} tokens of each row of a batch of {n}: rows that accept different numbers of tokens could not go "
-            "on in it. Leave it out, or call generate once per sequence."
         )
     asked = bool(config.return_dict_in_generate and config.output_scores)
     # One that judges all rows would have to be shown their scores at one length too.
@@ -206,7 +201,7 @@ def decode_rows(
     calls: RowCalls,
     together: BatchCriteria,
     config: GenerationConfig,
-    cache: object,
+    cache: Cache,
     lockstep: Lockstep,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generates several rows; arguments and result are those of transformers' decoding methods.
@@ -214,21 +209,34 @@ def decode_rows(
     Args:
         calls: processors and criteria of each row.
         together: criteria that end all rows at once.
-        cache: of the call, which stays empty: rows that have ended are not in ours any more.
+        cache: of the call. Where the caller has it afterwards, it is left as plain decoding leaves it.
     """
     results, rows = BatchResults.of(config, len(input_ids)), Rows.of(input_ids)
     rounds = BatchRounds(request, calls, config, results)
+    handed_back = hands_back_cache(config) or held_tokens(cache) > 0
+    ended = EndedRows(verifier.shown, input_ids.shape[1]) if handed_back else None
     while rows.lengths:
         verdict = rounds.next(rows, verifier)
         end = together.end(verdict)
         left = going_on(verdict) if end is None else []
-        rows = verdict.rows.of_rows(left)
-        if 0 < len(left) < len(verdict.done):  # rows that have ended leave
+        if ended is not None:
+            _take_ended(ended, verdict.rows, left, verifier)
+        elif 0 < len(left) < len(verdict.done):
             verifier.leave(left)
-        lockstep.end_round(not left)
         if end is not None:
             results.end_at(end, together.rows, input_ids.shape[1])
+        rows = verdict.rows.of_rows(left)
+        if not left and ended is not None:
+            ended.fill(cache, [results.tokens[row] for row in range(len(input_ids))], lockstep)
+        lockstep.end_round(not left)
     return results.output(config, cache)
+
+
+def _take_ended(ended: EndedRows, rows: Rows, left: list[int], verifier: RaggedVerifier) -> None:
+    """Rows that have ended leave, with what the target has read of them."""
+    leaving = [i for i in range(len(rows.lengths)) if i not in left]
+    if leaving:
+        ended.add(rows.of_rows(leaving).of_call, verifier.split(leaving) if left else verifier)
 
 
 def _accept(

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.adapters import adds_virtual_tokens, base_of
-from .._compat.caches import CACHE, forgets, held_tokens, rollback_obstacle
+from .._compat.caches import CACHE, forgets, held_rows, held_tokens, rollback_obstacle
 from .._compat.generation import (
     SAMPLING_MODES,
     GenerationMode,
+    hidden_tokens,
     is_sharded,
     known_continuation,
-    mask_length,
     own_loop,
 )
 from .._compat.models import drops_cache, is_stateful
@@ -245,9 +245,13 @@ def check_inputs(
         )
     # A cache may hold the whole prompt. Its last token is read again then.
     held = held_tokens(cache)
-    mask = model_kwargs.get("attention_mask")
-    covered = mask_length(generation_config) if mask is None else mask.shape[1]
-    surplus = held + 1 - (input_ids.shape[1] if covered == input_ids.shape[1] else held + input_ids.shape[1])
+    rows = held_rows(cache)
+    if rows is not None and rows != input_ids.shape[0]:
+        raise UnsupportedError(
+            f"{CACHE} holds {held} tokens of {rows} rows, and {input_ids.shape[0]} are to be generated (batch size times "
+            "num_return_sequences). Pass a cache of the same rows, or leave it out."
+        )
+    surplus = held + 1 - input_ids.shape[1] - hidden_tokens(input_ids, generation_config, model_kwargs)
     if surplus > 0 and forgets(cache, surplus):
         raise UnsupportedError(
             f"{CACHE} holds {held} tokens, and {surplus} of them cannot be taken back: its sliding window has dropped "

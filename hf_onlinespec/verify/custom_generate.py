@@ -54,9 +54,7 @@ class GenerateFn:
         check_call(model, self._draft.model, generation_config)
         check_inputs(model, input_ids, generation_config, model_kwargs)
         stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, self._tokenizer)
-        check_batch(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, self._streamer
-        )
+        check_batch(model, input_ids, logits_processor, stopping_criteria, generation_config, self._streamer)
         if self._streamer is not None:
             self._streamer.put(input_ids.cpu())  # as generate does with a streamer of its own
         return decode(

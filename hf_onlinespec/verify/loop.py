@@ -18,9 +18,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat.caches import CACHE
-from .._compat.generation import generated_output, pad_token
+from .._compat.caches import CACHE, held_tokens
+from .._compat.generation import generated_output, hidden_tokens, pad_token
 from ..commit.base import Call, Draft, note_latest
+from ..commit.gaps import Gaps
 from ..commit.request import Request
 from ..config.adapters import Asked, adapters_of_rows
 from ..models.placeholders import placeholder_tokens
@@ -73,7 +74,7 @@ def decode(
     check_call(target, draft.model, generation_config, tokenizer, assistant_tokenizer)
     check_inputs(target, input_ids, generation_config, model_kwargs)
     processors = LogitsProcessorList(logits_processor)
-    check_batch(target, input_ids, processors, stopping_criteria, generation_config, model_kwargs, streamer)
+    check_batch(target, input_ids, processors, stopping_criteria, generation_config, streamer)
     copies = generation_config.num_return_sequences or 1
     adapters = check_adapters(draft, adapters_of_rows(adapter, len(input_ids), copies), learn)
     check_synced_gpus(synced_gpus, target, draft.model, generation_config)
@@ -91,6 +92,11 @@ def decode(
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
     call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
     call = replace(call, adapters=adapters, prompts=input_ids, placeholders=placeholder_tokens(target.config))
+    hidden = hidden_tokens(input_ids, generation_config, model_kwargs)
+    gaps = Gaps.of(mask, 0 if hidden else min(held_tokens(model_kwargs[CACHE]), input_ids.shape[1] - 1))
+    if gaps is not None:
+        prompts = gaps.shown_tokens(input_ids, tuple(range(len(input_ids))))
+        call = replace(call, mask=gaps.mask, prompts=prompts, gaps=gaps)
     if plain:
         draft.metrics.decisions.drafting = plain
         given = model_kwargs if streamer is None else model_kwargs | {"streamer": streamer}
@@ -156,7 +162,7 @@ def _several(
     together = BatchCriteria(of_all, input_ids, pad_token(config))
 
     def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
-        verifier = RaggedVerifier(target, input_ids, model_kwargs, request.reads)
+        verifier = RaggedVerifier(target, input_ids, config, model_kwargs, request.reads)
         output = decode_rows(input_ids, verifier, request, calls, together, config, model_kwargs[CACHE], lockstep)
         request.finish()
         if verifier.unread_because:

@@ -38,6 +38,7 @@ def decode_plainly(
 
 def _note(rows: Rows, prompt: int, seconds: float, draft: Draft, call: Call) -> None:
     """Counts what was written, and gives it to the memory."""
+    rows = call.shown(rows)
     counts = call.counts
     counts.rounds = counts.plain_rounds = counts.new_tokens = sum(rows.lengths) - len(rows.lengths) * prompt
     counts.wall_time_s = counts.target_time_s = seconds

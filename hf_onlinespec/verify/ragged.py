@@ -13,10 +13,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from .._compat.caches import CACHE, crop, fresh_cache, join_rows, move, select_rows, shallow_copy
-from .._compat.generation import generative
+from .._compat.caches import (
+    CACHE,
+    crop,
+    fresh_cache,
+    held_tokens,
+    join_rows,
+    move,
+    rearrange,
+    select_rows,
+    shallow_copy,
+    take_over,
+)
+from .._compat.generation import generative, hidden_tokens
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..models.holes import close_holes
 from ..rounds import Proposal, Rows, Verdict
@@ -26,39 +38,49 @@ from .trees import MOST_NODES, tree_mask, tree_positions
 
 
 class RaggedVerifier:
-    """The target with its KV cache of several rows. The cache is its own: one that the caller has given stays empty.
+    """The target with its KV cache of several rows. The cache is its own: it goes on from what the caller's holds of an earlier
+    turn, and leaves that as it is.
 
     Args:
-        input_ids: (batch, prompt), padded on the left, the end of the rows.
+        input_ids: (batch, prompt), padded where the attention mask says so, the end of the rows.
 
     Attributes:
+        shown: (batch, prompt) 0 where there is padding, of all tokens that the rows begin with, those included that are in the
+            caller's cache alone.
         features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round; None: none
             are read, or `unread_because` says why there are none.
     """
 
     def __init__(
-        self, target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], reads: tuple[int, ...] = ()
+        self,
+        target: PreTrainedModel,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        reads: tuple[int, ...] = (),
     ) -> None:
         self._target, self._reads = target, reads if takes_hidden_states(target) else ()
         self.features: Tensor | None = None
         self.unread_because = "" if self._reads == reads else unread(target)
         columns = ("attention_mask", "position_ids", CACHE)
         self._kwargs = {name: value for name, value in model_kwargs.items() if name not in columns}
-        self._cache = fresh_cache(target.config)
         self._table = PositionLimits.of(target.config).table
+        batch, length = input_ids.shape[0], input_ids.shape[1] + hidden_tokens(input_ids, config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
+        self.shown = input_ids.new_ones(batch, length) if mask is None else mask.to(input_ids)
         # What of the cache is kept tokens, and of the tokens that are not in it yet, which come next: (batch, places), 0 at holes.
-        self._seen = torch.ones_like(input_ids) if mask is None else mask.to(input_ids)
+        self._seen = self.shown
         self._held = self._seen.sum(-1).tolist()  # per row, of these
-        given = model_kwargs.get("position_ids")
+        held = held_tokens(model_kwargs[CACHE])
+        self._cached = min(held, length - 1)  # places in the cache
+        self._cache = shallow_copy(model_kwargs[CACHE]) if held else fresh_cache(target.config)
+        crop(self._cache, held - self._cached)  # the last token is read anew
+        given, fed = model_kwargs.get("position_ids"), length - self._cached
         counted = (self._seen.cumsum(-1) - 1).clamp_min(0) if given is None else given
-        self._unread = counted.expand(input_ids.shape)  # (batch, unread) the positions of the tokens that come next
-        self._cached = 0  # places in the cache
-
-    @property
-    def first(self) -> bool:
-        """Whether the prompts are still to be read."""
-        return self._cached == 0
+        self._unread = counted[:, -fed:].expand(
+            batch, fed
+        )  # (batch, unread) the positions of the tokens that come next
+        self.first = True  # whether the prompts are still to be read
 
     def room(self) -> int:
         """Most tokens that may be drafted behind every row."""
@@ -96,7 +118,7 @@ class RaggedVerifier:
             inputs["position_ids"] = tree_positions(proposal, self._unread)
             inputs["attention_mask"] = tree_mask(proposal, self._cached, shown, self._target.dtype, tokens.device)
         outputs = self._target(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
-        self._cached += fed
+        self._cached, self.first = self._cached + fed, False
         self.features = hidden_states(outputs, self._reads, tokens.shape[1]) if self._reads else None
         if self._reads and self.features is None:
             self._reads, self.unread_because = (), unread(self._target)
@@ -126,12 +148,12 @@ class RaggedVerifier:
         self._held = [self._held[row] for row in going_on]
         self._close_holes()
 
-    def split(self, n: int) -> RaggedVerifier:
-        """Takes the first n rows out, some but not all, as a verifier of their own."""
-        taken, rows = copy.copy(self), len(self._held)
+    def split(self, rows: Sequence[int]) -> RaggedVerifier:
+        """Takes some of the rows out, not all of them, as a verifier of their own."""
+        taken, going_on = copy.copy(self), sorted(set(range(len(self._held))) - set(rows))
         taken._cache = shallow_copy(self._cache)
-        taken.leave(range(n))
-        self.leave(range(n, rows))
+        taken.leave(rows)
+        self.leave(going_on)
         return taken
 
     def join(self, others: RaggedVerifier) -> None:
@@ -145,6 +167,22 @@ class RaggedVerifier:
         self._held += others._held
         self._cached = places
         self._close_holes()
+
+    def read_of(self) -> list[int]:
+        """Per row, tokens that are in the cache."""
+        return [int(read) for read in self._seen[:, : self._cached].sum(dim=1)]
+
+    def lay_out(self, columns: Sequence[Sequence[int]], places: int, cache: Cache) -> None:
+        """Leaves in `cache` so many places, with the first tokens of each row at these columns; this verifier is used up.
+
+        What is at the other places means nothing: it is not to be attended to.
+        """
+        order = torch.zeros(len(columns), places, dtype=torch.long)
+        for row, own in enumerate(columns):
+            held = torch.nonzero(self._seen[row, : self._cached].cpu())[: len(own), 0]
+            order[row, torch.tensor(own, dtype=torch.long)] = held
+        rearrange(self._cache, order)
+        take_over(cache, self._cache)
 
     def _close_holes(self) -> None:
         """Moves the rows together where that is worth it, or where a table of positions may count places."""

@@ -55,7 +55,7 @@ class RunningBatch:
         check_call(target, draft.model, config)
         check_inputs(target, inputs, config, call.model_kwargs)
         self._processors = LogitsProcessorList(call.processors)
-        check_batch(target, inputs, self._processors, call.criteria, config, call.model_kwargs, all_begin=False)
+        check_batch(target, inputs, self._processors, call.criteria, config, all_begin=False)
         adapters = check_adapters(draft, adapters_of_rows(adapter, len(inputs)), learn)
         with torch.inference_mode(False), torch.no_grad():
             plain = why_plain_batch(target, inputs, call.criteria, config, call.model_kwargs)
@@ -146,7 +146,7 @@ class RunningBatch:
             for name, values in call.model_kwargs.items()
         }
         self._ready_rows = rows = Rows(tokens, (tokens.shape[1],) * len(own), tuple(own))
-        self._ready = RaggedVerifier(call.target, tokens[:, -longest:], columns, self._request.reads)
+        self._ready = RaggedVerifier(call.target, tokens[:, -longest:], call.config, columns, self._request.reads)
         verdict = self._rounds.next(rows, self._ready)
         left = going_on(verdict)
         self._ready_rows = verdict.rows.of_rows(left)
@@ -161,7 +161,7 @@ class RunningBatch:
         if not n or self._ready is None:
             return
         joining = self._ready_rows.of_rows(range(n))
-        verifier = self._ready if n == ready else self._ready.split(n)
+        verifier = self._ready if n == ready else self._ready.split(range(n))
         self._ready_rows = self._ready_rows.of_rows(range(n, ready))
         if self._verifier is None:
             self._rows, self._verifier = joining, verifier

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE, crop, held_tokens, move, record_past, returned_cache, rollback_obstacle
-from .._compat.generation import continue_inputs, continues_inputs, generative, mask_length
+from .._compat.generation import continue_inputs, continues_inputs, generative, hidden_tokens
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..errors import UnsupportedError
 from ..rounds import Proposal
@@ -56,13 +56,10 @@ class Verifier:
         self.plain_because = plain_because  # why rounds have no room
         self.trees_because = trees_because  # why all proposals have to be chains
         self._kwargs = dict(model_kwargs)
+        self._hidden = hidden_tokens(input_ids, generation_config, self._kwargs)  # tokens that are in the cache alone
         self.cache = self._kwargs.pop(CACHE)
         record_past(self.cache)
         self._cached = held_tokens(self.cache)
-        mask = self._kwargs.get("attention_mask")
-        # A cache from an earlier turn comes with all tokens, or with the new ones only: the mask covers all of them.
-        covered = mask.shape[1] if mask is not None else mask_length(generation_config)
-        self._hidden = 0 if covered == input_ids.shape[1] else self._cached  # tokens that are in the cache alone
         self._columns: dict[str, Tensor] = {}
         for name in COLUMNS:
             values = self._kwargs.pop(name, None)

@@ -10,8 +10,10 @@ import torch
 
 from hf_onlinespec import OnlineDraft, generate_stream
 from hf_onlinespec.errors import UnsupportedError
+from hf_onlinespec.verify.ragged import RaggedVerifier
 from hf_onlinespec.verify.running import RunningBatch
 from tests.heads.tiny import tiny_head
+from tests.tiny_models import CACHE
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
@@ -31,6 +33,31 @@ def test_rows_and_batches_are_decoded_as_without_it(target, draft_model, prompt)
         assert torch.equal(plain, target.generate(rows, assistant_model=draft, synced_gpus=True, **GREEDY))
         assert torch.equal(plain, target.generate(rows, onlinespec=True, synced_gpus=True, **GREEDY))
     assert draft.metrics.requests == 2
+
+
+@pytest.mark.usefixtures("group")
+def test_the_forward_that_reads_rows_to_their_end_for_the_next_turn_is_counted_too(target, monkeypatch) -> None:
+    """Others wait for each forward: as many are agreed on as are run."""
+    inputs = {"input_ids": torch.tensor([[3, 14, 15, 2], [9, 2, 7, 1]])}
+    call: dict[str, Any] = GREEDY | {"pad_token_id": 0, "return_dict_in_generate": True}
+    plain = target.generate(**inputs, **call).sequences
+    stop = next(int(token) for token in plain[0, 4:-1] if token not in plain[1])
+    forwards, agreed = list[int](), list[int]()
+    reduce, verify = torch.distributed.all_reduce, RaggedVerifier.verify
+
+    def reduced(*arguments: Any, **named: Any) -> Any:
+        agreed.append(1)
+        return reduce(*arguments, **named)
+
+    def verified(*arguments: Any) -> Any:
+        forwards.append(1)
+        return verify(*arguments)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
+    monkeypatch.setattr(RaggedVerifier, "verify", verified)
+    first = target.generate(**inputs, onlinespec=True, eos_token_id=stop, synced_gpus=True, **call)
+    assert first[CACHE].get_seq_length() == first.sequences.shape[1] - 1
+    assert len(agreed) == len(forwards) + 3  # three before the first forward
 
 
 @pytest.mark.usefixtures("group")
