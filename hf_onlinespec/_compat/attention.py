@@ -29,8 +29,6 @@ def tree_obstacle(config: PretrainedConfig) -> str:
     """
     text = config.get_text_config(decoder=True)
     stated, kind = vars(text), attention_kind(config)
-    if config.is_encoder_decoder:
-        return "is an encoder–decoder"
     if kind not in MASKED:
         return f"runs with {kind!r} attention, which takes no mask of a tree"
     if not keeps_all(config) or "local" in (stated.get("attention_layers") or ()):
@@ -47,7 +45,7 @@ def has_sinks(model: nn.Module) -> bool:
     return any("sink" in name.rpartition(".")[2] for name, _ in model.named_parameters())
 
 
-def takes_positions(model: nn.Module) -> bool:
-    """Whether `forward` takes the positions of the tokens."""
+def takes_positions(model: nn.Module, name: str = "position_ids") -> bool:
+    """Whether `forward` takes the positions of the tokens, under this name."""
     parameters: dict[str, Any] = dict(inspect.signature(model.forward).parameters)
-    return "position_ids" in parameters
+    return name in parameters

@@ -52,10 +52,9 @@ def keeps_all(config: PretrainedConfig) -> bool:
 
 def moves(cache: Cache) -> bool:
     """Whether rows of a cache can be moved within it: it keeps every token's, on the device where they are used."""
-    return (
-        not isinstance(cache, EncoderDecoderCache)
-        and not vars(cache).get("offloading")
-        and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(
+        not vars(part).get("offloading") and all(type(layer) is DynamicLayer for layer in part.layers)
+        for part in _parts(cache)
     )
 
 
@@ -80,6 +79,13 @@ def rollback_obstacle(cache: Any) -> str:
         if stated is False or not any("crop" in vars(c) for c in type(part).__mro__):
             return f"has a cache ({name}) that cannot be rolled back"
     return ""
+
+
+def _parts(cache: Cache) -> tuple[Cache, ...]:
+    """The cache of the tokens that are written, then that of an encoder's outputs, if there is one."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return (cache,)
 
 
 # Methods that decide what a layer keeps of a forward, and what a later one sees.
@@ -114,7 +120,7 @@ def own_way(cache: Any, config: PretrainedConfig) -> str:
 
 def forgets(cache: Cache, n: int) -> bool:
     """Whether the last n tokens cannot be taken back, because a window has dropped what was before them."""
-    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    layers = _parts(cache)[0].layers
     windows = (layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized)
     return any(
         layer.cumulative_length >= layer.sliding_window and layer.keys.shape[-2] < layer.sliding_window - 1 + n
@@ -130,15 +136,17 @@ def held_tokens(cache: Cache) -> int:
 
 def held_rows(cache: Cache) -> int | None:
     """Rows of the batch that a cache was filled with; None: it holds nothing, or none of its layers tells."""
-    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
-    filled = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+    filled = [layer for layer in _parts(cache)[0].layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
     states = [layer.keys for layer in filled if layer.keys is not None and layer.keys.numel()]
     return states[0].shape[0] if states else None
 
 
 def fresh_cache(config: PretrainedConfig) -> Cache:
     """An empty cache, as `generate` makes it."""
-    return DynamicCache(config=config.get_text_config(decoder=True))
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        return EncoderDecoderCache(DynamicCache(config=text), DynamicCache(config=text))
+    return DynamicCache(config=text)
 
 
 def returned_cache(outputs: ModelOutput) -> Cache | None:
@@ -157,7 +165,7 @@ def crop(cache: Cache, n: int) -> None:
 
     Transformers 5.18 cannot crop a layer that was never filled, as Mllama's for pictures is in a conversation without one.
     """
-    layers = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    layers = _parts(cache)[0].layers
     filled = [layer for layer in layers if type(layer) is not DynamicLayer or layer.is_initialized]
     if len(filled) == len(layers):
         cache.crop(-n)
@@ -192,34 +200,46 @@ def rearrange(cache: Cache, places: Tensor) -> None:
 
 
 def select_rows(cache: Cache, rows: Tensor) -> None:
-    """Leaves these rows of the batch, in this order; of a cache that `moves`."""
-    for layer in _filled(cache):
+    """Leaves these rows of the batch, in this order, also of an encoder's outputs; of a cache that `moves`."""
+    for layer in (layer for part in _parts(cache) for layer in _filled(part)):
         own = rows.to(layer.keys.device)
         layer.keys, layer.values = layer.keys[own], layer.values[own]
 
 
 def join_rows(cache: Cache, others: Cache, places: int) -> None:
-    """Puts the rows of another cache behind those of the first, both filled up on the left to so many places; of caches that `move`."""
-    for layer, other in zip(_filled(cache), _filled(others), strict=True):
-        device = layer.keys.device
+    """Puts the rows of another cache behind those of the first, both filled up on the left to so many places; of caches that `move`.
 
-        def filled(states: Tensor) -> Tensor:
-            return functional.pad(states.to(device), (0, 0, places - states.shape[-2], 0))  # noqa: B023  called at once
+    What an encoder has read is equally long in both.
+    """
 
-        layer.keys = torch.cat([filled(layer.keys), filled(other.keys)])
-        layer.values = torch.cat([filled(layer.values), filled(other.values)])
+    def filled(states: Tensor, device: torch.device, n: int) -> Tensor:
+        return functional.pad(states.to(device), (0, 0, n - states.shape[-2], 0))
+
+    for part, other_part in zip(_parts(cache), _parts(others), strict=True):
+        for layer, other in zip(_filled(part), _filled(other_part), strict=True):
+            device, n = layer.keys.device, places if part is _parts(cache)[0] else layer.keys.shape[-2]
+            layer.keys = torch.cat([filled(layer.keys, device, n), filled(other.keys, device, n)])
+            layer.values = torch.cat([filled(layer.values, device, n), filled(other.values, device, n)])
 
 
 def shallow_copy(cache: Cache) -> Cache:
     """A cache of the same keys and values, whose rows can be chosen without the other's; of one that `moves`."""
     found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
+    if isinstance(found, EncoderDecoderCache):
+        for name in ("self_attention_cache", "cross_attention_cache"):
+            vars(found)[name] = shallow_copy(vars(cache)[name])
+        found.is_updated = dict(found.is_updated)
+    else:
+        found.layers = [copy.copy(layer) for layer in cache.layers]
     return found
 
 
 def take_over(cache: Cache, other: Cache) -> None:
     """Leaves a cache with the keys and values of another one, which is used up."""
-    cache.layers = other.layers
+    for part, other_part in zip(_parts(cache), _parts(other), strict=True):
+        part.layers = other_part.layers
+    if isinstance(cache, EncoderDecoderCache) and isinstance(other, EncoderDecoderCache):
+        cache.is_updated = other.is_updated
 
 
 def cache_tensors(cache: Cache) -> list[tuple[Tensor, Tensor]]:
@@ -236,7 +256,7 @@ class _KeyedLayer(Protocol):
 
 
 def _filled(cache: Cache) -> list[_KeyedLayer]:
-    own = cast(list[_KeyedLayer], [layer for layer in cache.layers if type(layer) not in KEYLESS])
+    own = cast(list[_KeyedLayer], [layer for layer in _parts(cache)[0].layers if type(layer) not in KEYLESS])
     return [layer for layer in own if layer.is_initialized]
 
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .caches import CACHE, held_tokens
 from .versions import imports_of_others, moved
 
 with imports_of_others():
-    from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+    from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
     from transformers.generation import (
         EpsilonLogitsWarper,
         EtaLogitsWarper,
@@ -23,6 +23,7 @@ with imports_of_others():
         ForcedBOSTokenLogitsProcessor,
         ForcedEOSTokenLogitsProcessor,
         GenerateDecoderOnlyOutput,
+        GenerateEncoderDecoderOutput,
         InfNanRemoveLogitsProcessor,
         LogitNormalization,
         LogitsProcessorList,
@@ -49,6 +50,9 @@ with imports_of_others():
     from transformers.generation.utils import GenerationMode, is_deepspeed_zero3_enabled, is_fsdp_managed_module
     from transformers.pipelines import base as pipelines_base
     from transformers.utils import ModelOutput
+
+# What `generate` returns of greedy decoding and sampling with return_dict_in_generate.
+Generated: TypeAlias = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
 
 # The methods that `enable()` wraps.
 WRAPPED = (
@@ -267,9 +271,11 @@ def processed_scores(processors: LogitsProcessorList, prefix: Tensor, scores: Te
 
 def generated_output(
     sequences: Tensor, scores: tuple[Tensor, ...] | None, logits: tuple[Tensor, ...] | None, cache: Any
-) -> GenerateDecoderOnlyOutput:
+) -> Generated:
     """What `generate` returns with return_dict_in_generate: sequences (batch, L), scores and logits (batch, vocab) a token."""
     fields: dict[str, Any] = {"sequences": sequences, "scores": scores, "logits": logits, CACHE: cache}
+    if isinstance(cache, EncoderDecoderCache):
+        return GenerateEncoderDecoderOutput(**fields)
     return GenerateDecoderOnlyOutput(**fields)
 
 
@@ -312,9 +318,10 @@ def hidden_tokens(input_ids: Tensor, generation_config: GenerationConfig, model_
 
     The attention mask covers all of them. One that is all ones was dropped by `generate`, which has noted its length.
     """
-    mask = model_kwargs.get("attention_mask")
+    cache = model_kwargs[CACHE]
+    mask = model_kwargs.get("decoder_attention_mask" if isinstance(cache, EncoderDecoderCache) else "attention_mask")
     covered = vars(generation_config).get("_mask_length") if mask is None else mask.shape[1]
-    return 0 if covered == input_ids.shape[1] else held_tokens(model_kwargs[CACHE])
+    return 0 if covered == input_ids.shape[1] else held_tokens(cache)
 
 
 # Families of transformers whose own `_update_model_kwargs_for_generation` is compared with plain decoding in the tests. The
@@ -340,7 +347,8 @@ def _continuation(model: PreTrainedModel) -> Any:
 
 def continue_inputs(model: PreTrainedModel, outputs: ModelOutput | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs for the forward after the next token, without the cache."""
-    inputs = generative(model)._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    inputs = generative(model)._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=encoder_decoder)
     return {name: value for name, value in inputs.items() if name != CACHE}
 
 

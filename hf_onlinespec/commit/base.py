@@ -34,6 +34,7 @@ from ..state import State
 from .gaps import Gaps
 from .guessing import GuessSources
 from .recycling import RecyclingTable
+from .source import Source
 from .suffix_memory import SuffixMemory
 
 _requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO
@@ -65,6 +66,7 @@ class Call:
     gaps: Gaps | None = (
         None  # padding between the tokens of prompts; rows are shown with all of it on the left. None: none
     )
+    source: Source | None = None  # what an encoder–decoder target has read for each row; None: it has no encoder
 
     def stateless_processors(self, row: int = 0) -> LogitsProcessorList:
         """Copies of the processors that are applied to a row of a draft too; to be made before the target's own are called."""
@@ -234,6 +236,7 @@ class Draft(ABC):
             size,
             padding,
             None if vocabulary is None else vocabulary.size,
+            [] if call.source is None else [call.source.text(row) for row in range(call.rows)],
         )
 
     @property

@@ -86,6 +86,7 @@ class GuessSources:
         size: tokens that a row can have at most.
         padding: per row, tokens on the left that are none.
         vocabulary: ids below it may be guessed; the memory may know other targets. None: all.
+        source: per row, tokens of the text that an encoder has read, which may be copied. (): there is no encoder.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class GuessSources:
         size: int,
         padding: Sequence[int],
         vocabulary: int | None = None,
+        source: Sequence[Sequence[int]] = (),
     ) -> None:
+        self._source = source
         self.asks = False  # whether it is asked about every generated token, for learning to be held against
         self._usable, self._memory, self._table = backoff.begin(), memory, table
         self._backoff, self._counts = backoff, counts
@@ -137,8 +140,9 @@ class GuessSources:
                 context = tokens[0, self._padding[i] :][-1:].tolist()
                 return Guesser(None, self._table, self._chances, context, calibration, self._vocabulary, draws)
             if i not in self._rows:
+                source = self._source[i] if self._source else ()
                 self._rows[i] = RequestMemory(
-                    self._memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks
+                    self._memory, self._lock, self._size, self._padding[i], stats, self._acceptances, self.asks, source
                 )
             memory = self._rows[i]
             memory.read(tokens)

@@ -24,6 +24,7 @@ class RequestMemory:
         stats: what the request has shown of the memory.
         acceptances: how likely its answers are.
         asks: whether it is asked about every generated token before it reads it, for learning to be held against.
+        source: tokens that may be copied: of the text that an encoder has read.
     """
 
     def __init__(
@@ -35,9 +36,12 @@ class RequestMemory:
         stats: RequestStats,
         acceptances: Acceptances,
         asks: bool = False,
+        source: Sequence[int] = (),
     ) -> None:
         self._memory, self._lock, self._padding = memory, lock, padding
-        self._own = SuffixMemory(size)
+        self._own = SuffixMemory(size + len(source) + 1)  # an end of sequence takes a place
+        self._own.extend(source)
+        self._own.close()
         self._stats, self._acceptances, self._asks = stats, acceptances, asks
         self._written: list[int] = []  # the request, without padding
         # Per generated token the estimated acceptance of the memory's answer; 0: it had none.

@@ -185,7 +185,7 @@ def _wrap_assisted(assisted: Function) -> Function:
         }
         call = call_of(self)
         if call is not None and call.served:
-            return _decode_attached(call, arguments, synced_gpus, named, model_kwargs)
+            return _decode_attached(call, arguments, synced_gpus, named, model_kwargs, inputs_tensor)
         if not _is_ours(generation_config, assistant_model):
             return assisted(
                 *arguments,
@@ -203,13 +203,19 @@ def _wrap_assisted(assisted: Function) -> Function:
         draft = draft_for(self, assistant_model, setting if isinstance(setting, OnlineSpecConfig) else None)
         named["adapter"] = wanted_adapter(generation_config)
         learn = setting is not False
-        return decode(*arguments, draft=draft, learn=learn, synced_gpus=synced_gpus, **(named | model_kwargs))
+        named |= {"synced_gpus": synced_gpus, "inputs_tensor": inputs_tensor}
+        return decode(*arguments, draft=draft, learn=learn, **(named | model_kwargs))
 
     return _assisted_decoding
 
 
 def _decode_attached(
-    call: AttachedCall, arguments: Positional, synced_gpus: bool, named: dict[str, Any], model_kwargs: dict[str, Any]
+    call: AttachedCall,
+    arguments: Positional,
+    synced_gpus: bool,
+    named: dict[str, Any],
+    model_kwargs: dict[str, Any],
+    inputs_tensor: Tensor | None,
 ) -> Any:
     """A call that what is attached serves, as far as its configuration tells; what its inputs rule out decodes plainly."""
     target, input_ids, processors, criteria, config = arguments
@@ -225,7 +231,7 @@ def _decode_attached(
         return sample(*arguments, synced_gpus=synced_gpus, **(given | model_kwargs))
     named["adapter"] = wanted_adapter(config)
     try:
-        return decode(*arguments, draft=draft, **(named | model_kwargs))
+        return decode(*arguments, draft=draft, inputs_tensor=inputs_tensor, **(named | model_kwargs))
     except UnsupportedError as reason:  # the target's first forwards have shown it
         call.refuse(reason)
         raise

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from .._compat.adapters import adapts_by_row
 from .._compat.caches import held_tokens
-from .._compat.generation import generated_output, goes_on_finished, hands_back_cache, pad_token
+from .._compat.generation import Generated, generated_output, goes_on_finished, hands_back_cache, pad_token
 from ..commit.request import Request
 from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
@@ -27,15 +26,12 @@ from ..rounds import Proposal, Rows, Verdict
 from .accept import accept, joined
 from .batch_criteria import BatchCriteria, split_criteria
 from .ended_rows import EndedRows
+from .inputs import InputNames
 from .lockstep import Lockstep
 from .probe import why_plain
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
 from .row_calls import RowCalls, check_row_calls
-from .target import COLUMNS, TEXT
-
-# Inputs with a column for each token that are read in a batch.
-READ = {"attention_mask", "position_ids"}
 
 
 def check_batch(
@@ -79,26 +75,27 @@ def why_plain_batch(
     reason = goes_on_finished(criteria)
     if not reason and config.prefill_chunk_size:
         reason = f"prefill_chunk_size={config.prefill_chunk_size}"
-    more = sorted({name for name, value in model_kwargs.items() if value is not None} - (TEXT - COLUMNS.keys()) - READ)
+    names = InputNames.of(target)
+    read = (names.text - names.columns.keys()) | names.read_by_row
+    more = sorted({name for name, value in model_kwargs.items() if value is not None} - read)
     if not reason and more:
         reason = f"{', '.join(more)} beside the tokens"
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:
-        tokens, one = longest_row(input_ids, model_kwargs)
+        tokens, one = longest_row(target, input_ids, model_kwargs)
         reason = why_plain(target, tokens, one) or why_chains(target, tokens, one)
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
 
 
-def longest_row(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def longest_row(
+    target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
     """The row (1, L) of a call with the most tokens, another one may be padding alone; and the inputs beside it."""
-    mask = model_kwargs.get("attention_mask")
+    names = InputNames.of(target)
+    mask = model_kwargs.get(names.mask)
     row = 0 if mask is None or len(input_ids) == 1 else int(mask.sum(-1).argmax())
-    one = {
-        name: value[row : row + 1] if name in READ and value is not None and len(value) > 1 else value
-        for name, value in model_kwargs.items()
-    }
-    return input_ids[row : row + 1], one
+    return input_ids[row : row + 1], names.of_rows(model_kwargs, [row])
 
 
 @dataclass
@@ -137,7 +134,7 @@ class BatchResults:
         if self.logits is not None:
             self.logits = [own[: length - prompt] for own in self.logits]
 
-    def output(self, config: GenerationConfig, cache: object) -> GenerateDecoderOnlyOutput | Tensor:
+    def output(self, config: GenerationConfig, cache: object) -> Generated | Tensor:
         rows = [self.tokens[row] for row in range(len(self.tokens))]
         longest = max(map(len, rows))
         sequences = rows[0].new_full((len(rows), longest), pad_token(config))
@@ -203,7 +200,7 @@ def decode_rows(
     config: GenerationConfig,
     cache: Cache,
     lockstep: Lockstep,
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> Generated | Tensor:
     """Generates several rows; arguments and result are those of transformers' decoding methods.
 
     Args:

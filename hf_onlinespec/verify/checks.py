@@ -103,9 +103,15 @@ def check_draft(
 
     Raises:
         DraftError: names what differs.
+        UnsupportedError: a head of an encoder–decoder.
     """
     head = base_of(draft) if isinstance(draft, PeftModel) else draft
     if isinstance(head, Head):
+        if target.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"The target {type(target).__name__} is an encoder–decoder, and the draft {type(head).__name__} a head, which reads a "
+                "decoder without one. Draft with a small model, or without one (onlinespec=True)."
+            )
         head.share(target)
     else:
         check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
@@ -140,10 +146,6 @@ def check_adapters(draft: Draft, names: tuple[str | None, ...], learns: bool) ->
 def check_target(target: PreTrainedModel) -> None:
     """Refuses targets that the loop can never serve."""
     name = type(target).__name__
-    if target.config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"The target {name} is an encoder–decoder, which is not supported yet. Call generate without onlinespec."
-        )
     if is_stateful(target):
         raise UnsupportedError(
             f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."

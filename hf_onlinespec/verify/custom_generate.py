@@ -14,10 +14,9 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat.generation import needs_synced_gpus
+from .._compat.generation import Generated, needs_synced_gpus
 from ..commit.base import Draft
 from ..config import OnlineSpecConfig
 from ..config.adapters import Asked
@@ -44,8 +43,9 @@ class GenerateFn:
         stop_strings: str | list[str] | None = None,
         onlinespec: OnlineSpecConfig | bool | None = None,
         adapter: Asked = None,
+        inputs_tensor: Tensor | None = None,  # named here, generate() hands it to us
         **model_kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> Generated | Tensor:
         self._draft.begin_anew_if_changed()
         self._draft.check_setting(onlinespec)
         # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
@@ -68,6 +68,7 @@ class GenerateFn:
             streamer=self._streamer,
             adapter=adapter,
             synced_gpus=synced_gpus,
+            inputs_tensor=inputs_tensor,
             **model_kwargs,
         )
 
@@ -82,6 +83,7 @@ class PreparedCall:
     criteria: StoppingCriteriaList
     config: GenerationConfig
     model_kwargs: dict[str, Any]
+    inputs_tensor: Tensor | None = None  # what was given to an encoder, a row for each prompt
 
 
 class Prepare:
@@ -103,6 +105,7 @@ class Prepare:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         stop_strings: str | list[str] | None = None,
+        inputs_tensor: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
         if needs_synced_gpus(model):
@@ -110,7 +113,9 @@ class Prepare:
                 "Rows that begin and end one by one would run other forwards than the other processes."
             )
         criteria = _with_stop_strings(stopping_criteria, stop_strings, self._tokenizer)
-        self.call = PreparedCall(model, input_ids, logits_processor, criteria, generation_config, model_kwargs)
+        self.call = PreparedCall(
+            model, input_ids, logits_processor, criteria, generation_config, model_kwargs, inputs_tensor
+        )
         return input_ids
 
 

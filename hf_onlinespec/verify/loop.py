@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.caches import CACHE, held_tokens
-from .._compat.generation import generated_output, hidden_tokens, pad_token
+from .._compat.generation import Generated, generated_output, hidden_tokens, pad_token
 from ..commit.base import Call, Draft, note_latest
 from ..commit.gaps import Gaps
 from ..commit.request import Request
@@ -31,6 +30,7 @@ from .accept import accept
 from .batch import check_batch, decode_rows, longest_row, why_plain_batch
 from .batch_criteria import BatchCriteria, split_criteria
 from .checks import check_adapters, check_call, check_inputs, check_synced_gpus
+from .inputs import InputNames, source_of
 from .lockstep import Lockstep
 from .plain_batch import decode_plainly
 from .probe import why_plain
@@ -41,7 +41,7 @@ from .streaming import OriginStreamer
 from .target import Verifier
 
 # Decodes one request.
-Loop = Callable[[Request], GenerateDecoderOnlyOutput | Tensor]
+Loop = Callable[[Request], Generated | Tensor]
 CHAINS_ONLY = "; chains only: "  # in `decisions`, between what was decided and why no tree was verified
 
 
@@ -59,14 +59,16 @@ def decode(
     assistant_tokenizer: object = None,
     adapter: Asked = None,
     synced_gpus: bool = False,
+    inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> Generated | Tensor:
     """Generates with a learning draft; arguments and result are those of transformers' decoding methods.
 
     Works under `torch.inference_mode()` too: learning needs ordinary tensors, so the mode is left for the time of the call.
 
     Args:
         adapter: of the draft, by name: which one drafts and learns; or one per prompt. None: the one without a name.
+        inputs_tensor: what `generate` gave to an encoder, a row for each prompt; None: not told.
 
     Raises:
         UnsupportedError, DraftError, ConfigError: before any work is done; the draft's learned state is untouched.
@@ -86,12 +88,13 @@ def decode(
         return why_plain_batch(*batch) if several else ""
 
     with torch.inference_mode(False), torch.no_grad():
-        plain = lockstep.begin(*longest_row(input_ids, model_kwargs), why)
+        plain = lockstep.begin(*longest_row(target, input_ids, model_kwargs), why)
     # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
-    mask = model_kwargs.get("attention_mask")
+    mask = model_kwargs.get(InputNames.of(target).mask)
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
     call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
     call = replace(call, adapters=adapters, prompts=input_ids, placeholders=placeholder_tokens(target.config))
+    call = replace(call, source=source_of(target, len(input_ids), inputs_tensor, model_kwargs))
     hidden = hidden_tokens(input_ids, generation_config, model_kwargs)
     gaps = Gaps.of(mask, 0 if hidden else min(held_tokens(model_kwargs[CACHE]), input_ids.shape[1] - 1))
     if gaps is not None:
@@ -136,7 +139,7 @@ def _one(
     chains = plain or why_chains(target, input_ids, model_kwargs)
     verifier = Verifier(target, input_ids, config, model_kwargs, plain, chains)
 
-    def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
+    def loop(request: Request) -> Generated | Tensor:
         verifier.hand_out(request.reads)
         output = _loop(input_ids, verifier, request, processors, criteria, config, streamer, lockstep)
         request.finish()
@@ -161,7 +164,7 @@ def _several(
     calls = RowCalls.of(processors, own, input_ids.shape[0])
     together = BatchCriteria(of_all, input_ids, pad_token(config))
 
-    def loop(request: Request) -> GenerateDecoderOnlyOutput | Tensor:
+    def loop(request: Request) -> Generated | Tensor:
         verifier = RaggedVerifier(target, input_ids, config, model_kwargs, request.reads)
         output = decode_rows(input_ids, verifier, request, calls, together, config, model_kwargs[CACHE], lockstep)
         request.finish()
@@ -217,7 +220,7 @@ def _loop(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
     lockstep: Lockstep,
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> Generated | Tensor:
     draws, asked = bool(generation_config.do_sample), _Asked.of(generation_config)
     rows, done = Rows.of(input_ids), False
     while not done:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 
-from .._compat.generation import sample
+from .._compat.generation import Generated, sample
 from ..commit.base import Call, Draft
 from ..govern.acceptance import RequestStats
 from ..rounds import Rows
@@ -24,7 +23,7 @@ def decode_plainly(
     model_kwargs: dict[str, Any],
     draft: Draft,
     call: Call,
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> Generated | Tensor:
     """Generates rows without drafting; arguments and result are those of transformers' decoding methods."""
     started = time.perf_counter()
     with draft.generating():

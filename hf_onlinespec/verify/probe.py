@@ -25,7 +25,8 @@ from ..errors import UnsupportedError
 from ..govern.acceptance import TokenSource
 from ..rounds import Proposal
 from ..runtime.failures import kind_and_place
-from .target import COLUMNS, TEXT, Verifier
+from .inputs import InputNames
+from .target import Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and verify/test_target.py.
 KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox
@@ -83,7 +84,11 @@ def _as_known(
     target: PreTrainedModel, model_kwargs: dict[str, Any]
 ) -> str | tuple[dict[tuple[Any, ...], str], tuple[Any, ...]]:
     """The answer of `why_plain`, where it is known; else where that of a trial belongs: results by the values that they are for."""
-    extras = {name: value for name, value in model_kwargs.items() if name not in TEXT and value is not None}
+    extras = {
+        name: value
+        for name, value in model_kwargs.items()
+        if name not in InputNames.of(target).text and value is not None
+    }
     if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
         return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
     try:
@@ -147,7 +152,7 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
         if not unknown and not altered.kinds:
             return
         with torch.inference_mode(False), torch.no_grad():
-            prompt, kept = own_inputs(input_ids, model_kwargs)
+            prompt, kept = own_inputs(target, input_ids, model_kwargs)
             verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
             _read_on(verifier, prompt, 2)
     except UnsupportedError:
@@ -186,16 +191,19 @@ def tolerance(target: PreTrainedModel, device: str) -> float:
     return max(TOLERANCE.get(dtype, TOLERANCE_HALF) for dtype in dtypes)
 
 
-def own_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def own_inputs(
+    target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
     """The prompt (1, L) of a request and the inputs beside it, for a cache that holds nothing yet."""
     own = {name: value for name, value in model_kwargs.items() if value is not None and name != CACHE}
-    if not set(own) <= TEXT:
+    names = InputNames.of(target)
+    if not set(own) <= names.text:
         return input_ids, own
     # Text: the last of it, without padding, and without a token that opens it: any tokens show a fault.
-    mask = own.pop("attention_mask", None)
+    mask = own.pop(names.mask, None)
     prompt = input_ids[:, -PROMPT_TOKENS:]
     shown = slice(None) if mask is None else mask[0, -prompt.shape[1] :].bool()
-    for name in set(own) & set(COLUMNS):
+    for name in set(own) & set(names.columns):
         column = own.pop(name)
         if column.shape[-1] == input_ids.shape[1]:
             own[name] = column[..., -prompt.shape[1] :][..., shown]
@@ -239,7 +247,7 @@ def own_random_numbers(target: PreTrainedModel, input_ids: Tensor) -> Iterator[N
 
 def is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
     """Whether two forwards over the same tokens differ."""
-    prompt, kept = own_inputs(input_ids, model_kwargs)
+    prompt, kept = own_inputs(target, input_ids, model_kwargs)
     with own_random_numbers(target, input_ids):
         reads = [
             Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)}).verify(
@@ -252,7 +260,7 @@ def is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
-    prompt, kept = own_inputs(input_ids, model_kwargs)
+    prompt, kept = own_inputs(target, input_ids, model_kwargs)
 
     def verifier() -> Verifier:
         return Verifier(target, prompt, config, kept | {CACHE: fresh_cache(target.config)})

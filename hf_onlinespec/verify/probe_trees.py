@@ -20,9 +20,10 @@ from .._compat.attention import attention_kind, has_sinks, takes_positions, tree
 from .._compat.caches import CACHE, fresh_cache, moves
 from .._compat.generation import continues_inputs
 from ..runtime.failures import kind_and_place
+from .inputs import InputNames
 from .positions import PositionLimits
 from .probe import MOST_TRIALS, guesses, is_random, made_of, off, own_inputs, own_random_numbers, tolerance
-from .target import TEXT, Verifier
+from .target import Verifier
 
 TREE_FORWARDS = 5  # of one trial
 PROMPT_TOKENS = 8  # that a known class is tried with: its configuration has told what depends on the length; chosen
@@ -91,14 +92,15 @@ def _as_known(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
 
 def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """What in this request keeps from verifying a tree, said of the target; "": nothing."""
-    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if {name for name, value in model_kwargs.items() if value is not None} - TEXT or continues_inputs(target):
+    names = InputNames.of(target)
+    mask, positions = model_kwargs.get(names.mask), model_kwargs.get(names.positions)
+    if {name for name, value in model_kwargs.items() if value is not None} - names.text or continues_inputs(target):
         return "reads more than text"
     if not moves(model_kwargs[CACHE]):
         return "has a cache whose keys cannot be moved"
     if PositionLimits.of(target.config).by_length:
         return "computes its positions, or selects its keys, by the length of a forward"
-    if not takes_positions(target) or (positions is not None and positions.ndim != 2):
+    if not takes_positions(target, names.positions) or (positions is not None and positions.ndim != 2):
         return "takes no position for each token"
     if mask is not None and (mask.ndim != 2 or (positions is None and not bool(mask.all()))):
         return "was given an attention mask without positions"
@@ -107,12 +109,13 @@ def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: d
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], known: bool) -> str:
     """What a forward over a tree gets wrong, behind the request's own prompt and on a cache of its own; "": nothing."""
-    prompt, _ = own_inputs(input_ids, model_kwargs)
+    prompt, own = own_inputs(target, input_ids, model_kwargs)
     prompt = prompt[:, -PROMPT_TOKENS:] if known else prompt
     # Positions are given where the request gives them: a class may count otherwise by itself.
-    inputs: dict[str, Any] = {"use_cache": True}
-    if model_kwargs.get("position_ids") is not None:
-        inputs["position_ids"] = torch.arange(prompt.shape[1], device=prompt.device)[None]
+    names = InputNames.of(target)
+    inputs: dict[str, Any] = {"use_cache": True} | {name: own[name] for name in names.source if name in own}
+    if model_kwargs.get(names.positions) is not None:
+        inputs[names.positions] = torch.arange(prompt.shape[1], device=prompt.device)[None]
     try:
         # With dropout two forwards never agree, which says nothing of masks and positions.
         random = target.training and is_random(target, input_ids, model_kwargs)

@@ -32,6 +32,7 @@ from .._compat.generation import generative, hidden_tokens
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..models.holes import close_holes
 from ..rounds import Proposal, Rows, Verdict
+from .inputs import InputNames
 from .positions import PositionLimits
 from .target import unread
 from .trees import MOST_NODES, tree_mask, tree_positions
@@ -62,12 +63,13 @@ class RaggedVerifier:
         self._target, self._reads = target, reads if takes_hidden_states(target) else ()
         self.features: Tensor | None = None
         self.unread_because = "" if self._reads == reads else unread(target)
-        columns = ("attention_mask", "position_ids", CACHE)
-        self._kwargs = {name: value for name, value in model_kwargs.items() if name not in columns}
+        self._names = names = InputNames.of(target)
+        own = {*names.read_by_row, CACHE}
+        self._kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
         self._table = PositionLimits.of(target.config).table
         batch, length = input_ids.shape[0], input_ids.shape[1] + hidden_tokens(input_ids, config, model_kwargs)
-        mask = model_kwargs.get("attention_mask")
-        self.shown = input_ids.new_ones(batch, length) if mask is None else mask.to(input_ids)
+        mask = model_kwargs.get(names.mask)
+        self.shown = input_ids.new_ones(batch, length) if mask is None else mask.to(input_ids).expand(batch, length)
         # What of the cache is kept tokens, and of the tokens that are not in it yet, which come next: (batch, places), 0 at holes.
         self._seen = self.shown
         self._held = self._seen.sum(-1).tolist()  # per row, of these
@@ -75,7 +77,7 @@ class RaggedVerifier:
         self._cached = min(held, length - 1)  # places in the cache
         self._cache = shallow_copy(model_kwargs[CACHE]) if held else fresh_cache(target.config)
         crop(self._cache, held - self._cached)  # the last token is read anew
-        given, fed = model_kwargs.get("position_ids"), length - self._cached
+        given, fed = model_kwargs.get(names.positions), length - self._cached
         counted = (self._seen.cumsum(-1) - 1).clamp_min(0) if given is None else given
         self._unread = counted[:, -fed:].expand(
             batch, fed
@@ -102,12 +104,15 @@ class RaggedVerifier:
         tokens = torch.cat([tokens, proposal.tokens], dim=-1)
         steps = torch.arange(1, n + 1, device=tokens.device)
         has = steps <= torch.tensor(proposal.lengths, device=tokens.device)[:, None]  # (batch, n)
+        columns = {
+            self._names.mask: torch.cat([self._seen, has.to(self._seen)], dim=-1),
+            self._names.positions: torch.cat([self._unread, self._unread[:, -1:] + steps], dim=-1),
+        }
         inputs = generative(self._target).prepare_inputs_for_generation(
             tokens,
             next_sequence_length=tokens.shape[1],
             is_first_iteration=self.first,
-            attention_mask=torch.cat([self._seen, has.to(self._seen)], dim=-1),
-            position_ids=torch.cat([self._unread, self._unread[:, -1:] + steps], dim=-1),
+            **columns,
             **self._kwargs,
             **{CACHE: self._cache},
         )
@@ -115,8 +120,8 @@ class RaggedVerifier:
             inputs["logits_to_keep"] = n + 1
         if not all(proposal.is_chain(row) for row in range(len(rows.lengths))):
             shown = self._seen[:, : self._cached]
-            inputs["position_ids"] = tree_positions(proposal, self._unread)
-            inputs["attention_mask"] = tree_mask(proposal, self._cached, shown, self._target.dtype, tokens.device)
+            inputs[self._names.positions] = tree_positions(proposal, self._unread)
+            inputs[self._names.mask] = tree_mask(proposal, self._cached, shown, self._target.dtype, tokens.device)
         outputs = self._target(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
         self._cached, self.first = self._cached + fed, False
         self.features = hidden_states(outputs, self._reads, tokens.shape[1]) if self._reads else None
@@ -144,6 +149,7 @@ class RaggedVerifier:
         """Keeps some of the rows alone, in this order."""
         index = torch.tensor(going_on, device=self._seen.device)
         select_rows(self._cache, index)
+        self._kwargs = self._names.of_rows(self._kwargs, list(going_on))
         self._seen, self._unread = self._seen[index], self._unread[index]
         self._held = [self._held[row] for row in going_on]
         self._close_holes()
@@ -164,6 +170,7 @@ class RaggedVerifier:
             [F.pad(one, (places + 1 - one.shape[1], 0)) for one in (self._seen, others._seen.to(device))]
         )
         self._unread = torch.cat([self._unread, others._unread.to(device)])
+        self._kwargs = self._names.joined(self._kwargs, others._kwargs)
         self._held += others._held
         self._cached = places
         self._close_holes()

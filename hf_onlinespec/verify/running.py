@@ -23,9 +23,10 @@ from ..config.adapters import adapters_of_rows
 from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
-from .batch import READ, BatchResults, BatchRounds, check_batch, going_on, why_plain_batch
+from .batch import BatchResults, BatchRounds, check_batch, going_on, why_plain_batch
 from .checks import check_adapters, check_call, check_inputs
 from .custom_generate import PreparedCall
+from .inputs import InputNames, source_of
 from .ragged import RaggedVerifier
 from .row_calls import RowCalls
 
@@ -67,7 +68,8 @@ class RunningBatch:
         self._verifier: RaggedVerifier | None = None  # of the rows that go on; None: there are none
         self._ready_rows = self._rows  # that have begun, and join when there is room
         self._ready: RaggedVerifier | None = None  # of these
-        mask = call.model_kwargs.get("attention_mask")
+        self._names = InputNames.of(target)
+        mask = call.model_kwargs.get(self._names.mask)
         self._mask = torch.ones_like(inputs) if mask is None else mask[:, -inputs.shape[1] :]
         # A draft model reads all rows in each round, and could not leave those that are ready for later.
         self._ahead = draft.model is None  # whether more rows begin than there is room for
@@ -85,9 +87,9 @@ class RunningBatch:
             with torch.inference_mode(False), torch.no_grad():
                 rows = len(inputs)
                 own = Call(config, self._processors, rows, self._mask, learn, Vocabulary.of(target))
-                self._request = Request(
-                    draft, replace(own, adapters=adapters, prompts=inputs, at_once=min(at_once, rows))
-                )
+                source = source_of(target, rows, call.inputs_tensor, call.model_kwargs)
+                own = replace(own, adapters=adapters, prompts=inputs, at_once=min(at_once, rows), source=source)
+                self._request = Request(draft, own)
                 calls = RowCalls.of(self._processors, call.criteria, rows)
                 self._rounds = BatchRounds(self._request, calls, config, BatchResults.of(config, rows))
         except BaseException:
@@ -140,10 +142,8 @@ class RunningBatch:
         longest = int(self._mask[own].sum(dim=1).max())  # what all of them have as padding is not read
         tokens = call.input_ids[own]
         columns = {
-            name: values.expand(len(self._mask), -1)[own][:, -longest:]
-            if name in READ and values is not None
-            else values
-            for name, values in call.model_kwargs.items()
+            name: values[:, -longest:] if name in self._names.read_by_row and values is not None else values
+            for name, values in self._names.of_rows(call.model_kwargs, own).items()
         }
         self._ready_rows = rows = Rows(tokens, (tokens.shape[1],) * len(own), tuple(own))
         self._ready = RaggedVerifier(call.target, tokens[:, -longest:], call.config, columns, self._request.reads)

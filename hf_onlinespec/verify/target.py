@@ -14,19 +14,9 @@ from .._compat.generation import continue_inputs, continues_inputs, generative, 
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..errors import UnsupportedError
 from ..rounds import Proposal
+from .inputs import InputNames
 from .positions import PositionLimits
 from .trees import MOST_NODES, in_place, tree_mask, tree_positions
-
-# Inputs with a column for each token. How they go on behind their last column: with ones, by counting, by repeating it, with zeros.
-COLUMNS = {
-    "attention_mask": "ones",
-    "position_ids": "count",
-    "token_type_ids": "repeat",
-    "mm_token_type_ids": "zeros",
-    "moe_mm_token_type_ids": "repeat",
-}
-# With these alone a request is text: a round may draft behind the prompt while it is read.
-TEXT = {*COLUMNS, CACHE, "use_cache", "logits_to_keep"}
 
 
 class Verifier:
@@ -50,7 +40,7 @@ class Verifier:
         plain_because: str = "",
         trees_because: str = "",
     ) -> None:
-        self._target, self._reads = target, tuple[int, ...]()
+        self._target, self._reads, self._names = target, tuple[int, ...](), InputNames.of(target)
         self.features: Tensor | None = None
         self.unread_because = ""
         self.plain_because = plain_because  # why rounds have no room
@@ -61,11 +51,11 @@ class Verifier:
         record_past(self.cache)
         self._cached = held_tokens(self.cache)
         self._columns: dict[str, Tensor] = {}
-        for name in COLUMNS:
+        for name in self._names.columns:
             values = self._kwargs.pop(name, None)
             if values is None:
                 continue
-            if self._hidden and name != "attention_mask" and values.shape[-1] == input_ids.shape[1]:
+            if self._hidden and name != self._names.mask and values.shape[-1] == input_ids.shape[1]:
                 # The caller counted the new tokens only; what stands for the cached ones is never read.
                 values = torch.cat([values.new_zeros((*values.shape[:-1], self._hidden)), values], dim=-1)
             self._columns[name] = values
@@ -76,13 +66,13 @@ class Verifier:
             name: max(0, values.shape[-1] - length) if not self._cached else 0 for name, values in self._columns.items()
         }
         self._ahead = 0  # how far the given positions are ahead of the tokens counted
-        positions = self._columns.get("position_ids")
+        positions = self._columns.get(self._names.positions)
         if positions is not None and self._limits != PositionLimits():
             self._ahead = int(positions[..., -1].max()) + 1 - length
         # A target that keeps more between its forwards reads the prompt alone, as in plain decoding, and so does one that reads
         # more than text.
         self._continues = continues_inputs(target)
-        extras = {name for name, value in self._kwargs.items() if value is not None} - TEXT
+        extras = {name for name, value in self._kwargs.items() if value is not None} - self._names.text
         self._prompt_alone = self._continues or bool(extras)
         self._chunk = generation_config.prefill_chunk_size
         self.limited_because = ""  # why the last round had no room, where positions are the reason
@@ -141,7 +131,7 @@ class Verifier:
         inputs = dict(self._kwargs)
         for name, values in self._columns.items():
             place = end + self._surplus[name]
-            self._columns[name] = _continued(values, place, COLUMNS[name])
+            self._columns[name] = _continued(values, place, self._names.columns[name])
             inputs[name] = self._columns[name][..., :place]
         inputs = generative(self._target).prepare_inputs_for_generation(
             tokens,
@@ -154,7 +144,7 @@ class Verifier:
             inputs["logits_to_keep"] = k + 1
         if tree is not None:
             self._arrange(inputs, tree)
-        read = inputs.get("input_ids")
+        read = inputs.get(self._names.tokens)
         fed = end - self._cached if read is None else read.shape[1]
         if self._forwards == 1 and held_tokens(self.cache) + fed < end:
             raise UnsupportedError(
@@ -177,12 +167,13 @@ class Verifier:
 
     def _arrange(self, inputs: dict[str, Any], tree: Proposal) -> None:
         """Makes the inputs of a forward over a chain those of one over a tree: the last kept token and the candidates."""
-        tokens, positions, shown = inputs["input_ids"], inputs.get("position_ids"), self._columns.get("attention_mask")
+        names = self._names
+        tokens, positions, shown = inputs[names.tokens], inputs.get(names.positions), self._columns.get(names.mask)
         if positions is None:  # a model that was given none counts
             positions = torch.full_like(tokens[:, :1], self._cached)
         shown = None if shown is None else shown[:, : self._cached]
-        inputs["position_ids"] = tree_positions(tree, positions[:, :1])
-        inputs["attention_mask"] = tree_mask(tree, self._cached, shown, self._target.dtype, tokens.device)
+        inputs[names.positions] = tree_positions(tree, positions[:, :1])
+        inputs[names.mask] = tree_mask(tree, self._cached, shown, self._target.dtype, tokens.device)
 
     def _take(self, outputs: ModelOutput, end: int, fed: int) -> None:
         """Takes over what a forward returned: a target may have begun its cache anew."""
@@ -242,7 +233,7 @@ def unread(target: PreTrainedModel) -> str:
 
 
 def _continued(values: Tensor, length: int, how: str) -> Tensor:
-    """`values` (..., n) continued to `length` columns, see COLUMNS."""
+    """`values` (..., n) continued to `length` columns, see `InputNames.columns`."""
     missing = length - values.shape[-1]
     if missing <= 0:
         return values

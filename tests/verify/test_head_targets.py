@@ -211,10 +211,12 @@ def test_a_head_of_another_target_is_refused_before_any_work() -> None:
     target.generate(prompt, assistant_model=OnlineDraft(tiny_eagle3(target, reads=(3, -1, -4))), max_new_tokens=4)
 
 
-def test_an_encoder_decoder_is_refused_by_name() -> None:
+def test_a_head_of_an_encoder_decoder_is_refused_by_name() -> None:
     config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0)
     draft = OnlineDraft(tiny_eagle3(tiny_llama(1, vocab=40)))
-    with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration is an encoder–decoder"):
+    with pytest.raises(
+        UnsupportedError, match="T5ForConditionalGeneration is an encoder–decoder, and the draft Eagle3Head a head"
+    ):
         T5ForConditionalGeneration(config).generate(torch.tensor([[1, 2]]), assistant_model=draft, max_new_tokens=4)
 
 
