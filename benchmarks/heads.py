@@ -5,6 +5,7 @@
     python benchmarks/heads.py SMOLLM HEAD --stream held_out --prompts 10 --arms "static alone"      # of the kinds that it was trained on
     python benchmarks/heads.py SMOLLM --arms memory grown                                            # grow_head: from nothing
     python benchmarks/heads.py SMOLLM HEAD --stream held_out --prompts 43 --arms evolving --dtype float32 --check    # equal to plain
+    python benchmarks/heads.py SMOLLM --arms memory "evolving exit-4" "static exit-4 alone"          # the target's own first 4 layers
 
 Arms in turns, each request through all of them before the next one, in an order that rotates; learning time is inside. `alone`:
 without memory and recycled tokens. The stream that training did not contain: SQL questions, shell commands and order notes, mixed.
@@ -36,6 +37,8 @@ from hf_onlinespec.verify.custom_generate import GenerateFn
 
 ALONE = {"memory_tokens": 0, "recycle": False}
 ARMS = ("plain", "memory", "static", "evolving", "static alone", "evolving alone", "grown")
+EXITS = (2, 4, 8)  # layers of early exits
+ARMS += tuple(f"{how} exit-{n}{alone}" for n in EXITS for how in ("static", "evolving") for alone in ("", " alone"))
 KINDS = ("spider", "shell_tldr", "orders")
 
 
@@ -146,6 +149,8 @@ def made(arm: str, target: Any, args: argparse.Namespace) -> Any:
         settings[name] = json.loads(value) if value[:1] in "0123456789[tf" else value
     if arm == "grown":
         return OnlineDraft(grown_head(target), OnlineSpecConfig(**settings))
+    if "exit" in arm:
+        return OnlineDraft.early_exit(target, int(arm.split()[1].partition("-")[2]), OnlineSpecConfig(**settings))
     head = read_head(args.head, target.config, target.dtype).eval()
     head.share(target)
     return OnlineDraft(head.to(target.device), OnlineSpecConfig(**settings))

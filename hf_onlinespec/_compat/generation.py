@@ -158,6 +158,17 @@ def _unwrapped(function: Any) -> Iterator[Any]:
         function = vars(function).get("__wrapped__")
 
 
+def early_exit_of(config: GenerationConfig) -> int | None:
+    """The layers of the target that are asked to draft; None: none are."""
+    layers: int | None = vars(config).get("assistant_early_exit")
+    return layers
+
+
+def plain_mode(config: GenerationConfig) -> GenerationMode:
+    """Of a call that was found to decode greedily or to sample, how it would without a draft."""
+    return GenerationMode.SAMPLE if config.do_sample else GenerationMode.GREEDY_SEARCH
+
+
 SAMPLING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 
 

@@ -66,6 +66,7 @@ class GatedLora:
         target_modules: layer names (full, or their last part); None adapts every linear layer, embedding and head.
         blocks: how many adapters of this rank stand side by side.
         seed: of the first values of A (B starts at zero, so a new adapter changes nothing).
+        folds: whether drafting may have a copy of the adapted weights, see `folded.py`. A copy does not follow weights that are written.
 
     Attributes:
         left_out: layers that carry no adapter although they were asked for, or look as if they could, and why.
@@ -83,6 +84,7 @@ class GatedLora:
         target_modules: tuple[str, ...] | None = None,
         blocks: int = 1,
         seed: int = 0,
+        folds: bool = True,
     ) -> None:
         base = borrow(model)
         names, self.left_out = adapted_layers(base, target_modules, blocks)
@@ -98,7 +100,7 @@ class GatedLora:
         self.tree = base_of(self.model).eval()
         self.rank, self.blocks = rank, blocks
         self.layers = [module for module in self.tree.modules() if isinstance(module, LoraLayer)]
-        self._folded = FoldedWeights(model, self.tree) if is_foldable(self.layers) else None
+        self._folded = FoldedWeights(model, self.tree) if folds and is_foldable(self.layers) else None
         self._stale = True  # whether the folded weights lag behind the adapter
         self.changes = 0  # of parameters or weights
         self.weights: Tensor | None = None  # (blocks,) weights of the blocks in what is served; None: all at 1

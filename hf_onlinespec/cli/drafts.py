@@ -96,6 +96,8 @@ def run_inspect(source: str, revision: str | None = None) -> int:
     facts, target = outline.manifest.head, outline.manifest.target
     if facts is not None:
         print(f"draft head: {facts.kind}, reads {facts.reads_text}; it proposes {facts.vocabulary_text}")
+    if outline.manifest.early_exit is not None:
+        print(f"early exit: the first {outline.manifest.early_exit} layers of its base, which is its target")
     if target is not None:
         print(f"learned for the target: {printable(str(target))}")
     print(f"learner: {settings.learner}; settings that are not the defaults: {changed or 'none'}")
@@ -135,6 +137,8 @@ def _head_lines(head: HeadOutline) -> list[str]:
 
 def _target_of(manifest: Manifest | Artifact, named: str | None) -> PreTrainedModel | None:
     """The target that a draft head needs, as `--target` or the draft names it; None: the draft is no head. Raises ConfigError."""
+    if manifest.early_exit is not None:  # its base is the target
+        return None if named is None else load_model("--target", named, device=best_device())
     if manifest.head is None:
         if named is not None:
             raise ConfigError(f"--target {named}: the draft is a whole model, and needs none. Leave it out.")

@@ -27,7 +27,7 @@ from ..runtime.failures import is_out_of_memory
 from ..share.base_models import why_not_loaded
 from ..share.folder import is_artifact
 from ..share.heads import head_folder, names_head
-from ..share.loading import NamedBase, base_of, locate
+from ..share.loading import NamedBase, base_of, draftable, is_early_exit, locate
 from .common import AUTO
 
 
@@ -150,7 +150,7 @@ def load_pair(
     """
     if draft is None:
         return load_model("TARGET", target, dtype, device), None
-    if is_head_for(draft, config, base):
+    if is_early_exit(draft) or is_head_for(draft, config, base):
         model = load_model("TARGET", target, dtype, device)
         return model, OnlineDraft.from_pretrained(draft, base_model=base, target=model)
     found, is_adapter = load_draft_model("--draft", draft, config, tokenizer, dtype, device, base)
@@ -210,7 +210,7 @@ def load_draft_model(
     if before is not None:
         check_vocabularies(target, before, tokenizer)
     try:
-        model = named.load()
+        model = draftable(named.load())
     except DraftError as error:
         why = str(error).partition(" Expected an evolved draft")[0]
         raise DraftError(

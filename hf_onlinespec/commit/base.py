@@ -160,9 +160,11 @@ class Draft(ABC):
     Attributes:
         reads: indices of the target's `hidden_states` that the draft reads; (): none.
         adapters: names of the adapters that it has beside the one without a name; None: it has none, and makes none.
+        exit_layers: of the target's own layers how many draft; None: none do.
     """
 
     reads: tuple[int, ...] = ()
+    exit_layers: int | None = None
     adapters: Collection[str] | None = None
 
     def __init__(self, config: OnlineSpecConfig | dict[str, Any] | None = None, **settings: Any) -> None:

@@ -38,6 +38,7 @@ from ..govern.routing import AdapterRouter
 from ..heads.base import Head
 from ..metrics import DraftMetrics, UpdateReport
 from ..metrics.summary import counted, size
+from ..models.early_exit import EarlyExit
 from ..models.identity import BaseFingerprint
 from ..models.layers import describe
 from ..models.plain import check_cache, plain_draft
@@ -70,7 +71,8 @@ class OnlineDraft(Draft):
     The model itself is not touched: its weights are shared, its modules are not, and the adapter lives here.
 
     Args:
-        model: a causal language model, a `PeftModel` around one (its adapter is merged into a copy), or a draft head.
+        model: a causal language model, a `PeftModel` around one (its adapter is merged into a copy), a draft head, or the first layers of
+            the target (`OnlineDraft.early_exit`).
         config: how to draft and to learn, an OnlineSpecConfig or a dict of its settings; None: the defaults.
         settings: single settings of an OnlineSpecConfig, such as `lookahead=4`; they go before those of `config`.
 
@@ -94,13 +96,31 @@ class OnlineDraft(Draft):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | EarlyExit,
         config: OnlineSpecConfig | dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(config, **settings)
         self._prepare(None)
         self._begin(model)
+
+    @classmethod
+    def early_exit(
+        cls,
+        target: PreTrainedModel,
+        layers: int,
+        config: OnlineSpecConfig | dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> OnlineDraft:
+        """A draft of the target's own first layers, its final norm and its head, over the target's weights, with an adapter that learns.
+
+        The target is not touched. Where its weights are trained, the draft follows them.
+
+        Raises:
+            ConfigError: the target has no such number of layers before its last one.
+            DraftError: it is not one that can draft.
+        """
+        return cls(EarlyExit(target, layers), config, **settings)
 
     def _prepare(self, beside: OnlineDraft | None) -> None:
         """What does not depend on the model; `beside`: the draft of whose adapters this is one."""
@@ -117,21 +137,25 @@ class OnlineDraft(Draft):
         self.pushes = Lock(waits=False)  # held for one push at a time
         self.checkpoints: Checkpoints | None = None  # pushes in the background, if `push_to_hub` was asked for them
 
-    def _begin(self, model: PreTrainedModel | PeftModel) -> None:
+    def _begin(self, model: PreTrainedModel | PeftModel | EarlyExit) -> None:
         """A new adapter on the model's weights as they are now; those with names are forgotten."""
         with torch.inference_mode(False):
             base = _base(model)
-            self._adapt(base, BaseFingerprint.of(base))
+            self._adapt(base, BaseFingerprint.of(base), folds=not isinstance(model, EarlyExit))
         self._source = Source(model)
+        self.exit_layers = self._source.exit_layers
         self.adapters = NamedAdapters[OnlineDraft](self._beside, self.settings.resident_adapters)
 
-    def _adapt(self, base: PreTrainedModel, identity: BaseFingerprint, router: AdapterRouter | None = None) -> None:
-        """A new adapter on the base's weights; `router`: of one with a name."""
+    def _adapt(
+        self, base: PreTrainedModel, identity: BaseFingerprint, router: AdapterRouter | None = None, folds: bool = True
+    ) -> None:
+        """A new adapter on the base's weights; `router`: of one with a name; `folds`: as of `GatedLora`."""
         settings = self.settings
         with torch.inference_mode(False):
             rank, alpha, layers = settings.rank, settings.alpha, settings.target_modules
+            blocks, seed = settings.blocks, settings.seed
             adapter = GatedLora(
-                base, rank=rank, alpha=alpha, target_modules=layers, blocks=settings.blocks, seed=settings.seed
+                base, rank=rank, alpha=alpha, target_modules=layers, blocks=blocks, seed=seed, folds=folds
             )
             experts, locks = Experts(adapter, settings), (self.lock, self.learning.steps_lock)
             trainable: HeadModel | CausalLM
@@ -156,7 +180,7 @@ class OnlineDraft(Draft):
         own.governor, own.failures, own.lock = self.governor, self.failures, self.lock
         own.metrics = DraftMetrics(decisions=self.governor.decisions)
         own._prepare(self)
-        own._main, own._source = weakref.ref(self), self._source
+        own._main, own._source, own.exit_layers = weakref.ref(self), self._source, self.exit_layers
         own.adapters = NamedAdapters[OnlineDraft](own._beside, self.settings.resident_adapters)
         own.begin_adapter()
         return own
@@ -165,7 +189,8 @@ class OnlineDraft(Draft):
         """A new adapter in the place of this one, which has a name."""
         main, router = self._main(), AdapterRouter(self.governor.constants.router)
         assert main is not None  # it holds this one
-        self._adapt(without_adapter(main.trainable.adapter), main.identity, router)
+        base = main.trainable.adapter
+        self._adapt(without_adapter(base), main.identity, router, base.folds)
 
     def put_away(self) -> None:
         """Lets go of an adapter that has a name, whose state is kept elsewhere; what it remembers of requests stays."""
@@ -178,7 +203,8 @@ class OnlineDraft(Draft):
         main = self._main()
         assert main is not None
         with self.learning.steps_lock, self.lock:
-            self._adapt(without_adapter(main.trainable.adapter), main.identity, self.learning.router)
+            base = main.trainable.adapter
+            self._adapt(without_adapter(base), main.identity, self.learning.router, base.folds)
             self.learning.take_back(state.part("adapter").tensors, state.part("learning"))
 
     def begin_anew_if_changed(self, model: PreTrainedModel | PeftModel | None = None) -> None:
@@ -192,7 +218,7 @@ class OnlineDraft(Draft):
         Raises:
             DraftError: the model can no longer be a draft; what was learned is still there.
         """
-        source = self._source.model
+        source: PreTrainedModel | PeftModel | EarlyExit | None = self._source.model
         source = model if source is None else source
         # Without the model nobody can have meant to change the draft.
         if source is None or self._source.change() is None:
@@ -231,6 +257,7 @@ class OnlineDraft(Draft):
     def generation_config(self) -> GenerationConfig:
         """That of the user's model, as it is now."""
         model = self._source.model
+        model = model.target if isinstance(model, EarlyExit) else model
         model = self.trainable.adapter.tree if model is None else model
         return GenerationConfig() if isinstance(model, Head) else model.generation_config
 
@@ -242,7 +269,8 @@ class OnlineDraft(Draft):
         adapter = self.trainable.adapter
         without = f", left out: {describe(adapter.left_out)}" if adapter.left_out else ""
         layers = f"{len(adapter.layers)} adapted layers{without}"
-        return f"{type(self).__name__}({type(adapter.tree).__name__}, {layers})"
+        first = "" if self.exit_layers is None else f"the first {counted(self.exit_layers, 'layer')} of "
+        return f"{type(self).__name__}({first}{type(adapter.tree).__name__}, {layers})"
 
     def _rows(self) -> list[tuple[str, str]]:
         steps, share = counted(self.steps, "gradient step"), self.metrics.update_share
@@ -545,7 +573,8 @@ class OnlineDraft(Draft):
             config: settings to go on with; None: the saved ones.
             revision: branch, tag or commit on the Hub.
             force: load the adapter onto a base that is not the one it was made for.
-            target: that a draft head is for: it reads with the target's embedding, in its precision and on its device.
+            target: that a draft head is for: it reads with the target's embedding, in its precision and on its device; or whose first
+                layers draft.
 
         Raises:
             ArtifactError: a file is damaged, or the adapter belongs to another base or target.
@@ -570,8 +599,10 @@ class OnlineDraft(Draft):
         self.learning.resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
 
 
-def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def _base(model: PreTrainedModel | PeftModel | EarlyExit) -> PreTrainedModel:
     """The model or head to adapt. Raises DraftError."""
+    if isinstance(model, EarlyExit):
+        return model.cut()
     inner = uncompiled(model) if isinstance(model, nn.Module) else model
     if isinstance(inner, PeftModel) and isinstance(base_of(inner), Head):
         raise DraftError(

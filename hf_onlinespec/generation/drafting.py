@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from .._compat.generation import early_exit_of
 from ..commit.base import Draft
 from ..config import OnlineSpecConfig, as_config
 from .call import ATTACHED
@@ -31,10 +32,11 @@ def drafting_of(target: PreTrainedModel, arguments: Mapping[str, Any]) -> Drafti
     """
     assistant, setting = arguments.get("assistant_model"), arguments.get("onlinespec")
     config, attachment = arguments.get("generation_config"), ATTACHED.get(target)
-    adapter = arguments.get("adapter")
+    adapter, exit_layers = arguments.get("adapter"), arguments.get("assistant_early_exit")
     if isinstance(config, GenerationConfig):
         setting = wanted(config) if setting is None else setting
         adapter = wanted_adapter(config) if adapter is None else adapter
+        exit_layers = early_exit_of(config) if exit_layers is None else exit_layers
     if assistant is None and setting is None and attachment is not None:
         return Drafting(attachment.drafts_for(target), True, adapter)
     if setting is None:
@@ -44,4 +46,4 @@ def drafting_of(target: PreTrainedModel, arguments: Mapping[str, Any]) -> Drafti
     if assistant is None and attachment is not None:
         assistant = attachment.draft
     settings = as_config(setting) if isinstance(setting, OnlineSpecConfig | dict) else None
-    return Drafting(draft_for(target, assistant, settings), setting is not False, adapter)
+    return Drafting(draft_for(target, assistant, settings, exit_layers), setting is not False, adapter)

@@ -18,7 +18,16 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat.generation import WRAPPED, GenerationMode, frames_of_generate, note_given, originals, sample
+from .._compat.generation import (
+    WRAPPED,
+    GenerationMode,
+    early_exit_of,
+    frames_of_generate,
+    note_given,
+    originals,
+    plain_mode,
+    sample,
+)
 from .._compat.models import uncompiled
 from ..commit.base import Draft
 from ..commit.memory_draft import online_memory
@@ -32,6 +41,7 @@ from ..verify.checks import check_call, check_inputs, check_mode, check_synced_g
 from ..verify.custom_generate import GenerateFn, Prepare
 from ..verify.loop import decode
 from .call import AttachedCall, anything_attached, call_of, call_with, calling
+from .exits import exit_draft
 from .growing import grown_draft
 from .setting import add_settings, remove_settings, says, unset, wanted, wanted_adapter
 
@@ -135,7 +145,7 @@ def _wrap_validate(validate: Function, get_mode: Function) -> Function:
             told = ("assistant_model", "assistant_tokenizer")
             mode_kwargs = {name: value for name, value in mode_kwargs.items() if name not in told}
             if (config.num_return_sequences or 1) > 1:
-                mode = get_mode(config)  # transformers' own assisted decoding takes one sequence
+                mode = plain_mode(config)  # transformers' own assisted decoding takes one sequence
         if call is not None and call.served:
             mode = get_mode(config)  # a class that names the modes it supports means plain decoding's
         validate(self, mode, config, mode_kwargs)
@@ -153,8 +163,10 @@ def _check_ours(
         raise no_model(assistant)
     model = assistant.model if isinstance(assistant, Draft) else assistant
     check_synced_gpus(bool(mode_kwargs.get("synced_gpus")), target, model, config)
-    tokenizers = [mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer")]
-    check_call(target, model, config, *tokenizers)
+    exit_layers = assistant.exit_layers if isinstance(assistant, Draft) else None
+    if assistant is None:
+        exit_layers = early_exit_of(config)
+    check_call(target, model, config, mode_kwargs.get("tokenizer"), mode_kwargs.get("assistant_tokenizer"), exit_layers)
 
 
 # The arguments of a decoding method that go before the named ones.
@@ -200,7 +212,8 @@ def _wrap_assisted(assisted: Function) -> Function:
         setting = wanted(generation_config)
         if assistant_model is None and call is not None:
             assistant_model = call.attachment.draft
-        draft = draft_for(self, assistant_model, setting if isinstance(setting, OnlineSpecConfig) else None)
+        settings = setting if isinstance(setting, OnlineSpecConfig) else None
+        draft = draft_for(self, assistant_model, settings, early_exit_of(generation_config))
         named["adapter"] = wanted_adapter(generation_config)
         learn = setting is not False
         named |= {"synced_gpus": synced_gpus, "inputs_tensor": inputs_tensor}
@@ -237,14 +250,18 @@ def _decode_attached(
         raise
 
 
-def draft_for(target: PreTrainedModel, assistant: Any, settings: OnlineSpecConfig | None) -> Draft:
-    """What drafts in a call with onlinespec=: the given draft, or the target's suffix memory."""
+def draft_for(
+    target: PreTrainedModel, assistant: Any, settings: OnlineSpecConfig | None, exit_layers: int | None
+) -> Draft:
+    """What drafts in a call with onlinespec=: the given draft, the target's first layers, or its suffix memory."""
     if isinstance(assistant, Draft):
         assistant.begin_anew_if_changed()
         assistant.check_setting(settings)
         return assistant
     if assistant is not None:
         return online_draft(assistant, settings)
+    if exit_layers is not None:
+        return exit_draft(target, exit_layers, settings)
     grown = grown_draft(target, settings)
     if grown is not None:
         return grown

@@ -18,7 +18,13 @@ from .answers import Answer
 from .prompts import Encoded
 from .setting import unset
 
-DRAFTING = ("assistant_model", "onlinespec", "adapter", "assistant_tokenizer")  # arguments that say what drafts
+DRAFTING = (
+    "assistant_model",
+    "onlinespec",
+    "adapter",
+    "assistant_tokenizer",
+    "assistant_early_exit",
+)  # arguments that say what drafts
 
 
 class PromptCalls:

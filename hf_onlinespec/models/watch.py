@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .._compat.models import uncompiled
 from .borrow import is_plain
+from .early_exit import EarlyExit
 
 READ = 32  # weights of which one number is read at every look: a write through `.data` leaves no other trace. Chosen.
 
@@ -33,18 +34,28 @@ class _Weight:
 
 
 class Source:
-    """The model that a draft was made from, weakly, and whether it is still as it was then."""
+    """The model that a draft was made from, weakly, and whether it is still as it was then.
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        self._model, self._watch = weakref.ref(model), ModelWatch(uncompiled(model))
+    Attributes:
+        exit_layers: of the model, which is the target itself, how many layers draft; None: all of it, a model of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel | EarlyExit) -> None:
+        whole = model.target if isinstance(model, EarlyExit) else model
+        self.exit_layers = model.layers if isinstance(model, EarlyExit) else None
+        self._model, self._watch = weakref.ref(whole), ModelWatch(uncompiled(whole), self.exit_layers is None)
 
     @property
-    def model(self) -> PreTrainedModel | PeftModel | None:
+    def model(self) -> PreTrainedModel | PeftModel | EarlyExit | None:
         """The model; None: it is gone."""
-        return self._model()
+        model = self._model()
+        return model if model is None or self.exit_layers is None else EarlyExit(model, self.exit_layers)
 
     def change(self) -> str | None:
-        """What has changed since, at the first place where something has; None: nothing."""
+        """What has changed since, at the first place where something has; None: nothing.
+
+        A target that is trained is no change of its early exit: the draft reads the same weights, and its adapter goes on.
+        """
         return self._watch.change()
 
 
@@ -52,9 +63,13 @@ class ModelWatch:
     """Remembers which modules and parameters a model has, and how often they were written.
 
     It holds no reference to the model itself. A look at 20 parameters takes 15 µs, at 300 of them 130 µs.
+
+    Args:
+        writes: whether other numbers in the same parameters are a change.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, writes: bool = True) -> None:
+        self._writes = writes
         self._modules: list[tuple[str, dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] = []
         self._weights: list[_Weight] = []
         for name, module in model.named_modules():
@@ -77,11 +92,13 @@ class ModelWatch:
             if weight.address is not None and now.data_ptr() != weight.address:
                 looks = _looks(now)
                 return f"{weight.name} {'was moved' if looks == weight.looks else f'is {looks} and was {weight.looks}'}"
-            if weight.version is not None and now._version != weight.version:
+            if self._writes and weight.version is not None and now._version != weight.version:
                 return f"{weight.name} was written"
         for name, children, before in self._modules:
             if tuple(children.values()) != before:
                 return f"{name or 'the model'} has other modules"
+        if not self._writes:
+            return None
         for (name, number), value in zip(self._numbers, self._values, strict=True):
             now_value = number.item()
             if now_value != value and now_value == now_value:

@@ -74,6 +74,7 @@ class Artifact:
     versions: dict[str, str] = field(default_factory=versions)  # of the packages that made it
     target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head, or has served none yet
     head: HeadFacts | None = None  # None: it is no head
+    early_exit: int | None = None  # first layers of the base, the target itself, that draft; None: all of them
 
     def write(self, folder: str | Path, card: str = "", curve: bytes | None = None) -> None:
         """Writes the folder, or replaces what an earlier `write` left there.
@@ -108,6 +109,7 @@ class Artifact:
             files,
             self.target,
             self.head,
+            self.early_exit,
         )
         # The set is complete from here on, see `finish_interrupted_write`.
         part = folder / MANIFEST_PART
@@ -147,6 +149,7 @@ class Artifact:
             manifest.versions,
             manifest.target,
             manifest.head,
+            manifest.early_exit,
         )
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
-from ..models.identity import EMBEDDED, GROWN, BaseFingerprint
+from ..models.identity import EMBEDDED, GROWN, PACKAGED, BaseFingerprint
 from .heads import head_folder, load_head
 
 
@@ -74,7 +74,7 @@ def load_model(
         return load_head(name, folder, target)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, token=token, trust_remote_code=False
+            PACKAGED.get(name, name), revision=revision, token=token, trust_remote_code=False
         ).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):

@@ -11,6 +11,7 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..metrics.summary import counted
 from ..models.identity import EMBEDDED_TARGET, BaseFingerprint, is_own_name
 from .artifact import Artifact
 from .card_tables import (
@@ -75,6 +76,14 @@ HEAD_OTHERS = """\
 It reads hidden states of its target, and was trained for this one and for prompts like those that it served. With prompts of another
   kind, or a copy of the target with other weights, it may draft worse than the head that it began with; another target is refused."""
 
+EXIT_ELSEWHERE = """\
+`draft.merge_and_export(FOLDER)` writes
+these layers with what they learned as a causal language model of their own, a draft for other libraries. On the whole target the adapter
+would change what the target says: it is not for that."""
+EXIT_OTHERS = """\
+It is made of its target's own layers, and was trained for prompts like those that it served. With prompts of another kind it may draft
+  worse than these layers did before; another target is refused."""
+
 
 def write(
     artifact: Artifact,
@@ -117,12 +126,21 @@ def model_card(
     license, machine = artifact.lineage.license, serving.machine.to_dict()
     usage_note, usage = _usage(artifact, repo_id)
     head = artifact.head
-    base_name = "base draft" if head is None else "draft head"
+    of_layers = None if artifact.early_exit is None else f"target's first {counted(artifact.early_exit, 'layer')}"
+    base_name = of_layers or ("base draft" if head is None else "draft head")
+    what, begun_on = (
+        ("A draft model", "its base draft")
+        if head is None
+        else (f"A draft head ({head.kind})", "the head that it began with")
+    )
+    elsewhere, others = (ELSEWHERE, OTHERS) if head is None else (_head_elsewhere(head), HEAD_OTHERS)
+    if of_layers is not None:
+        what, begun_on, elsewhere, others = "An early exit", f"its {of_layers}", EXIT_ELSEWHERE, EXIT_OTHERS
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         metadata=_metadata(serving, base, title, license).to_yaml(),
         title=escaped(title),
-        what="A draft model" if head is None else f"A draft head ({head.kind})",
-        begun_on="its base draft" if head is None else "the head that it began with",
+        what=what,
+        begun_on=begun_on,
         base_name=base_name,
         base=_base(base),
         head_rows="" if head is None else _head_rows(head),
@@ -142,8 +160,8 @@ def model_card(
         else "No licence of the adapter is stated.",
         usage_note=usage_note,
         usage=usage,
-        elsewhere=ELSEWHERE if head is None else _head_elsewhere(head),
-        others=OTHERS if head is None else HEAD_OTHERS,
+        elsewhere=elsewhere,
+        others=others,
     )
 
 
@@ -268,12 +286,14 @@ def _usage(artifact: Artifact, repo_id: str | None) -> tuple[str, str]:
     target = targets[0] if targets else ""
     if artifact.target is not None:
         target = artifact.target.name
+    if artifact.early_exit is not None:
+        target = base.name
     unknown = []
-    if not is_own_name(base.name) and not _is_on_hub(base):
+    if artifact.early_exit is None and not is_own_name(base.name) and not _is_on_hub(base):
         source += f", base_model={quoted(YOUR_BASE)}"
         unknown.append(_to_fill_in(YOUR_BASE, base.name))
     lines = EMBEDDED_USAGE if target == EMBEDDED_TARGET else USAGE
-    if artifact.head is not None:
+    if artifact.head is not None or artifact.early_exit is not None:
         source += f", target={'pair.target' if target == EMBEDDED_TARGET else 'target'}"
     if target != EMBEDDED_TARGET and not ("/" in target and is_repo_id(target)):  # without "/": a folder's name, mostly
         unknown.append(_to_fill_in(YOUR_TARGET, target))

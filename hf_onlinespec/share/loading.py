@@ -21,6 +21,7 @@ from ..config import ENSEMBLE, OnlineSpecConfig, one_expert
 from ..embedded import FOLDER
 from ..errors import ArtifactError, ConfigError, DraftError, HubError, brief
 from ..heads.base import Head
+from ..models.early_exit import EarlyExit
 from ..models.identity import PACKAGED, BaseFingerprint, is_own_name, public_name
 from ..models.plain import plain_draft
 from .artifact import Artifact, Outline
@@ -38,7 +39,7 @@ from .named import named_folders
 class Loaded:
     """What a source holds, read and checked: all that a draft is made of."""
 
-    base: PreTrainedModel
+    base: PreTrainedModel | EarlyExit
     settings: OnlineSpecConfig | None  # None: the defaults
     artifact: Artifact | None = None  # that is resumed
     adapter: Mapping[str, Tensor] | None = None  # that learning goes on from, with a new state
@@ -78,8 +79,10 @@ def load(
     return Loaded(base, settings, adapter=adapter, lineage=Lineage(parent=origin.parent), target=target)
 
 
-def draftable(model: PreTrainedModel) -> PreTrainedModel:
-    """The model to adapt. Raises DraftError."""
+def draftable(model: PreTrainedModel | EarlyExit) -> PreTrainedModel:
+    """The model to adapt. Raises DraftError; ConfigError where a target has fewer layers than its early exit."""
+    if isinstance(model, EarlyExit):
+        return model.cut()
     return model if isinstance(model, Head) else plain_draft(model)
 
 
@@ -92,8 +95,9 @@ def _load_evolved(
     token: str | None,
     target: PreTrainedModel | None,
 ) -> Loaded:
-    base = draftable(NamedBase.of(origin).load(base_model, token, target))
-    loaded = _load_adapter(folder, base, config, force, target)
+    found = NamedBase.of(origin).load(base_model, token, target)
+    base = draftable(found)
+    loaded = replace(_load_adapter(folder, base, config, force, target), base=found)
     if origin.revision is not None:  # a folder is where it was kept, not where it came from
         loaded.lineage.parent = origin.parent
     named = named_folders(folder) if origin.revision is None else {}
@@ -137,7 +141,10 @@ def load_beside(source: str | Path, target: PreTrainedModel, config: OnlineSpecC
     if origin.folder is None:
         base = load_model(str(source), None, None, target)
     else:
-        base = NamedBase.of(origin).load(target=target)
+        found = NamedBase.of(origin).load(target=target)
+        if isinstance(found, EarlyExit):
+            return load(source, None, config, None, False, None, target)
+        base = found
     device = target.device if target.device.type != "meta" else base.device  # "meta": its weights lie elsewhere
     return load(source, placed(base, device), config, None, False, None, target)
 
@@ -168,6 +175,12 @@ def base_of(source: str | Path, base: str | Path | None = None) -> tuple[str, st
     return NamedBase.of(origin).named() if base is None else (str(base), None)
 
 
+def is_early_exit(source: str | Path) -> bool:
+    """Whether a source holds what the first layers of a target have learned. Raises DraftError, ArtifactError, HubError."""
+    origin = locate(source)
+    return origin.folder is not None and origin.evolved and NamedBase.of(origin).exit_layers is not None
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a source turned out to hold."""
@@ -193,6 +206,7 @@ class NamedBase:
     expected: BaseFingerprint | None  # None: of an ordinary adapter
     name_or_path: str  # a folder of the machine that made the adapter, or a name
     revision: str | None
+    exit_layers: int | None = None  # of them, the target's, so many draft; None: it is a model of its own, or a head
 
     @classmethod
     def of(cls, origin: Origin) -> NamedBase:
@@ -200,7 +214,7 @@ class NamedBase:
         assert origin.folder is not None
         if origin.evolved:
             outline = Outline.read(origin.folder)
-            return cls(outline.manifest.base, outline.options.base_name or "", None)
+            return cls(outline.manifest.base, outline.options.base_name or "", None, outline.manifest.early_exit)
         options = read_plain_options(origin.folder)
         return cls(None, options.base_name or "", options.revision or None)
 
@@ -209,9 +223,12 @@ class NamedBase:
         base_model: PreTrainedModel | str | Path | None = None,
         token: str | None = None,
         target: PreTrainedModel | None = None,
-    ) -> PreTrainedModel:
-        """The model; arguments and errors are those of `load_base`."""
-        return load_base(base_model, self.expected, self.name_or_path, token, self.revision, target)
+    ) -> PreTrainedModel | EarlyExit:
+        """The model, or the layers of a target; arguments and errors are those of `load_base`."""
+        if self.exit_layers is not None and base_model is None:
+            base_model = target
+        base = load_base(base_model, self.expected, self.name_or_path, token, self.revision, target)
+        return base if self.exit_layers is None else EarlyExit(base, self.exit_layers)
 
     def named(self) -> tuple[str, str | None]:
         """Its name or folder, and its revision. Raises DraftError: it is not known."""

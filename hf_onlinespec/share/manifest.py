@@ -19,7 +19,7 @@ from .lineage import Lineage
 
 FORMAT = 1
 KEYS = {"format", "settings", "base", "versions", "lineage", "run", "files", "checksum"}
-OF_HEADS = {"target", "head"}  # in the manifest of a head alone
+OPTIONAL = {"target", "head", "early_exit"}  # the first two in the manifest of a head alone
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Manifest:
     files: dict[str, str]  # their checksums
     target: BaseFingerprint | None = None  # that a head has learned for; None: it is no head, or has served none yet
     head: HeadFacts | None = None  # None: it is no head
+    early_exit: int | None = None  # first layers of the base, the target itself, that draft; None: all of them
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -61,8 +62,8 @@ class Manifest:
                 f"{path}: format {brief(found.get('format'))}; this version of hf_onlinespec reads format {FORMAT}. "
                 "Install the version that wrote it (see its 'versions')."
             )
-        if set(found) - OF_HEADS != KEYS:
-            unknown = sorted(set(found) - KEYS - OF_HEADS)
+        if set(found) - OPTIONAL != KEYS:
+            unknown = sorted(set(found) - KEYS - OPTIONAL)
             raise ArtifactError(f"{path}: missing keys {sorted(KEYS - set(found))}, unknown keys {brief(unknown)}.")
         if found["checksum"] != own_checksum(found):
             raise ArtifactError(
@@ -72,6 +73,9 @@ class Manifest:
         odd = sorted(set(files) - set(CHECKED))
         if odd:
             raise ArtifactError(f"{path}: lists files that do not belong to it: {brief(odd)}.")
+        exit_layers = found.get("early_exit")
+        if exit_layers is not None and (type(exit_layers) is not int or exit_layers < 1):
+            raise ArtifactError(f"{path}: early_exit is {brief(exit_layers)}: expected a number of layers.")
         settings = found["settings"]
         if not isinstance(settings, dict):
             raise ArtifactError(f"{path}: settings is {brief(settings)}: expected a JSON object.")
@@ -84,6 +88,7 @@ class Manifest:
             files=files,
             target=BaseFingerprint.from_dict(found["target"]) if "target" in found else None,
             head=HeadFacts.from_dict(found["head"]) if "head" in found else None,
+            early_exit=exit_layers,
         )
 
     def dump(self, path: Path) -> bytes:
@@ -101,6 +106,8 @@ class Manifest:
             manifest["target"] = asdict(self.target)
         if self.head is not None:
             manifest["head"] = self.head.to_dict()
+        if self.early_exit is not None:
+            manifest["early_exit"] = self.early_exit
         data = to_json(manifest | {"checksum": own_checksum(manifest)}).encode()
         self.parse(data, path)  # what could not be read again is not written
         if len(data) > MOST_JSON_BYTES:

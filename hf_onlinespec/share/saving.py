@@ -30,6 +30,7 @@ class Saved(Audited, Protocol):
 
     identity: BaseFingerprint  # of its base
     target_identity: BaseFingerprint | None  # that a head learns for; None: it is no head, or has served none yet
+    exit_layers: int | None  # first layers of the target that draft; None: it is a model of its own, or a head
     metrics: DraftMetrics
     idle: IdleLearning
 
@@ -52,6 +53,7 @@ def artifact_of(draft: Saved) -> Artifact:
             lineage=replace(copy.deepcopy(draft.lineage), privacy=privacy_record(draft)),
             target=draft.target_identity,
             head=HeadFacts.of(draft.config),
+            early_exit=draft.exit_layers,
         )
 
 

@@ -26,12 +26,12 @@ from ..errors import ArtifactError, ConfigError, require_whole
 from ..models.identity import BaseFingerprint
 from ..runtime.progress import each
 from ..share.artifact import Artifact
-from ..share.base_models import check_base, load_base
+from ..share.base_models import check_base
 from ..share.fit import PARTS, PREFIX, check_layers, check_size, names_of
 from ..share.heads import check_learned_for
 from ..share.learned_from import merged_record
 from ..share.lineage import Distilled, merged_lineages
-from ..share.loading import draftable, locate
+from ..share.loading import NamedBase, draftable, locate
 from ..share.resuming import adopt
 from ..share.targets import Targets
 from ..share.tensor_files import shapes_of
@@ -226,7 +226,9 @@ def _new_draft(
         if config is not None:
             raise ConfigError("learner='ensemble': combined adapters are one expert. Use another learner to go on.")
         settings = replace(settings, learner=settings.expert_learner)
-    base = draftable(load_base(base_model, first.base, first.options.base_name or "", target=target))
+    named = NamedBase(first.base, first.options.base_name or "", None, first.early_exit)
+    found = named.load(base_model, target=target)
+    base = draftable(found)
     check_base(first.base, BaseFingerprint.of(base), force=False)
     sizes = []
     for artifact in artifacts:
@@ -237,7 +239,7 @@ def _new_draft(
         sizes += [4 * math.prod(shape) for shape in shapes.values()]
     check_size(sum(sizes), base)
     draft = OnlineDraft(
-        base,
+        found,
         replace(
             settings,
             rank=rank,

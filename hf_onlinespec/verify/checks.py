@@ -14,6 +14,7 @@ from .._compat.caches import CACHE, forgets, held_rows, held_tokens, rollback_ob
 from .._compat.generation import (
     SAMPLING_MODES,
     GenerationMode,
+    early_exit_of,
     hidden_tokens,
     is_sharded,
     known_continuation,
@@ -50,12 +51,14 @@ def check_call(
     generation_config: GenerationConfig,
     tokenizer: object = None,
     assistant_tokenizer: object = None,
+    exit_layers: int | None = None,
 ) -> None:
     """Refuses, before any work, what the loop does not take. Each error names the value and the way out.
 
     Args:
         draft: the model that drafts; None: the suffix memory drafts alone.
         tokenizer, assistant_tokenizer: of target and draft, where `generate` was given them.
+        exit_layers: of the target's own layers how many draft, as `assistant_early_exit` may say too; None: none do.
     """
     # It asks only whether there is one.
     check_mode(generation_config, generation_config.get_generation_mode(draft))  # type: ignore[arg-type]
@@ -79,7 +82,7 @@ def check_call(
         )
     for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"):
         value = vars(config).get(other)
-        if value:
+        if value and not (other == "assistant_early_exit" and value == exit_layers):
             raise UnsupportedError(
                 f"{other}={value}: another source of drafts beside the learning one. Use one of the two."
             )
@@ -182,6 +185,11 @@ def check_synced_gpus(
         raise UnsupportedError(
             f"synced_gpus=True with the target {type(target).__name__} in training mode: it may be random, and would have to be tried by "
             "all processes together. Call model.eval() first."
+        )
+    if draft is None and early_exit_of(generation_config) is not None:
+        raise UnsupportedError(
+            f"synced_gpus=True with assistant_early_exit={early_exit_of(generation_config)}: under DeepSpeed ZeRO-3 or FSDP each process "
+            "holds a part of the layers. Draft with a small model, or without one (onlinespec=True)."
         )
     base = base_of(draft) if isinstance(draft, PeftModel) else draft
     if isinstance(base, Head):

@@ -73,7 +73,7 @@ def decode(
     Raises:
         UnsupportedError, DraftError, ConfigError: before any work is done; the draft's learned state is untouched.
     """
-    check_call(target, draft.model, generation_config, tokenizer, assistant_tokenizer)
+    check_call(target, draft.model, generation_config, tokenizer, assistant_tokenizer, draft.exit_layers)
     check_inputs(target, input_ids, generation_config, model_kwargs)
     processors = LogitsProcessorList(logits_processor)
     check_batch(target, input_ids, processors, stopping_criteria, generation_config, streamer)

@@ -53,7 +53,7 @@ class RunningBatch:
             raise UnsupportedError(
                 "synced_gpus: rows begin at other times in each of the processes that hold the target"
             )
-        check_call(target, draft.model, config)
+        check_call(target, draft.model, config, exit_layers=draft.exit_layers)
         check_inputs(target, inputs, config, call.model_kwargs)
         self._processors = LogitsProcessorList(call.processors)
         check_batch(target, inputs, self._processors, call.criteria, config, all_begin=False)
