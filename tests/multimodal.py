@@ -1,0 +1,290 @@
+"""Every class of transformers 5.24 that reads pictures, videos or sounds and writes text, from a tiny configuration.
+
+One row for each model type of the mappings of `AutoModelForMultimodalLM`, `AutoModelForSpeechSeq2Seq` and `AutoModelForSeq2SeqLM` that is no
+encoder–decoder: those have a table of their own. `shown` says what
+the model is shown beside text: one of SHOWN. `target` says how it goes, as in `tests/architectures.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from tests.architectures import PLAIN, SERVED, TINY
+
+# Some that read sounds stand among those of speech, or of sequences, alone.
+CLASSES = (
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    | modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    | modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+)
+TABLE_OF = "5.24"  # the release of transformers whose classes are listed
+VIDEO, IMAGE, START, AUDIO = (
+    4,
+    5,
+    6,
+    7,
+)  # what stands for a part of a video, of a picture; begins one; for a part of a sound
+
+# Values for the fields of those names, beside `architectures.TINY`.
+SMALL: dict[str, Any] = dict(
+    image_size=16, patch_size=8, depth=1, embed_dim=32, num_channels=3, temporal_patch_size=2, projection_dim=32,
+    num_mel_bins=8, output_dim=32, out_hidden_size=32, spatial_merge_size=2, image_token_id=IMAGE, image_token_index=IMAGE,
+    video_token_id=VIDEO, video_token_index=VIDEO, audio_token_id=AUDIO, audio_token_index=AUDIO,
+    vision_start_token_id=START, vision_end_token_id=3,
+)  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def text(n: int) -> Tensor:
+    """(1, n) tokens, none of them special."""
+    return torch.randint(8, 64, (1, n), generator=torch.Generator().manual_seed(n))
+
+
+def grid(*shape: int) -> dict[str, Tensor]:
+    """A picture of 4 × 4 patches."""
+    return {"pixel_values": noise(16, *shape), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
+SIZES = {"image_sizes": torch.tensor([[16, 16]])}
+# A picture or a sound, as processors hand it to the models.
+SHOWN: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "a picture": lambda: {"pixel_values": noise(1, 3, 16, 16)},
+    "a picture and its size": lambda: {"pixel_values": noise(1, 3, 16, 16)} | SIZES,
+    "a picture in two parts": lambda: {"pixel_values": noise(1, 2, 3, 16, 16)} | SIZES,
+    "one of several pictures": lambda: {"pixel_values": noise(1, 1, 3, 16, 16)},
+    "patches of two frames": lambda: grid(3 * 2 * 8 * 8),
+    "patches": lambda: grid(3 * 8 * 8),
+    "square patches": lambda: grid(3, 8, 8),
+    "patches, merged": lambda: grid(3 * 8 * 8) | {"image_merge_sizes": torch.tensor([1])},
+    "patches and their mask": lambda: {
+        "pixel_values": noise(1, 4, 3 * 8 * 8),
+        "spatial_shapes": torch.tensor([[2, 2]]),
+        "pixel_attention_mask": torch.ones(1, 4, dtype=torch.long),
+    },
+    "a sound": lambda: {"input_features": noise(1, 8, 16), "input_features_mask": torch.ones(1, 16, dtype=torch.long)},
+    "30 s of sound": lambda: {"input_features": noise(1, 8, 3000)},
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to build a tiny model, what it is shown, and how it is served."""
+
+    model_type: str
+    shown: str  # a key of SHOWN; "": text alone
+    target: str  # "served", "served without drafting", or words of the refusal
+    arguments: dict[str, Any]  # for the configuration, beside TINY and SMALL; ... for one that must stay away
+    reason: str = ""  # why it cannot be built, or cannot be shown text alone
+    every_run: bool = False  # among those that run without the marker
+
+    @property
+    def name(self) -> str:
+        """Of its class."""
+        return CLASSES[self.model_type]
+
+    def build(self) -> PreTrainedModel:
+        config = CONFIG_MAPPING[self.model_type]
+        torch.manual_seed(0)
+        model: PreTrainedModel = getattr(transformers, self.name)(config(**tiny(config, self.arguments)))
+        model = model.float().eval()
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+        return model
+
+    def prompt(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Two tokens, what it is shown, five tokens."""
+        shown = SHOWN[self.shown]()
+        reads, token = ("get_audio_features", AUDIO) if "input_features" in shown else ("get_image_features", IMAGE)
+        part = model if reads in dir(type(model)) else model.base_model
+        with torch.no_grad():
+            places = _places(getattr(part, reads)(**shown))
+        tokens = torch.cat([text(2), torch.full((1, places), token), text(5)], dim=-1)
+        return {"input_ids": tokens} | shown | types_of(model, tokens)
+
+
+def types_of(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """Which tokens stand for a picture, where a model is told: it counts positions of time, height and width by it."""
+    asked = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+    return {"mm_token_type_ids": (tokens == IMAGE).int()} if asked else {}
+
+
+def _places(features: Any) -> int:
+    """Tokens that stand for what was shown: one for each vector."""
+    if isinstance(features, list | tuple):
+        return sum(map(_places, features))
+    if not isinstance(features, Tensor):
+        found = features.get("pooler_output")
+        return _places(features.last_hidden_state if found is None else found)
+    return features.numel() // features.shape[-1]
+
+
+def tiny(kind: type[PretrainedConfig], given: Mapping[str, Any], inner: bool = False) -> dict[str, Any]:
+    """Arguments of a small configuration of that class, and of those inside of it.
+
+    Args:
+        given: beside TINY and SMALL; those of an inner configuration are a dict, with its `model_type` where any may stand there.
+    """
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    found = {name: value for name, value in (TINY | SMALL).items() if name in known}
+    if inner:
+        found.pop("is_decoder", None)
+    for name, part in kind.sub_configs.items():
+        own = given.get(name, {})
+        if own is None or own is ...:
+            continue
+        own = dict(own)
+        if part is transformers.AutoConfig:
+            default = vars(kind()).get(name)
+            model_type = own.pop("model_type", None if default is None else default.model_type)
+            if model_type is None:
+                continue
+            found[name] = {"model_type": model_type} | tiny(CONFIG_MAPPING[model_type], own, inner=True)
+        else:
+            found[name] = tiny(part, own, inner=True)
+    found |= {name: value for name, value in given.items() if name not in kind.sub_configs or value is None}
+    return {name: value for name, value in found.items() if value is not ...}
+
+
+def _row(model_type: str, shown: str = "", target: str = SERVED, reason: str = "", every_run: bool = False, **arguments: Any) -> Reader:  # fmt: skip
+    return Reader(model_type, shown, target, arguments, reason, every_run)
+
+
+NO_TEXT_ALONE = "it reads no prompt without a picture or a sound"
+TIMM = "its vision tower needs the package timm"
+NO_TINY = "no tiny one was found"
+ONE_CELL = {"vision_feature_layer": -1, "image_grid_pinpoints": [[16, 16]]}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+PATCHES, FRAMES, PICTURE = "patches", "patches of two frames", "a picture"
+THREE = {"text_config": MROPE}
+
+# fmt: off
+READERS = [
+    _row("apertus1p5", reason=f"its sound codec has fixed sizes; {NO_TINY}"),
+    _row("aria", PICTURE, projector_patch_to_query_dict={4: 2}),
+    _row("audioflamingo3"),
+    _row("aya_vision", PICTURE, every_run=True),
+    _row("blip", reason=NO_TEXT_ALONE),
+    _row("blip-2", reason=NO_TEXT_ALONE),
+    _row("chameleon", vocabulary_map={"<image>": IMAGE, "IMGIMGBSA": 9}),
+    _row("cohere2_vision", PICTURE),
+    _row("cohere_compass", FRAMES, text_config={"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {kind: ROPE for kind in ("sliding_attention", "full_attention")}}),
+    _row("cosmos3_edge", PATCHES, **THREE),
+    _row("cosmos3_omni", FRAMES),
+    _row("deepseek_ocr2", reason=f"its vision tower has fixed sizes; {NO_TINY}"),
+    _row("deepseek_vl", PICTURE),
+    _row("deepseek_vl_hybrid"),
+    _row("diffusion_gemma", reason="it writes blocks by diffusion, not token by token"),
+    _row("dots3_note", reason=f"its vision tower has per-layer settings for 42 layers; {NO_TINY}"),
+    _row("emu3", vocabulary_map={"<image>": IMAGE}, vq_config={"embed_dim": 4, "codebook_size": 16, "base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": []}),
+    _row("ernie4_5_vl_moe", PATCHES, text_config=MROPE | {"moe_intermediate_size": [16, 16], "moe_num_experts": 4, "moe_k": 2}),
+    _row("evolla", target="use_cache=False"),
+    _row("exaone4_5", FRAMES),
+    _row("fast_vlm", reason=TIMM),
+    _row("fun_asr_nano", adaptor_config={"intermediate_size": 8}),
+    _row("fuyu"),
+    _row("gemma3", PICTURE, every_run=True, mm_tokens_per_image=4),
+    _row("gemma3n", reason=TIMM),
+    _row("gemma4", text_config={"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}),
+    _row("gemma4_unified"),
+    _row("git"),
+    _row("glm46v", FRAMES, **THREE),
+    _row("glm4v", FRAMES, **THREE),
+    _row("glm4v_moe", FRAMES, text_config={"rope_parameters": ROPE | {"mrope_section": [1, 0, 1]}}),
+    _row("glm5_next", reason=f"its sizes depend on each other; {NO_TINY}"),
+    _row("glm_ocr", FRAMES, **THREE),
+    _row("glmasr", "a sound", every_run=True),
+    _row("glmga", FRAMES, **THREE),
+    _row("got_ocr2", PICTURE),
+    _row("granite4_vision", reason=f"its projector has fixed sizes; {NO_TINY}"),
+    _row("granite_docling"),
+    _row("granite_speech"),
+    _row("granite_speech_plus"),
+    _row("hunyuan_vl", PATCHES, text_config={"rope_parameters": ROPE | {"xdrope_section": [1, 1, 1, 1], "alpha": 1.0}}),
+    _row("hy_v4_vl", PATCHES, target=PLAIN, **THREE),
+    _row("hyperclovax_vision_v2", FRAMES),
+    _row("idefics", reason=NO_TEXT_ALONE),
+    _row("idefics2", "one of several pictures", every_run=True),
+    _row("idefics3", "one of several pictures"),
+    _row("inkling2", reason=f"its vocabularies depend on each other; {NO_TINY}"),
+    _row("inkling2_loop", reason=f"its vocabularies depend on each other; {NO_TINY}"),
+    _row("inkling_mm_model"),
+    _row("instructblip", reason=NO_TEXT_ALONE),
+    _row("instructblipvideo", reason=NO_TEXT_ALONE),
+    _row("internvl", PICTURE, every_run=True),
+    _row("janus", vq_config=None),
+    _row("kimi_k25", text_config={"num_key_value_heads": 4}),
+    _row("kosmos-2", reason=NO_TEXT_ALONE),
+    _row("kosmos-2.5"),
+    _row("kyutai_speech_to_text", reason=NO_TEXT_ALONE),
+    _row("lfm2_vl", "patches and their mask", every_run=True),
+    _row("lfm3_vl", FRAMES, text_config={"layer_types": ["conv", "full_attention"]}),
+    _row("lighton_ocr", "a picture and its size"),
+    _row("llama4", reason="plain generate fails in transformers 5.24 (its text model hands back no image_outputs)"),
+    _row("llava", PICTURE, vision_feature_layer=-1),
+    _row("llava_next", "a picture in two parts", every_run=True, **ONE_CELL),
+    _row("llava_next_video", "a picture in two parts", **ONE_CELL),
+    _row("llava_onevision", "a picture in two parts", **ONE_CELL),
+    _row("minicpm_ocr", target="recurrent state", text_config=HYBRID),
+    _row("minicpmv4_6", target="recurrent state", text_config=HYBRID),
+    _row("minicpmv4_7", target="recurrent state", text_config=HYBRID),
+    _row("minimax_m3_vl", FRAMES),
+    _row("mistral3", "a picture and its size", vision_feature_layer=-1, spatial_merge_size=1),
+    _row("mistral4", num_key_value_heads=4),
+    _row("mistral_large4", text_config={"num_key_value_heads": 4}),
+    _row("mllama"),
+    _row("molmo2", reason=f"its adapter names layers of a large vision tower; {NO_TINY}"),
+    _row("moss_transcribe_diarize"),
+    _row("muse_glimmer"),
+    _row("muse_spark", reason=f"its vision tower has per-layer settings; {NO_TINY}"),
+    _row("musicflamingo"),
+    _row("nemo_speechlm", reason=f"its sizes depend on each other; {NO_TINY}"),
+    _row("nemotron_h_omni", target="recurrent state", vision_config={"video_temporal_patch_size": 2}),
+    _row("omniasr"),
+    _row("ovis2", PICTURE),
+    _row("paddleocr_vl", "square patches", **THREE),
+    _row("paligemma", PICTURE, every_run=True, vision_config={"model_type": "siglip_vision_model", "projection_dim": 32}),
+    _row("perception_lm", reason=TIMM),
+    _row("phi4_multimodal"),
+    _row("pi0", reason="it writes movements of a robot, no tokens"),
+    _row("pp_chart2table", PICTURE),
+    _row("qianfan_ocr", PICTURE),
+    _row("qwen2_5_omni", reason="it speaks: its thinker (qwen2_5_omni_thinker) is what writes"),
+    _row("qwen2_5_omni_thinker", FRAMES, every_run=True, audio_start_token_id=3, vision_start_token_id=START, **THREE),
+    _row("qwen2_5_vl", FRAMES, every_run=True, **THREE),
+    _row("qwen2_audio"),
+    _row("qwen2_vl", FRAMES, **THREE),
+    _row("qwen3_5", target="recurrent state", every_run=True, text_config=HYBRID),
+    _row("qwen3_5_moe", target="recurrent state", text_config=HYBRID),
+    _row("qwen3_asr", eos_token_id=2, text_config={"eos_token_id": 2}),
+    _row("qwen3_omni_moe", reason="it speaks: its thinker (qwen3_omni_moe_thinker) is what writes"),
+    _row("qwen3_omni_moe_thinker", FRAMES, audio_start_token_id=3, vision_start_token_id=START),
+    _row("qwen3_vl", FRAMES, every_run=True),
+    _row("qwen3_vl_moe", FRAMES),
+    _row("qwen4_exp", reason=f"its linear attention's sizes depend on each other; {NO_TINY}"),
+    _row("shieldgemma2", PICTURE, mm_tokens_per_image=4),
+    _row("smolvlm", "one of several pictures", every_run=True),
+    _row("step3p7", PICTURE),
+    _row("unlimited_ocr", target="decodes in a way of its own (_prefill)"),
+    _row("vibevoice", reason="it speaks: what it writes is sound"),
+    _row("vibevoice_asr", acoustic_tokenizer_encoder_config={"hidden_size": 32, "num_filters": 4, "downsampling_ratios": [2], "depths": [1, 1]}, semantic_tokenizer_encoder_config={"hidden_size": 32, "num_filters": 4, "downsampling_ratios": [2], "depths": [1, 1]}),
+    _row("video_llama_3", "patches, merged"),
+    _row("video_llava", PICTURE, vision_feature_layer=-1),
+    _row("vipllava", PICTURE, vision_feature_layers=[-1]),
+    _row("voxtral", "30 s of sound", every_run=True),
+    _row("voxtral_realtime", reason=NO_TEXT_ALONE),
+]
+# fmt: on

@@ -1,0 +1,139 @@
+"""Every class that reads pictures or sounds, as target of the memory: equal to plain `generate` with and without them, or refused as the table says.
+
+pytest tests/test_multimodal.py -m all_architectures     # those too that are left out of a usual run
+python -m tests.test_multimodal > docs/multimodal.md     # the table of the documentation, from a run of all of them
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.utils import logging
+
+from hf_onlinespec import OnlineSpecConfig, OnlineSpecError, online_memory
+from tests.architectures import PLAIN, SERVED
+from tests.multimodal import CLASSES, READERS, TABLE_OF, Reader, text, types_of
+from tests.test_architectures import agree
+from tests.tiny_models import CACHE
+
+MEMORY = OnlineSpecConfig(lookahead=4)  # a number, so that no clock decides what is drafted
+OF_TABLE = transformers.__version__.startswith(TABLE_OF + ".")
+BUILT = [row for row in READERS if not row.reason]
+EVERY_RUN = [row for row in BUILT if row.every_run]
+
+
+@dataclass(frozen=True)
+class Found:
+    """How it went: "served", a refusal, or in what it differs."""
+
+    alone: str  # with text alone
+    shown: str  # with a picture or a sound, in a first turn and in a second one on its cache; "": not tried
+
+
+def answers(model: PreTrainedModel, prompt: dict[str, Tensor], turns: int, **ours: Any) -> list[Tensor]:
+    """The tokens after each turn."""
+    arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True}
+    found = [model.generate(**prompt, **arguments, **ours)]
+    for _ in range(1, turns):
+        tokens = torch.cat([found[-1].sequences, text(3)], dim=-1)
+        cache = {CACHE: found[-1].get(CACHE)}
+        found.append(model.generate(tokens, **types_of(model, tokens), **cache, **arguments, **ours))
+    return [out.sequences for out in found]
+
+
+def compare(model: PreTrainedModel, prompt: dict[str, Tensor], turns: int) -> str:
+    """The memory drafts: what the second request says, it knows from the first one."""
+    plain = answers(model, prompt, turns)
+    for _ in range(2):
+        try:
+            ours = answers(model, prompt, turns, onlinespec=MEMORY)
+        except OnlineSpecError as error:
+            return str(error)
+        for turn, (own, other) in enumerate(zip(plain, ours, strict=True), start=1):
+            if not torch.equal(own, other):
+                return f"turn {turn} says {other[0].tolist()} instead of {own[0].tolist()}"
+    return SERVED if online_memory(model, MEMORY).metrics.drafted_tokens else PLAIN
+
+
+def run(row: Reader) -> Found:
+    model = row.build()
+    alone = compare(model, {"input_ids": text(10)}, 1)
+    return Found(alone, compare(row.build(), row.prompt(model), 2) if row.shown else "")
+
+
+def check(row: Reader) -> None:
+    if row.model_type not in CONFIG_MAPPING or not OF_TABLE:
+        pytest.skip(f"the table is of transformers {TABLE_OF}, installed is {transformers.__version__}")
+    found = run(row)
+    assert agree(row.target, found.alone), found.alone
+    assert not row.shown or agree(row.target, found.shown), found.shown
+
+
+@pytest.mark.filterwarnings("default")  # some classes use what torch or transformers itself will drop
+@pytest.mark.parametrize("row", EVERY_RUN, ids=lambda row: row.model_type)
+def test_equals_plain_generate_with_and_without_what_it_is_shown(row: Reader) -> None:
+    check(row)
+
+
+@pytest.mark.all_architectures
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("row", [row for row in BUILT if not row.every_run], ids=lambda row: row.model_type)
+def test_each_other_class_equals_plain_generate_or_is_refused_for_the_stated_reason(row: Reader) -> None:
+    check(row)
+
+
+def test_the_table_lists_every_class_of_the_mapping() -> None:
+    if not OF_TABLE:
+        pytest.skip(f"the table is of transformers {TABLE_OF}, installed is {transformers.__version__}")
+    listed = [row.model_type for row in READERS]
+    left = {kind for kind in CLASSES if kind not in listed}
+    assert len(set(listed)) == len(listed) and set(listed) <= set(CLASSES)
+    assert all(CONFIG_MAPPING[kind]().is_encoder_decoder for kind in left), left
+
+
+def document() -> str:
+    """docs/multimodal.md, from what was found for every row."""
+    lines, counts = [], Counter[str]()
+    for row in READERS:
+        if row.reason:
+            lines.append(f"| {row.name} | {row.model_type} | not tried: {row.reason} | |")
+            counts["not tried"] += 1
+            continue
+        found = run(row)
+        cells = [words(row, seen) for seen in (found.alone, found.shown)]
+        counts[cells[0]] += 1
+        counts["served with what it was shown"] += cells[1] == SERVED
+        shown = f"{row.shown}: {cells[1]}" if row.shown else "not tried"
+        lines.append(f"| {row.name} | {row.model_type} | {cells[0]} | {shown} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    said = "; ".join(f"{n} {word}" for word, n in counts.most_common())
+    return "\n".join([HEADING, "", f"- as target: {said}", "", COLUMNS, *lines, ""])
+
+
+def words(row: Reader, seen: str) -> str:
+    stated = row.target if row.target in (SERVED, PLAIN) else f"refused: {row.target}"
+    return stated if agree(row.target, seen) else f"**{seen}**"
+
+
+HEADING = f"""# Which models that read pictures or sounds are served
+
+Every class that `AutoModelForMultimodalLM` of transformers {TABLE_OF} can build and that is no encoder–decoder, from a tiny configuration in float32, written by `python -m tests.test_multimodal`. The memory drafts. "Served": the same tokens as plain `generate`, in two requests of text alone, and with what stands in the last column in two requests of two turns each, the second one on the cache of the first. "Served without drafting": no round has room, see [Architectures](architectures.md).
+
+The prompt with a picture is read as in plain decoding, and drafting begins behind it. Drafts, the suffix memory and learning see the text alone: the tokens that stand for parts of pictures, videos and sounds are left out. Several prompts with pictures in one call are decoded plainly."""
+COLUMNS = """| class | model type | text alone | with a picture or a sound |
+|---|---|---|---|"""
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(document(), end="")
