@@ -91,6 +91,27 @@ def test_each_other_class_equals_plain_generate_or_is_refused_for_the_stated_rea
     check(row)
 
 
+@pytest.mark.parametrize("model_type", ["internvl", "qwen2_5_vl"])
+def test_several_prompts_of_text_alone_equal_plain(model_type: str) -> None:
+    """Rows read together have a position each; where these are of three kinds, they are decoded plainly, and one row is drafted for."""
+    row = next(row for row in READERS if row.model_type == model_type)
+    if not OF_TABLE:
+        pytest.skip(f"the table is of transformers {TABLE_OF}, installed is {transformers.__version__}")
+    model = row.build()
+    tokens = torch.cat([text(10), text(11)[:, 1:]])
+    mask = torch.ones_like(tokens)
+    tokens[1, :3], mask[1, :3] = 0, 0
+    arguments: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12}
+    plain = model.generate(tokens, **arguments)
+    for _ in range(2):
+        assert torch.equal(plain, model.generate(tokens, **arguments, onlinespec=MEMORY))
+    metrics = online_memory(model, MEMORY).metrics
+    together = metrics.drafted_tokens > 0
+    assert together != ("positions of time, height and width" in metrics.decisions.drafting)
+    assert together == (model_type == "internvl")
+    assert compare(model, {"input_ids": text(10)}, 1) == SERVED
+
+
 def test_the_table_lists_every_class_of_the_mapping() -> None:
     if not OF_TABLE:
         pytest.skip(f"the table is of transformers {TABLE_OF}, installed is {transformers.__version__}")
@@ -126,7 +147,7 @@ def words(row: Reader, seen: str) -> str:
 
 HEADING = f"""# Which models that read pictures or sounds are served
 
-Every class that `AutoModelForMultimodalLM` of transformers {TABLE_OF} can build and that is no encoder–decoder, from a tiny configuration in float32, written by `python -m tests.test_multimodal`. The memory drafts. "Served": the same tokens as plain `generate`, in two requests of text alone, and with what stands in the last column in two requests of two turns each, the second one on the cache of the first. "Served without drafting": no round has room, see [Architectures](architectures.md).
+Every class that `AutoModelForMultimodalLM`, `AutoModelForSpeechSeq2Seq` or `AutoModelForSeq2SeqLM` of transformers {TABLE_OF} can build and that is no encoder–decoder, from a tiny configuration in float32, written by `python -m tests.test_multimodal`. The memory drafts. "Served": the same tokens as plain `generate`, in two requests of text alone, and with what stands in the last column in two requests of two turns each, the second one on the cache of the first. "Served without drafting": no round has room, see [Architectures](architectures.md).
 
 The prompt with a picture is read as in plain decoding, and drafting begins behind it. Drafts, the suffix memory and learning see the text alone: the tokens that stand for parts of pictures, videos and sounds are left out. Several prompts with pictures in one call are decoded plainly."""
 COLUMNS = """| class | model type | text alone | with a picture or a sound |

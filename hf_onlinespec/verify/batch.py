@@ -26,7 +26,7 @@ from ..rounds import Proposal, Rows, Verdict
 from .accept import accept, joined
 from .batch_criteria import BatchCriteria, split_criteria
 from .ended_rows import EndedRows
-from .inputs import InputNames
+from .inputs import InputNames, given
 from .lockstep import Lockstep
 from .probe import why_plain
 from .probe_trees import why_chains
@@ -77,9 +77,12 @@ def why_plain_batch(
         reason = f"prefill_chunk_size={config.prefill_chunk_size}"
     names = InputNames.of(target)
     read = (names.text - names.columns.keys()) | names.read_by_row
-    more = sorted({name for name, value in model_kwargs.items() if value is not None} - read)
+    more = sorted(given(model_kwargs) - read)
     if not reason and more:
         reason = f"{', '.join(more)} beside the tokens"
+    positions = model_kwargs.get(names.positions)
+    if not reason and positions is not None and positions.dim() > 2:
+        reason = f"{type(target).__name__} counts positions of time, height and width"
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:

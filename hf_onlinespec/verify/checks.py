@@ -26,6 +26,7 @@ from ..config.adapters import AUTO, MOST_ADAPTERS
 from ..errors import ConfigError, UnsupportedError, brief
 from ..heads.base import Head
 from ..models.vocabulary import check_vocabularies
+from .inputs import given
 
 PICTURES = (
     "mm_encoder_outputs",
@@ -248,7 +249,7 @@ def check_inputs(
         said = CACHE if asked is None else f"cache_implementation={asked!r}"
         raise UnsupportedError(f"{said}: the target {name} {obstacle}. Leave it out: the default cache can be.")
     size = generation_config.prefill_chunk_size
-    pictures = [key for key, value in model_kwargs.items() if key.startswith(PICTURES) and value is not None]
+    pictures = sorted(key for key in given(model_kwargs) if key.startswith(PICTURES))
     if size and pictures and input_ids.shape[1] > size:
         raise UnsupportedError(
             f"prefill_chunk_size={size}: {', '.join(pictures)} cannot be read in pieces. Leave prefill_chunk_size out."

@@ -50,6 +50,11 @@ class InputNames:
         return {self.mask, self.positions}
 
 
+def given(inputs: Mapping[str, Any]) -> set[str]:
+    """Names of the inputs that hold anything. With text alone, a model that reads pictures is handed a dict without any (5.24)."""
+    return {name for name, value in inputs.items() if value is not None and not (isinstance(value, dict) and not value)}
+
+
 _COLUMNS = {
     "attention_mask": "ones",
     "position_ids": "count",

@@ -25,7 +25,7 @@ from ..errors import UnsupportedError
 from ..govern.acceptance import TokenSource
 from ..rounds import Proposal
 from ..runtime.failures import kind_and_place
-from .inputs import InputNames
+from .inputs import InputNames, given
 from .target import Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py and verify/test_target.py.
@@ -84,11 +84,7 @@ def _as_known(
     target: PreTrainedModel, model_kwargs: dict[str, Any]
 ) -> str | tuple[dict[tuple[Any, ...], str], tuple[Any, ...]]:
     """The answer of `why_plain`, where it is known; else where that of a trial belongs: results by the values that they are for."""
-    extras = {
-        name: value
-        for name, value in model_kwargs.items()
-        if name not in InputNames.of(target).text and value is not None
-    }
+    extras = given(model_kwargs) - InputNames.of(target).text
     if extras and vars(target.config.get_text_config(decoder=True)).get("cross_attention_layers"):
         return f"the target {type(target).__name__} keeps its pictures in the cache that a round is rolled back in"
     try:

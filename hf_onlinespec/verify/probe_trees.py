@@ -20,7 +20,7 @@ from .._compat.attention import attention_kind, has_sinks, takes_positions, tree
 from .._compat.caches import CACHE, fresh_cache, moves
 from .._compat.generation import continues_inputs
 from ..runtime.failures import kind_and_place
-from .inputs import InputNames
+from .inputs import InputNames, given
 from .positions import PositionLimits
 from .probe import MOST_TRIALS, guesses, is_random, made_of, off, own_inputs, own_random_numbers, tolerance
 from .target import Verifier
@@ -94,7 +94,7 @@ def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: d
     """What in this request keeps from verifying a tree, said of the target; "": nothing."""
     names = InputNames.of(target)
     mask, positions = model_kwargs.get(names.mask), model_kwargs.get(names.positions)
-    if {name for name, value in model_kwargs.items() if value is not None} - names.text or continues_inputs(target):
+    if given(model_kwargs) - names.text or continues_inputs(target):
         return "reads more than text"
     if not moves(model_kwargs[CACHE]):
         return "has a cache whose keys cannot be moved"

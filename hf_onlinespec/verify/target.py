@@ -14,7 +14,7 @@ from .._compat.generation import continue_inputs, continues_inputs, generative, 
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
 from ..errors import UnsupportedError
 from ..rounds import Proposal
-from .inputs import InputNames
+from .inputs import InputNames, given
 from .positions import PositionLimits
 from .trees import MOST_NODES, in_place, tree_mask, tree_positions
 
@@ -72,7 +72,7 @@ class Verifier:
         # A target that keeps more between its forwards reads the prompt alone, as in plain decoding, and so does one that reads
         # more than text.
         self._continues = continues_inputs(target)
-        extras = {name for name, value in self._kwargs.items() if value is not None} - self._names.text
+        extras = given(self._kwargs) - self._names.text
         self._prompt_alone = self._continues or bool(extras)
         self._chunk = generation_config.prefill_chunk_size
         self.limited_because = ""  # why the last round had no room, where positions are the reason
