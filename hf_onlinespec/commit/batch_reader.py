@@ -16,13 +16,12 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from .._compat.attention import has_sinks, takes_positions, tree_obstacle
-from .._compat.caches import CACHE, cache_tensors, crop, join_rows, select_rows
+from .._compat.caches import CACHE, cache_tensors
 from ..adapt.trainable import Prefix
-from ..models.holes import close_holes, last_seen
 from .draft_model import Branch, KnownRow, Reader, SharedReader
 from .draft_trees import MOST_OFF
-
-MOST_READ = 16  # tokens that are read behind a row in a round, with room to spare; chosen
+from .row_cache import RowCache
+from .row_features import RowFeatures
 
 
 @final
@@ -46,17 +45,11 @@ class BatchReader(SharedReader):
         self._config, self._device, self._positions, self._inputs = config, device, positions, inputs
         self._padding = {i: row.padding for i, row in rows.items()}
         self._rows = dict(rows)
-        self._order = list(rows)  # which row each one of the cache is
-        self._past = DynamicCache(config=config)
-        self._seen = torch.zeros(len(rows), 0, dtype=torch.long)  # (batch, places), on the host: 0 at holes
+        self._cache = RowCache(config, list(rows), positions)
         # Tokens that were read, padding included; what all rows have as padding is not read.
         self._lengths = dict.fromkeys(rows, min(row.padding for row in rows.values()))
         # Per row, of the tokens that were read since it was rolled back: which one, and its place.
         self._latest: dict[int, list[tuple[int, int]]] = {row: [] for row in rows}
-        self._rejected: list[
-            tuple[int, int]
-        ] = []  # row and place of tokens that were rolled back since the last forward
-        self._left = False  # whether rows have left since then
 
     @property
     def size(self) -> int:
@@ -68,7 +61,7 @@ class BatchReader(SharedReader):
 
     @property
     def begun(self) -> bool:
-        return bool(self._seen.shape[1])
+        return bool(self._cache.places)
 
     def length(self, i: int) -> int:
         """Tokens of a row that need not be read again."""
@@ -76,31 +69,32 @@ class BatchReader(SharedReader):
 
     def scores(self, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
         """See `SharedReader`. Other rows read on in the same forward, as far as that makes it no wider: it costs nothing."""
-        self._settle()
+        cache = self._cache
+        cache.settle()
         n = max(prefix.shape[1] - self._lengths[row] for row, prefix in prefixes.items())
-        feeds = [self._feed(row, prefixes.get(row), n) for row in self._order]
-        cached = self._seen.shape[1]
+        feeds = [self._feed(row, prefixes.get(row), n) for row in cache.order]
+        cached = cache.places
         positions, kept = [], []
-        for row, feed in zip(self._order, feeds, strict=True):
+        for row, feed in zip(cache.order, feeds, strict=True):
             m, start, padding = feed.shape[1], self._lengths[row], self._rows[row].padding
             first = cached + n - m  # rows end together
             read = range(start, start + m)
             positions.append([0] * (n - m) + [max(0, at - padding) for at in read])
             kept.append([0] * (n - m) + [int(at >= padding) for at in read])
             self._latest[row] += [(at, first + i) for i, at in enumerate(read)]
-        seen = torch.cat([self._seen, torch.tensor(kept)], dim=1)
+        seen = torch.cat([cache.seen, torch.tensor(kept)], dim=1)
         logits: Tensor = served(
             input_ids=torch.cat([F.pad(feed, (n - feed.shape[1], 0)) for feed in feeds]),
             attention_mask=seen.to(self._device),
             position_ids=torch.tensor(positions, device=self._device),
-            **{CACHE: self._past},
+            **{CACHE: cache.past},
             use_cache=True,
             **self._inputs,
         ).logits[:, -1]
-        self._seen = seen
-        for row, feed in zip(self._order, feeds, strict=True):
+        cache.seen = seen
+        for row, feed in zip(cache.order, feeds, strict=True):
             self._lengths[row] += feed.shape[1]
-        said = [self._order.index(row) for row in prefixes]
+        said = [cache.order.index(row) for row in prefixes]
         return logits if said == list(range(len(logits))) else logits[said]
 
     def _feed(self, row: int, prefix: Tensor | None, n: int) -> Tensor:
@@ -114,28 +108,25 @@ class BatchReader(SharedReader):
 
     def rewind(self, i: int, length: int) -> None:
         """Rolls a row back, see `Reader.rewind`."""
-        keep, at = min(self._lengths[i], length - 1), self._order.index(i)
-        self._rejected += [(at, place) for token, place in self._latest[i] if token >= keep]
+        keep = min(self._lengths[i], length - 1)
+        self._cache.reject(i, [place for token, place in self._latest[i] if token >= keep])
         self._lengths[i], self._latest[i] = keep, []
 
     def leave(self, i: int) -> None:
         """A row that has ended is read no further."""
         del self._rows[i]
-        self._left = True
+        self._cache.leave(i)
 
     def join(self, others: SharedReader) -> None:
         """See `SharedReader`. What was rejected of either leaves its cache first."""
         assert isinstance(others, BatchReader)
         for one in (self, others):
-            one._settle()
-        places = max(self._seen.shape[1], others._seen.shape[1])
-        join_rows(self._past, others._past, places)
+            one._cache.settle()
+        places = max(self._cache.places, others._cache.places)
         for one in (self, others):
-            more = places - one._seen.shape[1]
-            one._seen = F.pad(one._seen, (more, 0))
+            more = places - one._cache.places
             one._latest = {i: [(token, at + more) for token, at in read] for i, read in one._latest.items()}
-        self._seen = torch.cat([self._seen, others._seen])
-        self._order += others._order
+        self._cache.join(others._cache)
         self._rows |= others._rows
         self._lengths |= others._lengths
         self._latest |= others._latest
@@ -143,41 +134,19 @@ class BatchReader(SharedReader):
 
     def prefix(self, i: int, most: int) -> Prefix | None:
         """See `Reader.prefix`: the row's own places of the cache, one beside the other, behind its padding."""
-        if i not in self._order or not self.begun:
+        if i not in self._cache.order or not self.begun:
             return None
-        at = self._order.index(i)
-        rejected = {place for row, place in self._rejected if row == at}
-        places = [place for place in torch.nonzero(self._seen[at])[:, 0].tolist() if place not in rejected]
-        padding = self._padding[i]
+        at, places, padding = self._cache.order.index(i), self._cache.kept(i), self._padding[i]
         kept = torch.tensor(places[: max(0, most - padding)], device=self._device)
         if not len(kept):
             return None
         past = DynamicCache(config=self._config)
-        for layer, states in enumerate(cache_tensors(self._past)):
+        for layer, states in enumerate(cache_tensors(self._cache.past)):
             keys, values = (
                 F.pad(one[at : at + 1].index_select(2, kept.to(one.device)), (0, 0, padding, 0)) for one in states
             )
             past.update(keys, values, layer)
         return Prefix(past, padding + len(kept))
-
-    def _settle(self) -> None:
-        """Takes out rows that have left and places where no row has a token, and moves the others together where that is worth it."""
-        if not self._rejected and not self._left:
-            return
-        if self._rejected:
-            rows, rejected = zip(*self._rejected, strict=True)
-            self._seen[list(rows), list(rejected)] = 0
-        going_on = [at for at, row in enumerate(self._order) if row in self._rows]
-        if len(going_on) < len(self._order):
-            index = torch.tensor(going_on)
-            select_rows(self._past, index)
-            self._seen, self._order = self._seen[index], [self._order[at] for at in going_on]
-        places = last_seen(self._seen)
-        crop(self._past, self._seen.shape[1] - places)
-        most = int(self._seen[:, :places].sum(dim=1).max())
-        full = places + MOST_READ > self._positions
-        self._seen = close_holes(self._past, self._seen[:, :places], most, full)
-        self._rejected, self._left = [], False
 
 
 @final
@@ -225,6 +194,7 @@ class _RowReader(Reader):
 class _TriedRow:
     tokens: Tensor | None
     padding: int = 0
+    features: RowFeatures | None = None
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ class KnownRow(Protocol):
 
     tokens: Tensor | None  # (1, L) on the model's device, what the target has kept so far; None: it has not begun
     padding: int  # of them, on the left, tokens that are none
+    features: RowFeatures | None  # the target's; None: the model reads none
 
 
 class SharedReader(ABC):

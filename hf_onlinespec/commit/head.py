@@ -27,6 +27,7 @@ from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .draft_model import Branch, DraftModel, KnownRow, Reader
 from .draft_trees import seen_by
+from .head_rows import HeadRows
 from .row_features import RowFeatures
 
 
@@ -53,8 +54,16 @@ class HeadModel(DraftModel):
         assert features is not None
         return HeadReader(self, features)
 
-    def shared_reader(self, rows: Mapping[int, KnownRow]) -> None:
-        """See `DraftModel`. A head reads the target's features of each row."""
+    def shared_reader(self, rows: Mapping[int, KnownRow]) -> HeadRows:
+        return HeadRows(self, rows)
+
+    def of_all_ids(self, logits: Tensor) -> Tensor:
+        """Logits (n, ids) as those of the target's ids."""
+        if self.ids is None:
+            return logits
+        scores = logits.new_full((len(logits), self.config.vocab_size), -torch.inf)
+        scores[:, self.ids] = logits
+        return scores
 
     def prompt_log_ratio(self, tokens: Tensor, mask: Tensor | None, most: int) -> tuple[float, Mapping[bool, Reader]]:
         """See `DraftModel`. Before the target has read the prompt a head can say nothing about it."""
@@ -213,15 +222,7 @@ class HeadReader(Reader):
             self._note(self._drafted, self._drafted - 1)
             self._drafted += 1
         assert self._logits is not None
-        return self._of_all_ids(self._logits)
-
-    def _of_all_ids(self, logits: Tensor) -> Tensor:
-        """Logits (n, ids) as those of the target's ids."""
-        if self._model.ids is None:
-            return logits
-        scores = logits.new_full((len(logits), self._model.config.vocab_size), -torch.inf)
-        scores[:, self._model.ids] = logits
-        return scores
+        return self._model.of_all_ids(self._logits)
 
     @property
     def _cached(self) -> int:
@@ -254,7 +255,7 @@ class HeadReader(Reader):
         for i, branch in enumerate(branches):
             self._read[branch.node] = cached + i, out.hidden[:, i : i + 1]
             self._above[branch.node] = branch.parent
-        return self._of_all_ids(out.logits[0])
+        return self._model.of_all_ids(out.logits[0])
 
     def _step(self, served: PreTrainedModel, tokens: Tensor, **read: Tensor | None) -> None:
         out = served(

@@ -15,9 +15,9 @@ from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.adapt.segment import Segment
 from hf_onlinespec.commit.batch_reader import BatchReader, reads_rows
 from hf_onlinespec.commit.draft_model import DraftModel, Reader
+from hf_onlinespec.commit.row_features import RowFeatures
 from hf_onlinespec.metrics import Counts
 from tests.drafts import move
-from tests.heads.tiny import tiny_head
 from tests.tiny_models import random_model, tiny_gpt2, tiny_llama
 
 VOCAB = 32
@@ -29,6 +29,7 @@ class Row:
 
     tokens: Tensor
     padding: int
+    features: RowFeatures | None = None
 
 
 def rows_of(rng: random.Random, lengths: list[int]) -> dict[int, Row]:
@@ -156,7 +157,6 @@ def test_drafts_whose_rows_cannot_be_read_together_are_known() -> None:
     )
     rows = rows_of(random.Random(1), [3, 4])
     assert OnlineDraft(random_model(windowed, 3), rank=2).trainable.shared_reader(rows) is None
-    assert OnlineDraft(tiny_head("EAGLE-3", tiny_llama(1, layers=2))).trainable.shared_reader(rows) is None
     model = tiny_llama(1)
     assert reads_rows(model, {})
     forward = model.forward
