@@ -23,11 +23,13 @@ from ..share.canaries import as_feedback
 from ..share.export import merge_and_export
 from ..share.folder import ADAPTER, STATE
 from ..share.heads import head_folder
-from ..share.hub import Push, known_parent
+from ..share.hub import Push, Snapshot, known_parent
 from ..share.lineage import Lineage
 from ..share.loading import locate
 from ..share.manifest import Manifest
-from ..share.privacy import audit, check_privacy
+from ..share.named import named_folders, place_of, remove_others
+from ..share.privacy import audit
+from ..share.pushing import check_adapter
 from ..training.combining import combine, distil, no_evolved_draft, read_evolved
 from ..training.corpus import read_corpus
 from .common import FOUND, check_own, check_seed, check_writable, quiet_libraries
@@ -193,10 +195,15 @@ def run_push(
     options.check(None)
     options = options.with_user()
     artifact = Artifact.read(folder)
+    named = {name: Artifact.read(place) for name, place in named_folders(folder).items()}
     if public and not skip_audit:
-        model = _target_of(artifact, target)
-        check_privacy(OnlineDraft.from_pretrained(folder, base_model=base, target=model))
-    commit = options.commit(artifact, known_parent(artifact.lineage, options.repo_id))
+        draft = OnlineDraft.from_pretrained(folder, base_model=base, target=_target_of(artifact, target))
+        check_adapter(draft, None)
+        for name in named:
+            with draft.adapters.using(name) as adapter:
+                check_adapter(adapter, name)
+    snapshot = Snapshot(artifact, named, frozenset(named))
+    commit = options.commit(snapshot, known_parent(artifact.lineage, options.repo_id))
     print(f"Pushed: {options.repo_id} at {commit}")
     options.create_tag(commit)
     return 0
@@ -211,9 +218,16 @@ def run_pull(repo: str, folder: Path, revision: str | None) -> int:
     origin = locate(repo, revision)
     if origin.folder is None or not origin.evolved:
         raise no_evolved_draft(repo)
-    artifact = Artifact.read(origin.folder)
-    artifact = replace(artifact, lineage=replace(artifact.lineage, draft=Lineage.new().draft, parent=origin.parent))
-    card.write(artifact, folder, repo)
+
+    def pulled(place: Path) -> Artifact:
+        artifact = Artifact.read(place)
+        return replace(artifact, lineage=replace(artifact.lineage, draft=Lineage.new().draft, parent=origin.parent))
+
+    named = {name: pulled(place) for name, place in named_folders(origin.folder).items()}
+    card.write(pulled(origin.folder), folder, repo, named=named)
+    for name, artifact in named.items():
+        card.write(artifact, place_of(folder, name))
+    remove_others(folder, named)
     print(f"Written: {folder}, {repo}{'' if origin.revision is None else f' at {origin.revision}'}")
     return 0
 

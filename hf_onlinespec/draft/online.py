@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -375,7 +375,7 @@ class OnlineDraft(Draft):
     @property
     def version(self) -> tuple[int, int]:
         """Another one whenever what is served has changed: by a step, an adapter that was adopted, an earlier state, a new base."""
-        return self._begun, self.trainable.adapter.changes
+        return self._begun, self.trainable.adapter.changes + sum(named.steps for named in self.adapters.values())
 
     @property
     def learning_bytes(self) -> int:
@@ -514,12 +514,13 @@ class OnlineDraft(Draft):
         create_pr: bool = False,
         message: str | None = None,
         is_main_process: bool | None = None,
+        selected_adapters: Sequence[str] | None = None,
     ) -> str:
-        """Pushes what `save_pretrained` saves, in one commit, and returns the commit's hash. Adapters with names stay here.
+        """Pushes what `save_pretrained` saves, adapters with names too, in one commit, and returns the commit's hash.
 
         Args:
             repo_id: "user/name", or "name" for a repository of your own; made where it does not exist.
-            private: False: the push needs a `data_statement`, and passes the privacy audit first. None is True.
+            private: False: the push needs a `data_statement`, and every adapter passes the privacy audit first. None is True.
             data_statement: what the draft was trained on, for the card.
             checkpoint_every: push again after so many requests, in the background, until `checkpoints.close()`. None: as before.
             token: of the Hub; None or True: the one that `hf auth login` keeps; False: none.
@@ -532,6 +533,8 @@ class OnlineDraft(Draft):
             revision: the branch to push to, made where it does not exist; None: main.
             create_pr: open a pull request, in place of a commit.
             is_main_process: see `save_pretrained`; a process that leaves it to rank 0 returns "".
+            selected_adapters: names of those that are sent beside the one without a name; others that lie there stay as they are. None:
+                all, and names that lie there and that the draft does not have are removed.
 
         Raises:
             ConfigError: an argument is not well-formed.
@@ -542,14 +545,11 @@ class OnlineDraft(Draft):
             raise ConfigError(f"commit_message={commit_message!r} and message={message!r}: give one of the two.")
         if not self.replicas.saves(is_main_process):
             return ""
-        if len(self.adapters):
-            self.warn_once(
-                f"Pushed is the adapter without a name: {', '.join(sorted(self.adapters))} stay here. Push one with "
-                "OnlineDraft.from_pretrained(FOLDER/adapters/NAME) and a repository of its own."
-            )
         said = commit_message if message is None else message
         options = Push(repo_id, private is not False, data_statement, token, said, tag, force, skip_audit)
         options = replace(options, with_state=with_state, license=license, revision=revision, create_pr=create_pr)
+        if selected_adapters is not None:
+            options = replace(options, selected_adapters=tuple(selected_adapters))
         return push(self, options, checkpoint_every)
 
     # Loading

@@ -6,6 +6,7 @@ holds no text of a prompt.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 
@@ -33,6 +34,7 @@ from .curve import curve
 from .head_facts import HeadFacts
 from .history import ServingHistory
 from .lineage import Lineage
+from .named import NAMED
 from .public import is_repo_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")  # the same as model_cards/template.md, which is not installed
@@ -91,18 +93,19 @@ def write(
     repo_id: str | None = None,
     data_statement: str | None = None,
     draw: bool = True,
+    named: Mapping[str, Artifact] | None = None,
 ) -> None:
     """Writes an artifact with its card, and with its curve where matplotlib is installed.
 
     Args:
         draw: whether the curve is wanted: it takes longer than everything else.
-        repo_id, data_statement: as in `model_card`.
+        repo_id, data_statement, named: as in `model_card`.
 
     Raises:
         ArtifactError: the folder cannot be written.
     """
     png = curve(artifact.serving) if draw else None
-    text = model_card(artifact, repo_id, data_statement, png is not None, artifact.has_state)
+    text = model_card(artifact, repo_id, data_statement, png is not None, artifact.has_state, named)
     artifact.write(folder, text, png)
 
 
@@ -112,6 +115,7 @@ def model_card(
     data_statement: str | None = None,
     curve: bool = True,
     state: bool = True,
+    named: Mapping[str, Artifact] | None = None,
 ) -> str:
     """The model card of an evolved draft: a README.md with its metadata, every number from its serving history.
 
@@ -120,6 +124,7 @@ def model_card(
         data_statement: what its users say about what it was trained on; None: what its lineage says that they said.
         curve: whether the figure lies beside the card.
         state: whether what learning needs to go on does.
+        named: the adapters with names that lie beside it, each with a card of its own.
     """
     serving, settings, base = artifact.serving, artifact.settings, artifact.base
     title = f"Evolved draft of {plain_text(base.name) or 'a model'}" if repo_id is None else repo_id.rpartition("/")[2]
@@ -143,7 +148,7 @@ def model_card(
         begun_on=begun_on,
         base_name=base_name,
         base=_base(base),
-        head_rows="" if head is None else _head_rows(head),
+        more_rows=("" if head is None else _head_rows(head)) + _named_rows(named or {}),
         targets=_targets(artifact),
         lineage=_lineage(artifact.lineage, base_name),
         learner=learner_text(settings),
@@ -167,6 +172,19 @@ def model_card(
 
 def _head_rows(head: HeadFacts) -> str:
     return f"| kind | {head.kind} |\n| reads | {head.reads_text} |\n| draft vocabulary | {head.vocabulary_text} |\n"
+
+
+def _named_rows(adapters: Mapping[str, Artifact]) -> str:
+    """A row for every adapter with a name: what it served, from how much it learned, and where its own card is."""
+    rows = []
+    for name, artifact in sorted(adapters.items()):
+        privacy = artifact.lineage.privacy
+        learned = "from texts that nobody counted" if privacy is None else f"from {counted(privacy.texts, 'text')}"
+        place = f"{NAMED}/{name}"
+        rows.append(
+            f"| adapter {code_span(name)} | {served_text(artifact.serving)}; learned {learned}; in [{place}]({place}/README.md) |\n"
+        )
+    return "".join(rows)
 
 
 def _head_elsewhere(head: HeadFacts) -> str:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 from .._compat.hub import HUB_FAILURES
+from ..config.adapters import is_name
 from ..errors import ConfigError, HubError, OnlineSpecError, PrivacyError, brief, require_whole
 from ..runtime.forks import Lock
 from . import card
 from .artifact import Artifact
 from .folder import CONFIG, FILES, STATE, read_json
 from .lineage import Lineage, Parent
+from .named import NAMED, place_of
 from .public import public_version
 
 TIMEOUT_S = 30.0  # of the first question to the Hub; the client's uploads have none
@@ -28,15 +30,44 @@ LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,99}")  # as the Hub names licences
 _log = logging.getLogger(__name__)
 
 
-class Shared(Protocol):
-    """A draft, as far as it is pushed."""
+class SharedAdapter(Protocol):
+    """An adapter, as far as it is pushed."""
 
     lineage: Lineage
+
+    def artifact(self) -> Artifact: ...
+
+
+class SharedNames(Protocol):
+    """The adapters of a draft that have names."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def using(self, name: str) -> AbstractContextManager[SharedAdapter]: ...
+
+
+class Shared(SharedAdapter, Protocol):
+    """A draft, as far as it is pushed."""
+
     pushes: Lock  # held for one push at a time
 
     @property
     def version(self) -> tuple[int, int]: ...  # another one whenever what is served has changed
-    def artifact(self) -> Artifact: ...
+    @property
+    def adapters(self) -> SharedNames: ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one commit has of a draft."""
+
+    own: Artifact  # of the adapter without a name
+    named: Mapping[str, Artifact] = field(default_factory=dict)  # of those with names that are sent
+    names: frozenset[str] = frozenset()  # that the draft has: what lies there of others is removed
+
+    @property
+    def by_place(self) -> dict[str, Artifact]:
+        """Every artifact by what its files begin with in the repository."""
+        return {"": self.own} | {f"{NAMED}/{name}/": artifact for name, artifact in self.named.items()}
 
 
 @dataclass(frozen=True)
@@ -55,6 +86,7 @@ class Push:
     license: str | None = None  # of the adapter, as the Hub names it; None: what was stated before, if anything was
     revision: str | None = None  # the branch, made where it does not exist; None: main
     create_pr: bool = False  # as a pull request, in place of a commit
+    selected_adapters: tuple[str, ...] | None = None  # with names, that are sent; None: all
 
     def check(self, checkpoint_every: int | None) -> None:
         """Refuses what is not well-formed, before anything is sent. Raises ConfigError, PrivacyError."""
@@ -102,21 +134,41 @@ class Push:
             user = HfApi(token=self.token).whoami()["name"]
         return replace(self, repo_id=f"{user}/{self.repo_id}")
 
-    def send(self, draft: Shared, artifact: Artifact | None = None) -> str:
+    def names(self, has: Collection[str]) -> list[str]:
+        """The names that are sent of those that a draft has. Raises ConfigError: it has not all of them."""
+        unknown = sorted(set(self.selected_adapters or ()) - set(has))
+        if unknown:
+            raise ConfigError(
+                f"selected_adapters={brief(unknown[0])}: this draft has no such adapter. There are: {', '.join(sorted(has)) or 'none'}."
+            )
+        return list(has if self.selected_adapters is None else dict.fromkeys(self.selected_adapters))
+
+    def snapshot(self, draft: Shared) -> Snapshot:
+        """What is sent of a draft, as it is now."""
+        has, named = list(draft.adapters), dict[str, Artifact]()
+        for name in self.names(has):
+            with draft.adapters.using(name) as adapter:
+                named[name] = adapter.artifact()
+        return Snapshot(draft.artifact(), named, frozenset(has))
+
+    def send(self, draft: Shared, snapshot: Snapshot | None = None) -> str:
         """Sends the draft, and returns the commit's hash; the draft goes on from that commit.
 
         Args:
-            artifact: of the draft, taken before; None: the draft as it is now.
+            snapshot: of the draft, taken before; None: the draft as it is now.
 
         Raises:
             HubError: not sent: no network, no rights, or another push came first.
             PrivacyError: the repository is public, and a private push was asked for.
         """
         with draft.pushes:
-            artifact = draft.artifact() if artifact is None else artifact
-            commit = self.commit(artifact, known_parent(draft.lineage, self.repo_id))
+            snapshot = self.snapshot(draft) if snapshot is None else snapshot
+            commit = self.commit(snapshot, known_parent(draft.lineage, self.repo_id))
             # Only now: of a push that failed nothing is left.
             self.state_in(draft.lineage)
+            for name in snapshot.named:
+                with draft.adapters.using(name) as adapter:
+                    self.state_in(adapter.lineage)
             if not self.create_pr:  # else it goes on from where it was, until somebody merges it
                 draft.lineage.parent = Parent(self.repo_id, commit)
         self.create_tag(commit)
@@ -139,16 +191,24 @@ class Push:
                 f"{self.repo_id}: pushed as {commit}, but not tagged {self.tag!r} ({error}). Take a tag that is not there yet."
             ) from error
 
-    def commit(self, artifact: Artifact, parent: str | None) -> str:
-        """Sends an artifact that goes on from a commit of the repository, or from none of it. Raises as `send`."""
+    def _sent(self, artifact: Artifact) -> Artifact:
+        """An artifact as it is sent."""
         # The base by its public name: folders of this machine are nobody's business.
         options = replace(artifact.options, base_name=artifact.base.name)
         artifact = replace(artifact, options=options, lineage=self.state_in(replace(artifact.lineage)))
-        if not (self.private if self.with_state is None else self.with_state):
-            artifact = public_version(artifact)
-        api, repo_id = HfApi(token=self.token), self.repo_id
-        with hub_errors(repo_id), tempfile.TemporaryDirectory(prefix="onlinespec-") as folder:
-            card.write(artifact, folder, repo_id)
+        with_state = self.private if self.with_state is None else self.with_state
+        return artifact if with_state else public_version(artifact)
+
+    def commit(self, snapshot: Snapshot, parent: str | None) -> str:
+        """Sends what goes on from a commit of the repository, or from none of it. Raises as `send`."""
+        named = {name: self._sent(artifact) for name, artifact in snapshot.named.items()}
+        snapshot = replace(snapshot, own=self._sent(snapshot.own), named=named)
+        artifact, api, repo_id = snapshot.own, HfApi(token=self.token), self.repo_id
+        with hub_errors(repo_id), tempfile.TemporaryDirectory(prefix="onlinespec-") as temporary:
+            folder = Path(temporary)
+            card.write(artifact, folder, repo_id, named=named)
+            for name, own in named.items():
+                card.write(own, place_of(folder, name))
             info = self._branch(api)
             there = {file.rfilename for file in info.siblings or []}
             holds = CONFIG in there
@@ -159,11 +219,13 @@ class Push:
                     f"{parent or 'none of its'}: another push came first. Load that one and combine the two, push to another "
                     "repository, or use force=True."
                 )
-            files = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
-            stale = [CommitOperationDelete(STATE)] if STATE in there and not artifact.has_state else []
+            files = [f"{place}{name}" for place in snapshot.by_place for name in FILES]
             commit = api.create_commit(
                 repo_id,
-                [*(CommitOperationAdd(file.name, file) for file in files), *stale],
+                [
+                    *(CommitOperationAdd(name, folder / name) for name in files if (folder / name).is_file()),
+                    *(CommitOperationDelete(name) for name in _stale(there, snapshot)),
+                ],
                 commit_message=self.message or f"Evolved draft after {artifact.serving.new_tokens} new tokens",
                 parent_commit=info.sha,
                 revision=self.revision,
@@ -197,6 +259,17 @@ def known_parent(lineage: Lineage, repo_id: str) -> str | None:
     """The commit of a repository that a draft goes on from, if it does."""
     parent = lineage.parent
     return parent.revision if parent is not None and parent.source == repo_id else None
+
+
+def _stale(there: Collection[str], snapshot: Snapshot) -> list[str]:
+    """Files of a repository that are not what they say any more: states, and adapters that the draft has no more."""
+    found = [f"{place}{STATE}" for place, artifact in snapshot.by_place.items() if not artifact.has_state]
+    for file in there:
+        folder, _, rest = file.partition("/")
+        name = rest.partition("/")[0]
+        if folder == NAMED and is_name(name) and name not in snapshot.names and file == f"{NAMED}/{name}/{CONFIG}":
+            found += [f"{NAMED}/{name}/{own}" for own in FILES]
+    return [name for name in found if name in there]
 
 
 def _is_own(api: HfApi, repo_id: str, commit: str | None, artifact: Artifact) -> bool:

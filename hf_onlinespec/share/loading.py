@@ -32,7 +32,10 @@ from .heads import check_learned_for
 from .learned_from import loaded_record
 from .lineage import Lineage, Parent
 from .lora_options import LoraOptions
-from .named import named_folders
+from .named import NAMED, named_folders
+
+# Of a repository with an evolved draft. A "*" is of one name: deeper folders are none of ours.
+WANTED = [*CHECKED, CONFIG, *(f"{NAMED}/*/{name}" for name in (*CHECKED, CONFIG))]
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,11 @@ def _load_evolved(
     loaded = replace(_load_adapter(folder, base, config, force, target), base=found)
     if origin.revision is not None:  # a folder is where it was kept, not where it came from
         loaded.lineage.parent = origin.parent
-    named = named_folders(folder) if origin.revision is None else {}
-    return replace(loaded, named={name: _load_adapter(own, base, config, force, target) for name, own in named.items()})
+    named = {name: _load_adapter(own, base, config, force, target) for name, own in named_folders(folder).items()}
+    if origin.revision is not None:
+        for own in named.values():
+            own.lineage.parent = origin.parent
+    return replace(loaded, named=named)
 
 
 def _load_adapter(
@@ -262,7 +268,7 @@ def locate(source: str | Path, revision: str | None = None, token: str | None = 
     if folder.is_absolute() or folder.is_file():
         raise DraftError(f"{source}: no such folder. Expected one that save_pretrained wrote, or a name on the Hub.")
     try:
-        found = Path(snapshot_download(str(source), revision=revision, allow_patterns=[*CHECKED, CONFIG], token=token))
+        found = Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED, token=token))
     except HFValidationError as error:
         raise DraftError(f"{source}: neither a folder nor a name on the Hub ({error}).") from error
     except HUB_FAILURES as error:

@@ -1,6 +1,6 @@
 """The adapters with names of a saved draft: in `adapters/NAME` of its folder, each an evolved draft that could stand alone.
 
-They belong to the draft in whose folder they lie: saving it removes those that it does not have. A push sends none of them.
+They belong to the draft in whose folder they lie: saving it removes those that it does not have, and so does a push.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters with names are saved beside the one without a name, each as a draft that could stand alone; a push sends none of them."""
+"""Adapters with names are saved beside the one without a name, each as a draft that could stand alone, and pushed with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_onlinespec import ArtifactError, OnlineDraft, OnlineSpecConfig
+from hf_onlinespec import ArtifactError, ConfigError, OnlineDraft, OnlineSpecConfig, PrivacyError
 from hf_onlinespec.share.artifact import Artifact
-from hf_onlinespec.share.folder import ADAPTER, CONFIG
+from hf_onlinespec.share.folder import ADAPTER, CONFIG, STATE
+from hf_onlinespec_cli import main
 from tests.drafts import flat_params
 from tests.loopback_hub import LoopbackHub
 from tests.share.test_artifact import REPEATABLE
@@ -122,10 +123,89 @@ def test_a_damaged_adapter_or_one_of_another_base_is_refused_by_its_folder(learn
         again(place)
 
 
-def test_a_push_sends_no_adapter_with_a_name_and_says_so(learned, hub: LoopbackHub) -> None:
-    draft, _ = learned
-    with pytest.warns(UserWarning, match="Pushed is the adapter without a name: orders, sql stay here"):
-        draft.push_to_hub("me/draft")
-    assert not any("/" in name for name in hub.repos["me/draft"].head.files)
+def test_a_push_sends_adapters_with_names_and_they_come_back(learned, hub: LoopbackHub, target) -> None:
+    draft, folder = learned
+    draft = again(folder)
+    first = draft.push_to_hub("me/draft")
+    repo = hub.repos["me/draft"]
+    assert repo.private and len(repo.commits) == 2  # one for the repository, one for all of it
+    files = set(repo.head.files)
+    assert {f"adapters/{name}/{file}" for name in ("sql", "orders") for file in (CONFIG, ADAPTER, "README.md")} <= files
+    card = repo.head.files["README.md"].data.decode()
+    assert "| adapter `sql` | " in card and "learned from 2 texts; in [adapters/sql](adapters/sql/README.md)" in card
     found = OnlineDraft.from_pretrained("me/draft", base_model=tiny_llama(2))
-    assert len(found.adapters) == 0 and torch.equal(flat_params(found), flat_params(draft))
+    assert sorted(found.adapters) == ["orders", "sql"]
+    for name in ("sql", "orders"):
+        assert torch.equal(params(found, name), params(draft, name))
+    with found.adapters.using("sql") as sql:
+        assert sql.lineage.parent is not None and sql.lineage.parent.revision == first
+    # What goes on from there may be pushed, without a name that it has no more.
+    learn(found, target, 3)
+    with_sql = found.push_to_hub("me/draft", selected_adapters=["sql"])
+    assert f"adapters/orders/{CONFIG}" in repo.head.files and repo.head.sha == with_sql
+    other = OnlineDraft.from_pretrained("me/draft", base_model=tiny_llama(2))
+    assert torch.equal(params(other, "sql"), params(found, "sql"))
+    with pytest.raises(
+        ConfigError, match=r"selected_adapters='notes': this draft has no such adapter\. There are: orders, sql"
+    ):
+        found.push_to_hub("me/draft", selected_adapters=["notes"])
+
+
+def test_a_push_removes_the_names_of_an_earlier_draft(learned, hub: LoopbackHub, tmp_path) -> None:
+    _, folder = learned
+    again(folder).push_to_hub("me/draft")
+    place = tmp_path / "draft"
+    shutil.copytree(folder, place)
+    shutil.rmtree(place / "adapters" / "orders")
+    again(place).push_to_hub("me/draft", force=True)
+    names = {file.split("/")[1] for file in hub.repos["me/draft"].head.files if file.startswith("adapters/")}
+    assert names == {"sql"}
+
+
+def test_a_public_push_judges_every_adapter(learned, hub: LoopbackHub, monkeypatch) -> None:
+    _, folder = learned
+    draft, judged = again(folder), list[object]()
+
+    def check(adapter: OnlineDraft) -> None:
+        judged.append(adapter)
+        if len(judged) == 3:
+            raise PrivacyError("of a test.")
+
+    monkeypatch.setattr("hf_onlinespec.share.pushing.check_privacy", check)
+    with pytest.raises(PrivacyError, match="data_statement"):
+        draft.push_to_hub("me/public", private=False)
+    assert judged == []
+    with pytest.raises(PrivacyError, match=r"The adapter '(sql|orders)': of a test. To push the others, leave it out"):
+        draft.push_to_hub("me/public", private=False, data_statement="Made for a test.")
+    assert "me/public" not in hub.repos
+    names = list(draft.adapters)
+    judged.clear()
+    draft.push_to_hub("me/public", private=False, data_statement="Made for a test.", selected_adapters=names[:1])
+    files = hub.repos["me/public"].head.files
+    with draft.adapters.using(names[0]) as own:
+        assert judged == [draft, own] and own.lineage.data_statement == "Made for a test."
+    assert f"adapters/{names[0]}/{CONFIG}" in files and f"adapters/{names[1]}/{CONFIG}" not in files
+    assert not any(file.endswith(STATE) for file in files)
+    assert "Made for a test." in files[f"adapters/{names[0]}/README.md"].data.decode()
+
+
+def test_checkpoints_have_what_adapters_with_names_learned(learned, hub: LoopbackHub, target) -> None:
+    _, folder = learned
+    draft = again(folder)
+    draft.push_to_hub("me/draft", checkpoint_every=1)
+    learn(draft, target, 7, ["sql", "sql", "sql"])
+    assert draft.checkpoints is not None and draft.checkpoints.wait(60)
+    draft.checkpoints.close()
+    found = OnlineDraft.from_pretrained("me/draft", base_model=tiny_llama(2))
+    assert draft.checkpoints.pushed == 1 and torch.equal(params(found, "sql"), params(draft, "sql"))
+
+
+def test_the_commands_push_and_pull_them(learned, hub: LoopbackHub, tmp_path, capsys) -> None:
+    _, folder = learned
+    assert main(["push", str(folder), "me/draft"]) == 0
+    assert main(["pull", "me/draft", str(tmp_path / "pulled")]) == 0
+    capsys.readouterr()
+    found = again(tmp_path / "pulled")
+    assert sorted(found.adapters) == ["orders", "sql"] and torch.equal(
+        params(found, "sql"), params(again(folder), "sql")
+    )
