@@ -16,7 +16,14 @@ from .versions import imports_of_others
 with imports_of_others():
     from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook  # type: ignore[import-untyped]
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import (
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
 
 
 def inner_model(model: Any) -> PreTrainedModel:
@@ -62,6 +69,13 @@ def weight_of(layer: nn.Module) -> Tensor:
 def placed(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """The model, moved to a device. Transformers wraps `to` in a way that hides its arguments from a type checker."""
     return model.to(device)  # type: ignore[arg-type]
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Which of transformers' classes loads a language model of this configuration, with its head."""
+    if not config.is_encoder_decoder:
+        return AutoModelForCausalLM
+    return AutoModelForSpeechSeq2Seq if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING else AutoModelForSeq2SeqLM
 
 
 def is_stateful(model: PreTrainedModel) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..models.source import Source
 from ..rounds import Rows
 from .feedback import Feedback
 from .request_feedback import Held, RequestFeedback
@@ -31,6 +32,11 @@ class DraftedRow(Protocol):
     @property
     def features(self) -> Held | None:
         """The target's hidden states that it holds; None: the draft reads none."""
+        ...
+
+    @property
+    def source(self) -> Source | None:
+        """What the row is written from, as the draft reads it; None: it reads nothing beside the row."""
         ...
 
     @property
@@ -181,7 +187,7 @@ class CallFeedback:
         features = row.learned_features(of.end - len(teachers[0]) - self._context, of.end)
         if features is not None:
             teachers = [teacher.last(sayable(features.shape[1])) for teacher in teachers]
-        return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature, features)
+        return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature, features, (row.source,))
 
     def joined(self, segments: Sequence[Segment]) -> Segment:
         """Segments of several rows as one padded batch."""
@@ -203,5 +209,5 @@ class CallFeedback:
             row, of = self.rows[i], self._of[i]
             assert row.tokens is not None
             features = row.learned_features(of.end - of.learned - self._context, of.end)
-            found += [(i, one) for one in of.feedback(row.tokens, row.mask, features)]
+            found += [(i, one) for one in of.feedback(row.tokens, row.mask, features, row.source)]
         return found

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ..models.source import Source
+
 # Logits that are compared at once, 64 MB in float32; more of them are taken in parts. Chosen: no part of the embedded pair's or of
 # a small draft's request is that large, so that nothing is computed twice there.
 MOST_LOGITS = 2**24
@@ -245,11 +247,13 @@ class Feedback:
     features: Tensor | None = (
         None  # (L - 1, width) the target's hidden states at all tokens but the last; None: not read
     )
+    source: Source | None = None  # of one row, what the request was written from, as the draft reads it; None: not read
 
     @property
     def nbytes(self) -> int:
         features = 0 if self.features is None else self.features.nbytes
-        return self.tokens.nbytes + self.teacher.nbytes + features
+        source = 0 if self.source is None else self.source.nbytes
+        return self.tokens.nbytes + self.teacher.nbytes + features + source
 
 
 class FeedbackRecorder(LogitsProcessor):

@@ -26,8 +26,8 @@ from .._compat.adapters import (
 )
 from ..errors import DraftError
 from ..models.borrow import borrow, copy_modules
-from ..models.layers import HEAD_INPUT, adapted_layers, describe
 from ..models.layers import adaptable_layers as adaptable_layers
+from ..models.layers import adapted_layers, describe
 from ..runtime.progress import each
 from ..runtime.seeding import seeded
 from .flat_layout import ADAPTER, FlatLayout, flattened
@@ -42,7 +42,7 @@ def _with_adapter(base: PreTrainedModel, names: list[str], rank: int, alpha: flo
         lora_alpha=alpha,  # type: ignore[arg-type]  # need not be whole
         target_modules=names,
         lora_dropout=0.0,
-        task_type=None if base.main_input_name == HEAD_INPUT else "CAUSAL_LM",
+        task_type=_task(base),
     )
     with seeded(base, seed), warnings.catch_warnings():
         # Nothing the user could act on: PEFT asks transformers under an old name, and sets the layout per layer.
@@ -57,13 +57,20 @@ def _with_adapter(base: PreTrainedModel, names: list[str], rank: int, alpha: flo
             ) from error
 
 
+def _task(base: PreTrainedModel) -> str | None:
+    """By which of its wrappers PEFT calls a model; None: by none, as its main input is neither a text nor an encoder's."""
+    if base.main_input_name != "input_ids":  # a draft head, or one that reads speech
+        return None
+    return "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+
+
 class GatedLora:
     """The adapter of a draft: its layers, its gate and its parameters as one flat vector.
 
     Args:
         model: the draft; its weights are shared, its modules are not.
         rank, alpha: size of one block and LoRA scale, `s = alpha / rank`.
-        target_modules: layer names (full, or their last part); None adapts every linear layer, embedding and head.
+        target_modules: layer names (full, or their last part); None: see `adaptable_layers`.
         blocks: how many adapters of this rank stand side by side.
         seed: of the first values of A (B starts at zero, so a new adapter changes nothing).
         folds: whether drafting may have a copy of the adapted weights, see `folded.py`. A copy does not follow weights that are written.

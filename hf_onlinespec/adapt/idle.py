@@ -78,13 +78,7 @@ class IdleLearning:
         """The gradient steps of one request, one at a time: a call may come in after any of them."""
         learning, feedback, temperature = item.learning, item.feedback, item.temperature
         metrics = learning.metrics
-        segment = Segment(
-            feedback.tokens[None],
-            [feedback.teacher],
-            None,
-            temperature,
-            None if feedback.features is None else feedback.features[None],
-        )
+        segment = Segment.of(feedback, temperature)
         if learning.settings.update_every == "auto":
             started = time.perf_counter()
             learning.score_offline(segment)

@@ -121,7 +121,7 @@ class Evaluator:
         try:
             adapter.put(rows)
             logits = self._trainable.training_logits(
-                segment.tokens, segment.n, segment.mask, gates, features=segment.features
+                segment.tokens, segment.n, segment.mask, gates, features=segment.features, sources=segment.sources
             )
             found = self._objective.acceptance(segment, logits[0])
             return [a if math.isfinite(a) else 0.0 for a in found]

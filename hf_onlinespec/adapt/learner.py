@@ -181,7 +181,7 @@ class Learner:
     def _base_acceptance(self, segment: Segment) -> list[float]:
         """Acceptance of the base draft at the new tokens."""
         logits = self.trainable.training_logits(
-            segment.tokens, segment.n, segment.mask, base=True, features=segment.features
+            segment.tokens, segment.n, segment.mask, base=True, features=segment.features, sources=segment.sources
         )
         return self._objective.acceptance(segment, logits[0])
 

@@ -107,7 +107,15 @@ class Objective:
     ) -> list[Tensor]:
         """`Trainable.unrolled_logits` of a segment, of the steps that are learned."""
         return trainable.unrolled_logits(
-            segment.tokens, segment.n, segment.mask, gates, prefix, base, segment.features, self._steps
+            segment.tokens,
+            segment.n,
+            segment.mask,
+            gates,
+            prefix,
+            base,
+            segment.features,
+            self._steps,
+            segment.sources,
         )
 
     def segment_losses(self, trainable: Trainable, segment: Segment, base: bool) -> Losses:
@@ -125,7 +133,14 @@ class Objective:
         features = padded_features([request.features for request in requests])
         features = None if features is None else features.to(device)
         unrolled = trainable.unrolled_logits(
-            tokens.to(device), n, mask, gates, base=base, features=features, steps=self._steps
+            tokens.to(device),
+            n,
+            mask,
+            gates,
+            base=base,
+            features=features,
+            steps=self._steps,
+            sources=[request.source for request in requests],
         )
 
         def taught(step: int) -> list[Teacher]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .feedback import Feedback
 
 PROFILE = 256  # bins of a request's token profile; chosen
 LIKENESS_SCALE = 8.0  # how much likelier requests with a like profile are sampled by "near": up to exp of this; chosen
-# Of hidden states that are remembered for a head; chosen. 16,384 tokens of a small target fit (3 × 576 numbers of bfloat16 each: 57 MB),
+# Of hidden states that are remembered for a head, or of encoder outputs and speech; chosen. 16,384 tokens of a small target fit (3 × 576 numbers of bfloat16 each: 57 MB),
 # 10,922 of one that is 4,096 wide, where all of them would take 403 MB.
 MOST_FEATURES_BYTES = 256 * 2**20
 LOSS_RANGE = (1e-6, 1e3)  # losses by which requests are sampled by "loss"; chosen
@@ -37,11 +37,8 @@ class Remembered:
 
     feedback: Feedback
     profile: Tensor  # (PROFILE,) how often its tokens fall into each bin, of length one
+    size: int  # tokens that it takes of the room
     loss: float = float("inf")  # when it was last learned from; never: infinite
-
-    @property
-    def size(self) -> int:
-        return len(self.feedback.tokens)
 
 
 class Replay:
@@ -52,7 +49,8 @@ class Replay:
 
     Bytes are bounded by `max_tokens * (12 + 12 * top_k)`, an int64 token, a float32 tail, and float32 + int64 per kept
     probability, and a profile of 1 KiB per request. A draft head's requests hold hidden states beside: of these there are at most
-    `MOST_FEATURES_BYTES`, and where `max_tokens` tokens would take more, fewer tokens are kept.
+    `MOST_FEATURES_BYTES`, and where `max_tokens` tokens would take more, fewer tokens are kept. Tokens of a source take the room of
+    tokens; a source of speech, or of encoder outputs, as many tokens' as it is a part of `MOST_FEATURES_BYTES`.
 
     Args:
         sampling: which requests are replayed, a key of `SAMPLING`.
@@ -82,16 +80,26 @@ class Replay:
         if feedback.features is not None:
             width = feedback.features.shape[-1] * feedback.features.element_size()
             self.max_tokens = min(self.max_tokens, MOST_FEATURES_BYTES // width)
-        small = Feedback(feedback.tokens, feedback.teacher.top(self.top_k).for_the_loss(), feedback.features)
-        if len(small.tokens) > self.max_tokens:
+        small = replace(feedback, teacher=feedback.teacher.top(self.top_k).for_the_loss())
+        size = self._room_of(small)
+        if size > self.max_tokens:
             self.refused += 1
             return
-        self.recent.append(Remembered(small, profile(small.tokens), loss))
+        self.recent.append(Remembered(small, profile(small.tokens), size, loss))
         while self.tokens > self.max_tokens:
             if len(self.recent) > 1 and self._size(self.recent) > self._recent_tokens:
                 self._retire(self.recent.pop(0))
             else:
                 self.old.pop(self._random.randrange(len(self.old)))
+
+    def _room_of(self, feedback: Feedback) -> int:
+        """Tokens that a request takes of the room, its source included."""
+        size, source = len(feedback.tokens), feedback.source
+        if source is None:
+            return size
+        if source.tokens is not None:
+            return size + source.tokens.numel()
+        return size + math.ceil(self.max_tokens * source.nbytes / MOST_FEATURES_BYTES)
 
     @property
     def _recent_tokens(self) -> float:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from ..config import OnlineSpecConfig
 from ..models.opening import opening_tokens
+from ..models.source import Source
 from .feedback import Feedback, Teacher, concatenate
 from .segment import LEAST_CONTEXT, sayable
 
@@ -88,15 +89,18 @@ class RequestFeedback:
         for kept, teacher in zip(self._kept, teachers, strict=True):
             kept.append(teacher.top(self._settings.replay_top_k))
 
-    def feedback(self, tokens: Tensor, mask: Tensor | None, features: Tensor | None = None) -> list[Feedback]:
+    def feedback(
+        self, tokens: Tensor, mask: Tensor | None, features: Tensor | None = None, source: Source | None = None
+    ) -> list[Feedback]:
         """The request as the replay keeps it, one per row of `tokens` (batch, L), without padding.
 
         At most `context_tokens` of its prompt, behind the token that opens it where the model has one.
 
         Args:
             features: (batch, m, width) the target's hidden states at the last m of what can be learned from, but the last token.
+            source: of one row, what it was written from.
         """
-        found = []
+        found, source = [], None if source is None else source.to_keep()
         for row, teachers in enumerate(self._kept):
             new = sum(map(len, teachers))
             padding = 0 if mask is None else int((mask[row] == 0).sum())
@@ -113,5 +117,5 @@ class RequestFeedback:
             if start > padding and self._config is not None:
                 opening = opening_tokens(self._config, tokens[row, padding : padding + 1].tolist())
                 kept = torch.cat([kept.new_tensor(opening), kept])
-            found.append(Feedback(kept, concatenate(teachers)))
+            found.append(Feedback(kept, concatenate(teachers), source=source))
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..models.opening import opening_tokens
-from .feedback import Teacher, concatenate
+from ..models.source import Source
+from .feedback import Feedback, Teacher, concatenate
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Segment:
     temperature: float  # of the call that generated the tokens, 0 for greedy
     # (batch, m, width) the target's hidden states at the last m of the tokens but the last one; None: the draft reads none.
     features: Tensor | None = None
+    sources: tuple[Source | None, ...] | None = None  # of every row, see `Trainable.training_logits`
+
+    @classmethod
+    def of(cls, feedback: Feedback, temperature: float) -> Segment:
+        """A whole request, of one row."""
+        features = None if feedback.features is None else feedback.features[None]
+        return cls(feedback.tokens[None], [feedback.teacher], None, temperature, features, (feedback.source,))
 
     @property
     def n(self) -> int:
@@ -43,7 +51,8 @@ class Segment:
     @property
     def nbytes(self) -> int:
         features = 0 if self.features is None else self.features.nbytes
-        return self.tokens.nbytes + features + sum(teacher.nbytes for teacher in self.teachers)
+        sources = sum(source.nbytes for source in self.sources or () if source is not None)
+        return self.tokens.nbytes + features + sources + sum(teacher.nbytes for teacher in self.teachers)
 
     @property
     def rows(self) -> list[Tensor]:
@@ -82,7 +91,8 @@ class Segment:
         tokens, mask = padded(rows)
         mask = None if mask is None else mask.to(tokens.device)
         teachers = [one.teachers[0] for one in segments]
-        return cls(tokens, teachers, mask, segments[0].temperature, padded_features(features))
+        sources = tuple(source for one in segments for source in one.sources or (None,))
+        return cls(tokens, teachers, mask, segments[0].temperature, padded_features(features), sources)
 
     @property
     def is_finite(self) -> bool:
@@ -133,7 +143,7 @@ class PendingRequest:
         rows = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
         both = self.scores.base is not None and scores.base is not None
         original = [*(self.scores.base or []), *(scores.base or [])] if both else None
-        whole = Segment(segment.tokens, teachers, segment.mask, segment.temperature, features)
+        whole = replace(segment, teachers=teachers, features=features)
         return PendingRequest(whole, rows, Scores(self.scores.learned + scores.learned, original))
 
 

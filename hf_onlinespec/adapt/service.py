@@ -205,7 +205,7 @@ class LearningService:
         trainable, seen = self.learner.trainable, []
         for base in (False, True) if self.learner.experts.steps else (True,):
             features = None if segment.features is None else segment.features[:, :-1]
-            logits = trainable.logits(segment.tokens[:, :-1], segment.n, base, segment.mask, features)
+            logits = trainable.logits(segment.tokens[:, :-1], segment.n, base, segment.mask, features, segment.sources)
             found = acceptance(segment.teachers, logits, segment.temperature, self.settings.temperature)
             seen.append(split(found.tolist(), lengths))
         with self.lock:
@@ -252,8 +252,7 @@ class LearningService:
     def learn_request(self, request: Feedback) -> Counts:
         """Learns a request as after a call of `generate`, replay included, however little time there is."""
         counts = Counts()
-        features = None if request.features is None else request.features[None]
-        self.learn_segment(Segment(request.tokens[None], [request.teacher], None, 1.0, features), counts)
+        self.learn_segment(Segment.of(request, 1.0), counts)
         self.remember(request)
         self.replay_steps(counts, self.settings.replay_passes)
         return counts

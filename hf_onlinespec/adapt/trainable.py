@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
+from ..models.source import Source
 from ..state import State
 
 
@@ -65,14 +66,20 @@ class Trainable(Protocol):
     def adapter(self) -> Adapter: ...
 
     def logits(
-        self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
+        self,
+        tokens: Tensor,
+        n: int,
+        base: bool = False,
+        mask: Tensor | None = None,
+        features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """What the draft says after each of the last n of `tokens` (rows, L), as it serves and without gradients: (rows, n, vocab).
 
         `training_logits` is about these n tokens themselves, each from those before it.
 
         Args:
-            features: see `training_logits`.
+            features, sources: see `training_logits`.
         """
         ...
 
@@ -93,6 +100,7 @@ class Trainable(Protocol):
         prefix: Prefix | None = None,
         base: bool = False,
         features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """What the draft says about the last n of `tokens` (rows, L), each from the tokens before it; gradients flow to the adapter.
 
@@ -102,6 +110,7 @@ class Trainable(Protocol):
             prefix: what need not be computed anew.
             base: without the adapter.
             features: (rows, m, width) the target's hidden states at the last m of the tokens but the last one; None: none are read.
+            sources: of every row what its text was written from, as the draft reads it; None: nothing is known of it, or read.
 
         Returns:
             Logits (copies, rows, n, vocab).
@@ -118,6 +127,7 @@ class Trainable(Protocol):
         base: bool = False,
         features: Tensor | None = None,
         steps: int = 1,
+        sources: Sequence[Source | None] | None = None,
     ) -> list[Tensor]:
         """`training_logits`, and what the draft says about the same n tokens where it drafted those right before them itself.
 

@@ -24,6 +24,7 @@ from ..errors import ConfigError
 from ..govern.governor import Governor
 from ..metrics import Counts, DraftMetrics, RequestReport
 from ..metrics.summary import Summary, counted, size
+from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Failures
@@ -34,7 +35,6 @@ from ..state import State
 from .gaps import Gaps
 from .guessing import GuessSources
 from .recycling import RecyclingTable
-from .source import Source
 from .suffix_memory import SuffixMemory
 
 _requests = logging.getLogger("hf_onlinespec.requests")  # a line for every request, at INFO

@@ -18,6 +18,7 @@ from .._compat.models import keeps_logits
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
+from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .batch_reader import BatchReader, reads_rows
@@ -40,7 +41,11 @@ class CausalLM(DraftModel):
         with self.serving(base=True) as model:
             return reads_trees(model)
 
-    def reader(self, mask: Tensor | None, features: RowFeatures | None) -> CausalReader:
+    def readable_source(self, source: Source | None) -> None:
+        """See `DraftModel`: it reads none."""
+        return None
+
+    def reader(self, mask: Tensor | None, features: RowFeatures | None, source: Source | None = None) -> CausalReader:
         return CausalReader(self, mask)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> None:
@@ -75,7 +80,13 @@ class CausalLM(DraftModel):
 
     @torch.no_grad()
     def logits(
-        self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
+        self,
+        tokens: Tensor,
+        n: int,
+        base: bool = False,
+        mask: Tensor | None = None,
+        features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """See `Trainable.logits`: (rows, n, vocab)."""
         inputs = self.inputs(tokens.to(self.device), 0, mask)
@@ -92,6 +103,7 @@ class CausalLM(DraftModel):
         prefix: Prefix | None = None,
         base: bool = False,
         features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """See `Trainable.training_logits`; held between two gradient steps."""
         rows, copies = tokens.shape[0], 1 if gates is None else gates.shape[0]
@@ -122,6 +134,7 @@ class CausalLM(DraftModel):
         base: bool = False,
         features: Tensor | None = None,
         steps: int = 1,
+        sources: Sequence[Source | None] | None = None,
     ) -> list[Tensor]:
         """See `Trainable.unrolled_logits`. It reads what it drafted as it reads a text: there is one step."""
         return [self.training_logits(tokens, n, mask, gates, prefix, base)]
@@ -199,6 +212,10 @@ class CausalReader(Reader):
 
     @property
     def shared(self) -> None:
+        return None
+
+    @property
+    def source(self) -> None:
         return None
 
     @property

@@ -15,6 +15,7 @@ from .._compat.models import max_positions
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
+from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .row_features import RowFeatures
@@ -74,6 +75,11 @@ class Reader(ABC):
     @abstractmethod
     def shared(self) -> SharedReader | None:
         """What reads other rows in the same forward; None: this row is read by itself."""
+
+    @property
+    @abstractmethod
+    def source(self) -> Source | None:
+        """What it reads beside the row's tokens, for learning; None: nothing."""
 
     @property
     @abstractmethod
@@ -189,12 +195,17 @@ class DraftModel(ABC):
                     yield model
 
     @abstractmethod
-    def reader(self, mask: Tensor | None, features: RowFeatures | None) -> Reader:
+    def readable_source(self, source: Source | None) -> Source | None:
+        """What the model reads of the source of one row; None: it reads none of it."""
+
+    @abstractmethod
+    def reader(self, mask: Tensor | None, features: RowFeatures | None, source: Source | None = None) -> Reader:
         """What reads one row.
 
         Args:
             mask: (1, prompt) with zeros where the prompt is padded on the left; None: no padding.
             features: the target's of this row; None: the model reads none.
+            source: that of this row, see `readable_source`; None: there is none, or the model reads none.
         """
 
     @abstractmethod
@@ -219,7 +230,13 @@ class DraftModel(ABC):
 
     @abstractmethod
     def logits(
-        self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
+        self,
+        tokens: Tensor,
+        n: int,
+        base: bool = False,
+        mask: Tensor | None = None,
+        features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """See `Trainable.logits`."""
 
@@ -233,6 +250,7 @@ class DraftModel(ABC):
         prefix: Prefix | None = None,
         base: bool = False,
         features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """See `Trainable.training_logits`; held between two gradient steps."""
 
@@ -247,6 +265,7 @@ class DraftModel(ABC):
         base: bool = False,
         features: Tensor | None = None,
         steps: int = 1,
+        sources: Sequence[Source | None] | None = None,
     ) -> list[Tensor]:
         """See `Trainable.unrolled_logits`; held between two gradient steps."""
 

@@ -23,6 +23,7 @@ from ..adapt.trainable import Prefix
 from ..errors import UnsupportedError
 from ..heads.base import Head
 from ..heads.unrolling import Unroll
+from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .draft_model import Branch, DraftModel, KnownRow, Reader
@@ -50,7 +51,11 @@ class HeadModel(DraftModel):
         """Notes, weakly, the target that is asked for the features of a text that comes without any."""
         self._target = weakref.ref(target)
 
-    def reader(self, mask: Tensor | None, features: RowFeatures | None) -> HeadReader:
+    def readable_source(self, source: Source | None) -> None:
+        """See `DraftModel`: what the target has read of it is in the features."""
+        return None
+
+    def reader(self, mask: Tensor | None, features: RowFeatures | None, source: Source | None = None) -> HeadReader:
         assert features is not None
         return HeadReader(self, features)
 
@@ -75,7 +80,13 @@ class HeadModel(DraftModel):
 
     @torch.no_grad()
     def logits(
-        self, tokens: Tensor, n: int, base: bool = False, mask: Tensor | None = None, features: Tensor | None = None
+        self,
+        tokens: Tensor,
+        n: int,
+        base: bool = False,
+        mask: Tensor | None = None,
+        features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """See `Trainable.logits`: (rows, n, ids)."""
         tokens = tokens.to(self.device)
@@ -95,6 +106,7 @@ class HeadModel(DraftModel):
         prefix: Prefix | None = None,
         base: bool = False,
         features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
     ) -> Tensor:
         """See `Trainable.training_logits`. What no row says, as the second token of a text, has logits of 0 and no gradient."""
         return self.unrolled_logits(tokens, n, mask, gates, prefix, base, features)[0]
@@ -109,6 +121,7 @@ class HeadModel(DraftModel):
         base: bool = False,
         features: Tensor | None = None,
         steps: int = 1,
+        sources: Sequence[Source | None] | None = None,
     ) -> list[Tensor]:
         """See `Trainable.unrolled_logits`. Step k says token j from row j - 2 - k; what no row says has logits of 0 and no gradient."""
         steps = steps if self.most is None else min(steps, self.most)
@@ -198,6 +211,10 @@ class HeadReader(Reader):
 
     @property
     def shared(self) -> None:
+        return None
+
+    @property
+    def source(self) -> None:
         return None
 
     @property

@@ -214,6 +214,10 @@ class _RowReader(Reader):
         return self._batch
 
     @property
+    def source(self) -> None:
+        return None
+
+    @property
     def length(self) -> int:
         return self._batch.of(self._row).length
 

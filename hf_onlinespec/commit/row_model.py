@@ -14,6 +14,7 @@ from ..adapt.trainable import Prefix
 from ..govern.acceptance import RequestStats
 from ..govern.governor import Governor
 from ..govern.routing import AdapterRouter
+from ..models.source import Source
 from ..models.vocabulary import widened
 from ..runtime.forks import Lock
 from .base import Call
@@ -56,7 +57,8 @@ class RowModel:
             None  # how much the prompt speaks for the learned draft; None: it was not asked
         )
         self.features = RowFeatures(call.first_fed(row), MOST_HELD) if model.reads else None
-        self.reader = model.reader(self.mask, self.features)
+        self._source = model.readable_source(None if call.source is None else call.source.row(row))
+        self.reader = model.reader(self.mask, self.features, self._source)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -89,7 +91,7 @@ class RowModel:
 
     def reset(self) -> None:
         """Forgets what was read: after a failure the cache may hold anything."""
-        self.reader = self.model.reader(self.mask, self.features)
+        self.reader = self.model.reader(self.mask, self.features, self._source)
 
     def take(self, tokens: Tensor) -> None:
         """The row as it is now, (1, L)."""
@@ -128,6 +130,11 @@ class RowModel:
     def serve(self, base: bool) -> None:
         """Who serves this row: the base draft or the learned one."""
         self._stats.serves_base = self._governor.decisions.serves_base = base
+
+    @property
+    def source(self) -> Source | None:
+        """See `DraftedRow`."""
+        return self.reader.source
 
     def prefix(self, most: int) -> Prefix | None:
         """At most so many tokens that the learned draft has read; None: there are none that learning could build on."""

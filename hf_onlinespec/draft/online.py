@@ -31,6 +31,7 @@ from ..commit.combined import Combined
 from ..commit.draft_model import DraftModel
 from ..commit.head import HeadModel
 from ..commit.row_model import RowModel
+from ..commit.seq2seq import Seq2Seq
 from ..config import OnlineSpecConfig, as_config
 from ..errors import ConfigError, CopyError, DraftError, NotAModelError
 from ..govern.acceptance import RequestStats
@@ -39,6 +40,7 @@ from ..heads.base import Head
 from ..metrics import DraftMetrics, UpdateReport
 from ..metrics.summary import counted, size
 from ..models.early_exit import EarlyExit
+from ..models.encoders import SourceInputs
 from ..models.identity import BaseFingerprint
 from ..models.layers import describe
 from ..models.plain import check_cache, plain_draft
@@ -71,8 +73,8 @@ class OnlineDraft(Draft):
     The model itself is not touched: its weights are shared, its modules are not, and the adapter lives here.
 
     Args:
-        model: a causal language model, a `PeftModel` around one (its adapter is merged into a copy), a draft head, or the first layers of
-            the target (`OnlineDraft.early_exit`).
+        model: a causal language model, an encoder–decoder for a target that is one, a `PeftModel` around either (its adapter is merged into
+            a copy), a draft head, or the first layers of the target (`OnlineDraft.early_exit`).
         config: how to draft and to learn, an OnlineSpecConfig or a dict of its settings; None: the defaults.
         settings: single settings of an OnlineSpecConfig, such as `lookahead=4`; they go before those of `config`.
 
@@ -82,7 +84,7 @@ class OnlineDraft(Draft):
         adapters: those that have names, see `generate(adapter=...)`: steps, acceptance and bytes by name.
 
     Raises:
-        DraftError: the model is an encoder–decoder, keeps a state that cannot be rolled back, or has no layer for LoRA.
+        DraftError: the model keeps a state that cannot be rolled back, or has no layer for LoRA.
 
     Example:
         >>> draft = OnlineDraft(model, lookahead=4)                            # doctest: +SKIP
@@ -158,12 +160,13 @@ class OnlineDraft(Draft):
                 base, rank=rank, alpha=alpha, target_modules=layers, blocks=blocks, seed=seed, folds=folds
             )
             experts, locks = Experts(adapter, settings), (self.lock, self.learning.steps_lock)
-            trainable: HeadModel | CausalLM
+            trainable: HeadModel | CausalLM | Seq2Seq
             if isinstance(base, Head):
                 trainable = HeadModel(base, adapter, experts, *locks)
             else:
                 check_cache(adapter.tree)
-                trainable = CausalLM(adapter, experts, Vocabulary.of(base), *locks)
+                kind = CausalLM if SourceInputs.of(base) is None else Seq2Seq
+                trainable = kind(adapter, experts, Vocabulary.of(base), *locks)
             learner = Learner(trainable, experts, settings, self._report_update)
         self.identity, self.vocabulary, self.trainable = identity, trainable.vocabulary, trainable
         self.reads = trainable.reads
@@ -337,6 +340,11 @@ class OnlineDraft(Draft):
                 else:
                     schedule = schedule_of(self, rows, call, sources, call.counts)
                 models = rows
+                needs = isinstance(self.trainable, Seq2Seq) and self.trainable.needs_source
+                if needs and any(row.source is None for row in rows):
+                    schedule.leave_out(
+                        "encoder outputs were given without what they were made of, which the draft reads"
+                    )
         return Combined(self, call, models, sources, stats, schedule)
 
     def serves(self, target: PreTrainedModel) -> None:
@@ -346,10 +354,10 @@ class OnlineDraft(Draft):
                 self.replicas.leave(
                     "off: the processes split the target's layers, and serve the same requests together"
                 )
-            if isinstance(self.trainable, HeadModel):
+            if isinstance(self.trainable, HeadModel | Seq2Seq):
                 self.trainable.belongs_to(target)
-                if self.target_identity is None:
-                    self.target_identity = BaseFingerprint.of(target)
+            if isinstance(self.trainable, HeadModel) and self.target_identity is None:
+                self.target_identity = BaseFingerprint.of(target)
 
     @contextmanager
     def generating(self) -> Iterator[None]:

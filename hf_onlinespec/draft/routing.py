@@ -41,7 +41,8 @@ class Routing:
         if call.prompts is None or not (call.adapters or draft.adapters):
             return
         for row, name in enumerate(self.names):
-            prompt = tuple(call.prompts[row, call.padding(row) :].tolist())
+            source = [] if call.source is None else call.source.text(row)
+            prompt = tuple(source or call.prompts[row, call.padding(row) :].tolist())
             with draft.lock:
                 if name == AUTO:
                     name = self.names[row] = self._favourites[row] = self._router.favourite(

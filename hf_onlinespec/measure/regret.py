@@ -252,9 +252,7 @@ def _online(
         _add(served, draft, request, temperature, lookahead, base=False)
         _add(frozen, draft, request, temperature, lookahead, base=True)
         feedback = request.feedback
-        features = None if feedback.features is None else feedback.features[None]
-        segment = Segment(feedback.tokens[None], [feedback.teacher], None, temperature, features)
-        draft.learning.learn_segment(segment, Counts())
+        draft.learning.learn_segment(Segment.of(feedback, temperature), Counts())
         gradients.add(draft.trainable.adapter.grads.clone())
         draft.learning.remember(feedback)
         draft.learning.replay_steps(Counts(), draft.settings.replay_passes)

@@ -33,9 +33,10 @@ def borrow(model: PreTrainedModel) -> PreTrainedModel:
     # Quantised weights are Parameter subclasses with state of their own: shared as they are.
     tree = copy_modules(model, {id(p): _frozen(p) if is_plain(p) else p for p in model.parameters()})
     head, embedding = tree.get_output_embeddings(), tree.get_input_embeddings()
-    if head is not None and embedding is not None and head.weight is embedding.weight:
-        head.weight = _frozen(weight_of(head))
-        tree.config.tie_word_embeddings = False
+    if head is not None and embedding is not None:
+        if head.weight is embedding.weight:
+            head.weight = _frozen(weight_of(head))
+        tree.config.tie_word_embeddings = False  # some configurations (T5) say so whatever their weights are
     return tree.eval()
 
 

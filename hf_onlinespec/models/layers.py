@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .._compat.adapters import expert_names
 from ..errors import DraftError
 from .borrow import is_plain
+from .encoders import encoder_of, trial_inputs
 
 FORWARD = "its forward is not W x"
 COMPUTED = "its weight is computed at every forward"
@@ -24,7 +25,10 @@ ROWS = "its rows are not those of the batch, which an ensemble's gate has to fol
 
 
 def adaptable_layers(model: PreTrainedModel) -> list[str]:
-    """Names of all layers that get an adapter by default: linear layers, the token embedding and the head."""
+    """Names of all layers that get an adapter by default: linear layers, the token embedding and the head; of an encoder none.
+
+    What an encoder has read is then read once in a request, whatever is learned meanwhile, and a target's encoder can be shared.
+    """
     return choose_layers(model, None)[0]
 
 
@@ -32,14 +36,18 @@ def choose_layers(model: PreTrainedModel, wanted: Collection[str] | None) -> tup
     """Names of the layers that carry an adapter; and the layers that are left out, with the reason of each.
 
     Args:
-        wanted: layer names (full, or their last part); None: every linear layer, the token embedding and the head.
+        wanted: layer names (full, or their last part); None: see `adaptable_layers`.
     """
-    embedding = model.get_input_embeddings()
+    encoder = encoder_of(model)
+    embedding = (model if encoder is None else model.get_decoder()).get_input_embeddings()
+    encodes = set() if encoder is None else set(encoder.modules())
     chosen: list[str] = []
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
         if wanted is None:
-            asked = isinstance(module, nn.Linear | Conv1D) or (module is embedding and isinstance(module, nn.Embedding))
+            asked = module not in encodes and (
+                isinstance(module, nn.Linear | Conv1D) or (module is embedding and isinstance(module, nn.Embedding))
+            )
         else:
             asked = name in wanted or name.endswith(tuple(f".{part}" for part in wanted))
         if asked:
@@ -115,7 +123,7 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     Raises:
         DraftError: the model's forward does.
     """
-    vocab = model.config.get_text_config().vocab_size
+    vocab = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.arange(1, 7, device=model.device).remainder(vocab).view(2, 3)
     modules = dict(model.named_modules())
     seen: dict[str, list[list[Tensor]]] = {name: [] for name in names}
@@ -125,7 +133,7 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
             seen[name].append([])
             handles.append(modules[name].register_forward_pre_hook(_collector(seen[name][-1])))
         try:
-            model(input_ids=batch, use_cache=False)
+            model(**trial_inputs(model, batch), use_cache=False)
         except Exception as error:  # as in plain.check_cache: whatever it raises here, it would raise at every step
             raise DraftError(
                 f"The draft {type(model).__name__} cannot read two sequences, which the experts of an ensemble need: "

@@ -1,4 +1,4 @@
-"""The causal language model that a draft is made from: an adapter merged, and what cannot draft refused."""
+"""The language model that a draft is made from: an adapter merged, and what cannot draft refused."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from peft import LoraModel, PeftModel
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .._compat.adapters import LoraLayer, base_of
 from .._compat.caches import CACHE, rolls_back
 from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled, weight_of
 from ..errors import DraftError, brief
 from .borrow import copy_modules
+from .encoders import new_cache, trial_inputs
 
 
 def no_model(model: object) -> DraftError:
@@ -30,7 +31,7 @@ def no_model(model: object) -> DraftError:
 
 
 def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The causal language model to adapt; refuses what cannot draft."""
+    """The language model to adapt, causal or encoder–decoder; refuses what cannot draft."""
     if isinstance(model, nn.Module):
         model = uncompiled(model)
     if isinstance(model, PeftModel):
@@ -38,10 +39,6 @@ def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise no_model(model)
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise DraftError(
-            f"The draft {name} is an encoder–decoder, which is not supported yet. Use a causal language model."
-        )
     if is_stateful(model):
         raise DraftError(
             f"The draft {name} keeps a recurrent state that cannot be rolled back. Use an attention-only draft."
@@ -83,11 +80,11 @@ def _check_place(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def check_cache(model: PreTrainedModel) -> None:
     """Refuses a draft that does not draft from a KV cache, tried on three tokens."""
-    name, cache = type(model).__name__, DynamicCache(config=model.config)
+    name, cache = type(model).__name__, new_cache(model)
     tokens = torch.ones(1, 3, dtype=torch.long, device=model.device)
     try:
         for part in (tokens[:, :1], tokens[:, 1:]):
-            model(input_ids=part, **{CACHE: cache}, use_cache=True)
+            model(**trial_inputs(model, part), **{CACHE: cache}, use_cache=True)
     except torch.OutOfMemoryError as error:
         raise DraftError(
             f"There is too little memory for the draft {name} beside the target ({error}). Free some, or use a smaller draft."

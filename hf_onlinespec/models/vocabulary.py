@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .._compat.adapters import LoraLayer, base_of
 from .._compat.models import commit_hash, model_name, unpadded_size
 from ..errors import DraftError
+from .encoders import encoder_of
 from .identity import tokenizer_file
 
 # Without tokenizers, sizes that differ by more are taken for those of two tokenizers. Chosen, with room: the models of one
@@ -51,12 +52,15 @@ class Vocabulary:
         if isinstance(model, PeftModel):
             model = base_of(model)
         config = model if isinstance(model, PretrainedConfig) else model.config
-        text = config.get_text_config()
+        text = config.get_text_config(decoder=True)
         stated = int(text.vocab_size)
         said, read, source = unpadded_size(text) or stated, stated, "config.vocab_size"
         if isinstance(model, PreTrainedModel):
             try:
-                head, embedding = rows(model.get_output_embeddings()), rows(model.get_input_embeddings())
+                writes = (
+                    model if encoder_of(model) is None else model.get_decoder()
+                )  # an encoder may have a vocabulary of its own
+                head, embedding = rows(model.get_output_embeddings()), rows(writes.get_input_embeddings())
             except (NotImplementedError, AttributeError):  # transformers does not find them in this class
                 head = embedding = None
             read = read if embedding is None else embedding

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -17,8 +18,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from .._compat.models import auto_class
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
 from ..models.identity import EMBEDDED, GROWN, PACKAGED, BaseFingerprint
@@ -68,14 +70,16 @@ def named_base(expected: BaseFingerprint | None, name_or_path: str, revision: st
 def load_model(
     name: str, revision: str | None, token: str | None, target: PreTrainedModel | None = None
 ) -> PreTrainedModel:
-    """A causal language model, or a draft head, from a folder or from the Hub, whose own code is never run. Raises DraftError."""
+    """A language model, or a draft head, from a folder or from the Hub, whose own code is never run. Raises DraftError."""
     folder = head_folder(name, revision, token)
     if folder is not None or name == GROWN:
         return load_head(name, folder, target)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            PACKAGED.get(name, name), revision=revision, token=token, trust_remote_code=False
-        ).eval()
+        place: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}
+        folder_or_name = PACKAGED.get(name, name)
+        kind = auto_class(AutoConfig.from_pretrained(folder_or_name, **place))
+        model: PreTrainedModel = kind.from_pretrained(folder_or_name, **place).eval()
+        return model
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise DraftError(
@@ -85,7 +89,7 @@ def load_model(
             ) from error
         raise DraftError(
             f"{brief(name)}: {why_not_loaded(error, name)} Expected an evolved draft, an adapter or "
-            "a causal language model: a folder or a name on the Hub. The base of an adapter may be given as base_model=."
+            "a language model: a folder or a name on the Hub. The base of an adapter may be given as base_model=."
         ) from error
 
 

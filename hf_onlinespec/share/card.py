@@ -54,9 +54,9 @@ draft = OnlineDraft.from_pretrained({draft})
 out = pair.target.generate(**pair.tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64, assistant_model=draft)"""
 USAGE = """\
 from hf_onlinespec import OnlineDraft
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-target, tokenizer = AutoModelForCausalLM.from_pretrained({target}), AutoTokenizer.from_pretrained({target})
+target, tokenizer = {auto}.from_pretrained({target}), AutoTokenizer.from_pretrained({target})
 draft = OnlineDraft.from_pretrained({draft})
 out = target.generate(**tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64, assistant_model=draft)"""
 
@@ -319,7 +319,9 @@ def _usage(artifact: Artifact, repo_id: str | None) -> tuple[str, str]:
     note = "In the folder of this card" if repo_id is None else "From the Hub, with a token where it is private"
     if unknown:
         note += f". First fill in what is not known to be on the Hub: {' and '.join(unknown)}"
-    return note + ":", lines.format(target=quoted(target), draft=source)
+    reads_source = artifact.options.other.get("task_type") == "SEQ_2_SEQ_LM"
+    auto = "AutoModelForSeq2SeqLM" if reads_source else "AutoModelForCausalLM"
+    return note + ":", lines.format(target=quoted(target), draft=source, auto=auto)
 
 
 def _to_fill_in(place: str, name: str) -> str:

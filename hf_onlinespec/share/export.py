@@ -1,4 +1,4 @@
-"""An evolved draft exported as a plain causal language model, which neither this package nor PEFT is needed to load.
+"""An evolved draft exported as a plain language model, which neither this package nor PEFT is needed to load.
 
 transformers takes it as `assistant_model`, vLLM and SGLang as a draft model, llama.cpp's converter as a model like any other.
 """
@@ -133,6 +133,10 @@ def _merged_model(draft: Mergeable, dtype: torch.dtype | None) -> PreTrainedMode
     base, weights = base_of(draft.model), _merged_weights(draft, dtype)
     config = copy.deepcopy(base.config)
     config.tie_word_embeddings = _tied(base, weights)
+    if (
+        base.config.is_encoder_decoder and not config.tie_word_embeddings
+    ):  # it ties the embeddings of encoder and decoder, too
+        weights = {name: weight.clone() for name, weight in weights.items()}
     in_head, in_embedding = rows(base.get_output_embeddings()), rows(base.get_input_embeddings())
     if in_head is not None and in_head == in_embedding:  # a head that was widened without the configuration
         config.get_text_config().vocab_size = in_head

@@ -34,7 +34,7 @@ WITHOUT_EFFECT = frozenset(
     )
 )
 READ = frozenset(("bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "target_modules", "task_type"))
-TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")  # under others PEFT wraps the model in another head
+TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")  # under others PEFT wraps the model in another head
 # First values of A and B alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take their part out of the base's weights, too.
 FIRST_VALUES = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
@@ -100,7 +100,7 @@ def check_options(about: Mapping[str, object], path: Path) -> None:
     if (isinstance(first, str) and first.lower() not in FIRST_VALUES) or not isinstance(first, str | bool | None):
         raise _refused(path, f"init_lora_weights={brief(first)}", "it may change the base's weights")
     if about.get("task_type") not in TASKS:
-        raise _refused(path, f"task_type={brief(about['task_type'])}", "a draft is a causal language model")
+        raise _refused(path, f"task_type={brief(about['task_type'])}", "a draft is a language model")
     for name in sorted(set(about) - WITHOUT_EFFECT - READ):
         if not _is_empty(about[name]):
             raise _refused(

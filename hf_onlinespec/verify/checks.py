@@ -23,8 +23,9 @@ from .._compat.generation import (
 from .._compat.models import drops_cache, is_stateful
 from ..commit.base import Draft
 from ..config.adapters import AUTO, MOST_ADAPTERS
-from ..errors import ConfigError, UnsupportedError, brief
+from ..errors import ConfigError, DraftError, UnsupportedError, brief
 from ..heads.base import Head
+from ..models.encoders import SourceInputs, states_width
 from ..models.vocabulary import check_vocabularies
 from .inputs import given
 
@@ -100,7 +101,7 @@ def check_draft(
     tokenizer: object = None,
     assistant_tokenizer: object = None,
 ) -> None:
-    """Refuses a model with another tokenizer, and a head of another target; a head shares the target's embedding from here on.
+    """Refuses a model with another tokenizer or another source, and a head of another target, whose embedding a head shares from here on.
 
     Args:
         tokenizer, assistant_tokenizer: as `generate` takes them; None: not given.
@@ -118,7 +119,25 @@ def check_draft(
             )
         head.share(target)
     else:
+        _check_source(target, head)
         check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
+
+
+def _check_source(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Refuses a draft that reads a source where the target has none, or encoder outputs of another width. Raises DraftError."""
+    name, inputs = type(draft).__name__, SourceInputs.of(draft)
+    if inputs is None:
+        return
+    if inputs.encodes is not None and not target.config.is_encoder_decoder:
+        raise DraftError(
+            f"The draft {name} is an encoder–decoder and reads a source, which the target {type(target).__name__} does not have. "
+            "Use a causal language model as draft."
+        )
+    if inputs.encodes is None and target.config.is_encoder_decoder and states_width(draft) != states_width(target):
+        raise DraftError(
+            f"The draft {name} reads encoder outputs of {states_width(draft)} numbers, and those of the target {type(target).__name__} have "
+            f"{states_width(target)}. Use a draft that was made for this encoder, or one with an encoder of its own."
+        )
 
 
 def check_adapters(draft: Draft, names: tuple[str | None, ...], learns: bool) -> tuple[str | None, ...]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE
-from ..commit.source import Source
+from ..models.source import Source
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,13 @@ def source_of(
     if not target.config.is_encoder_decoder or outputs is None:
         return None
     states: Tensor = outputs[0]
-    tokens = inputs_tensor
+    read = inputs_tensor
+    if read is not None and len(read) < rows:  # several answers to each prompt
+        read = read.repeat_interleave(rows // len(read), dim=0)
+    tokens, signal = (None, read) if read is not None and read.is_floating_point() else (read, None)
     # Where encoder outputs were given in place of tokens, `generate` fills in -100.
-    if tokens is None or tokens.is_floating_point() or tokens.dim() != 2 or bool((tokens < 0).any()):
+    if tokens is not None and (tokens.dim() != 2 or bool((tokens < 0).any())):
         tokens = None
-    elif len(tokens) < rows:  # several answers to each prompt
-        tokens = tokens.repeat_interleave(rows // len(tokens), dim=0)
     mask = model_kwargs.get("attention_mask")
     expected = states.shape[:2] if tokens is None else tokens.shape
-    return Source(tokens, mask if mask is not None and mask.shape == expected else None, states)
+    return Source(tokens, mask if mask is not None and mask.shape == expected else None, states, signal)

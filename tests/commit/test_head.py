@@ -20,6 +20,7 @@ from hf_onlinespec.commit.head import HeadModel
 from hf_onlinespec.commit.row_features import RowFeatures
 from hf_onlinespec.govern.planner import Plan
 from hf_onlinespec.heads.base import Head
+from hf_onlinespec.models.source import Source
 from tests.heads.tiny import KINDS, tiny_head
 from tests.tiny_models import CACHE, tiny_llama
 from tests.verify.test_sampling_law import Whims
@@ -35,6 +36,10 @@ class Recorded(Reader):
     def __init__(self, reader: Reader, found: list[tuple[int, Tensor, Tensor]]) -> None:
         self._reader, self._found, self._row = reader, found, 0
         self._paths: dict[int, Tensor] = {}  # by candidate of this round that was read: the tokens up to it
+
+    @property
+    def source(self) -> Source | None:
+        return self._reader.source
 
     @property
     def length(self) -> int:
@@ -86,8 +91,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor, Tensor]
     found: list[tuple[int, Tensor, Tensor]] = []
     plain = HeadModel.reader
 
-    def reader(self: HeadModel, mask: Tensor | None, features: RowFeatures | None) -> Reader:
-        return Recorded(plain(self, mask, features), found)
+    def reader(self: HeadModel, mask: Tensor | None, features: RowFeatures | None, source: Source | None) -> Reader:
+        return Recorded(plain(self, mask, features, source), found)
 
     monkeypatch.setattr(HeadModel, "reader", reader)
     return found
