@@ -48,6 +48,10 @@ def bart(seed: int = 0, **arguments: Any) -> PreTrainedModel:
     return encoder_decoder("bart", seed, **(BART | arguments))
 
 
+def m2m(seed: int = 0, **arguments: Any) -> PreTrainedModel:
+    return encoder_decoder("m2m_100", seed, **(BART | arguments))
+
+
 def t5(seed: int = 0, **arguments: Any) -> PreTrainedModel:
     return encoder_decoder("t5", seed, **(T5 | arguments))
 

@@ -17,6 +17,8 @@ from .versions import imports_of_others, moved
 with imports_of_others():
     from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
     from transformers.generation import (
+        EncoderNoRepeatNGramLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
         EpsilonLogitsWarper,
         EtaLogitsWarper,
         ExponentialDecayLengthPenalty,
@@ -208,11 +210,24 @@ OF_EACH_ROW = (
 )
 
 
-def known_of_row(one: Any, row: int) -> Any:
+def known_of_row(one: Any, row: int, rows: int = 0) -> Any:
     """What says of a row alone what a processor or criterion of transformers' own says of it in a batch: itself, for most of them.
 
     None: it is none that is known to say of a row what it says of it alone.
+
+    Args:
+        rows: of the batch, which may have several for each source; 0: as many as sources.
     """
+    if type(one) is EncoderNoRepeatNGramLogitsProcessor:
+        of_row = copy.copy(one)
+        place = row * one.batch_size // rows if rows else row
+        of_row.batch_size, of_row.generated_ngrams = 1, one.generated_ngrams[place : place + 1]
+        return of_row
+    if type(one) is EncoderRepetitionPenaltyLogitsProcessor:
+        penalizing = copy.copy(one)
+        # Transformers penalizes the first rows alone where there are more rows than sources.
+        penalizing.encoder_input_ids = cast(torch.LongTensor, one.encoder_input_ids[row : row + 1])
+        return penalizing
     if type(one) is PrefixConstrainedLogitsProcessor:  # it asks the caller by the number of the row
         allowed = one._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(lambda _, tokens: allowed(row, tokens), 1)

@@ -120,7 +120,11 @@ NO_LIMIT = 2**31
 
 
 # Under which names configurations state the longest sequence; the first one found counts.
-_LONGEST = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+_LONGEST = (
+    *("max_position_embeddings", "n_positions", "max_target_positions", "max_decoder_position_embeddings"),
+    "max_seq_len",
+)
+_LONGEST_SOURCE = ("max_source_positions", "max_encoder_position_embeddings", "max_position_embeddings")
 
 
 _GROWING = ("xglm",)  # their table of positions grows with the sequence
@@ -134,6 +138,13 @@ def max_positions(config: PretrainedConfig) -> int:
     stated = (vars(text).get(text.attribute_map.get(name, name)) for name in _LONGEST)
     longest = next((int(n) for n in stated if n), NO_LIMIT)
     return longest if longest > 0 else NO_LIMIT
+
+
+def max_source_positions(config: PretrainedConfig) -> int:
+    """The longest text that the encoder of an encoder–decoder is made for; without a stated bound (T5) it reads any."""
+    encoder = config.get_text_config(encoder=True)
+    stated = (vars(encoder).get(name) for name in _LONGEST_SOURCE)
+    return next((int(n) for n in stated if n), NO_LIMIT)
 
 
 def unpadded_size(config: PretrainedConfig) -> int | None:

@@ -31,6 +31,7 @@ class Batches:
         self._batches = FIRST_BATCHES
         self._running: RunningBatch | None = None
         self._begun: list[Encoded] = []  # the prompts of its rows
+        self._begins = 0  # tokens that each of its rows begins with
 
     @property
     def room(self) -> int:
@@ -72,13 +73,15 @@ class Batches:
         self._joins = self._running is not None
         if self._joins:
             self._waiting, self._begun = [], prompts
+            self._begins = call.input_ids.shape[1]
             self._batches = min(2 * self._batches, MOST_BATCHES)
 
     def _go_on(self, running: RunningBatch) -> list[Answer]:
-        longest = max(len(prompt.tokens) for prompt in self._begun)
         try:
             ended = running.step()
-            found = [self._calls.answer_with(self._begun[row], tokens[longest:].cpu()) for row, tokens in ended.items()]
+            found = [
+                self._calls.answer_with(self._begun[row], tokens[self._begins :].cpu()) for row, tokens in ended.items()
+            ]
         except Exception as error:  # a processor or the model may raise anything
             failed = [self._begun[row] for row in running.running]
             self._waiting = [self._begun[row] for row in running.waiting] + self._waiting

@@ -42,6 +42,7 @@ class PromptCalls:
     ) -> None:
         # Of a PeftModel its own `generate` is called: a prompt that was tuned is put in there.
         self._target, self._tokenizer, self._arguments = target, tokenizer, dict(arguments)
+        self._encodes = bool(target.config.is_encoder_decoder)
         self._works = False  # whether a prompt was answered
         config = arguments.get("generation_config") or target.generation_config
         assert isinstance(config, GenerationConfig)
@@ -87,8 +88,9 @@ class PromptCalls:
 
     def _answered(self, prompts: Sequence[Encoded]) -> list[Answer]:
         tokens = [prompt.tokens for prompt in prompts]
-        longest = max(map(len, tokens))
-        new = [self._own(row[longest:]) for row in self._generate(tokens).cpu()]
+        # An encoder–decoder's answer begins with the token that it starts with, and has no prompt.
+        begins = 1 if self._encodes else max(map(len, tokens))
+        new = [self._own(row[begins:]) for row in self._generate(tokens).cpu()]
         return [self.answer_with(prompt, own) for prompt, own in zip(prompts, new, strict=True)]
 
     def answer_with(self, prompt: Encoded, new: Tensor) -> Answer:
@@ -128,6 +130,8 @@ class PromptCalls:
         tokens = torch.full((len(prompts), longest), self._pad)
         mask = torch.zeros_like(tokens)
         for i, prompt in enumerate(prompts):
-            tokens[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = prompt, 1
+            # Encoders that count their positions begin at the first place, padding or not.
+            own = slice(0, len(prompt)) if self._encodes else slice(longest - len(prompt), longest)
+            tokens[i, own], mask[i, own] = prompt, 1
         columns = {"attention_mask": mask.to(device), "return_dict_in_generate": False}
         return generative(cast(PreTrainedModel, self._target)).generate(tokens.to(device), **columns, **arguments)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat.models import max_positions
+from .._compat.models import max_positions, max_source_positions
 from .._compat.tokenizers import chat_inputs
 from ..errors import ConfigError, brief
 from ..models.vocabulary import Vocabulary
@@ -36,7 +36,11 @@ class PromptReader:
 
     def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
-        self._ids, self._positions = Vocabulary.of(target).read, max_positions(target.config)
+        self._encodes = bool(target.config.is_encoder_decoder)  # a prompt is what the encoder reads
+        self._ids = Vocabulary.of(target).read
+        self._positions = (
+            max_source_positions(target.config) + 1 if self._encodes else max_positions(target.config)
+        )  # a prompt has fewer tokens
 
     def read(self, index: int, prompt: Any) -> Encoded:
         """Raises whatever keeps a prompt from being read; a ConfigError where it is of no form, empty, or too long."""
@@ -44,9 +48,12 @@ class PromptReader:
         if not len(tokens):
             raise ConfigError(f"Prompt {index} has no tokens: there is nothing to answer. Leave it out.")
         if len(tokens) >= self._positions:
-            raise ConfigError(
-                f"Prompt {index} has {len(tokens)} tokens: the target reads {self._positions}, new ones included."
+            reads = (
+                f"encoder reads {self._positions - 1}"
+                if self._encodes
+                else f"target reads {self._positions}, new ones included"
             )
+            raise ConfigError(f"Prompt {index} has {len(tokens)} tokens: the {reads}.")
         least, most = map(int, tokens.aminmax())
         if least < 0 or most >= self._ids:
             raise ConfigError(

@@ -24,7 +24,8 @@ from .prompts import PromptReader
 OF_ONE_CALL = (
     *("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "streamer", "custom_generate", CACHE),
     *("past_key_values", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
-    *("output_hidden_states", "prefix_allowed_tokens_fn", "synced_gpus"),
+    *("output_hidden_states", "prefix_allowed_tokens_fn", "synced_gpus", "decoder_input_ids", "decoder_attention_mask"),
+    *("encoder_outputs", "decoder_position_ids"),
 )
 
 
@@ -80,6 +81,11 @@ def generate_stream(
     inner = inner_model(target) if isinstance(target, nn.Module) else target
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedError(f"target is a {type(target).__name__}: expected a loaded transformers model.")
+    if inner.config.is_encoder_decoder and inner.main_input_name != "input_ids":
+        raise UnsupportedError(
+            f"The target {type(inner).__name__} reads {inner.main_input_name}: a stream has prompts of text. Call generate, or the "
+            "pipeline of its task with attach(target)."
+        )
     reader = PromptReader(inner, tokenizer)
     calls = PromptCalls(target, tokenizer, generate_kwargs)
     batches = Batches(calls, lambda: drafting_of(inner, generate_kwargs), batch_size)

@@ -13,19 +13,24 @@ from .._compat.caches import rearrange
 MOST_HOLES = 0.25
 
 
-def close_holes(cache: Cache, seen: Tensor, most: int, full: bool = False) -> Tensor:
+def close_holes(cache: Cache, seen: Tensor, most: int, full: bool = False, align: bool = False) -> Tensor:
     """Moves all rows together, to the right, where too many places are holes.
 
     Args:
         seen: (batch, places) 1 where a row has a token, 0 at holes.
         most: tokens of the row that has the most.
         full: whether it is worth it for any hole: places are short.
+        align: whether every row has to end at the last place, without a hole between its tokens.
 
     Returns:
         `seen` as it is then.
     """
     places = seen.shape[1]
-    if places == most or not (full or places - most > MOST_HOLES * places):
+    if align:
+        moves = places > most or bool((seen[:, 1:] < seen[:, :-1]).any())
+    else:
+        moves = places > most and (full or places - most > MOST_HOLES * places)
+    if not moves:
         return seen
     order = seen.argsort(dim=1, stable=True)[:, places - most :]  # holes first
     rearrange(cache, order)

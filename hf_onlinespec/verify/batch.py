@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import Cache
 
 from .._compat.adapters import adapts_by_row
+from .._compat.attention import takes_positions
 from .._compat.caches import held_tokens
 from .._compat.generation import Generated, generated_output, goes_on_finished, hands_back_cache, pad_token
 from ..commit.request import Request
@@ -29,6 +30,7 @@ from .ended_rows import EndedRows
 from .inputs import InputNames, given
 from .lockstep import Lockstep
 from .probe import why_plain
+from .probe_rows import why_one_length
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
 from .row_calls import RowCalls, check_row_calls
@@ -87,7 +89,8 @@ def why_plain_batch(
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:
         tokens, one = longest_row(target, input_ids, model_kwargs)
-        reason = why_plain(target, tokens, one) or why_chains(target, tokens, one)
+        takes = takes_positions(target, names.positions)
+        reason = why_plain(target, tokens, one) or (why_chains if takes else why_one_length)(target, tokens, one)
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
 
 

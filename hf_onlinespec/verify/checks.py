@@ -243,6 +243,11 @@ def check_inputs(
 ) -> None:
     """Refuses inputs that the loop does not take."""
     name = type(target).__name__
+    states = model_kwargs.get("encoder_outputs")
+    if target.config.is_encoder_decoder and states is not None and states[0].shape[1] == 0:
+        raise UnsupportedError(
+            f"The encoder of the target {name} was given nothing to read: its source has length 0. Pass text or speech."
+        )
     if drops_cache(target):
         raise UnsupportedError(
             f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "

@@ -34,11 +34,15 @@ class InputNames:
     def of(cls, target: PreTrainedModel) -> InputNames:
         return ENCODER_DECODER if target.config.is_encoder_decoder else DECODER
 
-    def of_rows(self, inputs: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
-        """The inputs of some rows of a batch, in this order; what is one for all rows stays as it is."""
+    def of_rows(self, inputs: Mapping[str, Any], rows: list[int], one: bool = False) -> dict[str, Any]:
+        """The inputs of some rows of a batch, in this order; what is one for all rows stays as it is.
+
+        Args:
+            one: whether the batch has one row: then it is repeated.
+        """
         index = torch.tensor(rows)
         by_row = {*self.read_by_row, *self.source}
-        return {name: _rows(value, index) if name in by_row else value for name, value in inputs.items()}
+        return {name: _rows(value, index, one) if name in by_row else value for name, value in inputs.items()}
 
     def joined(self, inputs: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of some rows of a call, then those of others, whose source is padded to the same length."""
@@ -84,12 +88,12 @@ def _joined(value: Any, other: Any) -> Any:
     return tuple(map(_joined, value, other)) if isinstance(value, tuple) else value
 
 
-def _rows(value: Any, index: Tensor) -> Any:
+def _rows(value: Any, index: Tensor, one: bool) -> Any:
     if isinstance(value, Tensor):
-        return value[index.to(value.device)] if len(value) > 1 else value
+        return value[index.to(value.device)] if one or len(value) > 1 else value
     if isinstance(value, ModelOutput):
-        return type(value)(**{name: _rows(one, index) for name, one in value.items()})
-    return tuple(_rows(one, index) for one in value) if isinstance(value, tuple) else value
+        return type(value)(**{name: _rows(part, index, one) for name, part in value.items()})
+    return tuple(_rows(part, index, one) for part in value) if isinstance(value, tuple) else value
 
 
 def source_of(

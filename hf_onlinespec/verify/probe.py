@@ -28,11 +28,13 @@ from ..runtime.failures import kind_and_place
 from .inputs import InputNames, given
 from .target import Verifier
 
-# Families whose classes are compared with plain decoding in tests/test_architectures.py and verify/test_target.py.
+# Families whose classes are compared with plain decoding in tests/test_architectures.py, test_encoder_decoders.py and verify/test_target.py.
 KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox
 gptj gpt_bigcode gpt_oss opt bloom falcon mpt starcoder2 stablelm olmo olmo2 olmo3 olmoe cohere cohere2 granite granitemoe glm
 glm4 smollm3 deepseek_v2 deepseek_v3 llama4 lfm2 codegen biogpt xglm persimmon nemotron exaone4 ernie4_5 seed_oss
-llava paligemma qwen2_vl idefics mllama git clip siglip""".split()
+llava paligemma qwen2_vl idefics mllama git clip siglip
+t5 mt5 umt5 bart mbart marian m2m_100 pegasus plbart mvp blenderbot blenderbot_small whisper
+led longt5 bigbird_pegasus pegasus_x nllb_moe switch_transformers speech_to_text moonshine""".split()
 LIBRARIES = ("torch", "peft", "accelerate", "bitsandbytes")
 PROMPT_TOKENS = 128  # of the request's last tokens are read; chosen: as long as a usual question
 # Largest difference of two logits over the largest logit, by the coarsest numbers that are multiplied. Measured on 60 tiny models:
@@ -150,7 +152,7 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
         with torch.inference_mode(False), torch.no_grad():
             prompt, kept = own_inputs(target, input_ids, model_kwargs)
             verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
-            _read_on(verifier, prompt, 2)
+            read_on(verifier, prompt, 2)
     except UnsupportedError:
         raise
     except Exception:  # nothing is known then: the request itself will tell
@@ -220,7 +222,7 @@ def off(found: Tensor, expected: Tensor) -> Tensor:
     return differ.amax(-1) / expected.abs().masked_fill(blocked, 0.0).amax().clamp_min(torch.finfo(expected.dtype).tiny)
 
 
-def _read_on(verifier: Verifier, prompt: Tensor, forwards: int) -> tuple[Tensor, list[Tensor]]:
+def read_on(verifier: Verifier, prompt: Tensor, forwards: int) -> tuple[Tensor, list[Tensor]]:
     """The prompt with as many tokens more, each of a forward of its own; and the logits (1, vocab) of each."""
     tokens, found = prompt, list[Tensor]()
     for _ in range(forwards):
@@ -263,7 +265,7 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
 
     config, most = GenerationConfig(), tolerance(target, input_ids.device.type)
     one, several = verifier(), verifier()
-    tokens, singles = _read_on(one, prompt, 4)
+    tokens, singles = read_on(one, prompt, 4)
     n = prompt.shape[1]
     several.verify(prompt, guesses(prompt[:, :0]))
     several.keep(tokens[:, : n + 1])

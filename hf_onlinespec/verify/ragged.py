@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .._compat.attention import takes_positions
 from .._compat.caches import (
     CACHE,
     crop,
@@ -34,6 +35,7 @@ from ..models.holes import close_holes
 from ..rounds import Proposal, Rows, Verdict
 from .inputs import InputNames
 from .positions import PositionLimits
+from .row_positions import RowPositions, with_row_positions
 from .target import unread
 from .trees import MOST_NODES, tree_mask, tree_positions
 
@@ -66,8 +68,17 @@ class RaggedVerifier:
         self._names = names = InputNames.of(target)
         own = {*names.read_by_row, CACHE}
         self._kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        self._takes_positions = takes_positions(target, names.positions)  # whether each token is given its position
+        self._counting: RowPositions | None = None  # what counts the positions of each row; None: nothing does
+        if not self._takes_positions:
+            self._target, self._counting = with_row_positions(target)
+        # What counts positions passes padding of the prompt over, in the prompt's own forward alone.
+        self._prompt_alone = self._counting is not None and self._counting.has_padding(input_ids)
+        # A target that knows its tokens by the distance of their places (T5): all rows have to end at the same one.
+        self._aligned = not self._takes_positions and self._counting is None
         self._table = PositionLimits.of(target.config).table
-        batch, length = input_ids.shape[0], input_ids.shape[1] + hidden_tokens(input_ids, config, model_kwargs)
+        self._hidden = hidden_tokens(input_ids, config, model_kwargs)  # of each row, that are in the cache alone
+        batch, length = input_ids.shape[0], input_ids.shape[1] + self._hidden
         mask = model_kwargs.get(names.mask)
         self.shown = input_ids.new_ones(batch, length) if mask is None else mask.to(input_ids).expand(batch, length)
         # What of the cache is kept tokens, and of the tokens that are not in it yet, which come next: (batch, places), 0 at holes.
@@ -86,12 +97,14 @@ class RaggedVerifier:
 
     def room(self) -> int:
         """Most tokens that may be drafted behind every row."""
+        if self.first and self._prompt_alone:
+            return 0
         return max(0, self._table - self._seen.shape[1])
 
     @property
     def trees(self) -> bool:
         """Whether the next round may be of trees. The prompts are read with chains."""
-        return not self.first and self._table - self._seen.shape[1] >= MOST_NODES
+        return self._takes_positions and not self.first and self._table - self._seen.shape[1] >= MOST_NODES
 
     def verify(self, rows: Rows, proposal: Proposal) -> Tensor:
         """Raw logits (batch, n + 1, vocab) in float32 behind the rows and behind each of their candidates, in one forward."""
@@ -104,10 +117,11 @@ class RaggedVerifier:
         tokens = torch.cat([tokens, proposal.tokens], dim=-1)
         steps = torch.arange(1, n + 1, device=tokens.device)
         has = steps <= torch.tensor(proposal.lengths, device=tokens.device)[:, None]  # (batch, n)
-        columns = {
-            self._names.mask: torch.cat([self._seen, has.to(self._seen)], dim=-1),
-            self._names.positions: torch.cat([self._unread, self._unread[:, -1:] + steps], dim=-1),
-        }
+        columns = {self._names.mask: torch.cat([self._seen, has.to(self._seen)], dim=-1)}
+        if self._takes_positions:
+            columns[self._names.positions] = torch.cat([self._unread, self._unread[:, -1:] + steps], dim=-1)
+        if self._counting is not None:
+            self._counting.begin([length + self._hidden - fed for length in rows.lengths])
         inputs = generative(self._target).prepare_inputs_for_generation(
             tokens,
             next_sequence_length=tokens.shape[1],
@@ -195,7 +209,8 @@ class RaggedVerifier:
         """Moves the rows together where that is worth it, or where a table of positions may count places."""
         # The last column is of the token that is not in the cache yet: it is the last one of every row.
         full = self._seen.shape[1] + MOST_NODES > self._table
-        cached = close_holes(self._cache, self._seen[:, :-1], max(self._held) - 1, full)
-        if cached.shape[1] < self._seen.shape[1] - 1:
+        seen = self._seen[:, :-1]
+        cached = close_holes(self._cache, seen, max(self._held) - 1, full, self._aligned)
+        if cached is not seen:
             self._seen = torch.cat([cached, self._seen[:, -1:]], dim=-1)
             self._cached = cached.shape[1]

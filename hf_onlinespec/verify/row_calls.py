@@ -37,7 +37,7 @@ class RowCalls:
         if all(known_of_row(one, 0) is one for one in (*processors, *criteria)):
             return cls((processors,) * rows, (criteria,) * rows, True)
         return cls(
-            tuple(LogitsProcessorList([of_row(one, row) for one in processors]) for row in range(rows)),
+            tuple(LogitsProcessorList([of_row(one, row, rows) for one in processors]) for row in range(rows)),
             tuple(StoppingCriteriaList([of_row(one, row) for one in criteria]) for row in range(rows)),
             False,
         )
@@ -86,9 +86,9 @@ def _try(one: Any, input_ids: Tensor, scores: Tensor, shown: Callable[[Tensor], 
         raise UnsupportedError(f"{name} says of a row alone something else than in a batch. {way_out}")
 
 
-def of_row(one: Any, row: int) -> Any:
-    """What is called with one row alone: itself, where it keeps nothing, else a copy."""
-    known = known_of_row(one, row)
+def of_row(one: Any, row: int, rows: int = 0) -> Any:
+    """What is called with one row alone: itself, where it keeps nothing, else a copy; `rows`: see `known_of_row`."""
+    known = known_of_row(one, row, rows)
     if known is not None:
         return known
     try:

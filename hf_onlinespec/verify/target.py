@@ -16,6 +16,7 @@ from ..errors import UnsupportedError
 from ..rounds import Proposal
 from .inputs import InputNames, given
 from .positions import PositionLimits
+from .row_positions import counted_positions
 from .trees import MOST_NODES, in_place, tree_mask, tree_positions
 
 
@@ -59,6 +60,8 @@ class Verifier:
                 # The caller counted the new tokens only; what stands for the cached ones is never read.
                 values = torch.cat([values.new_zeros((*values.shape[:-1], self._hidden)), values], dim=-1)
             self._columns[name] = values
+        # The token that a decoder passes over when it counts positions; None: it counts all of them.
+        self._counts_from = None if counted_positions(target) is None else target.config.get_text_config().pad_token_id
         self._limits = PositionLimits.of(target.config)
         length = input_ids.shape[1] + self._hidden
         # Columns that the caller gave beyond the tokens: plain decoding goes on behind them, and takes the last ones.
@@ -122,9 +125,25 @@ class Verifier:
             while tokens.shape[1] - k > self._chunk:
                 self._forward(tokens[:, : self._chunk], self._cached + self._chunk, 0)
                 tokens = tokens[:, self._chunk :]
-        logits = self._forward(tokens, end, k, None if chain else proposal)
-        self._first = False
+        logits = self._in_pieces(tokens, end, k) if chain else self._forward(tokens, end, k, proposal)
         return logits.to(dtype=torch.float32, device=input_ids.device)
+
+    def _in_pieces(self, tokens: Tensor, end: int, k: int) -> Tensor:
+        """The last k + 1 logits behind tokens that end at the place `end`: a forward ends behind padding, where plain decoding's would.
+
+        Decoders that count positions by the tokens of a forward (M2M100) pass padding over.
+        """
+        ends = [k]  # per forward, the candidates up to its end
+        if self._counts_from is not None:
+            padding = (tokens[0] == self._counts_from).tolist()
+            kept = len(padding) - k
+            ends = [0] * any(padding[:kept]) + [i + 1 for i in range(k - 1) if padding[kept + i]] + ends
+        logits, before = list[Tensor](), -1
+        for last in dict.fromkeys(ends):
+            left = k - last
+            logits.append(self._forward(tokens[:, : tokens.shape[1] - left], end - left, last - before - 1))
+            self._first, before = False, last
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
     def _forward(self, tokens: Tensor, end: int, k: int, tree: Proposal | None = None) -> Tensor:
         """One forward over what the target has not seen of `tokens`, up to the place `end`: its last k + 1 logits."""
