@@ -442,12 +442,20 @@ def run(
     ] = 500,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            help="Try prompts again that failed before: a new line is appended, and the last line of a prompt counts.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
 ) -> int:
     """Answer a file of prompts in batches, faster the more of them there are.
 
     Each answer is written as it is finished. An interrupted command goes on where it ended when it is given again, also after
-    prompts were added to the end of the file; with other prompts or settings it refuses. A prompt that fails has an "error" in
-    the place of a "text"; exit code 1: there are such prompts.
+    prompts were added to the end of the file; with other prompts or settings, or while another one writes into --out, it refuses. A
+    prompt that fails has an "error" in the place of a "text"; exit code 1: there are such prompts.
 
     Example: `hf-onlinespec run HuggingFaceTB/SmolLM2-135M-Instruct --prompts in.jsonl --out out.jsonl`
     """
@@ -467,6 +475,7 @@ def run(
             save_every,
             dtype.value,
             device,
+            retry_failed,
         )
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError, brief
 from ..generation import Answer
+from ..share.files import hold
 from ..training.corpus import check_text, parse_json
 
 BEGIN = b'{"index": '  # of every answer
@@ -74,20 +75,29 @@ class PromptFile:
 class AnswerFile:
     """Answers in the order in which they were finished, a line of JSON each, on the disk as soon as it is written.
 
-    A last line that an interruption has cut off is removed: its prompt is answered again.
+    A last line that an interruption has cut off is removed: its prompt is answered again. While it is open, no other process opens it.
+
+    Args:
+        retries: whether prompts that failed are tried again: what becomes of them is appended, and the last line of a prompt counts.
 
     Raises:
-        ConfigError: a line is no answer, or a prompt has two.
+        ConfigError: a line is no answer, a prompt has two, or another process writes into the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, retries: bool = False) -> None:
+        self._path, self._retries = path, retries
         self._done: dict[int, str] = {}  # by the prompt's index, checksums
-        if path.exists():
-            whole = self._read()
-            with open(path, "r+b") as file:
-                file.truncate(whole)
-        self._file = open(path, "a", encoding="utf-8", newline="\n")
+        self._failed: set[int] = set()  # of these, prompts that have an error in place of an answer
+        self._file = open(path, "a+b")
+        try:
+            if not hold(self._file):
+                raise ConfigError(
+                    f"--out {path}: another hf-onlinespec run writes into it. Wait for it, or name a new file."
+                )
+            self._file.truncate(self._read())
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -98,29 +108,43 @@ class AnswerFile:
         self._file.close()
 
     def __len__(self) -> int:
-        return len(self._done)
+        """Prompts that need not be answered."""
+        return len(self._done) - (len(self._failed) if self._retries else 0)
+
+    @property
+    def failed(self) -> int:
+        """Prompts that have an error in place of an answer."""
+        return len(self._failed)
 
     def _read(self) -> int:
         """Takes in what is answered; the bytes of all whole lines."""
         whole = 0
-        with open(self._path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"--out {self._path}, line {number}"
-                if not line.endswith(b"\n") and line[: len(BEGIN)] == BEGIN[: len(line)]:
-                    break  # cut off
-                try:
-                    found = json.loads(line)
-                    index, checksum = int(found["index"]), str(found["checksum"])
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ConfigError(f"{where}: no answer that this command wrote. Name a new file.") from error
-                if index in self._done:
-                    raise ConfigError(f"{where}: a second answer to prompt {index}. Name a new file.")
-                self._done[index] = checksum
-                whole += len(line)
+        self._file.seek(0)
+        for number, line in enumerate(self._file, 1):
+            where = f"--out {self._path}, line {number}"
+            if not line.endswith(b"\n") and line[: len(BEGIN)] == BEGIN[: len(line)]:
+                break  # cut off
+            try:
+                found = json.loads(line)
+                index, checksum, failed = int(found["index"]), str(found["checksum"]), "error" in found
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"{where}: no answer that this command wrote. Name a new file.") from error
+            if index in self._done and index not in self._failed:
+                raise ConfigError(f"{where}: a second answer to prompt {index}. Name a new file.")
+            self._note(index, checksum, failed)
+            whole += len(line)
         return whole
 
+    def _note(self, index: int, checksum: str, failed: bool) -> None:
+        self._done[index] = checksum
+        (self._failed.add if failed else self._failed.discard)(index)
+
     def has(self, line: Line) -> bool:
-        """Whether a prompt is answered. Raises ConfigError where what stands in its place is the answer to something else."""
+        """Whether a prompt need not be answered. Raises ConfigError where what stands in its place is the answer to something else."""
+        return self._knows(line) and not (self._retries and line.index in self._failed)
+
+    def _knows(self, line: Line) -> bool:
+        """Whether something stands in the place of a prompt. Raises ConfigError, see `has`."""
         found = self._done.get(line.index)
         if found not in (None, line.checksum):
             raise ConfigError(
@@ -137,7 +161,7 @@ class AnswerFile:
         """
         total = answered = 0
         for line in prompts:
-            total, answered = total + 1, answered + self.has(line)
+            total, answered = total + 1, answered + self._knows(line)
         if not total:
             raise ConfigError("--prompts: the file has no prompts. Write one per line.")
         if answered < len(self._done):
@@ -155,6 +179,7 @@ class AnswerFile:
             fields["error"] = f"{type(answer.error).__name__}: {answer.error}"
         else:
             fields |= {"text": answer.text, "new_tokens": len(answer.tokens)}
-        self._file.write(json.dumps(fields | {"checksum": line.checksum}, ensure_ascii=False) + "\n")
+        written = json.dumps(fields | {"checksum": line.checksum}, ensure_ascii=False) + "\n"
+        self._file.write(written.encode())
         self._file.flush()
-        self._done[line.index] = line.checksum
+        self._note(line.index, line.checksum, answer.tokens is None)

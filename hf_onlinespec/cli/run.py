@@ -50,6 +50,7 @@ class RunSettings:
     save_every: int = 500  # prompts between two saves; 0: only at the end
     dtype: str = AUTO
     device: str | None = None
+    retry_failed: bool = False  # whether prompts that failed in an earlier run are tried again
 
     def __post_init__(self) -> None:
         check_least("--batch-size", self.batch_size, 1)
@@ -74,11 +75,16 @@ def run_prompts(settings: RunSettings) -> int:
     check_saving(settings.save, settings.draft, resumes=True)
     quiet_libraries(bars=True)
     prompts = PromptFile(settings.prompts, settings.of_answers)
-    with AnswerFile(settings.out) as answers:
+    with AnswerFile(settings.out, settings.retry_failed) as answers:
         total = answers.check(prompts)
         if len(answers) == total:
-            print(f"All {total:,} prompts were answered before: {settings.out}.")
-            return 0
+            failed = (
+                f", {answers.failed:,} of them with an error: --retry-failed tries these again"
+                if answers.failed
+                else ""
+            )
+            print(f"All {total:,} prompts were answered before{failed}. {settings.out}")
+            return FOUND if answers.failed else 0
         if len(answers):
             _say(f"{len(answers):,} of {total:,} prompts were answered before: going on.")
         target, tokenizer, drafts = _loaded(settings)
@@ -97,7 +103,7 @@ def run_prompts(settings: RunSettings) -> int:
             raise
     work.save(examined=True)
     work.tell()
-    return FOUND if work.failed else 0
+    return FOUND if answers.failed else 0
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+if sys.platform == "win32":
+    import msvcrt
 
+LOCKED_BYTE = 1 << 40  # of a file, behind whatever it holds: Windows keeps others from reading what is locked
 MOST_HOLES = (
     128 << 20
 )  # in one file; what save_file writes has none, but a file system that compresses may make some of zeros
@@ -137,6 +141,22 @@ def _is(path: Path, kind: Callable[[int], bool]) -> bool:
         return kind(path.lstat().st_mode)
     except (OSError, ValueError):
         return False
+
+
+def hold(file: BinaryIO) -> bool:
+    """Takes an open file's lock without waiting, until it is closed or the process ends; False: another process holds it.
+
+    Where the file system has no locks, nobody is kept out. On Windows the place in the file is moved.
+    """
+    try:
+        if sys.platform == "win32":
+            file.seek(LOCKED_BYTE)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        elif fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
 
 
 @contextmanager

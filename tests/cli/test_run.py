@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,58 @@ def test_a_prompt_that_fails_has_an_error_and_the_command_says_so(
     assert "text" in found[0] and "text" in found[1] and "text" not in found[2]
     assert "the target reads 512" in found[2]["error"]
     assert "Failed: 1 prompts" in capsys.readouterr().out
+
+
+def test_prompts_that_failed_are_tried_again_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(tmp_path, 3)
+    stream = run.generate_stream
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        for answer in stream(*args, **kwargs):
+            failed = answer.index == 1
+            yield Answer(1, answer.prompt, error=RuntimeError("of a test")) if failed else answer
+
+    monkeypatch.setattr(run, "generate_stream", failing)
+    assert command(tmp_path) == 1
+    before = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    monkeypatch.undo()
+    assert command(tmp_path) == 1  # as they stand there
+    assert "1 of them with an error: --retry-failed" in capsys.readouterr().out
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == before
+    assert command(tmp_path, "--retry-failed") == 0
+    after = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    last = json.loads(after.splitlines()[-1])
+    assert after.startswith(before) and len(after.splitlines()) == 4 and last["index"] == 1 and "text" in last
+    assert command(tmp_path) == 0 and command(tmp_path, "--retry-failed") == 0
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == after
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hf_onlinespec.cli.answer_files import AnswerFile
+file = AnswerFile(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_write_into_one_file_and_one_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"index": 0, "checksum": "a"}\n', encoding="utf-8")
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another hf-onlinespec run writes into it"):
+            AnswerFile(path)
+    finally:
+        other.kill()
+        other.communicate()
+    with AnswerFile(path) as file:
+        assert len(file) == 1
+    assert path.read_text(encoding="utf-8") == '{"index": 0, "checksum": "a"}\n'
 
 
 @pytest.mark.parametrize(
