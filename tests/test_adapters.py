@@ -320,3 +320,12 @@ def test_auto_routes_the_rows_of_a_head(target) -> None:
     plain = target.generate(**inputs, **GREEDY)
     assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, adapter="auto", **GREEDY))
     assert requests(draft) == [2, 2, 0] and draft.metrics.failed_drafts == 0 and not draft.steps
+
+
+def test_of_several_processes_each_keeps_its_adapters_with_names_and_says_so(target, monkeypatch) -> None:
+    monkeypatch.setattr("hf_onlinespec.adapt.replicas.has_others", lambda: True)
+    draft = new_draft()
+    with pytest.warns(UserWarning, match="average the adapter without a name alone"):
+        target.generate(**inputs_of(1), assistant_model=draft, adapter="sql", **GREEDY)
+    target.generate(**inputs_of(1), assistant_model=draft, adapter="orders", **GREEDY)  # said once
+    assert sorted(draft.adapters) == ["orders", "sql"]

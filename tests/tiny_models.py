@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -47,6 +48,22 @@ def tiny_llama(seed: int, vocab: int = 32, layers: int = 1, hidden: int = 16, **
     model = LlamaForCausalLM(LlamaConfig(**(settings | kwargs))).eval()
     model.generation_config.pad_token_id = 0
     return model
+
+
+def tiny_windowed(seed: int, vocab: int = 32) -> PreTrainedModel:
+    """Its layers attend to a window of eight tokens: rows of a batch cannot differ in length."""
+    config = Gemma2Config(
+        **SPOKEN,
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=8,
+    )
+    return random_model(config, seed)
 
 
 def tiny_gpt2(seed: int, vocab: int = 32) -> GPT2LMHeadModel:

@@ -239,8 +239,11 @@ def known_of_row(one: Any, row: int, rows: int = 0) -> Any:
 
 
 def goes_on_finished(criteria: StoppingCriteriaList) -> str:
-    """Why `generate` lets rows that have ended write on until all of them have, instead of padding them; "": it does not."""
-    if any(hasattr(criterion, "eos_token_id") for criterion in criteria):  # as `generate` asks
+    """Why `generate` lets rows that have ended write on until all of them have, instead of padding them; "": it does not.
+
+    It asks whether any criterion has an attribute `eos_token_id`; one of somebody else's that has counts here as none.
+    """
+    if any(isinstance(criterion, EosTokenCriteria) for criterion in criteria):
         return ""
     others = [type(criterion).__name__ for criterion in criteria if type(criterion) is not MaxLengthCriteria]
     return f"{others[0]} without a token that ends a text: rows write on until all of them have ended" if others else ""

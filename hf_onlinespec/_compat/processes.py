@@ -41,18 +41,24 @@ class Process:
 _numbers = itertools.count()
 
 
+def has_others() -> bool:
+    """Whether this process is one of several."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def this_process() -> Process | None:
     """Which of several processes this one is; None: there is but one, or none has called `init_process_group`."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
+    if not has_others():
         return None
+    distributed = torch.distributed
     store = distributed.distributed_c10d._get_default_store()
     return Process(distributed.get_rank(), distributed.get_world_size(), _own_connection(store), _numbers)
 
 
 def _own_connection(store: Any) -> Any:
     """A connection of its own to the same store: nobody else of this process waits for what it sends. Torch has it since 2.8."""
-    if not hasattr(store, "clone"):
+    if "clone" not in vars(torch.distributed.Store):
         return store
     own = store.clone()
     own.set_timeout(PATIENCE)

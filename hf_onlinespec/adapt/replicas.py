@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .._compat.processes import Process, this_process
+from .._compat.processes import Process, has_others, this_process
 from ..errors import ConfigError
 from ..metrics.summary import counted
 from ..runtime.failures import Attempt, Backoff
@@ -88,6 +88,11 @@ class Replicas:
         """From now on this process learns alone, for a reason."""
         self._every = self._shared = self._exchange = None
         self._learning.metrics.decisions.averaging = reason
+
+    @property
+    def leaves_names_out(self) -> bool:
+        """Whether other processes learn the adapter without a name, and those with names are each process' own."""
+        return self._every is not None and has_others()
 
     def saves(self, is_main_process: bool | None) -> bool:
         """Whether this process saves what all of them have learned; None: the one of rank 0 does."""

@@ -6,7 +6,7 @@ lacks in the one cache is a hole: rejected tokens, padding, and whatever other r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -18,7 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from .._compat.attention import has_sinks, takes_positions, tree_obstacle
 from .._compat.caches import CACHE, cache_tensors
 from ..adapt.trainable import Prefix
-from .draft_model import Branch, KnownRow, Reader, SharedReader
+from .draft_model import KnownRow, Reader, SharedReader
 from .draft_trees import MOST_OFF
 from .row_cache import RowCache
 from .row_features import RowFeatures
@@ -173,16 +173,6 @@ class _RowReader(Reader):
 
     def scores(self, served: PreTrainedModel, prefix: Tensor) -> Tensor:
         return self._batch.scores(served, {self._row: prefix})
-
-    @property
-    def reads_trees(self) -> bool:
-        return False
-
-    def can_branch(self, parent: int, depth: int) -> bool:
-        return False
-
-    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
-        raise NotImplementedError  # see `can_branch`
 
     def rewind(self, length: int, same: int | None = None) -> None:
         self._batch.rewind(self._row, length if same is None else min(length, same + 1))

@@ -22,7 +22,7 @@ from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
 from .batch_reader import BatchReader, reads_rows
-from .draft_model import Branch, DraftModel, KnownRow, Reader
+from .draft_model import Branch, DraftModel, KnownRow, Reader, TreeReader
 from .draft_trees import added_mask, reads_trees, seen_by
 from .row_features import RowFeatures
 
@@ -192,7 +192,7 @@ class CausalLM(DraftModel):
 
 
 @final
-class CausalReader(Reader):
+class CausalReader(TreeReader):
     """The KV cache of a causal language model in one row.
 
     Args:

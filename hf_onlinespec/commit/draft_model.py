@@ -98,19 +98,6 @@ class Reader(ABC):
             served: the module tree that drafts now, see `DraftModel.serving`.
         """
 
-    @property
-    @abstractmethod
-    def reads_trees(self) -> bool:
-        """Whether the model reads several candidates behind one prefix; tried once, where it is not known."""
-
-    @abstractmethod
-    def can_branch(self, parent: int, depth: int) -> bool:
-        """Whether a candidate of this depth stands behind one that it has read in this round (-1: the row), and within its positions."""
-
-    @abstractmethod
-    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
-        """What the model says behind several candidates, which it reads in one forward: logits (branches, ids), from id 0 on."""
-
     @abstractmethod
     def rewind(self, length: int, same: int | None = None) -> None:
         """Rolls back to what was kept of `length` tokens, less the last one: it is read again, for its logits.
@@ -126,6 +113,23 @@ class Reader(ABC):
     @abstractmethod
     def prefix(self, most: int) -> Prefix | None:
         """At most so many tokens that were read; None: there are none that learning could build on."""
+
+
+class TreeReader(Reader):
+    """What may read several candidates behind one prefix, too."""
+
+    @property
+    @abstractmethod
+    def reads_trees(self) -> bool:
+        """Whether the model reads several candidates behind one prefix; tried once, where it is not known."""
+
+    @abstractmethod
+    def can_branch(self, parent: int, depth: int) -> bool:
+        """Whether a candidate of this depth stands behind one that it has read in this round (-1: the row), and within its positions."""
+
+    @abstractmethod
+    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
+        """What the model says behind several candidates, which it reads in one forward: logits (branches, ids), from id 0 on."""
 
 
 class DraftModel(ABC):

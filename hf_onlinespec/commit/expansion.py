@@ -13,7 +13,7 @@ from ..govern.governor import Governor
 from ..govern.guesses import NOWHERE, Guess
 from ..govern.planner import Plan
 from ..runtime.forks import Lock
-from .draft_model import Branch
+from .draft_model import Branch, TreeReader
 from .proposal import ProposalBuilder
 from .row_model import RowModel
 
@@ -57,7 +57,7 @@ class Expansion:
     def next(self, leaves: list[Leaf]) -> list[tuple[Leaf, list[Guess]]]:
         """What follows the leaves that are worth it, taken off the list; []: none is."""
         builder, reader = self._builder, self._model.reader
-        if builder.expansions >= MOST:
+        if builder.expansions >= MOST or not isinstance(reader, TreeReader):
             return []
         readable = [leaf for leaf in leaves if reader.can_branch(leaf.parent, leaf.depth)]
         readable.sort(key=lambda leaf: -leaf.survival)

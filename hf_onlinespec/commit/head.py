@@ -26,7 +26,7 @@ from ..heads.unrolling import Unroll
 from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
-from .draft_model import Branch, DraftModel, KnownRow, Reader
+from .draft_model import Branch, DraftModel, KnownRow, Reader, TreeReader
 from .draft_trees import seen_by
 from .head_rows import HeadRows
 from .row_features import RowFeatures
@@ -190,7 +190,7 @@ def _with_unread(logits: Tensor, n: int) -> Tensor:
 
 
 @final
-class HeadReader(Reader):
+class HeadReader(TreeReader):
     """The KV cache of a head in one row. Rows of true features stay in it; those of drafted tokens are of one round."""
 
     def __init__(self, model: HeadModel, features: RowFeatures) -> None:

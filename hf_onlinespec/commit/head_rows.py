@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..adapt.trainable import Prefix
 from ..heads.layer import positions_of, seen_keys
-from .draft_model import Branch, KnownRow, Reader, SharedReader
+from .draft_model import KnownRow, Reader, SharedReader
 from .row_cache import RowCache
 from .row_features import RowFeatures
 
@@ -227,16 +227,6 @@ class _RowReader(Reader):
 
     def scores(self, served: PreTrainedModel, prefix: Tensor) -> Tensor:
         return self._batch.scores(served, {self._row: prefix})
-
-    @property
-    def reads_trees(self) -> bool:
-        return False
-
-    def can_branch(self, parent: int, depth: int) -> bool:
-        return False
-
-    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
-        raise NotImplementedError  # see `can_branch`
 
     def rewind(self, length: int, same: int | None = None) -> None:
         self._batch.rewind(self._row)

@@ -18,7 +18,7 @@ from ..models.source import Source
 from ..models.vocabulary import widened
 from ..runtime.forks import Lock
 from .base import Call
-from .draft_model import Branch, DraftModel
+from .draft_model import Branch, DraftModel, TreeReader
 from .recycling import best_tokens
 from .row_features import MOST_HELD, RowFeatures
 
@@ -166,6 +166,7 @@ class RowModel:
 
     def next_of(self, served: PreTrainedModel, branches: Sequence[Branch], n: int) -> list[list[tuple[int, float]]]:
         """The n likeliest tokens behind each of several candidates, and their probabilities before any processor."""
+        assert isinstance(self.reader, TreeReader)
         scores = self.reader.branch(served, branches)[:, : self.common].float()
         shares = (scores / (self._call.temperature or 1.0)).softmax(-1)
         tokens = best_tokens(shares, n)

@@ -177,6 +177,11 @@ class OnlineDraft(Draft):
 
     def _beside(self) -> OnlineDraft:
         """A draft with another adapter on the same base; lock, governor and what fails are those of this one."""
+        if self.replicas.leaves_names_out:
+            self.warn_once(
+                "adapter=: several processes learn, and average the adapter without a name alone. Those with names are each process' own; "
+                "save_pretrained writes those of rank 0."
+            )
         own = OnlineDraft.__new__(OnlineDraft)
         Draft.__init__(own, replace(self.settings.of_draft(), memory_tokens=0, recycle=False))
         own.settings = self.settings.of_draft()

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from ..errors import PrivacyError
+from ..runtime.forks import Lock
 from .artifact import Artifact
 from .audited import Audited
 from .checkpoints import Checkpoints
-from .hub import Push, Shared, SharedAdapter, Snapshot
+from .hub import Push, SharedAdapter, Snapshot
 from .privacy import check_privacy
 
 LAST_WAIT_S = 5.0  # for a push that is under way when the draft goes, or the process ends
@@ -29,11 +30,14 @@ class PushedNames(Protocol):
     def using(self, name: str) -> AbstractContextManager[PushedAdapter]: ...
 
 
-class Pushed(PushedAdapter, Shared, Protocol):
-    """A draft, as far as it is audited and pushed."""
+class Pushed(PushedAdapter, Protocol):
+    """A draft, as far as it is audited and pushed: see `Shared`."""
 
+    pushes: Lock
     checkpoints: Checkpoints | None
 
+    @property
+    def version(self) -> tuple[int, int]: ...
     @property
     def adapters(self) -> PushedNames: ...
 

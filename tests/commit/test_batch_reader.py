@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.feedback import Teacher
@@ -18,7 +18,7 @@ from hf_onlinespec.commit.draft_model import DraftModel, Reader
 from hf_onlinespec.commit.row_features import RowFeatures
 from hf_onlinespec.metrics import Counts
 from tests.drafts import move
-from tests.tiny_models import random_model, tiny_gpt2, tiny_llama
+from tests.tiny_models import tiny_gpt2, tiny_llama, tiny_windowed
 
 VOCAB = 32
 
@@ -141,22 +141,8 @@ def test_holes_are_closed_before_they_are_half_of_the_cache() -> None:
 
 
 def test_drafts_whose_rows_cannot_be_read_together_are_known() -> None:
-    windowed = Gemma2Config(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=8,
-        initializer_range=0.6,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
     rows = rows_of(random.Random(1), [3, 4])
-    assert OnlineDraft(random_model(windowed, 3), rank=2).trainable.shared_reader(rows) is None
+    assert OnlineDraft(tiny_windowed(3), rank=2).trainable.shared_reader(rows) is None
     model = tiny_llama(1)
     assert reads_rows(model, {})
     forward = model.forward

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec._compat.hidden_states import hidden_states_inputs
 from hf_onlinespec.adapt.trainable import Prefix
-from hf_onlinespec.commit.draft_model import Branch, Reader, SharedReader
+from hf_onlinespec.commit.draft_model import Branch, Reader, SharedReader, TreeReader
 from hf_onlinespec.commit.head import HeadModel
 from hf_onlinespec.commit.row_features import RowFeatures
 from hf_onlinespec.govern.planner import Plan
@@ -30,7 +30,7 @@ WILD = dict(do_sample=True, temperature=4.0, top_k=0)  # what is drawn is kept a
 ALONE = dict(memory_tokens=0, recycle=False)
 
 
-class Recorded(Reader):
+class Recorded(TreeReader):
     """A reader that notes what was asked of it and what it said."""
 
     def __init__(self, reader: Reader, found: list[tuple[int, Tensor, Tensor]]) -> None:

@@ -30,7 +30,7 @@ from hf_onlinespec.rounds import Proposal, Rows, Verdict
 from tests.chi_square import THOUSAND, follows
 from tests.fakes import PlainDraft, ScriptedProposer
 from tests.heads.tiny import KINDS, tiny_head
-from tests.tiny_models import random_model, tiny_gpt2, tiny_llama
+from tests.tiny_models import tiny_gpt2, tiny_llama, tiny_windowed
 from tests.verify.test_sampling_law import Tastes, Whims
 
 VOCAB = 32
@@ -524,24 +524,7 @@ def test_a_streamer_is_refused_by_name(target) -> None:
 
 @pytest.fixture(scope="module")
 def windowed() -> PreTrainedModel:
-    """Its layers attend to a window: rows of a batch cannot differ in length."""
-    from transformers import Gemma2Config
-
-    config = Gemma2Config(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=8,
-        initializer_range=0.6,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return random_model(config, 3)
+    return tiny_windowed(3)
 
 
 def test_a_target_whose_rows_cannot_differ_in_length_decodes_plainly_and_says_why(windowed) -> None:
