@@ -313,6 +313,24 @@ def test_auto_goes_by_acceptance_where_prompts_mislead(target) -> None:
     assert draft.metrics.last.acceptance_rate == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("more", [{}, {"update_when": "round"}, {"update_when": "idle"}, {"update_every": "auto"}])
+def test_auto_scores_every_adapter_on_what_is_learned_so_that_none_has_to_serve_to_be_known(target, more) -> None:
+    """The base is the target itself, and "sql" and "orders", which two of three rows speak for, are spoiled."""
+    draft = OnlineDraft(tiny_llama(1, layers=2), replace(FIXED, **more))
+    teach(draft, target, ("sql", "orders"))
+    assert draft.catch_up()
+    for name in ("sql", "orders"):
+        with draft.adapters.using(name) as own:
+            move(own)
+    inputs = padded([of_kind("sql", 3), of_kind("orders", 3, 4), of_kind("sql", 5)])
+    plain = target.generate(**inputs, **GREEDY)
+    before = requests(draft)
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, adapter="auto", **GREEDY))
+        assert draft.catch_up()
+        assert requests(draft) == [before[0] + 1, before[1] + 1, 0], "the second time, the one without a name serves"
+
+
 def test_auto_routes_the_rows_of_a_head(target) -> None:
     draft = OnlineDraft(tiny_head("EAGLE-3", target), FIXED)
     teach(draft, target, ("sql", "orders"))

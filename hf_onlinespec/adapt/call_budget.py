@@ -22,6 +22,7 @@ class CallBudget:
 
     def __init__(self, learning: LearningService, counts: Counts, *, timed: bool, waits: bool) -> None:
         self.timed = timed
+        self._governed = timed and learning.settings.update_every == "auto"
         self._learning, self._counts, self._waits = learning, counts, waits
 
     def affordable_steps(self) -> int:
@@ -42,6 +43,12 @@ class CallBudget:
                 with self._learning.lock:
                     self._learning.governor.budget.spent(seconds, self._counts.updates - before)
 
+    @property
+    def may_compare(self) -> bool:
+        """Whether there is time to score a request under every adapter."""
+        with self._learning.lock:
+            return not self._governed or self._learning.governor.budget.comparing.affordable()
+
     @contextmanager
     def scored(self) -> Iterator[None]:
         """The time in which requests are scored without being learned."""
@@ -50,4 +57,12 @@ class CallBudget:
         seconds = time.perf_counter() - started
         self._counts.update_time_s += seconds
         with self._learning.lock:
-            self._learning.governor.budget.scored(seconds)
+            self._learning.governor.budget.scoring.spent(seconds)
+
+    @contextmanager
+    def compared(self) -> Iterator[None]:
+        """The time in which a request is scored under every adapter, a part of what is `charged` or `scored`."""
+        started = time.perf_counter()
+        yield
+        with self._learning.lock:
+            self._learning.governor.budget.comparing.spent(time.perf_counter() - started)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -35,6 +35,19 @@ class ExpectedAnswers(Protocol):
         ...
 
 
+class Comparison(Protocol):
+    """Who wants to know how every adapter would have done on rows of a call."""
+
+    @property
+    def rows(self) -> Collection[int]:
+        """Which ones, as the schedule counts them."""
+        ...
+
+    def score(self, rows: Sequence[int], batch: Segment) -> None:
+        """Scores the new tokens of some of them under every adapter, before any of these learns from them."""
+        ...
+
+
 class LearningSchedule:
     """What one call of `generate` teaches its draft, and when.
 
@@ -47,6 +60,7 @@ class LearningSchedule:
         learns: False: nothing is recorded or learned.
         timed: whether the loop tells times; transformers' own does not.
         waits: whether anything is decided by them: only then is an accelerator waited for.
+        comparison: of the adapters; None: nobody asked for it.
     """
 
     def __init__(
@@ -62,8 +76,9 @@ class LearningSchedule:
         learns: bool,
         timed: bool,
         waits: bool,
+        comparison: Comparison | None = None,
     ) -> None:
-        self._learning, self._idle, self._failures = learning, idle, failures
+        self._learning, self._idle, self._failures, self._comparison = learning, idle, failures, comparison
         self._memory, self._counts, self._temperature, self._asked = memory, counts, temperature, learns
         self._budget = CallBudget(learning, counts, timed=timed, waits=waits)
         self.learns = failures.learning.begin() and learns  # whether the target's logits are recorded
@@ -72,6 +87,7 @@ class LearningSchedule:
         self._left_out = ""  # why nothing of this call can be learned
         self._feedback = CallFeedback(learning, rows, temperature)
         self._requests: dict[int, Request] = {}  # by row, for the privacy audit, as soon as it is learned from
+        self._compares = comparison is not None and self._budget.may_compare
         settings = learning.settings
         if self.learns and settings.update_every == "auto" and settings.update_when != "idle":
             with self.attempt():
@@ -169,6 +185,7 @@ class LearningSchedule:
 
     def _step(self, rows: Sequence[int]) -> None:
         segments = {i: self._feedback.segment(i) for i in rows}
+        self._compare(segments)
         # As the row was read before it may be read anew to tell who serves it.
         one = segments[rows[0]]
         prefix = self._feedback.rows[rows[0]].prefix(one.tokens.shape[1] - 1 - one.n) if len(rows) == 1 else None
@@ -186,6 +203,16 @@ class LearningSchedule:
             self._learning.fold()
         for i, segment in segments.items():
             self._feedback.keep(i, segment)
+
+    def _compare(self, segments: Mapping[int, Segment]) -> None:
+        """Scores those of them that somebody asks about under every adapter."""
+        comparison = self._comparison
+        if comparison is None or not self._compares:
+            return
+        asked = [i for i in segments if i in comparison.rows and segments[i].teaches]
+        if asked:
+            with self._budget.compared():
+                comparison.score(asked, self._feedback.joined([segments[i] for i in asked]))
 
     def _learn_row(self, i: int, segment: Segment, prefix: Prefix | None) -> None:
         row = self._learned_row(i, segment)
@@ -233,6 +260,7 @@ class LearningSchedule:
         settings = self._learning.settings
         steps, most, taken = 1 + settings.replay_passes, None, 1
         if settings.update_when == "idle":
+            self._compare_unlearned(rows, keeps=True)
             self._feedback.defer_to_replay(rows)
             for _, one in self._feedback.finished(rows):
                 self._idle.add(one, self._temperature)
@@ -245,6 +273,7 @@ class LearningSchedule:
                 self._learning.governor.decisions.deferred_updates += 1
                 if unseen:
                     self._score_offline(rows)
+                self._compare_unlearned(rows, self._keeps(rows))
         if steps:
             updated = self.update(most, rows)
             taken = 1 if most is None else max(1, updated)
@@ -286,6 +315,7 @@ class LearningSchedule:
         with self._budget.scored():
             self._route(waiting)
             segments = {i: self._feedback.segment(i) for i in waiting}
+            self._compare(segments)
             scored = {i: self._feedback.rows[i].prompt_log_ratio for i, segment in segments.items() if segment.n}
             if len(scored) == 1:
                 i, ratio = next(iter(scored.items()))
@@ -296,6 +326,18 @@ class LearningSchedule:
             for i, segment in segments.items():
                 if self._keeps(rows):
                     self._feedback.keep(i, segment)
+
+    def _compare_unlearned(self, rows: Sequence[int], keeps: bool) -> None:
+        """Compares the adapters on rows that are not learned from now; `keeps`: whether the replay is given them."""
+        asked = () if self._comparison is None or not self._compares else self._comparison.rows
+        waiting = [i for i in self._feedback.waiting if i in rows and i in asked]
+        if not waiting:
+            return
+        with self._budget.charged():
+            segments = {i: self._feedback.segment(i) for i in waiting}
+            self._compare(segments)
+            for i, segment in segments.items() if keeps else ():
+                self._feedback.keep(i, segment)
 
     def _worthwhile_steps(self) -> int:
         """Steps that are affordable, if it is known what the memory would have said: else none could tell what they bring."""

@@ -180,6 +180,15 @@ class NamedAdapters(Mapping[str, AdapterSummary], Generic[D]):
         finally:
             lease.end()
 
+    @contextmanager
+    def present(self) -> Iterator[Mapping[str, D]]:
+        """Those that are in the process, for the time of a `with` block."""
+        lease = self.lease([], present=True)
+        try:
+            yield lease.drafts
+        finally:
+            lease.end()
+
     def _present(self, name: str) -> D:
         found = self._adapters.get(name)
         if found is None:

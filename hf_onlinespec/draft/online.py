@@ -324,7 +324,7 @@ class OnlineDraft(Draft):
         schedule: Schedule | None = None
         if self.failures.preparing.begin():
             with self.failures.preparing.attempt(call.count_failed_draft):
-                routing = Routing(self, call)
+                routing = Routing(self, call, self.adapters.present)
                 wanted = [name for name in routing.names if name is not None]
                 lease = self.adapters.lease(wanted, present=routing.routes)
                 routing.choose(lease.drafts)
@@ -341,7 +341,7 @@ class OnlineDraft(Draft):
                         lease.end()
                         routing.close(stats)
 
-                    schedule = schedule_of_names(self, routing.names, drafts, rows, call, sources, closed)
+                    schedule = schedule_of_names(self, routing, drafts, rows, call, sources, closed)
                 else:
                     schedule = schedule_of(self, rows, call, sources, call.counts)
                 models = rows

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..adapt.idle import IdleLearning
-from ..adapt.schedule import ExpectedAnswers, LearningSchedule
+from ..adapt.schedule import Comparison, ExpectedAnswers, LearningSchedule
 from ..adapt.schedules import AdapterRows, AnswersOfRows, Schedule, Schedules
 from ..adapt.service import LearningService
 from ..commit.base import Call
@@ -17,6 +17,7 @@ from ..govern.governor import Governor
 from ..metrics import Counts, DraftMetrics
 from ..runtime.failures import Failures
 from ..runtime.forks import Lock
+from .routing import Routing
 
 
 class Adapted(Protocol):
@@ -40,9 +41,14 @@ def models_of_rows(drafts: Sequence[Adapted], call: Call, stats: Sequence[Reques
 
 
 def schedule_of(
-    draft: Adapted, rows: Sequence[RowModel], call: Call, memory: ExpectedAnswers, counts: Counts
+    draft: Adapted,
+    rows: Sequence[RowModel],
+    call: Call,
+    memory: ExpectedAnswers,
+    counts: Counts,
+    comparison: Comparison | None = None,
 ) -> LearningSchedule:
-    """When these rows of a call are learned, by one adapter."""
+    """When these rows of a call are learned, by one adapter; `comparison`: of all adapters on these rows."""
     return LearningSchedule(
         draft.learning,
         draft.idle,
@@ -54,12 +60,13 @@ def schedule_of(
         learns=call.learns,
         timed=call.timed,
         waits=call.waits,
+        comparison=comparison,
     )
 
 
 def schedule_of_names(
     draft: Adapted,
-    names: Sequence[str | None],
+    routing: Routing,
     drafts: Sequence[Adapted],
     rows: Sequence[RowModel],
     call: Call,
@@ -70,14 +77,15 @@ def schedule_of_names(
 
     Args:
         draft: that has the adapters.
-        names: per row, of its adapter.
+        routing: the adapters of the rows, by name.
         drafts: per row, whose adapter serves it.
         closed: called at the end of the call.
     """
-    parts = []
+    parts, names = [], routing.names
     for name in dict.fromkeys(names):
         numbers = tuple(i for i, other in enumerate(names) if other == name)
         own, counts = drafts[numbers[0]], Counts()
-        schedule = schedule_of(own, [rows[i] for i in numbers], call, AnswersOfRows(memory, numbers), counts)
+        answers = AnswersOfRows(memory, numbers)
+        schedule = schedule_of(own, [rows[i] for i in numbers], call, answers, counts, routing.comparison(numbers))
         parts.append(AdapterRows(name, numbers, schedule, counts, None if own is draft else own.metrics))
     return Schedules(parts, draft.failures, call.counts, closed)

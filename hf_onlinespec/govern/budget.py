@@ -27,10 +27,12 @@ class BudgetConstants:
     stall: float = (
         10.0  # a step counts as so many times its price at most: a stall is no reason to stop for long; chosen
     )
-    saved_rounds: float = 2.0  # learning after so many requests is what may be saved up; chosen
+    saved_rounds: float = 2.0  # learning after, or scoring, so many requests is what may be saved up; chosen
     scoring_share: float = (
         0.005  # of the time, for scoring requests in which the draft neither drafts nor learns; chosen
     )
+    # The same, for scoring a request under every adapter, where the draft is asked to choose among them; chosen.
+    comparing_share: float = 0.02
 
     @property
     def least_fraction(self) -> float:
@@ -52,6 +54,33 @@ class _PerDraft:
         self.window_size, self.before = self._constants.first_window, 0.0
 
 
+class Allowance:
+    """A share of the decoding time that something now and then may take."""
+
+    def __init__(self, share: float, constants: BudgetConstants) -> None:
+        self._share, self._constants = share, constants
+        self._prices_s, self._price_s, self._saved_s = deque[float](maxlen=constants.price_window), 0.0, 0.0
+
+    def earn(self, seconds: float) -> None:
+        """So much time was spent on decoding."""
+        self._saved_s += self._share * seconds
+        if self._prices_s:
+            self._saved_s = min(self._saved_s, self._constants.saved_rounds * self._price_s)
+
+    def affordable(self) -> bool:
+        """Whether there is time for it; the first time, which tells what it takes, always."""
+        return not self._prices_s or self._saved_s >= self._price_s
+
+    def spent(self, seconds: float) -> None:
+        """It took so long."""
+        if not 0 <= seconds < math.inf:
+            return
+        known = bool(self._prices_s)
+        self._saved_s = self._saved_s - min(seconds, self._constants.stall * self._price_s) if known else 0.0
+        self._prices_s.append(seconds)
+        self._price_s = statistics.median(self._prices_s)
+
+
 class LearningBudget:
     """Earns `budget · fraction` of the decoding time and pays for gradient steps.
 
@@ -63,6 +92,10 @@ class LearningBudget:
         budget: largest share of the time that learning may take.
         passes: most gradient steps on remembered requests after one request.
         decisions: where the fraction and the reason for it are written.
+
+    Attributes:
+        scoring: of requests in which the draft neither drafts nor learns.
+        comparing: of requests under every adapter.
     """
 
     def __init__(
@@ -76,14 +109,15 @@ class LearningBudget:
         self._balance_s, self._limit = 0.0, 1.0
         self._steps_s: deque[float] = deque(maxlen=constants.price_window)
         self._step_s = 0.0  # their median: what a gradient step costs
-        self._scorings_s: deque[float] = deque(maxlen=constants.price_window)
-        self._since_scoring_s = 0.0
+        self.scoring = Allowance(constants.scoring_share, constants)
+        self.comparing = Allowance(constants.comparing_share, constants)
 
     def earn(self, seconds: float, base: bool = False, limit: float = 1.0) -> None:
         """So much time was spent on decoding, and learning may take no larger share of it than `limit`."""
         self._decisions.budget_fraction, self._limit = self._parts[base].fraction, limit
         if 0 < seconds < math.inf:
-            self._since_scoring_s += seconds
+            self.scoring.earn(seconds)
+            self.comparing.earn(seconds)
             self._balance_s += min(limit, self._budget * self._decisions.budget_fraction) * seconds
             if self._step_s:
                 most = self._constants.saved_rounds * (1 + self._passes) * self._step_s
@@ -108,17 +142,6 @@ class LearningBudget:
         if steps:
             self._steps_s.append(seconds / steps)
             self._step_s = statistics.median(self._steps_s)
-
-    def should_score(self) -> bool:
-        """Whether scoring a request is affordable."""
-        share = self._constants.scoring_share
-        return not self._scorings_s or share * self._since_scoring_s >= statistics.median(self._scorings_s)
-
-    def scored(self, seconds: float) -> None:
-        """Scoring a request took so long."""
-        if 0 <= seconds < math.inf:
-            self._scorings_s.append(seconds)
-            self._since_scoring_s = 0.0
 
     def observe_gain(self, ratio: float, base: bool = False) -> None:
         """Takes in tokens per round with what was learned over tokens per round without, on the same tokens."""

@@ -394,7 +394,7 @@ class Governor:
             return False
         # At once, while the stream may have changed; then now and then.
         wanted = self._unseen <= constants.score_at_once or self._unseen % constants.score_every == 0
-        return (wanted and self.budget.should_score()) or self.fit.decide_scoring()
+        return (wanted and self.budget.scoring.affordable()) or self.fit.decide_scoring()
 
     def _observe_request(self, acceptance: float, positions: int, base: bool) -> None:
         """Takes in the acceptance of a request, known from so many positions."""

@@ -2,15 +2,17 @@
 
 The prompt says whose requests it looks like: each adapter has a profile, how often each token stood in the prompts that came with its
 name, and the profile under which this one is likeliest tells the context. (The likelihood under the adapters themselves does not: they
-learn answers, and what they say about prompts tells nothing of their domain.) In each context the adapters are the arms of a bandit,
-UCB1 with discounted counts (arXiv:0805.3415), in which the context's own adapter is a little ahead from the beginning.
+learn answers, and what they say about prompts tells nothing of their domain.) In each context the one serves that did best of late,
+the context's own adapter being a little ahead from the beginning. A request that is learned is scored under every adapter, so that
+none has to serve to be known: where all were seen as often, this follows the leader. Where nothing is learned, only the one that
+serves is seen, and the adapters are the arms of a bandit, UCB1 with discounted counts (arXiv:0805.3415).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -132,14 +134,16 @@ class NameRouter(Generic[A]):
 
         return max(among, key=bound)
 
-    def observe(self, favourite: A, chosen: A, acceptance: float) -> None:
-        """Takes in the acceptance of a request of this context that the chosen adapter served."""
-        if not math.isfinite(acceptance):
+    def observe(self, favourite: A, acceptances: Mapping[A, float]) -> None:
+        """Takes in a request of this context: the acceptance of every adapter that it was scored under, or of the one that served it."""
+        found = {name: acceptance for name, acceptance in acceptances.items() if math.isfinite(acceptance)}
+        if not found:
             return
         context = self._contexts.setdefault(favourite, _Context())
         for one in context.seen.values():
             one.requests *= self.constants.discount
             one.acceptance *= self.constants.discount
-        seen = context.seen.setdefault(chosen, _Seen())
-        seen.requests += 1
-        seen.acceptance += acceptance
+        for name, acceptance in found.items():
+            seen = context.seen.setdefault(name, _Seen())
+            seen.requests += 1
+            seen.acceptance += acceptance

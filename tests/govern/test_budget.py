@@ -76,13 +76,24 @@ def test_looks_are_rare_where_they_are_dear() -> None:
     looks = 0
     for _ in range(1000):
         budget.earn(1.0)
-        if budget.should_score():
-            budget.scored(0.05)
+        if budget.scoring.affordable():
+            budget.scoring.spent(0.05)
             looks += 1
     assert 80 <= looks <= 110  # half a percent of the time
-    budget.scored(float("nan"))
+    budget.scoring.spent(float("nan"))
     budget.earn(100.0)
-    assert budget.should_score()
+    assert budget.scoring.affordable() and budget.comparing.affordable()
+    for wait in (
+        90.0,
+        190.0,
+    ):  # 2 % of 100 s are 2 s; twice as much is saved up at most, and two in a row have to be made up for
+        budget.comparing.spent(2.0)
+        budget.earn(wait)
+        assert not budget.comparing.affordable()
+        budget.earn(1000.0)
+        assert budget.comparing.affordable()
+        for _ in range(2):
+            budget.comparing.spent(2.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

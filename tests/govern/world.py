@@ -100,7 +100,7 @@ class World:
             self.governor.observe_comparison(learned, base, updates=False, prompt_log_ratio=self.prompt_log_ratio)
             self.time_s += LOOK
             self.update_s += LOOK
-            self.governor.budget.scored(LOOK)
+            self.governor.budget.scoring.spent(LOOK)
             return
         compares = self.governor.decide_comparison(self.prompt_log_ratio)
         self.governor.observe_comparison(learned, base if compares else None, prompt_log_ratio=self.prompt_log_ratio)
