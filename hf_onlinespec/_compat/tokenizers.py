@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from .versions import imports_of_others
 
 with imports_of_others():
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from tokenizers import Tokenizer
+    from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def chat_inputs(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> BatchEncoding:
@@ -17,3 +20,18 @@ def chat_inputs(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     )
     assert isinstance(rendered, BatchEncoding)
     return rendered
+
+
+def backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer of the tokenizers library inside of a fast one; None: it is a slow one."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    return tokenizer.backend_tokenizer
+
+
+def component(part: Any) -> dict[str, Any] | None:
+    """What a component of such a tokenizer is made of, as it stands in tokenizer.json; None: there is none."""
+    if part is None:
+        return None
+    state: dict[str, Any] = json.loads(part.__getstate__())  # how it is pickled
+    return state

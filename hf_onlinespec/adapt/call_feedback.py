@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..models.common_strings import CommonStrings
 from ..models.source import Source
 from ..rounds import Rows
 from .feedback import Feedback
-from .request_feedback import Held, RequestFeedback
+from .request_feedback import Held, RequestFeedback, Told
 from .segment import LEAST_CONTEXT, Segment, sayable
 from .service import LearningService
 from .trainable import Prefix, Trainable
@@ -22,7 +24,8 @@ class DraftedRow(Protocol):
     """A row of a call, as its draft reads it."""
 
     tokens: Tensor | None  # (1, L) the row so far, on the draft's device; None: it has not begun
-    prompt: int  # how much of it was there before
+    length: int  # of the row so far, as the target reads it
+    prompt: int  # how much of `tokens` was there before
     mask: Tensor | None  # (1, prompt) with zeros where the prompt is padded on the left; None: no padding
     prompt_log_ratio: float | None  # how much the prompt speaks for the learned draft; None: it was not asked
 
@@ -40,8 +43,16 @@ class DraftedRow(Protocol):
         ...
 
     @property
-    def taught(self) -> int | Tensor:
-        """The target's ids that the draft learns the distribution of: these (m,), or those below a number."""
+    def taught(self) -> int | Tensor | CommonStrings:
+        """The target's ids that the draft learns the distribution of, see `RequestFeedback`."""
+        ...
+
+    def told(self, logits: Tensor, new: int, positions: int) -> Told | None:
+        """What the target has said in its raw logits (1, ≥ new, vocab) at the last tokens of the row; None: nothing yet to learn from.
+
+        Args:
+            positions: tokens that the draft can read.
+        """
         ...
 
     def take(self, tokens: Tensor) -> None:
@@ -83,8 +94,10 @@ def route(rows: Sequence[DraftedRow], prompts: Sequence[Tensor], trainable: Trai
         left[0][0].route(left[0][1])
     if len(left) < 2:
         return
+    longest = max(prompt.shape[1] for _, prompt in left)  # those of drafts with another tokenizer differ in length
     masks = [prompt.new_ones(prompt.shape) if row.mask is None else row.mask.to(prompt) for row, prompt in left]
-    tokens, mask = torch.cat([prompt for _, prompt in left]), torch.cat(masks)
+    tokens = torch.cat([F.pad(prompt, (longest - prompt.shape[1], 0)) for _, prompt in left])
+    mask = torch.cat([F.pad(own, (longest - own.shape[1], 0)) for own in masks])
     ratios = trainable.prompt_log_ratios(tokens, None if bool(mask.all()) else mask, most)
     for (row, _), ratio in zip(left, ratios, strict=True):
         row.routed(ratio)
@@ -103,6 +116,9 @@ class CallFeedback:
         self._latest: dict[
             int, tuple[Rows, int]
         ] = {}  # per row: where it is, as the target reads it, and its place there
+        self._places: dict[
+            int, list[int]
+        ] = {}  # of waiting tokens, per row, see `Told`; of rows whose draft has the target's tokenizer: none
         self.open = set(range(len(rows)))  # those that have not ended, see `close`
         self.recorded = False  # whether there was anything that the draft can see
         self.begin_anew()
@@ -168,26 +184,34 @@ class CallFeedback:
             self._latest[i] = rows, at
             if row.tokens is None:
                 continue
-            before = row.tokens.shape[1]
-            new = rows.lengths[at] - before
+            new = rows.lengths[at] - row.length
             row.take(rows.row(at))
-            seen = max(0, min(new, self._learning.positions + 1 - before))
-            if logits is not None and seen:
+            told = None if logits is None else row.told(logits[at : at + 1], new, self._learning.positions)
+            if logits is not None and told is not None:
                 self.recorded = True
-                own = logits[at : at + 1, :seen]
+                own = told.logits
                 # Logits of rejected tokens, and of other rows, are not held with the others.
                 own = own if own.shape[:2] == logits.shape[:2] else own.clone()
-                self._of[i].record(own.to(self._learning.device), before + seen)
+                self._of[i].record(own.to(self._learning.device), told.end, told.spans)
+                if told.places is not None:
+                    self._places.setdefault(i, []).extend(told.places)
 
     def segment(self, i: int) -> Segment:
         """The waiting tokens of a row; they are handed out once."""
         row, of = self.rows[i], self._of[i]
         assert row.tokens is not None
         teachers = of.teachers()
-        features = row.learned_features(of.end - len(teachers[0]) - self._context, of.end)
+        features = row.learned_features(of.end - teachers[0].length - self._context, of.end)
         if features is not None:
             teachers = [teacher.last(sayable(features.shape[1])) for teacher in teachers]
         return Segment(row.tokens[:, : of.end], teachers, row.mask, self._temperature, features, (row.source,))
+
+    def written(self, i: int, segment: Segment) -> slice | list[int]:
+        """Which of the tokens that the target has written in a row the positions of a segment are, once it was handed out."""
+        if i in self._places:
+            return self._places[i][-len(segment.teachers[0]) :]
+        row, end = self.rows[i], segment.tokens.shape[1]
+        return slice(end - segment.n - row.prompt, end - row.prompt)
 
     def joined(self, segments: Sequence[Segment]) -> Segment:
         """Segments of several rows as one padded batch."""

@@ -44,6 +44,11 @@ class Teacher:
     # The distribution of the call is p^power, normalised: 1 where the call's temperature is the one of the distributions.
     power: float = 1.0
     log_tail_power: Tensor | None = None  # (n,) log Σ p^power outside the top k; None: power is 1
+    # (m,) the draft's ids that the distribution is over, in its order; None: the first ones.
+    ids: Tensor | None = None
+    # (n,) the draft's tokens from each position up to the next one, its own included; None: one each. A draft with another
+    # tokenizer reads a token of the target's as several: the target has said something about the first of them alone.
+    spans: Tensor | None = None
 
     @classmethod
     def from_logits(
@@ -53,6 +58,8 @@ class Teacher:
         top_k: int | None = None,
         vocabulary: int | Tensor | None = None,
         call_temperature: float = 0.0,
+        ids: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Teacher:
         """From raw target logits (n, V); the logits are copied, so the caller may overwrite them.
 
@@ -61,6 +68,8 @@ class Teacher:
             vocabulary: only the ids below it count, or only these ids (m,), and the distribution is normalised on them; None: all. Of
                 these ids, positions are gaps whose likeliest token is none of them: there the draft has nothing to learn.
             call_temperature: that the tokens were sampled at, 0: greedy. Acceptance is told there.
+            ids: the draft's own of `vocabulary` (m,), in its order; None: the draft has logits for these alone.
+            spans: of the draft's tokens, see above.
         """
         common = logits.index_select(-1, vocabulary) if isinstance(vocabulary, Tensor) else logits[..., :vocabulary]
         scaled = common.float() if temperature == 1 else common.float() / temperature
@@ -72,7 +81,7 @@ class Teacher:
             if has_gaps:  # the softmax made them NaN
                 log_probs = log_probs.masked_fill(without_mass[:, None], -torch.inf)
         power = temperature / call_temperature if call_temperature else 1.0
-        whole = cls(log_probs, vocabulary=common.shape[-1], has_gaps=has_gaps, power=power)
+        whole = cls(log_probs, vocabulary=common.shape[-1], has_gaps=has_gaps, power=power, ids=ids, spans=spans)
         return whole if top_k is None else whole.top(top_k)
 
     def top(self, k: int) -> Teacher:
@@ -134,8 +143,22 @@ class Teacher:
         """Whether any position has mass on the teacher's ids."""
         return not self.has_gaps or bool(self.has_mass.any())
 
+    @property
+    def length(self) -> int:
+        """The draft's tokens from the first position on."""
+        return len(self) if self.spans is None else int(self.spans.sum())
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Of the draft's logits (≥ length, V) at the last tokens those at the teacher's positions, (n, V)."""
+        if self.spans is None:
+            return logits[len(logits) - len(self) :]
+        behind = self.spans.flip(0).cumsum(0).flip(0)  # tokens from each position to the end
+        return logits.index_select(0, len(logits) - behind)
+
     def common(self, logits: Tensor) -> Tensor:
         """The draft's logits (..., V) at the teacher's ids."""
+        if self.ids is not None:
+            return logits.index_select(-1, self.ids)
         return logits[..., : self.log_probs.shape[-1] if self.tokens is None else self.vocabulary]
 
     def _compare(self, logits: Tensor, temperature: float, tail: bool = True) -> tuple[Tensor, Tensor]:
@@ -173,17 +196,25 @@ class Teacher:
         return self.log_probs.shape[0]
 
     def to(self, device: torch.device) -> Teacher:
-        return self._map(lambda tensor: tensor.to(device))
+        moved = self._map(lambda tensor: tensor.to(device))
+        return moved if self.ids is None else replace(moved, ids=self.ids.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Teacher:
-        optional = (None if t is None else change(t) for t in (self.tokens, self.log_tail, self.log_tail_power))
-        tokens, log_tail, log_tail_power = optional
-        probs = change(self.log_probs)
-        return replace(self, log_probs=probs, tokens=tokens, log_tail=log_tail, log_tail_power=log_tail_power)
+        own = (self.tokens, self.log_tail, self.log_tail_power, self.spans)
+        tokens, log_tail, log_tail_power, spans = (None if t is None else change(t) for t in own)
+        return replace(
+            self,
+            log_probs=change(self.log_probs),
+            tokens=tokens,
+            log_tail=log_tail,
+            log_tail_power=log_tail_power,
+            spans=spans,
+        )
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.log_probs, self.tokens, self.log_tail, self.log_tail_power)
+        """Bytes of what belongs to the positions; `ids` are those of all teachers of a pair."""
+        tensors = (self.log_probs, self.tokens, self.log_tail, self.log_tail_power, self.spans)
         return sum(t.nbytes for t in tensors if t is not None)
 
 
@@ -207,12 +238,14 @@ def concatenate(teachers: list[Teacher]) -> Teacher:
         None
         if first.log_tail_power is None
         else torch.cat([t.log_tail_power for t in teachers if t.log_tail_power is not None]),
+        first.ids,
+        None if first.spans is None else torch.cat([t.spans for t in teachers if t.spans is not None]),
     )
 
 
 @torch.no_grad()
 def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teacher_temperature: float = 1.0) -> Tensor:
-    """Σ min(p, q) of the draft's logits (batch, n, V) at every position of the teachers, of shorter ones the last; at temperature 0:
+    """Σ min(p, q) of the draft's logits (batch, ≥ n, V) at every position of the teachers; at temperature 0:
     whether the argmax agrees.
 
     Other warpers of a call are not applied; of a top-k teacher's tail, only the whole mass is compared.
@@ -222,7 +255,7 @@ def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teac
     """
     found = []
     for teacher, row in zip(teachers, logits, strict=True):
-        row = row[len(row) - len(teacher) :]
+        row = teacher.of(row)
         if temperature == 0:
             best = teacher.log_probs.argmax(-1)
             if teacher.tokens is not None:
@@ -240,10 +273,10 @@ def acceptance(teachers: list[Teacher], logits: Tensor, temperature: float, teac
 
 @dataclass(frozen=True)
 class Feedback:
-    """What one request taught: its tokens and the target's distribution at its last `len(teacher)` of them."""
+    """What one request taught: its tokens and the target's distribution at its last `teacher.length` of them."""
 
-    tokens: Tensor  # (L,) prompt and accepted tokens, no padding
-    teacher: Teacher  # row i predicts tokens[L - len(teacher) + i]
+    tokens: Tensor  # (L,) prompt and accepted tokens as the draft reads them, no padding
+    teacher: Teacher  # row i predicts tokens[L - len(teacher) + i], or with spans the token that its span begins with
     features: Tensor | None = (
         None  # (L - 1, width) the target's hidden states at all tokens but the last; None: not read
     )

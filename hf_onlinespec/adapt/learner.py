@@ -133,7 +133,7 @@ class Learner:
         for row, request in zip(rows, requests, strict=True):
             self.texts.grow(row.rows, row.tokens.shape[1] - request.prompt, request)
         judged, finite = self._learn(batch, None, counts, compare)
-        lengths = [row.n for row in rows]
+        lengths = [row.new_tokens for row in rows]
         scores = judged.scores.split(lengths)
         accepted = [split(copy, lengths) for copy in judged.accepted]
         if finite:
@@ -297,7 +297,7 @@ class Learner:
 
     def remember(self, feedback: Feedback, request: Request | None = None) -> None:
         """Keeps a finished request, unless its steps would be skipped."""
-        self.texts.finish(feedback.tokens, len(feedback.teacher), request)
+        self.texts.finish(feedback.tokens, feedback.teacher.length, request)
         if feedback.teacher.teaches and not bool(feedback.teacher.log_probs.isnan().any()):
             self.replay.add(feedback, self.loss)
 

@@ -51,7 +51,7 @@ class Objective:
         """The loss at every taught position, of rows of logits (≥ n, vocab): their last n."""
         found = []
         for teacher, row in zip(teachers, logits, strict=True):
-            row = row[-len(teacher) :]
+            row = teacher.of(row)
             pieces = parts(*row.shape)
             if len(pieces) == 1 or not row.requires_grad:
                 found += [self._loss_at(teacher.rows(part), row[part]) for part in pieces]
@@ -129,7 +129,7 @@ class Objective:
         tokens, mask = padded([request.tokens for request in requests])
         device = trainable.adapter.params.device
         mask = None if mask is None else mask.to(device)
-        n = max(len(request.teacher) for request in requests)
+        n = max(request.teacher.length for request in requests)
         features = padded_features([request.features for request in requests])
         features = None if features is None else features.to(device)
         unrolled = trainable.unrolled_logits(

@@ -30,7 +30,7 @@ class ExpectedAnswers(Protocol):
     @property
     def in_use(self) -> bool: ...
 
-    def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
+    def expected(self, i: int, tokens: Tensor, new: slice | Sequence[int]) -> Sequence[float] | None:
         """The estimated acceptance of its answers at new tokens of a row (1, L); None: it was not asked. (): there is no memory."""
         ...
 
@@ -226,9 +226,8 @@ class LearningSchedule:
         )
 
     def _learned_row(self, i: int, segment: Segment) -> LearnedRow:
-        row, end = self._feedback.rows[i], segment.tokens.shape[1]
-        new = slice(end - segment.n - row.prompt, end - row.prompt)
-        recalled = self._memory.expected(i, self._feedback.latest(i), new)
+        row = self._feedback.rows[i]
+        recalled = self._memory.expected(i, self._feedback.latest(i), self._feedback.written(i, segment))
         request = self._requests.setdefault(i, Request(row.prompt))
         return LearnedRow(segment, recalled, row.prompt_log_ratio or 0.0, request)
 

@@ -43,7 +43,7 @@ class AnswersOfRows:
     def in_use(self) -> bool:
         return self._memory.in_use
 
-    def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
+    def expected(self, i: int, tokens: Tensor, new: slice | Sequence[int]) -> Sequence[float] | None:
         """See `ExpectedAnswers`."""
         known = self._memory.expected(self._rows[i], tokens, new)
         return known if self._asks or known == () else None

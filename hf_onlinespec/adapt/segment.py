@@ -35,12 +35,12 @@ class Segment:
 
     @property
     def n(self) -> int:
-        """New tokens of the row that has the most."""
-        return max(map(len, self.teachers))
+        """New tokens of the row that has the most, as the draft reads them."""
+        return max(teacher.length for teacher in self.teachers)
 
     @property
     def new_tokens(self) -> int:
-        """New tokens of all rows together."""
+        """Positions of all rows together that the target has spoken about."""
         return sum(map(len, self.teachers))
 
     @property
@@ -130,7 +130,7 @@ class PendingRequest:
 
     def continues(self, segment: Segment) -> bool:
         """Whether a segment is the next one of the same request."""
-        before, new = self.segment.tokens, len(segment.teachers[0])
+        before, new = self.segment.tokens, segment.teachers[0].length
         return segment.tokens.shape[1] - new == before.shape[1] and torch.equal(segment.tokens[:, :-new], before)
 
     def joined(self, segment: Segment, accepted: list[list[float]], scores: Scores) -> PendingRequest:

@@ -16,6 +16,7 @@ from ..config import OnlineSpecConfig
 from ..govern.governor import Governor
 from ..govern.routing import AdapterRouter
 from ..metrics import Counts, DraftMetrics
+from ..models.common_strings import CommonStrings
 from ..runtime.forks import Lock
 from ..state import State, copied
 from .feedback import Feedback, acceptance
@@ -127,7 +128,11 @@ class LearningService:
     # A request
 
     def new_feedback(
-        self, taught: int | Tensor, temperature: float, config: PretrainedConfig, features: Held | None = None
+        self,
+        taught: int | Tensor | CommonStrings,
+        temperature: float,
+        config: PretrainedConfig,
+        features: Held | None = None,
     ) -> RequestFeedback:
         """Where a row that begins keeps what it will be learned from."""
         feedback = RequestFeedback(self.settings, taught, temperature, config, features)
@@ -188,12 +193,12 @@ class LearningService:
     @torch.no_grad()
     def score_offline(self, segment: Segment, prompt_log_ratio: float | None = None) -> None:
         """Tells the governor the acceptance of the learned and of the base draft, as `learn_segment` does."""
-        trainable, n = self.learner.trainable, len(segment.teachers[0])
+        trainable, n = self.learner.trainable, segment.teachers[0].length
         if prompt_log_ratio is None:
             prompt_log_ratio, _ = trainable.prompt_log_ratio(
                 segment.tokens[:, :-n], segment.mask, self.router.constants.prompt_tokens
             )
-        self._compare(segment, [n], [prompt_log_ratio])
+        self._compare(segment, [len(segment.teachers[0])], [prompt_log_ratio])
 
     @torch.no_grad()
     def score_rows(self, batch: Segment, prompt_log_ratios: Sequence[float]) -> None:
@@ -245,8 +250,8 @@ class LearningService:
         """One gradient step on whole texts, together; the privacy audit will look at them."""
         with self.steps_lock:
             for example in examples:
-                self.learner.texts.grow([example.tokens], len(example.teacher))
-                self.learner.texts.finish(example.tokens, len(example.teacher))
+                self.learner.texts.grow([example.tokens], example.teacher.length)
+                self.learner.texts.finish(example.tokens, example.teacher.length)
             self.learner.learn_from(list(examples), counts)
 
     def learn_request(self, request: Feedback) -> Counts:

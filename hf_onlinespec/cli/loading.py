@@ -22,7 +22,7 @@ from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError
 from ..heads.reading import check_head
 from ..models.identity import GROWN
-from ..models.vocabulary import check_vocabularies
+from ..models.tokenizer_pair import retokenizer_of
 from ..runtime.failures import is_out_of_memory
 from ..share.base_models import why_not_loaded
 from ..share.folder import is_artifact
@@ -193,7 +193,7 @@ def load_draft_model(
     """The model of a draft without what it learned, and whether the option names more than that: an adapter for it.
 
     Args:
-        target: its configuration: a draft with another tokenizer is refused before its weights are read.
+        target: its configuration: a draft that has no token in common with it is refused before its weights are read.
         tokenizer, base: see `load_pair`.
 
     Raises:
@@ -208,12 +208,12 @@ def load_draft_model(
             own = load_tokenizer(option, name)
         except ConfigError:  # it may lie with the target alone
             own = None
-        check_vocabularies(target, config, tokenizer, own)
+        retokenizer_of(target, config, tokenizer, own)
         return load_model(option, name, dtype, device), is_adapter
     named = NamedBase.of(origin)
     before = named.config()
     if before is not None:
-        check_vocabularies(target, before, tokenizer)
+        retokenizer_of(target, before, tokenizer)
     try:
         model = draftable(named.load())
     except DraftError as error:
@@ -222,7 +222,7 @@ def load_draft_model(
             f"{option} {name}: the base of this adapter cannot be loaded: {why} In Python, OnlineDraft.from_pretrained({name!r}, "
             "base_model=...) takes it from another place."
         ) from error
-    check_vocabularies(target, model.config, tokenizer)
+    retokenizer_of(target, model.config, tokenizer)
     return placed(model, device), True
 
 

@@ -22,7 +22,7 @@ from ..measure.own_prompts import check_lengths, load_prompts
 from ..measure.recording import Recorded, Recording, record
 from ..measure.records import Prompt, Record
 from ..measure.regret import evaluate
-from ..models.vocabulary import check_vocabularies
+from ..models.tokenizer_pair import check_vocabularies
 from ..share import card
 from ..share.heads import head_folder, load_head, names_head
 from ..share.provenance import provenance

@@ -24,6 +24,7 @@ from ..errors import ConfigError
 from ..govern.governor import Governor
 from ..metrics import Counts, DraftMetrics, RequestReport
 from ..metrics.summary import Summary, counted, size
+from ..models.retokenizing import Retokenizer
 from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..rounds import Proposal, Rows, Verdict
@@ -50,6 +51,9 @@ class Call:
     mask: Tensor | None = None  # (batch, prompt) with zeros where the prompt is padded on the left; None: no padding
     learns: bool = True  # False: this request is only drafted, nothing is remembered or learned
     vocabulary: Vocabulary | None = None  # of the target; None: the draft's own
+    retokenizer: Retokenizer | None = (
+        None  # what the draft reads, and which tokens it may say; None: it has the target's tokenizer
+    )
     timed: bool = (
         True  # whether the loop tells times; where it does not, all of the room is drafted, by the model alone
     )
@@ -263,8 +267,12 @@ class Draft(ABC):
         """The time of one call of `generate`."""
 
     @abstractmethod
-    def serves(self, target: PreTrainedModel) -> None:
-        """Takes note of a target that it drafts for, at every call of `generate`."""
+    def serves(self, target: PreTrainedModel, own_tokens: bool = True) -> None:
+        """Takes note of a target that it drafts for, at every call of `generate`.
+
+        Args:
+            own_tokens: whether both have one tokenizer: what the draft learns from can be read by the target, too.
+        """
 
     @abstractmethod
     def begin_anew_if_changed(self, model: PreTrainedModel | PeftModel | None = None) -> None:

@@ -163,7 +163,7 @@ class Combined(Proposer):
         self._builders.append(builder)
         part = RowPart(i, builder, plan, most, guesser, trees)
         wanted = model is not None and self._drafts and (plan is None or plan.lookahead > 0)
-        if model is None or not wanted or most <= 0 or not model.reader.can_draft(tokens.shape[1]):
+        if model is None or not wanted or most <= 0 or not model.can_draft():
             return part, None
         attempt, lock = self._sources.attempt, self._draft.lock
         chain = Chain(self._governor, lock, self._call, model, self._stats[i], part, reads_prompt, attempt)
@@ -195,7 +195,7 @@ class Combined(Proposer):
         if not room:
             return Plan(0, 1.0, 0.0)
         with self._draft.lock:
-            unread = tokens.shape[1] - (0 if own is None else own.reader.length)
+            unread = tokens.shape[1] if own is None else own.unread(tokens.shape[1])
             return governor.plan(model is not None, stats, room, unread)
 
     def _grow(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
@@ -376,6 +376,8 @@ class Combined(Proposer):
     def finish(self) -> bool:
         """See `Proposer`."""
         draft, unseen = self._draft, self._end(sorted(self._open))
+        if any(model.translation is not None and not model.translation.is_spelled for model in self._models):
+            self._governor.decisions.drafting = "guesses alone: the draft's tokenizer has no tokens for this text"
         for worked, what in (
             (bool(self._models), draft.failures.preparing),
             (self._drafted and self._drafts, draft.failures.drafting),

@@ -63,7 +63,7 @@ class Expansion:
         readable.sort(key=lambda leaf: -leaf.survival)
         chances = [leaf.survival for leaf in readable]
         chosen = readable[: self._governor.leaves_to_expand(self._plan, chances, len(builder.drafted))]
-        if not chosen or not reader.reads_trees:  # that may have to be tried: only where it would pay
+        if not chosen or not self._model.reads_trees:  # that may have to be tried: only where it would pay
             return []
         started = time.perf_counter()
         said: list[list[tuple[int, float]]] = []

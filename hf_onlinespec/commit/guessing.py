@@ -173,13 +173,16 @@ class GuessSources:
             self._read = None
             self._table.update(tokens, best.tolist(), vocabulary)
 
-    def expected(self, i: int, tokens: Tensor, new: slice) -> Sequence[float] | None:
+    def expected(self, i: int, tokens: Tensor, new: slice | Sequence[int]) -> Sequence[float] | None:
         """The estimated acceptance of its answers at new tokens of a row; None: it was not asked. No memory expects nothing."""
         if not self._usable:
             return None
         if i not in self._rows:
             return ()
-        return self._rows[i].read(tokens)[new] if self.asks else None
+        if not self.asks:
+            return None
+        found = self._rows[i].read(tokens)
+        return found[new] if isinstance(new, slice) else [found[at] for at in new]
 
     def attempt(self) -> Attempt:
         """A `with` block around whatever is asked of them."""

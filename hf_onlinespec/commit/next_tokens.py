@@ -38,7 +38,7 @@ def next_tokens(
         best: how many of the likeliest other tokens are asked for, where the host has them.
     """
     first, device = models[0], prefixes[0].device
-    scores = _read(models, served, prefixes)[:, : first.common].float()
+    scores = first.said(_read(models, served, prefixes))
     # The processors may hold tensors on the target's device: theirs is the place to apply them.
     scores = scores.to(device)
     if first.has_processors:
@@ -64,7 +64,7 @@ def next_tokens(
 
 
 def _read(models: Sequence[RowModel], served: PreTrainedModel, prefixes: Sequence[Tensor]) -> Tensor:
-    """Logits (rows, ids) behind each prefix, from id 0 on."""
+    """The draft's logits (rows, ids) behind each prefix, from id 0 on."""
     readable = [model.readable(prefix) for model, prefix in zip(models, prefixes, strict=True)]
     shared = models[0].reader.shared
     if shared is not None:

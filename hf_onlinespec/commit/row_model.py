@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .._compat.generation import processed_scores
+from ..adapt.request_feedback import Told
 from ..adapt.trainable import Prefix
 from ..govern.acceptance import RequestStats
 from ..govern.governor import Governor
 from ..govern.routing import AdapterRouter
+from ..models.common_strings import CommonStrings
 from ..models.source import Source
 from ..models.vocabulary import widened
 from ..runtime.forks import Lock
@@ -21,6 +23,7 @@ from .base import Call
 from .draft_model import Branch, DraftModel, TreeReader
 from .recycling import best_tokens
 from .row_features import MOST_HELD, RowFeatures
+from .translation import Translation
 
 
 class RowModel:
@@ -49,10 +52,15 @@ class RowModel:
         self.vocabulary = call.vocabulary or model.vocabulary  # of the target
         self.row, self.padding = row, call.padding(row)
         own = None if call.mask is None else call.mask[row : row + 1]
+        self.translation: Translation | None = None  # into the draft's tokens; None: it has the target's
+        if call.retokenizer is not None:
+            self.translation = Translation(call.retokenizer, self.padding, model.device)
+            self.padding, own = 0, None
         self.mask = None if own is None or bool((own == 1).all()) else own.to(model.device)
         self.tokens: Tensor | None = None  # (1, L) the row so far as the draft reads it, on its device
         self._same: int | None = None  # tokens of it at the beginning that are as the model has read them
-        self.prompt = 0  # how much of it was there before
+        self.length = 0  # of the row so far, as the target reads it
+        self.prompt = 0  # how much of `tokens` was there before
         self.prompt_log_ratio: float | None = (
             None  # how much the prompt speaks for the learned draft; None: it was not asked
         )
@@ -65,13 +73,17 @@ class RowModel:
         return self.model.config
 
     @property
-    def taught(self) -> int | Tensor:
-        """The target's ids that the draft learns the distribution of: these, or those below a number."""
+    def taught(self) -> int | Tensor | CommonStrings:
+        """See `DraftedRow`."""
+        if self.translation is not None:
+            return self.translation.common
         return self.common if self.model.ids is None else self.model.ids
 
     @property
     def common(self) -> int:
         """Ids below it may be drafted: target and draft have them both."""
+        if self.translation is not None:
+            return self.vocabulary.size
         return min(self.vocabulary.size, self.model.vocabulary.size)
 
     @property
@@ -95,12 +107,23 @@ class RowModel:
 
     def take(self, tokens: Tensor) -> None:
         """The row as it is now, (1, L)."""
-        if self.tokens is None:
-            self.prompt = tokens.shape[1]
-        self.tokens = self.readable(tokens).to(self.model.device)
+        begins, self.length = self.tokens is None, tokens.shape[1]
+        if self.translation is None:
+            self.tokens = self.readable(tokens).to(self.model.device)
+        else:
+            self.tokens = self.translation.take(tokens)
+            same = self.translation.same
+            self._same = min(same, self._same) if self.reader.length and self._same is not None else same
+        if begins:
+            self.prompt = self.tokens.shape[1]
 
     def readable(self, tokens: Tensor) -> Tensor:
         """`tokens` as the draft reads them: another one in the place of those that it has no embedding for."""
+        if self.translation is not None:
+            found = self.translation.read(tokens)
+            if self.translation.same < self.reader.length:  # a character became whole
+                self.reader.rewind(found.shape[1], self.translation.same)
+            return found
         own = self.model.vocabulary
         return own.readable(tokens) if self.vocabulary.read > own.size else tokens
 
@@ -149,13 +172,32 @@ class RowModel:
         """Of a round that began with `length` tokens this path of the proposed ones was kept."""
         if self.features is not None:
             self.features.keep(length, proposed, path)
+        if self.translation is not None:  # it compares what was read with what is there
+            return
         chain = next((i for i, candidate in enumerate(path) if candidate != i), len(path))
         self._same = length + chain  # what the model has read of a chain ends where the path leaves it
+
+    def can_draft(self) -> bool:
+        """Whether it can say what follows the row as it is now."""
+        return self.reader.can_draft(self.length) and (self.translation is None or self.translation.can_draft)
+
+    @property
+    def reads_trees(self) -> bool:
+        """Whether it reads several candidates behind one prefix. In another tokenizer a candidate may be several tokens."""
+        return self.translation is None and isinstance(self.reader, TreeReader) and self.reader.reads_trees
+
+    def unread(self, length: int) -> int:
+        """Tokens that it has to read before it can say what follows `length` of them, about."""
+        if self.tokens is None or not self.reader.length:
+            return length
+        return self.tokens.shape[1] + length - self.length - self.reader.length
 
     def rewind(self) -> None:
         """Takes back what was read beyond the row as it is now."""
         assert self.tokens is not None
         self.reader.rewind(self.tokens.shape[1], self._same)
+        if self.translation is not None:
+            self._same = None
 
     def learned_features(self, start: int, end: int) -> Tensor | None:
         """See `DraftedRow`."""
@@ -167,11 +209,25 @@ class RowModel:
     def next_of(self, served: PreTrainedModel, branches: Sequence[Branch], n: int) -> list[list[tuple[int, float]]]:
         """The n likeliest tokens behind each of several candidates, and their probabilities before any processor."""
         assert isinstance(self.reader, TreeReader)
-        scores = self.reader.branch(served, branches)[:, : self.common].float()
+        scores = self.said(self.reader.branch(served, branches))
         shares = (scores / (self._call.temperature or 1.0)).softmax(-1)
         tokens = best_tokens(shares, n)
         found = zip(tokens.tolist(), shares.gather(-1, tokens).tolist(), strict=True)
         return [list(zip(own, probs, strict=True)) for own, probs in found]
+
+    def said(self, scores: Tensor) -> Tensor:
+        """What the reader says (rows, ids), over the common ids of the target (rows, common)."""
+        if self.translation is not None:
+            scores = self.translation.said(scores, self.common)
+        return scores[:, : self.common].float()
+
+    def told(self, logits: Tensor, new: int, positions: int) -> Told | None:
+        """See `DraftedRow`."""
+        if self.translation is not None:
+            return self.translation.told(logits, new, positions)
+        before = self.length - new
+        seen = max(0, min(new, positions + 1 - before))
+        return Told(logits[:, :seen], before + seen) if seen else None
 
     def processed(self, scores: Tensor, prefix: Tensor) -> Tensor:
         """Scores (1, common ids) as the target's stateless processors make them, so that q is warped as p is."""

@@ -352,9 +352,9 @@ class OnlineDraft(Draft):
                     )
         return Combined(self, call, models, sources, stats, schedule)
 
-    def serves(self, target: PreTrainedModel) -> None:
+    def serves(self, target: PreTrainedModel, own_tokens: bool = True) -> None:
         with self.lock:
-            self.targets.add(target)
+            self.targets.add(target, own_tokens)
             if is_split(target):
                 self.replicas.leave(
                     "off: the processes split the target's layers, and serve the same requests together"

@@ -67,7 +67,9 @@ class Batches:
             drafting = self._drafting()
             if drafting is not None:
                 call = self._calls.prepare(prompts)
-                self._running = RunningBatch(call, drafting.draft, drafting.learns, self._size, drafting.adapter)
+                self._running = RunningBatch(
+                    call, drafting.draft, drafting.learns, self._size, drafting.adapter, drafting.tokenizers
+                )
         except Exception:  # `generate` says why, where it fails at the batch, too
             pass
         self._joins = self._running is not None

@@ -97,7 +97,8 @@ class AttachedCall:
         arguments = self.arguments or {}
         check_attached_synced(bool(arguments.get("synced_gpus")))
         draft = self.attachment.drafts_for(self.target)
-        check_call(self.target, draft.model, self.config, arguments.get("tokenizer"), exit_layers=draft.exit_layers)
+        tokenizers = arguments.get("tokenizer"), arguments.get("assistant_tokenizer")
+        check_call(self.target, draft.model, self.config, *tokenizers, exit_layers=draft.exit_layers)
 
     def prove(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Tries the target before what was given for one call alone is used, unless it was served as it is now.

@@ -23,6 +23,7 @@ class Drafting:
     draft: Draft
     learns: bool
     adapter: str | None  # by name; None: the one without a name
+    tokenizers: tuple[object, object] = (None, None)  # of target and draft; None: not given
 
 
 def drafting_of(target: PreTrainedModel, arguments: Mapping[str, Any]) -> Drafting | None:
@@ -33,12 +34,13 @@ def drafting_of(target: PreTrainedModel, arguments: Mapping[str, Any]) -> Drafti
     assistant, setting = arguments.get("assistant_model"), arguments.get("onlinespec")
     config, attachment = arguments.get("generation_config"), ATTACHED.get(target)
     adapter, exit_layers = arguments.get("adapter"), arguments.get("assistant_early_exit")
+    tokenizers = arguments.get("tokenizer"), arguments.get("assistant_tokenizer")
     if isinstance(config, GenerationConfig):
         setting = wanted(config) if setting is None else setting
         adapter = wanted_adapter(config) if adapter is None else adapter
         exit_layers = early_exit_of(config) if exit_layers is None else exit_layers
     if assistant is None and setting is None and attachment is not None:
-        return Drafting(attachment.drafts_for(target), True, adapter)
+        return Drafting(attachment.drafts_for(target), True, adapter, tokenizers)
     if setting is None:
         setting = wanted(target.generation_config)
     if not isinstance(assistant, Draft) and not setting:
@@ -46,4 +48,5 @@ def drafting_of(target: PreTrainedModel, arguments: Mapping[str, Any]) -> Drafti
     if assistant is None and attachment is not None:
         assistant = attachment.draft
     settings = as_config(setting) if isinstance(setting, OnlineSpecConfig | dict) else None
-    return Drafting(draft_for(target, assistant, settings, exit_layers), setting is not False, adapter)
+    draft = draft_for(target, assistant, settings, exit_layers)
+    return Drafting(draft, setting is not False, adapter, tokenizers)

@@ -88,7 +88,7 @@ def generate_stream(
         )
     reader = PromptReader(inner, tokenizer)
     calls = PromptCalls(target, tokenizer, generate_kwargs)
-    batches = Batches(calls, lambda: drafting_of(inner, generate_kwargs), batch_size)
+    batches = Batches(calls, lambda: drafting_of(inner, generate_kwargs | {"tokenizer": tokenizer}), batch_size)
     return _counted(_Stream(prompts, reader, batches, ordered), prompts, progress)
 
 

@@ -8,24 +8,17 @@ again. Where a text has a token that the draft cannot read, it reads another one
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .._compat.adapters import LoraLayer, base_of
-from .._compat.models import commit_hash, model_name, unpadded_size
-from ..errors import DraftError
+from .._compat.models import unpadded_size
 from .encoders import encoder_of
-from .identity import tokenizer_file
 
 # Without tokenizers, sizes that differ by more are taken for those of two tokenizers. Chosen, with room: the models of one
 # family differ by its padding (128 ids in Qwen2.5) and by tokens that were added.
@@ -97,107 +90,3 @@ def widened(scores: Tensor, size: int, value: float) -> Tensor:
     """`scores` (..., V) over at least `size` ids, with `value` at those behind the V."""
     missing = size - scores.shape[-1]
     return F.pad(scores, (0, missing), value=value) if missing > 0 else scores
-
-
-# Where the tokens of an id range can be looked up: a tokenizer, or the file of one.
-VocabularySource: TypeAlias = PreTrainedTokenizerBase | Path
-
-
-def check_vocabularies(
-    target: PreTrainedModel | PretrainedConfig,
-    draft: PreTrainedModel | PeftModel | PretrainedConfig,
-    tokenizer: object = None,
-    draft_tokenizer: object = None,
-) -> None:
-    """Refuses a draft with another tokenizer.
-
-    Vocabularies of one size are taken for the same, unless both tokenizers are given. Of different sizes they have to
-    agree at every id below the smaller size, as far as tokenizers are at hand: given, or in files beside the models. Without
-    any, sizes may differ by `MAX_PADDING`.
-
-    Args:
-        tokenizer, draft_tokenizer: as `generate` takes them; None: not given.
-
-    Raises:
-        DraftError: names both sizes, where they come from, and what differs.
-    """
-    own, other = Vocabulary.of(target), Vocabulary.of(draft)
-    given = [t if isinstance(t, PreTrainedTokenizerBase) else None for t in (tokenizer, draft_tokenizer)]
-    if own.size == other.size and None in given:
-        return
-    sizes = (
-        f"The target has {own.size} tokens in its vocabulary ({own.source}) and the draft {other.size} ({other.source})"
-    )
-    source, other_source = (t or _file(_config(model)) for t, model in zip(given, (target, draft), strict=True))
-    compared = None
-    if source is not None and other_source is not None:
-        stamps = _stamp(source), _stamp(other_source)
-        compared = _compared(source, other_source, min(own.size, other.size), *stamps)
-    if compared is None:
-        if abs(own.size - other.size) > MAX_PADDING:
-            raise DraftError(
-                f"{sizes}: more than {MAX_PADDING} apart, and no two tokenizers are at hand that would agree on the first "
-                f"{min(own.size, other.size)}. Use a draft with the target's own tokenizer; if these two have it, pass them to "
-                "generate as tokenizer= and assistant_tokenizer=. Other tokenizers are not supported yet."
-            )
-    elif compared.token is not None:
-        raise DraftError(
-            f"{sizes}, and their tokenizers differ: id {compared.token} is {compared.target!r} for the target and "
-            f"{compared.draft!r} for the draft. Use a draft with the target's own tokenizer: other tokenizers are not supported yet."
-        )
-
-
-def _config(model: PreTrainedModel | PeftModel | PretrainedConfig) -> PretrainedConfig:
-    return model if isinstance(model, PretrainedConfig) else model.config
-
-
-def _file(config: PretrainedConfig) -> Path | None:
-    return tokenizer_file(model_name(config), commit_hash(config))
-
-
-def _stamp(source: VocabularySource) -> int:
-    """Changes when a tokenizer gets more tokens, or its file is written again."""
-    return source.stat().st_mtime_ns if isinstance(source, Path) else len(source)
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """The first id at which two tokenizers differ, and the tokens there; None: they agree."""
-
-    token: int | None = None
-    target: str = ""
-    draft: str = ""
-
-
-@functools.lru_cache(maxsize=8)  # reading two large vocabularies takes a second, and every call asks
-def _compared(
-    target: VocabularySource, draft: VocabularySource, size: int, target_stamp: int, draft_stamp: int
-) -> _Compared | None:
-    """Compares the tokens below `size`; None: one of the two cannot be read. An id that one of them lacks is no difference."""
-    own, other = _tokens(target), _tokens(draft)
-    if own is None or other is None:
-        return None
-    differ = (i for i in range(size) if i in own and i in other and own[i] != other[i])
-    token = next(differ, None)
-    return _Compared() if token is None else _Compared(token, own[token], other[token])
-
-
-def _tokens(source: VocabularySource) -> dict[int, str] | None:
-    """Tokens by id; None: a file that cannot be read without its library (tokenizer.model)."""
-    if isinstance(source, PreTrainedTokenizerBase):
-        return {i: token for token, i in source.get_vocab().items()}
-    if source.suffix != ".json":
-        return None
-    try:
-        found = json.loads(source.read_text(encoding="utf-8"))
-        if "model" not in found:  # vocab.json
-            return {int(i): str(token) for token, i in found.items()}
-        words = found["model"]["vocab"]
-        tokens = (
-            {i: str(token) for token, i in words.items()}
-            if isinstance(words, Mapping)
-            else {i: str(word[0]) for i, word in enumerate(words)}
-        )
-        return tokens | {int(added["id"]): str(added["content"]) for added in found.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None

@@ -194,7 +194,7 @@ def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple
 
 def check_text(draft: Audited, text: Feedback, vocabulary: int) -> None:
     """Raises ConfigError where a draft cannot read a text."""
-    length, n = len(text.tokens), len(text.teacher)
+    length, n = len(text.tokens), text.teacher.length
     if not 1 <= n < length <= draft.trainable.positions:
         raise ConfigError(
             f"A text of {length} tokens, {n} of them written: expected a written token behind another, and at most the "

@@ -155,7 +155,7 @@ def loss_gap(draft: Audited, own: Sequence[Feedback], held_out: Sequence[Feedbac
         rows = []
         for text in texts:
             check_text(draft, text, draft.vocabulary.size)
-            n = len(text.teacher)
+            n = text.teacher.length
             rows.append(
                 [-float(log_likelihoods(draft, text.tokens[None], n, base)[0].mean()) for base in (True, False)]
             )

@@ -24,9 +24,14 @@ class Targets:
         self.names = list(dict.fromkeys(names))
         self._latest: weakref.ref[PreTrainedModel] | None = None
 
-    def add(self, target: PreTrainedModel) -> None:
-        """Notes a model that is drafted for."""
-        self.keep_at_hand(target)
+    def add(self, target: PreTrainedModel, own_tokens: bool = True) -> None:
+        """Notes a model that is drafted for.
+
+        Args:
+            own_tokens: whether it has the draft's tokenizer. Else it is not at hand: it could not read what is learned from.
+        """
+        if own_tokens:
+            self.keep_at_hand(target)
         name = public_name(model_name(target.config))
         if name and name not in self.names:
             self.names.append(name)

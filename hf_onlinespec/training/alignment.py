@@ -19,7 +19,7 @@ from ..errors import ConfigError, DraftError, require_whole
 from ..metrics import Counts
 from ..models.identity import public_name
 from ..models.opening import opening_tokens
-from ..models.vocabulary import check_vocabularies
+from ..models.tokenizer_pair import check_vocabularies
 from ..share.lineage import Alignment
 
 IGNORED = -100  # the label of a token that is not trained on

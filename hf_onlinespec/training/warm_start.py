@@ -29,7 +29,7 @@ from ..config import ENSEMBLE
 from ..draft import OnlineDraft
 from ..errors import ConfigError, UnsupportedError
 from ..models.identity import public_name
-from ..models.vocabulary import check_vocabularies
+from ..models.tokenizer_pair import check_vocabularies
 from ..runtime.progress import Bar, NoBar, progress
 from ..share.lineage import WarmStart
 from ..share.resuming import adopt

@@ -26,7 +26,8 @@ from ..config.adapters import AUTO, MOST_ADAPTERS
 from ..errors import ConfigError, DraftError, UnsupportedError, brief
 from ..heads.base import Head
 from ..models.encoders import SourceInputs, states_width
-from ..models.vocabulary import check_vocabularies
+from ..models.retokenizing import Retokenizer
+from ..models.tokenizer_pair import retokenizer_of
 from .inputs import given
 
 PICTURES = (
@@ -101,7 +102,8 @@ def check_draft(
     tokenizer: object = None,
     assistant_tokenizer: object = None,
 ) -> None:
-    """Refuses a model with another tokenizer or another source, and a head of another target, whose embedding a head shares from here on.
+    """Refuses a model that has no token in common with the target or reads another source, and a head of another target, whose embedding it
+    shares from here on.
 
     Args:
         tokenizer, assistant_tokenizer: as `generate` takes them; None: not given.
@@ -120,7 +122,23 @@ def check_draft(
         head.share(target)
     else:
         _check_source(target, head)
-        check_vocabularies(target, draft, tokenizer, assistant_tokenizer)
+        if (
+            retokenizer_of(target, draft, tokenizer, assistant_tokenizer) is not None
+            and SourceInputs.of(head) is not None
+        ):
+            raise DraftError(
+                f"The draft {type(head).__name__} has another tokenizer than the target {type(target).__name__} and reads a source beside the "
+                "text: the source's tokens are the target's. Use one with its tokenizer, or a causal language model."
+            )
+
+
+def retokenizer_for(
+    target: PreTrainedModel, draft: Draft, tokenizer: object = None, assistant_tokenizer: object = None
+) -> Retokenizer | None:
+    """What a draft with another tokenizer reads and says, see `retokenizer_of`; None: it has the target's, as memories, heads and its own layers do."""
+    if draft.model is None or draft.reads or draft.exit_layers is not None:
+        return None
+    return retokenizer_of(target, draft.model, tokenizer, assistant_tokenizer)
 
 
 def _check_source(target: PreTrainedModel, draft: PreTrainedModel) -> None:

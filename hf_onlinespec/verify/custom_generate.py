@@ -51,7 +51,7 @@ class GenerateFn:
         # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
         synced_gpus = bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model)
         check_synced_gpus(synced_gpus, model, self._draft.model, generation_config)
-        check_call(model, self._draft.model, generation_config, exit_layers=self._draft.exit_layers)
+        check_call(model, self._draft.model, generation_config, self._tokenizer, exit_layers=self._draft.exit_layers)
         check_inputs(model, input_ids, generation_config, model_kwargs)
         stopping_criteria = _with_stop_strings(stopping_criteria, stop_strings, self._tokenizer)
         check_batch(model, input_ids, logits_processor, stopping_criteria, generation_config, self._streamer)
@@ -66,6 +66,7 @@ class GenerateFn:
             draft=self._draft,
             learn=onlinespec is not False,
             streamer=self._streamer,
+            tokenizer=self._tokenizer,
             adapter=adapter,
             synced_gpus=synced_gpus,
             inputs_tensor=inputs_tensor,

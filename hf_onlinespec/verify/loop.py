@@ -29,7 +29,7 @@ from ..rounds import Rows, Verdict
 from .accept import accept
 from .batch import check_batch, decode_rows, longest_row, why_plain_batch
 from .batch_criteria import BatchCriteria, split_criteria
-from .checks import check_adapters, check_call, check_inputs, check_synced_gpus
+from .checks import check_adapters, check_call, check_inputs, check_synced_gpus, retokenizer_for
 from .inputs import InputNames, source_of
 from .lockstep import Lockstep
 from .plain_batch import decode_plainly
@@ -94,7 +94,9 @@ def decode(
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
     call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
     call = replace(call, adapters=adapters, prompts=input_ids, placeholders=placeholder_tokens(target.config))
-    call = replace(call, source=source_of(target, len(input_ids), inputs_tensor, model_kwargs))
+    retokenizer = retokenizer_for(target, draft, tokenizer, assistant_tokenizer)
+    source = source_of(target, len(input_ids), inputs_tensor, model_kwargs)
+    call = replace(call, retokenizer=retokenizer, source=source)
     hidden = hidden_tokens(input_ids, generation_config, model_kwargs)
     gaps = Gaps.of(mask, 0 if hidden else min(held_tokens(model_kwargs[CACHE]), input_ids.shape[1] - 1))
     if gaps is not None:
@@ -107,7 +109,7 @@ def decode(
     started = time.perf_counter()
     note_latest(target, draft)
     with draft.failures.records.attempt():
-        draft.serves(target)
+        draft.serves(target, own_tokens=retokenizer is None)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
         loop = (
             _several(*arguments, model_kwargs, draft, lockstep)

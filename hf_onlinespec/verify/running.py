@@ -24,7 +24,7 @@ from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .batch import BatchResults, BatchRounds, check_batch, going_on, why_plain_batch
-from .checks import check_adapters, check_call, check_inputs
+from .checks import check_adapters, check_call, check_inputs, retokenizer_for
 from .custom_generate import PreparedCall
 from .inputs import InputNames, source_of
 from .ragged import RaggedVerifier
@@ -42,18 +42,28 @@ class RunningBatch:
         learn: False: nothing is remembered or learned.
         at_once: rows that are generated at a time.
         adapter: of the draft, by name: which one drafts and learns. None: the one without a name.
+        tokenizers: of target and draft, where `generate` was given them.
 
     Raises:
         UnsupportedError, DraftError, ConfigError: before any work is done; it says why these rows cannot be decoded so.
     """
 
-    def __init__(self, call: PreparedCall, draft: Draft, learn: bool, at_once: int, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        call: PreparedCall,
+        draft: Draft,
+        learn: bool,
+        at_once: int,
+        adapter: str | None = None,
+        tokenizers: tuple[object, object] = (None, None),
+    ) -> None:
         target, config, inputs = call.target, call.config, call.input_ids
         if needs_synced_gpus(target):
             raise UnsupportedError(
                 "synced_gpus: rows begin at other times in each of the processes that hold the target"
             )
-        check_call(target, draft.model, config, exit_layers=draft.exit_layers)
+        check_call(target, draft.model, config, *tokenizers, exit_layers=draft.exit_layers)
+        retokenizer = retokenizer_for(target, draft, *tokenizers)
         check_inputs(target, inputs, config, call.model_kwargs)
         self._processors = LogitsProcessorList(call.processors)
         check_batch(target, inputs, self._processors, call.criteria, config, all_begin=False)
@@ -81,15 +91,15 @@ class RunningBatch:
         self._open = ExitStack()
         note_latest(target, draft)
         with draft.failures.records.attempt():
-            draft.serves(target)
+            draft.serves(target, own_tokens=retokenizer is None)
         self._open.enter_context(draft.generating())
         try:
             with torch.inference_mode(False), torch.no_grad():
                 rows = len(inputs)
                 own = Call(config, self._processors, rows, self._mask, learn, Vocabulary.of(target))
+                own = replace(own, adapters=adapters, prompts=inputs, at_once=min(at_once, rows))
                 source = source_of(target, rows, call.inputs_tensor, call.model_kwargs)
-                own = replace(own, adapters=adapters, prompts=inputs, at_once=min(at_once, rows), source=source)
-                self._request = Request(draft, own)
+                self._request = Request(draft, replace(own, source=source, retokenizer=retokenizer))
                 calls = RowCalls.of(self._processors, call.criteria, rows)
                 self._rounds = BatchRounds(self._request, calls, config, BatchResults.of(config, rows))
         except BaseException:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import os
 import signal
 import subprocess
@@ -425,21 +424,6 @@ def test_bad_arguments(
     assert main(["chat", str(FOLDER / "target"), *arguments]) == 2
     errors = capsys.readouterr().err
     assert words in errors and "Traceback" not in errors
-
-
-def test_a_draft_with_another_tokenizer_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], process_settings: None, pair: EmbeddedPair
-) -> None:
-    tiny_llama(1, vocab=2048).save_pretrained(tmp_path)
-    pair.tokenizer.save_pretrained(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    found = json.loads(file.read_text(encoding="utf-8"))
-    vocab = found["model"]["vocab"]
-    one, two = list(vocab)[300:302]
-    vocab[one], vocab[two] = vocab[two], vocab[one]
-    file.write_text(json.dumps(found), encoding="utf-8")
-    assert main(["chat", str(FOLDER / "target"), "--draft", str(tmp_path)]) == 2
-    assert "Use a draft with the target's own tokenizer" in capsys.readouterr().err
 
 
 def test_in_a_pipe_answers_stand_alone_on_stdout() -> None:

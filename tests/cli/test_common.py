@@ -32,6 +32,7 @@ from hf_onlinespec_cli import main
 from tests.conftest import tiny_llama
 from tests.loopback_hub import LoopbackHub
 from tests.share.test_artifact import TOKENS, serve
+from tests.tokenizers import byte_level, sentencepiece, strings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -374,6 +375,24 @@ def test_a_draft_of_any_kind_is_loaded(tmp_path: Path) -> None:
     tiny_llama(2, vocab=4096).save_pretrained(tmp_path / "other")
     with pytest.raises(DraftError, match="Use a draft with the target's own tokenizer"):
         draft_for(target, tmp_path, str(tmp_path / "other"))
+
+
+def test_a_draft_with_another_tokenizer_serves_as_any_other(tmp_path: Path) -> None:
+    inputs = byte_level(500)("The little dog", return_tensors="pt")
+    byte_level(500).save_pretrained(tmp_path / "target")
+    tiny_llama(2, vocab=400).save_pretrained(tmp_path / "draft")
+    sentencepiece(400).save_pretrained(tmp_path / "draft")
+    tiny_llama(1, vocab=500).save_pretrained(tmp_path / "target")
+    config = tiny_llama(1, vocab=500).config
+    names = str(tmp_path / "target"), str(tmp_path / "draft")
+    target, draft = load_pair(*names, config, byte_level(500), "auto", torch.device("cpu"))
+    plain = target.generate(**inputs, max_new_tokens=8, do_sample=False)
+    ours = target.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=draft)
+    assert torch.equal(plain, ours)
+    assert draft is not None and draft.metrics.failed_drafts == 0 and draft.metrics.requests == 1
+    strings("§", "¶").save_pretrained(tmp_path / "draft")
+    with pytest.raises(DraftError, match="have no token in common"):
+        load_pair(*names, config, byte_level(500), "auto", torch.device("cpu"))
 
 
 def test_a_saved_draft_is_no_target_and_needs_its_base(tmp_path: Path) -> None:
