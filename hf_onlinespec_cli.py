@@ -376,6 +376,12 @@ def serve(
     isolate: Annotated[
         bool, typer.Option("--isolate", help="Keep one suffix memory for each API key.", rich_help_panel=RUN)
     ] = False,
+    batch: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Requests that are decoded together; 1: one after the other.", rich_help_panel=RUN
+        ),
+    ] = 8,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -399,7 +405,7 @@ def serve(
     """
     from hf_onlinespec.serve.run import serve as run_serve
 
-    return run_serve(target, draft, host, port, save, save_every, isolate, allow_remote, device, dtype.value)
+    return run_serve(target, draft, host, port, save, save_every, isolate, batch, allow_remote, device, dtype.value)
 
 
 @app.command()

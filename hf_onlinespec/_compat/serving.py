@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from ..errors import VersionError
 
 try:
@@ -13,10 +15,14 @@ try:
         X_REQUEST_ID,
         BaseGenerateManager,
         BaseHandler,
+        DirectStreamer,
         GenerateManager,
         GenerationState,
+        _StreamError,
     )
-    from transformers.cli.serving.utils import _GenerationCancelled as Cancelled
+    from transformers.cli.serving.utils import (
+        _GenerationCancelled as Cancelled,
+    )
 except ImportError as error:
     raise VersionError(
         f"{error}. hf-onlinespec serve was run on transformers 5.23 and 5.24 with fastapi, uvicorn, openai and "
@@ -35,4 +41,12 @@ __all__ = [
     "ModelManager",
     "ResponseHandler",
     "TimedModel",
+    "end_stream",
 ]
+
+
+def end_stream(streamer: DirectStreamer, error: Exception) -> None:
+    """Ends a stream before its time: with the text of an error, or without a word where its client is gone."""
+    last = None if isinstance(error, Cancelled) else _StreamError(str(error))
+    with suppress(RuntimeError):  # the server has ended, and its event loop is closed
+        streamer._loop.call_soon_threadsafe(streamer._queue.put_nowait, last)

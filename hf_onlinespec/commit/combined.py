@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
 from ..adapt.call_feedback import route
@@ -18,13 +16,26 @@ from ..govern.planner import NextInRow, Plan
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import Attempt
 from .base import Call, Draft, Proposer
-from .chain import Chain, RowPart, grow_chains
-from .draft_model import SharedReader
+from .chain import Chain, RowPart
 from .expansion import Expansion
 from .guessing import Guesser, GuessSources
 from .proposal import ProposalBuilder
+from .reading_together import grow_rows
 from .row_model import RowModel
 from .tree import grow
+
+
+@dataclass(frozen=True)
+class CallRows:
+    """The rows of a call in a round.
+
+    Args:
+        room: how far they may reach.
+    """
+
+    proposer: Combined
+    rows: Rows
+    room: int
 
 
 @final
@@ -71,7 +82,10 @@ class Combined(Proposer):
         self._latest: dict[int, tuple[Rows, int]] = {}  # by row of the call: where it is now, and its place there
         self._new_tokens = [0] * call.rows
         self._open = set(range(call.rows))  # rows that have not ended, see `leave`
-        self._builders: list[ProposalBuilder] = []  # of the latest round, per row of it
+        # Of the latest round, per row of it.
+        self._builders: list[ProposalBuilder] = []
+        self._parts: list[RowPart] = []
+        self._failed_before = 0  # times that drafting had failed before the draft model's part in it
         self._rests = False  # whether nobody is asked in it
 
     # Beside decoding nothing may fail a call, see runtime/failures.py.
@@ -94,33 +108,75 @@ class Combined(Proposer):
 
     def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
         """See `Proposer`. Who drafts a token, and whether to go on, is decided from the prefix and from q before the draw."""
-        self._note(rows)
-        self._builders = []
+        return self.propose_together([CallRows(self, rows, room)], trees)[0]
+
+    @staticmethod
+    def propose_together(calls: Sequence[CallRows], trees: bool) -> list[Proposal]:
+        """What several calls of one draft propose in a round that the target verifies in one forward; trees: see `Proposer`.
+
+        What depends on the time of the round is decided for all of their rows: whether anybody is asked, and how wide it is.
+        """
+        n = sum(len(call.rows.lengths) for call in calls)
+        weighed = [call.proposer for call in calls if call.proposer._weighed]
+        rests = bool(weighed) and weighed[-1]._pauses(n)
+        for call in calls:
+            call.proposer._enter(call.rows, n, rests)
+        asked = [call for call in calls if not call.proposer._rests]
+        chains = [chain for call in asked for chain in call.proposer._begin_round(call.rows, call.room, trees)]
+        Combined._grow(asked, chains, n)
+        for call in asked:
+            call.proposer._add_guesses()
+        Combined._cut(asked)
+        return [call.proposer._proposal(call.rows) for call in calls]
+
+    def _pauses(self, rows: int) -> bool:
+        """Counts a round of so many rows; whether nobody is asked in it."""
         with self._draft.lock:
-            self._governor = self._governors.for_rows(len(rows.lengths))
-            pace = self._governor.pace
-            self._rests = self._weighed and pace is not None and not pace.asks()
+            pace = self._governors.for_rows(rows).pace
+            return pace is not None and not pace.asks()
+
+    def _enter(self, rows: Rows, n: int, rests: bool) -> None:
+        """Begins a round of n rows, those of other calls included; `rests`: whether only those are asked whose lookahead is fixed."""
+        self._note(rows)
+        self._builders, self._parts, self._rests = [], [], rests and self._weighed
+        with self._draft.lock:
+            self._governor = self._governors.for_rows(n)
         if self._rests:
             self._read_on(rows)
-            return Proposal.nothing(rows)
+
+    def _begin_round(self, rows: Rows, room: int, trees: bool) -> list[Chain]:
+        """What is asked for behind every row; the draft model's part in it."""
         self._reads_prompt = False
-        if self._call.timed and self._call.lookahead is None:
+        if self._weighed:
             self._choose_drafts(rows, room)
-        parts, chains = list[RowPart](), list[Chain]()
+        chains = list[Chain]()
         for at, i in enumerate(rows.of_call):
             part, chain = self._begin(i, rows.row(at), room, trees)
-            parts.append(part)
+            self._parts.append(part)
             chains += [] if chain is None else [chain]
-        failed = self._call.counts.failed_drafts
-        self._grow(chains, rows.of_call)
-        for part in parts:
-            if part.guesser is not None and part.most > 0 and self._call.counts.failed_drafts == failed:
-                self._add_guesses(part, part.guesser)
-        if len(self._builders) > 1 and self._weighed:
-            with self._draft.lock:
-                width = self._governor.width([builder.chances for builder in self._builders])
-            for builder in self._builders:
+        self._failed_before = self._call.counts.failed_drafts
+        return chains
+
+    def _add_guesses(self) -> None:
+        """Guesses beside and behind the chains."""
+        for part in self._parts:
+            if part.guesser is not None and part.most > 0 and self._call.counts.failed_drafts == self._failed_before:
+                self._add_guesses_of(part, part.guesser)
+
+    @staticmethod
+    def _cut(calls: Sequence[CallRows]) -> None:
+        """Leaves out candidates that would make the round wider than is worth it."""
+        weighed = [call.proposer for call in calls if call.proposer._weighed]
+        builders = [builder for own in weighed for builder in own._builders]
+        if len(builders) > 1:
+            with weighed[-1]._draft.lock:
+                width = weighed[-1]._governor.width([builder.chances for builder in builders])
+            for builder in builders:
                 builder.cut(width)
+
+    def _proposal(self, rows: Rows) -> Proposal:
+        if self._rests:
+            return Proposal.nothing(rows)
         vocabulary = self._call.vocabulary or (self._models[0].vocabulary if self._models else None)
         size = vocabulary.said if self._call.sample and vocabulary is not None else 0
         return Proposal.joined([builder.proposal(size) for builder in self._builders])
@@ -198,60 +254,33 @@ class Combined(Proposer):
             unread = tokens.shape[1] if own is None else own.unread(tokens.shape[1])
             return governor.plan(model is not None, stats, room, unread)
 
-    def _grow(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
-        """The candidates of the draft model; rows: those that go on."""
-        groups = defaultdict[tuple[int, bool, int], list[Chain]](list)
-        self._join(rows)
-        for chain in chains:
-            model = chain.model
-            if self._call.rows > 1 and not model.reader.length and model.reader.shared is None:
-                self._share(model, rows)
-            groups[id(model.model), model.base, id(model.reader.shared)].append(chain)
-        for group in groups.values():
-            model = group[0].model
-            # Lighter than no_grad. What leaves the block is copied by cat, or read by learning without being saved.
-            with self._drafting(), model.model.serving(model.base) as served, torch.inference_mode():
-                observe = partial(self._observe_prefill, len(rows)) if self._call.waits else None
-                pays = partial(self._models_pay, len(rows))
-                self._drafted |= grow_chains(group, served, pays, observe)
+    @staticmethod
+    def _grow(calls: Sequence[CallRows], chains: Sequence[Chain], n: int) -> None:
+        """The candidates of the draft model, in a round of n rows."""
+        models = [call.proposer._models[i] for call in calls if call.proposer._models for i in call.rows.of_call]
+        if not models:
+            return
+        own = [call.proposer for call in calls]
+        first, waits = own[-1], any(one._call.waits for one in own)
 
-    def _models_pay(self, rows: int, next_tokens: Sequence[NextInRow]) -> bool:
-        return not next_tokens or self._governor.models_pay(next_tokens, rows)
+        def stop() -> None:
+            for one in own:
+                one._stop_drafting()
 
-    def _share(self, model: RowModel, rows: Sequence[int]) -> None:
-        """All rows that read nothing yet and that the same model serves are read together from now on, where it can."""
-        with self._drafting():
-            alike = [self._models[i] for i in rows]
-            alike = [row for row in alike if row.model is model.model and row.base == model.base]
-            unread = {row.row: row for row in alike if not row.reader.length and row.reader.shared is None}
-            alone = len(unread) == 1 and self._call.at_once is None  # others that begin later will join it
-            shared = None if alone else model.model.shared_reader(unread)
-            if shared is not None:
-                for i, row in unread.items():
-                    row.reader = shared.row(i)
+        def observe(tokens: int, seconds: float, read: int) -> None:
+            # It took so long in some of the rows: in all of them it takes as much longer.
+            with first._draft.lock:
+                first._governor.observe_prefill(tokens, seconds * n / read)
 
-    def _join(self, rows: Sequence[int]) -> None:
-        """Rows that have begun in different rounds, and that the same model serves, are read together from now on."""
-        first = dict[tuple[int, bool], SharedReader]()
-        for i in rows if self._models else ():
-            model = self._models[i]
-            shared = model.reader.shared
-            if shared is None or not shared.begun:
-                continue
-            before = first.setdefault((id(model.model), model.base), shared)
-            if before is not shared:
-                with self._drafting(), torch.inference_mode():
-                    before.join(shared)
-                    for j in rows:
-                        if self._models[j].reader.shared is shared:
-                            self._models[j].reader = before.row(j)
+        def pays(next_tokens: Sequence[NextInRow]) -> bool:
+            return not next_tokens or first._governor.models_pay(next_tokens, n)
 
-    def _observe_prefill(self, rows: int, tokens: int, seconds: float, read: int) -> None:
-        """The draft model took so long to read so many tokens of a prompt in some of the rows: in all of them it takes as much longer."""
-        with self._draft.lock:
-            self._governor.observe_prefill(tokens, seconds * rows / read)
+        with first._draft.failures.drafting.attempt(stop):
+            drafted = grow_rows(chains, models, pays, observe if waits else None, company=len(calls) > 1)
+            for one in own:
+                one._drafted |= any(model in drafted for model in one._models)
 
-    def _add_guesses(self, part: RowPart, guesser: Guesser) -> None:
+    def _add_guesses_of(self, part: RowPart, guesser: Guesser) -> None:
         """Guesses beside and behind the chain, as far as they are expected to pay."""
         governor, expansion, builder, plan = self._governor, None, part.builder, part.plan
         if part.trees and plan is not None and builder.has_model_token and not builder.read:
@@ -279,7 +308,39 @@ class Combined(Proposer):
 
     def observe(self, verdict: Verdict) -> None:
         """See `Proposer`: the governor is told what was drafted, how it was accepted, and the times."""
-        rows, model_s = verdict.rows, verdict.proposal.model_s
+        self.observe_together([(self, verdict)])
+
+    @staticmethod
+    def observe_together(calls: Sequence[tuple[Combined, Verdict]]) -> None:
+        """Takes in the outcome of a round of several calls of one draft; the times in their verdicts are shares of the round's."""
+        own = [one for one, _ in calls]
+        slowest = [one._take_in(verdict) for one, verdict in calls]
+        n = sum(len(verdict.rows.lengths) for _, verdict in calls)
+        draft_s, target_s, model_s = (
+            sum(times) for times in zip(*((v.draft_s, v.target_s, v.proposal.model_s) for _, v in calls), strict=True)
+        )
+        new = [tokens for _, verdict in calls for tokens in verdict.new_tokens]
+        last, draft = own[-1], own[-1]._draft
+        # The time of guesses belongs to every round.
+        seconds = target_s + draft_s - model_s if target_s else 0.0
+        timed_s = 0.0 if any(one._reads_prompt for one in own) else model_s
+        with draft.failures.records.attempt(), draft.lock:
+            rounds = [one_row for one, verdict in calls for one_row in one._row_rounds(verdict)]
+            last._governor.observe_rows(rounds, timed_s, seconds)
+            if target_s:
+                least, asked = (
+                    slowest[0] if len(calls) == 1 else statistics.mean(new),
+                    not all(one._rests for one in own),
+                )
+                last._governors.observe_progress(n, asked, draft_s + target_s, least, statistics.mean(new))
+            for one, verdict in calls:
+                one._weigh_round(verdict, n)
+        for one in own:
+            one._builders = []  # if proposing fails now, they are not taken in again
+
+    def _take_in(self, verdict: Verdict) -> float:
+        """What the rows have read and shown; what the round has brought the row that is behind."""
+        rows = verdict.rows
         self._note(rows)
         if isinstance(self.schedule, Schedules):
             self.schedule.count(verdict)
@@ -290,30 +351,22 @@ class Combined(Proposer):
                 self._models[i].keep(length, verdict.proposal.tokens.shape[1], verdict.paths[at])
                 if verdict.done[at]:
                     self._models[i].reader.leave()
-        target_s = verdict.target_s
-        if target_s:
-            target_s += verdict.draft_s - model_s  # the time of guesses belongs to every round
-        timed_s = 0.0 if self._reads_prompt else model_s
         with self._sources.attempt(), self._draft.lock:
             self._sources.take_in()
             for at, builder in enumerate(self._builders):
                 self._observe_guesses(at, builder, verdict)
-        with self._draft.failures.records.attempt(), self._draft.lock:
-            rounds = []
-            for at, i in enumerate(rows.of_call):
-                sources = verdict.proposal.sources[at]
-                outcomes = [(sources[candidate], chance) for candidate, chance in verdict.chances[at]]
-                expansions = self._builders[at].expansions if self._builders else 0
-                together = bool(self._models) and self._models[i].reader.shared is not None
-                rounds.append(RowRound(sources, outcomes, self._stats[i], expansions, together))
-            self._governor.observe_rows(rounds, timed_s, target_s)
-            if verdict.target_s:
-                seconds, mean = verdict.draft_s + verdict.target_s, statistics.mean(verdict.new_tokens)
-                self._governors.observe_progress(len(rows.lengths), not self._rests, seconds, slowest, mean)
-            if self._weighed and self._drafts and self._models and self._governor is self._weighs:
-                for builder, path in zip(self._builders, verdict.paths, strict=False):
-                    self._weigh(builder, path)
-        self._builders = []  # if proposing fails now, they are not taken in again
+        return slowest
+
+    def _row_rounds(self, verdict: Verdict) -> list[RowRound]:
+        """The rows of a round, as the governor is told of them."""
+        rounds = []
+        for at, i in enumerate(verdict.rows.of_call):
+            sources = verdict.proposal.sources[at]
+            outcomes = [(sources[candidate], chance) for candidate, chance in verdict.chances[at]]
+            expansions = self._builders[at].expansions if self._builders else 0
+            together = bool(self._models) and self._models[i].reader.shared is not None
+            rounds.append(RowRound(sources, outcomes, self._stats[i], expansions, together))
+        return rounds
 
     def _add_tokens(self, verdict: Verdict) -> float:
         """Counts the new tokens of a round; what it has brought the row that is behind. Where others follow, none is waited for."""
@@ -325,12 +378,15 @@ class Combined(Proposer):
             return statistics.mean(verdict.new_tokens)
         return min(self._new_tokens[i] for i in rows) - before
 
-    def _weigh(self, builder: ProposalBuilder, path: Sequence[int]) -> None:
-        """Tells the governor what the draft model brought in this round: without it, the first of its own would have been the end."""
-        first = next((at for at, candidate in enumerate(path) if candidate in builder.own), len(path))
-        own, candidates, reads = len(builder.own), len(builder.drafted), bool(self.reads)
-        draft_s = len(self._builders) * builder.model_s
-        self._weighs.observe_draft(len(path) - first, own, candidates, draft_s, reads, builder.read)
+    def _weigh_round(self, verdict: Verdict, n: int) -> None:
+        """Tells the governor what the draft model brought in a round of n rows."""
+        if not (self._weighed and self._drafts and self._models and self._governor is self._weighs):
+            return
+        for builder, path in zip(self._builders, verdict.paths, strict=False):
+            # Without the model, the first candidate of its own would have been the end.
+            first = next((at for at, candidate in enumerate(path) if candidate in builder.own), len(path))
+            own, candidates, reads = len(builder.own), len(builder.drafted), bool(self.reads)
+            self._weighs.observe_draft(len(path) - first, own, candidates, n * builder.model_s, reads, builder.read)
 
     def _observe_guesses(self, row: int, builder: ProposalBuilder, verdict: Verdict) -> None:
         """Every place of a row of this round that was verified has shown which of all guesses was right."""

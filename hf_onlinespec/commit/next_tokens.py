@@ -37,23 +37,38 @@ def next_tokens(
         served: the module tree that drafts now, see `DraftModel.serving`.
         best: how many of the likeliest other tokens are asked for, where the host has them.
     """
-    first, device = models[0], prefixes[0].device
-    scores = first.said(_read(models, served, prefixes))
     # The processors may hold tensors on the target's device: theirs is the place to apply them.
-    scores = scores.to(device)
+    scores = models[0].said(_read(models, served, prefixes)).to(prefixes[0].device)
+    kinds = {(model.samples, model.has_processors) for model in models}
+    if len(kinds) == 1:
+        return _next_of(models, scores, prefixes, best)
+    found: list[NextToken | None] = [None] * len(models)
+    for kind in sorted(kinds):  # rows of several calls
+        alike = [i for i, model in enumerate(models) if (model.samples, model.has_processors) == kind]
+        own = _next_of([models[i] for i in alike], scores[alike], [prefixes[i] for i in alike], best)
+        for i, token in zip(alike, own, strict=True):
+            found[i] = token
+    return found
+
+
+def _next_of(
+    models: Sequence[RowModel], scores: Tensor, prefixes: Sequence[Tensor], best: int
+) -> list[NextToken | None]:
+    """What is chosen by scores (rows, common ids) of rows that are all greedy or all drawn, with processors or without."""
+    first, device = models[0], scores.device
     if first.has_processors:
         own = [
             model.processed(row, prefix) for model, row, prefix in zip(models, scores.split(1), prefixes, strict=True)
         ]
         scores = own[0] if len(own) == 1 else torch.cat(own)
     if not first.samples:
-        return _chosen(scores, None, scores.argmax(-1, keepdim=True), best)
+        return list(_chosen(scores, None, scores.argmax(-1, keepdim=True), best))
     probs = scores.softmax(-1)
     if not is_host(device):
         # Asking would wait for the device: the uniform distribution takes the place of none, what is drawn from q stays exact.
         uniform = widened(probs.new_full((1, first.common), 1 / first.common), probs.shape[-1], 0.0)
         probs = torch.where(torch.isfinite(probs).all(-1, keepdim=True), probs, uniform)
-        return _chosen(scores, probs, draw(probs), best)
+        return list(_chosen(scores, probs, draw(probs), best))
     finite = [i for i, total in enumerate(probs.sum(-1).tolist()) if math.isfinite(total)]
     found: list[NextToken | None] = [None] * len(models)
     if finite:
@@ -68,7 +83,7 @@ def _read(models: Sequence[RowModel], served: PreTrainedModel, prefixes: Sequenc
     readable = [model.readable(prefix) for model, prefix in zip(models, prefixes, strict=True)]
     shared = models[0].reader.shared
     if shared is not None:
-        return shared.scores(served, {model.row: prefix for model, prefix in zip(models, readable, strict=True)})
+        return shared.scores(served, {model.number: prefix for model, prefix in zip(models, readable, strict=True)})
     found = [model.reader.scores(served, prefix) for model, prefix in zip(models, readable, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
 

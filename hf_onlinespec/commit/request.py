@@ -39,7 +39,7 @@ class Request:
         self.call = replace(call, lookahead=lookahead, waits=waits)
         self.counts = call.counts
         self._draft, self._failures = draft, draft.failures
-        self._proposes = self._failures.proposing.begin()  # whether anything is drafted
+        self.proposes = self._failures.proposing.begin()  # whether anything is drafted
         self._raw: Tensor | None = None  # of the round at hand, the target's logits
         self.proposer: Proposer | None = None  # None: it could not be made
         with self._beside_proposing():
@@ -56,16 +56,16 @@ class Request:
         return () if self.proposer is None else self.proposer.reads
 
     def _proposing(self) -> Attempt:
-        return self._failures.proposing.attempt(self._stop_proposing)
+        return self._failures.proposing.attempt(self.stop_proposing)
 
     def _beside_proposing(self) -> AbstractContextManager[Any]:
         """Where proposing is left out, what the call shows is learned nevertheless, and a failure is not counted again."""
-        return self._proposing() if self._proposes else suppress(Exception)
+        return self._proposing() if self.proposes else suppress(Exception)
 
-    def _stop_proposing(self) -> None:
+    def stop_proposing(self) -> None:
         """The request goes on plain."""
         self.counts.failed_drafts += 1
-        self._proposes = False
+        self.proposes = False
         proposer = self.proposer
         if proposer is not None:
             with self._failures.proposing.attempt(self._drop):
@@ -83,26 +83,28 @@ class Request:
             trees: whether several candidates may follow the same prefix.
         """
         failed = self.counts.failed_drafts
-        rows = self._seen(rows)
+        rows = self.seen(rows)
         proposal = nothing = Proposal.nothing(rows)
-        if self.proposer is not None:
-            if self._proposes:
-                with self._proposing():
-                    proposal = self.proposer.propose(rows, room, trees)
-                    proposal.check(rows, room, self._ids)
-            if self.schedule is not None:
-                self.schedule.begin(rows)
+        if self.proposer is not None and self.proposes:
+            with self._proposing():
+                proposal = self.proposer.propose(rows, room, trees)
+                self.check(proposal, rows, room)
+        self.begin(rows)
         return nothing if self.counts.failed_drafts > failed else proposal
 
-    def _seen(self, rows: Rows) -> Rows:
+    def seen(self, rows: Rows) -> Rows:
         """What the draft is shown of the rows."""
         rows = self.call.shown(rows)
         return rows if self._text is None else self._text.rows(rows)
 
-    @property
-    def _ids(self) -> int | None:
-        """Token ids that may be proposed lie below it; None: it is not known."""
-        return None if self.call.vocabulary is None else self.call.vocabulary.said
+    def check(self, proposal: Proposal, rows: Rows, room: int) -> None:
+        """Raises ValueError where a proposal cannot be verified behind the rows."""
+        proposal.check(rows, room, None if self.call.vocabulary is None else self.call.vocabulary.said)
+
+    def begin(self, rows: Rows) -> None:
+        """Before the first round of rows is verified: their prompts are noted for learning."""
+        if self.schedule is not None:
+            self.schedule.begin(rows)
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor, features: Tensor | None = None) -> None:
         """Hands on the target's raw logits (batch, n + 1, vocab) of a round, and keeps them until it is observed if they are learned from.
@@ -117,7 +119,7 @@ class Request:
             features = gaps.shown_features(features, rows.of_call, proposal.tokens.shape[1])
         if self._text is not None and features is not None:
             features = self._text.features(features, rows.lengths[0] + proposal.tokens.shape[1])
-        rows = self._seen(rows)
+        rows = self.seen(rows)
         if self.proposer is not None:
             with self._beside_proposing():
                 self.proposer.read(rows, proposal, logits, features)
@@ -131,22 +133,26 @@ class Request:
         Args:
             reads_prompts: whether the target has read the prompts in it. In the first round of a row alone it always does.
         """
-        self._count(verdict)
-        proposer, schedule = self.proposer, self.schedule
-        if proposer is None:
-            return
-        verdict = replace(verdict, rows=self._seen(verdict.rows))
-        if reads_prompts or self.counts.rounds == 1:  # the time of that says nothing about a round's
-            verdict = replace(verdict, target_s=0.0)
-        with self._beside_proposing():
-            proposer.observe(verdict)
+        self.count(verdict)
+        if self.proposer is not None:
+            verdict = replace(verdict, rows=self.seen(verdict.rows))
+            if reads_prompts or self.counts.rounds == 1:  # the time of that says nothing about a round's
+                verdict = replace(verdict, target_s=0.0)
+            with self._beside_proposing():
+                self.proposer.observe(verdict)
+        self.learn_of(verdict)
+
+    def learn_of(self, verdict: Verdict) -> None:
+        """Records a round, and learns what is recorded where that is due."""
+        schedule = self.schedule
         if schedule is not None:
             with schedule.attempt():
                 schedule.record(verdict.rows, None if self._raw is None else verdict.of_new_tokens(self._raw))
             self._raw = None  # what was rejected is not held while the draft learns
             schedule.learn_of_round()
 
-    def _count(self, verdict: Verdict) -> None:
+    def count(self, verdict: Verdict) -> None:
+        """Counts a round."""
         counts = self.counts
         counts.draft_time_s += verdict.draft_s
         counts.target_time_s += verdict.target_s
@@ -170,7 +176,7 @@ class Request:
         """Rows have ended, and others go on or are still to begin: these are remembered and learned as at the end of a request."""
         if self.proposer is None:
             return
-        unseen, rows = False, self._seen(rows)
+        unseen, rows = False, self.seen(rows)
         with self._beside_proposing():
             unseen = self.proposer.leave(rows)
         if self.schedule is not None:
@@ -192,7 +198,7 @@ class Request:
             verdict = governor.budget.verdict if schedule is not None else ""
             outcome = NOTHING_LEARNS if schedule is None else schedule.outcome()
             governor.decisions.learning = f"{outcome}; {verdict}" if verdict else outcome
-        if self._proposes and failures.proposing.worked():
+        if self.proposes and failures.proposing.worked():
             governor.decisions.drafting = f"drafting works again after: {failures.proposing.reason}"
 
     def close(self, started: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ from .recycling import best_tokens
 from .row_features import MOST_HELD, RowFeatures
 from .translation import Translation
 
+_numbers = itertools.count()
+
 
 class RowModel:
     """The draft model in one row of a call.
@@ -33,6 +36,9 @@ class RowModel:
         row: which one.
         stats: what the row shows of who drafts.
         router: whether the learned or the base draft serves the row.
+
+    Attributes:
+        number: of the row among all that are read together, also of other calls.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class RowModel:
         self._processors = call.stateless_processors(row)
         self._governor, self._lock, self.router = governor, lock, router
         self.vocabulary = call.vocabulary or model.vocabulary  # of the target
-        self.row, self.padding = row, call.padding(row)
+        self.number, self.padding = next(_numbers), call.padding(row)
         own = None if call.mask is None else call.mask[row : row + 1]
         self.translation: Translation | None = None  # into the draft's tokens; None: it has the target's
         if call.retokenizer is not None:
@@ -97,6 +103,16 @@ class RowModel:
         return bool(self._processors)
 
     @property
+    def joins(self) -> bool:
+        """Whether there are, or will be, other rows that it may be read with."""
+        return self._call.rows > 1 or self.is_joined
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether other rows begin before or after it."""
+        return self._call.at_once is not None
+
+    @property
     def base(self) -> bool:
         """Whether the base draft serves this row, whatever was learned."""
         return self._stats.serves_base
@@ -139,7 +155,7 @@ class RowModel:
             with self._lock:
                 governor.observe_prefill(2 * prompt.shape[1], self._call.rows * (time.perf_counter() - started))
         self.routed(self.prompt_log_ratio)
-        if readers and not self.reader.length:  # the prompt is read already
+        if readers and not self.reader.length and not self.is_joined:  # the prompt is read already
             self.reader = readers[self.base]
 
     def routed(self, prompt_log_ratio: float) -> None:

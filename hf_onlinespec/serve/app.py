@@ -36,8 +36,10 @@ from .._compat.serving import (
 from ..commit.base import Draft
 from ..config.adapters import AUTO, is_name
 from ..draft import OnlineDraft
+from .calls import ASKED, Asked
+from .checks import RequestError
 from .clients import ClientMemories, client_of
-from .generating import ASKED, Asked, OneModel, OnlineGenerateManager, RequestError
+from .generating import OneModel, OnlineGenerateManager
 from .metrics import ServerMetrics
 from .saving import DraftSaver
 
@@ -78,6 +80,7 @@ class Served:
         draft_name: of the draft model, for the page; None: there is none.
         saves_to, save_every: where the draft is saved at the end, and every so many requests; None: nowhere.
         isolate: one suffix memory per API key.
+        batch: requests that are decoded together; 1: one after the other.
         hosts: names under which a browser may reach the server; None: any.
     """
 
@@ -89,6 +92,7 @@ class Served:
     saves_to: Path | None = None
     save_every: int = 0
     isolate: bool = False
+    batch: int = 8
     hosts: tuple[str, ...] | None = LOCAL
 
 
@@ -170,7 +174,7 @@ def build_app(served: Served) -> Starlette:
     if served.saves_to is not None and isinstance(served.draft, OnlineDraft):
         saver = DraftSaver(served.draft, served.saves_to, served.save_every, metrics)
     memories = ClientMemories(served.draft, served.isolate)
-    manager = OnlineGenerateManager(served.target, served.draft, metrics, memories, saver)
+    manager = OnlineGenerateManager(served.target, served.draft, metrics, memories, served.batch, saver)
     models, key = _models(served)
     generation = OneModel(manager)
     pages = _Pages(served, metrics, memories, models, key)

@@ -34,8 +34,9 @@ class ServedRequest:
     ended_at_s: float  # since the epoch
     prompt_tokens: int
     new_tokens: int
-    waited_s: float  # until the requests before it were done
-    wall_time_s: float  # of `generate`, learning included
+    waited_s: float  # until it began
+    wall_time_s: float  # from then until it ended, learning included; others may have run beside it
+    generate_s: float  # its share of the time that the server generated: of a round of n requests an n-th
     update_time_s: float  # of that, spent on learning
     rounds: int  # target forwards of our loop; 0: transformers' own loop served it
     drafted_tokens: int
@@ -73,7 +74,7 @@ class Totals:
     rounds: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    wall_time_s: float = 0.0
+    generate_s: float = 0.0
     update_time_s: float = 0.0
     sources: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SOURCES, 0))
 
@@ -85,7 +86,7 @@ class Totals:
         self.looped_tokens += request.new_tokens if request.rounds else 0
         for name in ("prompt_tokens", "new_tokens", "rounds", "drafted_tokens", "accepted_tokens"):
             vars(self)[name] += vars(request)[name]
-        self.wall_time_s += request.wall_time_s
+        self.generate_s += request.generate_s
         self.update_time_s += request.update_time_s
         for name, rounds in request.sources.items():
             self.sources[name] += rounds
@@ -109,12 +110,14 @@ class ServerMetrics:
         self._requests = Counter("requests", "requests that are over", ["endpoint", "status"], **made)
         self._tokens = Counter("tokens", "tokens, by kind: prompt, new, drafted, accepted", ["kind"], **made)
         self._rounds = Counter("rounds", "target forwards, by who proposed tokens", ["source"], **made)
-        self._generate_s = Counter("generate_seconds", "time in generate, learning included", **made)
-        self._update_s = Counter("update_seconds", "time in generate that learning took", **made)
+        self._generate_s = Counter("generate_seconds", "time spent on generating, learning included", **made)
+        self._update_s = Counter("update_seconds", "time of that which learning took", **made)
         self._wait_s = Histogram("wait_seconds", "time until generation began", buckets=SECONDS, **made)
-        self._request_s = Histogram("request_seconds", "time in generate of one request", buckets=SECONDS, **made)
+        self._request_s = Histogram(
+            "request_seconds", "time from a request's beginning to its end", buckets=SECONDS, **made
+        )
         self._lengths = Histogram("acceptance_length", "tokens per target forward", buckets=LENGTHS, **made)
-        self._speeds = Histogram("tokens_per_second", "new tokens over time in generate", buckets=SPEEDS, **made)
+        self._speeds = Histogram("tokens_per_second", "new tokens over that time", buckets=SPEEDS, **made)
         self._saves_total = Counter("saves", "times that the draft was saved", ["status"], **made)
         self._last_save = Gauge("last_save_timestamp_seconds", "when the draft was last saved", **made)
         for name, text, value in (
@@ -153,7 +156,7 @@ class ServerMetrics:
             self._tokens.labels(kind).inc(vars(request)[f"{kind}_tokens"])
         for source, rounds in request.sources.items():
             self._rounds.labels(source).inc(rounds)
-        self._generate_s.inc(request.wall_time_s)
+        self._generate_s.inc(request.generate_s)
         self._update_s.inc(request.update_time_s)
         self._wait_s.observe(request.waited_s)
         self._request_s.observe(request.wall_time_s)
@@ -192,8 +195,8 @@ class ServerMetrics:
                 "running": self._running,
                 "totals": asdict(totals),
                 "acceptance_length": totals.looped_tokens / totals.rounds if totals.rounds else 0.0,
-                "tokens_per_s": totals.new_tokens / totals.wall_time_s if totals.wall_time_s else 0.0,
-                "update_share": totals.update_time_s / totals.wall_time_s if totals.wall_time_s else 0.0,
+                "tokens_per_s": totals.new_tokens / totals.generate_s if totals.generate_s else 0.0,
+                "update_share": totals.update_time_s / totals.generate_s if totals.generate_s else 0.0,
                 "decisions": {
                     "drafting": decisions.drafting,
                     "learning": "" if self._draft.model is None else decisions.learning,

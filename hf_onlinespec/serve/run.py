@@ -35,6 +35,7 @@ def serve(
     save: Path | None = None,
     save_every: int = 100,
     isolate: bool = False,
+    batch: int = 8,
     allow_remote: bool = False,
     device: str | None = None,
     dtype: str = "auto",
@@ -46,6 +47,7 @@ def serve(
         save: where the draft is saved; if one was saved there before, that one goes on.
         save_every: requests between two saves; 0: only at the end.
         isolate: one suffix memory per API key.
+        batch: requests that are decoded together; 1: one after the other.
         allow_remote: needed for a `host` that other machines reach.
 
     Raises:
@@ -54,6 +56,10 @@ def serve(
     check_extra("server", "serve")
     if save_every < 0:
         raise ConfigError(f"--save-every {save_every}: expected a number of requests, or 0 to save only at the end.")
+    if batch < 1:
+        raise ConfigError(
+            f"--batch {batch}: expected a number of requests that are decoded together, or 1 for one by one."
+        )
     check_saving(save, draft, resumes=True)
     listener = _listen(host, port, allow_remote)
     quiet_libraries(bars=True)
@@ -71,7 +77,9 @@ def serve(
         drafts = attach(model, found)
         if resumes:
             print(f"The draft saved in {save} goes on: {drafts.metrics.requests:,} requests so far.")
-        return serve_model(model, tokenizer, drafts, target, draft, listener, save, save_every, isolate, allow_remote)
+        return serve_model(
+            model, tokenizer, drafts, target, draft, listener, save, save_every, isolate, batch, allow_remote
+        )
     finally:
         listener.close()
         signal.signal(signal.SIGTERM, terminates)
@@ -119,6 +127,7 @@ def serve_model(
     save: Path | None,
     save_every: int,
     isolate: bool,
+    batch: int,
     allow_remote: bool,
 ) -> int:
     """Serves a model with what is attached to it until it is stopped, and saves the draft; the exit code."""
@@ -137,7 +146,7 @@ def serve_model(
     name = f"[{address[0]}]" if ":" in address[0] else address[0]
     url = f"http://{name}:{address[1]}"
     hosts = None if allow_remote else (*LOCAL, name)
-    served = Served(target, model, tokenizer, drafts, draft, save, save_every, isolate, hosts)
+    served = Served(target, model, tokenizer, drafts, draft, save, save_every, isolate, batch, hosts)
     app = build_app(served)
     listener.listen(BACKLOG)  # before the address is announced: whoever reads it may connect at once
     print(

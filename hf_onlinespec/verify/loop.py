@@ -243,7 +243,7 @@ def _loop(
         verdict = replace(verdict, draft_s=draft_s, target_s=time.perf_counter() - clock)
         asked.add(verdict, raw)
         if streamer is not None:
-            _stream(streamer, verdict)
+            stream(streamer, verdict)
         rows, done = verdict.rows, all(verdict.done)
         verifier.keep(rows.tokens, verdict.paths)
         lockstep.end_round(done)
@@ -258,7 +258,8 @@ def _loop(
     return generated_output(rows.tokens, asked.scores, asked.logits, verifier.cache)
 
 
-def _stream(streamer: BaseStreamer, verdict: Verdict) -> None:
+def stream(streamer: BaseStreamer, verdict: Verdict) -> None:
+    """Shows a streamer what the one row of a round has got."""
     tokens = verdict.rows.row(0)[0, -verdict.new_tokens[0] :].cpu()
     if isinstance(streamer, OriginStreamer):
         streamer.put_round(tokens, verdict.accepted[0])

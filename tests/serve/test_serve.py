@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,8 +34,8 @@ from hf_onlinespec.serve import app
 from hf_onlinespec.serve.clients import MOST_CLIENTS, ClientMemories
 from hf_onlinespec.serve.metrics import ServerMetrics
 from hf_onlinespec.share.folder import is_artifact
-from hf_onlinespec.verify.target import Verifier
 from hf_onlinespec_cli import main
+from tests.serve.gate import Gate
 from tests.serving import NAME, Running, plain, running, wait_for
 
 SHELL, SQL = prompts("shell"), prompts("sql")
@@ -100,7 +99,7 @@ def test_eight_clients_at_once_get_what_each_gets_alone(server: Running, pair: E
 def test_a_client_that_hangs_up_in_a_stream_ends_its_request_and_no_other(server: Running, pair: EmbeddedPair) -> None:
     before = server.idle_page()["totals"]["requests"]
     body = {"model": NAME, "prompt": SHELL[6], "max_tokens": 300, "stream": True}
-    with gate(opens_after=2) as opened:
+    with Gate(opens_after=2) as opened:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
             next(answer.iter_lines())
         wait_for(lambda: not server.server.server_state.tasks)
@@ -117,7 +116,7 @@ def test_a_client_that_hangs_up_without_a_stream_ends_its_request_and_no_other(
     before = server.idle_page()["totals"]["requests"]
     body = json.dumps({"model": NAME, "prompt": SHELL[8], "max_tokens": 300}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    with gate() as opened:
+    with Gate() as opened:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head % len(body) + body)
@@ -128,33 +127,6 @@ def test_a_client_that_hangs_up_without_a_stream_ends_its_request_and_no_other(
     gone, served = server.idle_page()["requests"][before:]
     assert (gone["status"], served["status"]) == ("stopped", "done")
     assert gone["new_tokens"] < 300
-
-
-class gate:
-    """Holds the target's forwards, after the first so many, until its event is set.
-
-    It stands before them and not in a hook: a target with a hook is tried in forwards of its own.
-    """
-
-    def __init__(self, opens_after: int = 0) -> None:
-        self._opened, self._left = threading.Event(), opens_after
-        self._verify = verify = Verifier.verify
-
-        def waits(*args: Any) -> Any:
-            if self._left:
-                self._left -= 1
-            else:
-                assert self._opened.wait(60)
-            return verify(*args)
-
-        Verifier.verify = waits  # type: ignore[method-assign]
-
-    def __enter__(self) -> threading.Event:
-        return self._opened
-
-    def __exit__(self, *args: object) -> None:
-        Verifier.verify = self._verify  # type: ignore[method-assign]
-        self._opened.set()
 
 
 LONG = [{"role": "user", "content": "word " * 600}]
@@ -452,7 +424,7 @@ def test_a_save_that_fails_costs_no_request(tmp_path: Path, pair: EmbeddedPair) 
 
 def test_requests_that_wait_are_ended_with_the_server() -> None:
     with running() as server:
-        with gate() as opened, ThreadPoolExecutor(3) as pool:
+        with Gate() as opened, ThreadPoolExecutor(3) as pool:
             body = {"model": NAME, "prompt": SHELL[0], "max_tokens": 300, "stream": True}
             asked = [pool.submit(server.post, "/v1/completions", json=body) for _ in range(3)]
             wait_for(lambda: server.page()["waiting"] == 2)
