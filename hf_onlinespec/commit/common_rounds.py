@@ -12,7 +12,7 @@ from .combined import CallRows, Combined
 from .request import Request
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RequestRows:
     """The rows of a request in a round.
 

@@ -53,7 +53,9 @@ def check_joins(call: PreparedCall, draft: Draft) -> None:
     if target.config.is_encoder_decoder:
         raise UnsupportedError(f"The target {type(target).__name__} is an encoder–decoder, whose sources differ.")
     if held_tokens(kwargs[CACHE]) or Gaps.of(kwargs.get("attention_mask"), 0) is not None:
-        raise UnsupportedError("A cache of an earlier turn, or padding between tokens: rows are read from their beginning.")
+        raise UnsupportedError(
+            "A cache of an earlier turn, or padding between tokens: rows are read from their beginning."
+        )
     with torch.inference_mode(False), torch.no_grad():
         plain = why_plain_batch(target, inputs, call.criteria, config, kwargs)
     if plain:
