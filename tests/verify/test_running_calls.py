@@ -222,6 +222,7 @@ def test_a_forward_that_fails_ends_those_that_run_and_no_later_ones(monkeypatch:
     monkeypatch.setattr(target, "forward", fails)
     assert rounds.begin(first) == [] and rounds.step() == first and not rounds.running
     assert [type(one.error) for one in first] == [RuntimeError, RuntimeError]
+    monkeypatch.undo()
     assert said(run(MemoryDraft(), calls[2:], 1)) == [plain(target, asked[2], max_new_tokens=8)]
 
 
