@@ -171,10 +171,10 @@ def test_a_seed_gives_the_same_text_alone_and_beside_others(pair: EmbeddedPair) 
     """With a draft in the same state: here one that does not move, and no memory."""
     sampled = json.dumps({"do_sample": True, "temperature": 1.0, "max_new_tokens": 12})
     seeded = {"prompt": SHELL[2], "seed": 7, "generation_config": sampled}
-    off = OnlineSpecConfig(lookahead=3, memory_tokens=0, lr=1e-12, replay_passes=0)
+    off = OnlineSpecConfig(lookahead=3, memory_tokens=0, recycle=False, lr=1e-12, replay_passes=0)
     texts = []
-    for others in (0, 2):
-        with running(off) as server:
+    with running(off) as server:
+        for others in (0, 2):
             more = [{"prompt": prompt, "max_tokens": 8} for prompt in SQL[:others]]
             with beside(server, [*more, seeded]) as answers:
                 pass
@@ -211,31 +211,14 @@ def test_clients_name_adapters_of_their_own_in_one_batch(pair: EmbeddedPair, siz
 
 
 def test_as_many_are_decoded_together_as_was_said(pair: EmbeddedPair, sizes: list[int]) -> None:
-    asked = [{"prompt": prompt, "max_tokens": 8} for prompt in SQL[:4]]
-    expected = [plain(pair, one["prompt"], 8) for one in asked]
+    asked = [{"prompt": prompt, "max_tokens": 6} for prompt in SQL[:3]]
+    expected = [plain(pair, prompt, 6) for prompt in SQL[:3]]
     for batch, most in ((2, 2), (1, 0)):
         sizes.clear()
         with running(CONFIG, batch=batch) as server, beside(server, asked) as answers:
             pass
         assert [text(answer) for answer in answers] == expected
         assert max(sizes, default=0) == most
-
-
-def test_all_that_run_and_wait_end_with_the_server() -> None:
-    with running(CONFIG, batch=2) as server:
-        with Gate(opens_after=1) as opened, ThreadPoolExecutor(4) as pool:
-            body = {"model": NAME, "prompt": SHELL[0], "max_tokens": 300, "stream": True}
-            asked = [pool.submit(server.post, "/v1/completions", json=body) for _ in range(4)]
-            wait_for(lambda: sum(server.page()[name] for name in ("waiting", "running")) == 4)
-            metrics = server.server.config.app.state.metrics
-            server.stop()
-            wait_for(lambda: not server.server.server_state.tasks)
-            opened.set()
-            for one in asked:
-                with pytest.raises(httpx.HTTPError):
-                    one.result()
-            wait_for(lambda: metrics.totals.stopped == 4)
-            assert metrics.totals.new_tokens < 300
 
 
 def test_a_batch_of_none_is_refused_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
