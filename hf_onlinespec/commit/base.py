@@ -63,6 +63,7 @@ class Call:
     # Per row the name of the adapter that drafts and learns, or "auto"; None: the one without a name. (): no row has one.
     adapters: tuple[str | None, ...] = ()
     at_once: int | None = None  # rows, at most so many in a round: others begin where some have ended; None: all
+    first_row: int = 0  # number of its first row, where rows of several calls are read together
     prompts: Tensor | None = None  # (batch, L) that the rows begin with, padded on the left; None: not told
     placeholders: frozenset[int] = (
         frozenset()

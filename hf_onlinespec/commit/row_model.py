@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 
@@ -25,8 +24,6 @@ from .draft_model import Branch, DraftModel, TreeReader
 from .recycling import best_tokens
 from .row_features import MOST_HELD, RowFeatures
 from .translation import Translation
-
-_numbers = itertools.count()
 
 
 class RowModel:
@@ -56,7 +53,7 @@ class RowModel:
         self._processors = call.stateless_processors(row)
         self._governor, self._lock, self.router = governor, lock, router
         self.vocabulary = call.vocabulary or model.vocabulary  # of the target
-        self.number, self.padding = next(_numbers), call.padding(row)
+        self.number, self.padding = call.first_row + row, call.padding(row)
         own = None if call.mask is None else call.mask[row : row + 1]
         self.translation: Translation | None = None  # into the draft's tokens; None: it has the target's
         if call.retokenizer is not None:

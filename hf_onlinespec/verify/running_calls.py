@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.caches import CACHE, held_tokens
@@ -57,7 +58,8 @@ def check_joins(call: PreparedCall, draft: Draft) -> None:
             "A cache of an earlier turn, or padding between tokens: rows are read from their beginning."
         )
     with torch.inference_mode(False), torch.no_grad():
-        plain = why_plain_batch(target, inputs, call.criteria, config, kwargs)
+        # Its criteria end the one row that it has: none goes on behind its end until others have got to theirs.
+        plain = why_plain_batch(target, inputs, StoppingCriteriaList(), config, kwargs)
     if plain:
         raise UnsupportedError(plain)
 
@@ -104,6 +106,7 @@ class RunningCalls:
     def __init__(self, draft: Draft) -> None:
         self._draft, self._rounds = draft, CommonRounds(draft)
         self._running: list[RunningCall] = []
+        self._opened = 0  # calls so far
         self._verifier: RaggedVerifier | None = None  # of these, in this order; None: there are none
 
     @property
@@ -138,6 +141,7 @@ class RunningCalls:
             with torch.inference_mode(False), torch.no_grad():
                 about = Call(call.config, call.processors, 1, None, learn, Vocabulary.of(target))
                 about = replace(about, adapters=adapters, prompts=own, at_once=beside + 1 if beside else None)
+                about, self._opened = replace(about, first_row=self._opened), self._opened + 1
                 request = Request(draft, replace(about, placeholders=placeholder_tokens(target.config)))
             return RunningCall(call, request, streamer, Rows.of(own), stack.pop_all())
 
