@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_onlinespec.verify.ragged import RaggedVerifier
@@ -15,11 +15,14 @@ class Gate:
     """Holds the target's forwards, after the first so many, until its event is set.
 
     It stands before them and not in a hook: a target with a hook is tried in forwards of its own.
+
+    Args:
+        kinds: whose forwards; a target that was not seen before is tried with a `Verifier`, too.
     """
 
-    def __init__(self, opens_after: int = 0) -> None:
+    def __init__(self, opens_after: int = 0, kinds: Sequence[Any] = (Verifier, RaggedVerifier)) -> None:
         self._opened, self._left = threading.Event(), opens_after
-        self._verifies = {kind: kind.verify for kind in (Verifier, RaggedVerifier)}
+        self._verifies = {kind: kind.verify for kind in kinds}
 
     def _waiting(self, verify: Callable[..., Any]) -> Callable[..., Any]:
         def waits(*args: Any) -> Any:

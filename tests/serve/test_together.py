@@ -53,7 +53,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @contextmanager
 def beside(server: Running, asked: Sequence[dict[str, Any]]) -> Iterator[list[Future[httpx.Response]]]:
     """Requests of clients of their own: the first one has begun before the others arrive, and has no second token before all have."""
-    with ThreadPoolExecutor(len(asked)) as pool, Gate(opens_after=1) as opened:
+    with ThreadPoolExecutor(len(asked)) as pool, Gate(1, [RaggedVerifier]) as opened:
         found = []
         for number, body in enumerate(asked):
             body = {"model": NAME} | body
@@ -113,7 +113,7 @@ def test_streams_and_whole_answers_of_all_endpoints_are_decoded_together(
         events = client.responses.create(model=NAME, input="git log\n", max_output_tokens=14, stream=True)
         return "".join(event.delta for event in events if event.type == "response.output_text.delta")
 
-    with ThreadPoolExecutor(3) as pool, Gate(opens_after=1) as opened:
+    with ThreadPoolExecutor(3) as pool, Gate(1, [RaggedVerifier]) as opened:
         asked = [pool.submit(ask) for ask in (streamed, whole, response)]
         wait_for(lambda: sum(server.page()[name] for name in ("waiting", "running")) == 3)
         opened.set()
@@ -124,7 +124,7 @@ def test_streams_and_whole_answers_of_all_endpoints_are_decoded_together(
 def test_a_client_that_hangs_up_ends_its_row_and_no_other(server: Running, pair: EmbeddedPair) -> None:
     number = max((one["number"] for one in server.idle_page()["requests"]), default=0)
     body = {"model": NAME, "prompt": SHELL[6], "max_tokens": 300, "stream": True}
-    with Gate(opens_after=2) as opened, ThreadPoolExecutor(1) as pool:
+    with Gate(2, [RaggedVerifier]) as opened, ThreadPoolExecutor(1) as pool:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
             other = pool.submit(server.complete, SHELL[7], 24)
             wait_for(lambda: sum(server.page()[name] for name in ("waiting", "running")) == 2)
