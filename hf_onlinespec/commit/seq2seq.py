@@ -24,7 +24,7 @@ from ..models.encoders import new_cache
 from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
-from .draft_model import Branch, DraftModel, KnownRow, Reader
+from .draft_model import DraftModel, KnownRow, Reader
 from .row_features import RowFeatures
 from .source_states import SourceStates
 
@@ -227,16 +227,6 @@ class Seq2SeqReader(Reader):
                 self._source = replace(self._source, states=self._states)
         self._past = new_cache(served)
         record_past(self._past)
-
-    @property
-    def reads_trees(self) -> bool:
-        return False
-
-    def can_branch(self, parent: int, depth: int) -> bool:
-        return False
-
-    def branch(self, served: PreTrainedModel, branches: Sequence[Branch]) -> Tensor:
-        raise NotImplementedError  # see `can_branch`
 
     def rewind(self, length: int, same: int | None = None) -> None:
         if self._past is None:
