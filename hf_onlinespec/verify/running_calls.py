@@ -30,7 +30,7 @@ from ..models.vocabulary import Vocabulary
 from ..rounds import Proposal, Rows, Verdict
 from .accept import accept, joined
 from .batch import why_plain_batch
-from .checks import check_adapters, check_call, check_inputs
+from .checks import check_adapters, check_call, check_inputs, retokenizer_for
 from .custom_generate import PreparedCall
 from .loop import stream
 from .ragged import RaggedVerifier
@@ -49,7 +49,7 @@ def check_joins(call: PreparedCall, draft: Draft) -> None:
         raise UnsupportedError("return_dict_in_generate: the tokens alone are handed out.")
     if needs_synced_gpus(target):
         raise UnsupportedError("synced_gpus: calls begin at other times in each of the processes that hold the target")
-    check_call(target, draft.model, config)
+    check_call(target, draft.model, config, exit_layers=draft.exit_layers)
     check_inputs(target, inputs, config, kwargs)
     if target.config.is_encoder_decoder:
         raise UnsupportedError(f"The target {type(target).__name__} is an encoder–decoder, whose sources differ.")
@@ -134,14 +134,16 @@ class RunningCalls:
         if streamer is not None:
             streamer.put(inputs.cpu())  # as generate does
         note_latest(target, draft)
+        retokenizer = retokenizer_for(target, draft, None, None)
         with draft.failures.records.attempt():
-            draft.serves(target)
+            draft.serves(target, own_tokens=retokenizer is None)
         with ExitStack() as stack:
             stack.enter_context(draft.generating())
             with torch.inference_mode(False), torch.no_grad():
                 about = Call(call.config, call.processors, 1, None, learn, Vocabulary.of(target))
                 about = replace(about, adapters=adapters, prompts=own, at_once=beside + 1 if beside else None)
-                about, self._opened = replace(about, first_row=self._opened), self._opened + 1
+                about = replace(about, retokenizer=retokenizer, first_row=self._opened)
+                self._opened += 1
                 request = Request(draft, replace(about, placeholders=placeholder_tokens(target.config)))
             return RunningCall(call, request, streamer, Rows.of(own), stack.pop_all())
 

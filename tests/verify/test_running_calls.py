@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -27,6 +29,7 @@ from hf_onlinespec.verify.running_calls import RunningCall, RunningCalls, check_
 from tests.chi_square import THOUSAND, follows
 from tests.heads.tiny import tiny_head
 from tests.tiny_models import tiny_gpt2, tiny_llama
+from tests.tokenizers import SENTENCES, byte_level, sentencepiece
 
 
 def prepared(target: PreTrainedModel, prompt: list[int], **settings: Any) -> PreparedCall:
@@ -168,6 +171,23 @@ def test_calls_with_names_of_adapters_teach_these_alone() -> None:
     assert said(opened) == expected
     assert {name: one.metrics.requests for name, one in draft.adapters.items()} == {"sql": 1, "shell": 1}
     assert all(one.steps for one in draft.adapters.values()) and draft.steps
+
+
+def test_a_draft_with_another_tokenizer_drafts_for_calls_beside_each_other(tmp_path: Path) -> None:
+    tokenizers, models = (byte_level(500), sentencepiece(400)), list[PreTrainedModel]()
+    for seed, tokenizer in enumerate(tokenizers, 1):
+        folder = tmp_path / str(seed)
+        tiny_llama(seed, vocab=len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        models.append(AutoModelForCausalLM.from_pretrained(folder).eval())
+    target, model = models
+    draft = OnlineDraft(model, rank=2, alpha=2.0, lookahead=4, update_every=1, memory_tokens=0, recycle=False)
+    asked = [tokenizers[0](text).input_ids for text in SENTENCES]
+    settings: dict[str, Any] = dict(max_new_tokens=12, pad_token_id=0, eos_token_id=None)
+    expected = [plain(target, prompt, **settings) for prompt in asked]
+    found = run(draft, [prepared(target, prompt, **settings) for prompt in asked])
+    assert said(found) == expected
+    assert draft.metrics.drafted_tokens and draft.metrics.updates and not draft.metrics.failed_drafts
 
 
 class Fails(LogitsProcessor):
