@@ -501,8 +501,8 @@ begin_suppress_tokens sequence_bias watermarking_config encoder_no_repeat_ngram_
 decoder_start_token_id""".split()
 BEFORE_THE_LOOP = ["token_healing", "is_assistant", "num_return_sequences"]  # generate() has seen to it
 IN_THE_LOOP = """do_sample use_cache cache_implementation cache_config output_scores output_logits return_dict_in_generate
-prefill_chunk_size num_assistant_tokens assistant_early_exit""".split()
-REFUSED = """num_beams use_mtp guidance_scale output_attentions output_hidden_states prompt_lookup_num_tokens
+prefill_chunk_size num_assistant_tokens assistant_early_exit use_mtp""".split()
+REFUSED = """num_beams guidance_scale output_attentions output_hidden_states prompt_lookup_num_tokens
 assistant_ensemble_weight speculation_type penalty_alpha dola_layers num_beam_groups constraints
 force_words_ids""".split()
 WITHOUT_MEANING_HERE = """early_stopping length_penalty diversity_penalty low_memory max_cache_len compile_config disable_compile

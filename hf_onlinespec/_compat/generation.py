@@ -166,6 +166,11 @@ def early_exit_of(config: GenerationConfig) -> int | None:
     return layers
 
 
+def asks_mtp(config: GenerationConfig) -> bool:
+    """Whether the MTP layers of the target's checkpoint are asked to draft."""
+    return bool(vars(config).get("use_mtp"))
+
+
 def plain_mode(config: GenerationConfig) -> GenerationMode:
     """Of a call that was found to decode greedily or to sample, how it would without a draft."""
     return GenerationMode.SAMPLE if config.do_sample else GenerationMode.GREEDY_SEARCH

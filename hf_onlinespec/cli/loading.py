@@ -21,7 +21,7 @@ from .._compat.models import placed
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError
 from ..heads.reading import check_head
-from ..models.identity import GROWN
+from ..models.identity import OF_TARGETS
 from ..models.tokenizer_pair import retokenizer_of
 from ..runtime.failures import is_out_of_memory
 from ..share.base_models import why_not_loaded
@@ -173,7 +173,7 @@ def is_head_for(draft: str, target: PretrainedConfig, base: str | None = None) -
     name, revision = base_of(draft, base)
     folder = head_folder(name, revision)
     if folder is None:
-        return name == GROWN  # it has no files: its target makes it
+        return name in OF_TARGETS  # it has no files: its target makes it
     try:
         check_head(folder, target)
     except DraftError as error:

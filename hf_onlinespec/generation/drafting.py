@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from .._compat.generation import early_exit_of
+from .._compat.generation import asks_mtp, early_exit_of
 from ..commit.base import Draft
 from ..config import OnlineSpecConfig, as_config
 from .call import ATTACHED
@@ -35,10 +35,12 @@ def drafting_of(target: PreTrainedModel, arguments: Mapping[str, Any]) -> Drafti
     config, attachment = arguments.get("generation_config"), ATTACHED.get(target)
     adapter, exit_layers = arguments.get("adapter"), arguments.get("assistant_early_exit")
     tokenizers = arguments.get("tokenizer"), arguments.get("assistant_tokenizer")
+    mtp = arguments.get("use_mtp")
     if isinstance(config, GenerationConfig):
         setting = wanted(config) if setting is None else setting
         adapter = wanted_adapter(config) if adapter is None else adapter
         exit_layers = early_exit_of(config) if exit_layers is None else exit_layers
+        mtp = asks_mtp(config) if mtp is None else mtp
     if assistant is None and setting is None and attachment is not None:
         return Drafting(attachment.drafts_for(target), True, adapter, tokenizers)
     if setting is None:
@@ -48,5 +50,5 @@ def drafting_of(target: PreTrainedModel, arguments: Mapping[str, Any]) -> Drafti
     if assistant is None and attachment is not None:
         assistant = attachment.draft
     settings = as_config(setting) if isinstance(setting, OnlineSpecConfig | dict) else None
-    draft = draft_for(target, assistant, settings, exit_layers)
+    draft = draft_for(target, assistant, settings, exit_layers, bool(mtp))
     return Drafting(draft, setting is not False, adapter, tokenizers)

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from .._compat.generation import (
     WRAPPED,
     GenerationMode,
+    asks_mtp,
     early_exit_of,
     frames_of_generate,
     note_given,
@@ -41,8 +42,8 @@ from ..verify.checks import check_call, check_inputs, check_mode, check_synced_g
 from ..verify.custom_generate import GenerateFn, Prepare
 from ..verify.loop import decode
 from .call import AttachedCall, anything_attached, call_of, call_with, calling
-from .exits import exit_draft
 from .growing import grown_draft
+from .own_layers import own_layers_draft
 from .setting import add_settings, remove_settings, says, unset, wanted, wanted_adapter
 
 Function = Callable[..., Any]
@@ -163,10 +164,12 @@ def _check_ours(
         raise no_model(assistant)
     model = assistant.model if isinstance(assistant, Draft) else assistant
     check_synced_gpus(bool(mode_kwargs.get("synced_gpus")), target, model, config)
-    exit_layers = assistant.exit_layers if isinstance(assistant, Draft) else None
+    exit_layers, mtp = assistant.exit_layers if isinstance(assistant, Draft) else None, False
     if assistant is None:
         exit_layers = early_exit_of(config)
-    check_call(target, model, config, mode_kwargs.get("tokenizer"), mode_kwargs.get("assistant_tokenizer"), exit_layers)
+        mtp = exit_layers is None
+    tokenizer, others = mode_kwargs.get("tokenizer"), mode_kwargs.get("assistant_tokenizer")
+    check_call(target, model, config, tokenizer, others, exit_layers, mtp)
 
 
 # The arguments of a decoding method that go before the named ones.
@@ -213,7 +216,8 @@ def _wrap_assisted(assisted: Function) -> Function:
         if assistant_model is None and call is not None:
             assistant_model = call.attachment.draft
         settings = setting if isinstance(setting, OnlineSpecConfig) else None
-        draft = draft_for(self, assistant_model, settings, early_exit_of(generation_config))
+        exit_layers, mtp = early_exit_of(generation_config), asks_mtp(generation_config)
+        draft = draft_for(self, assistant_model, settings, exit_layers, mtp)
         named["adapter"] = wanted_adapter(generation_config)
         learn = setting is not False
         named |= {"synced_gpus": synced_gpus, "inputs_tensor": inputs_tensor}
@@ -251,17 +255,17 @@ def _decode_attached(
 
 
 def draft_for(
-    target: PreTrainedModel, assistant: Any, settings: OnlineSpecConfig | None, exit_layers: int | None
+    target: PreTrainedModel, assistant: Any, settings: OnlineSpecConfig | None, exit_layers: int | None, mtp: bool
 ) -> Draft:
-    """What drafts in a call with onlinespec=: the given draft, the target's first layers, or its suffix memory."""
+    """What drafts in a call with onlinespec=: the given draft, the target's first layers, its MTP layers, or its suffix memory."""
     if isinstance(assistant, Draft):
         assistant.begin_anew_if_changed()
         assistant.check_setting(settings)
         return assistant
     if assistant is not None:
         return online_draft(assistant, settings)
-    if exit_layers is not None:
-        return exit_draft(target, exit_layers, settings)
+    if exit_layers is not None or mtp:
+        return own_layers_draft(target, exit_layers, settings)
     grown = grown_draft(target, settings)
     if grown is not None:
         return grown

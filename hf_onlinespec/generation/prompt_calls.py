@@ -24,6 +24,7 @@ DRAFTING = (
     "adapter",
     "assistant_tokenizer",
     "assistant_early_exit",
+    "use_mtp",
 )  # arguments that say what drafts
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
 from ..errors import DraftError
@@ -56,7 +56,7 @@ class Head(PreTrainedModel, ABC):
     draft_ids: Tensor | None
     embed_tokens: nn.Module | None
     lm_head: nn.Module | None
-    rotary_emb: LlamaRotaryEmbedding | None
+    rotary_emb: nn.Module | None
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
@@ -150,6 +150,19 @@ class Head(PreTrainedModel, ABC):
         with torch.no_grad():  # the target's weights are not the head's to train
             found: Tensor = table(tokens)
         return found
+
+    def said(self, hidden: Tensor) -> Tensor:
+        """Logits (B, n, vocabulary) of the target's vocabulary head, which may be of another type of numbers."""
+        lm_head = self.target_layers.lm_head
+        if lm_head is None:
+            raise DraftError("This head speaks with its target's vocabulary head: call head.share(target) first.")
+        weights = dict(lm_head.named_parameters())
+        numbers = next(iter(weights.values())).dtype
+        read = hidden.to(numbers) if numbers.is_floating_point else hidden
+        # Gradients flow through it to the head, and none to the target's weights; quantised ones take part as they are.
+        frozen = {name: weight.detach() for name, weight in weights.items() if weight.requires_grad}
+        logits: Tensor = functional_call(lm_head, frozen, (read,)) if frozen and hidden.requires_grad else lm_head(read)
+        return logits.to(hidden)
 
     def context(
         self,

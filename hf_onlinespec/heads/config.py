@@ -118,6 +118,12 @@ class Eagle1Config(HeadConfig):
             )
 
 
+class MtpConfig(HeadConfig):
+    """An MTP layer of the target's own checkpoint: what it is made of is the target's to say."""
+
+    model_type = "hf_onlinespec_mtp"
+
+
 class HydraConfig(HeadConfig):
     """Hydra: one small network for each drafted token, over the target's last hidden state and the tokens since.
 

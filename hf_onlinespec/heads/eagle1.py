@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.cache_utils import Cache
 
-from ..errors import DraftError
 from .base import Head, HeadOutput, kept, require_one, started
 from .config import Eagle1Config
 from .layer import PlainLayer, rotary_embedding
@@ -62,17 +60,4 @@ class Eagle1Head(Head):
         context = self.context(hidden, attention_mask, position_ids, cache)
         for layer in self.layers:
             hidden = layer(hidden, context)
-        return HeadOutput(self._said(kept(hidden, logits_to_keep)), hidden, cache)
-
-    def _said(self, hidden: Tensor) -> Tensor:
-        """Logits (B, n, vocabulary) of the target's vocabulary head, which may be of another type of numbers."""
-        lm_head = self.target_layers.lm_head
-        if lm_head is None:
-            raise DraftError("This head speaks with its target's vocabulary head: call head.share(target) first.")
-        weights = dict(lm_head.named_parameters())
-        numbers = next(iter(weights.values())).dtype
-        read = hidden.to(numbers) if numbers.is_floating_point else hidden
-        # Gradients flow through it to the head, and none to the target's weights; quantised ones take part as they are.
-        frozen = {name: weight.detach() for name, weight in weights.items() if weight.requires_grad}
-        logits: Tensor = functional_call(lm_head, frozen, (read,)) if frozen and hidden.requires_grad else lm_head(read)
-        return logits.to(hidden)
+        return HeadOutput(self.said(kept(hidden, logits_to_keep)), hidden, cache)

@@ -20,6 +20,7 @@ from .config import Eagle1Config, Eagle3Config, HeadConfig, HydraConfig
 from .described import FLAGS, IDS, default_reads
 from .eagle1 import Eagle1Head
 from .eagle3 import Eagle3Head
+from .mtp import MtpHead
 from .names import D2T, EAGLE1, EAGLE3, HYDRA, SPECULATORS, T2D, file_names
 from .stored import CONFIG, HYDRA_WEIGHTS
 
@@ -45,6 +46,10 @@ def write_head(
     Raises:
         DraftError: the form is not one of this head's, or has no place for what the head is.
     """
+    if isinstance(head, MtpHead):
+        raise DraftError(
+            "An MTP layer has no folder of its own: it lies in its target's checkpoint. save_pretrained keeps what it learned."
+        )
     own = _own_form(head)
     form = form or own
     if form not in ((EAGLE3, SPECULATORS) if isinstance(head, Eagle3Head) else (own,)):

@@ -16,6 +16,9 @@ from ..errors import ConfigError, DraftError, brief
 from .borrow import borrow
 from .plain import plain_draft
 
+OWN_INPUTS = (
+    "hidden_size_per_layer_input"  # inputs that each layer has of its own, made for all layers at once (Gemma 3n and 4)
+)
 SHARED_LAYERS = "num_kv_shared_layers"  # last layers that read keys and values of earlier ones (Gemma 3n and 4)
 
 
@@ -45,6 +48,11 @@ class EarlyExit:
             raise ConfigError(
                 f"assistant_early_exit={brief(self.layers)}: the target {type(self.target).__name__} has {total} layers. Expected a "
                 f"whole number from 1 to {total - 1}."
+            )
+        if vars(config).get(OWN_INPUTS):
+            raise DraftError(
+                f"The target {type(self.target).__name__} gives each layer inputs of its own ({OWN_INPUTS}), made for all layers at once: no "
+                "early exit is cut out of it. Draft with a small model, or without one (onlinespec=True)."
             )
         stacks = [
             (parent, key)

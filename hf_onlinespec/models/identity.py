@@ -27,6 +27,8 @@ PACKAGED = {
     SMOLLM2_HEAD: FOLDER.with_name("smollm2_head"),
 }
 GROWN = "hf_onlinespec:grown_head"  # the head that every target begins with: made anew from the target's weights, it has no files
+MTP = "hf_onlinespec:mtp_layers"  # those of the target's own checkpoint
+OF_TARGETS = (GROWN, MTP)  # heads that have no files of their own: their target makes them
 LONGEST_NAME = 1_000  # characters; chosen
 SAMPLED = 256  # numbers of every weight that make its fingerprint
 # What the same model may carry under several values.
@@ -111,7 +113,7 @@ def public_name(name: str) -> str:
 
 def is_own_name(name: str | None) -> bool:
     """Whether a name means the same model wherever the package is installed."""
-    return name == GROWN or name in PACKAGED
+    return name in OF_TARGETS or name in PACKAGED
 
 
 def tokenizer_file(name: str, revision: str | None) -> Path | None:

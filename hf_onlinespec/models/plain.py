@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .._compat.adapters import LoraLayer, base_of
 from .._compat.caches import CACHE, rolls_back
-from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled, weight_of
+from .._compat.models import is_offloaded, is_stateful, lives_in_target, takes_cache, uncompiled, weight_of
 from ..errors import DraftError, brief
 from .borrow import copy_modules
 from .encoders import new_cache, trial_inputs
@@ -30,6 +30,17 @@ def no_model(model: object) -> DraftError:
     )
 
 
+def check_drafts_alone(model: PreTrainedModel | PeftModel) -> None:
+    """Refuses transformers' drafts that read the inside of their target (Gemma-4 assistants, DFlash)."""
+    base = base_of(model) if isinstance(model, PeftModel) else model
+    reads = lives_in_target(base)
+    if reads:
+        raise DraftError(
+            f"The draft {type(base).__name__} reads {reads}, which our loop hands to none. Call generate without onlinespec, or draft "
+            "with an EAGLE or MTP head, the target's first layers (assistant_early_exit), or without a draft (onlinespec=True)."
+        )
+
+
 def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The language model to adapt, causal or encoder–decoder; refuses what cannot draft."""
     if isinstance(model, nn.Module):
@@ -38,6 +49,7 @@ def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         model = _merged(model)
     if not isinstance(model, PreTrainedModel):
         raise no_model(model)
+    check_drafts_alone(model)
     name = type(model).__name__
     if is_stateful(model):
         raise DraftError(

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .._compat.models import auto_class
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
-from ..models.identity import EMBEDDED, GROWN, PACKAGED, BaseFingerprint
+from ..models.identity import EMBEDDED, OF_TARGETS, PACKAGED, BaseFingerprint
 from .heads import head_folder, load_head
 
 
@@ -72,7 +72,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A language model, or a draft head, from a folder or from the Hub, whose own code is never run. Raises DraftError."""
     folder = head_folder(name, revision, token)
-    if folder is not None or name == GROWN:
+    if folder is not None or name in OF_TARGETS:
         return load_head(name, folder, target)
     try:
         place: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}

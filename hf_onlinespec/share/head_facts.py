@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from transformers import PretrainedConfig
 
 from ..errors import ArtifactError, brief
-from ..heads.config import Eagle1Config, Eagle3Config, HeadConfig, HydraConfig
+from ..heads.config import Eagle1Config, Eagle3Config, HeadConfig, HydraConfig, MtpConfig
 
-KINDS = {"EAGLE-3": Eagle3Config, "EAGLE-1": Eagle1Config, "Hydra": HydraConfig}
+KINDS = {"EAGLE-3": Eagle3Config, "EAGLE-1": Eagle1Config, "Hydra": HydraConfig, "MTP": MtpConfig}
 MOST_READS = 1_000  # hidden states; chosen
 
 

@@ -15,11 +15,12 @@ from .._compat.models import model_name, placed
 from ..errors import ArtifactError, DraftError, brief
 from ..heads.base import Head
 from ..heads.eagle3 import Eagle3Head
+from ..heads.mtp import mtp_head
 from ..heads.reading import check_head, read_head
 from ..heads.recognising import is_head, is_head_config
 from ..heads.starting import new_config, special_tokens, start_from_target
 from ..heads.stored import CONFIG
-from ..models.identity import GROWN, PACKAGED, SMOLLM2_HEAD, BaseFingerprint
+from ..models.identity import GROWN, MTP, OF_TARGETS, PACKAGED, SMOLLM2_HEAD, BaseFingerprint
 from ..runtime.seeding import seeded
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def names_head(name: str, revision: str | None = None, token: str | None = None)
     Args:
         name: of a folder, of what ships with the package, or on the Hub.
     """
-    if name == GROWN:
+    if name in OF_TARGETS:
         return True
     folder = PACKAGED.get(name, Path(name))
     if folder.is_dir():
@@ -50,8 +51,8 @@ def names_head(name: str, revision: str | None = None, token: str | None = None)
 
 
 def head_folder(name: str, revision: str | None = None, token: str | None = None) -> Path | None:
-    """Where the files of a draft head are, downloaded if need be; None: it is no head, it is not known, or it has none (`GROWN`)."""
-    if name == GROWN or not names_head(name, revision, token):
+    """Where the files of a draft head are, downloaded if need be; None: it is no head, it is not known, or it has none (`OF_TARGETS`)."""
+    if name in OF_TARGETS or not names_head(name, revision, token):
         return None
     folder = PACKAGED.get(name, Path(name))
     if folder.is_dir():
@@ -81,14 +82,14 @@ def grown_head(target: PreTrainedModel) -> Head:
 
 
 def load_head(name: str, folder: Path | None, target: PreTrainedModel | None) -> Head:
-    """The head of a folder, for its target, in the target's precision and on its device; None: `GROWN`. Raises DraftError."""
+    """The head of a folder, for its target, in the target's precision and on its device; None: one of `OF_TARGETS`. Raises DraftError."""
     if target is None:
         raise DraftError(
             f"{brief(name)} is a draft head, which reads its target's hidden states and embedding: give the target it is for, as in "
             "OnlineDraft.from_pretrained(HEAD, target=target), or attach(target, HEAD)."
         )
     if folder is None:
-        return grown_head(target)
+        return mtp_head(target) if name == MTP else grown_head(target)
     dtype = target.dtype if target.dtype.is_floating_point else None
     head = read_head(folder, target.config, dtype).eval()
     head.config.name_or_path = name

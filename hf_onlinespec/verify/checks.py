@@ -14,6 +14,7 @@ from .._compat.caches import CACHE, forgets, held_rows, held_tokens, rollback_ob
 from .._compat.generation import (
     SAMPLING_MODES,
     GenerationMode,
+    asks_mtp,
     early_exit_of,
     hidden_tokens,
     is_sharded,
@@ -25,7 +26,9 @@ from ..commit.base import Draft
 from ..config.adapters import AUTO, MOST_ADAPTERS
 from ..errors import ConfigError, DraftError, UnsupportedError, brief
 from ..heads.base import Head
+from ..heads.mtp import MtpHead
 from ..models.encoders import SourceInputs, states_width
+from ..models.plain import check_drafts_alone
 from ..models.retokenizing import Retokenizer
 from ..models.tokenizer_pair import retokenizer_of
 from .inputs import given
@@ -55,6 +58,7 @@ def check_call(
     tokenizer: object = None,
     assistant_tokenizer: object = None,
     exit_layers: int | None = None,
+    mtp: bool = False,
 ) -> None:
     """Refuses, before any work, what the loop does not take. Each error names the value and the way out.
 
@@ -62,6 +66,7 @@ def check_call(
         draft: the model that drafts; None: the suffix memory drafts alone.
         tokenizer, assistant_tokenizer: of target and draft, where `generate` was given them.
         exit_layers: of the target's own layers how many draft, as `assistant_early_exit` may say too; None: none do.
+        mtp: whether the target's MTP layers draft, as `use_mtp` may say too; an MTP head as `draft` says it.
     """
     # It asks only whether there is one.
     check_mode(generation_config, generation_config.get_generation_mode(draft))  # type: ignore[arg-type]
@@ -83,9 +88,11 @@ def check_call(
         raise UnsupportedError(
             f"assistant_ensemble_weight={weight}: it would let the draft change what the model says. Leave it out."
         )
+    head = base_of(draft) if isinstance(draft, PeftModel) else draft
+    drafting = {"assistant_early_exit": exit_layers, "use_mtp": mtp or isinstance(head, MtpHead)}
     for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"):
         value = vars(config).get(other)
-        if value and not (other == "assistant_early_exit" and value == exit_layers):
+        if value and value != drafting.get(other):
             raise UnsupportedError(
                 f"{other}={value}: another source of drafts beside the learning one. Use one of the two."
             )
@@ -121,6 +128,7 @@ def check_draft(
             )
         head.share(target)
     else:
+        check_drafts_alone(draft)
         _check_source(target, head)
         if (
             retokenizer_of(target, draft, tokenizer, assistant_tokenizer) is not None
@@ -223,6 +231,11 @@ def check_synced_gpus(
         raise UnsupportedError(
             f"synced_gpus=True with the target {type(target).__name__} in training mode: it may be random, and would have to be tried by "
             "all processes together. Call model.eval() first."
+        )
+    if draft is None and asks_mtp(generation_config):
+        raise UnsupportedError(
+            "synced_gpus=True with use_mtp=True: the MTP layers read with the target's embedding, of which under DeepSpeed ZeRO-3 or FSDP "
+            "each process holds a part. Draft with a small model, or without one (onlinespec=True)."
         )
     if draft is None and early_exit_of(generation_config) is not None:
         raise UnsupportedError(
