@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, PreTrainedModel
 
 import hf_onlinespec
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
@@ -81,6 +81,14 @@ def test_another_number_of_layers_is_refused(layers: Any) -> None:
     target = tiny_llama(0, layers=3)
     with pytest.raises(ConfigError, match=r"assistant_early_exit=.* has 3 layers. Expected a whole number from 1 to 2"):
         OnlineDraft.early_exit(target, layers)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = BartConfig(
+        vocab_size=32, d_model=16, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=16, decoder_ffn_dim=16
+    )
+    with pytest.raises(DraftError, match="encoder–decoder"):
+        OnlineDraft.early_exit(BartForConditionalGeneration(config), 1)
 
 
 def test_beside_another_draft_it_is_refused() -> None:

@@ -17,6 +17,7 @@ from ..config import OnlineSpecConfig
 from ..draft import OnlineDraft
 from ..errors import ArtifactError, ConfigError, OnlineSpecError
 from ..heads.outline import HeadOutline
+from ..metrics.summary import counted
 from ..share import card
 from ..share.artifact import Artifact, Outline
 from ..share.canaries import as_feedback
@@ -99,7 +100,7 @@ def run_inspect(source: str, revision: str | None = None) -> int:
     if facts is not None:
         print(f"draft head: {facts.kind}, reads {facts.reads_text}; it proposes {facts.vocabulary_text}")
     if outline.manifest.early_exit is not None:
-        print(f"early exit: the first {outline.manifest.early_exit} layers of its base, which is its target")
+        print(f"early exit: the first {counted(outline.manifest.early_exit, 'layer')} of its base, which is its target")
     if target is not None:
         print(f"learned for the target: {printable(str(target))}")
     print(f"learner: {settings.learner}; settings that are not the defaults: {changed or 'none'}")

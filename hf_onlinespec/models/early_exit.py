@@ -41,6 +41,11 @@ class EarlyExit:
                 "An early exit of a PeftModel: its adapter would have to be merged, and no weights be shared with the target. Merge the "
                 "adapter into the target, or draft with another model."
             )
+        if self.target.config.is_encoder_decoder:
+            raise DraftError(
+                f"The target {type(self.target).__name__} is an encoder–decoder, of which no early exit is cut. Draft with a smaller one, or "
+                "without one (onlinespec=True)."
+            )
         tree = borrow(plain_draft(self.target))
         config = tree.config.get_text_config(decoder=True)
         total = config.num_hidden_layers
