@@ -71,6 +71,8 @@ class BatchReader(SharedReader):
         """See `SharedReader`. Other rows read on in the same forward, as far as that makes it no wider: it costs nothing."""
         cache = self._cache
         cache.settle()
+        for row, prefix in prefixes.items():  # one of padding alone has something to be read too
+            self._lengths[row] = min(self._lengths[row], prefix.shape[1] - 1)
         n = max(prefix.shape[1] - self._lengths[row] for row, prefix in prefixes.items())
         feeds = [self._feed(row, prefixes.get(row), n) for row in cache.order]
         cached = cache.places

@@ -19,7 +19,14 @@ from transformers.cache_utils import Cache
 from .._compat.adapters import adapts_by_row
 from .._compat.attention import takes_positions
 from .._compat.caches import held_tokens
-from .._compat.generation import Generated, generated_output, goes_on_finished, hands_back_cache, pad_token
+from .._compat.generation import (
+    Generated,
+    generated_output,
+    goes_on_finished,
+    hands_back_cache,
+    hidden_tokens,
+    pad_token,
+)
 from ..commit.request import Request
 from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
@@ -85,6 +92,8 @@ def why_plain_batch(
     positions = model_kwargs.get(names.positions)
     if not reason and positions is not None and positions.dim() > 2:
         reason = f"{type(target).__name__} counts positions of time, height and width"
+    if not reason:
+        reason = _odd_columns(input_ids, config, model_kwargs)
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:
@@ -92,6 +101,18 @@ def why_plain_batch(
         takes = takes_positions(target, names.positions)
         reason = why_plain(target, tokens, one) or (why_chains if takes else why_one_length)(target, tokens, one)
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
+
+
+def _odd_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> str:
+    """What has not one column for each token, those included that are in the cache alone; "": nothing. Plain decoding makes of it what
+    it makes."""
+    given = input_ids.shape[1]
+    tokens = given + hidden_tokens(input_ids, config, model_kwargs)
+    for name, fits in (("attention_mask", {tokens}), ("position_ids", {tokens, given})):
+        values = model_kwargs.get(name)
+        if values is not None and values.shape[-1] not in fits:
+            return f"{name} has {values.shape[-1]} columns for {tokens} tokens"
+    return ""
 
 
 def longest_row(

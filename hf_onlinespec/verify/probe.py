@@ -201,6 +201,8 @@ def own_inputs(
     mask = own.pop(names.mask, None)
     prompt = input_ids[:, -PROMPT_TOKENS:]
     shown = slice(None) if mask is None else mask[0, -prompt.shape[1] :].bool()
+    if isinstance(shown, Tensor) and not bool(shown.any()):  # of padding alone
+        shown = slice(None)
     for name in set(own) & set(names.columns):
         column = own.pop(name)
         if column.shape[-1] == input_ids.shape[1]:

@@ -568,3 +568,19 @@ def test_settings_of_the_call_are_read_as_for_one_row(target) -> None:
     out = target.generate(**inputs, generation_config=config, assistant_model=draft)
     assert torch.equal(out, target.generate(**inputs, generation_config=config))
     assert draft.metrics.last.acceptance_length == pytest.approx(3.0)
+
+
+def test_rows_of_padding_alone_are_drafted_for(target) -> None:
+    inputs = padded(prompts((3, 8)))
+    inputs["attention_mask"].zero_()
+    plain, draft = target.generate(**inputs, **GREEDY), OnlineDraft(tiny_llama(1, layers=2), FIXED)
+    assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, **GREEDY))
+    assert not draft.metrics.failed_drafts and draft.metrics.accepted_tokens > 0
+
+
+def test_columns_beyond_the_tokens_are_left_to_plain_decoding(target) -> None:
+    inputs = padded(prompts((3, 8)))
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(2, 2, dtype=torch.long)], dim=1)
+    plain, draft = target.generate(**inputs, **GREEDY), OnlineDraft(tiny_llama(1, layers=2), FIXED)
+    assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, **GREEDY))
+    assert "attention_mask has 10 columns for 8 tokens" in draft.metrics.decisions.drafting
