@@ -34,7 +34,7 @@ gptj gpt_bigcode gpt_oss opt bloom falcon mpt starcoder2 stablelm olmo olmo2 olm
 glm4 smollm3 deepseek_v2 deepseek_v3 llama4 lfm2 codegen biogpt xglm persimmon nemotron exaone4 ernie4_5 seed_oss
 llava paligemma qwen2_vl idefics mllama git clip siglip
 t5 mt5 umt5 bart mbart marian m2m_100 pegasus plbart mvp blenderbot blenderbot_small whisper
-led longt5 bigbird_pegasus pegasus_x nllb_moe switch_transformers speech_to_text moonshine""".split()
+led longt5 bigbird_pegasus pegasus_x nllb_moe switch_transformers""".split()
 LIBRARIES = ("torch", "peft", "accelerate", "bitsandbytes")
 PROMPT_TOKENS = 128  # of the request's last tokens are read; chosen: as long as a usual question
 # Largest difference of two logits over the largest logit, by the coarsest numbers that are multiplied. Measured on 60 tiny models:
