@@ -93,7 +93,7 @@ def why_plain_batch(
     if not reason and positions is not None and positions.dim() > 2:
         reason = f"{type(target).__name__} counts positions of time, height and width"
     if not reason:
-        reason = _odd_columns(input_ids, config, model_kwargs)
+        reason = _odd_columns(names, input_ids, config, model_kwargs)
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:
@@ -103,12 +103,12 @@ def why_plain_batch(
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
 
 
-def _odd_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> str:
+def _odd_columns(names: InputNames, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> str:
     """What has not one column for each token, those included that are in the cache alone; "": nothing. Plain decoding makes of it what
     it makes."""
     given = input_ids.shape[1]
     tokens = given + hidden_tokens(input_ids, config, model_kwargs)
-    for name, fits in (("attention_mask", {tokens}), ("position_ids", {tokens, given})):
+    for name, fits in ((names.mask, {tokens}), (names.positions, {tokens, given})):
         values = model_kwargs.get(name)
         if values is not None and values.shape[-1] not in fits:
             return f"{name} has {values.shape[-1]} columns for {tokens} tokens"
