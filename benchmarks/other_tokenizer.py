@@ -68,6 +68,8 @@ def pair(args: argparse.Namespace) -> None:
             last = draft.metrics.last
             rounds[arm].append((last.new_tokens, last.rounds))
             seconds[arm] += last.wall_time_s
+        lengths = {arm: round(counted[-1][0] / counted[-1][1], 2) for arm, counted in rounds.items()}
+        print(f"request {number + 1}: {lengths}", flush=True)
         differing += not args.temperature and not torch.equal(*outputs)
     parts = [slice(n * len(texts) // 4, (n + 1) * len(texts) // 4) for n in range(4)]
     for arm, counted in rounds.items():
