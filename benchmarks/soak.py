@@ -36,6 +36,10 @@ SEED = 0
 PATIENCE_S = 300.0  # for an answer, and for a start
 CLIENTS = 4
 HANGS_UP_EVERY = 23  # requests of a client
+RETRY_S = 2.0  # of a client whose server is not there
+HTTP = httpx.Client(
+    timeout=PATIENCE_S, limits=httpx.Limits(max_keepalive_connections=0)
+)  # a new one costs more than a request
 
 
 def plain_answers(texts: list[str], most: int) -> dict[str, str]:
@@ -65,7 +69,7 @@ class Life:
         try:
             status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
             rss, threads = re.search(r"VmRSS:\s+(\d+)", status), re.search(r"Threads:\s+(\d+)", status)
-            self.page = httpx.get(f"{self.url}/onlinespec.json", timeout=PATIENCE_S).json()
+            self.page = HTTP.get(f"{self.url}/onlinespec.json").json()
         except (OSError, httpx.HTTPError):  # it has ended
             return
         if rss and threads:
@@ -143,7 +147,7 @@ class Soak:
                         self._fault(f"a request failed while the server was up: {error!r}")
                 with self._count:
                     self.again += 1
-                self.ended.wait(0.5)
+                self.ended.wait(RETRY_S)
                 continue
             with self._count:
                 self.answers += 1
@@ -155,11 +159,11 @@ class Soak:
         body = {"model": str(FOLDER / "target"), "prompt": text, "max_tokens": self._args.new_tokens, "stream": streams}
         url = f"{life.url}/v1/completions"
         if not streams:
-            answer = httpx.post(url, json=body, timeout=PATIENCE_S)
+            answer = HTTP.post(url, json=body)
             answer.raise_for_status()
             return str(answer.json()["choices"][0]["text"])
         pieces, ended = [], False
-        with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as answer:
+        with HTTP.stream("POST", url, json=body) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
@@ -175,7 +179,7 @@ class Soak:
         assert life is not None
         body = {"model": str(FOLDER / "target"), "prompt": text, "max_tokens": 200, "stream": True}
         try:
-            with httpx.stream("POST", f"{life.url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+            with HTTP.stream("POST", f"{life.url}/v1/completions", json=body) as answer:
                 next(answer.iter_lines())
         except (httpx.HTTPError, StopIteration):
             pass
