@@ -248,7 +248,7 @@ def test_reading_what_is_not_there(hub: LoopbackHub, draft: OnlineDraft) -> None
     with pytest.raises(HubError, match="token"):
         again(token="wrong")
     hub.push("me/empty", {"README.md": b"nothing"})
-    with pytest.raises(DraftError, match="causal language model"):
+    with pytest.raises(DraftError, match="an adapter or a language model"):
         OnlineDraft.from_pretrained("me/empty")
 
 
