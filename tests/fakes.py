@@ -83,7 +83,7 @@ class PlainDraft(Draft):
     def generating(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def serves(self, target: PreTrainedModel) -> None:
+    def serves(self, target: PreTrainedModel, own_tokens: bool = True) -> None:
         pass
 
     def begin_anew_if_changed(self, model: PreTrainedModel | PeftModel | None = None) -> None:
