@@ -16,13 +16,14 @@ import math
 import random
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from order_notes import order_note
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 CONTEXT = 256
@@ -33,6 +34,7 @@ TARGET = dict(
     hidden_size=256, intermediate_size=448, num_hidden_layers=16, num_attention_heads=4, num_key_value_heads=2
 )
 DRAFT = dict(hidden_size=192, intermediate_size=352, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
+TABLES = ("embed", "shared", "relative_attention_bias")  # in the names of parameters that are looked up, not multiplied
 
 Document = tuple[str, str]  # prompt, continuation
 
@@ -119,37 +121,76 @@ def held_out_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
 
 
 def train(
-    model: LlamaForCausalLM,
-    streams: dict[str, torch.Tensor],
-    held_out: dict[str, torch.Tensor],
-    mix: dict[str, int],
+    model: PreTrainedModel,
+    batch_loss: Callable[[torch.Generator], torch.Tensor],
+    held_out_losses: Callable[[], dict[str, float]],
     steps: int,
     lr: float,
     seed: int,
     checkpoint: Path,
     resume: bool,
-) -> None:
-    """Muon for the matrices, AdamW for embedding and norms; constant rate, then a linear decay over the last 40 %."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+) -> float:
+    """Muon for the matrices, AdamW for embeddings and norms; constant rate, then a linear decay over the last 40 %.
+
+    Returns the seconds it took, earlier runs that it resumed included.
+    """
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and not any(part in n for part in TABLES)]
+    others = [p for n, p in named if p.ndim != 2 or any(part in n for part in TABLES)]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     generator = torch.Generator().manual_seed(seed)
-    first = 0
+    first, earlier_s = 0, 0.0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         generator.set_state(state["generator"])
-        first = state["step"]
+        first, earlier_s = state["step"], state["seconds"]
     started = time.perf_counter()
     for step in range(first, steps):
         rate = lr * min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate
+        loss = batch_loss(generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 20 == 0:
+            pace = (time.perf_counter() - started) / (step + 1 - first)
+            print(f"step {step + 1}/{steps} loss {loss.item():.3f} {pace:.2f} s/step", flush=True)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print("held out", held_out_losses(), flush=True)
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "generator": generator.get_state(),
+                "step": step + 1,
+                "seconds": earlier_s + time.perf_counter() - started,
+            }
+            torch.save(state, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").rename(checkpoint)
+    return earlier_s + time.perf_counter() - started
+
+
+def train_on_windows(
+    model: LlamaForCausalLM,
+    streams: dict[str, torch.Tensor],
+    held_out: dict[str, torch.Tensor],
+    mix: dict[str, int],
+    steps: int,
+    seed: int,
+    checkpoint: Path,
+    resume: bool,
+) -> None:
+    """Next-token training on windows of `CONTEXT` tokens; `mix` says how many of each domain a batch holds."""
+
+    def batch_loss(generator: torch.Generator) -> torch.Tensor:
         rows = []
         for domain, count in mix.items():
             starts = torch.randint(len(streams[domain]) - CONTEXT - 1, (count,), generator=generator)
@@ -157,28 +198,12 @@ def train(
         batch = torch.stack(rows)  # (rows, CONTEXT + 1)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 20 == 0:
-            print(
-                f"step {step + 1}/{steps} loss {loss.item():.3f} {(time.perf_counter() - started) / (step + 1 - first):.2f} s/step",
-                flush=True,
-            )
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            losses = {domain: round(held_out_loss(model, tokens), 4) for domain, tokens in held_out.items()}
-            print("held out", losses, flush=True)
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "generator": generator.get_state(),
-                "step": step + 1,
-            }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").rename(checkpoint)
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def losses() -> dict[str, float]:
+        return {domain: round(held_out_loss(model, tokens), 4) for domain, tokens in held_out.items()}
+
+    train(model, batch_loss, losses, steps, 3e-3, seed, checkpoint, resume)
 
 
 def main() -> None:
@@ -226,18 +251,11 @@ def main() -> None:
     for name, model in (("draft", draft), ("target", target)):
         record[f"{name}_parameters"] = model.num_parameters()
         print(name, model.num_parameters(), "parameters", flush=True)
-    train(
-        draft,
-        streams,
-        held_out,
-        {DRAFT_DOMAIN: 16},
-        args.draft_steps,
-        3e-3,
-        args.seed,
-        args.work / "draft.pt",
-        args.resume,
-    )
-    train(target, streams, held_out, args.mix, args.target_steps, 3e-3, args.seed, args.work / "target.pt", args.resume)
+    for name, model, mix, steps in (
+        ("draft", draft, {DRAFT_DOMAIN: 16}, args.draft_steps),
+        ("target", target, args.mix, args.target_steps),
+    ):
+        train_on_windows(model, streams, held_out, mix, steps, args.seed, args.work / f"{name}.pt", args.resume)
     for name, model in (("draft", draft), ("target", target)):
         record[f"{name}_held_out_loss"] = {domain: held_out_loss(model, tokens) for domain, tokens in held_out.items()}
     record["uniform_loss"] = math.log(len(tokenizer))

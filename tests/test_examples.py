@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from hf_onlinespec.embedded import load_seq2seq_pair
+
 from .conftest import tiny_llama
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -229,3 +231,25 @@ def test_grpo_rollouts(monkeypatch, capsys) -> None:
     assert len(names["rewards"]) == len(names["comparison"].lengths) == 2
     assert names["draft"].metrics.requests == 1 + 2 * 3 + 1  # a rollout, a greedy and a sampled batch in each step
     assert all(seconds > 0 for seconds in names["comparison"].seconds)
+
+
+def test_sequence_to_sequence(monkeypatch, capsys) -> None:
+    options = ("--requests", "2", "--new-tokens", "16")
+    names, printed = run("06_sequence_to_sequence.py", *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert printed.endswith("all outputs: identical to plain generate\n")
+    assert [line.split(":")[0] for line in printed.splitlines() if line[0] != " "] == [
+        "wikisql",
+        "advising",
+        "all outputs",
+    ]
+    assert names["drafts"]["learning draft"].metrics.updates > 0 == names["drafts"]["frozen draft"].metrics.updates
+
+
+def test_sequence_to_sequence_of_another_model(tmp_path, monkeypatch, capsys) -> None:
+    pair = load_seq2seq_pair()
+    for part in (pair.target, pair.tokenizer):
+        part.save_pretrained(tmp_path)
+    options = ("--requests", "2", "--new-tokens", "12", "--model", str(tmp_path), "--language", "SELECT")
+    _, printed = run("06_sequence_to_sequence.py", *options, monkeypatch=monkeypatch, capsys=capsys)
+    assert "\n  SELECT" in printed and "  suffix memory " in printed
+    assert printed.endswith("all outputs: identical to plain generate\n")

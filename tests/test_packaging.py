@@ -23,6 +23,11 @@ IN_BOTH = (
     "hf_onlinespec/embedded_pair/target/model.safetensors",
     "hf_onlinespec/embedded_pair/draft/model.safetensors",
     "hf_onlinespec/embedded_pair/prompts.jsonl",
+    "hf_onlinespec/seq2seq_pair/README.md",
+    "hf_onlinespec/seq2seq_pair/prompts.jsonl",
+    "hf_onlinespec/seq2seq_pair/draft/model.safetensors",
+    "hf_onlinespec/seq2seq_pair/target/model.safetensors",
+    "hf_onlinespec/seq2seq_pair/target/tokenizer.json",
     "hf_onlinespec/smollm2_head/README.md",
     "hf_onlinespec/smollm2_head/config.json",
     "hf_onlinespec/smollm2_head/model.safetensors",
@@ -32,7 +37,7 @@ IN_BOTH = (
     "hf_onlinespec/measure/prompts/prompts.jsonl",
     "hf_onlinespec/serve/page.html",
 )
-LARGEST_MB = 40  # the embedded pair is 20 of them, the head 17
+LARGEST_MB = 44  # the embedded pair is 20 of them, the encoder-decoder pair 4, the head 17
 
 
 @pytest.fixture(scope="module")

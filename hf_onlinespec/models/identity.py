@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._compat.models import commit_hash, model_name
-from ..embedded import FOLDER
+from ..embedded import FOLDER, SEQ2SEQ_FOLDER
 from ..errors import ArtifactError, brief
 
 # What ships with the package, by its names on any machine.
@@ -24,6 +24,8 @@ SMOLLM2_HEAD = "hf_onlinespec:smollm2_head"
 PACKAGED = {
     EMBEDDED: FOLDER / "draft",
     EMBEDDED_TARGET: FOLDER / "target",
+    "hf_onlinespec:seq2seq_pair/draft": SEQ2SEQ_FOLDER / "draft",
+    "hf_onlinespec:seq2seq_pair/target": SEQ2SEQ_FOLDER / "target",
     SMOLLM2_HEAD: FOLDER.with_name("smollm2_head"),
 }
 GROWN = "hf_onlinespec:grown_head"  # the head that every target begins with: made anew from the target's weights, it has no files
