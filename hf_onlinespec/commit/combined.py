@@ -138,11 +138,12 @@ class Combined(Proposer):
     def _enter(self, rows: Rows, n: int, rests: bool) -> None:
         """Begins a round of n rows, those of other calls included; `rests`: whether only those are asked whose lookahead is fixed."""
         self._note(rows)
+        rested = self._rests
         self._builders, self._parts, self._rests = [], [], rests and self._weighed
         with self._draft.lock:
             self._governor = self._governors.for_rows(n)
         if self._rests:
-            self._read_on(rows)
+            self._read_on(rows, rested)
 
     def _begin_round(self, rows: Rows, room: int, trees: bool) -> list[Chain]:
         """What is asked for behind every row; the draft model's part in it."""
@@ -191,13 +192,13 @@ class Combined(Proposer):
             with self._drafting():
                 model.rewind()
 
-    def _read_on(self, rows: Rows) -> None:
-        """A round in which nobody is asked."""
+    def _read_on(self, rows: Rows, rested: bool) -> None:
+        """A round in which nobody is asked; `rested`: as in the one before, so that there is nothing to take back."""
         for at, i in enumerate(rows.of_call):
-            tokens = rows.row(at)
-            if self._models:
-                self._take(self._models[i], tokens)
-            self._sources.begin(i, tokens, self._stats[i])
+            if self._models and not (rested and self._models[i].begun):
+                self._take(self._models[i], rows.row(at))
+            if not self._sources.begun(i):
+                self._sources.row(i, rows.row(at), self._stats[i])
 
     def _begin(self, i: int, tokens: Tensor, room: int, trees: bool) -> tuple[RowPart, Chain | None]:
         """What is asked for behind one row (1, L), and the draft model's part in it; i: which one of the call."""

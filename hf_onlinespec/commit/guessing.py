@@ -149,10 +149,9 @@ class GuessSources:
             return Guesser(memory, self._table, self._chances, memory.context, calibration, self._vocabulary, draws)
         return None
 
-    def begin(self, i: int, tokens: Tensor, stats: RequestStats) -> None:
-        """Reads the prompt of a row (1, L), if it was not read yet, in a round in which nobody is asked."""
-        if self._memory is not None and i not in self._rows:
-            self.row(i, tokens, stats)
+    def begun(self, i: int) -> bool:
+        """Whether the memory has read the prompt of a row, or there is none that could."""
+        return self._memory is None or i in self._rows
 
     def read(self, rows: Rows, proposal: Proposal, logits: Tensor) -> None:
         """Finds the target's best tokens in its raw logits (batch, n + 1, vocab) behind every row and every candidate."""

@@ -64,6 +64,7 @@ class HeadRows(SharedReader):
 
     def __init__(self, model: HeadOfRows, rows: Mapping[int, KnownRow]) -> None:
         self._model, self._rows = model, {i: _Row(known) for i, known in rows.items()}
+        self._left = dict[int, int]()  # rows that are read no further, and how far they were
         self._cache = RowCache(model.config, list(rows), model.positions)
         # Drafted tokens are in the cache of a head that drafts any number of them; Hydra's see each other as one wider row.
         self._keeps_drafted = model.most is None
@@ -81,6 +82,10 @@ class HeadRows(SharedReader):
 
     def of(self, i: int) -> _Row:
         return self._rows[i]
+
+    def length(self, i: int) -> int:
+        """Tokens of a row that need not be read again; of one that has left, when it left."""
+        return self._left[i] if i in self._left else self._rows[i].length
 
     def scores(self, served: PreTrainedModel, prefixes: Mapping[int, Tensor]) -> Tensor:
         """See `SharedReader`. Features of other rows are read in the same forward, as far as that makes it no wider."""
@@ -186,7 +191,7 @@ class HeadRows(SharedReader):
 
     def leave(self, i: int) -> None:
         """A row that has ended is read no further."""
-        del self._rows[i]
+        self._left[i] = self._rows.pop(i).length
         self._cache.leave(i)
 
     def join(self, others: SharedReader) -> None:
@@ -194,6 +199,7 @@ class HeadRows(SharedReader):
         assert isinstance(others, HeadRows)
         self._cache.join(others._cache)
         self._rows |= others._rows
+        self._left |= others._left
 
 
 def _of_all(own: Mapping[int, Tensor], order: Sequence[int]) -> Tensor:
@@ -219,7 +225,7 @@ class _RowReader(Reader):
 
     @property
     def length(self) -> int:
-        return self._batch.of(self._row).length
+        return self._batch.length(self._row)
 
     def can_draft(self, length: int) -> bool:
         known: RowFeatures = self._batch.of(self._row).features

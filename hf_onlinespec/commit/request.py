@@ -163,6 +163,9 @@ class Request:
         counts.verified_positions += sum(map(len, verdict.overlaps))
         counts.overlap += sum(map(sum, verdict.overlaps))
         sources = verdict.proposal.sources
+        if not any(sources):
+            counts.plain_rounds += len(sources)
+            return
         verified = Counter((token.source, token.position) for row in sources for token in row)
         kept = Counter(
             (row[i].source, row[i].position) for row, path in zip(sources, verdict.paths, strict=True) for i in path

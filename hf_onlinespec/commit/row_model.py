@@ -90,6 +90,11 @@ class RowModel:
         return min(self.vocabulary.size, self.model.vocabulary.size)
 
     @property
+    def begun(self) -> bool:
+        """Whether it was given the prompt."""
+        return self.tokens is not None
+
+    @property
     def samples(self) -> bool:
         """Whether its tokens are drawn."""
         return self._call.sample

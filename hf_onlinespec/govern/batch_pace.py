@@ -13,8 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .backoff import Backoff
-
 
 @dataclass(frozen=True)
 class PaceConstants:
@@ -23,10 +21,12 @@ class PaceConstants:
     first_bare: int = 2  # rounds at first that nobody is asked in; chosen
     trial: int = 6  # rounds of a trial of asking: the first one reads what was written meanwhile; chosen
     bare_every: int = 48  # rounds of asking until a bare one is timed again; chosen
-    # Bare rounds until asking is tried again, at first and at most: the memory fills meanwhile. Chosen: a trial that does not pay takes
-    # up to twice the time of its rounds, 6 of 70 at first and 6 of 518 later.
-    first_pause: int = 64
-    last_pause: int = 512
+    # Bare rounds until asking is tried again, the memory fills meanwhile: so many that a trial that does not pay loses this share of
+    # them, at least and at most. Chosen: trials that follow each other by a clock of their own took 6 of 70 rounds whatever they lost.
+    lost_in_trials: float = 0.01
+    most_lost: float = 3.0  # plain rounds, at which a trial ends early; chosen
+    least_pause: int = 64
+    most_pause: int = 2048
     old: float = 0.3  # of what was known of asking before a trial, that goes on counting; chosen
     rounds: float = 24.0  # of late that tell; chosen
     margin: float = 0.95  # of the time of a bare round, that the same progress may take where somebody is asked; chosen
@@ -90,7 +90,8 @@ class BatchPace:
         self._trial = constants.trial  # rounds of it that are left
         self._since_bare = 0
         self._unread = True  # whether the next round of asking reads what was written in bare ones
-        self._pause = Backoff(constants.first_pause, constants.last_pause)
+        self._waited = 0  # bare rounds since the last trial
+        self._lost = 0.0  # in it, in plain rounds
 
     @property
     def pays(self) -> bool:
@@ -111,20 +112,27 @@ class BatchPace:
             self._trial -= 1
             return True
         if self.pays:
-            self._pause.reset()
+            self._waited, self._lost = 0, 0.0
             self._since_bare += 1
             if self._since_bare < constants.bare_every:
                 return True
             self._since_bare = 0
             return False
-        if not self._pause.due():
+        self._waited += 1
+        if self._waited < max(constants.least_pause, min(constants.most_pause, self._lost / constants.lost_in_trials)):
             return False
+        self._waited, self._lost = 0, 0.0
         self._trial, self._unread = constants.trial - 1, True
         self._asking.fade(constants.old)
         return True
 
     def observe(self, asked: bool, seconds: float, progress: float) -> None:
         """Takes in a round and its progress, in plain rounds."""
+        plain_s = self._bare.plain_round_s
+        if asked and plain_s and 0 < seconds < math.inf:
+            self._lost += seconds / plain_s - progress
+            if self._asking.rounds and self._lost > self._constants.most_lost:
+                self._trial = 0
         if asked and self._unread:  # the memory has read what was written in bare rounds
             self._unread = False
         elif 0 < seconds < math.inf and progress:

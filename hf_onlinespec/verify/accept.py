@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
 
@@ -36,9 +36,11 @@ def accept(
         rows: before this round.
         scores: processed scores (batch, vocab) of every token so far, which criteria are shown; None: nobody asked for them.
     """
-    groups = defaultdict(list)
+    groups = defaultdict[int, list[int]](list)
     for row, length in enumerate(rows.lengths):
         groups[length].append(row)
+    if not proposal.tokens.shape[1] and (len(groups) == 1 or not (sample or processors or scores is not None)):
+        return _next_tokens(proposal, logits[:, 0], rows, groups, processors, stopping_criteria, sample, scores)
     if len(groups) == 1:
         return _Group(proposal, logits, rows, scores).accept(processors, stopping_criteria, sample)
     verdicts = {}
@@ -49,6 +51,56 @@ def accept(
         group = _Group(proposal.of(members), logits[index], own, earlier)
         verdicts[tuple(members)] = group.accept(processors, stopping_criteria, sample)
     return joined(proposal, verdicts)
+
+
+def _next_tokens(
+    proposal: Proposal,
+    logits: Tensor,
+    rows: Rows,
+    groups: Mapping[int, list[int]],
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    sample: bool,
+    scores: tuple[Tensor, ...] | None,
+) -> Verdict:
+    """One token for every row, of a proposal that has no candidate.
+
+    Args:
+        logits: (batch, vocab) behind the rows.
+        groups: rows by their length; several only where there are neither processors nor scores, and nothing is drawn.
+    """
+    batch, longest = len(rows.lengths), max(rows.lengths)
+    before = rows.tokens[:, :longest]
+    processed = processed_scores(processors, before, logits) if processors else logits
+    token = draw(processed.softmax(-1)) if sample else processed.argmax(-1, keepdim=True)  # (batch, 1)
+    found = None if scores is None else (*scores, processed)
+    if len(groups) == 1:
+        tokens = torch.cat([before, token], dim=-1)
+        done = _said(criteria(tokens, found), batch)
+    else:
+        ends = torch.tensor(rows.lengths, device=before.device)[:, None]
+        tokens = torch.cat([before, before.new_zeros(batch, 1)], dim=-1).scatter(1, ends, token)
+        done = [False] * batch
+        for length, members in groups.items():
+            index = torch.tensor(members, device=before.device)
+            for row, end in zip(members, _said(criteria(tokens[index, : length + 1], None), len(members)), strict=True):
+                done[row] = end
+    nothing = ((),) * batch
+    return Verdict(
+        proposal,
+        Rows(tokens, tuple(length + 1 for length in rows.lengths)),
+        (1,) * batch,
+        nothing,
+        nothing,
+        nothing,
+        tuple(done),
+        None if scores is None else tuple((own,) for own in processed),
+    )
+
+
+def _said(stops: Tensor, rows: int) -> list[bool]:
+    """What a criterion says of so many rows; of one it may say a single thing."""
+    return [bool(stops.all())] if rows == 1 else stops.tolist()
 
 
 class _Walk:
@@ -117,7 +169,7 @@ class _Group:
     def _walk(self, token: Tensor, stops: Tensor) -> None:
         """Every row goes to the candidate that is its token; it ends where there is none, or where it has to stop."""
         goes_on = []
-        ends = [bool(stops.all())] if len(self._active) == 1 else stops.tolist()
+        ends = _said(stops, len(self._active))
         for i, (row, (own,), end) in enumerate(zip(self._active, token.tolist(), ends, strict=True)):
             walk = self._walks[row]
             walk.done = end

@@ -249,7 +249,7 @@ def decode_rows(
             verifier.leave(left)
         if end is not None:
             results.end_at(end, together.rows, input_ids.shape[1])
-        rows = verdict.rows.of_rows(left)
+        rows = verdict.rows if len(left) == len(verdict.done) else verdict.rows.of_rows(left)
         if not left and ended is not None:
             ended.fill(cache, [results.tokens[row] for row in range(len(input_ids))], lockstep)
         lockstep.end_round(not left)

@@ -114,12 +114,16 @@ class RaggedVerifier:
         else:
             ends = torch.tensor(rows.lengths, device=rows.tokens.device)[:, None] - 1
             tokens = rows.tokens.gather(1, ends)
-        tokens = torch.cat([tokens, proposal.tokens], dim=-1)
-        steps = torch.arange(1, n + 1, device=tokens.device)
-        has = steps <= torch.tensor(proposal.lengths, device=tokens.device)[:, None]  # (batch, n)
-        columns = {self._names.mask: torch.cat([self._seen, has.to(self._seen)], dim=-1)}
+        seen, positions = self._seen, self._unread
+        if n:  # most rounds of a large batch have no candidates
+            tokens = torch.cat([tokens, proposal.tokens], dim=-1)
+            steps = torch.arange(1, n + 1, device=tokens.device)
+            has = steps <= torch.tensor(proposal.lengths, device=tokens.device)[:, None]  # (batch, n)
+            seen = torch.cat([seen, has.to(seen)], dim=-1)
+            positions = torch.cat([positions, positions[:, -1:] + steps], dim=-1)
+        columns = {self._names.mask: seen}
         if self._takes_positions:
-            columns[self._names.positions] = torch.cat([self._unread, self._unread[:, -1:] + steps], dim=-1)
+            columns[self._names.positions] = positions
         if self._counting is not None:
             self._counting.begin([length + self._hidden - fed for length in rows.lengths])
         inputs = generative(self._target).prepare_inputs_for_generation(
@@ -132,7 +136,7 @@ class RaggedVerifier:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = n + 1
-        if not all(proposal.is_chain(row) for row in range(len(rows.lengths))):
+        if n and not all(proposal.is_chain(row) for row in range(len(rows.lengths))):
             shown = self._seen[:, : self._cached]
             inputs[self._names.positions] = tree_positions(proposal, self._unread)
             inputs[self._names.mask] = tree_mask(proposal, self._cached, shown, self._target.dtype, tokens.device)
@@ -146,16 +150,20 @@ class RaggedVerifier:
     def keep(self, verdict: Verdict) -> None:
         """Keeps in the cache what the rows have kept, all tokens of a row but the last."""
         paths, device = verdict.paths, self._seen.device
-        most = max(map(len, paths))
+        most, one = max(map(len, paths)), torch.ones_like(self._seen[:, :1])
         if any(path != tuple(range(len(path))) for path in paths):
             places = torch.tensor([[*path, *range(len(path), most)] for path in paths])
             move(self._cache, places + self._cached, self._cached)
         crop(self._cache, verdict.proposal.tokens.shape[1] - most)
-        kept = torch.tensor(list(map(len, paths)), device=device)[:, None]
-        own = torch.arange(most, device=device) < kept  # (batch, most)
-        self._cached += most
-        self._seen = torch.cat([self._seen, own.to(self._seen), torch.ones_like(self._seen[:, :1])], dim=-1)
-        self._unread = self._unread[:, -1:] + kept + 1
+        self._unread = self._unread[:, -1:] + 1
+        if most:
+            kept = torch.tensor(list(map(len, paths)), device=device)[:, None]
+            own = torch.arange(most, device=device) < kept  # (batch, most)
+            self._cached += most
+            self._seen = torch.cat([self._seen, own.to(self._seen), one], dim=-1)
+            self._unread = self._unread + kept
+        else:
+            self._seen = torch.cat([self._seen, one], dim=-1)
         self._held = [held + len(path) + 1 for held, path in zip(self._held, paths, strict=True)]
         self._close_holes()
 

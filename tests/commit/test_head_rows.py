@@ -116,6 +116,8 @@ def test_each_row_is_told_what_a_reader_of_its_own_is_told(kind) -> None:
                 assert views[i].can_draft(row.tokens.shape[1]) and not views[i].can_draft(row.tokens.shape[1] + 1)
             if step in (2, 9, 10):
                 gone = max(case.rows) if step > 8 else 0
+                read = views[gone].length
                 views[gone].leave()
+                assert views[gone].length == read, "learning asks after the end"
                 del case.rows[gone]
     assert told > 50 and len(case.rows) == 3

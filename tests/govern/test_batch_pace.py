@@ -27,6 +27,18 @@ def test_nobody_is_asked_for_long_where_that_takes_longer() -> None:
     assert not pace.pays and "takes 1280.00 ms with drafting, and 1000.00 ms without" in pace.reason
 
 
+@pytest.mark.parametrize("asking_s", [1.3, 1.6, 3.0, 8.0])
+def test_trials_that_do_not_pay_lose_little_whatever_they_take(asking_s: float) -> None:
+    """Of 4 rows, of which asking brings one of them a token more. In the first rounds nothing is known."""
+    pace = BatchPace()
+    lost, rounds = -6 * (asking_s - 1.25), 12_000
+    for _ in range(rounds):
+        asks = pace.asks()
+        lost += asking_s - 1.25 if asks else 0.0
+        pace.observe(asks, asking_s if asks else 1.0, 1.25 if asks else 1.0)
+    assert 0 < lost <= 0.011 * rounds
+
+
 def test_the_progress_of_all_rounds_of_a_call_is_its_plain_decoding() -> None:
     """Rows of 24 tokens each that come at different speeds and leave as they end; a plain round of n rows takes 3 + n."""
     plain, left, took = {n: 3.0 + n for n in range(1, 5)}, {row: 24 for row in range(4)}, 0.0
