@@ -18,7 +18,7 @@ import pytest
 import torch
 import typer
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, T5Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, T5Config, ViTConfig
 
 import hf_onlinespec_cli
 from hf_onlinespec import OnlineDraft
@@ -205,6 +205,8 @@ def broken(how: str, folder: Path) -> str:
         about = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(about | {"intermediate_size": 16}))
     elif how == "of another kind":
+        ViTConfig().save_pretrained(folder)
+    elif how == "an encoder–decoder":
         T5Config().save_pretrained(folder)
     elif how == "no index":
         weights.unlink()
@@ -223,6 +225,7 @@ def broken(how: str, folder: Path) -> str:
         ("empty", "SafetensorError"),
         ("of another size", "its weights have other shapes than its config.json says"),
         ("of another kind", "Unrecognized configuration class"),
+        ("an encoder–decoder", "commands run causal language models"),
         ("no index", "weight_map"),
         ("with code", "this model brings code of its own, which is not run unasked"),
     ],
