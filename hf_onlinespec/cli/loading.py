@@ -106,7 +106,7 @@ def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device |
     config = load_config(option, name)
     if config.is_encoder_decoder:
         raise ConfigError(
-            f"{option} {name} is an encoder–decoder ({config.model_type}), and commands run causal language models. From Python, "
+            f"{option} {name}: an encoder–decoder ({config.model_type}), and commands run causal language models. From Python, "
             "generate(..., onlinespec=True) and attach(model) serve it."
         )
     chosen = best_dtype(dtype, config, device)
