@@ -11,7 +11,7 @@ from hf_onlinespec.commit.text_rows import TextRows
 from hf_onlinespec.rounds import Proposal, Rows, Verdict
 from tests.conftest import tiny_llama
 from tests.fakes import PlainDraft, ScriptedProposer
-from tests.verify.test_target import IMAGE, gemma3, llava
+from tests.verify.test_target import IMAGE, gemma3, llava, text
 
 
 class Watching(ScriptedProposer):
@@ -75,6 +75,23 @@ def test_a_draft_of_text_learns_from_prompts_with_pictures() -> None:
 def embedding(draft: OnlineDraft) -> Tensor:
     """(rank, vocab) the adapter's part of the embedding."""
     return next(tensor for name, tensor in draft.state().tensors.items() if "lora_embedding_A" in name)
+
+
+def test_a_picture_in_front_of_padding_between_tokens_is_left_out() -> None:
+    """As a second turn has it behind an answer that was padded: both views of the prompt are taken, one after the other."""
+    target, inputs = llava()
+    tokens = torch.cat([inputs["input_ids"], torch.zeros(1, 2, dtype=torch.long), text(3)], dim=-1)
+    mask = torch.ones_like(tokens)
+    mask[0, -5:-3] = 0
+    call = inputs | dict(input_ids=tokens, attention_mask=mask)
+    plain = target.generate(**call, do_sample=False, max_new_tokens=12)
+    draft = MemoryDraft(OnlineSpecConfig(lookahead=4))
+    for _ in range(2):
+        assert torch.equal(target.generate(**call, do_sample=False, max_new_tokens=12, assistant_model=draft), plain)
+    assert draft.metrics.accepted_tokens > 6 and draft.metrics.failed_drafts == 0
+    assert draft.memory is not None and draft.memory.continuation([IMAGE]) is None
+    found = draft.memory.continuation(tokens[0, 6:-5].tolist())
+    assert found is not None and found.tokens == (int(tokens[0, -3]),)  # the text goes on behind the padding
 
 
 @pytest.mark.parametrize(
