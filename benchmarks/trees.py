@@ -41,7 +41,7 @@ def prompts(n: int, seed: int) -> list[tuple[str, str]]:
         lines = (
             (data_folder() / "streams" / f"{kind}.jsonl").read_text(encoding="utf-8").split("\n")
         )  # not splitlines: U+2028
-        found += [(kind, json.loads(line)["prompt"]) for line in lines[:n]]
+        found += [(kind, json.loads(line)["prompt"]) for line in lines[:n] if line]
     random.Random(seed).shuffle(found)
     return found
 
