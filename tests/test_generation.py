@@ -270,6 +270,26 @@ def test_bad_calls(target, draft_model, prompt, call, said) -> None:
     assert torch.equal(plain, target.generate(prompt, assistant_model=draft, **GREEDY))  # and it goes on
 
 
+NO_BATCHES = {
+    "prompts of two lengths": ([[3, 4], [5]], 'padding_side="left"'),
+    "a list": ([3, 4], "given as a list"),
+    "a row without its batch": (torch.tensor([3, 4]), r"shape \(2,\).*prompt\[None\]"),
+    "no tokens": (torch.zeros(1, 0, dtype=torch.long), "have no tokens"),
+    "no rows": (torch.zeros(0, 3, dtype=torch.long), "batch is empty"),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), NO_BATCHES.values(), ids=NO_BATCHES)
+@pytest.mark.parametrize("name", ["", "inputs", "input_ids"])
+def test_prompts_that_are_no_batch_of_tokens(target, draft_model, given, said, name) -> None:
+    draft = OnlineDraft(draft_model, SMALL)
+    args, kwargs = ((), {name: given}) if name else ((given,), {})
+    for asked in ({"onlinespec": True}, {"assistant_model": draft}):
+        with pytest.raises(OnlineSpecError, match=said):
+            target.generate(*args, **kwargs, **asked, **GREEDY)
+    assert draft.metrics.requests == 0
+
+
 def test_a_refused_call_sets_nothing_up(target, draft_model, prompt) -> None:
     with pytest.raises(UnsupportedError, match="num_beams=2"):
         target.generate(prompt, assistant_model=draft_model, onlinespec=True, num_beams=2, max_new_tokens=5)

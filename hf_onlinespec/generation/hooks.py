@@ -38,7 +38,7 @@ from ..errors import OnlineSpecError, UnsupportedError
 from ..models.plain import no_model
 from ..share.loading import is_evolved, load_beside
 from ..verify.batch import check_batch
-from ..verify.checks import check_call, check_inputs, check_mode, check_synced_gpus
+from ..verify.checks import check_call, check_inputs, check_mode, check_prompt, check_synced_gpus
 from ..verify.custom_generate import GenerateFn, Prepare
 from ..verify.loop import decode
 from .call import AttachedCall, anything_attached, call_of, call_with, calling
@@ -297,6 +297,8 @@ def _wrap_prepare(prepare: Function) -> Function:
 def _wrap_generate(generate: Function) -> Function:
     @functools.wraps(generate)
     def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("onlinespec") or isinstance(kwargs.get("assistant_model"), Draft):
+            check_prompt(self, args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
         if not anything_attached():
             return generate(self, *args, **kwargs)
         with calling(self, kwargs) as call:

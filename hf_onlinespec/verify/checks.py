@@ -269,6 +269,28 @@ def check_attached_synced(synced_gpus: bool) -> None:
         )
 
 
+def check_prompt(target: PreTrainedModel, prompt: object) -> None:
+    """Refuses what is no batch of tokens, where `generate` would fail on it without a word about the reason.
+
+    Args:
+        prompt: the inputs of a call of `generate`, if any were given.
+
+    Raises:
+        ConfigError: it is a list, such as prompts of different lengths, or one row without its batch.
+    """
+    if target.main_input_name != "input_ids" or prompt is None:
+        return
+    if not isinstance(prompt, Tensor):
+        raise ConfigError(
+            f"The prompts are given as a {type(prompt).__name__}: generate takes a tensor of tokens (batch, length). Prompts of different "
+            'lengths are padded on the left: tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").'
+        )
+    if prompt.dim() < 2:
+        raise ConfigError(
+            f"The prompt has the shape {tuple(prompt.shape)}: generate takes tokens (batch, length). Pass prompt[None] for one row."
+        )
+
+
 def check_inputs(
     target: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
@@ -286,8 +308,12 @@ def check_inputs(
         )
     if input_ids.shape[0] == 0:
         raise UnsupportedError("The batch is empty: there is nothing to generate. Pass at least one prompt.")
-    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
+    if model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedError("inputs_embeds are not supported: the draft needs tokens. Pass input_ids alone.")
+    if input_ids.shape[1] == 0:
+        raise UnsupportedError(
+            "The prompts have no tokens: nothing is there to go on from. Pass one at least, such as the one that begins a text."
+        )
     cache = model_kwargs.get(CACHE)
     if not model_kwargs.get("use_cache", True):
         raise UnsupportedError(
