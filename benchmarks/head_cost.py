@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hf_onlinespec import Feedback, OnlineDraft
-from hf_onlinespec._compat.caches import CACHE, crop
+from hf_onlinespec._compat.caches import CACHE
 from hf_onlinespec._compat.hidden_states import hidden_states_inputs
+from hf_onlinespec._compat.rollback import crop
 from hf_onlinespec.adapt.feedback import Teacher
 from hf_onlinespec.heads.base import Head
 from hf_onlinespec.heads.config import Eagle3Config

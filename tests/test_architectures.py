@@ -247,13 +247,6 @@ def test_every_run_covers_each_kind_of_cache_layer_and_of_positions() -> None:
     assert kinds == {(row.cache, row.target == SERVED, row.draft == SERVED) for row in BUILT}
 
 
-@pytest.mark.parametrize("implementation", ["static", "sliding_window", "offloaded_static"])
-def test_a_cache_of_fixed_size_is_refused_by_name(implementation: str) -> None:
-    target, answers = llama()
-    with pytest.raises(UnsupportedError, match=implementation):
-        target.generate(prompt(), onlinespec=MEMORY, cache_implementation=implementation, **answers[1].arguments)
-
-
 # Attached
 
 

@@ -27,6 +27,7 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import hf_onlinespec
@@ -166,7 +167,6 @@ RUN_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
     "guidance_scale": ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
     "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
     "use_cache": ({"use_cache": False}, "use_cache=False"),
-    "static cache": ({"cache_implementation": "static", "disable_compile": True}, "static"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
     "a batch with a processor of its own": (
         {"inputs": BATCH, "logits_processor": LogitsProcessorList([AllTheSame()])},
@@ -264,6 +264,16 @@ def test_an_errant_call_raises_what_it_raised_before(target, prompt) -> None:
     assert online_memory(target).metrics.requests == 1
 
 
+class Fixed(DynamicLayer):
+    is_croppable = False
+
+
+def fixed(config: Any) -> DynamicCache:
+    cache = DynamicCache(config=config)
+    cache.layers = [Fixed() for _ in cache.layers]
+    return cache
+
+
 def test_a_cache_from_an_earlier_turn_is_served_and_one_that_cannot_be_is_not(target, prompt) -> None:
     def turns(cache: Any) -> list[Tensor]:
         first = target.generate(prompt, **{CACHE: cache}, **GREEDY)
@@ -274,9 +284,11 @@ def test_a_cache_from_an_earlier_turn_is_served_and_one_that_cannot_be_is_not(ta
     memory = attach(target, config=FIXED)
     assert all(map(torch.equal, plain, turns(DynamicCache(config=target.config))))
     assert memory.metrics.requests == 2
-    with pytest.warns(UserWarning, match=f"{CACHE}: .*preallocated"):
-        static = turns(StaticCache(config=target.config, max_cache_len=64))
-    assert all(map(torch.equal, plain, static)) and memory.metrics.requests == 2
+    assert all(map(torch.equal, plain, turns(StaticCache(config=target.config, max_cache_len=64))))
+    assert memory.metrics.requests == 4
+    with pytest.warns(UserWarning, match=f"{CACHE}: .*Fixed"):
+        assert all(map(torch.equal, plain, turns(fixed(target.config))))
+    assert memory.metrics.requests == 4
 
 
 def test_one_model_in_several_processes_runs_plain(target, prompt) -> None:

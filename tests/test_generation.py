@@ -247,7 +247,6 @@ BAD_CALLS = {
     "decoding by layers": ({"dola_layers": "low"}, "DOLA"),
     "constraints": ({"force_words_ids": [[3]]}, "CONSTRAINED"),
     "use_cache": ({"use_cache": False}, "use_cache"),
-    "static cache": ({"cache_implementation": "static"}, "static"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
     "not a setting": ({"onlinespec": "yes"}, "'yes'"),
 }

@@ -19,8 +19,6 @@ with imports_of_others():
         DynamicLayer,
         DynamicSlidingWindowLayer,
         EncoderDecoderCache,
-        LinearAttentionCacheLayerMixin,
-        QuantizedLayer,
         StaticLayer,
     )
     from transformers.generation import GenerateDecoderOnlyOutput
@@ -54,34 +52,11 @@ def moves(cache: Cache) -> bool:
     """Whether rows of a cache can be moved within it: it keeps every token's, on the device where they are used."""
     return all(
         not vars(part).get("offloading") and all(type(layer) is DynamicLayer for layer in part.layers)
-        for part in _parts(cache)
+        for part in cache_parts(cache)
     )
 
 
-def rollback_obstacle(cache: Any) -> str:
-    """What keeps a cache from being rolled back, said of the model that it belongs to; "": nothing.
-
-    Judged by its layers. A layer of linear attention shows after the first forward only whether it keeps a recurrent state.
-    """
-    if not isinstance(cache, Cache):
-        return f"keeps a {type(cache).__name__} instead of a transformers Cache, which cannot be rolled back"
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    for part in (cache, *cache.layers):
-        name = type(part).__name__
-        if isinstance(part, StaticLayer):
-            return f"has a preallocated cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
-        if isinstance(part, QuantizedLayer) or "_quantized_keys" in vars(part):
-            return f"has a quantized cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
-        if isinstance(part, LinearAttentionCacheLayerMixin) and any(part.is_recurrent_states_initialized.values()):
-            return f"keeps a recurrent state ({name}), which cannot be rolled back"
-        stated = next((vars(c)["is_croppable"] for c in type(part).__mro__ if "is_croppable" in vars(c)), None)
-        if stated is False or not any("crop" in vars(c) for c in type(part).__mro__):
-            return f"has a cache ({name}) that cannot be rolled back"
-    return ""
-
-
-def _parts(cache: Cache) -> tuple[Cache, ...]:
+def cache_parts(cache: Cache) -> tuple[Cache, ...]:
     """The cache of the tokens that are written, then that of an encoder's outputs, if there is one."""
     if isinstance(cache, EncoderDecoderCache):
         return cache.self_attention_cache, cache.cross_attention_cache
@@ -118,17 +93,6 @@ def own_way(cache: Any, config: PretrainedConfig) -> str:
     return ""
 
 
-def forgets(cache: Cache, n: int) -> bool:
-    """Whether the last n tokens cannot be taken back, because a window has dropped what was before them."""
-    layers = _parts(cache)[0].layers
-    windows = (layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized)
-    return any(
-        layer.cumulative_length >= layer.sliding_window and layer.keys.shape[-2] < layer.sliding_window - 1 + n
-        for layer in windows
-        if layer.keys is not None
-    )
-
-
 def held_tokens(cache: Cache) -> int:
     """Tokens that were read into a cache, those included that its windows have dropped."""
     return int(cache.get_seq_length())
@@ -136,8 +100,11 @@ def held_tokens(cache: Cache) -> int:
 
 def held_rows(cache: Cache) -> int | None:
     """Rows of the batch that a cache was filled with; None: it holds nothing, or none of its layers tells."""
-    filled = [layer for layer in _parts(cache)[0].layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
-    states = [layer.keys for layer in filled if layer.keys is not None and layer.keys.numel()]
+    kinds = DynamicLayer, StaticLayer
+    filled = [layer for layer in cache_parts(cache)[0].layers if isinstance(layer, kinds) and layer.is_initialized]
+    states = (
+        [layer.keys for layer in filled if layer.keys is not None and layer.keys.numel()] if held_tokens(cache) else []
+    )
     return states[0].shape[0] if states else None
 
 
@@ -153,25 +120,6 @@ def returned_cache(outputs: ModelOutput) -> Cache | None:
     """The cache that a forward returned."""
     cache = outputs.get(CACHE)
     return cache if isinstance(cache, Cache) else None
-
-
-def record_past(cache: Cache) -> None:
-    """Sliding-window layers keep what a later `crop` may need."""
-    cache.activate_past_recording()
-
-
-def crop(cache: Cache, n: int) -> None:
-    """Removes the last n tokens. Called with 0 too: that trims sliding-window layers back to their window.
-
-    Transformers 5.18 cannot crop a layer that was never filled, as Mllama's for pictures is in a conversation without one.
-    """
-    layers = _parts(cache)[0].layers
-    filled = [layer for layer in layers if type(layer) is not DynamicLayer or layer.is_initialized]
-    if len(filled) == len(layers):
-        cache.crop(-n)
-    else:
-        for layer in cast(list[DynamicLayer], filled):  # what cannot be cropped was refused, see rollback_obstacle
-            layer.crop(-n)
 
 
 def move(cache: Cache, sources: Tensor, to: int) -> None:
@@ -201,7 +149,7 @@ def rearrange(cache: Cache, places: Tensor) -> None:
 
 def select_rows(cache: Cache, rows: Tensor) -> None:
     """Leaves these rows of the batch, in this order, also of an encoder's outputs; of a cache that `moves`."""
-    for layer in (layer for part in _parts(cache) for layer in _filled(part)):
+    for layer in (layer for part in cache_parts(cache) for layer in _filled(part)):
         own = rows.to(layer.keys.device)
         layer.keys, layer.values = layer.keys[own], layer.values[own]
 
@@ -215,9 +163,9 @@ def join_rows(cache: Cache, others: Cache, places: int) -> None:
     def filled(states: Tensor, device: torch.device, n: int) -> Tensor:
         return functional.pad(states.to(device), (0, 0, n - states.shape[-2], 0))
 
-    for part, other_part in zip(_parts(cache), _parts(others), strict=True):
+    for part, other_part in zip(cache_parts(cache), cache_parts(others), strict=True):
         for layer, other in zip(_filled(part), _filled(other_part), strict=True):
-            device, n = layer.keys.device, places if part is _parts(cache)[0] else layer.keys.shape[-2]
+            device, n = layer.keys.device, places if part is cache_parts(cache)[0] else layer.keys.shape[-2]
             layer.keys = torch.cat([filled(layer.keys, device, n), filled(other.keys, device, n)])
             layer.values = torch.cat([filled(layer.values, device, n), filled(other.values, device, n)])
 
@@ -236,7 +184,7 @@ def shallow_copy(cache: Cache) -> Cache:
 
 def take_over(cache: Cache, other: Cache) -> None:
     """Leaves a cache with the keys and values of another one, which is used up."""
-    for part, other_part in zip(_parts(cache), _parts(other), strict=True):
+    for part, other_part in zip(cache_parts(cache), cache_parts(other), strict=True):
         part.layers = other_part.layers
     if isinstance(cache, EncoderDecoderCache) and isinstance(other, EncoderDecoderCache):
         cache.is_updated = other.is_updated
@@ -256,7 +204,7 @@ class _KeyedLayer(Protocol):
 
 
 def _filled(cache: Cache) -> list[_KeyedLayer]:
-    own = cast(list[_KeyedLayer], [layer for layer in _parts(cache)[0].layers if type(layer) not in KEYLESS])
+    own = cast(list[_KeyedLayer], [layer for layer in cache_parts(cache)[0].layers if type(layer) not in KEYLESS])
     return [layer for layer in own if layer.is_initialized]
 
 

@@ -7,7 +7,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat.caches import crop, forgets, held_tokens, rollback_obstacle, rolls_back
+from .._compat.caches import held_tokens, rolls_back
+from .._compat.rollback import crop, forgets, rollback_obstacle
 from .._compat.tokenizers import chat_inputs
 from ..errors import ConfigError
 

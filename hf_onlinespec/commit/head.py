@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat.caches import copied_prefix, crop, record_past
+from .._compat.caches import copied_prefix
 from .._compat.hidden_states import hidden_states, hidden_states_inputs
+from .._compat.rollback import crop, record_past
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from .._compat.caches import crop, join_rows, select_rows
+from .._compat.caches import join_rows, select_rows
+from .._compat.rollback import crop
 from ..models.holes import close_holes, last_seen
 
 MOST_READ = 16  # tokens that are read behind a row in a round, with room to spare; chosen

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat.caches import CACHE, cache_tensors, copied_prefix, crop, record_past
+from .._compat.caches import CACHE, cache_tensors, copied_prefix
+from .._compat.rollback import crop, record_past
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix

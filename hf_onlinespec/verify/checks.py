@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.adapters import adds_virtual_tokens, base_of
-from .._compat.caches import CACHE, forgets, held_rows, held_tokens, rollback_obstacle
+from .._compat.caches import CACHE, held_rows, held_tokens
 from .._compat.generation import (
     SAMPLING_MODES,
     GenerationMode,
@@ -22,6 +22,7 @@ from .._compat.generation import (
     own_loop,
 )
 from .._compat.models import drops_cache, is_stateful
+from .._compat.rollback import forgets, rollback_obstacle
 from ..commit.base import Draft
 from ..config.adapters import AUTO, MOST_ADAPTERS
 from ..errors import ConfigError, DraftError, UnsupportedError, brief
@@ -344,10 +345,10 @@ def check_inputs(
             "num_return_sequences). Pass a cache of the same rows, or leave it out."
         )
     surplus = held + 1 - input_ids.shape[1] - hidden_tokens(input_ids, generation_config, model_kwargs)
-    if surplus > 0 and forgets(cache, surplus):
+    lost = forgets(cache, surplus) if surplus > 0 else ""
+    if lost:
         raise UnsupportedError(
-            f"{CACHE} holds {held} tokens, and {surplus} of them cannot be taken back: its sliding window has dropped "
-            "what came before. Pass a cache of the earlier tokens alone."
+            f"{CACHE} holds {held} tokens, and {surplus} of them cannot be taken back: {lost}. Pass a cache of the earlier tokens alone."
         )
 
 

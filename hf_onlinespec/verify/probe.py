@@ -26,6 +26,7 @@ from ..govern.acceptance import TokenSource
 from ..rounds import Proposal
 from ..runtime.failures import kind_and_place
 from .inputs import InputNames, given
+from .probe_quantized import why_one_by_one
 from .target import Verifier
 
 # Families whose classes are compared with plain decoding in tests/test_architectures.py, test_encoder_decoders.py and verify/test_target.py.
@@ -62,8 +63,9 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
         input_ids: (1, L) the prompt, or its new part.
     """
     known = _as_known(target, model_kwargs)
-    if isinstance(known, str):
-        return known
+    together = known if isinstance(known, str) and known else why_one_by_one(target, input_ids.device)
+    if together or isinstance(known, str):
+        return together
     tried, values = known
     try:
         # With dropout two forwards never agree: nothing can be compared, and no two answers need to be the same.

@@ -19,7 +19,6 @@ from transformers.cache_utils import Cache
 from .._compat.attention import takes_positions
 from .._compat.caches import (
     CACHE,
-    crop,
     fresh_cache,
     held_tokens,
     join_rows,
@@ -31,6 +30,7 @@ from .._compat.caches import (
 )
 from .._compat.generation import generative, hidden_tokens
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
+from .._compat.rollback import crop
 from ..models.holes import close_holes
 from ..rounds import Proposal, Rows, Verdict
 from .inputs import InputNames

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .._compat.caches import CACHE, crop, held_tokens, move, record_past, returned_cache, rollback_obstacle
+from .._compat.caches import CACHE, held_tokens, move, returned_cache
 from .._compat.generation import continue_inputs, continues_inputs, generative, hidden_tokens
 from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
+from .._compat.rollback import crop, feed_limit, quantizes, record_past, rollback_obstacle
 from ..errors import UnsupportedError
 from ..rounds import Proposal
 from .inputs import InputNames, given
@@ -73,10 +74,10 @@ class Verifier:
         if positions is not None and self._limits != PositionLimits():
             self._ahead = int(positions[..., -1].max()) + 1 - length
         # A target that keeps more between its forwards reads the prompt alone, as in plain decoding, and so does one that reads
-        # more than text.
+        # more than text, or quantises what it has read.
         self._continues = continues_inputs(target)
         extras = given(self._kwargs) - self._names.text
-        self._prompt_alone = self._continues or bool(extras)
+        self._prompt_alone = self._continues or bool(extras) or quantizes(self.cache)
         self._chunk = generation_config.prefill_chunk_size
         self.limited_because = ""  # why the last round had no room, where positions are the reason
         self._first = True  # whether the prompt is still to be read
@@ -96,8 +97,13 @@ class Verifier:
         if self.plain_because or (self._first and self._prompt_alone):
             return 0
         length = input_ids.shape[1] + self._hidden + self._unnamed
-        room = self._limits.room((length, length + self._ahead), length - self._unnamed - self._cached)
+        unread = length - self._unnamed - self._cached
+        room = self._limits.room((length, length + self._ahead), unread)
         self.limited_because = self._limits.reason() if room == 0 else ""
+        limit = feed_limit(self.cache, self._cached + self._unnamed)
+        if limit.tokens - unread < room:
+            room = max(0, limit.tokens - unread)
+            self.limited_because = limit.reason if room == 0 else ""
         return room
 
     @property

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_onlinespec._compat.caches import crop, held_tokens
+from hf_onlinespec._compat.caches import held_tokens
+from hf_onlinespec._compat.rollback import crop
 from hf_onlinespec.heads.base import Head
 from hf_onlinespec.heads.reading import read_head
 from tests.heads import files, references

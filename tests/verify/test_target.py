@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,12 +29,10 @@ from transformers import (
     PaliGemmaConfig,
     PretrainedConfig,
     PreTrainedModel,
-    QuantizedCache,
     Qwen2_5OmniTalkerForConditionalGeneration,
     Qwen2VLConfig,
     Qwen3OmniMoeTalkerForConditionalGeneration,
     ReformerConfig,
-    StaticCache,
     VoxtralRealtimeForConditionalGeneration,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -210,25 +207,6 @@ def test_a_mask_with_more_columns_than_tokens_is_continued_behind_them() -> None
 
 
 # Caches
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda config: QuantizedCache(backend="fp8", config=config), "quantized"),
-        (lambda config: StaticCache(config=config, max_cache_len=64), "preallocated"),
-    ],
-    ids=["quantized", "static"],
-)
-def test_a_cache_that_cannot_be_rolled_back_is_refused_by_its_layers(target, prompt, make, said) -> None:
-    try:
-        cache = make(target.config)
-    except ValueError as error:  # this one needs no further package
-        if "Unknown quantization backend" not in str(error):
-            raise
-        pytest.skip(f"transformers {transformers.__version__}: {error}")
-    with answered(), pytest.raises(UnsupportedError, match=said):
-        target.generate(prompt, **{CACHE: cache}, max_new_tokens=5, onlinespec=True)
 
 
 def test_a_layer_that_does_not_roll_back_is_refused_whatever_its_cache_is_called(target, prompt) -> None:
