@@ -31,6 +31,10 @@ class PaceConstants:
     rounds: float = 24.0  # of late that tell; chosen
     margin: float = 0.95  # of the time of a bare round, that the same progress may take where somebody is asked; chosen
     stall: float = 4.0  # a round counts as so many times the usual time of its kind at most; chosen
+    # Share of the decoding time that learning may take where asking does not pay, from so many rows on: what is learned there may serve
+    # calls of fewer rows. With 16 rows a gradient step takes 4 to 6 % of a batch (LOG 2026-11-27 "Many at once: no loss"). Chosen.
+    unpaid_learning: float = 0.005
+    many_rows: int = 8
 
 
 def progress(slowest: float, mean: float, share: float) -> float:
@@ -82,10 +86,10 @@ class _Kind:
 
 
 class BatchPace:
-    """Decides for batches of one size, round by round."""
+    """Decides for batches of one size, of so many rows at most, round by round."""
 
-    def __init__(self, constants: PaceConstants = PaceConstants()) -> None:
-        self._constants = constants
+    def __init__(self, constants: PaceConstants = PaceConstants(), rows: int = 2) -> None:
+        self._constants, self._rows = constants, rows
         self._asking, self._bare = _Kind(constants), _Kind(constants)
         self._trial = constants.trial  # rounds of it that are left
         self._since_bare = 0
@@ -98,6 +102,12 @@ class BatchPace:
         """Whether asking is the faster of the two; also while that is not known."""
         known = self._asking.rounds and self._bare.rounds
         return not known or self._asking.plain_round_s <= self._constants.margin * self._bare.plain_round_s
+
+    @property
+    def learning_limit(self) -> float:
+        """Largest share of the decoding time that learning may take, whatever its own budget is."""
+        few = self._rows < self._constants.many_rows
+        return 1.0 if few or self.pays else self._constants.unpaid_learning
 
     def fastest_s(self, plain_s: float) -> float:
         """What the progress of a plain round takes, asking or not; `plain_s`: what a plain round takes."""

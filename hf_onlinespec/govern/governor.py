@@ -109,7 +109,7 @@ class Governor:
             # Measured: on the embedded pair 8 rows of up to 64 candidates, reckoned as 2 plain steps from rounds of up to 4, took 6.
             own_planner = replace(planner, **rarely, widening=constants.batch_widening)
             own._planner = Planner(own.acceptances, own.costs, own.decisions, most, own_planner)
-            own._rows, own._by_rows, own.pace = size, {}, BatchPace(constants.pace)
+            own._rows, own._by_rows, own.pace = size, {}, BatchPace(constants.pace, size)
             self._by_rows[size] = own
         return self._by_rows[size]
 
@@ -249,7 +249,8 @@ class Governor:
         for row in rows:
             weight = self._planner.observe_round(k, steps_of_all, row.outcomes)
             self.acceptances.observe_round(row.outcomes, row.seen, weight)
-        self.budget.earn(draft_s + target_s, self.acceptances.base_served_last, self.account.learning_limit)
+        limit = min(self.account.learning_limit, 1.0 if self.pace is None else self.pace.learning_limit)
+        self.budget.earn(draft_s + target_s, self.acceptances.base_served_last, limit)
 
     def observe_draft(
         self, gained: int, own: int, candidates: int, draft_s: float, reads: bool = False, read: int = 0

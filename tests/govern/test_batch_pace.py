@@ -113,6 +113,22 @@ def test_batches_have_times_of_their_own_by_size_and_share_what_is_known_of_acce
     assert four.decisions is governor.decisions and governor.decisions.rounds["plain"] == 1
 
 
+@pytest.mark.parametrize(("rows", "asking_s", "limited"), [(8, 0.8, False), (8, 1.6, True), (4, 1.6, False)])
+def test_learning_is_limited_in_large_batches_in_which_asking_does_not_pay(rows, asking_s, limited) -> None:
+    """Whatever one row alone has shown."""
+    governor = Governor(0.1, 1)
+    own = governor.for_rows(rows)
+    assert own.pace is not None and own.pace.learning_limit == 1.0  # nothing is known yet
+    shares(own.pace, asking_s, tokens=4, rounds=400)
+    governor.budget.reset_full("for a test")
+    governor.budget.spent(1.0, 1)  # a step takes one second
+    own.observe((), (), 0.0, 10.0)
+    said = governor.budget.account()
+    assert ("the 0.5% of" in said) == limited and ("the 10.0% of" in said) != limited
+    governor.observe((), (), 0.0, 10.0)
+    assert "the 10.0% of" in governor.budget.account()
+
+
 def test_all_rows_are_as_wide_as_pays_for_them_together() -> None:
     governor = Governor(0.1, 1).for_rows(4)
     assert governor.width([[0.5], []]) == 1  # nothing is known: nothing is cut
