@@ -7,7 +7,7 @@ import random
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 SENTENCES = (
     "The little dog ran to the house, and the other dogs ran too.\n",
@@ -66,6 +66,44 @@ def strings(*tokens: str, merges: tuple[tuple[str, str], ...] = ()) -> PreTraine
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def lowercasing(entries: int) -> PreTrainedTokenizerFast:
+    """A byte-level one that reads capitals as small letters."""
+    tokenizer = Tokenizer.from_str(byte_level(entries, chat=True).backend_tokenizer.to_str())
+    tokenizer.normalizer = normalizers.Lowercase()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """As BERT's: whether a token has a space in front of it depends on the one before."""
+    tokenizer = Tokenizer(models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+class Slow(PreTrainedTokenizer):
+    """One that is written in Python."""
+
+    def __init__(self) -> None:
+        self._words = ["a", "b", "<eos>"]
+        super().__init__(eos_token="<eos>")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._words)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self._words)}
+
+    def _tokenize(self, text: str, **kwargs: object) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self.get_vocab().get(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._words[index]
 
 
 def random_text(rng: random.Random) -> str:

@@ -118,14 +118,16 @@ def _agree(
 ) -> bool | None:
     """Whether two tokenizers have the same tokens below `size`; None: one of the two cannot be read.
 
-    An id that one of them lacks is no difference, and tokens that were added (special ones, mostly) may have other names.
+    An id that one of them lacks is no difference, and tokens that were added (special ones, mostly) may have other names. Where that
+    leaves no id to compare, they are two.
     """
     if isinstance(target, Path) and isinstance(draft, Path) and target.read_bytes() == draft.read_bytes():
         return True
     own, other = _tokens(target), _tokens(draft)
     if own is None or other is None:
         return None
-    return all(token == other[i] for i, token in own.items() if i < size and i in other)
+    in_both = [i for i in own if i < size and i in other]
+    return bool(in_both) and all(own[i] == other[i] for i in in_both)
 
 
 def _tokens(source: VocabularySource) -> dict[int, str] | None:

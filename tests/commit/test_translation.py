@@ -17,7 +17,7 @@ from tests.chi_square import THOUSAND, follows
 from tests.conftest import answered
 from tests.drafts import flat_params
 from tests.tiny_models import tiny_llama
-from tests.tokenizers import SENTENCES, byte_level, sentencepiece, strings
+from tests.tokenizers import SENTENCES, Slow, byte_level, lowercasing, sentencepiece, strings, word_pieces
 
 TARGET, DRAFT = byte_level(500), sentencepiece(400)
 PROMPT = "The little dog ran, Ça va 中😀?\nSELECT"
@@ -238,6 +238,9 @@ def test_what_cannot_be_drafted_with_is_refused_before_any_work() -> None:
     for given, words in (
         ({}, "400"),
         ({"tokenizer": TARGET, "assistant_tokenizer": strings("§", "¶")}, "no token in common"),
+        ({"tokenizer": TARGET, "assistant_tokenizer": Slow()}, "The draft's tokenizer Slow is a slow one"),
+        ({"tokenizer": Slow(), "assistant_tokenizer": DRAFT}, "The target's tokenizer Slow is a slow one"),
+        ({"tokenizer": TARGET, "assistant_tokenizer": word_pieces()}, "decodes with WordPiece"),
     ):
         model = online if given else draft(tiny_llama(2, vocab=2000))
         with pytest.raises(DraftError, match=words if given else "the tokenizer of the target is not at hand"):
@@ -259,3 +262,20 @@ def test_a_text_that_the_draft_cannot_spell_is_decoded_plainly_and_the_reason_to
         assert torch.equal(plain, own.generate(**inputs, assistant_model=online, **GREEDY, **both))
     assert online.metrics.drafted_tokens == drafted
     assert "the draft's tokenizer has no tokens for this text" in online.metrics.decisions.drafting
+
+
+def test_a_text_that_the_draft_s_tokenizer_changes_is_decoded_plainly_and_the_reason_told() -> None:
+    """Capitals are small letters to the draft: it would go on with another text."""
+    own, online = target(), draft(tiny_llama(2, vocab=330))
+    both = {"tokenizer": TARGET, "assistant_tokenizer": lowercasing(330)}
+    prompt = tokens(" COUNT WHERE GROUP BY" * 4)
+    plain = own.generate(**prompt, **GREEDY)
+    with answered():
+        assert torch.equal(plain, own.generate(**prompt, assistant_model=online, **GREEDY, **both))
+    assert online.metrics.drafted_tokens == 0
+    assert "the draft's tokenizer has no tokens for this text" in online.metrics.decisions.drafting
+    prompt = tokens("the dogs ran to the houses")
+    plain = own.generate(**prompt, **GREEDY)
+    with answered():
+        assert torch.equal(plain, own.generate(**prompt, assistant_model=online, **GREEDY, **both))
+    assert online.metrics.drafted_tokens > 0

@@ -11,7 +11,7 @@ from hf_onlinespec import DraftError
 from hf_onlinespec.models.common_strings import CommonStrings
 from hf_onlinespec.models.retokenizing import Open, Retokenizer
 from hf_onlinespec.models.spelling import Spelling
-from tests.tokenizers import byte_level, random_text, sentencepiece, strings
+from tests.tokenizers import Slow, byte_level, lowercasing, random_text, sentencepiece, strings, word_pieces
 
 KINDS = {
     "byte-level": byte_level(500),
@@ -86,6 +86,14 @@ def test_ids_that_a_model_does_not_have_are_not_common() -> None:
 def test_tokenizers_without_a_common_token_are_refused() -> None:
     with pytest.raises(DraftError, match=r"2 and 3 tokens\) have no token in common"):
         retokenizer(strings("a", "b"), strings("c", "d", "ab"))
+
+
+@pytest.mark.parametrize("name", ["target", "draft"])
+def test_tokenizers_whose_strings_cannot_be_read_are_refused(name: str) -> None:
+    with pytest.raises(DraftError, match=f"The {name}'s tokenizer Slow is a slow one"):
+        Spelling(Slow(), name)
+    with pytest.raises(DraftError, match=f"The {name}'s tokenizer .* decodes with WordPiece"):
+        Spelling(word_pieces(), name)
 
 
 # What the draft reads
@@ -185,3 +193,10 @@ def test_a_text_that_the_draft_cannot_spell_is_told() -> None:
     assert all(group.is_spelled for group in groups)
     groups, _ = reader.read(own("ab dog").input_ids, Open())
     assert not all(group.is_spelled for group in groups)
+
+
+def test_a_text_that_the_draft_s_tokenizer_changes_is_told() -> None:
+    reader, own = retokenizer(byte_level(500), lowercasing(330)), byte_level(500)
+    for text, spells in (("  DOGS", True), ("SELECT COUNT", False), ("dogs ran too", True)):
+        groups, _ = reader.read(own(text).input_ids, Open(begun=True))
+        assert all(group.is_spelled for group in groups) == spells, text
