@@ -24,14 +24,14 @@ from train_pair import (
     shell_documents,
     split,
     sql_documents,
-    train,
+    train_on_windows,
 )
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TARGET_TOKENS, DRAFT_TOKENS = 8000, 2000
 TARGET = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 DRAFT = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3)
-MIX = {"shell": 1, "sql": 1}  # rows of each batch of the target
+MIX = {"shell": 4, "sql": 4}  # rows of each batch of the target
 
 
 def sentencepiece_tokenizer(texts: list[str], entries: int) -> PreTrainedTokenizerFast:
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with corpora/")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and results go here")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target-steps", type=int, default=1200)
+    parser.add_argument("--target-steps", type=int, default=500)
     parser.add_argument("--draft-steps", type=int, default=1200)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
     args = parser.parse_args()
@@ -103,7 +103,7 @@ def main() -> None:
         held_out = {domain: tokens_of(tokenizer, documents) for domain, (_, documents) in splits.items()}
         model = with_marks(build(shape, len(tokenizer), args.seed + (name == "draft")), tokenizer)
         print(name, model.num_parameters(), "parameters", {d: len(t) for d, t in streams.items()}, flush=True)
-        train(model, streams, held_out, mix, steps, 3e-3, args.seed, args.work / f"{name}.pt", args.resume)
+        train_on_windows(model, streams, held_out, mix, steps, args.seed, args.work / f"{name}.pt", args.resume)
         record |= {
             f"{name}_steps": steps,
             f"{name}_parameters": model.num_parameters(),
