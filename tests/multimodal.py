@@ -62,6 +62,7 @@ def grid(*shape: int) -> dict[str, Tensor]:
 SIZES = {"image_sizes": torch.tensor([[16, 16]])}
 # A picture or a sound, as processors hand it to the models.
 SHOWN: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "": dict,
     "a picture": lambda: {"pixel_values": noise(1, 3, 16, 16)},
     "a picture and its size": lambda: {"pixel_values": noise(1, 3, 16, 16)} | SIZES,
     "a picture in two parts": lambda: {"pixel_values": noise(1, 2, 3, 16, 16)} | SIZES,
@@ -90,6 +91,7 @@ class Reader:
     arguments: dict[str, Any]  # for the configuration, beside TINY and SMALL; ... for one that must stay away
     reason: str = ""  # why it cannot be built, or cannot be shown text alone
     every_run: bool = False  # among those that run without the marker
+    together: str = ""  # how two prompts in one call go, as `target`; "": as one
 
     @property
     def name(self) -> str:
@@ -104,6 +106,22 @@ class Reader:
         assert model.generation_config is not None
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         return model
+
+    def prompts(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Two prompts, of which the first one is padded, each with what it is shown."""
+        one = self.prompt(model) if self.shown else {"input_ids": text(7)}
+        tokens = one["input_ids"]
+        longer = torch.cat([tokens[:, :-3], text(6)[:, 2:], tokens[:, -3:]], dim=-1)
+        padding = tokens.new_zeros(1, longer.shape[1] - tokens.shape[1])
+        both = torch.cat([torch.cat([padding, tokens], dim=-1), longer])
+        mask = torch.ones_like(both)
+        mask[0, : padding.shape[1]] = 0
+        shown = {
+            name: torch.cat([value, value / 2 if value.is_floating_point() else value])
+            for name, value in one.items()
+            if name in SHOWN[self.shown]()
+        }
+        return {"input_ids": both, "attention_mask": mask} | shown | types_of(model, both)
 
     def prompt(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Two tokens, what it is shown, five tokens."""
@@ -159,8 +177,8 @@ def tiny(kind: type[PretrainedConfig], given: Mapping[str, Any], inner: bool = F
     return {name: value for name, value in found.items() if value is not ...}
 
 
-def _row(model_type: str, shown: str = "", target: str = SERVED, reason: str = "", every_run: bool = False, **arguments: Any) -> Reader:  # fmt: skip
-    return Reader(model_type, shown, target, arguments, reason, every_run)
+def _row(model_type: str, shown: str = "", target: str = SERVED, reason: str = "", every_run: bool = False, together: str = "", **arguments: Any) -> Reader:  # fmt: skip
+    return Reader(model_type, shown, target, arguments, reason, every_run, together or target)
 
 
 NO_TEXT_ALONE = "it reads no prompt without a picture or a sound"
@@ -168,6 +186,7 @@ TIMM = "its vision tower needs the package timm"
 NO_TINY = "no tiny one was found"
 ONE_CELL = {"vision_feature_layer": -1, "image_grid_pinpoints": [[16, 16]]}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+WINDOW, ITS_WAY, NO_POSITIONS = "a window of tokens", "in a way of its own", "takes no position for each token"
 PATCHES, FRAMES, PICTURE = "patches", "patches of two frames", "a picture"
 THREE = {"text_config": MROPE}
 
@@ -176,12 +195,12 @@ READERS = [
     _row("apertus1p5", reason=f"its sound codec has fixed sizes; {NO_TINY}"),
     _row("aria", PICTURE, projector_patch_to_query_dict={4: 2}),
     _row("audioflamingo3"),
-    _row("aya_vision", PICTURE, every_run=True),
+    _row("aya_vision", PICTURE, together=WINDOW, every_run=True),
     _row("blip", reason=NO_TEXT_ALONE),
     _row("blip-2", reason=NO_TEXT_ALONE),
     _row("chameleon", vocabulary_map={"<image>": IMAGE, "IMGIMGBSA": 9}),
-    _row("cohere2_vision", PICTURE),
-    _row("cohere_compass", FRAMES, text_config={"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {kind: ROPE for kind in ("sliding_attention", "full_attention")}}),
+    _row("cohere2_vision", PICTURE, together=WINDOW),
+    _row("cohere_compass", FRAMES, together=WINDOW, text_config={"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {kind: ROPE for kind in ("sliding_attention", "full_attention")}}),
     _row("cosmos3_edge", PATCHES, **THREE),
     _row("cosmos3_omni", FRAMES),
     _row("deepseek_ocr2", reason=f"its vision tower has fixed sizes; {NO_TINY}"),
@@ -192,15 +211,15 @@ READERS = [
     _row("emu3", vocabulary_map={"<image>": IMAGE}, vq_config={"embed_dim": 4, "codebook_size": 16, "base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": []}),
     _row("ernie4_5_vl_moe", PATCHES, text_config=MROPE | {"moe_intermediate_size": [16, 16], "moe_num_experts": 4, "moe_k": 2}),
     _row("evolla", target="use_cache=False"),
-    _row("exaone4_5", FRAMES),
+    _row("exaone4_5", FRAMES, together=WINDOW),
     _row("fast_vlm", reason=TIMM),
     _row("fun_asr_nano", adaptor_config={"intermediate_size": 8}),
     _row("fuyu"),
-    _row("gemma3", PICTURE, every_run=True, mm_tokens_per_image=4),
+    _row("gemma3", PICTURE, together=WINDOW, every_run=True, mm_tokens_per_image=4),
     _row("gemma3n", reason=TIMM),
-    _row("gemma4", text_config={"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}),
-    _row("gemma4_unified"),
-    _row("git"),
+    _row("gemma4", together=WINDOW, text_config={"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}),
+    _row("gemma4_unified", together=WINDOW),
+    _row("git", together="rows of different lengths"),
     _row("glm46v", FRAMES, **THREE),
     _row("glm4v", FRAMES, **THREE),
     _row("glm4v_moe", FRAMES, text_config={"rope_parameters": ROPE | {"mrope_section": [1, 0, 1]}}),
@@ -214,24 +233,24 @@ READERS = [
     _row("granite_speech"),
     _row("granite_speech_plus"),
     _row("hunyuan_vl", PATCHES, text_config={"rope_parameters": ROPE | {"xdrope_section": [1, 1, 1, 1], "alpha": 1.0}}),
-    _row("hy_v4_vl", PATCHES, target=PLAIN, **THREE),
-    _row("hyperclovax_vision_v2", FRAMES),
+    _row("hy_v4_vl", PATCHES, together="in one forward over 3 tokens", target=PLAIN, **THREE),
+    _row("hyperclovax_vision_v2", FRAMES, together="rows of different lengths"),
     _row("idefics", reason=NO_TEXT_ALONE),
-    _row("idefics2", "one of several pictures", every_run=True),
+    _row("idefics2", "one of several pictures", together=WINDOW, every_run=True),
     _row("idefics3", "one of several pictures"),
     _row("inkling2", reason=f"its vocabularies depend on each other; {NO_TINY}"),
     _row("inkling2_loop", reason=f"its vocabularies depend on each other; {NO_TINY}"),
-    _row("inkling_mm_model"),
+    _row("inkling_mm_model", together=WINDOW),
     _row("instructblip", reason=NO_TEXT_ALONE),
     _row("instructblipvideo", reason=NO_TEXT_ALONE),
     _row("internvl", PICTURE, every_run=True),
     _row("janus", vq_config=None),
     _row("kimi_k25", text_config={"num_key_value_heads": 4}),
     _row("kosmos-2", reason=NO_TEXT_ALONE),
-    _row("kosmos-2.5"),
+    _row("kosmos-2.5", together="in a tree"),
     _row("kyutai_speech_to_text", reason=NO_TEXT_ALONE),
     _row("lfm2_vl", "patches and their mask", every_run=True),
-    _row("lfm3_vl", FRAMES, text_config={"layer_types": ["conv", "full_attention"]}),
+    _row("lfm3_vl", FRAMES, together=WINDOW, text_config={"layer_types": ["conv", "full_attention"]}),
     _row("lighton_ocr", "a picture and its size"),
     _row("llama4", reason="plain generate fails in transformers 5.24 (its text model hands back no image_outputs)"),
     _row("llava", PICTURE, vision_feature_layer=-1),
@@ -242,13 +261,13 @@ READERS = [
     _row("minicpmv4_6", target="recurrent state", text_config=HYBRID),
     _row("minicpmv4_7", target="recurrent state", text_config=HYBRID),
     _row("minimax_m3_vl", FRAMES),
-    _row("mistral3", "a picture and its size", vision_feature_layer=-1, spatial_merge_size=1),
+    _row("mistral3", "a picture and its size", together=WINDOW, vision_feature_layer=-1, spatial_merge_size=1),
     _row("mistral4", num_key_value_heads=4),
-    _row("mistral_large4", target=PLAIN, text_config={"num_key_value_heads": 4}),
-    _row("mllama"),
+    _row("mistral_large4", together=WINDOW, target=PLAIN, text_config={"num_key_value_heads": 4}),
+    _row("mllama", together=ITS_WAY),
     _row("molmo2", reason=f"its adapter names layers of a large vision tower; {NO_TINY}"),
-    _row("moss_transcribe_diarize"),
-    _row("muse_glimmer"),
+    _row("moss_transcribe_diarize", together=NO_POSITIONS),
+    _row("muse_glimmer", together=WINDOW),
     _row("muse_spark", reason=f"its vision tower has per-layer settings; {NO_TINY}"),
     _row("musicflamingo"),
     _row("nemo_speechlm", reason=f"its sizes depend on each other; {NO_TINY}"),
@@ -256,9 +275,9 @@ READERS = [
     _row("omniasr"),
     _row("ovis2", PICTURE),
     _row("paddleocr_vl", "square patches", **THREE),
-    _row("paligemma", PICTURE, every_run=True, vision_config={"model_type": "siglip_vision_model", "projection_dim": 32}),
+    _row("paligemma", PICTURE, together=ITS_WAY, every_run=True, vision_config={"model_type": "siglip_vision_model", "projection_dim": 32}),
     _row("perception_lm", reason=TIMM),
-    _row("phi4_multimodal"),
+    _row("phi4_multimodal", together=WINDOW),
     _row("pi0", reason="it writes movements of a robot, no tokens"),
     _row("pp_chart2table", PICTURE),
     _row("qianfan_ocr", PICTURE),
@@ -275,12 +294,12 @@ READERS = [
     _row("qwen3_vl", FRAMES, every_run=True),
     _row("qwen3_vl_moe", FRAMES),
     _row("qwen4_exp", reason=f"its linear attention's sizes depend on each other; {NO_TINY}"),
-    _row("shieldgemma2", PICTURE, mm_tokens_per_image=4),
+    _row("shieldgemma2", PICTURE, together=WINDOW, mm_tokens_per_image=4),
     _row("smolvlm", "one of several pictures", every_run=True),
     _row("step3p7", PICTURE),
     _row("unlimited_ocr", target="decodes in a way of its own (_prefill)"),
     _row("vibevoice", reason="it speaks: what it writes is sound"),
-    _row("vibevoice_asr", acoustic_tokenizer_encoder_config={"hidden_size": 32, "num_filters": 4, "downsampling_ratios": [2], "depths": [1, 1]}, semantic_tokenizer_encoder_config={"hidden_size": 32, "num_filters": 4, "downsampling_ratios": [2], "depths": [1, 1]}),
+    _row("vibevoice_asr", together=NO_POSITIONS, acoustic_tokenizer_encoder_config={"hidden_size": 32, "num_filters": 4, "downsampling_ratios": [2], "depths": [1, 1]}, semantic_tokenizer_encoder_config={"hidden_size": 32, "num_filters": 4, "downsampling_ratios": [2], "depths": [1, 1]}),
     _row("video_llama_3", "patches, merged"),
     _row("video_llava", PICTURE, vision_feature_layer=-1),
     _row("vipllava", PICTURE, vision_feature_layers=[-1]),

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
-from hf_onlinespec import OnlineSpecConfig, OnlineSpecError, online_memory
+from hf_onlinespec import OnlineSpecConfig, OnlineSpecError, UnsupportedError, online_memory
 from tests.architectures import PLAIN, SERVED
 from tests.multimodal import CLASSES, READERS, TABLE_OF, Reader, text, types_of
 from tests.test_architectures import agree
@@ -37,6 +37,7 @@ class Found:
 
     alone: str  # with text alone
     shown: str  # with a picture or a sound, in a first turn and in a second one on its cache; "": not tried
+    together: str  # two prompts in one call, each with a picture or a sound where it is tried with one
 
 
 def answers(model: PreTrainedModel, prompt: dict[str, Tensor], turns: int, **ours: Any) -> list[Tensor]:
@@ -60,14 +61,17 @@ def compare(model: PreTrainedModel, prompt: dict[str, Tensor], turns: int) -> st
             return str(error)
         for turn, (own, other) in enumerate(zip(plain, ours, strict=True), start=1):
             if not torch.equal(own, other):
-                return f"turn {turn} says {other[0].tolist()} instead of {own[0].tolist()}"
-    return SERVED if online_memory(model, MEMORY).metrics.drafted_tokens else PLAIN
+                return f"turn {turn} says {other.tolist()} instead of {own.tolist()}"
+    metrics = online_memory(model, MEMORY).metrics
+    together, decided = len(prompt["input_ids"]) > 1, metrics.decisions.drafting
+    return SERVED if metrics.drafted_tokens else decided if together else PLAIN
 
 
 def run(row: Reader) -> Found:
     model = row.build()
     alone = compare(model, {"input_ids": text(10)}, 1)
-    return Found(alone, compare(row.build(), row.prompt(model), 2) if row.shown else "")
+    shown = compare(row.build(), row.prompt(model), 2) if row.shown else ""
+    return Found(alone, shown, compare(row.build(), row.prompts(model), 1))
 
 
 def check(row: Reader) -> None:
@@ -76,6 +80,7 @@ def check(row: Reader) -> None:
     found = run(row)
     assert agree(row.target, found.alone), found.alone
     assert not row.shown or agree(row.target, found.shown), found.shown
+    assert agree(row.together, found.together), found.together
 
 
 @pytest.mark.filterwarnings("default")  # some classes use what torch or transformers itself will drop
@@ -93,11 +98,8 @@ def test_each_other_class_equals_plain_generate_or_is_refused_for_the_stated_rea
 
 @pytest.mark.parametrize("model_type", ["internvl", "qwen2_5_vl"])
 def test_several_prompts_of_text_alone_equal_plain(model_type: str) -> None:
-    """Rows read together have a position each; where these are of three kinds, they are decoded plainly, and one row is drafted for."""
-    row = next(row for row in READERS if row.model_type == model_type)
-    if not OF_TABLE:
-        pytest.skip(f"the table is of transformers {TABLE_OF}, installed is {transformers.__version__}")
-    model = row.build()
+    """Rows read together have a position each, or one of each kind: of time, height and width."""
+    model = reader(model_type).build()
     tokens = torch.cat([text(10), text(11)[:, 1:]])
     mask = torch.ones_like(tokens)
     tokens[1, :3], mask[1, :3] = 0, 0
@@ -105,11 +107,35 @@ def test_several_prompts_of_text_alone_equal_plain(model_type: str) -> None:
     plain = model.generate(tokens, **arguments)
     for _ in range(2):
         assert torch.equal(plain, model.generate(tokens, **arguments, onlinespec=MEMORY))
-    metrics = online_memory(model, MEMORY).metrics
-    together = metrics.drafted_tokens > 0
-    assert together != ("positions of time, height and width" in metrics.decisions.drafting)
-    assert together == (model_type == "internvl")
-    assert compare(model, {"input_ids": text(10)}, 1) == SERVED
+    assert online_memory(model, MEMORY).metrics.drafted_tokens > 0
+
+
+def reader(model_type: str) -> Reader:
+    if not OF_TABLE:
+        pytest.skip(f"the table is of transformers {TABLE_OF}, installed is {transformers.__version__}")
+    return next(row for row in READERS if row.model_type == model_type)
+
+
+def test_a_picture_without_its_placeholder_is_refused_as_by_plain_generate() -> None:
+    row = reader("internvl")
+    model = row.build()
+    prompt = row.prompt(model)
+    bad = prompt | {"input_ids": text(9)}
+    for ours in ({}, {"onlinespec": MEMORY}):
+        with pytest.raises(ValueError, match="tokens: 0, features: 1"):
+            model.generate(**bad, do_sample=False, max_new_tokens=4, **ours)
+    assert online_memory(model, MEMORY).metrics.new_tokens == 0
+    assert compare(model, prompt, 1) == SERVED
+
+
+def test_a_sound_of_no_length_is_refused_before_any_work() -> None:
+    row = reader("glmasr")
+    model = row.build()
+    prompt = row.prompt(model)
+    bad = prompt | {name: value[..., :0] for name, value in prompt.items() if name.startswith("input_features")}
+    with pytest.raises(UnsupportedError, match=r"input_features of shape \(1, 8, 0\): a sound of no length"):
+        model.generate(**bad, do_sample=False, max_new_tokens=4, onlinespec=MEMORY)
+    assert compare(model, prompt, 1) == SERVED
 
 
 def test_the_table_lists_every_class_of_the_mapping() -> None:
@@ -126,32 +152,36 @@ def document() -> str:
     lines, counts = [], Counter[str]()
     for row in READERS:
         if row.reason:
-            lines.append(f"| {row.name} | {row.model_type} | not tried: {row.reason} | |")
+            lines.append(f"| {row.name} | {row.model_type} | not tried: {row.reason} | | |")
             counts["not tried"] += 1
             continue
         found = run(row)
-        cells = [words(row, seen) for seen in (found.alone, found.shown)]
-        counts[cells[0]] += 1
-        counts["served with what it was shown"] += cells[1] == SERVED
-        shown = f"{row.shown}: {cells[1]}" if row.shown else "not tried"
-        lines.append(f"| {row.name} | {row.model_type} | {cells[0]} | {shown} |")
+        stated = ((row.target, found.alone), (row.target, found.shown), (row.together, found.together))
+        alone, with_it, together = (words(*one) for one in stated)
+        counts[alone] += 1
+        counts["served with what it was shown"] += with_it == SERVED
+        counts["served with two prompts in one call"] += together == SERVED
+        shown = f"{row.shown}: {with_it}" if row.shown else "not tried"
+        if row.target in (SERVED, PLAIN):
+            together = together.replace("refused", "decoded plainly")
+        lines.append(f"| {row.name} | {row.model_type} | {alone} | {shown} | {together} |")
         print(lines[-1], file=sys.stderr, flush=True)
     said = "; ".join(f"{n} {word}" for word, n in counts.most_common())
     return "\n".join([HEADING, "", f"- as target: {said}", "", COLUMNS, *lines, ""])
 
 
-def words(row: Reader, seen: str) -> str:
-    stated = row.target if row.target in (SERVED, PLAIN) else f"refused: {row.target}"
-    return stated if agree(row.target, seen) else f"**{seen}**"
+def words(stated: str, seen: str) -> str:
+    said = stated if stated in (SERVED, PLAIN) else f"refused: {stated}"
+    return said if agree(stated, seen) else f"**{seen}**"
 
 
 HEADING = f"""# Which models that read pictures or sounds are served
 
-Every class that `AutoModelForMultimodalLM`, `AutoModelForSpeechSeq2Seq` or `AutoModelForSeq2SeqLM` of transformers {TABLE_OF} can build and that is no encoder–decoder, from a tiny configuration in float32, written by `python -m tests.test_multimodal`. The memory drafts. "Served": the same tokens as plain `generate`, in two requests of text alone, and with what stands in the last column in two requests of two turns each, the second one on the cache of the first. "Served without drafting": no round has room, see [Architectures](architectures.md).
+Every class that `AutoModelForMultimodalLM`, `AutoModelForSpeechSeq2Seq` or `AutoModelForSeq2SeqLM` of transformers {TABLE_OF} can build and that is no encoder–decoder, from a tiny configuration in float32, written by `python -m tests.test_multimodal`. The memory drafts. "Served": the same tokens as plain `generate`, in two requests of text alone, and with a picture or a sound, where one is named, in two requests of two turns each, the second one on the cache of the first. "Served without drafting": no round has room, see [Architectures](architectures.md).
 
-The prompt with a picture is read as in plain decoding, and drafting begins behind it. Drafts, the suffix memory and learning see the text alone: the tokens that stand for parts of pictures, videos and sounds are left out. Several prompts with pictures in one call are decoded plainly."""
-COLUMNS = """| class | model type | text alone | with a picture or a sound |
-|---|---|---|---|"""
+The prompt with a picture is read as in plain decoding, and drafting begins behind it. Drafts, the suffix memory and learning see the text alone: the tokens that stand for parts of pictures, videos and sounds are left out. The last column is of two requests of two prompts of different lengths each, both of which have what stands before it, or are text alone; "decoded plainly": in transformers' own loop, with the reason in `decisions`."""
+COLUMNS = """| class | model type | text alone | with a picture or a sound | two prompts |
+|---|---|---|---|---|"""
 
 if __name__ == "__main__":
     logging.set_verbosity_error()

@@ -53,6 +53,11 @@ with imports_of_others():
     from transformers.pipelines import base as pipelines_base
     from transformers.utils import ModelOutput
 
+try:
+    from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL as _DROPPED
+except ImportError:  # earlier releases name them in each class
+    _DROPPED = ()  # type: ignore[assignment]
+
 # What `generate` returns of greedy decoding and sampling with return_dict_in_generate.
 Generated: TypeAlias = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
 
@@ -361,6 +366,29 @@ def hidden_tokens(input_ids: Tensor, generation_config: GenerationConfig, model_
 # Families of transformers whose own `_update_model_kwargs_for_generation` is compared with plain decoding in the tests. The
 # others (talkers, streamed audio) take states out of their outputs that belong to the last token of a forward alone.
 CONTINUES = ("transformers.models.idefics.", "transformers.models.mllama.", "transformers.models.paligemma.")
+
+
+# What is said of pictures and sounds beside them: plain decoding hands it to every forward, and it is read with them alone.
+_SAID_OF_PICTURES = {
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_merge_sizes",
+    "video_merge_sizes",
+    "second_per_grid_ts",
+    "spatial_shapes",
+    "feature_attention_mask",
+    "audio_feature_lengths",
+}
+
+
+def read_once(name: str) -> bool:
+    """Whether an input of a model of transformers' is a part of a picture or a sound, which is read with the prompt alone."""
+    return name in _DROPPED or name in _SAID_OF_PICTURES
+
+
+def is_transformers(model: PreTrainedModel) -> bool:
+    """Whether a model is of one of transformers' own classes."""
+    return type(model).__module__.startswith("transformers.")
 
 
 def continues_inputs(model: PreTrainedModel) -> bool:

@@ -23,7 +23,7 @@ class TextRows:
 
     @classmethod
     def of(cls, call: Call) -> TextRows | None:
-        """None: all of the prompt is text, or there are several rows (rows with pictures are decoded one by one)."""
+        """None: all of the prompt is text, or there are several rows: `Gaps` leaves out what their mask does."""
         if call.prompts is None or call.rows != 1 or not call.placeholders:
             return None
         hidden = torch.isin(call.prompts[0], torch.tensor(sorted(call.placeholders), device=call.prompts.device))

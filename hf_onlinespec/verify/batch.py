@@ -25,7 +25,9 @@ from .._compat.generation import (
     goes_on_finished,
     hands_back_cache,
     hidden_tokens,
+    is_transformers,
     pad_token,
+    read_once,
 )
 from ..commit.request import Request
 from ..errors import UnsupportedError
@@ -76,31 +78,42 @@ def why_plain_batch(
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    all_begin: bool = True,
 ) -> str:
     """Why several rows are decoded by transformers' own loop, without drafting; "": they need not be.
 
     Rows of different lengths ask of a target what a tree asks: keys in any order, and a position for each token.
+
+    Args:
+        all_begin: whether all rows begin together: only then they may have pictures or sounds, which are not told apart by row.
     """
     reason = goes_on_finished(criteria)
     if not reason and config.prefill_chunk_size:
         reason = f"prefill_chunk_size={config.prefill_chunk_size}"
     names = InputNames.of(target)
-    read = (names.text - names.columns.keys()) | names.read_by_row
-    more = sorted(given(model_kwargs) - read)
-    if not reason and more:
-        reason = f"{', '.join(more)} beside the tokens"
-    positions = model_kwargs.get(names.positions)
-    if not reason and positions is not None and positions.dim() > 2:
-        reason = f"{type(target).__name__} counts positions of time, height and width"
+    if not reason:
+        reason = _unread_beside_tokens(target, names, given(model_kwargs), all_begin)
     if not reason:
         reason = _odd_columns(names, input_ids, config, model_kwargs)
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:
         tokens, one = longest_row(target, input_ids, model_kwargs)
-        takes = takes_positions(target, names.positions)
-        reason = why_plain(target, tokens, one) or (why_chains if takes else why_one_length)(target, tokens, one)
+        reason = why_plain(target, tokens, one)
+        if not reason and takes_positions(target, names.positions):
+            reason = why_chains(target, tokens, one)
+        reason = reason or why_one_length(target, tokens, one)
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
+
+
+def _unread_beside_tokens(target: PreTrainedModel, names: InputNames, inputs: set[str], all_begin: bool) -> str:
+    """What of the inputs beside the tokens would have to be read in later rounds too, when some rows have left; "": nothing."""
+    beside = inputs - names.text
+    if not all_begin:
+        beside |= inputs & (names.columns.keys() - {names.mask, names.positions})
+    if beside and all_begin and all(map(read_once, beside)) and is_transformers(target):
+        return ""
+    return f"{', '.join(sorted(beside))} beside the tokens" if beside else ""
 
 
 def _odd_columns(names: InputNames, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> str:
@@ -108,9 +121,9 @@ def _odd_columns(names: InputNames, input_ids: Tensor, config: GenerationConfig,
     it makes."""
     given = input_ids.shape[1]
     tokens = given + hidden_tokens(input_ids, config, model_kwargs)
-    for name, fits in ((names.mask, {tokens}), (names.positions, {tokens, given})):
+    for name in names.columns:
         values = model_kwargs.get(name)
-        if values is not None and values.shape[-1] not in fits:
+        if values is not None and values.shape[-1] not in ({tokens} if name == names.mask else {tokens, given}):
             return f"{name} has {values.shape[-1]} columns for {tokens} tokens"
     return ""
 
@@ -118,11 +131,18 @@ def _odd_columns(names: InputNames, input_ids: Tensor, config: GenerationConfig,
 def longest_row(
     target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The row (1, L) of a call with the most tokens, another one may be padding alone; and the inputs beside it."""
+    """The row (1, L) of a call with the most tokens, another one may be padding alone; and the inputs beside it.
+
+    Of several rows without pictures and sounds: which of them is in which row is not told. A target is tried with the tokens alone
+    then, as all rounds but the first one are.
+    """
+    if len(input_ids) == 1:
+        return input_ids, model_kwargs
     names = InputNames.of(target)
     mask = model_kwargs.get(names.mask)
-    row = 0 if mask is None or len(input_ids) == 1 else int(mask.sum(-1).argmax())
-    return input_ids[row : row + 1], names.of_rows(model_kwargs, [row])
+    row = 0 if mask is None else int(mask.sum(-1).argmax())
+    text = {name: value for name, value in model_kwargs.items() if name in names.text}
+    return input_ids[row : row + 1], names.of_rows(text, [row])
 
 
 @dataclass

@@ -302,6 +302,12 @@ def check_inputs(
         raise UnsupportedError(
             f"The encoder of the target {name} was given nothing to read: its source has length 0. Pass text or speech."
         )
+    for key in ("input_features", "input_values"):
+        sound = model_kwargs.get(key)
+        if isinstance(sound, Tensor) and sound.numel() == 0:
+            raise UnsupportedError(
+                f"{key} of shape {tuple(sound.shape)}: a sound of no length, which the target {name} cannot read. Leave it out."
+            )
     if drops_cache(target):
         raise UnsupportedError(
             f"The target {name} is in training mode with gradient checkpointing, under which transformers drops the KV cache. "

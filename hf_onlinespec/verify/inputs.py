@@ -21,7 +21,7 @@ class InputNames:
 
     tokens: str  # those that are read and written
     mask: str  # (batch, L) over them, 0 at padding
-    positions: str  # (batch, L) of them
+    positions: str  # (batch, L) of them, or (kinds, batch, L), as those of time, height and width
     # Inputs with a column for each token. How they go on behind their last column: with ones, by counting, by repeating it, with zeros.
     columns: Mapping[str, str]
     source: tuple[
@@ -41,17 +41,29 @@ class InputNames:
             one: whether the batch has one row: then it is repeated.
         """
         index = torch.tensor(rows)
-        by_row = {*self.read_by_row, *self.source}
-        return {name: _rows(value, index, one) if name in by_row else value for name, value in inputs.items()}
+        by_row = {*self.columns, *self.source}
+        return {
+            name: _rows(value, index, one, -2 if name == self.positions else 0) if name in by_row else value
+            for name, value in inputs.items()
+        }
 
     def joined(self, inputs: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of some rows of a call, then those of others, whose source is padded to the same length."""
         return {name: _joined(value, others[name]) if name in self.source else value for name, value in inputs.items()}
 
-    @property
-    def read_by_row(self) -> set[str]:
-        """The columns that are read in a batch."""
-        return {self.mask, self.positions}
+    def continued(self, name: str, values: Tensor, length: int) -> Tensor:
+        """The values (..., n) of one of `columns`, continued to this length where they are shorter."""
+        missing, how = length - values.shape[-1], self.columns[name]
+        if missing <= 0:
+            return values
+        shape = (*values.shape[:-1], missing)
+        if how == "count":
+            more = values[..., -1:] + torch.arange(1, missing + 1, device=values.device)
+        elif how == "repeat":
+            more = values[..., -1:].expand(shape)
+        else:
+            more = values.new_ones(shape) if how == "ones" else values.new_zeros(shape)
+        return torch.cat([values, more], dim=-1)
 
 
 def given(inputs: Mapping[str, Any]) -> set[str]:
@@ -88,12 +100,12 @@ def _joined(value: Any, other: Any) -> Any:
     return tuple(map(_joined, value, other)) if isinstance(value, tuple) else value
 
 
-def _rows(value: Any, index: Tensor, one: bool) -> Any:
+def _rows(value: Any, index: Tensor, one: bool, dim: int) -> Any:
     if isinstance(value, Tensor):
-        return value[index.to(value.device)] if one or len(value) > 1 else value
+        return value.index_select(dim, index.to(value.device)) if one or value.shape[dim] > 1 else value
     if isinstance(value, ModelOutput):
-        return type(value)(**{name: _rows(part, index, one) for name, part in value.items()})
-    return tuple(_rows(part, index, one) for part in value) if isinstance(value, tuple) else value
+        return type(value)(**{name: _rows(part, index, one, dim) for name, part in value.items()})
+    return tuple(_rows(part, index, one, dim) for part in value) if isinstance(value, tuple) else value
 
 
 def source_of(

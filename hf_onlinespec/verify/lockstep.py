@@ -2,7 +2,7 @@
 
 The contract of `synced_gpus`: after every round all say whether they are done, and who is done runs forwards for nothing until all
 are. So all processes have to begin alike, which is agreed on before the first forward: where one has to try the target (probe.py,
-probe_trees.py), all run as many forwards, and where one decodes its rows plainly by transformers' own loop, all do.
+probe_trees.py, probe_rows.py), all run as many forwards, and where one decodes its rows plainly by transformers' own loop, all do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .._compat.generation import unfinished_anywhere
 from .probe import TRIAL_FORWARDS, needs_trial, why_plain
+from .probe_rows import ROW_FORWARDS, needs_row_trial, why_one_length
 from .probe_trees import TREE_FORWARDS, needs_tree_trial, why_chains
 
 ELSEWHERE = "synced_gpus: another process decodes its rows plainly, and all have to decode alike"
@@ -31,11 +32,12 @@ class Lockstep:
     def __init__(self, target: PreTrainedModel, input_ids: Tensor, synced: bool) -> None:
         self.synced, self._target, self._token = synced, target, input_ids[:1, -1:]
 
-    def begin(self, row: Tensor, model_kwargs: dict[str, Any], why: Callable[[], str]) -> str:
+    def begin(self, row: Tensor, model_kwargs: dict[str, Any], several: bool, why: Callable[[], str]) -> str:
         """Before the first forward: why all processes decode plainly; "": each drafts as far as it can.
 
         Args:
             row: (1, L) of the call, that the target is tried with where it has to be, and the inputs beside it.
+            several: whether this process has more rows.
             why: why this process decodes plainly; asked when the target has been tried.
         """
         if not self.synced:
@@ -45,6 +47,8 @@ class Lockstep:
         drafts = not why_plain(target, row, model_kwargs)
         tries = drafts and needs_tree_trial(target, row, model_kwargs)
         self._try(tries, lambda: why_chains(target, row, model_kwargs), TREE_FORWARDS)
+        tries = drafts and several and needs_row_trial(target, model_kwargs)
+        self._try(tries, lambda: why_one_length(target, row, model_kwargs), ROW_FORWARDS)
         plain = why()
         elsewhere = self._anywhere(bool(plain))
         return plain or (ELSEWHERE if elsewhere else "")

@@ -23,7 +23,7 @@ from ..commit.base import Call, Draft, note_latest
 from ..commit.gaps import Gaps
 from ..commit.request import Request
 from ..config.adapters import Asked, adapters_of_rows
-from ..models.placeholders import placeholder_tokens
+from ..models.placeholders import mask_of_text, placeholder_tokens
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
@@ -88,12 +88,15 @@ def decode(
         return why_plain_batch(*batch) if several else ""
 
     with torch.inference_mode(False), torch.no_grad():
-        plain = lockstep.begin(*longest_row(target, input_ids, model_kwargs), why)
+        plain = lockstep.begin(*longest_row(target, input_ids, model_kwargs), several, why)
     # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
     mask = model_kwargs.get(InputNames.of(target).mask)
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
+    placeholders = placeholder_tokens(target.config)
+    if several:
+        mask = mask_of_text(mask, input_ids, placeholders)
     call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
-    call = replace(call, adapters=adapters, prompts=input_ids, placeholders=placeholder_tokens(target.config))
+    call = replace(call, adapters=adapters, prompts=input_ids, placeholders=placeholders)
     retokenizer = retokenizer_for(target, draft, tokenizer, assistant_tokenizer)
     source = source_of(target, len(input_ids), inputs_tensor, model_kwargs)
     call = replace(call, retokenizer=retokenizer, source=source)

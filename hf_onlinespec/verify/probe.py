@@ -33,7 +33,7 @@ from .target import Verifier
 KNOWN = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3n phi phi3 phimoe gpt2 gpt_neo gpt_neox
 gptj gpt_bigcode gpt_oss opt bloom falcon mpt starcoder2 stablelm olmo olmo2 olmo3 olmoe cohere cohere2 granite granitemoe glm
 glm4 smollm3 deepseek_v2 deepseek_v3 llama4 lfm2 codegen biogpt xglm persimmon nemotron exaone4 ernie4_5 seed_oss
-llava paligemma qwen2_vl idefics mllama git clip siglip
+llava paligemma qwen2_vl idefics mllama clip siglip
 t5 mt5 umt5 bart mbart marian m2m_100 pegasus plbart mvp blenderbot blenderbot_small whisper
 led longt5 bigbird_pegasus pegasus_x nllb_moe switch_transformers""".split()
 LIBRARIES = ("torch", "peft", "accelerate", "bitsandbytes")

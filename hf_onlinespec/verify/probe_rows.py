@@ -1,7 +1,9 @@
-"""Whether a target that takes no positions serves rows of different lengths: tried once for each model, on two rows.
+"""Whether a target serves rows of different lengths: tried once for each model, on two rows.
 
-The rows end at the same place of the cache. That is right for a decoder that knows its tokens by their distance (T5), and for one
-whose embedding of positions can be asked row by row (row_positions.py).
+Transformers' common decoders that take positions are known to. A class from elsewhere may make something of its own of the attention
+mask, which then has holes at other places (GIT widens it by the places of a picture, whether there is one or not), or leave positions
+out (HyperCLOVAX with pictures). A decoder that takes none ends its rows at the same place of the cache: that is right where it knows
+its tokens by their distance (T5), and where its embedding of positions can be asked row by row (row_positions.py).
 """
 
 from __future__ import annotations
@@ -13,17 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from .._compat.attention import takes_positions
 from .._compat.caches import CACHE, fresh_cache, moves
 from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import kind_and_place
 from .inputs import InputNames
 from .positions import PositionLimits
-from .probe import guesses, is_random, made_of, off, own_inputs, own_random_numbers, read_on, tolerance
+from .probe import MOST_TRIALS, guesses, is_random, made_of, off, own_inputs, own_random_numbers, read_on, tolerance
 from .ragged import RaggedVerifier
 from .target import Verifier
 
 # For each model why its rows have to be of one length, by what it was made of when it was tried.
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+ROW_FORWARDS = 11  # of one trial
 
 
 def why_one_length(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
@@ -32,22 +36,46 @@ def why_one_length(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dic
     Args:
         input_ids: (1, L) the prompt of a row.
     """
-    name = type(target).__name__
-    if not target.config.is_encoder_decoder:
+    try:
+        known = _as_known(target, model_kwargs)
+        if isinstance(known, str):
+            return known
+        tried, made = known
+        tried[made] = _fault(target, input_ids, model_kwargs)
+        return tried[made]
+    except Exception as error:  # a class from elsewhere may raise anything
+        return f"the target {type(target).__name__} was tried with rows of two lengths, and failed: {kind_and_place(error)}"
+
+
+def needs_row_trial(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> bool:
+    """Whether `why_one_length` would run forwards of its own."""
+    try:
+        return not isinstance(_as_known(target, model_kwargs), str)
+    except Exception:  # as there
+        return False
+
+
+def _as_known(
+    target: PreTrainedModel, model_kwargs: dict[str, Any]
+) -> str | tuple[dict[tuple[Any, ...], str], tuple[Any, ...]]:
+    """The answer of `why_one_length`, where it is known; else where that of a trial belongs. Raises whatever hooks of others raise."""
+    name, takes = type(target).__name__, takes_positions(target, InputNames.of(target).positions)
+    if not takes and not target.config.is_encoder_decoder:
         return f"the target {name} takes no position for each token"
     if not moves(model_kwargs[CACHE]) or PositionLimits.of(target.config).by_length:
         return f"the target {name} has a cache whose rows cannot be moved, or positions by the length of a forward"
-    try:
-        is_common, parts, values = made_of(target)
-        if not is_common:
-            return f"the target {name} was altered, or is of a class that is not known"
-        tried = _tried.setdefault(target, {})
-        made = (*parts, *values, target.training)
-        if made not in tried:
-            tried[made] = _fault(target, input_ids, model_kwargs)
+    is_common, parts, values = made_of(target)
+    if is_common and takes:
+        return ""
+    if not is_common and not takes:
+        return f"the target {name} was altered, or is of a class that is not known"
+    tried = _tried.setdefault(target, {})
+    made = (*parts, *values, target.training)
+    if made in tried:
         return tried[made]
-    except Exception as error:  # a class from elsewhere may raise anything
-        return f"the target {name} was tried with rows of two lengths, and failed: {kind_and_place(error)}"
+    if len(tried) >= MOST_TRIALS:
+        return next(filter(None, tried.values()), "")
+    return tried, made
 
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:

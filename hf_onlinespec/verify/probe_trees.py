@@ -78,7 +78,9 @@ def _as_known(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     if reason:
         return f"the target {name} {reason}"
     is_common, parts, values = made_of(target)
-    made = (*parts, attention_kind(target.config), target.training)
+    positions = model_kwargs.get(InputNames.of(target).positions)
+    kinds = None if positions is None else positions.shape[:-2]
+    made = (*parts, attention_kind(target.config), target.training, kinds)
     tried = _tried.setdefault(target, {}).setdefault(made, {})
     if values in tried:
         return tried[values]
@@ -94,13 +96,15 @@ def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: d
     """What in this request keeps from verifying a tree, said of the target; "": nothing."""
     names = InputNames.of(target)
     mask, positions = model_kwargs.get(names.mask), model_kwargs.get(names.positions)
-    if given(model_kwargs) - names.text or continues_inputs(target):
+    if given(model_kwargs) - names.text:
         return "reads more than text"
+    if continues_inputs(target):
+        return "carries its inputs from one forward to the next in a way of its own"
     if not moves(model_kwargs[CACHE]):
         return "has a cache whose keys cannot be moved"
     if PositionLimits.of(target.config).by_length:
         return "computes its positions, or selects its keys, by the length of a forward"
-    if not takes_positions(target, names.positions) or (positions is not None and positions.ndim != 2):
+    if not takes_positions(target, names.positions) or (positions is not None and positions.ndim < 2):
         return "takes no position for each token"
     if mask is not None and (mask.ndim != 2 or (positions is None and not bool(mask.all()))):
         return "was given an attention mask without positions"
@@ -115,7 +119,8 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
     names = InputNames.of(target)
     inputs: dict[str, Any] = {"use_cache": True} | {name: own[name] for name in names.source if name in own}
     if model_kwargs.get(names.positions) is not None:
-        inputs[names.positions] = torch.arange(prompt.shape[1], device=prompt.device)[None]
+        kinds = model_kwargs[names.positions].shape[:-2]
+        inputs[names.positions] = torch.arange(prompt.shape[1], device=prompt.device).expand(*kinds, 1, -1)
     try:
         # With dropout two forwards never agree, which says nothing of masks and positions.
         random = target.training and is_random(target, input_ids, model_kwargs)

@@ -33,7 +33,7 @@ from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_h
 from .._compat.rollback import crop
 from ..models.holes import close_holes
 from ..rounds import Proposal, Rows, Verdict
-from .inputs import InputNames
+from .inputs import InputNames, given
 from .positions import PositionLimits
 from .row_positions import RowPositions, with_row_positions
 from .target import unread
@@ -66,14 +66,21 @@ class RaggedVerifier:
         self.features: Tensor | None = None
         self.unread_because = "" if self._reads == reads else unread(target)
         self._names = names = InputNames.of(target)
-        own = {*names.read_by_row, CACHE}
+        own = {*names.columns, CACHE}
         self._kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        self._once = given(self._kwargs) - names.text  # pictures and sounds, which are read with the prompts alone
+        # (batch, n) what kind of token each is, beside mask and positions; behind the prompts the last one, which goes on.
+        self._types = {
+            name: model_kwargs[name].expand(len(input_ids), -1)
+            for name in names.columns.keys() - {names.mask, names.positions} & given(model_kwargs)
+        }
         self._takes_positions = takes_positions(target, names.positions)  # whether each token is given its position
         self._counting: RowPositions | None = None  # what counts the positions of each row; None: nothing does
         if not self._takes_positions:
             self._target, self._counting = with_row_positions(target)
         # What counts positions passes padding of the prompt over, in the prompt's own forward alone.
-        self._prompt_alone = self._counting is not None and self._counting.has_padding(input_ids)
+        padded = self._counting is not None and self._counting.has_padding(input_ids)
+        self._prompt_alone = padded or bool(self._once)
         # A target that knows its tokens by the distance of their places (T5): all rows have to end at the same one.
         self._aligned = not self._takes_positions and self._counting is None
         self._table = PositionLimits.of(target.config).table
@@ -88,11 +95,11 @@ class RaggedVerifier:
         self._cached = min(held, length - 1)  # places in the cache
         self._cache = shallow_copy(model_kwargs[CACHE]) if held else fresh_cache(target.config)
         crop(self._cache, held - self._cached)  # the last token is read anew
-        given, fed = model_kwargs.get(names.positions), length - self._cached
-        counted = (self._seen.cumsum(-1) - 1).clamp_min(0) if given is None else given
-        self._unread = counted[:, -fed:].expand(
-            batch, fed
-        )  # (batch, unread) the positions of the tokens that come next
+        counted, fed = model_kwargs.get(names.positions), length - self._cached
+        if counted is None:
+            counted = (self._seen.cumsum(-1) - 1).clamp_min(0)
+        # The positions of the tokens that come next: (batch, unread), or of several kinds (kinds, batch, unread).
+        self._unread = counted[..., -fed:].expand(*counted.shape[:-2], batch, fed)
         self.first = True  # whether the prompts are still to be read
 
     def room(self) -> int:
@@ -108,7 +115,7 @@ class RaggedVerifier:
 
     def verify(self, rows: Rows, proposal: Proposal) -> Tensor:
         """Raw logits (batch, n + 1, vocab) in float32 behind the rows and behind each of their candidates, in one forward."""
-        n, fed = proposal.tokens.shape[1], self._unread.shape[1]
+        n, fed = proposal.tokens.shape[1], self._unread.shape[-1]
         if self.first:
             tokens = rows.tokens[:, -fed:]
         else:
@@ -120,8 +127,10 @@ class RaggedVerifier:
             steps = torch.arange(1, n + 1, device=tokens.device)
             has = steps <= torch.tensor(proposal.lengths, device=tokens.device)[:, None]  # (batch, n)
             seen = torch.cat([seen, has.to(seen)], dim=-1)
-            positions = torch.cat([positions, positions[:, -1:] + steps], dim=-1)
+            positions = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
         columns = {self._names.mask: seen}
+        for name, values in self._types.items():
+            columns[name] = self._names.continued(name, values, values.shape[-1] + n)
         if self._takes_positions:
             columns[self._names.positions] = positions
         if self._counting is not None:
@@ -141,6 +150,12 @@ class RaggedVerifier:
             inputs[self._names.positions] = tree_positions(proposal, self._unread)
             inputs[self._names.mask] = tree_mask(proposal, self._cached, shown, self._target.dtype, tokens.device)
         outputs = self._target(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
+        if self.first:
+            self._kwargs = {name: value for name, value in self._kwargs.items() if name not in self._once}
+            self._types = {
+                name: self._names.continued(name, values, values.shape[-1] + 1)[..., -1:]
+                for name, values in self._types.items()
+            }
         self._cached, self.first = self._cached + fed, False
         self.features = hidden_states(outputs, self._reads, tokens.shape[1]) if self._reads else None
         if self._reads and self.features is None:
@@ -155,7 +170,7 @@ class RaggedVerifier:
             places = torch.tensor([[*path, *range(len(path), most)] for path in paths])
             move(self._cache, places + self._cached, self._cached)
         crop(self._cache, verdict.proposal.tokens.shape[1] - most)
-        self._unread = self._unread[:, -1:] + 1
+        self._unread = self._unread[..., -1:] + 1
         if most:
             kept = torch.tensor(list(map(len, paths)), device=device)[:, None]
             own = torch.arange(most, device=device) < kept  # (batch, most)
@@ -172,7 +187,8 @@ class RaggedVerifier:
         index = torch.tensor(going_on, device=self._seen.device)
         select_rows(self._cache, index)
         self._kwargs = self._names.of_rows(self._kwargs, list(going_on))
-        self._seen, self._unread = self._seen[index], self._unread[index]
+        self._types = {name: values[index] for name, values in self._types.items()}
+        self._seen, self._unread = self._seen[index], self._unread[..., index, :]
         self._held = [self._held[row] for row in going_on]
         self._close_holes()
 
@@ -191,7 +207,8 @@ class RaggedVerifier:
         self._seen = torch.cat(
             [F.pad(one, (places + 1 - one.shape[1], 0)) for one in (self._seen, others._seen.to(device))]
         )
-        self._unread = torch.cat([self._unread, others._unread.to(device)])
+        self._unread = torch.cat([self._unread, others._unread.to(device)], dim=-2)
+        self._types = {name: torch.cat([values, others._types[name]]) for name, values in self._types.items()}
         self._kwargs = self._names.joined(self._kwargs, others._kwargs)
         self._held += others._held
         self._cached = places

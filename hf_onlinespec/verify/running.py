@@ -69,7 +69,7 @@ class RunningBatch:
         check_batch(target, inputs, self._processors, call.criteria, config, all_begin=False)
         adapters = check_adapters(draft, adapters_of_rows(adapter, len(inputs)), learn)
         with torch.inference_mode(False), torch.no_grad():
-            plain = why_plain_batch(target, inputs, call.criteria, config, call.model_kwargs)
+            plain = why_plain_batch(target, inputs, call.criteria, config, call.model_kwargs, all_begin=False)
         if plain:
             raise UnsupportedError(plain)
         self._call, self._draft, self._at_once = call, draft, at_once
@@ -152,7 +152,7 @@ class RunningBatch:
         longest = int(self._mask[own].sum(dim=1).max())  # what all of them have as padding is not read
         tokens = call.input_ids[own]
         columns = {
-            name: values[:, -longest:] if name in self._names.read_by_row and values is not None else values
+            name: values[..., -longest:] if name in self._names.columns and values is not None else values
             for name, values in self._names.of_rows(call.model_kwargs, own).items()
         }
         self._ready_rows = rows = Rows(tokens, (tokens.shape[1],) * len(own), tuple(own))

@@ -59,7 +59,7 @@ def check_joins(call: PreparedCall, draft: Draft) -> None:
         )
     with torch.inference_mode(False), torch.no_grad():
         # Its criteria end the one row that it has: none goes on behind its end until others have got to theirs.
-        plain = why_plain_batch(target, inputs, StoppingCriteriaList(), config, kwargs)
+        plain = why_plain_batch(target, inputs, StoppingCriteriaList(), config, kwargs, all_begin=False)
     if plain:
         raise UnsupportedError(plain)
 

@@ -156,7 +156,7 @@ class Verifier:
         inputs = dict(self._kwargs)
         for name, values in self._columns.items():
             place = end + self._surplus[name]
-            self._columns[name] = _continued(values, place, self._names.columns[name])
+            self._columns[name] = self._names.continued(name, values, place)
             inputs[name] = self._columns[name][..., :place]
         inputs = generative(self._target).prepare_inputs_for_generation(
             tokens,
@@ -197,7 +197,7 @@ class Verifier:
         if positions is None:  # a model that was given none counts
             positions = torch.full_like(tokens[:, :1], self._cached)
         shown = None if shown is None else shown[:, : self._cached]
-        inputs[names.positions] = tree_positions(tree, positions[:, :1])
+        inputs[names.positions] = tree_positions(tree, positions[..., :1])
         inputs[names.mask] = tree_mask(tree, self._cached, shown, self._target.dtype, tokens.device)
 
     def _take(self, outputs: ModelOutput, end: int, fed: int) -> None:
@@ -255,18 +255,3 @@ def unread(target: PreTrainedModel) -> str:
     return (
         f"the target {type(target).__name__} hands out no hidden states, one for each token, which the draft head reads"
     )
-
-
-def _continued(values: Tensor, length: int, how: str) -> Tensor:
-    """`values` (..., n) continued to `length` columns, see `InputNames.columns`."""
-    missing = length - values.shape[-1]
-    if missing <= 0:
-        return values
-    shape = (*values.shape[:-1], missing)
-    if how == "count":
-        more = values[..., -1:] + torch.arange(1, missing + 1, device=values.device)
-    elif how == "repeat":
-        more = values[..., -1:].expand(shape)
-    else:
-        more = values.new_ones(shape) if how == "ones" else values.new_zeros(shape)
-    return torch.cat([values, more], dim=-1)

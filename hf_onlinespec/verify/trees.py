@@ -44,7 +44,7 @@ def tree_mask(
 
 
 def tree_positions(proposal: Proposal, first: Tensor) -> Tensor:
-    """(batch, 1 + n) positions of the last kept token and the candidates, by depth; first: (batch, 1) of the last kept token."""
+    """(..., batch, 1 + n) positions of the last kept token and the candidates, by depth; first: (..., batch, 1) of the last kept token."""
     n = proposal.tokens.shape[1]
     steps = []
     for row in range(proposal.tokens.shape[0]):

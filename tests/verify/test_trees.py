@@ -218,7 +218,7 @@ def test_inputs_that_have_no_tree_are_given_chains() -> None:
     for inputs, reason in (
         (text | dict(pixel_values=torch.zeros(1)), "more than text"),
         (text | dict(attention_mask=padded), "without positions"),
-        (text | dict(position_ids=torch.zeros(3, 1, 12)), "position for each token"),
+        (text | dict(position_ids=torch.zeros(12)), "position for each token"),
         ({CACHE: windows}, "cannot be moved"),
         ({CACHE: DynamicCache(offloading=True)}, "cannot be moved"),
     ):
