@@ -58,10 +58,11 @@ def _weight(layer: nn.Module) -> Tensor | None:
 
 
 def _is_quantized(layer: nn.Module) -> bool:
-    """Whether it is not a linear layer of torch with an ordinary weight."""
+    """Whether it is not a linear layer of torch or of a model of transformers' (a router) with an ordinary weight."""
     weight = _weight(layer)
     ordinary = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
-    return type(layer) is not nn.Linear or not ordinary
+    plain = type(layer) is nn.Linear or type(layer).__module__.startswith("transformers.models.")
+    return not (plain and ordinary)
 
 
 def _try(target: PreTrainedModel, layers: list[tuple[str, nn.Module]], device: torch.device) -> str:

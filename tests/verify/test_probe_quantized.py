@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, attach, online_memory
+from hf_onlinespec.verify.probe_quantized import why_one_by_one
+from tests.architectures import ARCHITECTURES
 from tests.conftest import answered, tiny_llama
 
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)
@@ -155,6 +157,12 @@ def test_a_target_that_is_quantised_between_two_calls_is_tried_again() -> None:
     drafted = online_memory(target).metrics.drafted_tokens
     assert torch.equal(plain, target.generate(PROMPT, **CALL, onlinespec=FIXED))
     assert online_memory(target).metrics.drafted_tokens == drafted
+
+
+def test_a_router_that_is_a_linear_layer_of_its_own_class_is_not_quantised() -> None:
+    target = next(row for row in ARCHITECTURES if row.name == "phimoe").build()
+    assert any(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in target.modules())
+    assert why_one_by_one(target, torch.device("cpu")) == ""
 
 
 def test_one_layer_of_many_is_enough_and_is_named() -> None:
