@@ -73,10 +73,27 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
         tried[values] = "" if random else _fault(target, input_ids, model_kwargs)
     except Exception as error:  # a class from elsewhere may raise anything, and may yet decode token by token
         reason = f"the target {type(target).__name__} was tried with several tokens at once, and failed: {kind_and_place(error)}"
-        if isinstance(error, torch.OutOfMemoryError):
-            return reason  # that passes: the next request tries again
+        if not tells_of_target(error, target, input_ids, model_kwargs):
+            return reason
         tried[values] = reason
     return tried[values]
+
+
+def tells_of_target(error: Exception, target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
+    """Whether what a trial raised is to be remembered of a target; else the next request tries again.
+
+    A lack of memory passes, and a prompt that cannot be read at all (a picture without its placeholder) fails in plain decoding too.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    try:
+        prompt, kept = own_inputs(target, input_ids, model_kwargs)
+        with own_random_numbers(target, input_ids):
+            verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
+            verifier.verify(prompt, guesses(prompt[:, :0]))
+    except Exception:  # whatever a class from elsewhere raises
+        return False
+    return True
 
 
 def needs_trial(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> bool:

@@ -21,7 +21,18 @@ from ..rounds import Proposal, Rows, Verdict
 from ..runtime.failures import kind_and_place
 from .inputs import InputNames
 from .positions import PositionLimits
-from .probe import MOST_TRIALS, guesses, is_random, made_of, off, own_inputs, own_random_numbers, read_on, tolerance
+from .probe import (
+    MOST_TRIALS,
+    guesses,
+    is_random,
+    made_of,
+    off,
+    own_inputs,
+    own_random_numbers,
+    read_on,
+    tells_of_target,
+    tolerance,
+)
 from .ragged import RaggedVerifier
 from .target import Verifier
 
@@ -36,15 +47,19 @@ def why_one_length(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dic
     Args:
         input_ids: (1, L) the prompt of a row.
     """
+    known: str | tuple[dict[tuple[Any, ...], str], tuple[Any, ...]] = ""
     try:
         known = _as_known(target, model_kwargs)
         if isinstance(known, str):
             return known
-        tried, made = known
-        tried[made] = _fault(target, input_ids, model_kwargs)
-        return tried[made]
+        reason = _fault(target, input_ids, model_kwargs)
     except Exception as error:  # a class from elsewhere may raise anything
-        return f"the target {type(target).__name__} was tried with rows of two lengths, and failed: {kind_and_place(error)}"
+        reason = f"the target {type(target).__name__} was tried with rows of two lengths, and failed: {kind_and_place(error)}"
+        if isinstance(known, str) or not tells_of_target(error, target, input_ids, model_kwargs):
+            return reason
+    tried, made = known
+    tried[made] = reason
+    return reason
 
 
 def needs_row_trial(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> bool:

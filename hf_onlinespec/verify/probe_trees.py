@@ -22,7 +22,17 @@ from .._compat.generation import continues_inputs
 from ..runtime.failures import kind_and_place
 from .inputs import InputNames, given
 from .positions import PositionLimits
-from .probe import MOST_TRIALS, guesses, is_random, made_of, off, own_inputs, own_random_numbers, tolerance
+from .probe import (
+    MOST_TRIALS,
+    guesses,
+    is_random,
+    made_of,
+    off,
+    own_inputs,
+    own_random_numbers,
+    tells_of_target,
+    tolerance,
+)
 from .target import Verifier
 
 TREE_FORWARDS = 5  # of one trial
@@ -44,14 +54,18 @@ def why_chains(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[st
     Args:
         input_ids: (1, L) the prompt, or its new part.
     """
+    known: str | _Untried = ""
     try:
         known = _as_known(target, input_ids, model_kwargs)
         if isinstance(known, str):
             return known
-        known.tried[known.values] = _fault(target, input_ids, model_kwargs, known.is_common)
-        return known.tried[known.values]
+        reason = _fault(target, input_ids, model_kwargs, known.is_common)
     except Exception as error:  # hooks and classes of others may raise anything
-        return f"the target {type(target).__name__} was tried with a tree, and failed: {kind_and_place(error)}"
+        reason = f"the target {type(target).__name__} was tried with a tree, and failed: {kind_and_place(error)}"
+        if isinstance(known, str) or not tells_of_target(error, target, input_ids, model_kwargs):
+            return reason
+    known.tried[known.values] = reason
+    return reason
 
 
 def needs_tree_trial(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
@@ -121,15 +135,10 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
     if model_kwargs.get(names.positions) is not None:
         kinds = model_kwargs[names.positions].shape[:-2]
         inputs[names.positions] = torch.arange(prompt.shape[1], device=prompt.device).expand(*kinds, 1, -1)
-    try:
-        # With dropout two forwards never agree, which says nothing of masks and positions.
-        random = target.training and is_random(target, input_ids, model_kwargs)
-        with own_random_numbers(target, input_ids), _in_evaluation(target) if random else nullcontext():
-            found, expected = _two_branches(target, prompt, inputs)
-    except torch.OutOfMemoryError:
-        raise  # that passes: the next request tries again
-    except Exception as error:  # a class from elsewhere may raise anything
-        return f"the target {type(target).__name__} was tried with a tree, and failed: {kind_and_place(error)}"
+    # With dropout two forwards never agree, which says nothing of masks and positions.
+    random = target.training and is_random(target, input_ids, model_kwargs)
+    with own_random_numbers(target, input_ids), _in_evaluation(target) if random else nullcontext():
+        found, expected = _two_branches(target, prompt, inputs)
     apart = off(found, expected)
     if not bool((apart <= min(MOST_OFF, tolerance(target, input_ids.device.type))).all()):
         return (

@@ -225,6 +225,12 @@ def test_inputs_that_have_no_tree_are_given_chains() -> None:
         assert reason in why_chains(target, prompt(), inputs)
 
 
+def test_a_prompt_that_no_target_can_read_says_nothing_of_this_one() -> None:
+    target, inputs = built("llama"), {CACHE: DynamicCache()}
+    assert "failed: IndexError" in why_chains(target, prompt() + 1_000_000, inputs)
+    assert why_chains(target, prompt(), inputs) == ""
+
+
 class RefusesMasks(LlamaForCausalLM):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **inputs: Any
