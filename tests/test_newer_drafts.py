@@ -16,15 +16,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import hf_onlinespec
 from hf_onlinespec import OnlineSpecConfig
+from hf_onlinespec.commit.head import AT_ONCE
+from hf_onlinespec.commit.row_features import MOST_HELD as KEPT
 from hf_onlinespec.errors import OnlineSpecError
-from tests.architectures import ARCHITECTURES, Architecture, text, tiny
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.heads.assistants import assistant_of, dflash_of
 from tests.heads.mtp_targets import mtp_target
-from tests.tiny_models import tiny_llama
+from tests.multimodal import READERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "newer_drafts.md"
 TABLE_OF = "5.24"  # the release of transformers whose drafts are listed
@@ -42,7 +45,7 @@ class Row:
     """One draft of transformers."""
 
     kind: str
-    model_type: str  # of the target; of an assistant or a DFlash draft its own
+    model_type: str  # of the target
     found: str  # LEARNS, or words of the refusal
     more: dict[str, Any] = field(default_factory=dict)  # arguments of the configuration
 
@@ -51,14 +54,8 @@ class Row:
         return f"{self.kind} {self.model_type}"
 
 
+READS = {one.model_type: one for one in READERS if one.model_type == "muse_glimmer"}  # a target of that table alone
 MTP_SLIDING = {"num_mtp_layers": 1, "num_hidden_layers": 2}
-GEMMA = {
-    "num_hidden_layers": 2,
-    "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
-}
 ROWS = [
     *(
         Row(EXIT, name, LEARNS)
@@ -77,14 +74,14 @@ ROWS = [
     Row(LAYERS, "bailing_hybrid", "recurrent state"),
     Row(LAYERS, "nemotron_h", "recurrent state"),
     Row(LAYERS, "llama", "num_mtp_layers"),
-    Row(ASSISTANT, "gemma4_assistant", "its target's cache", {"text_config": text("gemma4_text", **GEMMA)}),
-    Row(
-        ASSISTANT,
-        "gemma4_unified_assistant",
-        "its target's cache",
-        {"text_config": text("gemma4_unified_text", **GEMMA)},
-    ),
-    Row(DFLASH, "muse_glimmer_assistant", "a whole block of tokens at once"),
+    Row(ASSISTANT, "gemma4_text", LEARNS),
+    Row(ASSISTANT, "gemma4_unified_text", LEARNS),
+    Row(ASSISTANT, "gemma4", LEARNS),
+    Row(ASSISTANT, "gemma3n_text", "hands out none"),
+    Row(DFLASH, "llama", LEARNS),
+    Row(DFLASH, "qwen3", LEARNS),
+    Row(DFLASH, "muse_glimmer", LEARNS),
+    Row(DFLASH, "jamba", "recurrent state"),
 ]
 
 
@@ -102,9 +99,9 @@ def asked(row: Row, folder: Path, patch: pytest.MonkeyPatch) -> tuple[PreTrained
         return mtp_target(row.model_type, folder, patch), {"use_mtp": True}
     if row.kind == LAYERS:
         return architecture(row).build(), {"use_mtp": True}
-    config = CONFIG_MAPPING[row.model_type](**(tiny(row.model_type) | row.more))
-    auto = AutoModelForCausalLM if row.kind == ASSISTANT else AutoModel
-    return tiny_llama(0, vocab=96), {"assistant_model": auto.from_config(config).eval()}
+    target = READS[row.model_type].build() if row.model_type in READS else architecture(row).build()
+    draft = assistant_of(target) if row.kind == ASSISTANT else dflash_of(target)
+    return target, {"assistant_model": draft}
 
 
 def run(row: Row, folder: Path, patch: pytest.MonkeyPatch) -> str:
@@ -148,12 +145,17 @@ def document(find: Callable[[Row], str]) -> str:
 
 HEADING = f"""# transformers' own newer drafts
 
-Beside a small model and an EAGLE head, transformers {TABLE_OF} drafts with parts of the target itself. With `onlinespec=True` they draft in our loop and learn:
+Beside a small model and an EAGLE head, transformers {TABLE_OF} drafts with parts of the target itself, and with models that read its inside. With `onlinespec=True` they draft in our loop and learn:
 
 - `target.generate(..., assistant_early_exit=4, onlinespec=True)`: the target's first 4 layers, its final norm and its head, over the target's weights. Any class that serves as a draft and has its layers in one list: of the first 104 [architectures](architectures.md) in the alphabet that are served as targets of text, 94 learned so (2026-11-27), and the others are refused by name. A target that was not trained to exit early says little behind its first layers: on SmolLM2 it did not pay (`benchmarks/LOG.md`, 2026-11-27). The KV cache of these layers is the draft's own, as the adapter changes its keys and values.
 - `target.generate(..., use_mtp=True, onlinespec=True)`: the MTP layer of the target's checkpoint, read from the folder or repository that the target was loaded from, as a [draft head](heads.md). Its name stands wherever a head's does: `hf_onlinespec:mtp_layers`. Of several MTP layers the first one drafts, again and again. Needs transformers 5.24; an older one is refused by name.
 
-What they learn is an adapter of the draft alone; it is saved by `save_pretrained`, and loaded with `OnlineDraft.from_pretrained(FOLDER, target=target)`. Not in our loop are drafts that read what it does not hand out: Gemma-4 assistants (keys and values of the target) and DFlash (a block of tokens from hidden states). They are refused by name; without `onlinespec` transformers runs them.
+- `target.generate(..., assistant_model=assistant, onlinespec=True)` with a Gemma-4 assistant (`google/gemma-4-E2B-it-assistant`): it reads keys and values of a Gemma 4 target, which the verifying forward hands out, and the target's last hidden state. A drafted token is read at the place of the last one that was verified, as the assistant was trained. Of the last {KEPT:,} tokens at most, keys and values are held beside the target's own, for drafting and for learning.
+- `target.generate(..., assistant_model=dflash, onlinespec=True)` with a DFlash draft (`meta-models/Muse-Glimmer-30B-assistant`): it reads hidden states of a few layers and says a block of tokens in one forward. It learns from the first {AT_ONCE} tokens of a block, or from `head_steps` of them where that is more. `speculation_type="dflash"` may be left out.
+
+Both are [draft heads](heads.md) from there on: each token is drawn from the draft's own distribution and verified against it, so sampling is exact too (transformers {TABLE_OF} hands Gemma-4 assistants' likeliest token on with logits that it was not drawn from). Where `generate` verifies chains of one row only, as with the sliding windows of Gemma 4, several rows decode plainly and `metrics.decisions` says so. Memory, recycling, governor and metrics are those of every draft.
+
+What is learned is an adapter of the draft alone: the model that was passed is not touched. It is saved by `save_pretrained`, and loaded with `OnlineDraft.from_pretrained(FOLDER, target=target)`; an assistant that has learned nothing yet is loaded by its name in the same way. `merge_and_export` writes an assistant as transformers reads it.
 
 Greedy decoding of tiny random models, each compared with plain `generate` while the draft learns in every round. The words of a refusal are those of its message. Written by `python -m tests.test_newer_drafts`."""
 COLUMNS = """| draft | model type | here |

@@ -22,6 +22,11 @@ def attention_kind(config: PretrainedConfig) -> str:
     return str(config.get_text_config(decoder=True)._attn_implementation)
 
 
+def take_boolean_masks(config: PretrainedConfig) -> None:
+    """From now on, a model that holds this configuration takes masks of (batch, 1, rows, keys) that are boolean."""
+    config._attn_implementation = "sdpa"
+
+
 def tree_obstacle(config: PretrainedConfig) -> str:
     """What in a configuration keeps from verifying a tree, said of the model; "": nothing.
 

@@ -1,14 +1,17 @@
-"""How a target hands out its hidden states in a forward."""
+"""How a target hands out its hidden states in a forward, and the keys and values that it shares with an assistant."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
+
+# What a draft reads inside of its target: indices of `hidden_states`; by a type of layers ("full_attention"), the keys and values that
+# a Gemma 4 target shares.
+Reads = tuple[int | str, ...]
 
 
 def takes_hidden_states(model: nn.Module) -> bool:
@@ -17,23 +20,30 @@ def takes_hidden_states(model: nn.Module) -> bool:
     return "output_hidden_states" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def hidden_states_inputs(reads: Sequence[int]) -> dict[str, Any]:
-    """Inputs of a forward that ask for these entries of `hidden_states`; (): none is asked for.
+def hidden_states_inputs(reads: Reads) -> dict[str, Any]:
+    """Inputs of a forward that ask for what is read; (): nothing is asked for.
 
-    Classes that collect their outputs by hooks hold the asked ones alone (transformers 5.23); for all others a list is a flag, and
-    all of them come back.
+    Classes that collect their outputs by hooks hold the asked hidden states alone (transformers 5.23); for all others a list is a flag,
+    and all of them come back.
     """
-    return {"output_hidden_states": list(reads)} if reads else {}
+    indices = [read for read in reads if isinstance(read, int)]
+    asked: dict[str, Any] = {"output_hidden_states": indices} if indices else {}
+    return asked | ({"return_shared_kv_states": True} if len(indices) < len(reads) else {})
 
 
-def hidden_states(outputs: ModelOutput, reads: Sequence[int], fed: int) -> Tensor | None:
-    """These entries of `hidden_states` at the last `fed` tokens, concatenated: (batch, fed, width).
+def hidden_states(outputs: ModelOutput, reads: Reads, fed: int) -> Tensor | None:
+    """What is read at the last `fed` tokens, concatenated: (batch, fed, width). Keys go before the values of the same layers.
 
     None: the model hands out none, or keeps something else in their place than one row for each token.
     """
-    states = outputs.get("hidden_states") or ()
-    found = [states[index] for index in reads if -len(states) <= index < len(states)]
-    if not found or len(found) < len(reads) or any(s is None or s.dim() != 3 or s.shape[1] < fed for s in found):
+    states, shared = outputs.get("hidden_states") or (), outputs.get("shared_kv_states") or {}
+    found: list[Tensor | None] = []
+    for read in reads:
+        if isinstance(read, str):
+            found += [entries.transpose(1, 2).flatten(2) for entries in shared.get(read, ())] or [None]
+        else:
+            found.append(states[read] if -len(states) <= read < len(states) else None)
+    rows = [state[:, -fed:] for state in found if state is not None and state.dim() == 3 and state.shape[1] >= fed]
+    if not rows or len(rows) < len(found):
         return None
-    rows = [state[:, -fed:] for state in found]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)

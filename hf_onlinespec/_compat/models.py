@@ -51,15 +51,6 @@ def takes_cache(model: nn.Module) -> bool:
     return CACHE in names or "input_ids" not in names
 
 
-def lives_in_target(model: PreTrainedModel) -> str:
-    """What a draft of transformers reads inside of its target, beside tokens; "": it drafts from tokens alone, as far as is known."""
-    if model.config.model_type in ("gemma4_assistant", "gemma4_unified_assistant"):
-        return "keys and values of its target's cache"
-    if "context_hidden_states" in inspect.signature(model.forward).parameters:  # DFlash
-        return "hidden states of its target, for a whole block of tokens at once"
-    return ""
-
-
 def keeps_logits(model: nn.Module) -> bool:
     """Whether `forward` can be told for how many last positions to compute logits."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .attention import take_boolean_masks
+
 _MODELS: list[Any] = []  # the class that reads them
 with contextlib.suppress(ImportError):  # transformers before 5.24 has none
     from transformers.modeling_layers import MtpModel
@@ -51,5 +53,5 @@ def read_mtp(target: PreTrainedModel) -> MtpParts:
     """Reads the first one from the checkpoint that the target was loaded from. Raises whatever that does."""
     model = _MODELS[0].from_pretrained(target, device_map={"": str(target.device)})
     layer = model.layers[0]
-    model.config._attn_implementation = "sdpa"  # masks of ours are boolean
+    take_boolean_masks(model.config)
     return MtpParts(layer.requires_grad_(False), copy.deepcopy(model.rotary_emb))

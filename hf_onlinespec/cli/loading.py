@@ -26,7 +26,7 @@ from ..models.tokenizer_pair import retokenizer_of
 from ..runtime.failures import is_out_of_memory
 from ..share.base_models import why_not_loaded
 from ..share.folder import is_artifact
-from ..share.heads import head_folder, names_head
+from ..share.heads import head_folder, names_assistant, names_head
 from ..share.loading import NamedBase, base_of, draftable, is_early_exit, locate
 from .common import AUTO
 
@@ -173,7 +173,7 @@ def is_head_for(draft: str, target: PretrainedConfig, base: str | None = None) -
     name, revision = base_of(draft, base)
     folder = head_folder(name, revision)
     if folder is None:
-        return name in OF_TARGETS  # it has no files: its target makes it
+        return name in OF_TARGETS or names_assistant(name, revision)  # its target makes it, or makes a head of it
     try:
         check_head(folder, target)
     except DraftError as error:

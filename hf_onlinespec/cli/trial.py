@@ -232,7 +232,9 @@ def _prepared(
     target = load_model("TARGET", settings.target, settings.dtype, device)
     if settings.draft is not None and is_head:
         make = partial(OnlineDraft.of, load_beside(settings.draft, target))
-        notes.append("Transformers' assisted generation runs no draft heads: it is not among the other ways.")
+        notes.append(
+            "Transformers' assisted generation runs no draft heads as ours does: it is not among the other ways."
+        )
     examiner = Examiner(target, lambda: float32_copy(target, free_bytes(device)))
     trial = Trial(
         target,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .._compat.generation import stateless
+from .._compat.hidden_states import Reads
 from ..adapt.schedules import Schedule
 from ..config import REPORTING, OnlineSpecConfig, ReportTo, as_config
 from ..errors import ConfigError
@@ -112,7 +113,7 @@ class Proposer(ABC):
     """What a draft is in one call of `generate`: it owns caches, and nothing that outlives the call."""
 
     schedule: Schedule | None = None  # when the request is learned; None: there is nothing to train
-    reads: tuple[int, ...] = ()  # of `Draft.reads`, what is read in this call: all or nothing
+    reads: Reads = ()  # of `Draft.reads`, what is read in this call: all or nothing
 
     @abstractmethod
     def propose(self, rows: Rows, room: int, trees: bool) -> Proposal:
@@ -163,12 +164,12 @@ class Draft(ABC):
     Safe with several threads: `lock` is held for the moments in which the served weights or the counters change.
 
     Attributes:
-        reads: indices of the target's `hidden_states` that the draft reads; (): none.
+        reads: what the draft reads inside of its target; (): nothing.
         adapters: names of the adapters that it has beside the one without a name; None: it has none, and makes none.
         exit_layers: of the target's own layers how many draft; None: none do.
     """
 
-    reads: tuple[int, ...] = ()
+    reads: Reads = ()
     exit_layers: int | None = None
     adapters: Collection[str] | None = None
 

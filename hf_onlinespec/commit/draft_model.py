@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .._compat.hidden_states import Reads
 from .._compat.models import max_positions
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora
@@ -143,12 +144,14 @@ class DraftModel(ABC):
 
     Attributes:
         positions: the longest context that it may see.
-        reads: indices of the target's `hidden_states` that it reads beside tokens; (): none.
+        reads: what it reads of the target beside tokens; (): nothing.
+        reads_places: whether it is told where each token stands, beside what it reads.
         most: tokens that it can draft in one round; None: any number.
         ids: the target's ids (n,) that it has logits for; None: those of its vocabulary, in order.
     """
 
-    reads: tuple[int, ...] = ()
+    reads: Reads = ()
+    reads_places = False
     most: int | None = None
     ids: Tensor | None = None
 

@@ -23,6 +23,7 @@ from ..adapt.gated_lora import GatedLora
 from ..adapt.trainable import Prefix
 from ..errors import UnsupportedError
 from ..heads.base import Head
+from ..heads.places import digits
 from ..heads.unrolling import Unroll
 from ..models.source import Source
 from ..models.vocabulary import Vocabulary
@@ -31,6 +32,8 @@ from .draft_model import Branch, DraftModel, KnownRow, Reader, TreeReader
 from .draft_trees import seen_by
 from .head_rows import HeadRows
 from .row_features import RowFeatures
+
+AT_ONCE = 4  # least drafted steps that are learned by a head which says all of them in one forward; chosen
 
 
 @final
@@ -44,7 +47,8 @@ class HeadModel(DraftModel):
     def __init__(self, head: Head, adapter: GatedLora, experts: Experts, lock: Lock, steps: Lock) -> None:
         size = head.config.vocab_size
         super().__init__(adapter, experts, Vocabulary(size, size, "vocab_size of the head"), lock, steps)
-        self.reads, self.most = head.reads, head.most
+        self.reads, self.most, self.reads_places = head.reads, head.most, head.reads_places
+        self._least_steps = AT_ONCE if head.at_once else 1
         self.ids = None if head.draft_ids is None else head.draft_ids.to(self.device)
         self._target: weakref.ref[PreTrainedModel] | None = None
 
@@ -125,6 +129,7 @@ class HeadModel(DraftModel):
         sources: Sequence[Source | None] | None = None,
     ) -> list[Tensor]:
         """See `Trainable.unrolled_logits`. Step k says token j from row j - 2 - k; what no row says has logits of 0 and no gradient."""
+        steps = max(steps, self._least_steps)
         steps = steps if self.most is None else min(steps, self.most)
         features = self.features(tokens[:, :-1], mask) if features is None else features
         rows, copies, length = tokens.shape[0], 1 if gates is None else gates.shape[0], tokens.shape[1]
@@ -165,13 +170,17 @@ class HeadModel(DraftModel):
             )
         inputs = {"input_ids": tokens.to(target.device)}
         own = _mask_of(mask, 0, tokens.shape[1])
+        places = torch.arange(tokens.shape[1], device=target.device)[None]
         if own is not None:
             own = own.to(target.device)
-            inputs |= {"attention_mask": own, "position_ids": (own.long().cumsum(-1) - 1).clamp_min(0)}
+            places = (own.long().cumsum(-1) - 1).clamp_min(0)
+            inputs |= {"attention_mask": own, "position_ids": places}
         outputs = target(**inputs, **hidden_states_inputs(self.reads), use_cache=False, return_dict=True)
         features = hidden_states(outputs, self.reads, tokens.shape[1])
         if features is None:
             raise UnsupportedError(f"The target {type(target).__name__} hands out no hidden states.")
+        if self.reads_places:
+            features = torch.cat([features, digits(places).to(features).expand(len(tokens), -1, -1)], dim=-1)
         return features.to(self.device)
 
 

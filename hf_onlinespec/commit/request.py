@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._compat.hidden_states import Reads
 from ..adapt.schedules import Schedule
 from ..govern.governor import NOTHING_LEARNS
 from ..metrics import CandidateCounts
@@ -51,7 +52,7 @@ class Request:
         return None if self.proposer is None else self.proposer.schedule
 
     @property
-    def reads(self) -> tuple[int, ...]:
+    def reads(self) -> Reads:
         """Indices of the target's `hidden_states` that are read in this call; (): none."""
         return () if self.proposer is None else self.proposer.reads
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..heads.places import with_places
+
 # Newest tokens of a row whose features are held, for a head to read and to learn from: public heads are trained on sequences of 2,048.
 MOST_HELD = 2048
 
@@ -17,9 +19,11 @@ class RowFeatures:
     Args:
         first: tokens on the left that are none, or that the target has read in an earlier turn.
         most: the newest so many tokens are held, and those of the latest round.
+        padding: tokens on the left that are none, where `rows` are to say the place of each token too; None: they need not.
     """
 
-    def __init__(self, first: int = 0, most: int = MOST_HELD) -> None:
+    def __init__(self, first: int = 0, most: int = MOST_HELD, padding: int | None = None) -> None:
+        self._padding = padding
         self.start = self.end = first
         self._parts: list[Tensor] = []  # each (1, n, width), one behind the other
         self._round: Tensor | None = None  # of everything that was fed in the latest round
@@ -67,7 +71,7 @@ class RowFeatures:
             self.start += surplus
 
     def rows(self, start: int, end: int) -> Tensor:
-        """(1, end − start, width) of tokens that are held; none where `end` lies before `start`.
+        """(1, end − start, width) of tokens that are held, behind them their places; none where `end` lies before `start`.
 
         Raises:
             IndexError: some of them are not held.
@@ -82,7 +86,8 @@ class RowFeatures:
             if at <= start:
                 break
             stop = at
-        return found[-1] if len(found) == 2 else torch.cat(found[::-1], dim=1)
+        rows = found[-1] if len(found) == 2 else torch.cat(found[::-1], dim=1)
+        return rows if self._padding is None else with_places(rows, start - self._padding)
 
     @property
     def nbytes(self) -> int:

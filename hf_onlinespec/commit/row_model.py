@@ -67,7 +67,8 @@ class RowModel:
         self.prompt_log_ratio: float | None = (
             None  # how much the prompt speaks for the learned draft; None: it was not asked
         )
-        self.features = RowFeatures(call.first_fed(row), MOST_HELD) if model.reads else None
+        places = self.padding if model.reads_places else None
+        self.features = RowFeatures(call.first_fed(row), MOST_HELD, places) if model.reads else None
         self._source = model.readable_source(None if call.source is None else call.source.row(row))
         self.reader = model.reader(self.mask, self.features, self._source)
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.adapters import base_of
+from .._compat.assistants import lives_in_target
 from .._compat.models import is_split, uncompiled
 from ..adapt.experts import Experts
 from ..adapt.gated_lora import GatedLora, without_adapter
@@ -36,6 +37,7 @@ from ..config import OnlineSpecConfig, as_config
 from ..errors import ConfigError, CopyError, DraftError, NotAModelError
 from ..govern.acceptance import RequestStats
 from ..govern.routing import AdapterRouter
+from ..heads.assistants import assistant_head
 from ..heads.base import Head
 from ..metrics import DraftMetrics, UpdateReport
 from ..metrics.summary import counted, size
@@ -142,7 +144,7 @@ class OnlineDraft(Draft):
     def _begin(self, model: PreTrainedModel | PeftModel | EarlyExit) -> None:
         """A new adapter on the model's weights as they are now; those with names are forgotten."""
         with torch.inference_mode(False):
-            base = _base(model)
+            base = _base(model, self.targets.at_hand)
             self._adapt(base, BaseFingerprint.of(base), folds=not isinstance(model, EarlyExit))
         self._source = Source(model)
         self.exit_layers = self._source.exit_layers
@@ -264,10 +266,12 @@ class OnlineDraft(Draft):
     @property
     def generation_config(self) -> GenerationConfig:
         """That of the user's model, as it is now."""
+        if isinstance(self.trainable, HeadModel):
+            return GenerationConfig()
         model = self._source.model
         model = model.target if isinstance(model, EarlyExit) else model
         model = self.trainable.adapter.tree if model is None else model
-        return GenerationConfig() if isinstance(model, Head) else model.generation_config
+        return model.generation_config
 
     @property
     def device(self) -> torch.device:
@@ -612,8 +616,8 @@ class OnlineDraft(Draft):
         self.learning.resume(state.part("adapter").tensors, state.part("learning"), state.part("metrics"))
 
 
-def _base(model: PreTrainedModel | PeftModel | EarlyExit) -> PreTrainedModel:
-    """The model or head to adapt. Raises DraftError."""
+def _base(model: PreTrainedModel | PeftModel | EarlyExit, target: PreTrainedModel | None) -> PreTrainedModel:
+    """The model or head to adapt; `target`: the latest one, if any is at hand. Raises DraftError."""
     if isinstance(model, EarlyExit):
         return model.cut()
     inner = uncompiled(model) if isinstance(model, nn.Module) else model
@@ -622,4 +626,6 @@ def _base(model: PreTrainedModel | PeftModel | EarlyExit) -> PreTrainedModel:
             f"The draft is a PeftModel around the head {type(base_of(inner)).__name__}: an adapter on a head is loaded with it. "
             "Pass the head itself, or load its folder with OnlineDraft.from_pretrained."
         )
+    if target is not None and isinstance(inner, PreTrainedModel) and lives_in_target(inner):
+        return assistant_head(inner, target)
     return inner if isinstance(inner, Head) else plain_draft(model)

@@ -109,7 +109,7 @@ def _model_draft(target: PreTrainedModel, draft: object, config: OnlineSpecConfi
     model = draft if isinstance(draft, OnlineDraft) else uncompiled(draft)
     if isinstance(model, PreTrainedModel | PeftModel):
         check_draft(target, model)  # before an adapter is made for nothing
-    found = online_draft(cast(PreTrainedModel, draft), config)  # which refuses other modules itself
+    found = online_draft(cast(PreTrainedModel, draft), config, target)  # which refuses other modules itself
     check_draft(target, found.model)
     return found
 

@@ -263,7 +263,7 @@ def draft_for(
         assistant.check_setting(settings)
         return assistant
     if assistant is not None:
-        return online_draft(assistant, settings)
+        return online_draft(assistant, settings, target)
     if exit_layers is not None or mtp:
         return own_layers_draft(target, exit_layers, settings)
     grown = grown_draft(target, settings)

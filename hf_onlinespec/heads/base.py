@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .._compat.hidden_states import Reads
 from ..errors import DraftError
 from ..models.layers import HEAD_INPUT
 from ..models.vocabulary import MAX_PADDING, rows
@@ -25,7 +26,8 @@ class HeadOutput(ModelOutput):
     """What a head says of the token behind each of n rows."""
 
     logits: Tensor = None  # type: ignore[assignment]  # (B, n or logits_to_keep, draft vocabulary)
-    hidden: Tensor = None  # type: ignore[assignment]  # (B, n, width): what the next step is given
+    # What the next step is given (B, n, width); at least of the rows that have logits, which are the last ones.
+    hidden: Tensor = None  # type: ignore[assignment]
     cache: Cache | None = None
 
 
@@ -45,7 +47,9 @@ class Head(PreTrainedModel, ABC):
 
     Attributes:
         reads: indices of the target's `hidden_states` tuple that are its features, concatenated in this order; -1 is the last one,
-            behind the final norm.
+            behind the final norm. Types of layers, whose keys and values follow, of an assistant that reads them.
+        reads_places: whether features end with where their token stands, see `places.py`.
+        at_once: whether the steps behind a row are said in the forward of the first one, whatever is drafted.
         most: tokens that it can draft behind one row of features; None: any number.
         draft_ids: (draft vocabulary,) int64 target ids of its logits, ascending; None: its logits are the target's vocabulary.
     """
@@ -57,6 +61,8 @@ class Head(PreTrainedModel, ABC):
     embed_tokens: nn.Module | None
     lm_head: nn.Module | None
     rotary_emb: nn.Module | None
+    reads_places = False
+    at_once = False
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
@@ -67,7 +73,7 @@ class Head(PreTrainedModel, ABC):
 
     @property
     @abstractmethod
-    def reads(self) -> tuple[int, ...]: ...
+    def reads(self) -> Reads: ...
 
     @property
     @abstractmethod
@@ -127,7 +133,7 @@ class Head(PreTrainedModel, ABC):
                 f"The embedding of {type(target).__name__} is {embedding.embedding_dim} wide and its hidden states {width}: the head "
                 "cannot read with it. It needs its own, embed_tokens.weight."
             )
-        beyond = [index for index in self.reads if not -layers - 1 <= index <= layers]
+        beyond = [index for index in self.reads if isinstance(index, int) and not -layers - 1 <= index <= layers]
         if beyond:
             raise DraftError(
                 f"The head reads hidden_states[{beyond[0]}] of its target, and {type(target).__name__} has {layers} layers: it "

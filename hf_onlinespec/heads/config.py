@@ -124,6 +124,41 @@ class MtpConfig(HeadConfig):
     model_type = "hf_onlinespec_mtp"
 
 
+class GemmaAssistantConfig(HeadConfig):
+    """A Gemma-4 assistant of transformers, which is a folder of its own.
+
+    Attributes:
+        num_hidden_layers: types of layers whose keys and values are held, and one layer more of what marks them.
+        shared: by the type of the target's layers, heads and width of the keys, and of the values, of each token.
+        window: tokens that layers of the type "sliding_attention" see, their own not counted.
+        ordered: whether the logits are those of some clusters of tokens alone, by their centroids.
+    """
+
+    model_type = "hf_onlinespec_gemma_assistant"
+
+    shared: dict[str, Any] | None = None
+    window: int = 512
+    ordered: bool = False
+
+
+class DFlashConfig(HeadConfig):
+    """A DFlash draft of transformers, which is a folder of its own.
+
+    Attributes:
+        reads: indices of the target's `hidden_states` tuple, in the order of concatenation.
+        block_size: places of a block; the token that is known stands in the first one.
+        mask_token_id: stands in all others.
+        window: how far a layer of the type "sliding_attention" sees.
+    """
+
+    model_type = "hf_onlinespec_dflash"
+
+    reads: list[int] | tuple[int, ...] = ()
+    block_size: int = 16
+    mask_token_id: int = 0
+    window: int = 2048
+
+
 class HydraConfig(HeadConfig):
     """Hydra: one small network for each drafted token, over the target's last hidden state and the tokens since.
 

@@ -12,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from .config import HeadConfig
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers, as transformers calls them
+
 
 def rotary_embedding(config: HeadConfig) -> LlamaRotaryEmbedding:
     """Llama's rotary embedding by the configuration of a head."""
@@ -60,6 +62,13 @@ def seen_keys(mask: Tensor | None, n: int, past: int, device: torch.device) -> T
         return seen
     own = torch.eye(n, past + n, dtype=torch.bool, device=device).roll(past, dims=1)
     return (seen & mask.bool()[:, None, None]) | own  # padding sees itself, as a row without any key has no softmax
+
+
+def seen_of(mask: Tensor | None, n: int, past: int, device: torch.device) -> Tensor:
+    """Which keys n rows behind `past` cached ones see: (1 or B, 1, n, past + n), boolean. Arguments as of `Head.forward`."""
+    if mask is None or mask.dim() == 2:
+        return seen_keys(mask, n, past, device)
+    return mask if mask.dtype == torch.bool else mask >= 0
 
 
 class Attention(nn.Module):

@@ -52,9 +52,9 @@ class Unroll:
             attention_mask=self._mask,
             past_key_values=self._cache,
             use_cache=self._cache is not None,
-            logits_to_keep=n,
+            logits_to_keep=max(n, self._rows) if n else 0,  # a head may have `hidden` of these rows alone
         )
-        return HeadOutput(out.logits, out.hidden[:, -self._rows :])
+        return HeadOutput(out.logits[:, -n:], out.hidden[:, -self._rows :])
 
     def next(self, tokens: Tensor, hidden: Tensor, n: int = 0) -> HeadOutput:
         """A further step, of the first r of the rows.

@@ -15,11 +15,14 @@ from transformers import PretrainedConfig
 from .._compat.models import model_name
 from ..errors import DraftError, brief
 from ..models.borrow import is_plain
+from .assistant_folder import write_assistant
 from .base import Head
 from .config import Eagle1Config, Eagle3Config, HeadConfig, HydraConfig
 from .described import FLAGS, IDS, default_reads
+from .dflash import DFlashHead
 from .eagle1 import Eagle1Head
 from .eagle3 import Eagle3Head
+from .gemma_assistant import GemmaAssistantHead
 from .mtp import MtpHead
 from .names import D2T, EAGLE1, EAGLE3, HYDRA, SPECULATORS, T2D, file_names
 from .stored import CONFIG, HYDRA_WEIGHTS
@@ -36,7 +39,8 @@ def write_head(
     target_config: PretrainedConfig | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a head's folder: config.json, and model.safetensors or Hydra's hydra_lm_head.pt. Read again, it is equal in every bit.
+    """Writes a head's folder: config.json, and model.safetensors or Hydra's hydra_lm_head.pt. Read again, it is equal in every bit. One of
+    transformers' assistants is written as transformers reads it.
 
     Args:
         form: "eagle3" (EAGLE, SGLang, vLLM) or "speculators" (vLLM) for an EAGLE-3 head; None: as it was read, or the head's only one.
@@ -50,11 +54,17 @@ def write_head(
         raise DraftError(
             "An MTP layer has no folder of its own: it lies in its target's checkpoint. save_pretrained keeps what it learned."
         )
+    held = dict(head.state_dict() if weights is None else weights)
+    folder = Path(folder)
+    if isinstance(head, GemmaAssistantHead | DFlashHead):
+        if form is not None:
+            raise DraftError(f"form={brief(form)}: {type(head).__name__} is written as transformers reads it alone.")
+        write_assistant(head, folder, held)
+        return
     own = _own_form(head)
     form = form or own
     if form not in ((EAGLE3, SPECULATORS) if isinstance(head, Eagle3Head) else (own,)):
         raise DraftError(f"form={brief(form)}: {type(head).__name__} is written as {own!r}.")
-    held = dict(head.state_dict() if weights is None else weights)
     held.pop("draft_ids", None)
     dtype = next(iter(held.values())).dtype
     config = _config(head.config, form, dtype, target_config)
@@ -67,7 +77,6 @@ def write_head(
         tensors = _embedding(head, dtype) | tensors
     if head.draft_ids is not None:
         tensors |= _vocabulary_map(head.draft_ids.cpu(), head.config.vocab_size)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if form == HYDRA:
         torch.save(tensors, folder / HYDRA_WEIGHTS)

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._compat.adapters import LoraLayer, base_of
+from .._compat.assistants import lives_in_target
 from .._compat.caches import CACHE, rolls_back
-from .._compat.models import is_offloaded, is_stateful, lives_in_target, takes_cache, uncompiled, weight_of
+from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled, weight_of
 from ..errors import DraftError, brief
 from .borrow import copy_modules
 from .encoders import new_cache, trial_inputs
@@ -30,14 +31,13 @@ def no_model(model: object) -> DraftError:
     )
 
 
-def check_drafts_alone(model: PreTrainedModel | PeftModel) -> None:
-    """Refuses transformers' drafts that read the inside of their target (Gemma-4 assistants, DFlash)."""
-    base = base_of(model) if isinstance(model, PeftModel) else model
-    reads = lives_in_target(base)
+def check_drafts_alone(model: PreTrainedModel) -> None:
+    """Refuses transformers' drafts that read the inside of their target (Gemma-4 assistants, DFlash) where no target is at hand."""
+    reads = lives_in_target(model)
     if reads:
         raise DraftError(
-            f"The draft {type(base).__name__} reads {reads}, which our loop hands to none. Call generate without onlinespec, or draft "
-            "with an EAGLE or MTP head, the target's first layers (assistant_early_exit), or without a draft (onlinespec=True)."
+            f"The draft {type(model).__name__} reads {reads}, and no target is given. Pass it to generate, as assistant_model= with "
+            "onlinespec=True, to attach(target, draft), or its name to OnlineDraft.from_pretrained(NAME, target=target)."
         )
 
 

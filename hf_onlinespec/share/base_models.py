@@ -18,13 +18,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from .._compat.assistants import is_dflash, lives_in_target
 from .._compat.models import auto_class
 from ..embedded import load_draft
 from ..errors import ArtifactError, DraftError, brief
 from ..models.identity import EMBEDDED, OF_TARGETS, PACKAGED, BaseFingerprint
-from .heads import head_folder, load_head
+from .heads import head_folder, load_assistant, load_head
 
 
 def load_base(
@@ -77,9 +78,9 @@ def load_model(
     try:
         place: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}
         folder_or_name = PACKAGED.get(name, name)
-        kind = auto_class(AutoConfig.from_pretrained(folder_or_name, **place))
+        config = AutoConfig.from_pretrained(folder_or_name, **place)
+        kind = AutoModel if is_dflash(config) else auto_class(config)
         model: PreTrainedModel = kind.from_pretrained(folder_or_name, **place).eval()
-        return model
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise DraftError(
@@ -91,6 +92,7 @@ def load_model(
             f"{brief(name)}: {why_not_loaded(error, name)} Expected an evolved draft, an adapter or "
             "a language model: a folder or a name on the Hub. The base of an adapter may be given as base_model=."
         ) from error
+    return model if target is None or not lives_in_target(model) else load_assistant(model, target)
 
 
 def check_base(expected: BaseFingerprint, found: BaseFingerprint, force: bool) -> None:

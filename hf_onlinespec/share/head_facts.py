@@ -7,9 +7,25 @@ from dataclasses import asdict, dataclass
 from transformers import PretrainedConfig
 
 from ..errors import ArtifactError, brief
-from ..heads.config import Eagle1Config, Eagle3Config, HeadConfig, HydraConfig, MtpConfig
+from ..heads.config import (
+    DFlashConfig,
+    Eagle1Config,
+    Eagle3Config,
+    GemmaAssistantConfig,
+    HeadConfig,
+    HydraConfig,
+    MtpConfig,
+)
 
-KINDS = {"EAGLE-3": Eagle3Config, "EAGLE-1": Eagle1Config, "Hydra": HydraConfig, "MTP": MtpConfig}
+ASSISTANT = "Gemma-4 assistant"
+KINDS = {
+    "EAGLE-3": Eagle3Config,
+    "EAGLE-1": Eagle1Config,
+    "Hydra": HydraConfig,
+    "MTP": MtpConfig,
+    ASSISTANT: GemmaAssistantConfig,
+    "DFlash": DFlashConfig,
+}
 MOST_READS = 1_000  # hidden states; chosen
 
 
@@ -32,7 +48,8 @@ class HeadFacts:
         if isinstance(config, Eagle3Config):
             size = config.draft_vocab_size or config.vocab_size
             return cls(kind, tuple(config.reads), size, config.vocab_size, config.target_layers)
-        return cls(kind, (-1,), config.vocab_size, config.vocab_size, config.target_layers)
+        reads = tuple(config.reads) if isinstance(config, DFlashConfig) else (-1,)
+        return cls(kind, reads, config.vocab_size, config.vocab_size, config.target_layers)
 
     def to_dict(self) -> dict[str, object]:
         """For a file."""
@@ -61,7 +78,8 @@ class HeadFacts:
     def reads_text(self) -> str:
         """What it reads, in words."""
         if self.reads == (-1,):
-            return "the last hidden state of the target"
+            shared = ", and keys and values of its cache" if self.kind == ASSISTANT else ""
+            return f"the last hidden state of the target{shared}"
         of = "" if self.target_layers is None else f" of a target of {self.target_layers} layers"
         return f"hidden_states[{', '.join(map(str, self.reads))}]{of}"
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from .._compat.assistants import is_dflash, is_gemma_assistant
 from .._compat.hub import HUB_FAILURES
 from .._compat.models import model_name, placed
 from ..errors import ArtifactError, DraftError, brief
+from ..heads.assistants import assistant_head
 from ..heads.base import Head
 from ..heads.eagle3 import Eagle3Head
 from ..heads.mtp import mtp_head
@@ -48,6 +50,15 @@ def names_head(name: str, revision: str | None = None, token: str | None = None)
         return isinstance(stated, dict) and is_head_config(stated)
     except (*HUB_FAILURES, OSError, ValueError):
         return False
+
+
+def names_assistant(name: str, revision: str | None = None) -> bool:
+    """Whether a name is a Gemma-4 assistant's or a DFlash draft's; False too where that is not known."""
+    try:
+        config = AutoConfig.from_pretrained(PACKAGED.get(name, name), revision=revision, trust_remote_code=False)
+    except (*HUB_FAILURES, OSError, ValueError, KeyError, ImportError):
+        return False
+    return is_gemma_assistant(config) or is_dflash(config)
 
 
 def head_folder(name: str, revision: str | None = None, token: str | None = None) -> Path | None:
@@ -95,6 +106,17 @@ def load_head(name: str, folder: Path | None, target: PreTrainedModel | None) ->
     head.config.name_or_path = name
     head.share(target)
     return head if target.device.type == "meta" else head.to(target.device)
+
+
+def load_assistant(model: PreTrainedModel, target: PreTrainedModel) -> Head:
+    """The head that a Gemma-4 assistant or a DFlash draft of transformers is, in the target's precision and on its device.
+
+    Raises:
+        DraftError: it is not one for this target.
+    """
+    if target.dtype.is_floating_point:
+        model = model.to(target.dtype)  # type: ignore[arg-type]  # as in `placed`
+    return assistant_head(model if target.device.type == "meta" else placed(model, target.device), target)
 
 
 def shipped_head_for(target: PretrainedConfig) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.adapters import adds_virtual_tokens, base_of
+from .._compat.assistants import is_dflash, lives_in_target
 from .._compat.caches import CACHE, held_rows, held_tokens
 from .._compat.generation import (
     SAMPLING_MODES,
@@ -26,10 +27,11 @@ from .._compat.rollback import forgets, rollback_obstacle
 from ..commit.base import Draft
 from ..config.adapters import AUTO, MOST_ADAPTERS
 from ..errors import ConfigError, DraftError, UnsupportedError, brief
+from ..heads.assistants import check_assistant
 from ..heads.base import Head
+from ..heads.dflash import DFlashHead
 from ..heads.mtp import MtpHead
 from ..models.encoders import SourceInputs, states_width
-from ..models.plain import check_drafts_alone
 from ..models.retokenizing import Retokenizer
 from ..models.tokenizer_pair import retokenizer_of
 from .inputs import given
@@ -90,7 +92,12 @@ def check_call(
             f"assistant_ensemble_weight={weight}: it would let the draft change what the model says. Leave it out."
         )
     head = base_of(draft) if isinstance(draft, PeftModel) else draft
-    drafting = {"assistant_early_exit": exit_layers, "use_mtp": mtp or isinstance(head, MtpHead)}
+    blocks = isinstance(head, DFlashHead) or (isinstance(head, PreTrainedModel) and is_dflash(head.config))
+    drafting = {
+        "assistant_early_exit": exit_layers,
+        "use_mtp": mtp or isinstance(head, MtpHead),
+        "speculation_type": "dflash" if blocks else None,
+    }
     for other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"):
         value = vars(config).get(other)
         if value and value != drafting.get(other):
@@ -128,8 +135,14 @@ def check_draft(
                 "decoder without one. Draft with a small model, or without one (onlinespec=True)."
             )
         head.share(target)
+    elif lives_in_target(head):
+        if isinstance(draft, PeftModel):
+            raise DraftError(
+                f"The draft is a PeftModel around {type(head).__name__}, which is made into a head for its target. Merge the adapter "
+                "into it (merge_and_unload), or pass the model itself."
+            )
+        check_assistant(head, target)
     else:
-        check_drafts_alone(draft)
         _check_source(target, head)
         if (
             retokenizer_of(target, draft, tokenizer, assistant_tokenizer) is not None

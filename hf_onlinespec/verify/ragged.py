@@ -29,7 +29,7 @@ from .._compat.caches import (
     take_over,
 )
 from .._compat.generation import generative, hidden_tokens
-from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
+from .._compat.hidden_states import Reads, hidden_states, hidden_states_inputs, takes_hidden_states
 from .._compat.rollback import crop
 from ..models.holes import close_holes
 from ..rounds import Proposal, Rows, Verdict
@@ -60,7 +60,7 @@ class RaggedVerifier:
         input_ids: Tensor,
         config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        reads: tuple[int, ...] = (),
+        reads: Reads = (),
     ) -> None:
         self._target, self._reads = target, reads if takes_hidden_states(target) else ()
         self.features: Tensor | None = None

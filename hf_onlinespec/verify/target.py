@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE, held_tokens, move, returned_cache
 from .._compat.generation import continue_inputs, continues_inputs, generative, hidden_tokens
-from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
+from .._compat.hidden_states import Reads, hidden_states, hidden_states_inputs, takes_hidden_states
 from .._compat.rollback import crop, feed_limit, quantizes, record_past, rollback_obstacle
 from ..errors import UnsupportedError
 from ..rounds import Proposal
@@ -42,7 +42,7 @@ class Verifier:
         plain_because: str = "",
         trees_because: str = "",
     ) -> None:
-        self._target, self._reads, self._names = target, tuple[int, ...](), InputNames.of(target)
+        self._target, self._reads, self._names = target, Reads(), InputNames.of(target)
         self.features: Tensor | None = None
         self.unread_because = ""
         self.plain_because = plain_because  # why rounds have no room
@@ -87,8 +87,8 @@ class Verifier:
         self._outputs: ModelOutput | None = None  # of the last forward
         self.keep(input_ids)
 
-    def hand_out(self, reads: tuple[int, ...]) -> None:
-        """From now on, hands out the `hidden_states` of these indices as `features`; (): none."""
+    def hand_out(self, reads: Reads) -> None:
+        """From now on, hands out what is read of the target as `features`; (): nothing."""
         self._reads = reads if takes_hidden_states(self._target) else ()
         self.unread_because = "" if self._reads == reads else unread(self._target)
 
