@@ -24,8 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from fuzz_cases import Case, Fresh, Request, draw_case
-from fuzz_running import named, run_case
+from fuzz_answers import named
+from fuzz_cases import Case, draw_case
+from fuzz_objects import Fresh
+from fuzz_requests import Request
+from fuzz_running import run_case
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hf_onlinespec import OnlineSpecConfig
@@ -70,9 +74,16 @@ def describe(case: Case, request: Request | None) -> str:
     words = f"target {case.target}; draft {case.draft or 'none'} {case.wrapped}; failure {case.failure}; {settings}"
     if request is None:
         return words
-    how = {k: "…" if isinstance(v, Fresh) else v for k, v in request.arguments.items()}
+    how = {k: _short(v) for k, v in request.arguments.items()}
     flags = [request.turn, "inference_mode" * request.inference_mode, "as_config" * request.as_config, request.through]
+    flags += [] if request.adapter is None else [f"adapter={request.adapter}"]
     return f"{words}\n    prompt {request.prompt.tolist()} {how} {' '.join(filter(None, flags))}"
+
+
+def _short(value: object) -> object:
+    if isinstance(value, Tensor):
+        return tuple(value.shape) if value.is_floating_point() else value.tolist()
+    return "…" if isinstance(value, Fresh) else value
 
 
 def main() -> int:

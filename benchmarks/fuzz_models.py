@@ -1,19 +1,24 @@
-"""The fuzzer's models: targets and drafts whose windows, tables and ropes end within the lengths of its requests."""
+"""The fuzzer's models: targets and drafts whose windows, tables and ropes end within the lengths of its requests; and tokenizers."""
 
 from __future__ import annotations
 
+import copy
+import random
 import string
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast, WhisperForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is not installed
 
-from tests.tiny_models import random_model
+from tests.encoder_decoders import bart, m2m, t5, whisper
+from tests.tiny_models import random_model, tiny_llama
+from tests.tokenizers import strings
 
 LETTERS = string.ascii_letters + string.digits + "+/"  # what the tokens stand for
 VOCAB = len(LETTERS)
@@ -83,17 +88,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TARGETS = [name for name in MODELS if name != "mamba"] + ["llama"] * 3 + ["gpt2", "mistral, window"]
 DRAFTS = [name for name in MODELS if name not in ("mamba", "lfm2, convolutions")]
+ENCODER_DECODERS = {"t5": t5, "bart": bart, "m2m_100": m2m, "whisper": whisper}
+WHISPER_DECODER = "whisper, a decoder alone"  # reads the target's encoder outputs
+HEADED = ["llama", "llama, two layers", "llama, padded vocabulary", "mistral, window", "gemma3, mixed windows", "gpt2"]
+PAIRS, SOME = "llama, pairs of letters", "llama, some letters"  # tokens of drafts with another tokenizer
+EXITS = "first layer"  # of the target's own, as assistant_early_exit
 
 
 @cache
 def model_of(name: str, seed: int) -> PreTrainedModel:
+    if name in ENCODER_DECODERS:
+        return ENCODER_DECODERS[name](seed, vocab_size=VOCAB)
+    if name == WHISPER_DECODER:
+        torch.manual_seed(seed)
+        model = WhisperForCausalLM(copy.deepcopy(model_of("whisper", 1).config)).eval()
+        model.generation_config = copy.deepcopy(model_of("whisper", 1).generation_config)
+        return model
+    if name in (PAIRS, SOME):
+        return tiny_llama(seed, vocab=len(tokenizer_of(name)), initializer_range=0.4)
     model_type, arguments = MODELS[name]
     return random_model(CONFIG_MAPPING[model_type](**BASE | arguments), seed)
 
 
 @cache
-def letters_tokenizer() -> PreTrainedTokenizerFast:
-    """Of one letter a token, for `stop_strings`."""
+def tokenizer_of(name: str = "") -> PreTrainedTokenizerFast:
+    """Of one letter a token; or the tokenizer of such a draft, which has the letters in another order."""
+    if not name:
+        return _of_letters()
+    letters = random.Random(name).sample(LETTERS, VOCAB if name == PAIRS else VOCAB - 4)
+    pairs = tuple(zip(letters[:20], letters[20:40], strict=True)) if name == PAIRS else ()
+    return strings(*letters, *(one + other for one, other in pairs), merges=pairs)
+
+
+def _of_letters() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
