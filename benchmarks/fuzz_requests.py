@@ -81,8 +81,6 @@ def draw_request(rng: random.Random, pool: list[list[int]], target: str, draft: 
     if (wrapped or draft == EXITS) and rng.random() < 0.2:
         some = [rng.choice([None, *NAMES]) for _ in range(rows)]
         request.adapter = rng.choice([NAMES[0], "auto", some])
-    if target == "whisper" and draft:
-        arguments.pop("begin_suppress_tokens", None)  # its generate leaves them out beside an assistant
     if request.rows > 1 or (arguments.get("num_return_sequences") or 1) > 1:
         request.reasons.add("rows")
     return request

@@ -35,6 +35,8 @@ def test_random_calls_equal_plain_generate(fuzz: ModuleType) -> None:
     assert report.outcomes["equal"] > CASES
     assert all(report.counts[name] > CASES // 2 for name in ("drafted_tokens", "accepted_tokens", "updates"))
     assert report.counts["failures"] > CASES // 20
+    kinds = ("batches", "trees", "encoder_decoders", "heads", "other_tokenizers", "scripts", "named_adapters")
+    assert all(report.counts[name] > CASES // 20 for name in kinds), report.counts
 
 
 def test_a_case_alone_is_the_case_among_others(fuzz: ModuleType) -> None:

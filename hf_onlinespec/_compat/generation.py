@@ -50,6 +50,7 @@ with imports_of_others():
     )
     from transformers.generation.stopping_criteria import EosTokenCriteria
     from transformers.generation.utils import GenerationMode, is_deepspeed_zero3_enabled, is_fsdp_managed_module
+    from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
     from transformers.pipelines import base as pipelines_base
     from transformers.utils import ModelOutput
 
@@ -70,6 +71,7 @@ WRAPPED = (
     (GenerationMixin, "_prepare_generation_config"),
     (GenerationMixin, "generate"),
     (pipelines_base, "load_assistant_model"),
+    (WhisperGenerationMixin, "generate"),
 )
 
 

@@ -44,7 +44,8 @@ from ..verify.loop import decode
 from .call import AttachedCall, anything_attached, call_of, call_with, calling
 from .growing import grown_draft
 from .own_layers import own_layers_draft
-from .setting import add_settings, remove_settings, says, unset, wanted, wanted_adapter
+from .setting import add_settings, is_ours, remove_settings, says, unset, wanted, wanted_adapter
+from .whisper import give_back, wrap_whisper
 
 Function = Callable[..., Any]
 
@@ -56,7 +57,7 @@ def enable() -> None:
     if _originals:
         return
     _originals.extend(originals())
-    extract, get_mode, validate, assisted, prepare, generate, load_assistant = _originals
+    extract, get_mode, validate, assisted, prepare, generate, load_assistant, of_whisper = _originals
     wrappers = (
         _wrap_extract(extract),
         _wrap_get_mode(get_mode),
@@ -65,6 +66,7 @@ def enable() -> None:
         _wrap_prepare(prepare),
         _wrap_generate(generate),
         _wrap_load_assistant(load_assistant),
+        wrap_whisper(of_whisper),
     )
     for (owner, name), wrapper in zip(WRAPPED, wrappers, strict=True):
         setattr(owner, name, wrapper)
@@ -79,11 +81,6 @@ def disable() -> None:
         setattr(owner, name, original)
     remove_settings()
     _originals.clear()
-
-
-def _is_ours(config: GenerationConfig, assistant: object) -> bool:
-    """A draft of ours always decodes in our loop (with onlinespec=False it only drafts); any other draft when asked to."""
-    return isinstance(assistant, Draft) or bool(wanted(config))
 
 
 class _CustomArguments(dict[str, Any]):
@@ -110,7 +107,7 @@ def _wrap_get_mode(get_mode: Function) -> Function:
     @functools.wraps(get_mode)
     def get_generation_mode(self: GenerationConfig, assistant_model: object = None) -> GenerationMode:
         call = call_with(self)
-        if _is_ours(self, assistant_model):
+        if is_ours(self, assistant_model):
             check_mode(self, get_mode(self))
         elif call is None or not call.accepts():
             return get_mode(self, assistant_model)
@@ -133,14 +130,14 @@ def _wrap_validate(validate: Function, get_mode: Function) -> Function:
         if isinstance(assistant, Draft):
             assistant.begin_anew_if_changed()
         call = call_of(self)
-        if wanted_adapter(config) is not None and call is None and not _is_ours(config, assistant):
+        if wanted_adapter(config) is not None and call is None and not is_ours(config, assistant):
             raise UnsupportedError(
                 f"adapter={wanted_adapter(config)!r} in a call in which no draft of ours takes part. Pass a draft with onlinespec=True; "
                 "with custom_generate=, as an argument of generate itself."
             )
         if call is not None and assistant is None and wanted(config):
             assistant = call.attachment.draft
-        if mode == GenerationMode.ASSISTED_GENERATION and _is_ours(config, assistant):
+        if mode == GenerationMode.ASSISTED_GENERATION and is_ours(config, assistant):
             _check_ours(self, assistant, config, mode_kwargs)
             # Vocabularies were compared; transformers asks for two tokenizers wherever sizes differ, and refuses them otherwise.
             told = ("assistant_model", "assistant_tokenizer")
@@ -201,7 +198,7 @@ def _wrap_assisted(assisted: Function) -> Function:
         call = call_of(self)
         if call is not None and call.served:
             return _decode_attached(call, arguments, synced_gpus, named, model_kwargs, inputs_tensor)
-        if not _is_ours(generation_config, assistant_model):
+        if not is_ours(generation_config, assistant_model):
             return assisted(
                 *arguments,
                 synced_gpus=synced_gpus,
@@ -297,6 +294,7 @@ def _wrap_prepare(prepare: Function) -> Function:
 def _wrap_generate(generate: Function) -> Function:
     @functools.wraps(generate)
     def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        give_back(self, kwargs)
         if kwargs.get("onlinespec") or isinstance(kwargs.get("assistant_model"), Draft):
             check_prompt(self, args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
         if not anything_attached():

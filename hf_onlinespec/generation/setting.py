@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .._compat.generation import keeps_extras
+from ..commit.base import Draft
 from ..config import OnlineSpecConfig
 from ..config.adapters import Asked, checked_adapter
 from ..errors import ConfigError
@@ -84,6 +85,11 @@ def unset(config: GenerationConfig) -> None:
 def wanted(config: GenerationConfig) -> OnlineSpecConfig | bool | None:
     """What a configuration says; None: nothing."""
     return config.onlinespec  # type: ignore[attr-defined]
+
+
+def is_ours(config: GenerationConfig, assistant: object) -> bool:
+    """Whether a call decodes in our loop: with a draft of ours always (with onlinespec=False it only drafts), with any other when asked to."""
+    return isinstance(assistant, Draft) or bool(wanted(config))
 
 
 def wanted_adapter(config: GenerationConfig) -> Asked:

@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from hf_onlinespec import ConfigError, OnlineSpecConfig, UnsupportedError, attached, generate_stream, online_memory
+from hf_onlinespec import (
+    ConfigError,
+    OnlineDraft,
+    OnlineSpecConfig,
+    UnsupportedError,
+    attached,
+    generate_stream,
+    online_memory,
+)
 from tests.chi_square import THOUSAND, follows
 from tests.encoder_decoders import START, bart, m2m, source, t5, whisper
 from tests.tiny_models import CACHE
@@ -219,6 +227,22 @@ def test_a_source_without_anything_is_refused_before_any_work() -> None:
     with pytest.raises(UnsupportedError, match="source has length 0"):
         target.generate(encoder_outputs=states, onlinespec=MEMORY, max_new_tokens=4)
     assert online_memory(target).metrics.requests == 0
+
+
+@pytest.mark.parametrize("drafts", ["memory", "model", "draft"])
+def test_whisper_s_own_generate_says_with_a_draft_what_it_says_without_one(drafts: str) -> None:
+    """Beside any assistant it would say tokens that must not begin an answer, and refuse those that are given to begin with."""
+    target, model = whisper(0), whisper(1)
+    given: dict[str, Any] = {"onlinespec": MEMORY} if drafts != "draft" else {}
+    if drafts != "memory":
+        given["assistant_model"] = model if drafts == "model" else OnlineDraft(model, MEMORY)
+    inputs = source(target)
+    first = int(target.generate(**inputs, **ARGUMENTS)[0, 0])
+    for more in ({"begin_suppress_tokens": [first]}, {"decoder_input_ids": torch.tensor([[START, 7]])}):
+        arguments = ARGUMENTS | inputs | more
+        plain = target.generate(**arguments)
+        assert plain[0, 0] != first
+        assert torch.equal(target.generate(**arguments, **given), plain)
 
 
 LONG: list[dict[str, Any]] = [
