@@ -19,6 +19,8 @@ from hf_onlinespec import OnlineSpecError
 
 TIE = 1e-4  # of two best scores: float32 differs by about 1e-5 from one shape of a forward to another
 CLOSE = 1e-3  # scores of the same token in two forwards
+# Of several rows, plain decoding goes on reading the padding of those that have ended, past a table of positions too: ours does not.
+PLAIN_ALONE = "raised by plain alone: IndexError"
 CALLERS = (ZeroDivisionError, KeyboardInterrupt)  # raised by the caller's own processors and streamers
 
 
@@ -119,6 +121,8 @@ def differ(request: Request, target: PreTrainedModel, plain: Answer, ours: Answe
     # Plain's own text may have gone on to where the caller's processor fails, or the table of positions ends.
     if request.arguments["do_sample"] and isinstance(plain.error, (*CALLERS, IndexError)) and ours.error is None:
         return _could_be(request, target, ours)
+    if request.rows > 1 and isinstance(plain.error, IndexError) and ours.error is None:
+        return PLAIN_ALONE
     # Two things of the caller's fail: processors see all tokens of a round before the streamer is given the first.
     if isinstance(plain.error, CALLERS) and isinstance(ours.error, CALLERS):
         return f"raised: {type(ours.error).__name__}"
@@ -203,6 +207,8 @@ def _could_be(request: Request, target: PreTrainedModel, ours: Answer) -> str:
         "logits_processor": Fresh(lambda: [*first, Follow(tokens, ours.start, request.pad)])
     }
     plain = ask(target, followed)
+    if request.rows > 1 and isinstance(plain.error, IndexError):
+        return PLAIN_ALONE
     if plain.error is not None:
         return f"plain cannot write the sampled text: {named(plain.error)}"
     return (
