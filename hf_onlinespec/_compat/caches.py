@@ -116,6 +116,18 @@ def fresh_cache(config: PretrainedConfig) -> Cache:
     return DynamicCache(config=text)
 
 
+def make_ordinary(cache: Cache) -> None:
+    """Lets a cache that was made under `torch.inference_mode()` be written to outside of it: tensors of that kind are copied.
+
+    A preallocated layer is written in place; those that grow make new tensors with every forward.
+    """
+    for layer in (layer for part in cache_parts(cache) for layer in part.layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    setattr(layer, name, value.clone())
+
+
 def returned_cache(outputs: ModelOutput) -> Cache | None:
     """The cache that a forward returned."""
     cache = outputs.get(CACHE)

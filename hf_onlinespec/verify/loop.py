@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .._compat.caches import CACHE, held_tokens
+from .._compat.caches import CACHE, held_tokens, make_ordinary
 from .._compat.generation import Generated, generated_output, hidden_tokens, pad_token
 from ..commit.base import Call, Draft, note_latest
 from ..commit.gaps import Gaps
@@ -114,6 +114,7 @@ def decode(
     with draft.failures.records.attempt():
         draft.serves(target, own_tokens=retokenizer is None)
     with draft.generating(), torch.inference_mode(False), torch.no_grad():
+        make_ordinary(model_kwargs[CACHE])
         loop = (
             _several(*arguments, model_kwargs, draft, lockstep)
             if several

@@ -89,17 +89,21 @@ def test_a_cache_that_can_be_rolled_back_is_drafted_for_and_left_as_plain_leaves
 
 
 @pytest.mark.parametrize("make", [rounded, CACHES["preallocated"]], ids=["quantised", "preallocated"])
-def test_a_conversation_goes_on_in_the_same_cache(make) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_conversation_goes_on_in_the_same_cache(make, mode) -> None:
     def turns(**arm: Any) -> list[Tensor]:
-        cache = make(target.config)
-        first = target.generate(PROMPT, **{CACHE: cache}, do_sample=False, max_new_tokens=14, **arm)
-        more = torch.cat([first, PROMPT], dim=-1)
-        return [first, target.generate(more, **{CACHE: cache}, do_sample=False, max_new_tokens=24, **arm)]
+        with mode():  # what is made in inference mode is written to outside of it
+            cache = make(target.config)
+            first = target.generate(PROMPT, **{CACHE: cache}, do_sample=False, max_new_tokens=14, **arm)
+            more = torch.cat([first, PROMPT], dim=-1)
+            return [first, target.generate(more, **{CACHE: cache}, do_sample=False, max_new_tokens=24, **arm)]
 
     target = tiny_llama(1, layers=2)
     plain = turns()
     for _ in range(2):
-        assert all(map(torch.equal, plain, turns(onlinespec=FIXED)))
+        with answered():
+            ours = turns(onlinespec=FIXED)
+        assert all(map(torch.equal, plain, ours))
 
 
 def test_a_preallocated_window_is_rolled_back_until_it_is_full() -> None:
