@@ -26,10 +26,10 @@ COLUMNS = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggin
 TOOLS = ("pytest", "pytest-xdist", "rich", "matplotlib", "optax>=0.2.8,<0.3", "accelerate", "safetensors")
 # What leans on the names and caches of transformers and peft, the Hub's client and the numbers of torch; without what takes longest.
 FAST = """
-    adapt/test_feedback adapt/test_gated_lora adapt/test_learner commit/test_combined commit/test_lookahead
+    adapt/test_feedback adapt/test_gated_lora adapt/test_head_learning adapt/test_learner commit/test_combined commit/test_lookahead
     commit/test_sampling commit/test_suffix_memory measure/test_exactness models/test_layers models/test_plain
     share/test_export share/test_hub share/test_lora_options test_attachment test_compat test_draft test_generation
-    verify/test_positions verify/test_probe verify/test_streaming verify/test_target
+    verify/test_batches verify/test_head_targets verify/test_positions verify/test_probe verify/test_streaming verify/test_target
 """.split()
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, output_capturing
+
+# Whether a list asks for hidden states. Before transformers 5.23 the last one never comes with a list, and the draft's would be missing.
+SELECTS = "selected_hidden_states" in vars(output_capturing)
 
 # What a draft reads inside of its target: indices of `hidden_states`; by a type of layers ("full_attention"), the keys and values that
 # a Gemma 4 target shares.
@@ -23,11 +26,11 @@ def takes_hidden_states(model: nn.Module) -> bool:
 def hidden_states_inputs(reads: Reads) -> dict[str, Any]:
     """Inputs of a forward that ask for what is read; (): nothing is asked for.
 
-    Classes that collect their outputs by hooks hold the asked hidden states alone (transformers 5.23); for all others a list is a flag,
-    and all of them come back.
+    Classes that collect their outputs by hooks hold the asked hidden states alone (transformers 5.23); for all others, and before, all
+    of them come back.
     """
     indices = [read for read in reads if isinstance(read, int)]
-    asked: dict[str, Any] = {"output_hidden_states": indices} if indices else {}
+    asked: dict[str, Any] = {"output_hidden_states": indices if SELECTS else True} if indices else {}
     return asked | ({"return_shared_kv_states": True} if len(indices) < len(reads) else {})
 
 
