@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import hf_onlinespec
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import load_pair, prompts
 from hf_onlinespec.errors import ArtifactError, ConfigError
 from hf_onlinespec.heads.eagle3 import Eagle3Head
+from tests.encoder_decoders import bart
 from tests.tiny_models import tiny_llama
 
 GROWS = OnlineSpecConfig(grow_head=True)
@@ -61,15 +64,18 @@ def test_it_learns_from_what_it_serves() -> None:
     assert sum(lengths[-6:]) / 6 > 1.15 * sum(lengths[:3]) / 3, lengths
 
 
-def test_a_grown_head_is_saved_and_goes_on_with_its_target(tmp_path: Path) -> None:
-    target = tiny_llama(0, layers=4)
+@pytest.mark.parametrize("make", [lambda seed: tiny_llama(seed, layers=4), bart], ids=["llama", "bart"])
+def test_a_grown_head_is_saved_and_goes_on_with_its_target(
+    make: Callable[[int], PreTrainedModel], tmp_path: Path
+) -> None:
+    target = make(0)
     draft = hf_onlinespec.attach(target, config=OnlineSpecConfig(grow_head=True, update_every=1, update_when="round"))
     torch.manual_seed(0)
     target.generate(torch.randint(32, (1, 6)), **OPTIONS)
     assert isinstance(draft, OnlineDraft) and draft.steps > 0
     draft.save_pretrained(tmp_path)
-    loaded = OnlineDraft.from_pretrained(tmp_path, target=tiny_llama(0, layers=4))
+    loaded = OnlineDraft.from_pretrained(tmp_path, target=make(0))
     mine, others = draft.state().part("adapter").tensors, loaded.state().part("adapter").tensors
     assert loaded.steps == draft.steps and all(torch.equal(mine[name], others[name]) for name in mine)
     with pytest.raises(ArtifactError, match="another base"):
-        OnlineDraft.from_pretrained(tmp_path, target=tiny_llama(1, layers=4))
+        OnlineDraft.from_pretrained(tmp_path, target=make(1))

@@ -37,9 +37,11 @@ def hidden_states_inputs(reads: Reads) -> dict[str, Any]:
 def hidden_states(outputs: ModelOutput, reads: Reads, fed: int) -> Tensor | None:
     """What is read at the last `fed` tokens, concatenated: (batch, fed, width). Keys go before the values of the same layers.
 
-    None: the model hands out none, or keeps something else in their place than one row for each token.
+    Of an encoder–decoder, the decoder's. None: the model hands out none, or keeps something else in their place than one row for
+    each token.
     """
-    states, shared = outputs.get("hidden_states") or (), outputs.get("shared_kv_states") or {}
+    states = outputs.get("hidden_states") or outputs.get("decoder_hidden_states") or ()
+    shared = outputs.get("shared_kv_states") or {}
     found: list[Tensor | None] = []
     for read in reads:
         if isinstance(read, str):

@@ -88,10 +88,12 @@ _HOOKED = (HOOK, "_old_forward", "forward")
 
 
 _COMPILED = "_compiled_call_impl"  # what `module.compile()` made of the module's own forward
+_RECORDS = "_output_capturing_hooks_installed"  # whether a module has the hooks that hand out its hidden states (5.24)
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """What belongs to a module itself: without what compiling made of it, and without a hook of somebody else's.
+    """What belongs to a module itself: without what compiling made of it, without a hook of somebody else's, and without the note
+    that hooks which are left behind are there.
 
     Accelerate's own hooks go along; a function put in place of `forward` (torch.compile) still runs the user's own module.
     """
@@ -100,7 +102,11 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if not (name == _COMPILED or (foreign and name in _HOOKED) or (name == "forward" and inspect.isfunction(value)))
+        if not (
+            name in (_COMPILED, _RECORDS)
+            or (foreign and name in _HOOKED)
+            or (name == "forward" and inspect.isfunction(value))
+        )
     }
 
 
@@ -125,6 +131,18 @@ _LONGEST = (
     "max_seq_len",
 )
 _LONGEST_SOURCE = ("max_source_positions", "max_encoder_position_embeddings", "max_position_embeddings")
+
+
+def writing_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of what writes: of an encoder–decoder its decoder's, with the widths and layers of that.
+
+    `get_text_config` leaves T5's family the number of layers of the encoder (5.24).
+    """
+    text = config.get_text_config(decoder=True)
+    layers = vars(config).get("num_decoder_layers")
+    if text is not config and config.is_encoder_decoder and layers is not None:  # it is a copy
+        text.num_hidden_layers = layers
+    return text
 
 
 _GROWING = ("xglm",)  # their table of positions grows with the sequence

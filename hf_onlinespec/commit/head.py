@@ -25,6 +25,7 @@ from ..errors import UnsupportedError
 from ..heads.base import Head
 from ..heads.places import digits
 from ..heads.unrolling import Unroll
+from ..models.encoders import inputs_without_source
 from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from ..runtime.forks import Lock
@@ -162,19 +163,22 @@ class HeadModel(DraftModel):
 
     @torch.no_grad()
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `DraftModel`."""
+        """See `DraftModel`. Of an encoder–decoder as if it had read nothing: the text alone does not say what it was written from."""
         target = None if self._target is None else self._target()
         if target is None:
             raise UnsupportedError(
                 "A draft head reads hidden states of its target, which is not at hand: load the head with target=, or let it serve."
             )
-        inputs = {"input_ids": tokens.to(target.device)}
+        inputs = inputs_without_source(target, tokens.to(target.device))
         own = _mask_of(mask, 0, tokens.shape[1])
         places = torch.arange(tokens.shape[1], device=target.device)[None]
         if own is not None:
             own = own.to(target.device)
             places = (own.long().cumsum(-1) - 1).clamp_min(0)
-            inputs |= {"attention_mask": own, "position_ids": places}
+            if target.config.is_encoder_decoder:
+                inputs["decoder_attention_mask"] = own
+            else:
+                inputs |= {"attention_mask": own, "position_ids": places}
         outputs = target(**inputs, **hidden_states_inputs(self.reads), use_cache=False, return_dict=True)
         features = hidden_states(outputs, self.reads, tokens.shape[1])
         if features is None:

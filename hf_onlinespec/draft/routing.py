@@ -96,7 +96,8 @@ class Routing:
         with self._present() as others:
             drafts: list[tuple[str | None, Adapted]] = [(None, self._draft), *others.items()]
             for name, draft in drafts:
-                logits = draft.trainable.logits(batch.tokens[:, :-1], batch.n, False, batch.mask, features)
+                tokens = batch.tokens[:, :-1]
+                logits = draft.trainable.logits(tokens, batch.n, False, batch.mask, features, batch.sources)
                 accepted = acceptance(batch.teachers, logits, batch.temperature, own).tolist()
                 for of_row, values in zip(found, split(accepted, lengths), strict=True):
                     of_row[name] = sum(values) / len(values)

@@ -14,7 +14,9 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .._compat.hidden_states import Reads
+from .._compat.models import writing_config
 from ..errors import DraftError
+from ..models.encoders import writing_embedding
 from ..models.layers import HEAD_INPUT
 from ..models.vocabulary import MAX_PADDING, rows
 from .config import HeadConfig
@@ -32,7 +34,7 @@ class HeadOutput(ModelOutput):
 
 
 class TargetLayers:
-    """The target's layers that a head uses. Not among the head's own modules, and the same in every copy of it."""
+    """The target's layers that a head uses, of an encoder–decoder its decoder's. Not among the head's own modules, and the same in every copy of it."""
 
     def __init__(self) -> None:
         self.embedding: nn.Module | None = None
@@ -110,8 +112,8 @@ class Head(PreTrainedModel, ABC):
         Raises:
             DraftError: the target has another width or vocabulary, or fewer layers than the head reads.
         """
-        embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
-        config = target.config.get_text_config(decoder=True)
+        embedding, lm_head = writing_embedding(target), target.get_output_embeddings()
+        config = writing_config(target.config)
         size, width, layers = rows(embedding), config.hidden_size, config.num_hidden_layers
         if width != self.config.target_hidden_size:
             raise DraftError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from .._compat.models import writing_config
 from ..errors import DraftError
 from .base import Head
 from .config import Eagle1Config, Eagle3Config, HeadConfig, HydraConfig
@@ -55,7 +56,7 @@ def _empty_head(folder: Path, target_config: PretrainedConfig) -> tuple[Head, di
     maps = {name: tensors.pop(name) for name in (D2T, T2D) if name in tensors}
     shapes = {name: some[0].shape for name, some in tensors.items()}
     try:
-        config = described(values, form, shapes, target_config.get_text_config(decoder=True), folder)
+        config = described(values, form, shapes, writing_config(target_config), folder)
         with torch.device("meta"):
             head = _empty(config)
     except (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat.models import max_positions
+from .._compat.hidden_states import hidden_states, hidden_states_inputs, takes_hidden_states
+from .._compat.models import max_positions, writing_config
+from ..models.encoders import encoder_of, inputs_without_source, writing_embedding
 from ..models.vocabulary import rows
 from .config import Eagle3Config
 from .eagle3 import Eagle3Head
@@ -27,6 +30,7 @@ ON_HIDDEN = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_
 RENAMED = {"hidden_norm.weight": "input_layernorm.weight"}  # of the head, and of the target
 LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 NORM = re.compile(r"(?:.*\.)?norm\.weight")  # the target's last norm
+DECODER_NORM = re.compile(r"final_layer_norm\.weight")  # that of T5's decoder
 
 
 def special_tokens(target: PreTrainedModel) -> list[int]:
@@ -53,9 +57,10 @@ def new_config(target: PreTrainedModel, draft_vocab_size: int, **changes: Any) -
     Args:
         changes: fields of Eagle3Config that are another.
     """
-    text = target.config.get_text_config(decoder=True)
+    text = writing_config(target.config)
     said, width, heads = text.to_dict(), int(text.hidden_size), int(text.num_attention_heads)
-    table = rows(target.get_input_embeddings())
+    head_dim = said.get(text.attribute_map.get("head_dim", "head_dim")) or width // heads
+    table = rows(writing_embedding(target))
     vocab_size = int(text.vocab_size) if table is None else min(int(text.vocab_size), table)
     rope = said.get("rope_parameters") or {}
     fields: dict[str, Any] = {
@@ -63,7 +68,7 @@ def new_config(target: PreTrainedModel, draft_vocab_size: int, **changes: Any) -
         "intermediate_size": said.get("intermediate_size") or 4 * width,
         "num_attention_heads": heads,
         "num_key_value_heads": said.get("num_key_value_heads") or heads,
-        "head_dim": said.get("head_dim") or width // heads,
+        "head_dim": head_dim + head_dim % 2,  # rotary embeddings turn pairs of numbers
         "rms_norm_eps": said.get("rms_norm_eps") or 1e-5,
         "max_position_embeddings": max_positions(target.config),
         # A target whose layers rotate differently (Gemma-3) names a rope for each kind of layer: then it is Llama's default.
@@ -85,14 +90,17 @@ def start_from_target(head: Eagle3Head, target: PreTrainedModel, source: int = -
     """Sets a head's weights from its target's, where shapes fit; returns the names of the weights that were set.
 
     The projection passes the last of the features on, attention and MLP are those of one layer of the target and read the hidden
-    state, not the token yet; the vocabulary head's rows and the norm before it are the target's.
+    state, not the token yet; the vocabulary head's rows and the norm before it are the target's. An encoder–decoder's parts are those
+    of its decoder.
 
     Args:
         source: the target's layer.
     """
     own, found = head.state_dict(), []
+    decodes = encoder_of(target) is not None
+    given_to = (target.get_decoder() if decodes else target).state_dict()
     layers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in target.state_dict().items():
+    for name, tensor in given_to.items():
         match = LAYER.fullmatch(name)
         if match:
             layers.setdefault(int(match[1]), {})[match[2]] = tensor
@@ -114,9 +122,33 @@ def start_from_target(head: Eagle3Head, target: PreTrainedModel, source: int = -
         weight = dict(lm_head.named_parameters(recurse=False)).get("weight")
         ids = draft_tokens(head)
         found += _set(own, "lm_head.weight", None if weight is None else weight[ids.to(weight.device)])
-    norms: Sequence[Tensor] = [tensor for name, tensor in target.state_dict().items() if NORM.fullmatch(name)]
+        if "lm_head.weight" in found:
+            own["lm_head.weight"].mul_(_logits_scale(target))
+    norm = DECODER_NORM if decodes else NORM
+    norms: Sequence[Tensor] = [tensor for name, tensor in given_to.items() if norm.fullmatch(name)]
     found += _set(own, "norm.weight", norms[-1] if norms else None)
     return found
+
+
+@torch.no_grad()
+def _logits_scale(target: PreTrainedModel) -> float:
+    """What a target multiplies its last hidden state or its logits by around its vocabulary head (T5, Cohere), tried on three tokens.
+
+    Of four digits, so that it is the same in every precision of the computer; 1: by nothing, or it hands out no hidden states.
+    """
+    if not takes_hidden_states(target):
+        return 1.0
+    tokens = torch.arange(1, 4, device=target.device)[None]
+    last = writing_config(target.config).num_hidden_layers
+    outputs = target(
+        **inputs_without_source(target, tokens), **hidden_states_inputs((last,)), use_cache=False, return_dict=True
+    )
+    hidden, lm_head = hidden_states(outputs, (last,), tokens.shape[1]), target.get_output_embeddings()
+    if hidden is None or lm_head is None:
+        return 1.0
+    said, logits = lm_head(hidden).float(), outputs.logits.float()
+    scale = float((said * logits).sum() / said.square().sum())
+    return float(f"{scale:.4g}") if 0 < scale < math.inf else 1.0
 
 
 def _set(own: dict[str, Tensor], name: str, given: Tensor | None) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +57,13 @@ def encoder_of(model: PreTrainedModel) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
+def writing_embedding(model: PreTrainedModel) -> nn.Module:
+    """The embedding of the tokens that a model writes: those of a source may have another one (Marian, FSMT)."""
+    writes = model if encoder_of(model) is None else model.get_decoder()
+    embedding: nn.Module = writes.get_input_embeddings()
+    return embedding
+
+
 def readable_source(model: PreTrainedModel, source: Source) -> Source | None:
     """What the own encoder of a model can read of a source of one row; None: what was read is not known, or of another kind.
 
@@ -90,7 +96,7 @@ def encoded(model: PreTrainedModel, source: Source, mask: Tensor | None) -> Tens
     return states
 
 
-def trial_inputs(model: PreTrainedModel, tokens: Tensor) -> Mapping[str, Any]:
+def inputs_without_source(model: PreTrainedModel, tokens: Tensor) -> dict[str, Any]:
     """Inputs of a forward in which a model writes tokens (rows, n): a source of one row of zeros comes with them, if it reads any."""
     names = SourceInputs.of(model)
     if names is None:

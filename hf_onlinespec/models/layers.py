@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .._compat.adapters import expert_names
 from ..errors import DraftError
 from .borrow import is_plain
-from .encoders import encoder_of, trial_inputs
+from .encoders import encoder_of, inputs_without_source, writing_embedding
 
 FORWARD = "its forward is not W x"
 COMPUTED = "its weight is computed at every forward"
@@ -39,7 +39,7 @@ def choose_layers(model: PreTrainedModel, wanted: Collection[str] | None) -> tup
         wanted: layer names (full, or their last part); None: see `adaptable_layers`.
     """
     encoder = encoder_of(model)
-    embedding = (model if encoder is None else model.get_decoder()).get_input_embeddings()
+    embedding = writing_embedding(model)
     encodes = set() if encoder is None else set(encoder.modules())
     chosen: list[str] = []
     left_out: dict[str, str] = {}
@@ -133,7 +133,7 @@ def follows_batch(model: PreTrainedModel, names: Collection[str]) -> set[str]:
             seen[name].append([])
             handles.append(modules[name].register_forward_pre_hook(_collector(seen[name][-1])))
         try:
-            model(**trial_inputs(model, batch), use_cache=False)
+            model(**inputs_without_source(model, batch), use_cache=False)
         except Exception as error:  # as in plain.check_cache: whatever it raises here, it would raise at every step
             raise DraftError(
                 f"The draft {type(model).__name__} cannot read two sequences, which the experts of an ensemble need: "

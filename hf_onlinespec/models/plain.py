@@ -16,7 +16,7 @@ from .._compat.caches import CACHE, rolls_back
 from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled, weight_of
 from ..errors import DraftError, brief
 from .borrow import copy_modules
-from .encoders import new_cache, trial_inputs
+from .encoders import inputs_without_source, new_cache
 
 
 def no_model(model: object) -> DraftError:
@@ -96,7 +96,7 @@ def check_cache(model: PreTrainedModel) -> None:
     tokens = torch.ones(1, 3, dtype=torch.long, device=model.device)
     try:
         for part in (tokens[:, :1], tokens[:, 1:]):
-            model(**trial_inputs(model, part), **{CACHE: cache}, use_cache=True)
+            model(**inputs_without_source(model, part), **{CACHE: cache}, use_cache=True)
     except torch.OutOfMemoryError as error:
         raise DraftError(
             f"There is too little memory for the draft {name} beside the target ({error}). Free some, or use a smaller draft."

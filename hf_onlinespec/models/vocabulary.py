@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .._compat.adapters import LoraLayer, base_of
 from .._compat.models import unpadded_size
-from .encoders import encoder_of
+from .encoders import writing_embedding
 
 # Without tokenizers, sizes that differ by more are taken for those of two tokenizers. Chosen, with room: the models of one
 # family differ by its padding (128 ids in Qwen2.5) and by tokens that were added.
@@ -50,10 +50,7 @@ class Vocabulary:
         said, read, source = unpadded_size(text) or stated, stated, "config.vocab_size"
         if isinstance(model, PreTrainedModel):
             try:
-                writes = (
-                    model if encoder_of(model) is None else model.get_decoder()
-                )  # an encoder may have a vocabulary of its own
-                head, embedding = rows(model.get_output_embeddings()), rows(writes.get_input_embeddings())
+                head, embedding = rows(model.get_output_embeddings()), rows(writing_embedding(model))
             except (NotImplementedError, AttributeError):  # transformers does not find them in this class
                 head = embedding = None
             read = read if embedding is None else embedding

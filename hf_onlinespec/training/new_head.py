@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat.models import model_name
 from .._compat.tokenizers import chat_inputs
-from ..errors import ConfigError, require_whole
+from ..errors import ConfigError, UnsupportedError, require_whole
 from ..heads.eagle3 import Eagle3Head
 from ..heads.starting import draft_tokens, new_config, special_tokens, start_from_target
 from ..heads.writing import write_head
@@ -92,12 +92,18 @@ def new_head(
         work: folder of answers, cached hidden states and the checkpoint, which may be removed afterwards; None: `folder` + ".work".
 
     Raises:
+        UnsupportedError: the target is an encoder–decoder.
         ConfigError: there are too few answers; `work` belongs to another training.
         DraftError: the target hands out no hidden states.
 
     Example:
         >>> head = new_head(target, chat_prompts(tokenizer, texts), "my-head")               # doctest: +SKIP
     """
+    if target.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"The target {type(target).__name__} is an encoder–decoder, and new_head writes answers to prompts of a decoder. Let a head "
+            "grow from what it serves: generate(..., onlinespec=OnlineSpecConfig(grow_head=True))."
+        )
     config = HeadTraining() if config is None else config
     folder = Path(folder)
     work = folder.with_name(folder.name + ".work") if work is None else Path(work)

@@ -125,15 +125,9 @@ def check_draft(
 
     Raises:
         DraftError: names what differs.
-        UnsupportedError: a head of an encoder–decoder.
     """
     head = base_of(draft) if isinstance(draft, PeftModel) else draft
     if isinstance(head, Head):
-        if target.config.is_encoder_decoder:
-            raise UnsupportedError(
-                f"The target {type(target).__name__} is an encoder–decoder, and the draft {type(head).__name__} a head, which reads a "
-                "decoder without one. Draft with a small model, or without one (onlinespec=True)."
-            )
         head.share(target)
     elif lives_in_target(head):
         if isinstance(draft, PeftModel):

@@ -246,3 +246,19 @@ def test_rows_of_a_batch_are_read_with_their_own_sources() -> None:
     for _ in range(3):
         assert torch.equal(target.generate(**inputs, assistant_model=draft, **settings), plain)
     assert draft.metrics.updates and not draft.metrics.failed_drafts
+
+
+def test_adapters_are_compared_on_texts_with_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, seen = t5(0), list[bool]()
+    draft, logits = OnlineDraft(t5(1), **REPEATABLE), Seq2Seq.logits
+
+    def noted(model: Seq2Seq, *arguments: Any, **named: Any) -> Tensor:
+        sources = named.get("sources", arguments[-1])
+        seen.append(isinstance(sources, tuple) and None not in sources)
+        return logits(model, *arguments, **named)
+
+    generated(target, assistant_model=draft, adapter="sql")
+    monkeypatch.setattr(Seq2Seq, "logits", noted)
+    plain = generated(target)
+    assert torch.equal(generated(target, assistant_model=draft, adapter="auto"), plain)
+    assert seen and all(seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_onlinespec import ConfigError, DraftError
+from hf_onlinespec import ConfigError, DraftError, UnsupportedError
 from hf_onlinespec.embedded import EmbeddedPair, prompts
 from hf_onlinespec.heads.eagle3 import Eagle3Head
 from hf_onlinespec.heads.reading import read_head
@@ -25,7 +26,9 @@ from hf_onlinespec.training.head_loop import LoopSettings, epoch_batches
 from hf_onlinespec.training.head_loss import unrolled_loss
 from hf_onlinespec.training.head_start import frequent_tokens
 from hf_onlinespec.training.new_head import HeadTraining, chat_prompts, new_head
+from tests.architectures import ARCHITECTURES
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.encoder_decoders import t5
 
 VOCAB = 32
 QUICK = HeadTraining(
@@ -245,6 +248,34 @@ def test_a_head_takes_from_its_target_what_has_its_shape(make: Any) -> None:
         assert torch.equal(head.norm.weight, target.model.norm.weight) and len(named) == 12
         features = torch.randn(1, 3, head.features_size)
         assert torch.equal(head.projected(features), features[..., -16:])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: t5(num_layers=1, num_decoder_layers=4, tie_word_embeddings=True),
+        lambda: next(a for a in ARCHITECTURES if a.name == "cohere").build(),
+    ],
+    ids=["t5", "cohere"],
+)
+def test_the_logits_of_a_new_head_are_scaled_as_its_target_s(make: Callable[[], PreTrainedModel]) -> None:
+    """T5's decoder multiplies its hidden states in front of the vocabulary head, Cohere what that says."""
+    target = make()
+    head = Eagle3Head(new_config(target, 20), torch.arange(20) + 2)
+    start_from_target(head, target)
+    tokens, read = torch.tensor([[3, 5, 7, 4]]), {"input_ids": torch.tensor([[9, 8, 6]])}
+    read = read | {"decoder_input_ids": tokens} if target.config.is_encoder_decoder else {"input_ids": tokens}
+    with torch.no_grad():
+        out = target(**read, output_hidden_states=True)
+        states = out["decoder_hidden_states" if target.config.is_encoder_decoder else "hidden_states"]
+        said = head.lm_head(states[-1])
+    assert max(head.reads) < len(states)
+    torch.testing.assert_close(said, out.logits[..., 2:22], rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_of_an_encoder_decoder_grows_and_is_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"T5ForConditionalGeneration is an encoder–decoder.*grow_head=True"):
+        new_head(t5(), [], tmp_path / "head")
 
 
 # The training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +16,6 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessorList,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -28,6 +27,7 @@ from transformers.utils import ModelOutput
 from hf_onlinespec import DraftError, OnlineCandidateGenerator, OnlineDraft, UnsupportedError
 from tests.architectures import ARCHITECTURES, LIMIT
 from tests.chi_square import MILLION, THOUSAND
+from tests.encoder_decoders import bart, source, t5, whisper
 from tests.heads.tiny import KINDS, tiny_eagle3, tiny_head
 from tests.tiny_models import CACHE, tiny_llama
 from tests.verify.test_sampling_law import Whims
@@ -40,6 +40,8 @@ FAMILIES = (
     *("llama", "qwen3", "gemma2 past-window", "gemma3", "gpt2", "gpt_neox", "mistral", "bloom", "falcon"),
     "qwen2_vl",
 )
+
+ENCODER_DECODERS = {"t5": t5, "bart": bart, "whisper": whisper}
 
 
 def of_family(name: str) -> PreTrainedModel:
@@ -59,6 +61,35 @@ def test_greedy_output_is_that_of_plain_decoding_while_the_head_learns(family: s
         metrics = draft.metrics
         assert metrics.updates > 2 and metrics.sources["model"] + metrics.sources["memory+model"] > 3
         assert not metrics.failed_drafts and not metrics.failed_updates
+
+
+@pytest.mark.parametrize(("name", "rows"), [("t5", 1), ("t5", 3), ("bart", 1), ("bart", 3), ("whisper", 1)])
+def test_a_head_on_the_decoder_of_an_encoder_decoder_changes_no_answer_while_it_learns(name: str, rows: int) -> None:
+    """Positions by distance, counted (in a batch by a second module tree), and given: there a head drafts trees."""
+    target = ENCODER_DECODERS[name](0)
+    draft = OnlineDraft(tiny_head("EAGLE-3", target), **PER_ROUND | dict(update_every=4), memory_tokens=0)
+    how = dict(do_sample=False, max_new_tokens=20)
+    for seed in (5, 6):
+        inputs = source(target, rows, seed)
+        plain = target.generate(**inputs, **how)
+        assert torch.equal(plain, target.generate(**inputs, assistant_model=draft, **how))
+    metrics = draft.metrics
+    assert metrics.updates > 2 and metrics.sources["model"] + metrics.sources["memory+model"] > 3
+    assert not metrics.failed_drafts and not metrics.failed_updates
+
+
+def test_a_head_learns_from_features_that_depend_on_the_source() -> None:
+    """What it learns from is what the target said while it read its source, as a forward of the target gives it."""
+    target = t5(0)
+    draft = OnlineDraft(tiny_eagle3(target, reads=(0, 1, -1)), **PER_ROUND, memory_tokens=0)
+    inputs = source(target)
+    text = target.generate(**inputs, assistant_model=draft, do_sample=False, max_new_tokens=12)
+    (feedback,) = draft.learning.replayed()
+    with torch.no_grad():
+        states = target(**inputs, decoder_input_ids=text, output_hidden_states=True).decoder_hidden_states
+    assert feedback.features is not None and torch.equal(feedback.tokens, text[0, : len(feedback.tokens)])
+    expected = torch.cat([states[i] for i in (0, 1, -1)], dim=-1)[0, : len(feedback.features)]
+    torch.testing.assert_close(feedback.features, expected, rtol=1e-4, atol=1e-5)
 
 
 class Seen(BaseStreamer):
@@ -93,7 +124,13 @@ LAW: dict[str, Any] = dict(temperature=0.8, top_k=9, top_p=0.9)
 
 
 @torch.no_grad()
-def departures(texts: list[Tensor], prompt: int, target: PreTrainedModel, **law: Any) -> Tensor:
+def departures(
+    texts: list[Tensor],
+    prompt: int,
+    target: PreTrainedModel,
+    inputs_of: Callable[[Tensor], dict[str, Tensor]] = lambda text: {"input_ids": text},
+    **law: Any,
+) -> Tensor:
     """How far sampled texts (1, L) lean: to each token, to those that the head knows, to the likeliest one; in standard deviations.
 
     Behind every prefix the target's law says how often each of these is expected. The sum of the differences has mean 0, and as its
@@ -106,7 +143,8 @@ def departures(texts: list[Tensor], prompt: int, target: PreTrainedModel, **law:
     ]
     difference = variance = torch.zeros(())
     for text in texts:
-        p = LogitsProcessorList(warpers)(text, target(text).logits[0, prompt - 1 : -1]).double().softmax(-1)
+        read = inputs_of(text)
+        p = LogitsProcessorList(warpers)(text, target(**read).logits[0, prompt - 1 : -1]).double().softmax(-1)
         tokens = torch.eye(p.shape[-1], dtype=p.dtype)
         known, best = tokens[KNOWN].sum(0).expand(len(p), 1, -1), tokens[p.argmax(-1)][:, None]
         asked = torch.cat([tokens.expand(len(p), -1, -1), known, best], dim=1)  # (n, questions, tokens)
@@ -139,6 +177,28 @@ def test_a_head_that_knows_a_part_of_the_tokens_keeps_the_law_while_it_learns(
     metrics, tokens = draft.metrics, draft.metrics.candidates.by_source()["model"]
     assert metrics.updates >= 16 and not metrics.failed_drafts and not metrics.failed_updates
     assert tokens["verified"] - 40 > tokens["kept"] > 40
+
+
+def test_a_head_on_a_decoder_keeps_the_law_while_it_learns() -> None:
+    target = t5(0, vocab_size=12, decoder_start_token_id=0)
+    target.get_output_embeddings().weight.data.mul_(0.12)  # flat enough for all tokens
+    target.generation_config.decoder_start_token_id = 0
+    settings: dict[str, Any] = dict(rank=2, alpha=2.0, lr=3e-3, replay_passes=0, seed=1, lookahead=3)
+    settings |= dict(update_when="round", update_every=16, memory_tokens=0, recycle=False)
+    draft = OnlineDraft(tiny_eagle3(target, KNOWN, reads=(1, 0, 2)), **settings)
+    read, texts = {"input_ids": torch.tensor([[2, 4, 1, 3]])}, []
+    torch.manual_seed(17)
+    for _ in range(10):
+        texts.append(target.generate(**read, assistant_model=draft, do_sample=True, max_new_tokens=50, **LAW))
+
+    def inputs_of(text: Tensor) -> dict[str, Tensor]:
+        return read | {"decoder_input_ids": text}
+
+    assert departures(texts, 1, target, inputs_of, **LAW).abs().max() < THOUSAND
+    assert departures(texts, 1, target, inputs_of, **LAW | {"temperature": 1.3}).abs().max() > MILLION
+    metrics, tokens = draft.metrics, draft.metrics.candidates.by_source()["model"]
+    assert metrics.updates >= 10 and not metrics.failed_drafts and not metrics.failed_updates
+    assert tokens["verified"] - 20 > tokens["kept"] > 20
 
 
 class Silent(LlamaForCausalLM):
@@ -209,15 +269,6 @@ def test_a_head_of_another_target_is_refused_before_any_work() -> None:
     with pytest.raises(DraftError, match="another tokenizer"):
         tiny_llama(1, vocab=2000, layers=3).generate(prompt, assistant_model=OnlineDraft(padded), max_new_tokens=4)
     target.generate(prompt, assistant_model=OnlineDraft(tiny_eagle3(target, reads=(3, -1, -4))), max_new_tokens=4)
-
-
-def test_a_head_of_an_encoder_decoder_is_refused_by_name() -> None:
-    config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0)
-    draft = OnlineDraft(tiny_eagle3(tiny_llama(1, vocab=40)))
-    with pytest.raises(
-        UnsupportedError, match="T5ForConditionalGeneration is an encoder–decoder, and the draft Eagle3Head a head"
-    ):
-        T5ForConditionalGeneration(config).generate(torch.tensor([[1, 2]]), assistant_model=draft, max_new_tokens=4)
 
 
 def test_an_adapter_around_a_head_is_refused_by_name() -> None:
