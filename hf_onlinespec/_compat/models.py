@@ -146,6 +146,7 @@ def writing_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 _GROWING = ("xglm",)  # their table of positions grows with the sequence
+_GROWING_SOURCE = ("fsmt", "m2m_100", "nllb-moe")  # that of their encoder does
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -159,8 +160,11 @@ def max_positions(config: PretrainedConfig) -> int:
 
 
 def max_source_positions(config: PretrainedConfig) -> int:
-    """The longest text that the encoder of an encoder–decoder is made for; without a stated bound (T5) it reads any."""
+    """The longest text that the encoder of an encoder–decoder is made for; without a stated bound (T5), or where
+    its table of positions grows, it reads any."""
     encoder = config.get_text_config(encoder=True)
+    if encoder.model_type in _GROWING_SOURCE:
+        return NO_LIMIT
     stated = (vars(encoder).get(name) for name in _LONGEST_SOURCE)
     return next((int(n) for n in stated if n), NO_LIMIT)
 

@@ -10,14 +10,13 @@ import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .._compat.models import placed
+from .._compat.models import auto_class, placed
 from ..draft import OnlineDraft
 from ..errors import ConfigError, DraftError
 from ..heads.reading import check_head
@@ -63,12 +62,21 @@ def best_dtype(wanted: str, config: PretrainedConfig, device: torch.device) -> t
     return torch.float32 if on_cpu and stated == torch.float16 else stated
 
 
-def load_config(option: str, name: str) -> PretrainedConfig:
-    """The configuration of a whole model. Raises ConfigError in one line, named after the option."""
+def load_config(option: str, name: str, encoder_decoders: bool = False) -> PretrainedConfig:
+    """The configuration of a whole model. Raises ConfigError in one line, named after the option.
+
+    Args:
+        encoder_decoders: whether the command runs these too.
+    """
     if names_head(name):  # its configuration is that of a model with one layer, which transformers would build
         way = "Name a whole model." if option == "--draft" else "A head is given as --draft, beside its target."
         raise ConfigError(f"{option} {name}: a draft head, and no whole model. {way}")
     config: PretrainedConfig = _loaded(AutoConfig, option, name)
+    if config.is_encoder_decoder and not encoder_decoders:
+        raise ConfigError(
+            f"{option} {name}: an encoder–decoder ({config.model_type}), and this command runs causal language models. hf-onlinespec run "
+            "serves it; from Python, generate(..., onlinespec=True) and attach(model)."
+        )
     return config
 
 
@@ -91,31 +99,33 @@ def check_template(option: str, name: str, tokenizer: PreTrainedTokenizerBase) -
         ) from error
 
 
-def load_model(option: str, name: str, dtype: str = AUTO, device: torch.device | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the device and in the dtype that are best or were asked for.
+def load_model(
+    option: str,
+    name: str,
+    dtype: str = AUTO,
+    device: torch.device | None = None,
+    encoder_decoders: bool = False,
+) -> PreTrainedModel:
+    """A language model in evaluation mode, on the device and in the dtype that are best or were asked for.
 
     Args:
         option: as it stands in errors, such as "--draft".
         dtype: of `--dtype`.
         device: None: the best one.
+        encoder_decoders: see `load_config`.
 
     Raises:
         ConfigError: it cannot be loaded; one line that says why, and for want of memory how much was needed.
     """
     device = best_device() if device is None else device
-    config = load_config(option, name)
-    if config.is_encoder_decoder:
-        raise ConfigError(
-            f"{option} {name}: an encoder–decoder ({config.model_type}), and commands run causal language models. From Python, "
-            "generate(..., onlinespec=True) and attach(model) serve it."
-        )
+    config = load_config(option, name, encoder_decoders)
     chosen = best_dtype(dtype, config, device)
     if device.type == "cpu":
         needed, free = _needed_bytes(config, chosen), psutil.virtual_memory().available
         if needed > free:  # Linux may end the process without a word
             print(f"hf-onlinespec: warning: {_memory(option, name, needed, free, chosen)}", file=sys.stderr, flush=True)
     try:
-        model, found = _loaded(AutoModelForCausalLM, option, name, dtype=chosen, output_loading_info=True)
+        model, found = _loaded(auto_class(config), option, name, dtype=chosen, output_loading_info=True)
         missing = sorted(found["missing_keys"])
         if missing:
             print(
@@ -146,21 +156,23 @@ def load_pair(
 
     Args:
         draft: None: there is none.
-        config: of the target: a draft for another one is refused before weights of the target are read.
+        config: of the target, an encoder–decoder's where the command runs these: a draft for another one is refused before weights of the
+            target are read.
         tokenizer: of the target; None: there is none.
         base: the model or head that a saved draft has to be made for; None: the one that it names.
 
     Raises:
         ConfigError, DraftError, ArtifactError, HubError: in one line.
     """
+    encodes = bool(config.is_encoder_decoder)
     if draft is None:
-        return load_model("TARGET", target, dtype, device), None
+        return load_model("TARGET", target, dtype, device, encodes), None
     if is_early_exit(draft) or is_head_for(draft, config, base):
-        model = load_model("TARGET", target, dtype, device)
+        model = load_model("TARGET", target, dtype, device, encodes)
         return model, OnlineDraft.from_pretrained(draft, base_model=base, target=model)
     found, is_adapter = load_draft_model("--draft", draft, config, tokenizer, dtype, device, base)
     online = OnlineDraft.from_pretrained(draft, base_model=found) if is_adapter else OnlineDraft(found)
-    return load_model("TARGET", target, dtype, device), online
+    return load_model("TARGET", target, dtype, device, encodes), online
 
 
 def is_head_for(draft: str, target: PretrainedConfig, base: str | None = None) -> bool:
@@ -203,13 +215,14 @@ def load_draft_model(
     is_adapter = origin.folder is not None
     if not is_adapter or base is not None:
         name = base if is_adapter and base is not None else name
-        config = load_config(option, name)
+        encodes = bool(target.is_encoder_decoder)
+        config = load_config(option, name, encodes)
         try:
             own = load_tokenizer(option, name)
         except ConfigError:  # it may lie with the target alone
             own = None
         retokenizer_of(target, config, tokenizer, own)
-        return load_model(option, name, dtype, device), is_adapter
+        return load_model(option, name, dtype, device, encodes), is_adapter
     named = NamedBase.of(origin)
     before = named.config()
     if before is not None:
@@ -246,12 +259,12 @@ def _loaded(kind: Any, option: str, name: str, what: str = "model", **kwargs: An
 
 
 def _needed_bytes(config: PretrainedConfig, dtype: torch.dtype | str) -> int:
-    """Of the weights; 0 where that is not known before they are read: quantized ones, or those of no causal language model."""
+    """Of the weights; 0 where that is not known before they are read: quantized ones, or those of no language model."""
     if not isinstance(dtype, torch.dtype):
         return 0
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
     except Exception:  # a configuration from elsewhere: loading says what is wrong with it
         return 0
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

@@ -114,7 +114,7 @@ def _say(text: str) -> None:
 def _loaded(settings: RunSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Draft]:
     """The target with what drafts attached to it. What can be refused is refused before weights are read."""
     device = best_device(settings.device)
-    config = load_config("TARGET", settings.target)
+    config = load_config("TARGET", settings.target, encoder_decoders=True)
     tokenizer = load_tokenizer("TARGET", settings.target)
     check_template("TARGET", settings.target, tokenizer)
     draft, base = settings.draft, None

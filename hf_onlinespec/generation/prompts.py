@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .._compat.models import max_positions, max_source_positions
 from .._compat.tokenizers import chat_inputs
 from ..errors import ConfigError, brief
+from ..models.encoders import known_source_ids
 from ..models.vocabulary import Vocabulary
 
 FORMS = ("prompt", "messages", "input_ids")  # keys of a dict, of which one says what is to be answered
@@ -37,7 +38,7 @@ class PromptReader:
     def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
         self._encodes = bool(target.config.is_encoder_decoder)  # a prompt is what the encoder reads
-        self._ids = Vocabulary.of(target).read
+        self._ids = known_source_ids(target) if self._encodes else Vocabulary.of(target).read
         self._positions = (
             max_source_positions(target.config) + 1 if self._encodes else max_positions(target.config)
         )  # a prompt has fewer tokens

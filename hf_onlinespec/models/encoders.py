@@ -12,7 +12,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
-from .._compat.models import max_positions, weight_of
+from .._compat.models import max_source_positions, weight_of
+from ..errors import UnsupportedError
 from .source import Source
 
 
@@ -64,6 +65,34 @@ def writing_embedding(model: PreTrainedModel) -> nn.Module:
     return embedding
 
 
+def check_source(target: PreTrainedModel, tokens: Tensor) -> None:
+    """Whether the encoder of a target can read tokens (rows, n), said before it tries.
+
+    Raises:
+        UnsupportedError: there are none, or more than it has positions for.
+    """
+    encoder, longest = encoder_of(target), max_source_positions(target.config)
+    if tokens.shape[-1] == 0:
+        raise UnsupportedError(
+            f"The encoder of the target {type(target).__name__} was given nothing to read: its source has length 0. Pass text or speech."
+        )
+    # Rotary positions and relative ones have no end, whatever a configuration states.
+    positions = None if encoder is None else dict(encoder.named_children()).get("embed_positions")
+    if isinstance(positions, nn.Embedding) and tokens.shape[-1] > longest:
+        raise UnsupportedError(
+            f"The source has {tokens.shape[-1]} tokens, and the encoder of the target {type(target).__name__} reads {longest}. Cut it: "
+            "tokenizer(..., truncation=True, max_length=...)."
+        )
+
+
+def known_source_ids(model: PreTrainedModel) -> int:
+    """Token ids that the encoder of an encoder–decoder has an embedding for."""
+    encoder = encoder_of(model)
+    assert encoder is not None
+    embedding = encoder.get_input_embeddings() if isinstance(encoder, PreTrainedModel) else model.get_input_embeddings()
+    return len(weight_of(embedding))
+
+
 def readable_source(model: PreTrainedModel, source: Source) -> Source | None:
     """What the own encoder of a model can read of a source of one row; None: what was read is not known, or of another kind.
 
@@ -77,8 +106,8 @@ def readable_source(model: PreTrainedModel, source: Source) -> Source | None:
         return None if signal is None else Source(None, None, None, signal.to(model.dtype))
     if source.tokens is None:
         return None
-    tokens = source.tokens[:, : max_positions(encoder.config)]
-    known = len(weight_of(encoder.get_input_embeddings()))
+    tokens = source.tokens[:, : max_source_positions(model.config)]
+    known = known_source_ids(model)
     return Source(torch.where(tokens < known, tokens, 0), None, None)
 
 

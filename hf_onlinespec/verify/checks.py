@@ -31,7 +31,7 @@ from ..heads.assistants import check_assistant
 from ..heads.base import Head
 from ..heads.dflash import DFlashHead
 from ..heads.mtp import MtpHead
-from ..models.encoders import SourceInputs, states_width
+from ..models.encoders import SourceInputs, check_source, states_width
 from ..models.retokenizing import Retokenizer
 from ..models.tokenizer_pair import retokenizer_of
 from .inputs import given
@@ -285,6 +285,7 @@ def check_prompt(target: PreTrainedModel, prompt: object) -> None:
 
     Raises:
         ConfigError: it is a list, such as prompts of different lengths, or one row without its batch.
+        UnsupportedError: an encoder is given nothing, or more than it has positions for.
     """
     if target.main_input_name != "input_ids" or prompt is None:
         return
@@ -297,6 +298,8 @@ def check_prompt(target: PreTrainedModel, prompt: object) -> None:
         raise ConfigError(
             f"The prompt has the shape {tuple(prompt.shape)}: generate takes tokens (batch, length). Pass prompt[None] for one row."
         )
+    if target.config.is_encoder_decoder:
+        check_source(target, prompt)
 
 
 def check_inputs(

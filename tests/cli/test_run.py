@@ -14,7 +14,8 @@ import pytest
 from hf_onlinespec import Answer, OnlineDraft
 from hf_onlinespec.cli import run
 from hf_onlinespec.cli.answer_files import AnswerFile, PromptFile
-from hf_onlinespec.embedded import FOLDER, prompts
+from hf_onlinespec.cli.loading import load_config
+from hf_onlinespec.embedded import FOLDER, SEQ2SEQ_FOLDER, load_seq2seq_pair, prompts, questions
 from hf_onlinespec.errors import ConfigError
 from hf_onlinespec.share.folder import is_artifact
 from hf_onlinespec_cli import main
@@ -255,3 +256,23 @@ def test_the_files_must_be_two(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = asked(tmp_path)
     assert main(["run", TARGET, "--prompts", str(path), "--out", str(path)]) == 2
     assert "one file" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_answers_what_its_encoder_reads_with_a_draft_that_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair, texts = load_seq2seq_pair(), questions("wikisql")[:4]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    files = ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    saving = ["--draft", str(SEQ2SEQ_FOLDER / "draft"), "--save", str(tmp_path / "draft")]
+    assert main(["run", str(SEQ2SEQ_FOLDER / "target"), *files, *saving, "--new-tokens", "12"]) == 0, (
+        capsys.readouterr()
+    )
+    written = answers(tmp_path / "out.jsonl")
+    for i, text in enumerate(texts):
+        inputs = pair.tokenizer(text, return_tensors="pt")
+        plain = pair.target.generate(inputs.input_ids, max_new_tokens=12, do_sample=False)
+        assert written[i]["text"] == pair.tokenizer.decode(plain[0, 1:], skip_special_tokens=True)
+    assert is_artifact(tmp_path / "draft")
+    with pytest.raises(ConfigError, match=r"an encoder–decoder \(t5\).*hf-onlinespec run"):
+        load_config("TARGET", str(SEQ2SEQ_FOLDER / "target"))

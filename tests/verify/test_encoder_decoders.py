@@ -21,7 +21,7 @@ from hf_onlinespec import (
     online_memory,
 )
 from tests.chi_square import THOUSAND, follows
-from tests.encoder_decoders import START, bart, m2m, source, t5, whisper
+from tests.encoder_decoders import START, VOCAB, bart, encoder_decoder, m2m, source, t5, whisper
 from tests.tiny_models import CACHE
 
 MEMORY = OnlineSpecConfig(lookahead=5)  # a number: no clock decides what is drafted
@@ -216,6 +216,11 @@ def test_a_stream_says_which_prompt_is_longer_than_the_encoder_reads() -> None:
     assert isinstance(found[0].error, ConfigError)
     assert "Prompt 0 has 40 tokens: the encoder reads 32" in str(found[0].error)
     assert found[1].error is None
+    separate = encoder_decoder(
+        "marian", is_decoder=None, vocab_size=200, decoder_vocab_size=VOCAB, forced_eos_token_id=None
+    )
+    (other,) = generate_stream(separate, [[5, 150]], onlinespec=MEMORY, **ARGUMENTS)
+    assert other.error is None, "the ids of a source are the encoder's"
     with pytest.raises(UnsupportedError, match="reads input_features"):
         next(generate_stream(whisper(0), [[5, 6]], onlinespec=MEMORY))
 
@@ -227,6 +232,19 @@ def test_a_source_without_anything_is_refused_before_any_work() -> None:
     with pytest.raises(UnsupportedError, match="source has length 0"):
         target.generate(encoder_outputs=states, onlinespec=MEMORY, max_new_tokens=4)
     assert online_memory(target).metrics.requests == 0
+    with pytest.raises(UnsupportedError, match="source has length 0"):
+        target.generate(torch.zeros(1, 0, dtype=torch.long), onlinespec=MEMORY, max_new_tokens=4)
+
+
+def test_a_source_that_is_longer_than_the_encoder_is_refused_by_its_length_before_any_work() -> None:
+    target, long = bart(0), torch.full((1, 40), 6)
+    with pytest.raises(UnsupportedError, match=r"source has 40 tokens, and the encoder of .*BartFor.* reads 32"):
+        target.generate(long, onlinespec=MEMORY, max_new_tokens=4)
+    assert online_memory(target).metrics.requests == 0
+    with pytest.raises(IndexError):  # plain decoding raises what it raises
+        target.generate(long, max_new_tokens=4)
+    grows = m2m(0)  # its table of positions does
+    check(grows, {"input_ids": long}, max_new_tokens=8, accepted=1)
 
 
 @pytest.mark.parametrize("drafts", ["memory", "model", "draft"])
