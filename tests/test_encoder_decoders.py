@@ -15,11 +15,14 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
-from hf_onlinespec import OnlineSpecConfig, online_memory
+from hf_onlinespec import OnlineSpecConfig, online_memory, online_metrics
 from tests.architectures import PLAIN, SERVED
 from tests.encoder_decoders import BART, T5, WHISPER, encoder_decoder, source
 
 MEMORY = OnlineSpecConfig(lookahead=5)
+GROWS = OnlineSpecConfig(
+    grow_head=True, lookahead=3, update_every=4, update_when="round", rank=2, memory_tokens=0, recycle=False
+)
 TABLE_OF = "5.24"  # the release of transformers that the table is of
 OF_TABLE = transformers.__version__.startswith(TABLE_OF + ".")
 SEVERAL = 3  # rows
@@ -81,12 +84,45 @@ def answered(row: Row, rows: int) -> str:
     return SERVED if metrics.accepted_tokens else f"{PLAIN}: {reason}"
 
 
+def with_head(row: Row, rows: int) -> str:
+    """The same in two requests in which a head that grows on the decoder drafts and learns."""
+    target = encoder_decoder(row.model_type, 0, **row.arguments)
+    arguments = source(target, rows) | {"do_sample": False, "max_new_tokens": 12, "num_beams": 1}
+    plain = target.generate(**arguments)
+    for _ in range(2):
+        if not torch.equal(target.generate(**arguments, onlinespec=GROWS), plain):
+            return "differs"
+    metrics = online_metrics(target)
+    if metrics.failed_drafts or metrics.failed_updates:
+        return "failed"
+    return SERVED if metrics.sources["model"] and metrics.updates else PLAIN
+
+
 def check(row: Row, rows: int) -> None:
     if row.model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {row.model_type}")
     found = answered(row, rows)
     assert found.startswith(row.served) if OF_TABLE else found != "differs"
     assert (found == SERVED) == (row.served == SERVED) or not OF_TABLE
+
+
+def check_head(row: Row, rows: int) -> None:
+    if row.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {row.model_type}")
+    assert with_head(row, rows) in ((row.served,) if OF_TABLE else (SERVED, PLAIN))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_head_grows_on_the_decoder() -> None:
+    check_head(next(row for row in ROWS if row.model_type == "led"), SEVERAL)
+
+
+@pytest.mark.all_architectures
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("rows", [1, SEVERAL])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model_type)
+def test_a_head_grows_on_each_decoder(row: Row, rows: int) -> None:
+    check_head(row, rows)
 
 
 @pytest.mark.filterwarnings("default")  # some classes use what torch or transformers itself will drop
@@ -110,15 +146,16 @@ Classes of `AutoModelForSeq2SeqLM` and `AutoModelForSpeechSeq2Seq` of transforme
 
 Positions that are given to a decoder allow trees; the others verify chains. Where a decoder counts positions itself, the rows of a batch are verified at positions of their own through a second module tree over the same weights; where it knows its tokens by their distance, rows are moved to end at the same place.
 
-| class | model type | positions | one row | {several} rows |
-|---|---|---|---|---|"""
+The last column says whether a head that grows on the decoder (`grow_head=True`) drafts and learns, in one row and in {several}.
+
+| class | model type | positions | one row | {several} rows | a grown head |
+|---|---|---|---|---|---|"""
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
     print(HEAD.format(version=TABLE_OF, several=SEVERAL))
     for row in ROWS:
         name = type(encoder_decoder(row.model_type, 0, **row.arguments)).__name__
-        print(
-            f"| {name} | {row.model_type} | {row.positions} | {answered(row, 1)} | {answered(row, SEVERAL)} |",
-            flush=True,
-        )
+        answers, heads = ([tell(row, rows) for rows in (1, SEVERAL)] for tell in (answered, with_head))
+        head = heads[0] if heads[0] == heads[1] else ", ".join(heads)
+        print(f"| {name} | {row.model_type} | {row.positions} | {' | '.join(answers)} | {head} |", flush=True)

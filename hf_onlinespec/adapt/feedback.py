@@ -282,6 +282,12 @@ class Feedback:
     )
     source: Source | None = None  # of one row, what the request was written from, as the draft reads it; None: not read
 
+    def to(self, device: torch.device) -> Feedback:
+        """The same on a device."""
+        features = None if self.features is None else self.features.to(device)
+        source = None if self.source is None else self.source.to(device)
+        return Feedback(self.tokens.to(device), self.teacher.to(device), features, source)
+
     @property
     def nbytes(self) -> int:
         features = 0 if self.features is None else self.features.nbytes

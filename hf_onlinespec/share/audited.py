@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig
 from ..adapt.gated_lora import GatedLora
 from ..adapt.service import LearningService
 from ..config import OnlineSpecConfig
+from ..models.source import Source
 from ..models.vocabulary import Vocabulary
 from .lineage import Lineage
 from .targets import Targets
@@ -23,7 +25,15 @@ class AdaptedModel(Protocol):
     positions: int  # the longest context that it may see
     ids: Tensor | None  # the target's ids (n,) that it has logits for; None: those of its vocabulary, in order
 
-    def logits(self, tokens: Tensor, n: int, base: bool = False) -> Tensor: ...
+    def logits(
+        self,
+        tokens: Tensor,
+        n: int,
+        base: bool = False,
+        mask: Tensor | None = None,
+        features: Tensor | None = None,
+        sources: Sequence[Source | None] | None = None,
+    ) -> Tensor: ...
 
 
 class Audited(Protocol):
@@ -47,9 +57,14 @@ class Audited(Protocol):
     def clone_for_audit(self, learning: OnlineSpecConfig | None = None) -> Audited: ...
 
 
-def logits_of_all_ids(draft: Audited, tokens: Tensor, n: int, base: bool) -> Tensor:
-    """What a draft says after each of the last n of `tokens` (rows, L): (rows, n, vocab), -inf where a head has no such token."""
-    logits, ids = draft.trainable.logits(tokens, n, base), draft.trainable.ids
+def logits_of_all_ids(draft: Audited, tokens: Tensor, n: int, base: bool, source: Source | None = None) -> Tensor:
+    """What a draft says after each of the last n of `tokens` (rows, L): (rows, n, vocab), -inf where a head has no such token.
+
+    Args:
+        source: what all rows were written from, as the draft reads it; None: nothing that is known.
+    """
+    sources = None if source is None else [source] * len(tokens)
+    logits, ids = draft.trainable.logits(tokens, n, base, sources=sources), draft.trainable.ids
     if ids is None:
         return logits
     found = logits.new_full((*logits.shape[:-1], draft.vocabulary.size), -torch.inf)

@@ -21,6 +21,7 @@ from torch import Tensor
 from .._compat.devices import doubles
 from ..adapt.feedback import Feedback, Teacher
 from ..errors import ConfigError, DraftError, require_whole
+from ..models.source import Source
 from ..runtime.progress import Bar
 from .audited import Audited, logits_of_all_ids
 
@@ -110,7 +111,7 @@ def as_feedback(tokens: Tensor, n: int | None = None, ids: Tensor | None = None)
 def learn(draft: Audited, requests: Sequence[Feedback], bar: Bar | None = None) -> None:
     """Learns from requests one after the other, as after calls of `generate`, however little time there is."""
     for request in requests:
-        draft.learning.learn_request(Feedback(request.tokens.to(draft.device), request.teacher.to(draft.device)))
+        draft.learning.learn_request(request.to(draft.device))
         if bar is not None:
             bar.update()
     draft.learning.fold()
@@ -160,13 +161,16 @@ def probe(draft: Audited, canaries: Sequence[Canary], references: int = REFERENC
 
 
 @torch.no_grad()
-def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple[Tensor, Tensor]:
+def log_likelihoods(
+    draft: Audited, tokens: Tensor, n: int, base: bool, source: Source | None = None
+) -> tuple[Tensor, Tensor]:
     """Of the last n tokens of every row of `tokens` (rows, L): log-likelihoods (rows, n), and whether each is the likeliest token.
 
     Of a token that a head cannot say the log-likelihood counts as 0, of the evolved and of the base draft alike.
 
     Args:
         base: under the base draft, whatever was learned.
+        source: what all rows were written from, as the draft reads it; None: nothing that is known.
 
     Raises:
         ConfigError: the rows are longer than the draft reads.
@@ -177,7 +181,7 @@ def log_likelihoods(draft: Audited, tokens: Tensor, n: int, base: bool) -> tuple
     size = max(1, MOST_LOGITS // ((n + 1) * draft.vocabulary.size))
     found, likeliest = [], []
     for part in tokens.to(draft.device).split(size):
-        logits = logits_of_all_ids(draft, part[:, :-1], n, base)
+        logits = logits_of_all_ids(draft, part[:, :-1], n, base, source)
         likely = logits.float().log_softmax(-1).gather(-1, part[:, -n:, None]).squeeze(-1)
         if draft.trainable.ids is not None:
             likely = likely.masked_fill(~torch.isin(part[:, -n:], draft.trainable.ids), 0.0)

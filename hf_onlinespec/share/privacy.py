@@ -155,10 +155,9 @@ def loss_gap(draft: Audited, own: Sequence[Feedback], held_out: Sequence[Feedbac
         rows = []
         for text in texts:
             check_text(draft, text, draft.vocabulary.size)
-            n = text.teacher.length
-            rows.append(
-                [-float(log_likelihoods(draft, text.tokens[None], n, base)[0].mean()) for base in (True, False)]
-            )
+            n, source = text.teacher.length, None if text.source is None else text.source.to(draft.device)
+            both = (log_likelihoods(draft, text.tokens[None], n, base, source)[0] for base in (True, False))
+            rows.append([-float(likely.mean()) for likely in both])
         losses.append(torch.tensor(rows, dtype=torch.float64, device="cpu"))  # (texts, base and evolved)
     gains = [part[:, 0] - part[:, 1] for part in losses]
     a, b = (len(part) for part in gains)

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, T5ForConditionalGeneration, WhisperFor
 from hf_onlinespec import DraftError, OnlineDraft
 from hf_onlinespec.commit.seq2seq import Seq2Seq
 from hf_onlinespec.models.source import Source
+from hf_onlinespec.share.canaries import learn
+from hf_onlinespec.share.privacy import loss_gap
 from tests.chi_square import THOUSAND, follows
 from tests.drafts import move
 from tests.encoder_decoders import START, VOCAB, bart, encoder_decoder, source, t5, whisper
@@ -262,3 +264,21 @@ def test_adapters_are_compared_on_texts_with_their_sources(monkeypatch: pytest.M
     plain = generated(target)
     assert torch.equal(generated(target, assistant_model=draft, adapter="auto"), plain)
     assert seen and all(seen)
+
+
+def test_an_audit_reads_texts_with_the_sources_that_are_remembered() -> None:
+    target, drafts = t5(0), [OnlineDraft(t5(1), **REPEATABLE) for _ in range(2)]
+    for draft, seeds in zip(drafts, ((5, 6), (7, 8)), strict=True):
+        for seed in seeds:
+            generated(target, seed, assistant_model=draft)
+    own, others = (draft.learning.replayed() for draft in drafts)
+    draft, losses = drafts[0], []
+    for text in own:
+        n = text.teacher.length
+        logits = draft.trainable.logits(text.tokens[None, :-1], n, sources=[text.source])[0]
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), text.tokens[-n:]))
+    gap = loss_gap(draft, own, others)
+    assert gap.own[1] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    copied = draft.clone_for_audit()
+    learn(copied, own)
+    assert copied.steps > draft.steps
