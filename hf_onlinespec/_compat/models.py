@@ -141,7 +141,8 @@ def writing_config(config: PretrainedConfig) -> PretrainedConfig:
     text = config.get_text_config(decoder=True)
     layers = vars(config).get("num_decoder_layers")
     if text is not config and config.is_encoder_decoder and layers is not None:  # it is a copy
-        text.num_hidden_layers = layers
+        name = "num_encoder_layers" if text.model_type == "prophetnet" else "num_hidden_layers"  # what stands behind it
+        setattr(text, name, layers)
     return text
 
 

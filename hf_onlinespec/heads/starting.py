@@ -144,7 +144,7 @@ def _logits_scale(target: PreTrainedModel) -> float:
         **inputs_without_source(target, tokens), **hidden_states_inputs((last,)), use_cache=False, return_dict=True
     )
     hidden, lm_head = hidden_states(outputs, (last,), tokens.shape[1]), target.get_output_embeddings()
-    if hidden is None or lm_head is None:
+    if hidden is None or lm_head is None or isinstance(lm_head, nn.Embedding):  # FSMT's is the embedding itself
         return 1.0
     said, logits = lm_head(hidden).float(), outputs.logits.float()
     scale = float((said * logits).sum() / said.square().sum())

@@ -46,7 +46,11 @@ class SourceInputs:
 
     def of_states(self, states: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Encoder outputs (rows, states, width), and their mask, as inputs."""
-        found: dict[str, Any] = {self.states: BaseModelOutput(last_hidden_state=states) if self.wrapped else states}
+        outputs = BaseModelOutput(last_hidden_state=states)
+        vars(outputs)["router_logits"] = (
+            None  # which encoders of experts hand out (Switch, NLLB-MoE), and their decoders pass on
+        )
+        found: dict[str, Any] = {self.states: outputs if self.wrapped else states}
         return found if mask is None or self.mask is None else found | {self.mask: mask}
 
 
@@ -60,9 +64,11 @@ def encoder_of(model: PreTrainedModel) -> nn.Module | None:
 
 def writing_embedding(model: PreTrainedModel) -> nn.Module:
     """The embedding of the tokens that a model writes: those of a source may have another one (Marian, FSMT)."""
-    writes = model if encoder_of(model) is None else model.get_decoder()
-    embedding: nn.Module = writes.get_input_embeddings()
-    return embedding
+    writes: nn.Module = model if encoder_of(model) is None else model.get_decoder()
+    if isinstance(writes, PreTrainedModel):
+        embedding: nn.Module = writes.get_input_embeddings()
+        return embedding
+    return writes.get_submodule("embed_tokens")  # FSMT's decoder is no model by itself
 
 
 def check_source(target: PreTrainedModel, tokens: Tensor) -> None:
