@@ -15,7 +15,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
-from hf_onlinespec import OnlineSpecConfig, online_memory, online_metrics
+from hf_onlinespec import OnlineSpecConfig, attach, online_memory
 from tests.architectures import PLAIN, SERVED
 from tests.encoder_decoders import BART, T5, WHISPER, encoder_decoder, source
 
@@ -89,10 +89,11 @@ def with_head(row: Row, rows: int) -> str:
     target = encoder_decoder(row.model_type, 0, **row.arguments)
     arguments = source(target, rows) | {"do_sample": False, "max_new_tokens": 12, "num_beams": 1}
     plain = target.generate(**arguments)
+    draft = attach(target, config=GROWS)
     for _ in range(2):
-        if not torch.equal(target.generate(**arguments, onlinespec=GROWS), plain):
+        if not torch.equal(target.generate(**arguments), plain):
             return "differs"
-    metrics = online_metrics(target)
+    metrics = draft.metrics
     if metrics.failed_drafts or metrics.failed_updates:
         return "failed"
     return SERVED if metrics.sources["model"] and metrics.updates else PLAIN
