@@ -116,6 +116,26 @@ def reader(model_type: str) -> Reader:
     return next(row for row in READERS if row.model_type == model_type)
 
 
+def test_a_batch_with_pictures_goes_on_in_its_cache() -> None:
+    row = reader("qwen2_5_vl")
+    model = row.build()
+    first = row.prompts(model)
+
+    def turns(**ours: Any) -> list[Tensor]:
+        arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True}
+        begun = model.generate(**first, **arguments, **ours)
+        tokens = torch.cat([begun.sequences, text(4).expand(2, -1)], dim=-1)
+        mask = torch.nn.functional.pad(first["attention_mask"], (0, 12), value=1)
+        cache = {CACHE: begun[CACHE]}
+        ended = model.generate(tokens, attention_mask=mask, **types_of(model, tokens), **cache, **arguments, **ours)
+        return [begun.sequences, ended.sequences]
+
+    plain = turns()
+    for _ in range(2):
+        assert all(map(torch.equal, plain, turns(onlinespec=MEMORY)))
+    assert online_memory(model, MEMORY).metrics.accepted_tokens > 16
+
+
 def test_a_picture_without_its_placeholder_is_refused_as_by_plain_generate() -> None:
     row = reader("internvl")
     model = row.build()

@@ -94,6 +94,33 @@ def test_a_picture_in_front_of_padding_between_tokens_is_left_out() -> None:
     assert found is not None and found.tokens == (int(tokens[0, -3]),)  # the text goes on behind the padding
 
 
+def test_several_prompts_with_pictures_are_shown_and_learned_as_text() -> None:
+    target, inputs = llava()
+    tokens, pictures = inputs["input_ids"], inputs["pixel_values"]
+    longer = torch.cat([tokens[:, :6], text(3), tokens[:, 6:]], dim=-1)
+    padding = tokens.new_zeros(1, 3)
+    both = torch.cat([torch.cat([padding, tokens], dim=-1), longer])
+    mask = torch.ones_like(both)
+    mask[0, :3] = 0
+    call = dict(input_ids=both, attention_mask=mask, pixel_values=torch.cat([pictures, pictures / 2]))
+    plain = target.generate(**call, do_sample=False, max_new_tokens=12)
+    memory = MemoryDraft(OnlineSpecConfig(lookahead=4))
+    learned = OnlineDraft(tiny_llama(3, vocab=64), lookahead=4, update_when="request", update_every=1, lr=1e-2)
+    before = embedding(learned)
+    for draft in (memory, learned):
+        for _ in range(2):
+            assert torch.equal(
+                target.generate(**call, do_sample=False, max_new_tokens=12, assistant_model=draft), plain
+            )
+        assert draft.metrics.accepted_tokens > 6 and draft.metrics.failed_drafts == 0
+    assert memory.memory is not None and memory.memory.continuation([IMAGE]) is None
+    found = memory.memory.continuation(tokens[0, :2].tolist())
+    assert found is not None and set(found.tokens) <= {int(tokens[0, 6]), int(longer[0, 6])}  # behind the picture
+    assert learned.metrics.updates > 0 and learned.metrics.failed_updates == 0
+    moved = (embedding(learned) != before).any(0)
+    assert bool(moved[tokens[0, -1]]) and not bool(moved[IMAGE])
+
+
 @pytest.mark.parametrize(
     ("fed", "left"), [(6, [0, 3, 4, 5]), (3, [3, 4, 5]), (2, [4, 5])], ids=["the prompt", "its end", "a later round"]
 )
