@@ -264,6 +264,19 @@ def own_random_numbers(target: PreTrainedModel, input_ids: Tensor) -> Iterator[N
         yield
 
 
+@contextmanager
+def in_evaluation(target: PreTrainedModel) -> Iterator[None]:
+    """Within it the target is not in training mode."""
+    training = [module for module in target.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
     """Whether two forwards over the same tokens differ."""
     prompt, kept = own_inputs(target, input_ids, model_kwargs)

@@ -7,8 +7,7 @@ the keys instead of the positions of the tokens (windows, ALiBi, sinks) computes
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from .positions import PositionLimits
 from .probe import (
     MOST_TRIALS,
     guesses,
+    in_evaluation,
     is_random,
     made_of,
     off,
@@ -137,7 +137,7 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
         inputs[names.positions] = torch.arange(prompt.shape[1], device=prompt.device).expand(*kinds, 1, -1)
     # With dropout two forwards never agree, which says nothing of masks and positions.
     random = target.training and is_random(target, input_ids, model_kwargs)
-    with own_random_numbers(target, input_ids), _in_evaluation(target) if random else nullcontext():
+    with own_random_numbers(target, input_ids), in_evaluation(target) if random else nullcontext():
         found, expected = _two_branches(target, prompt, inputs)
     apart = off(found, expected)
     if not bool((apart <= min(MOST_OFF, tolerance(target, input_ids.device.type))).all()):
@@ -146,19 +146,6 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
             f"(logits off by {float(apart.max()):.2g} of the largest)"
         )
     return ""
-
-
-@contextmanager
-def _in_evaluation(target: PreTrainedModel) -> Iterator[None]:
-    """Within it the target is not in training mode."""
-    training = [module for module in target.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _two_branches(target: PreTrainedModel, prompt: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -37,11 +37,11 @@ class Widening(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **inputs)
 
 
-def widening() -> Widening:
+def widening(**more: Any) -> Widening:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     settings = {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    model = Widening(LlamaConfig(vocab_size=64, **sizes, **settings)).eval()
+    model = Widening(LlamaConfig(vocab_size=64, **sizes, **settings, **more)).eval()
     assert model.generation_config is not None
     model.generation_config.pad_token_id = 0
     return model
@@ -58,6 +58,14 @@ def test_a_target_that_widens_the_mask_decodes_batches_plainly() -> None:
     assert metrics.drafted_tokens == 0
     target.generate(prompts[:1], do_sample=False, max_new_tokens=12, onlinespec=MEMORY)
     assert metrics.drafted_tokens > 0  # a row alone has no holes
+
+
+def test_a_target_with_dropout_is_tried_without_it() -> None:
+    target, prompt = widening(attention_dropout=0.5).train(), torch.tensor([[5, 9, 14, 3]])
+    with torch.no_grad():
+        reason = why_one_length(target, prompt, {CACHE: fresh_cache(target.config)})
+    assert "for rows of different lengths than for each alone" in reason
+    assert all(module.training for module in target.modules())
 
 
 def test_a_trial_takes_as_many_forwards_as_other_processes_are_told_of() -> None:
