@@ -69,8 +69,12 @@ def feed_limit(cache: Cache, held: int) -> FeedLimit:
     limit = FeedLimit(NO_LIMIT, "")
     for layer in cache_parts(cache)[0].layers:
         if isinstance(layer, StaticLayer) and layer.max_cache_len - held < limit.tokens:
-            what = "window" if isinstance(layer, StaticSlidingWindowLayer) else "preallocated cache"
-            reason = f"the target's {what} of {layer.max_cache_len} tokens is full, and cannot be rolled back"
+            window = isinstance(layer, StaticSlidingWindowLayer)  # where any other layer is full, the request ends
+            reason = (
+                f"the target's window of {layer.max_cache_len} tokens is full, and cannot be rolled back"
+                if window
+                else ""
+            )
             limit = FeedLimit(layer.max_cache_len - held, reason)
         elif isinstance(layer, QuantizedLayer) and layer.residual_length - _exact(layer) <= limit.tokens:
             limit = FeedLimit(layer.residual_length - _exact(layer) - 1, "")
@@ -126,6 +130,13 @@ def crop(cache: Cache, n: int) -> None:
             _crop_quantized(layer, n)
         else:  # what cannot be cropped was refused, see rollback_obstacle
             cast(DynamicLayer, layer).crop(-n)
+
+
+def compact(cache: Cache) -> None:
+    """Lays out anew what a crop has left as a part of something larger: compiled programs are made for one layout of their inputs."""
+    for layer in cache_parts(cache)[0].layers:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
 
 
 def _crop_preallocated(layer: StaticLayer, n: int) -> None:

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from .._compat.adapters import adapts_by_row
 from .._compat.attention import takes_positions
 from .._compat.caches import held_tokens
+from .._compat.compiling import COMPILED, is_compiled
 from .._compat.generation import (
     Generated,
     generated_output,
@@ -95,6 +96,8 @@ def why_plain_batch(
         reason = _unread_beside_tokens(target, names, given(model_kwargs), all_begin)
     if not reason:
         reason = _odd_columns(names, input_ids, config, model_kwargs)
+    if not reason and is_compiled(target):
+        reason = COMPILED.format(name=type(target).__name__)
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:

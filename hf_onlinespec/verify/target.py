@@ -10,9 +10,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE, held_tokens, move, returned_cache
+from .._compat.compiling import compiled_forward
 from .._compat.generation import continue_inputs, continues_inputs, generative, hidden_tokens
 from .._compat.hidden_states import Reads, hidden_states, hidden_states_inputs, takes_hidden_states
-from .._compat.rollback import crop, feed_limit, quantizes, record_past, rollback_obstacle
+from .._compat.rollback import compact, crop, feed_limit, quantizes, record_past, rollback_obstacle
 from ..errors import UnsupportedError
 from ..rounds import Proposal
 from .inputs import InputNames, given
@@ -74,10 +75,11 @@ class Verifier:
         if positions is not None and self._limits != PositionLimits():
             self._ahead = int(positions[..., -1].max()) + 1 - length
         # A target that keeps more between its forwards reads the prompt alone, as in plain decoding, and so does one that reads
-        # more than text, or quantises what it has read.
+        # more than text, or quantises what it has read. So does one that is compiled for each number of tokens.
         self._continues = continues_inputs(target)
         extras = given(self._kwargs) - self._names.text
-        self._prompt_alone = self._continues or bool(extras) or quantizes(self.cache)
+        self._compiled = compiled_forward(target, self.cache, generation_config)
+        self._prompt_alone = self._continues or bool(extras) or quantizes(self.cache) or self._compiled is not None
         self._chunk = generation_config.prefill_chunk_size
         self.limited_because = ""  # why the last round had no room, where positions are the reason
         self._first = True  # whether the prompt is still to be read
@@ -104,7 +106,7 @@ class Verifier:
         if limit.tokens - unread < room:
             room = max(0, limit.tokens - unread)
             self.limited_because = limit.reason if room == 0 else ""
-        return room
+        return room if self._compiled is None else 2 ** ((room + 1).bit_length() - 1) - 1
 
     @property
     def trees(self) -> bool:
@@ -123,8 +125,12 @@ class Verifier:
         """
         k = proposal.tokens.shape[1]
         chain = all(proposal.is_chain(row) for row in range(len(proposal.sources)))
+        surplus = 0
+        if self._compiled is not None and k:  # forwards over 2, 4, 8 … tokens, see `room`: few programs are made
+            surplus = 2 ** k.bit_length() - 1 - k
         tokens = torch.cat([input_ids, proposal.tokens], dim=-1)
-        end = tokens.shape[1] + self._hidden
+        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, surplus)], dim=-1)  # nothing attends to what follows it
+        end, k = tokens.shape[1] + self._hidden, k + surplus
         self.features = None
         if self._first and self._chunk:  # a long prompt is read in pieces, and the target is shown one at a time
             tokens = tokens[:, self._cached - end :]
@@ -132,6 +138,9 @@ class Verifier:
                 self._forward(tokens[:, : self._chunk], self._cached + self._chunk, 0)
                 tokens = tokens[:, self._chunk :]
         logits = self._in_pieces(tokens, end, k) if chain else self._forward(tokens, end, k, proposal)
+        if surplus:
+            logits = logits[:, :-surplus]
+            self.features = None if self.features is None else self.features[:, :-surplus]
         return logits.to(dtype=torch.float32, device=input_ids.device)
 
     def _in_pieces(self, tokens: Tensor, end: int, k: int) -> Tensor:
@@ -176,7 +185,8 @@ class Verifier:
                 f"The target {type(self._target).__name__} has {held_tokens(self.cache)} of {end - fed} tokens in its cache after "
                 "its first forward: it would go on without them. Call generate without onlinespec."
             )
-        outputs = self._target(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
+        forward = self._target if self._first or self._compiled is None else self._compiled
+        outputs = forward(**inputs, **hidden_states_inputs(self._reads), return_dict=True)
         self._take(outputs, end, fed)
         if self._reads:
             self._take_features(hidden_states(outputs, self._reads, fed))
@@ -241,6 +251,8 @@ class Verifier:
                 move(self.cache, places, self._kept + stay)
         if self._cached > length - 1 or not self._first:
             crop(self.cache, max(0, self._cached - length + 1))
+            if self._compiled is not None:
+                compact(self.cache)
         self._cached = min(self._cached, length - 1)
         for kept in range(self._kept, length) if self._continues else ():
             # Token by token, as plain decoding does: not all classes that override it heed the number of new tokens.

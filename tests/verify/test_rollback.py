@@ -24,6 +24,7 @@ from tests.tiny_models import CACHE, SPOKEN, random_model, tiny_windowed
 
 FIXED = OnlineSpecConfig(lookahead=4, update_every=1)
 PROMPT = torch.tensor([[3, 14, 15, 9, 2, 6]])
+FULL = "the target's window of 8 tokens is full, and cannot be rolled back"
 CALL: dict[str, Any] = dict(do_sample=False, max_new_tokens=40, return_dict_in_generate=True)
 
 
@@ -114,7 +115,7 @@ def test_a_preallocated_window_is_rolled_back_until_it_is_full() -> None:
     draft = OnlineDraft(tiny_llama(2), FIXED)
     assert torch.equal(plain, target.generate(short, **arguments, assistant_model=draft))
     assert draft.metrics.drafted_tokens > 0 and draft.metrics.rounds > 24 - 8  # one token each from there on
-    assert draft.metrics.decisions.drafting == "the target's window of 8 tokens is full, and cannot be rolled back"
+    assert draft.metrics.decisions.drafting == FULL
 
 
 def encoder_decoder() -> PreTrainedModel:
