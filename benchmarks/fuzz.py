@@ -63,7 +63,7 @@ def fuzz(cases: int, seed: int, start: int = 0, say: Callable[[str], None] = pri
                 request = case.requests[i] if i < len(case.requests) else None
                 report.unexplained.append(f"case {number}, request {i + 1}: {outcome}")
                 say(f"{report.unexplained[-1]}\n    {describe(case, request)}")
-        if report.cases % 500 == 0:
+        if report.cases % 100 == 0:
             say(f"{report.cases} cases: {dict(report.outcomes)}")
     return report
 
