@@ -197,8 +197,10 @@ def _gap(request: Request, target: PreTrainedModel, row: int, place: int) -> flo
 def _could_be(request: Request, target: PreTrainedModel, ours: Answer) -> str:
     """Whether plain `generate`, left no other choice, writes the same text: in its support, and of its length."""
     for i, scores in enumerate(ours.scores or []):
-        if not all(torch.isfinite(own[row[ours.start + i]]) for own, row in zip(scores, ours.tokens, strict=True)):
-            return f"sampled token {i} has probability 0"
+        for row, own in enumerate(scores):
+            # Decoded plainly, a row that has ended has scores of its own behind its end, and padding whatever they say.
+            if not _has_ended(request, ours, row, i) and not torch.isfinite(own[ours.tokens[row][ours.start + i]]):
+                return f"sampled token {i} of row {row} has probability 0"
     followed = copy.copy(request)
     given = request.arguments.get("logits_processor")
     tokens = torch.tensor(ours.tokens)
