@@ -52,6 +52,7 @@ REFUSALS = (
     ("of the whole batch", ("rows",)),
     ("of each row of a batch", ("rows",)),
     ("use_cache=False", ("no cache",)),
+    ("are to be generated", ("cache of fewer rows",)),
     ("cache", ("static cache", "quantized cache")),
     ("recurrent state", ("stateful",)),
     ("memory_tokens=0 and recycle=False without", ("nothing drafts",)),

@@ -81,8 +81,11 @@ def draw_request(rng: random.Random, pool: list[list[int]], target: str, draft: 
     if (wrapped or draft == EXITS) and rng.random() < 0.2:
         some = [rng.choice([None, *NAMES]) for _ in range(rows)]
         request.adapter = rng.choice([NAMES[0], "auto", some])
-    if request.rows > 1 or (arguments.get("num_return_sequences") or 1) > 1:
+    copies = (arguments.get("num_return_sequences") or 1) > 1
+    if request.rows > 1 or copies:
         request.reasons.add("rows")
+    if request.turn and copies:
+        request.reasons.add("cache of fewer rows")
     return request
 
 
