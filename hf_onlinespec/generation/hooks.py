@@ -83,6 +83,10 @@ def disable() -> None:
     _originals.clear()
 
 
+class _OurArguments(dict[str, Any]):
+    """What `generate` hands to `OnlineDraft.generate_fn`, which reads the adapter in the configuration too."""
+
+
 class _CustomArguments(dict[str, Any]):
     """What `generate` hands to a `custom_generate=` that is not ours."""
 
@@ -98,7 +102,9 @@ def _wrap_extract(extract: Function) -> Function:
         others = callable(custom_generate) and not ours
         if call is not None:
             call.begin(found, chosen="assistant_model" in found or ours, elsewhere=others)
-        return _CustomArguments(found) if others else found
+        if others:
+            return _CustomArguments(found)
+        return _OurArguments(found) if type(custom_generate) is GenerateFn else found
 
     return _extract_generation_mode_kwargs
 
@@ -130,10 +136,10 @@ def _wrap_validate(validate: Function, get_mode: Function) -> Function:
         if isinstance(assistant, Draft):
             assistant.begin_anew_if_changed()
         call = call_of(self)
-        if wanted_adapter(config) is not None and call is None and not is_ours(config, assistant):
+        ours = is_ours(config, assistant) or isinstance(mode_kwargs, _OurArguments)
+        if wanted_adapter(config) is not None and call is None and not ours:
             raise UnsupportedError(
-                f"adapter={wanted_adapter(config)!r} in a call in which no draft of ours takes part. Pass a draft with onlinespec=True; "
-                "with custom_generate=, as an argument of generate itself."
+                f"adapter={wanted_adapter(config)!r} in a call in which no draft of ours takes part. Pass a draft with onlinespec=True."
             )
         if call is not None and assistant is None and wanted(config):
             assistant = call.attachment.draft

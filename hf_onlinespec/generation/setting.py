@@ -102,3 +102,9 @@ def says(argument: object, config: GenerationConfig | None, saved: GenerationCon
     if argument is not None:
         return True
     return config is not None and wanted(config) not in (None, wanted(saved))
+
+
+def first_said(argument: Any, *configs: GenerationConfig | None) -> OnlineSpecConfig | bool | None:
+    """What a call says about drafting, before transformers has merged its configurations: the first that says anything goes."""
+    values = [argument, *(wanted(config) for config in configs if config is not None)]
+    return next((value for value in values if value is not None), None)

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .setting import is_ours
+from ..commit.base import Draft
+from .setting import first_said
 
 # The target whose own `generate` runs in this thread, and what drafts for it; None: there is none.
 _withheld: ContextVar[tuple[PreTrainedModel, Any] | None] = ContextVar("hf_onlinespec_withheld", default=None)
@@ -24,8 +25,12 @@ def wrap_whisper(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        assistant, config = kwargs.get("assistant_model"), kwargs.get("generation_config") or self.generation_config
-        if assistant is None or not (kwargs.get("onlinespec") or is_ours(config, assistant)):
+        assistant, config = (
+            kwargs.get("assistant_model"),
+            kwargs.get("generation_config", args[1] if args[1:] else None),
+        )
+        setting = first_said(kwargs.get("onlinespec"), config, self.generation_config)
+        if assistant is None or not (setting or isinstance(assistant, Draft)):
             return generate(self, *args, **kwargs)
         token = _withheld.set((self, kwargs.pop("assistant_model")))
         try:

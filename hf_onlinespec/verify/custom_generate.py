@@ -48,6 +48,10 @@ class GenerateFn:
     ) -> Generated | Tensor:
         self._draft.begin_anew_if_changed()
         self._draft.check_setting(onlinespec)
+        # Whisper's own generate hands its arguments on in the configuration.
+        said = vars(generation_config)
+        onlinespec = said.get("onlinespec") if onlinespec is None else onlinespec
+        adapter = said.get("adapter") if adapter is None else adapter
         # generate() keeps its own synced_gpus from such callables: what it would have been is found out here.
         synced_gpus = bool(model_kwargs.pop("synced_gpus", False)) or needs_synced_gpus(model)
         check_synced_gpus(synced_gpus, model, self._draft.model, generation_config)

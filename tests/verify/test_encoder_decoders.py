@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from hf_onlinespec import (
@@ -261,6 +261,28 @@ def test_whisper_s_own_generate_says_with_a_draft_what_it_says_without_one(draft
         plain = target.generate(**arguments)
         assert plain[0, 0] != first
         assert torch.equal(target.generate(**arguments, **given), plain)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["of the call", "of the model"])
+def test_whisper_finds_the_setting_wherever_a_configuration_is_given(saved: bool) -> None:
+    target = whisper(0)
+    features = source(target)["input_features"]
+    config = GenerationConfig.from_dict(target.generation_config.to_dict() | ARGUMENTS)
+    config.begin_suppress_tokens = [int(target.generate(features, config)[0, 0])]
+    plain = target.generate(features, config)
+    (target.generation_config if saved else config).onlinespec = MEMORY
+    assert torch.equal(target.generate(features, config, assistant_model=whisper(1)), plain)
+
+
+def test_whisper_hands_its_arguments_to_our_custom_generate() -> None:
+    target, draft = whisper(0), OnlineDraft(whisper(1), MEMORY)
+    arguments = ARGUMENTS | source(target)
+    plain = target.generate(**arguments)
+    assert torch.equal(target.generate(**arguments, custom_generate=draft.generate_fn(), adapter="sql"), plain)
+    assert draft.adapters["sql"].metrics.requests == 1
+    updates = draft.metrics.updates
+    assert torch.equal(target.generate(**arguments, custom_generate=draft.generate_fn(), onlinespec=False), plain)
+    assert updates and draft.metrics.updates == updates and draft.metrics.requests == 2
 
 
 LONG: list[dict[str, Any]] = [
