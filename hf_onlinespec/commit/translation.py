@@ -44,8 +44,11 @@ class Translation:
 
     @property
     def can_draft(self) -> bool:
-        """Whether the last character of the row is whole, and the draft can read it."""
-        return self.is_spelled and not self._left.length
+        """Whether the draft has something to read, all of it: the last character of the row is whole.
+
+        There may be nothing: the token that an encoder–decoder begins with is none of the draft's.
+        """
+        return bool(self._tokens) and self.is_spelled and not self._left.length
 
     @property
     def is_spelled(self) -> bool:
@@ -101,8 +104,8 @@ class Translation:
         for at, group in groups:
             if end + len(group.tokens) > positions + 1:
                 break
-            end += len(group.tokens)
-            if at >= begin and group.tokens:
+            before, end = end, end + len(group.tokens)
+            if before and at >= begin and group.tokens:  # behind no token at all the draft says nothing
                 places.append(at - begin)
                 spans.append(len(group.tokens))
         if not places:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_onlinespec
 from hf_onlinespec import DraftError, OnlineDraft
+from hf_onlinespec.embedded import load_seq2seq_pair, questions
 from tests.chi_square import THOUSAND, follows
 from tests.conftest import answered
 from tests.drafts import flat_params
@@ -78,6 +79,36 @@ def test_a_target_that_writes_pieces_of_characters_writes_the_same(other: PreTra
         with answered():
             assert torch.equal(plain, own.generate(**inputs, assistant_model=online, **GREEDY, **both))
     assert online.metrics.drafted_tokens > 0 and online.metrics.updates > 0
+
+
+@pytest.mark.parametrize("other", [byte_level(400), sentencepiece(400)], ids=["nothing in front", "a token in front"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_text_that_begins_with_no_token_of_the_draft_s(other: PreTrainedTokenizerBase, rows: int) -> None:
+    """As every text of an encoder–decoder does: the token that it begins with is none of the draft's."""
+    pair = load_seq2seq_pair()
+    online = draft(tiny_llama(2, vocab=len(other)))
+    both = {"tokenizer": pair.tokenizer, "assistant_tokenizer": other}
+    inputs = pair.tokenizer(questions("advising")[:rows], return_tensors="pt", padding=True)
+    plain = pair.target.generate(**inputs, **GREEDY)
+    for _ in range(2):
+        with answered():
+            assert torch.equal(plain, pair.target.generate(**inputs, assistant_model=online, **GREEDY, **both))
+    metrics = online.metrics
+    assert metrics.failed_updates == metrics.failed_drafts == metrics.skipped_updates == 0
+    assert metrics.updates >= 2 and metrics.drafted_tokens > metrics.rounds
+
+
+def test_a_prompt_of_which_the_draft_has_no_token() -> None:
+    own, online = target(), draft(tiny_llama(2, vocab=400))
+    tokenizer = byte_level(500, chat=True)
+    mark = torch.tensor([[tokenizer.convert_tokens_to_ids("<|im_start|>")]])
+    inputs = {"input_ids": mark, "attention_mask": torch.ones_like(mark)}
+    both = {"tokenizer": tokenizer, "assistant_tokenizer": byte_level(400)}
+    plain = own.generate(**inputs, **GREEDY)
+    for _ in range(2):
+        with answered():
+            assert torch.equal(plain, own.generate(**inputs, assistant_model=online, **GREEDY, **both))
+    assert online.metrics.failed_updates == online.metrics.failed_drafts == 0 and online.metrics.updates >= 2
 
 
 def test_batches_are_what_each_row_is_alone() -> None:
