@@ -73,10 +73,10 @@ def load_config(option: str, name: str, encoder_decoders: bool = False) -> Pretr
         raise ConfigError(f"{option} {name}: a draft head, and no whole model. {way}")
     config: PretrainedConfig = _loaded(AutoConfig, option, name)
     if config.is_encoder_decoder and not encoder_decoders:
-        raise ConfigError(
-            f"{option} {name}: an encoder–decoder ({config.model_type}), and this command runs causal language models. hf-onlinespec run "
-            "serves it; from Python, generate(..., onlinespec=True) and attach(model)."
-        )
+        way = "this command runs causal language models. hf-onlinespec run serves it; from Python, generate(..., onlinespec=True) and attach(model)."
+        if option == "--draft":
+            way = "TARGET is none: it drafts for encoder–decoders alone. Name a causal language model."
+        raise ConfigError(f"{option} {name}: an encoder–decoder ({config.model_type}), and {way}")
     return config
 
 

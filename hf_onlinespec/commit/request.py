@@ -53,7 +53,7 @@ class Request:
 
     @property
     def reads(self) -> Reads:
-        """Indices of the target's `hidden_states` that are read in this call; (): none."""
+        """What is read of the target in this call, see `Draft.reads`; (): nothing."""
         return () if self.proposer is None else self.proposer.reads
 
     def _proposing(self) -> Attempt:

@@ -106,9 +106,13 @@ def check_call(
             )
     for output in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and vars(config).get(output):
-            raise UnsupportedError(
-                f"{output}=True is not supported with a learning draft. Run a forward on the result instead."
-            )
+            way = "Run a forward on the result instead."
+            if target.main_input_name == "input_features" and output == "output_attentions":
+                way = (
+                    'It is what the times of words and tokens are found by (return_timestamps="word", return_token_timestamps): attach the '
+                    "draft, hf_onlinespec.attach(model, draft), and such calls run without it."
+                )
+            raise UnsupportedError(f"{output}=True is not supported with a learning draft. {way}")
 
 
 def check_draft(

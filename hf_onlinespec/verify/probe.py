@@ -63,9 +63,11 @@ def why_plain(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
         input_ids: (1, L) the prompt, or its new part.
     """
     known = _as_known(target, model_kwargs)
-    together = known if isinstance(known, str) and known else why_one_by_one(target, input_ids.device)
-    if together or isinstance(known, str):
-        return together
+    if isinstance(known, str) and known:
+        return known
+    mixes = why_one_by_one(target, input_ids.device)
+    if mixes or isinstance(known, str):
+        return mixes
     tried, values = known
     try:
         # With dropout two forwards never agree: nothing can be compared, and no two answers need to be the same.

@@ -72,7 +72,7 @@ class RaggedVerifier:
         # (batch, n) what kind of token each is, beside mask and positions; behind the prompts the last one, which goes on.
         self._types = {
             name: model_kwargs[name].expand(len(input_ids), -1)
-            for name in names.columns.keys() - {names.mask, names.positions} & given(model_kwargs)
+            for name in (names.columns.keys() - {names.mask, names.positions}) & given(model_kwargs)
         }
         self._takes_positions = takes_positions(target, names.positions)  # whether each token is given its position
         self._counting: RowPositions | None = None  # what counts the positions of each row; None: nothing does

@@ -276,3 +276,5 @@ def test_an_encoder_decoder_answers_what_its_encoder_reads_with_a_draft_that_is_
     assert is_artifact(tmp_path / "draft")
     with pytest.raises(ConfigError, match=r"an encoder–decoder \(t5\).*hf-onlinespec run"):
         load_config("TARGET", str(SEQ2SEQ_FOLDER / "target"))
+    with pytest.raises(ConfigError, match=r"--draft .*TARGET is none"):
+        load_config("--draft", str(SEQ2SEQ_FOLDER / "draft"))

@@ -274,6 +274,14 @@ def test_whisper_finds_the_setting_wherever_a_configuration_is_given(saved: bool
     assert torch.equal(target.generate(features, config, assistant_model=whisper(1)), plain)
 
 
+def test_times_of_tokens_say_what_to_do() -> None:
+    target = whisper(0)
+    target.generation_config.alignment_heads = [[0, 0]]
+    arguments = ARGUMENTS | source(target) | {"return_token_timestamps": True}
+    with pytest.raises(UnsupportedError, match=r"return_token_timestamps.*attach\(model, draft\)"):
+        target.generate(**arguments, onlinespec=MEMORY)
+
+
 def test_whisper_hands_its_arguments_to_our_custom_generate() -> None:
     target, draft = whisper(0), OnlineDraft(whisper(1), MEMORY)
     arguments = ARGUMENTS | source(target)
