@@ -103,6 +103,17 @@ def test_rounds_take_a_program_for_each_power_of_two() -> None:
     assert 2 < made[1] <= made[0] + 3  # of 2, 4 and 8
 
 
+def test_what_a_rollback_leaves_takes_no_programs_of_its_own() -> None:
+    """With several heads, what is left of the keys lies apart in memory."""
+    torch.compiler.reset()
+    target, programs = tiny_llama(1, num_key_value_heads=2), Programs()
+    in_place(target, programs)
+    target.generate(PROMPT, do_sample=False, max_new_tokens=20, onlinespec=OnlineSpecConfig(lookahead=3))
+    metrics = online_memory(target).metrics
+    assert metrics.accepted_tokens < metrics.drafted_tokens
+    assert programs.made <= 4  # of the prompt, and of 1, 2 and 4 tokens
+
+
 def test_a_batch_of_a_compiled_target_is_decoded_plainly() -> None:
     target = tiny_llama(1)
     in_place(target, "eager")

@@ -18,6 +18,7 @@ from hf_onlinespec import (
     UnsupportedError,
     attached,
     generate_stream,
+    online_draft,
     online_memory,
 )
 from tests.chi_square import THOUSAND, follows
@@ -251,9 +252,10 @@ def test_a_source_that_is_longer_than_the_encoder_is_refused_by_its_length_befor
 def test_whisper_s_own_generate_says_with_a_draft_what_it_says_without_one(drafts: str) -> None:
     """Beside any assistant it would say tokens that must not begin an answer, and refuse those that are given to begin with."""
     target, model = whisper(0), whisper(1)
-    given: dict[str, Any] = {"onlinespec": MEMORY} if drafts != "draft" else {}
+    draft = OnlineDraft(model, MEMORY) if drafts == "draft" else None
+    given: dict[str, Any] = {"onlinespec": MEMORY} if draft is None else {}
     if drafts != "memory":
-        given["assistant_model"] = model if drafts == "model" else OnlineDraft(model, MEMORY)
+        given["assistant_model"] = draft or model
     inputs = source(target)
     first = int(target.generate(**inputs, **ARGUMENTS)[0, 0])
     for more in ({"begin_suppress_tokens": [first]}, {"decoder_input_ids": torch.tensor([[START, 7]])}):
@@ -261,6 +263,8 @@ def test_whisper_s_own_generate_says_with_a_draft_what_it_says_without_one(draft
         plain = target.generate(**arguments)
         assert plain[0, 0] != first
         assert torch.equal(target.generate(**arguments, **given), plain)
+    drafting = online_memory(target) if drafts == "memory" else draft or online_draft(model)
+    assert drafting.metrics.requests == 2 and drafting.metrics.drafted_tokens > 0
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["of the call", "of the model"])

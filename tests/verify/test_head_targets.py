@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 from hf_onlinespec import DraftError, OnlineCandidateGenerator, OnlineDraft, UnsupportedError
 from tests.architectures import ARCHITECTURES, LIMIT
 from tests.chi_square import MILLION, THOUSAND
-from tests.encoder_decoders import bart, source, t5, whisper
+from tests.encoder_decoders import START, bart, source, t5, whisper
 from tests.heads.tiny import KINDS, tiny_eagle3, tiny_head
 from tests.tiny_models import CACHE, tiny_llama
 from tests.verify.test_sampling_law import Whims
@@ -69,6 +69,8 @@ def test_a_head_on_the_decoder_of_an_encoder_decoder_changes_no_answer_while_it_
     target = ENCODER_DECODERS[name](0)
     draft = OnlineDraft(tiny_head("EAGLE-3", target), **PER_ROUND | dict(update_every=4), memory_tokens=0)
     how = dict(do_sample=False, max_new_tokens=20)
+    first = torch.tensor([[START]])
+    target(**source(target), decoder_input_ids=first, output_hidden_states=True)  # somebody has asked for them before
     for seed in (5, 6):
         inputs = source(target, rows, seed)
         plain = target.generate(**inputs, **how)
