@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import MtpModel
 
 from .attention import take_boolean_masks
-
-_MODELS: list[Any] = []  # the class that reads them
-with contextlib.suppress(ImportError):  # transformers before 5.24 has none
-    from transformers.modeling_layers import MtpModel
-
-    _MODELS.append(MtpModel)
 
 FULL, LAYERS = "full_attention", "num_mtp_layers"
 
@@ -37,8 +31,6 @@ def mtp_layers(config: PretrainedConfig) -> int:
 
 def mtp_obstacle(target: PreTrainedModel) -> str:
     """Why the MTP layers of a target cannot draft here; "": they can."""
-    if not _MODELS:
-        return "this version of transformers has no MTP layers: 5.24 has"
     if not mtp_layers(target.config):
         return "its configuration names none (num_mtp_layers)"
     types = vars(target.config.get_text_config(decoder=True)).get("mtp_layer_types")
@@ -51,7 +43,7 @@ def mtp_obstacle(target: PreTrainedModel) -> str:
 
 def read_mtp(target: PreTrainedModel) -> MtpParts:
     """Reads the first one from the checkpoint that the target was loaded from. Raises whatever that does."""
-    model = _MODELS[0].from_pretrained(target, device_map={"": str(target.device)})
+    model = MtpModel.from_pretrained(target, device_map={"": str(target.device)})
     layer = model.layers[0]
     take_boolean_masks(model.config)
-    return MtpParts(layer.requires_grad_(False), copy.deepcopy(model.rotary_emb))
+    return MtpParts(layer.requires_grad_(False), copy.deepcopy(cast(nn.Module, model.rotary_emb)))

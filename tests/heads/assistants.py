@@ -12,7 +12,6 @@ from tests.tiny_models import tiny_llama
 
 GEMMAS = ("gemma4", "gemma4_unified")
 DFLASH = "muse_glimmer_assistant"
-HAS_THEM = {DFLASH, "gemma4_unified_assistant"} <= set(CONFIG_MAPPING)  # since transformers 5.24
 ASSISTANT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_kv_shared_layers": 2,

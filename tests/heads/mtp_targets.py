@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_layers
 from tests.architectures import Architecture
 from tests.tiny_models import random_model
 
-HAS_MTP = "MtpModel" in vars(modeling_layers)  # since transformers 5.24
 MLA = ("deepseek_v3", "sarvam_mla")
 
 

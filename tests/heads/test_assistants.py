@@ -25,10 +25,10 @@ from hf_onlinespec.heads.base import Head
 from hf_onlinespec.heads.places import digits, places_of, with_places
 from hf_onlinespec.heads.unrolling import Unroll
 from hf_onlinespec.share.manifest import Manifest
-from tests.heads.assistants import HAS_THEM, Drafted, dflash, gemma
+from tests.heads.assistants import Drafted, dflash, gemma
 from tests.tiny_models import CACHE, tiny_llama
 
-pytestmark = pytest.mark.skipif(not HAS_THEM, reason="transformers before 5.24 has no such drafts")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in version 5.20:FutureWarning")
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
 FIXED: dict[str, Any] = {
@@ -63,7 +63,10 @@ def theirs(pair: Drafted, tokens: Tensor, steps: int) -> Tensor:
     if "target_layer_ids" in vars(draft.config):
         generator = candidate_generator.DFlashTokenCandidateGenerator(draft, table, lm_head, config)
     else:
-        generator = candidate_generator.SinglePositionMultiTokenCandidateGenerator(draft, table, config)
+        before: dict[str, Any] = {"input_ids": tokens, "model_kwargs": {}}  # transformers 5.18 asks for them
+        generator = candidate_generator.SinglePositionMultiTokenCandidateGenerator(
+            assistant_model=draft, target_model_input_embeddings=table, generation_config=config, **before
+        )
     outputs = target(tokens[:, :-1], **generator.model_kwargs_overrides)
     kwargs = {"attention_mask": None, "position_ids": torch.arange(tokens.shape[1])[None]}
     _, logits = generator.get_candidates(tokens, kwargs, outputs, is_first_iteration=False, n_last_matches=0)
