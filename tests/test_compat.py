@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, VersionError
+from hf_onlinespec._compat.modules import modules_of
 from hf_onlinespec._compat.versions import OLDEST, SUPPORTED, refuse_older
 from hf_onlinespec.adapt.learners import HEDGES
 from hf_onlinespec.share.canaries import as_feedback, learn
@@ -102,3 +103,11 @@ def test_weights_over_experts_are_float64_on_the_cpu(name: str) -> None:
     weights, _ = hedge.update(torch.tensor([0.25, 0.5, 1.0]).as_subclass(OnMps), hedge.init(3))
     assert made == [] and type(weights) is Tensor and weights.dtype == torch.float64
     assert weights.sum().item() == pytest.approx(1.0) and weights[0] > weights[2]
+
+
+def test_modules_are_found_once_wherever_they_are_held() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.ModuleList([nn.Sequential(shared, nn.ReLU())]))
+    model.register_module("nothing", None)
+    found = modules_of(model)
+    assert found[0] is model and len(found) == len(set(found)) and set(found) == set(model.modules())

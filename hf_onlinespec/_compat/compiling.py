@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from .caches import CACHE
+from .modules import modules_of
 from .versions import imports_of_others
 
 with imports_of_others():
@@ -19,7 +20,7 @@ COMPILED = "the target {name} is compiled, once for each shape of its inputs"
 
 def is_compiled(target: nn.Module) -> bool:
     """Whether the target, or a part of it that holds modules, is compiled; a norm alone is made anew in no time."""
-    return any(_is_program(module) for module in target.modules() if next(module.children(), None) is not None)
+    return any(_is_program(module) for module in modules_of(target) if module._modules)
 
 
 def _is_program(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapters import base_of
 from .alterations import HOOK
 from .caches import CACHE
+from .modules import modules_of
 from .versions import imports_of_others
 
 with imports_of_others():
@@ -58,7 +59,7 @@ def keeps_logits(model: nn.Module) -> bool:
 
 def drops_cache(model: PreTrainedModel) -> bool:
     """Whether the model is in training with gradient checkpointing, under which transformers reads without the cache."""
-    return any(module.training and vars(module).get("gradient_checkpointing") for module in model.modules())
+    return any(module.training and vars(module).get("gradient_checkpointing") for module in modules_of(model))
 
 
 def weight_of(layer: nn.Module) -> Tensor:

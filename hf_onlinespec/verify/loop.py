@@ -18,7 +18,6 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 
 from .._compat.caches import CACHE, held_tokens, make_ordinary
-from .._compat.compiling import COMPILED, is_compiled
 from .._compat.generation import Generated, generated_output, hidden_tokens, pad_token
 from ..commit.base import Call, Draft, note_latest
 from ..commit.gaps import Gaps
@@ -143,9 +142,8 @@ def _one(
 ) -> Loop:
     """The loop of one row."""
     plain = why_plain(target, input_ids, model_kwargs)
-    compiled = COMPILED.format(name=type(target).__name__) if is_compiled(target) else ""
-    chains = plain or compiled or why_chains(target, input_ids, model_kwargs)
-    verifier = Verifier(target, input_ids, config, model_kwargs, plain, chains)
+    verifier = Verifier(target, input_ids, config, model_kwargs, plain)
+    verifier.trees_because = plain or verifier.compiled_because or why_chains(target, input_ids, model_kwargs)
 
     def loop(request: Request) -> Generated | Tensor:
         verifier.hand_out(request.reads)

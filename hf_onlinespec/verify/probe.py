@@ -21,6 +21,7 @@ from .._compat.adapters import activates_lora
 from .._compat.alterations import Alterations, alterations
 from .._compat.caches import CACHE, fresh_cache, own_way
 from .._compat.devices import autocast_inside, matmul_dtypes
+from .._compat.modules import modules_of
 from ..errors import UnsupportedError
 from ..govern.acceptance import TokenSource
 from ..rounds import Proposal
@@ -138,7 +139,7 @@ def parts_of(target: PreTrainedModel) -> Parts:
     try:
         modules, _, altered = _looked_at(target)
     except Exception:  # what hooks refer to may be anything
-        return _classes(list(target.modules())), ("hooks that cannot be looked into",)
+        return _classes(modules_of(target)), ("hooks that cannot be looked into",)
     return _parts(modules, altered)
 
 
@@ -182,7 +183,7 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
 
 def _looked_at(target: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module], Alterations]:
     """Its modules, those of them whose classes are not known, and what was altered in it."""
-    modules = list(target.modules())
+    modules = modules_of(target)
     unknown = [module for module in modules if not _known_module(type(module).__module__)]
     return modules, unknown, alterations(target, modules, unknown)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._compat.generation import is_sharded
+from .._compat.modules import modules_of
 
 # How often larger the other tokens are made: beyond every threshold for outliers, and no overflow in half precision. Measured on layers
 # of torchao, bitsandbytes, HQQ and torch.ao: what depends on other tokens moves by 9e-3 (LLM.int8) to 1 of the largest number, and what
@@ -33,24 +34,20 @@ def why_one_by_one(target: PreTrainedModel, device: torch.device) -> str:
     Args:
         device: of the request's tokens, where layers without tensors of their own are tried.
     """
-    layers = _layers(target)
+    layers = [module for module in modules_of(target) if _is_linear(module)]
     quantized = vars(target.config).get("quantization_config") is not None
-    if not quantized and not any(_is_quantized(layer) for _, layer in layers):
+    if not quantized and not any(_is_quantized(layer) for layer in layers):
         return ""
-    state = tuple((weakref.ref(type(layer)), weakref.ref(type(_weight(layer)))) for _, layer in layers)
+    state = tuple((weakref.ref(type(layer)), weakref.ref(type(_weight(layer)))) for layer in layers)
     tried = _tried.setdefault(target, {})
     if state not in tried:
-        tried[state] = _try(target, layers, device)
+        tried[state] = _try(target, device)
     return tried[state]
 
 
-def _layers(target: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Its linear layers, of whatever library, by their names. PEFT's hold another one inside."""
-    return [
-        (name, module)
-        for name, module in target.named_modules()
-        if "in_features" in vars(module) and not type(module).__module__.startswith("peft.")
-    ]
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, of whatever library. PEFT's hold another one inside."""
+    return "in_features" in vars(module) and not type(module).__module__.startswith("peft.")
 
 
 def _weight(layer: nn.Module) -> Tensor | None:
@@ -65,15 +62,15 @@ def _is_quantized(layer: nn.Module) -> bool:
     return not (plain and ordinary)
 
 
-def _try(target: PreTrainedModel, layers: list[tuple[str, nn.Module]], device: torch.device) -> str:
+def _try(target: PreTrainedModel, device: torch.device) -> str:
     name = type(target).__name__
     if is_sharded(target):
         return (
             f"the target {name} is quantised, and each process holds a part of its layers: they cannot be tried alone"
         )
     generator = torch.Generator().manual_seed(0)
-    for path, layer in layers:
-        if not _is_quantized(layer) and "forward" not in vars(layer):
+    for path, layer in target.named_modules():
+        if not _is_linear(layer) or not (_is_quantized(layer) or "forward" in vars(layer)):
             continue
         tokens = torch.randn(1, TOKENS, vars(layer)["in_features"], generator=generator).to(_device(layer, device))
         try:

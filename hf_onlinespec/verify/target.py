@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE, held_tokens, move, returned_cache
-from .._compat.compiling import compiled_forward
+from .._compat.compiling import COMPILED, compiled_forward
 from .._compat.generation import continue_inputs, continues_inputs, generative, hidden_tokens
 from .._compat.hidden_states import Reads, hidden_states, hidden_states_inputs, takes_hidden_states
 from .._compat.rollback import compact, crop, feed_limit, quantizes, record_past, rollback_obstacle
@@ -27,9 +27,10 @@ class Verifier:
 
     Args:
         plain_because: why this target is decoded without drafting; "": it need not be.
-        trees_because: why it verifies no trees but chains, see `why_chains`; "": it verifies trees.
 
     Attributes:
+        trees_because: why it verifies no trees but chains, see `why_chains`; "": it verifies trees.
+        compiled_because: the same, of a target that is compiled; "": it is not.
         features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round;
             None: they are not read, or `unread_because` says why there are none.
     """
@@ -41,13 +42,12 @@ class Verifier:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         plain_because: str = "",
-        trees_because: str = "",
     ) -> None:
         self._target, self._reads, self._names = target, Reads(), InputNames.of(target)
         self.features: Tensor | None = None
         self.unread_because = ""
         self.plain_because = plain_because  # why rounds have no room
-        self.trees_because = trees_because  # why all proposals have to be chains
+        self.trees_because = ""
         self._kwargs = dict(model_kwargs)
         self._hidden = hidden_tokens(input_ids, generation_config, self._kwargs)  # tokens that are in the cache alone
         self.cache = self._kwargs.pop(CACHE)
@@ -79,6 +79,7 @@ class Verifier:
         self._continues = continues_inputs(target)
         extras = given(self._kwargs) - self._names.text
         self._compiled = compiled_forward(target, self.cache, generation_config)
+        self.compiled_because = "" if self._compiled is None else COMPILED.format(name=type(target).__name__)
         self._prompt_alone = self._continues or bool(extras) or quantizes(self.cache) or self._compiled is not None
         self._chunk = generation_config.prefill_chunk_size
         self.limited_because = ""  # why the last round had no room, where positions are the reason
