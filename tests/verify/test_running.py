@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -143,6 +145,8 @@ def test_an_adapter_with_a_name_learns_from_a_stream() -> None:
     ],
 )
 def test_arguments_of_generate_say_of_a_row_what_they_say_of_it_alone(arguments: dict[str, Any]) -> None:
+    if "repetition_penalty" in arguments and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"transformers {transformers.__version__} penalises the padding of a batch, in plain decoding too")
     model, asked = target(), prompts(11, seed=2)
     answers = streamed(model, asked, 3, onlinespec=True, **arguments)
     assert [said(answer.tokens) for answer in answers] == [alone(model, prompt, **arguments) for prompt in asked]

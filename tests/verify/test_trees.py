@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -171,6 +172,10 @@ def test_models_that_count_places_are_given_chains_and_decisions_say_why(name: s
     plain = target.generate(prompt(), **CALL)
     ours, draft = drafted(target, plain.sequences, "right branch last", prompt(), **CALL)
     assert torch.equal(ours.sequences, plain.sequences)
+    if plain[CACHE].get_seq_length() < plain.sequences.shape[1] - 1:
+        pytest.skip(
+            f"plain decoding of transformers {transformers.__version__} loses its prompt, and ours drafts no more"
+        )
     assert trees_of(draft) == 0 and draft.metrics.last.accepted_tokens > 0
     said = draft.metrics.decisions.drafting
     assert "chains only: the target" in said and REFUSED[name] in said
