@@ -37,8 +37,8 @@ def retokenizer_of(
         tokenizer, draft_tokenizer: as `generate` takes them; None: not given.
 
     Raises:
-        DraftError: the sizes are those of two tokenizers which are not both at hand; they have no token in common; or what their
-            tokens spell cannot be read.
+        DraftError: the sizes are those of two tokenizers which are not both at hand; each was given in the other one's place; they
+            have no token in common; or what their tokens spell cannot be read.
     """
     own, other = Vocabulary.of(target), Vocabulary.of(draft)
     given = [t if isinstance(t, PreTrainedTokenizerBase) else None for t in (tokenizer, draft_tokenizer)]
@@ -94,8 +94,24 @@ def _stamp(source: VocabularySource) -> int:
 def _retokenizer(
     target: VocabularySource, draft: VocabularySource, sizes: tuple[int, int], target_stamp: int, draft_stamp: int
 ) -> Retokenizer:
+    if isinstance(target, PreTrainedTokenizerBase) and isinstance(draft, PreTrainedTokenizerBase):
+        _check_order(target, draft, sizes)
     own, other = (Spelling(_loaded(source, name), name) for source, name in ((target, "target"), (draft, "draft")))
     return Retokenizer(CommonStrings(own, other, sizes))
+
+
+def _check_order(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, sizes: tuple[int, int]) -> None:
+    """Refuses two tokenizers of which one has tokens beyond its model's vocabulary, and none has beyond the other model's.
+
+    Tokens that were added do not count: a model may lack them. Raises DraftError.
+    """
+    ends = [1 + max(_tokens(one) or {}, default=-1) for one in (target, draft)]
+    fit = ends[0] <= sizes[0] and ends[1] <= sizes[1]
+    if not fit and ends[1] <= sizes[0] and ends[0] <= sizes[1]:
+        raise DraftError(
+            f"tokenizer= has {ends[0]} tokens and assistant_tokenizer= {ends[1]}, in vocabularies of {sizes[0]} (the target's) and {sizes[1]} "
+            "(the draft's): each is the other model's. Pass the target's as tokenizer=, and the draft's as assistant_tokenizer=."
+        )
 
 
 def _loaded(source: VocabularySource, name: str) -> PreTrainedTokenizerBase:

@@ -279,6 +279,18 @@ def test_what_cannot_be_drafted_with_is_refused_before_any_work() -> None:
         assert model.metrics.requests == 0
 
 
+def test_tokenizers_in_each_other_s_place_are_refused_where_their_sizes_tell() -> None:
+    own, inputs = target(), tokens(PROMPT)
+    exact, wider = draft(tiny_llama(2, vocab=len(DRAFT))), draft()  # the wider one has room for the target's tokens
+    swapped = {"tokenizer": DRAFT, "assistant_tokenizer": TARGET}
+    with pytest.raises(DraftError, match=r"the other model's\. Pass the target's as tokenizer="):
+        own.generate(**inputs, assistant_model=exact, **GREEDY, **swapped)
+    plain = own.generate(**inputs, **GREEDY)
+    for model, both in ((exact, BOTH), (wider, swapped)):
+        assert torch.equal(plain, own.generate(**inputs, assistant_model=model, **GREEDY, **both))
+    assert exact.metrics.requests == 1
+
+
 def test_a_text_that_the_draft_cannot_spell_is_decoded_plainly_and_the_reason_told() -> None:
     own, online = target(), draft(tiny_llama(2, vocab=4))
     inputs = tokens("ab ab")
