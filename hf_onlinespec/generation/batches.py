@@ -14,6 +14,7 @@ from .prompts import Encoded
 # end leave their places empty: with so many batches that is a small part of the time. The first calls are of fewer, so that their
 # prompts need not be waited for. Chosen.
 FIRST_BATCHES, MOST_BATCHES = 2, 16
+PADDED = 512  # tokens to which any prompt is padded; a longer one goes with those of at least half its length. Chosen
 SORTED_BATCHES = 4  # where one batch follows another, batches that wait: prompts of similar lengths go together; chosen
 
 
@@ -50,8 +51,10 @@ class Batches:
 
     def step(self) -> list[Answer]:
         """Goes on with what waits; what was finished."""
-        if self._running is None and self._joins and len(self._waiting) > self._size:
-            self._begin()
+        if self._running is None and self._joins:
+            prompts = self._alike()
+            if len(prompts) > self._size:
+                self._begin(prompts)
         return self._calls.answer(self._next()) if self._running is None else self._go_on(self._running)
 
     def close(self) -> None:
@@ -60,9 +63,20 @@ class Batches:
         if running is not None:
             running.close()
 
-    def _begin(self) -> None:
-        """Prepares all that waits as the rows of one call."""
-        prompts = sorted(self._waiting, key=lambda prompt: len(prompt.tokens))
+    def _alike(self) -> list[Encoded]:
+        """The prompt that waits longest, and those that may be padded to one length with it; the shortest first."""
+        n = len(min(self._waiting, key=lambda prompt: prompt.index).tokens)
+        longest, shortest = max(PADDED, 2 * n), n / 2 if n > PADDED else 0
+        alike = [prompt for prompt in self._waiting if shortest <= len(prompt.tokens) <= longest]
+        return sorted(alike, key=lambda prompt: len(prompt.tokens))
+
+    def _leave(self, taken: list[Encoded]) -> None:
+        """Of what waits, all but these."""
+        places = {prompt.index for prompt in taken}
+        self._waiting = [prompt for prompt in self._waiting if prompt.index not in places]
+
+    def _begin(self, prompts: list[Encoded]) -> None:
+        """Prepares these as the rows of one call."""
         try:
             drafting = self._drafting()
             if drafting is not None:
@@ -74,7 +88,8 @@ class Batches:
             pass
         self._joins = self._running is not None
         if self._joins:
-            self._waiting, self._begun = [], prompts
+            self._leave(prompts)
+            self._begun = prompts
             self._begins = call.input_ids.shape[1]
             self._batches = min(2 * self._batches, MOST_BATCHES)
 
@@ -96,10 +111,9 @@ class Batches:
 
     def _next(self) -> list[Encoded]:
         """Takes the prompt that waits longest, and those of the most similar lengths."""
-        oldest = min(self._waiting, key=lambda prompt: prompt.index)
-        waiting = sorted(self._waiting, key=lambda prompt: len(prompt.tokens))
-        at = next(i for i, prompt in enumerate(waiting) if prompt is oldest)
-        first = max(0, min(at, len(waiting) - self._size))
-        batch = waiting[first : first + self._size]
-        self._waiting = waiting[:first] + waiting[first + self._size :]
+        alike = self._alike()
+        at = min(range(len(alike)), key=lambda i: alike[i].index)
+        first = max(0, min(at, len(alike) - self._size))
+        batch = alike[first : first + self._size]
+        self._leave(batch)
         return batch

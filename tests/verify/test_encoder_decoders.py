@@ -212,6 +212,18 @@ def test_a_stream_answers_each_prompt_as_plain_generate_does_alone() -> None:
         assert answer.tokens.tolist() == plain[0, 1:].tolist()
 
 
+def test_a_source_that_is_much_longer_than_others_is_read_by_itself() -> None:
+    """Padded to its length, all others would take its memory."""
+    target, read = t5(0), list[tuple[int, ...]]()
+    numbers = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(5, 90, (n,), generator=numbers).tolist() for n in (3, 7, 1100, 5, 9, 6, 4, 8, 2, 700)]
+    plain = [target.generate(torch.tensor([prompt]), **ARGUMENTS)[0, 1:] for prompt in prompts]
+    target.encoder.embed_tokens.register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape)))
+    found = list(generate_stream(target, prompts, batch_size=2, onlinespec=MEMORY, **ARGUMENTS))
+    assert [answer.tokens.tolist() for answer in found] == [tokens.tolist() for tokens in plain]
+    assert max(rows * width for rows, width in read) <= 2 * 1100 and max(rows for rows, width in read) > 2
+
+
 def test_a_stream_says_which_prompt_is_longer_than_the_encoder_reads() -> None:
     found = list(generate_stream(bart(0), [[5] * 40, [5, 6]], onlinespec=MEMORY, **ARGUMENTS))
     assert isinstance(found[0].error, ConfigError)
