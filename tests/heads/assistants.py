@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from tests.architectures import ARCHITECTURES, Architecture, text
@@ -49,7 +51,14 @@ def assistant_of(
         initializer_range=0.3,
         **clusters,
     )
-    draft: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    try:
+        draft: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    except ValueError as error:
+        if "layer types producing a cache" not in str(error):
+            raise
+        pytest.skip(
+            f"transformers {transformers.__version__} builds no Gemma-4 assistant, whose layers all share: {error}"
+        )
     if ordered:
         draft.masked_embedding.token_ordering.copy_(torch.randperm(len(draft.masked_embedding.token_ordering)))
     draft.generation_config.num_assistant_tokens = 3
