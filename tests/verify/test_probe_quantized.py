@@ -112,6 +112,34 @@ def of_weight(cls: type[Weight]) -> Quantize:
     return quantize
 
 
+class Packed(nn.Module):
+    """No linear layer of torch's: its weights are integers in buffers, as GPTQ and AWQ keep them."""
+
+    together = False  # whether its activations are rounded with one scale for all tokens of a forward
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, weight = layer.in_features, layer.out_features, layer.weight.detach()
+        self.register_buffer("scales", weight.abs().amax(-1, keepdim=True) / 127)
+        self.register_buffer("qweight", (weight / self.scales).round().to(torch.int8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rounded = steps(inputs, inputs.abs().amax()) if self.together else inputs
+        return F.linear(rounded, self.qweight * self.scales)
+
+
+def packed(library: str, name: str, together: bool) -> Quantize:
+    cls = type(name, (Packed,), {"__module__": library, "together": together})
+
+    def quantize(target: PreTrainedModel) -> PreTrainedModel:
+        for path, layer in list(target.model.named_modules()):
+            if type(layer) is nn.Linear:
+                target.model.set_submodule(path, cls(layer))
+        return target
+
+    return quantize
+
+
 def by_torch(target: PreTrainedModel) -> PreTrainedModel:
     return torch.ao.quantization.quantize_dynamic(target, {nn.Linear}, dtype=torch.qint8)
 
@@ -159,6 +187,20 @@ TOGETHER = "quantises the tokens of a forward together"
 )
 def test_a_quantised_target_is_drafted_for_where_each_token_is_computed_by_itself(quantize, drafts, said) -> None:
     check(quantize(tiny_llama(1, layers=2)), drafts, said)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("gptqmodel.nn_modules.qlinear.torch", "TorchQuantLinear"),
+        ("awq.modules.linear.gemm", "WQLinear_GEMM"),
+        ("optimum.quanto.nn.qlinear", "QLinear"),
+    ],
+)
+def test_layers_of_libraries_that_are_not_installed_are_tried_as_all_others(library, name, together) -> None:
+    target = packed(library, name, together)(tiny_llama(1, layers=2))
+    check(target, not together, f"{TOGETHER} ({name} model.layers.0.self_attn.q_proj)" if together else "")
 
 
 def test_a_target_that_is_quantised_between_two_calls_is_tried_again() -> None:
