@@ -2,7 +2,7 @@
 
     python .ci/versions.py WORK_FOLDER [NAME ...]
 
-Each environment is made once in the work folder and kept: 2 to 6 GB each, from the package registry. A run takes about 3 minutes of
+Each environment is made once in the work folder and kept: 2 to 6 GB each, from the package registry. A run takes about 6 minutes of
 one core. What pytest said stands in WORK_FOLDER/NAME/tests.txt.
 """
 
@@ -30,6 +30,8 @@ FAST = """
     commit/test_sampling commit/test_suffix_memory measure/test_exactness models/test_layers models/test_plain
     share/test_export share/test_hub share/test_lora_options test_attachment test_compat test_draft test_generation
     verify/test_batches verify/test_head_targets verify/test_positions verify/test_probe verify/test_streaming verify/test_target
+    commit/test_seq2seq commit/test_text_rows commit/test_translation heads/test_assistants heads/test_mtp test_newer_drafts
+    verify/test_compiled verify/test_encoder_decoders verify/test_probe_quantized verify/test_rollback verify/test_running verify/test_trees
 """.split()
 
 
