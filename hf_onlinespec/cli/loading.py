@@ -10,6 +10,7 @@ import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -73,10 +74,15 @@ def load_config(option: str, name: str, encoder_decoders: bool = False) -> Pretr
         raise ConfigError(f"{option} {name}: a draft head, and no whole model. {way}")
     config: PretrainedConfig = _loaded(AutoConfig, option, name)
     if config.is_encoder_decoder and not encoder_decoders:
-        way = "this command runs causal language models. hf-onlinespec run serves it; from Python, generate(..., onlinespec=True) and attach(model)."
+        way = "this command runs causal language models. hf-onlinespec try and run serve it; from Python, generate(..., onlinespec=True) and attach(model)."
         if option == "--draft":
             way = "TARGET is none: it drafts for encoder–decoders alone. Name a causal language model."
         raise ConfigError(f"{option} {name}: an encoder–decoder ({config.model_type}), and {way}")
+    if encoder_decoders and auto_class(config) is AutoModelForSpeechSeq2Seq:
+        raise ConfigError(
+            f"{option} {name}: it hears speech ({config.model_type}), and the prompts of this command are texts. From Python, attach(model) "
+            "serves its generate and its pipeline."
+        )
     return config
 
 

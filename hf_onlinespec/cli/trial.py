@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .._compat.models import max_positions, model_name
+from .._compat.models import auto_class, max_positions, model_name
 from ..draft import OnlineDraft
 from ..errors import ConfigError
 from ..measure.budget import LEAST_PROMPTS, LONG, Budget
@@ -207,7 +207,7 @@ def _prepared(
 ) -> tuple[Trial, Models]:
     """The trial, its models loaded, and how they were loaded. What can be refused is refused before weights are read."""
     device = best_device(settings.device)
-    config = load_config("TARGET", settings.target)
+    config = load_config("TARGET", settings.target, encoder_decoders=True)
     tokenizer = load_tokenizer("TARGET", settings.target)
     check_template("TARGET", settings.target, tokenizer)
     longest = LONG if settings.new_tokens is None else settings.new_tokens
@@ -229,7 +229,7 @@ def _prepared(
     shipped = None if settings.draft is not None else shipped_head_for(config)
     if shipped is not None:
         notes.append(f"A draft head for this target ships with the package and was not tried: --draft {shipped}.")
-    target = load_model("TARGET", settings.target, settings.dtype, device)
+    target = load_model("TARGET", settings.target, settings.dtype, device, encoder_decoders=True)
     if settings.draft is not None and is_head:
         make = partial(OnlineDraft.of, load_beside(settings.draft, target))
         notes.append(
@@ -257,7 +257,10 @@ def _prepared(
     if settings.draft is not None and settings.save is not None:
         saved = str(settings.save)
     is_chat = tokenizer.chat_template is not None
-    return trial, Models(settings.target, base, str(target.dtype), str(device), is_chat, saved, is_head)
+    loads, draft_loads = (auto_class(c).__name__ for c in (config, config if draft is None else draft.config))
+    return trial, Models(
+        settings.target, base, str(target.dtype), str(device), is_chat, saved, loads, draft_loads, is_head
+    )
 
 
 def set_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

@@ -21,6 +21,7 @@ from ..draft import OnlineDraft
 from ..embedded import load_draft
 from ..metrics import Counts
 from ..runtime.progress import Bar, NoBar
+from .inputs import begins
 from .records import PLAIN, Prompt, Record
 
 ASSISTANT_TOKENS = (1, 2, 3, 5, 8)  # the numbers that transformers' arm may choose from
@@ -123,7 +124,7 @@ class Runner:
         self._target, self._tokenizer, self._seed = target, tokenizer, seed
         self._text_to_inputs, self._clock = encode, clock
         self._sample = temperature > 0
-        self._options: dict[str, Any] = {"do_sample": self._sample}
+        self._options: dict[str, Any] = {"do_sample": self._sample, "num_beams": 1}  # whatever was saved with the model
         if self._sample:
             self._options |= {"temperature": temperature, "top_k": 0}
         self._target_clock, self._draft_clock = ForwardClock(), ForwardClock()
@@ -154,7 +155,7 @@ class Runner:
             inputs = self.encode(prompt)
             for name in rotated(tuple(arms), at):
                 output, wall_time_s = self._generate(inputs, prompt.new_tokens, arms[name], at)
-                sums[name].add(Counts(new_tokens=_new_tokens(inputs, output), wall_time_s=wall_time_s))
+                sums[name].add(Counts(new_tokens=self._new_tokens(inputs, output), wall_time_s=wall_time_s))
                 bar.update()
         return {name: counts.tokens_per_s for name, counts in sums.items()}
 
@@ -181,7 +182,7 @@ class Runner:
                 name,
                 Answer(
                     output=output,
-                    new_tokens=_new_tokens(inputs, output),
+                    new_tokens=self._new_tokens(inputs, output),
                     target_forwards=self._target_clock.calls,
                     wall_time_s=wall_time_s,
                     update_time_s=last.update_time_s,
@@ -224,15 +225,14 @@ class Runner:
         output = generative(self._target).generate(**inputs, **self._options, max_new_tokens=new_tokens, **arm)
         return output, self._now() - started
 
+    def _new_tokens(self, inputs: BatchEncoding, output: Tensor) -> int:
+        return output.shape[1] - begins(self._target, inputs)
+
     def _now(self) -> float:
         """Seconds, once all work that was sent to an accelerator is done."""
         if self._target.device.type != "cpu":
             torch.accelerator.synchronize(self._target.device)
         return self._clock()
-
-
-def _new_tokens(inputs: BatchEncoding, output: Tensor) -> int:
-    return output.shape[1] - inputs["input_ids"].shape[1]
 
 
 def stock_draft(assistant_tokens: int, draft: PreTrainedModel | None = None) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from transformers import BatchEncoding, LogitsProcessor, LogitsProcessorList, Pr
 
 from .._compat.generation import generative
 from .._compat.models import keeps_logits, max_positions
+from .inputs import begins, logits_of
 
 IDENTICAL, ROUNDING, FAULT = "identical", "within rounding", "fault"
 LEAST_POSITIONS = (
@@ -64,10 +65,10 @@ class Examiner:
 
         Args:
             inputs: of the prompt, a batch of one.
-            plain: (1, L) prompt and output of plain greedy generation.
+            plain: (1, L) prompt (of an encoder–decoder, the token it starts with) and output of plain greedy generation.
             others: (1, L') each, by name.
         """
-        prompt = inputs["input_ids"].shape[1]
+        prompt = begins(self._target, inputs)
         parted = {name: first_difference(plain[0, prompt:], output[0, prompt:]) for name, output in others.items()}
         at = {name: position for name, position in parted.items() if position is not None}
         found: dict[str, Difference | None] = dict.fromkeys(others)
@@ -76,7 +77,7 @@ class Examiner:
         new = plain.shape[1] - prompt
         n = min(new, max(max(at.values()) + 1, LEAST_POSITIONS))
         logits, scores = self._one_by_one(inputs, plain[:, : prompt + n])
-        rounding = _largest(logits, self._at_once(plain[:, : prompt + n], n))
+        rounding = _largest(logits, self._at_once(inputs, plain[:, : prompt + n], n))
         for name, position in at.items():
             if position >= new or prompt + position >= others[name].shape[1]:
                 found[name] = Difference(
@@ -88,17 +89,18 @@ class Examiner:
             # Plain's own token is the best one, unless this machine's arithmetic differs from run to run.
             gap = float(row.max() - torch.minimum(row[own], row[other]))
             found[name] = Difference(
-                position, gap, rounding, self._gap_float32(plain[:, : prompt + position], own, other)
+                position, gap, rounding, self._gap_float32(inputs, plain[:, : prompt + position], own, other)
             )
         return found
 
     def _one_by_one(self, inputs: BatchEncoding, plain: Tensor) -> tuple[Tensor, Tensor]:
         """Plain generation once more, over the tokens of `plain`: its logits and processed scores, (n, V) in float32 each."""
-        prompt = inputs["input_ids"].shape[1]
+        prompt = begins(self._target, inputs)
         replay = _Replay(plain[0], prompt)
         out = generative(self._target).generate(
             **inputs,
             do_sample=False,
+            num_beams=1,
             max_new_tokens=plain.shape[1] - prompt,
             logits_processor=LogitsProcessorList([replay]),
             return_dict_in_generate=True,
@@ -106,7 +108,7 @@ class Examiner:
         )
         return torch.cat(out.logits).float(), torch.stack(replay.scores)
 
-    def _at_once(self, plain: Tensor, n: int) -> Tensor:
+    def _at_once(self, inputs: BatchEncoding, plain: Tensor, n: int) -> Tensor:
         """The logits (n, V), in float32, of the last n tokens of `plain`, from one forward over several positions.
 
         Behind a short output other tokens follow, which a causal model does not see: over the prompt alone both ways would be one.
@@ -116,15 +118,15 @@ class Examiner:
         tokens = torch.cat([plain[:, :-1], plain[:, -1:].expand(-1, more)], dim=1)
         with torch.no_grad():
             few = {"logits_to_keep": n + more} if keeps_logits(self._target) else {}
-            logits = self._target(tokens, **few).logits[0, -n - more :]
+            logits = logits_of(self._target, inputs, tokens, **few)[-n - more :]
         return torch.as_tensor(logits[:n].float())
 
-    def _gap_float32(self, prefix: Tensor, own: int, other: int) -> float | None:
+    def _gap_float32(self, inputs: BatchEncoding, prefix: Tensor, own: int, other: int) -> float | None:
         reference = self._reference()
         if reference is None:
             return None
         with torch.no_grad():
-            logits = reference(prefix).logits[0, -1]
+            logits = logits_of(reference, inputs, prefix)[-1]
         return float(logits[own] - logits[other])
 
 

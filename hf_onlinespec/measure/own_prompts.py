@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from .._compat.models import max_positions
+from .._compat.models import max_positions, max_source_positions
 from ..errors import ConfigError
 from ..training.corpus import check_text, parse_text, read_lines
 from .records import Prompt
@@ -41,9 +41,15 @@ def _text(line: str, where: str) -> tuple[str, str]:
     return str(item[key]), "".join(c for c in " ".join(domain.split()) if c.isprintable())
 
 
+def longest_prompt(target: PretrainedConfig, new_tokens: int) -> int:
+    """Most tokens of a prompt beside so many new ones; below 1: none fits. An encoder reads it apart from them."""
+    room = max_positions(target) - new_tokens
+    return max_source_positions(target) if target.is_encoder_decoder and room > 0 else room
+
+
 def fits(length: int, target: PretrainedConfig, new_tokens: int) -> bool:
-    """Whether the target takes a prompt of so many tokens, and the new ones behind it."""
-    return 0 < length <= max_positions(target) - new_tokens
+    """Whether the target takes a prompt of so many tokens, and the new ones."""
+    return 0 < length <= longest_prompt(target, new_tokens)
 
 
 def check_lengths(prompts: Sequence[Prompt], lengths: Sequence[int], target: PretrainedConfig) -> None:
@@ -54,7 +60,7 @@ def check_lengths(prompts: Sequence[Prompt], lengths: Sequence[int], target: Pre
     """
     for at, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), 1):
         if not fits(length, target, prompt.new_tokens):
-            longest = max_positions(target) - prompt.new_tokens
+            longest = longest_prompt(target, prompt.new_tokens)
             if longest < 1:
                 raise ConfigError(
                     f"The target takes {max_positions(target)} tokens: no prompt fits beside {prompt.new_tokens} new ones. Use --new-tokens."

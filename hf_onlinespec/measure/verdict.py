@@ -9,6 +9,7 @@ from .budget import LEAST_PROMPTS
 from .records import PLAIN, Ratio, Record, by_arm, speed_ratio, totals
 from .trial import DRAFT, OURS, static_arguments
 
+CAUSAL = "AutoModelForCausalLM"
 LEVEL = 0.9  # of the intervals: paired bootstrap over prompts
 MIN_ACCEPTANCE_TO_START = 2000  # prompts: where more would be needed, two ways are called equally fast
 
@@ -82,6 +83,8 @@ class Models:
     device: str
     is_chat: bool  # whether the tokenizer has a chat template
     saved: str | None = None  # where the draft is kept with what it learned; None: nowhere
+    loads: str = CAUSAL  # the class of transformers' that loads the target
+    draft_loads: str = CAUSAL
     is_head: bool = False  # whether the draft is a draft head, which is loaded for its target
 
 
@@ -89,11 +92,11 @@ def code_for(verdict: Verdict, models: Models) -> str:
     """Python that does what the verdict recommends: ours, unless another way is faster."""
     ours = verdict.pays or not verdict.is_decided
     place = "" if models.device == "cpu" else f".to({models.device!r})"
-    load = f"AutoModelForCausalLM.from_pretrained({{!r}}, dtype={models.dtype}){place}"
-    imports = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    load = f"{{}}.from_pretrained({{!r}}, dtype={models.dtype}){place}"
+    classes = {models.loads, "AutoTokenizer"}
     lines = [
         f"tokenizer = AutoTokenizer.from_pretrained({models.target!r})",
-        f"model = {load.format(models.target)}",
+        f"model = {load.format(models.loads, models.target)}",
     ]
     arguments = dict(static_arguments(verdict.best)) if not ours else {}
     attached = "model" if models.draft is None else "model, draft"
@@ -102,12 +105,12 @@ def code_for(verdict: Verdict, models: Models) -> str:
     elif ours and models.saved is not None:
         lines.append(f"draft = hf_onlinespec.OnlineDraft.from_pretrained({models.saved!r})")
     elif models.draft is not None and (ours or verdict.best.startswith(DRAFT)):
-        lines.append(f"draft = {load.format(models.draft)}")
+        lines.append(f"draft = {load.format(models.draft_loads, models.draft)}")
+        classes.add(models.draft_loads)
         if not ours:
             lines += [f"draft.generation_config.{name} = {value!r}" for name, value in arguments.items()]
             arguments = {"assistant_model": "draft"}
     if ours:
-        imports.insert(1, "import hf_onlinespec")
         lines.append(
             f"hf_onlinespec.attach({attached})  # from here on every model.generate(...) speculates and learns"
         )
@@ -118,10 +121,18 @@ def code_for(verdict: Verdict, models: Models) -> str:
             'return_dict=True, return_tensors="pt"\n)'
         )
     given = "".join(f", {name}={value}" for name, value in arguments.items())
+    begin = ', inputs["input_ids"].shape[1] :'
+    if models.loads != CAUSAL:  # many encoder–decoders are saved with a search of several beams, which runs plain
+        begin, given = "", f", num_beams=1{given}"
     lines += [
         "",
         f"inputs = {message}.to(model.device)",
         f"output = model.generate(**inputs, max_new_tokens=200{given})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        f"print(tokenizer.decode(output[0{begin}], skip_special_tokens=True))",
+    ]
+    imports = [
+        "import torch",
+        *(["import hf_onlinespec"] if ours else []),
+        f"from transformers import {', '.join(sorted(classes))}",
     ]
     return "\n".join([*imports, "", *lines]) + "\n"

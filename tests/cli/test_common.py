@@ -225,7 +225,7 @@ def broken(how: str, folder: Path) -> str:
         ("empty", "SafetensorError"),
         ("of another size", "its weights have other shapes than its config.json says"),
         ("of another kind", "Unrecognized configuration class"),
-        ("an encoder–decoder", "this command runs causal language models"),
+        ("an encoder–decoder", "TARGET is none: it drafts for encoder–decoders alone"),
         ("no index", "weight_map"),
         ("with code", "this model brings code of its own, which is not run unasked"),
     ],

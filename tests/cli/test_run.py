@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import WhisperConfig
 
 from hf_onlinespec import Answer, OnlineDraft
 from hf_onlinespec.cli import run
@@ -274,7 +275,10 @@ def test_an_encoder_decoder_answers_what_its_encoder_reads_with_a_draft_that_is_
         plain = pair.target.generate(inputs.input_ids, max_new_tokens=12, do_sample=False)
         assert written[i]["text"] == pair.tokenizer.decode(plain[0, 1:], skip_special_tokens=True)
     assert is_artifact(tmp_path / "draft")
-    with pytest.raises(ConfigError, match=r"an encoder–decoder \(t5\).*hf-onlinespec run"):
+    WhisperConfig().save_pretrained(tmp_path / "speech")
+    with pytest.raises(ConfigError, match=r"TARGET .*: it hears speech \(whisper\).*attach\(model\)"):
+        load_config("TARGET", str(tmp_path / "speech"), encoder_decoders=True)
+    with pytest.raises(ConfigError, match=r"an encoder–decoder \(t5\).*hf-onlinespec try and run"):
         load_config("TARGET", str(SEQ2SEQ_FOLDER / "target"))
     with pytest.raises(ConfigError, match=r"--draft .*TARGET is none"):
         load_config("--draft", str(SEQ2SEQ_FOLDER / "draft"))

@@ -20,12 +20,20 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 from rich.live import Live
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hf_onlinespec_cli
 from hf_onlinespec import OnlineDraft
 from hf_onlinespec.cli.trial import TrySettings, run_try, set_aside
-from hf_onlinespec.embedded import FOLDER, EmbeddedPair, load_draft, prompts
+from hf_onlinespec.embedded import (
+    FOLDER,
+    SEQ2SEQ_FOLDER,
+    EmbeddedPair,
+    load_draft,
+    load_seq2seq_pair,
+    prompts,
+    questions,
+)
 from hf_onlinespec.errors import ConfigError, OnlineSpecError
 from hf_onlinespec.measure import bench, shipped, trial
 from hf_onlinespec.measure.bench import Answer, Runner
@@ -250,7 +258,7 @@ def test_the_time_ends_a_trial_after_eight_prompts_at_the_earliest(pair: Embedde
 # The command
 
 
-def wrong_token(monkeypatch: pytest.MonkeyPatch, arm: dict[str, Any]) -> None:
+def wrong_token(monkeypatch: pytest.MonkeyPatch, arm: dict[str, Any], token: int = 1999) -> None:
     """Lets the arm's answers carry a token that the target never said."""
     answers = Runner.answers
 
@@ -258,7 +266,7 @@ def wrong_token(monkeypatch: pytest.MonkeyPatch, arm: dict[str, Any]) -> None:
         for name, answer in answers(self, number, prompt, arms):
             output = answer.output.clone()
             if arms[name] == arm:
-                output[0, -answer.new_tokens] = 1999
+                output[0, -answer.new_tokens] = token
             yield name, replace(answer, output=output)
 
     monkeypatch.setattr(Runner, "answers", broken)
@@ -333,6 +341,30 @@ def test_a_fault_of_ours_ends_with_exit_code_1(
     assert all(
         d["arm"] == OURS and d["kind"] == FAULT and d["difference"]["position"] == 0 for d in result["differences"]
     )
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_encoder_decoder_is_tried_on_what_its_encoder_reads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pair, texts, as_json = load_seq2seq_pair(), questions("wikisql")[:3], tmp_path / "all.json"
+    shutil.copytree(SEQ2SEQ_FOLDER / "target", tmp_path / "target", copy_function=shutil.copyfile)
+    saved = GenerationConfig.from_pretrained(SEQ2SEQ_FOLDER / "target")
+    saved.num_beams = 4  # as many encoder–decoders are saved; what is measured is greedy
+    saved.save_pretrained(tmp_path / "target")
+    (tmp_path / "mine.txt").write_text("\n".join(texts), encoding="utf-8")
+    asked = settings(tmp_path / "mine.txt", target=str(tmp_path / "target"), json=as_json, new_tokens=6)
+    assert run_try(replace(asked, draft=str(SEQ2SEQ_FOLDER / "draft")), clock=ticking()) == 0
+    assert "ours: 3 of 3 outputs are identical to plain's." in capsys.readouterr().out
+    result = json.loads(as_json.read_text(encoding="utf-8"))
+    plain = pair.target.generate(**pair.tokenizer(texts[0], return_tensors="pt"), max_new_tokens=6, do_sample=False)
+    assert result["requests"][0]["new_tokens"] == plain.shape[1] - 1
+    names: dict[str, Any] = {}
+    exec(result["code"].replace("200", "4"), names)
+    assert capsys.readouterr().out.strip() == names["tokenizer"].decode(names["output"][0], skip_special_tokens=True)
+    wrong_token(monkeypatch, {"onlinespec": True}, token=1000)
+    assert run_try(asked, clock=ticking()) == 1
+    assert "FAULT: 3 outputs of ours differ from plain generation by more than rounding." in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick")
