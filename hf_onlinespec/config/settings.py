@@ -85,7 +85,8 @@ class OnlineSpecConfig:
     alpha: float = _setting(32.0, "LoRA alpha: the adapter's output is scaled by alpha / rank")
     target_modules: tuple[str, ...] | None = _setting(
         None,
-        "names of the adapted layers; None: every linear layer, the token embedding and the head, of an encoder–decoder its decoder's",
+        "names of the adapted layers; None: every linear layer, the token embedding and the head, of an encoder–decoder its decoder's, "
+        "T5's position bias included",
     )
     loss: str = _setting("forward_kl", f"divergence between target and draft, one of {sorted(LOSSES)}")
     temperature: float = _setting(1.0, "softens target and draft inside the loss")

@@ -20,14 +20,18 @@ COMPUTED = "its weight is computed at every forward"
 # What a draft head names its main input: hidden states of its target go with the tokens, so that PEFT's wrapper of causal language
 # models does not call it, and a trial on tokens alone is none.
 HEAD_INPUT = "tokens"
+# What T5 and its kin add to attention by distance, a number per head. It is all that their decoders know of positions: a draft whose
+# bias stays as it was cannot learn to look at the token before the last one. Measured: LOG 2026-11-27 "The pair learns positions".
+POSITION_BIAS = ".relative_attention_bias"
 EXPERT = "PEFT takes its name for an expert's weights"
 ROWS = "its rows are not those of the batch, which an ensemble's gate has to follow"
 
 
 def adaptable_layers(model: PreTrainedModel) -> list[str]:
-    """Names of all layers that get an adapter by default: linear layers, the token embedding and the head; of an encoder none.
+    """Names of all layers that get an adapter by default: linear layers, the token embedding, the head and T5's position bias.
 
-    What an encoder has read is then read once in a request, whatever is learned meanwhile, and a target's encoder can be shared.
+    Of an encoder none: what it has read is then read once in a request, whatever is learned meanwhile, and a target's encoder can
+    be shared.
     """
     return choose_layers(model, None)[0]
 
@@ -45,9 +49,10 @@ def choose_layers(model: PreTrainedModel, wanted: Collection[str] | None) -> tup
     left_out: dict[str, str] = {}
     for name, module in model.named_modules():
         if wanted is None:
-            asked = module not in encodes and (
-                isinstance(module, nn.Linear | Conv1D) or (module is embedding and isinstance(module, nn.Embedding))
+            learns = isinstance(module, nn.Linear | Conv1D) or (
+                isinstance(module, nn.Embedding) and (module is embedding or name.endswith(POSITION_BIAS))
             )
+            asked = module not in encodes and learns
         else:
             asked = name in wanted or name.endswith(tuple(f".{part}" for part in wanted))
         if asked:

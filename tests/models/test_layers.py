@@ -25,7 +25,9 @@ from transformers import (
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.adapt.gated_lora import GatedLora
+from hf_onlinespec.models.layers import adaptable_layers
 from hf_onlinespec.training.combining import combine
+from tests.encoder_decoders import t5
 from tests.tiny_models import SPOKEN, random_model, tiny_llama
 
 SMALL = (SPOKEN | {"pad_token_id": 0}) | dict(
@@ -156,6 +158,15 @@ def test_experts_that_see_a_selection_of_the_tokens_are_left_out_of_an_ensemble(
     assert fault(routed_llama(), "optimistic") == fault(routed_llama(), "ensemble") == ""
     assert "left out" not in repr(OnlineDraft(routed_llama()))
     assert "0 ×2, 1 ×2" in repr(OnlineDraft(routed_llama(), OnlineSpecConfig(learner="ensemble")))
+
+
+def test_the_position_bias_of_a_decoder_learns_by_default() -> None:
+    """That of the encoder does not, and no ensemble's: it is looked up once for all rows of a batch."""
+    biases = [name for name in adaptable_layers(t5()) if name.endswith("relative_attention_bias")]
+    assert biases == ["decoder.block.0.layer.0.SelfAttention.relative_attention_bias"]
+    ensemble = OnlineSpecConfig(learner="ensemble", experts=2)
+    assert "left out" not in repr(OnlineDraft(t5()))
+    assert "relative_attention_bias (its rows are not" in repr(OnlineDraft(t5(), ensemble))
 
 
 MIXED = {name: lambda name=name: model_of(name) for name in ("opt", "qwen2_moe", "jetmoe")}
