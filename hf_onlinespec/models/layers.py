@@ -20,8 +20,8 @@ COMPUTED = "its weight is computed at every forward"
 # What a draft head names its main input: hidden states of its target go with the tokens, so that PEFT's wrapper of causal language
 # models does not call it, and a trial on tokens alone is none.
 HEAD_INPUT = "tokens"
-# What T5 and its kin add to attention by distance, a number per head. It is all that their decoders know of positions: a draft whose
-# bias stays as it was cannot learn to look at the token before the last one. Measured: LOG 2026-11-27 "The pair learns positions".
+# What T5 and its kin add to attention by distance, a number per head: all that their decoders know of positions. A draft whose bias
+# stays as it was hardly learns more than what follows the last token: LOG 2026-11-27 "The encoder–decoder pair's draft learns positions".
 POSITION_BIAS = ".relative_attention_bias"
 EXPERT = "PEFT takes its name for an expert's weights"
 ROWS = "its rows are not those of the batch, which an ensemble's gate has to follow"

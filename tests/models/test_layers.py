@@ -160,6 +160,22 @@ def test_experts_that_see_a_selection_of_the_tokens_are_left_out_of_an_ensemble(
     assert "0 ×2, 1 ×2" in repr(OnlineDraft(routed_llama(), OnlineSpecConfig(learner="ensemble")))
 
 
+@pytest.mark.filterwarnings("ignore:.*(is_gradient_checkpointing|fan_in_fan_out).*")
+@torch.no_grad()
+def test_plain_peft_loads_a_position_bias(tmp_path: Path) -> None:
+    lora, texts = shaken(t5(), blocks=1), {"input_ids": TOKENS, "decoder_input_ids": TOKENS.flip(1)}
+    lora.model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reloaded = PeftModel.from_pretrained(t5(), tmp_path).eval()
+    lora.fold()
+    with lora.gated() as speaking:
+        for other in (lora.folded_tree, reloaded):
+            torch.testing.assert_close(speaking(**texts).logits, other(**texts).logits, atol=1e-4, rtol=1e-4)
+    bias = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    assert not torch.equal(lora.folded_tree.get_parameter(f"{bias}.weight"), t5().get_parameter(f"{bias}.weight"))
+
+
 def test_the_position_bias_of_a_decoder_learns_by_default() -> None:
     """That of the encoder does not, and no ensemble's: it is looked up once for all rows of a batch."""
     biases = [name for name in adaptable_layers(t5()) if name.endswith("relative_attention_bias")]
