@@ -321,11 +321,25 @@ def test_without_a_draft_the_memory_drafts(target, prompt, settings) -> None:
 def test_embeddings_instead_of_tokens(target, draft_model) -> None:
     with pytest.raises(UnsupportedError, match="input_ids"):
         target.generate(inputs_embeds=torch.randn(1, 3, 16), assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
-    with pytest.raises(UnsupportedError, match="input_ids"):
+    with pytest.raises(UnsupportedError, match="inputs_embeds of 4 places with 3 tokens"):
         ids = torch.ones(1, 3, dtype=torch.long)
         target.generate(
-            ids, inputs_embeds=torch.randn(1, 3, 16), assistant_model=OnlineDraft(draft_model), max_new_tokens=5
+            ids, inputs_embeds=torch.randn(1, 4, 16), assistant_model=OnlineDraft(draft_model), max_new_tokens=5
         )
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_embeddings_beside_tokens_are_read_in_their_place(target, draft_model, rows) -> None:
+    """As models that read pictures hand them to the model that writes (BLIP-2). The draft and the processors see the tokens."""
+    prompts = torch.arange(2, 2 + 5 * rows).reshape(rows, 5)
+    vectors = torch.randn(rows, 5, 16, generator=torch.Generator().manual_seed(0))
+    call = {"inputs_embeds": vectors, "attention_mask": torch.ones_like(prompts), "repetition_penalty": 1.2} | GREEDY
+    draft = OnlineDraft(draft_model, SMALL)
+    plain = target.generate(prompts, **call)
+    assert not torch.equal(plain, target.generate(prompts, **call | {"inputs_embeds": None}))
+    for drafting in (draft, draft, None, None):
+        assert torch.equal(plain, target.generate(prompts, assistant_model=drafting, onlinespec=True, **call))
+    assert draft.metrics.drafted_tokens > 0 and online_memory(target).metrics.new_tokens == 2 * rows * 20
 
 
 def tiny_bart() -> PreTrainedModel:

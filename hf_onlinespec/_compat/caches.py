@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -46,6 +47,17 @@ def keeps_all(config: PretrainedConfig) -> bool:
     """Whether a model's layers keep keys and values of every token, and nothing else."""
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def other_state(inputs: Mapping[str, Any]) -> str:
+    """The name of an input beside the KV cache, and of its class, that is a cache too, or an object of a model's own: its forwards change
+    what it holds (the padding of streamed sound). "": there is none.
+    """
+    for name, value in inputs.items():
+        own = type(value).__module__.startswith("transformers.models.") and not isinstance(value, Tensor | ModelOutput)
+        if name != CACHE and (own or isinstance(value, Cache)):
+            return f"{name} ({type(value).__name__})"
+    return ""
 
 
 def moves(cache: Cache) -> bool:

@@ -380,12 +380,15 @@ _SAID_OF_PICTURES = {
     "spatial_shapes",
     "feature_attention_mask",
     "audio_feature_lengths",
+    "use_audio_in_video",
+    "image_num_crops",
 }
+VECTORS = "inputs_embeds"  # of a prompt, beside its tokens: `generate` has them read in their place, once
 
 
 def read_once(name: str) -> bool:
-    """Whether an input of a model of transformers' is a part of a picture or a sound, which is read with the prompt alone."""
-    return name in _DROPPED or name in _SAID_OF_PICTURES
+    """Whether an input of a model of transformers' is read with the prompt alone, as a part of a picture or a sound is."""
+    return name in _DROPPED or name in _SAID_OF_PICTURES or name == VECTORS
 
 
 def is_transformers(model: PreTrainedModel) -> bool:

@@ -164,7 +164,8 @@ def _generating(target: object) -> PreTrainedModel:
     inner = inner_model(target) if isinstance(target, nn.Module) else target
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
         raise UnsupportedError(
-            f"target is a {type(target).__name__}: expected a transformers model with `generate`, such as AutoModelForCausalLM loads."
+            f"target is a {type(target).__name__}: expected a model that writes token by token in transformers' own `generate`, such as "
+            "AutoModelForCausalLM loads."
         )
     return inner
 

@@ -11,9 +11,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.adapters import adds_virtual_tokens, base_of
 from .._compat.assistants import is_dflash, lives_in_target
-from .._compat.caches import CACHE, held_rows, held_tokens
+from .._compat.caches import CACHE, held_rows, held_tokens, other_state
 from .._compat.generation import (
     SAMPLING_MODES,
+    VECTORS,
     GenerationMode,
     asks_mtp,
     early_exit_of,
@@ -41,6 +42,7 @@ PICTURES = (
     "pixel_values",
     "input_features",
     "input_values",
+    VECTORS,
 )  # and how the names of their like begin
 
 
@@ -329,8 +331,12 @@ def check_inputs(
         )
     if input_ids.shape[0] == 0:
         raise UnsupportedError("The batch is empty: there is nothing to generate. Pass at least one prompt.")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise UnsupportedError("inputs_embeds are not supported: the draft needs tokens. Pass input_ids alone.")
+    vectors = model_kwargs.get(VECTORS)
+    if vectors is not None and not target.config.is_encoder_decoder and vectors.shape[1] != input_ids.shape[1]:
+        raise UnsupportedError(
+            f"{VECTORS} of {vectors.shape[1]} places with {input_ids.shape[1]} tokens: the draft reads tokens. Pass input_ids with one "
+            "for each of them, or alone."
+        )
     if input_ids.shape[1] == 0:
         raise UnsupportedError(
             "The prompts have no tokens: nothing is there to go on from. Pass one at least, such as the one that begins a text."
@@ -344,6 +350,12 @@ def check_inputs(
         raise UnsupportedError(
             f"The target {name} keeps a state of its own instead of a transformers Cache, which cannot be rolled back. "
             "Call generate without onlinespec."
+        )
+    state = other_state(model_kwargs)
+    if state:
+        raise UnsupportedError(
+            f"The target {name} keeps {state} beside its KV cache, a state of its own that cannot be rolled back. Call generate without "
+            "onlinespec."
         )
     obstacle = rollback_obstacle(cache)
     if obstacle:

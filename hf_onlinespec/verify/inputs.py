@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._compat.caches import CACHE
+from .._compat.generation import VECTORS
 from ..models.source import Source
 
 
@@ -120,7 +121,8 @@ def source_of(
     if not target.config.is_encoder_decoder or outputs is None:
         return None
     states: Tensor = outputs[0]
-    read = inputs_tensor
+    # Vectors in the place of tokens are made of more than a source (a picture, a prompt that was learned): what came of them is kept.
+    read = inputs_tensor if model_kwargs.get(VECTORS) is None else None
     if read is not None and len(read) < rows:  # several answers to each prompt
         read = read.repeat_interleave(rows // len(read), dim=0)
     tokens, signal = (None, read) if read is not None and read.is_floating_point() else (read, None)

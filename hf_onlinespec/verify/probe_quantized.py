@@ -55,11 +55,14 @@ def _weight(layer: nn.Module) -> Tensor | None:
 
 
 def _is_quantized(layer: nn.Module) -> bool:
-    """Whether it is not a linear layer of torch or of a model of transformers' (a router) with an ordinary weight."""
-    weight = _weight(layer)
+    """Whether it is not a linear layer of torch, or a part of a model of transformers' (a router; a projector of pictures, which has no weight
+    of its own), with an ordinary weight.
+    """
+    weight, own = _weight(layer), type(layer).__module__.startswith("transformers.models.")
+    if own and weight is None:
+        return False
     ordinary = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
-    plain = type(layer) is nn.Linear or type(layer).__module__.startswith("transformers.models.")
-    return not (plain and ordinary)
+    return not (ordinary and (own or type(layer) is nn.Linear))
 
 
 def _try(target: PreTrainedModel, device: torch.device) -> str:

@@ -64,6 +64,19 @@ def test_rows_with_sources_of_different_lengths_say_what_they_say_in_plain_gener
     assert "plainly" not in online_memory(target).metrics.decisions.drafting
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_source_of_embeddings_says_what_it_says_in_plain_generate(rows: int) -> None:
+    """As BLIP-2 hands a picture to T5. A draft with an encoder of its own cannot read them, and says so."""
+    target, draft = t5(0), t5(1)
+    tokens = source(target, rows)["input_ids"]
+    vectors = {"inputs_embeds": target.get_input_embeddings()(tokens).detach() + 0.5}
+    plain = check(target, vectors)
+    assert not torch.equal(plain, target.generate(tokens, **ARGUMENTS))
+    for _ in range(2):
+        assert torch.equal(plain, target.generate(**vectors, **ARGUMENTS, assistant_model=draft, onlinespec=True))
+    assert "without what they were made of" in online_draft(draft).metrics.decisions.learning
+
+
 class Padding(LogitsProcessor):
     """Lets the padding token be said now and then, which decoders that count by tokens pass over."""
 
