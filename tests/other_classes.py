@@ -136,7 +136,6 @@ PARAKEET = {"subsampling_conv_channels": 8}
 
 # fmt: off
 OTHERS = [
-    _other("Apertus1p5TextForCausalLM", every_run=True),
     _other("BarkCausalModel", reason=PART),
     _other("BarkCoarseModel", reason=CODES),
     _other("BarkModel", reason=CODES),
@@ -149,7 +148,6 @@ OTHERS = [
     _other("ClvpModelForConditionalGeneration", reason=CODES),
     _other("CohereAsrForConditionalGeneration", given="frames", encoder_config=PARAKEET),
     _other("CsmDepthDecoderForCausalLM", reason=PART),
-    _other("DoryForCausalLM", num_hidden_layers=4, n_input_layers=1, n_output_layers=1),
     _other("EncoderDecoderModel", every_run=True),
     _other("Ernie4_5_VL_MoeForConditionalGeneration", reason="another name of Ernie4_5_VLMoeForConditionalGeneration"),
     _other("FlaubertWithLMHeadModel"),
@@ -158,10 +156,8 @@ OTHERS = [
     _other("GlmImageForConditionalGeneration", reason=PICTURES),
     _other("GraniteSpeech5ForCTC", reason=CTC),
     _other("ImageGPTForCausalImageModeling"),
-    _other("Inkling2LoopForCausalLM", reason="its sizes depend on each other; no tiny one was found"),
     _other("Kosmos2TextForCausalLM"),
     _other("Kosmos2_5TextForCausalLM"),
-    _other("LaraMiniForCausalLM", found="recurrent state", every_run=True, layer_types=["sliding_attention", "full_attention"]),
     _other("LasrForCTC", reason=CTC),
     _other("MarianMTModel", **SPOKEN_BART),
     _other("MoonshineForConditionalGeneration", given="speech", encoder_num_hidden_layers=1, decoder_num_hidden_layers=2, encoder_num_attention_heads=4, decoder_num_attention_heads=4, pad_token_id=0),

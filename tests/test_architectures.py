@@ -294,7 +294,7 @@ def test_no_class_at_all_answers_otherwise_when_attached(row: Architecture) -> N
 # The documentation
 
 
-def document(find: Callable[[Architecture], Found] = run) -> str:
+def document(find: Callable[[Architecture], Found] = lambda row: run(*built(row))) -> str:
     """docs/architectures.md, from what was found for every row."""
     lines, as_target, as_draft = [], Counter[str](), Counter[str]()
     for row in ARCHITECTURES:
@@ -324,7 +324,7 @@ HEADING = f"""# Which architectures are served
 
 Every class that `AutoModelForCausalLM` of transformers {TABLE_OF} can build, from a tiny configuration in float32, written by `python -m tests.test_architectures`.
 
-As target: the memory drafts in two requests that run past sliding windows, chunks and the end of the positions. As draft: of itself (of a Llama where the class is no target), learning in the middle of requests. "Served": the same tokens as plain `generate`, but where the two best logits are closer than {TIE}. "Served without drafting": from the first token on, here past the window or the number of selected keys, a forward over several tokens is not what transformers computes token by token, so that rounds have no room. Refusals come before any work and say what to do; the words are those of the message."""
+As target: the memory drafts in two requests that run past sliding windows, chunks and the end of the positions. As draft: of itself (of a Llama where the class is no target), learning in the middle of requests. "Served": the same tokens as plain `generate`, but where the two best logits are closer than {TIE}. "Served without drafting": from the first token on, here past the window or the number of selected keys, a forward over several tokens is not what transformers computes token by token, so that rounds have no room; or the class leaves its recurrent state out of a forward over several tokens. Refusals come before any work and say what to do; the words are those of the message."""
 COLUMNS = """| class | model type, variant | positions | cache layers | as target | as draft |
 |---|---|---|---|---|---|"""
 

@@ -46,7 +46,7 @@ from hf_onlinespec import (
 )
 from hf_onlinespec._compat.generation import GenerationMode
 from hf_onlinespec.embedded import EmbeddedPair, load_draft
-from tests.test_generation import tiny_mamba
+from tests.test_generation import tiny_rwkv
 
 from .conftest import tiny_llama
 from .tiny_models import CACHE
@@ -461,7 +461,7 @@ def test_disabled(target, prompt) -> None:
 
 def test_targets_that_can_never_be_served_are_refused_at_once(draft_model) -> None:
     with pytest.raises(UnsupportedError, match="recurrent state"):
-        attach(tiny_mamba(), draft_model)
+        attach(tiny_rwkv(), draft_model)
     for thing in (torch.nn.Linear(2, 2), "name", None, tiny_llama(1).model):
         with pytest.raises(UnsupportedError, match=f"target is a {type(thing).__name__}"):
             attach(thing)  # type: ignore[arg-type]

@@ -20,6 +20,8 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     StoppingCriteriaList,
     pipeline,
 )
@@ -359,6 +361,10 @@ def tiny_mamba() -> PreTrainedModel:
     return MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
 
 
+def tiny_rwkv() -> PreTrainedModel:
+    return RwkvForCausalLM(RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "said"), [(tiny_bart, "encoder"), (tiny_mamba, "recurrent state")], ids=["bart", "mamba"]
 )
@@ -367,9 +373,10 @@ def test_drafts_that_are_not_handled_yet(target, prompt, make, said) -> None:
         target.generate(prompt, assistant_model=make(), onlinespec=True, max_new_tokens=5)
 
 
-def test_a_target_that_is_not_handled_yet(draft_model, prompt) -> None:
-    with pytest.raises(OnlineSpecError, match="recurrent state"):
-        tiny_mamba().generate(prompt, assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
+def test_a_target_whose_state_is_out_of_reach(draft_model, prompt) -> None:
+    target = tiny_rwkv()
+    with pytest.raises(OnlineSpecError, match="recurrent state outside of a transformers Cache"):
+        target.generate(prompt, assistant_model=OnlineDraft(draft_model), max_new_tokens=5)
 
 
 def test_a_draft_that_is_no_model(target, prompt) -> None:

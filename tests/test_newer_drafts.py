@@ -68,11 +68,10 @@ ROWS = [
     Row(EXIT, "lfm2", "more than keys and values"),
     Row(EXIT, "gemma4_text", "inputs of its own"),
     Row(EXIT, "longcat_flash", "4 lists of 2 layers"),
-    *(Row(LAYERS, name, LEARNS) for name in ("glm4_moe", "deepseek_v3", "sarvam_mla", "sarvam_moe")),
+    *(Row(LAYERS, name, LEARNS) for name in ("glm4_moe", "deepseek_v3", "sarvam_mla", "sarvam_moe", "bailing_hybrid")),
     Row(LAYERS, "mellum", "sliding_attention", MTP_SLIDING),
     Row(LAYERS, "inkling_text", "no rotary embedding", {"num_mtp_layers": 1}),
-    Row(LAYERS, "bailing_hybrid", "recurrent state"),
-    Row(LAYERS, "nemotron_h", "recurrent state"),
+    Row(LAYERS, "nemotron_h", "num_mtp_layers"),
     Row(LAYERS, "llama", "num_mtp_layers"),
     Row(ASSISTANT, "gemma4_text", LEARNS),
     Row(ASSISTANT, "gemma4_unified_text", LEARNS),
@@ -81,7 +80,7 @@ ROWS = [
     Row(DFLASH, "llama", LEARNS),
     Row(DFLASH, "qwen3", LEARNS),
     Row(DFLASH, "muse_glimmer", LEARNS),
-    Row(DFLASH, "jamba", "recurrent state"),
+    Row(DFLASH, "qwen3_next", LEARNS),
 ]
 
 

@@ -17,6 +17,7 @@ with imports_of_others():
     from transformers import DynamicCache, PretrainedConfig, cache_utils
     from transformers.cache_utils import (
         Cache,
+        CacheLayerMixin,
         DynamicLayer,
         DynamicSlidingWindowLayer,
         EncoderDecoderCache,
@@ -106,8 +107,14 @@ def own_way(cache: Any, config: PretrainedConfig) -> str:
 
 
 def held_tokens(cache: Cache) -> int:
-    """Tokens that were read into a cache, those included that its windows have dropped."""
-    return int(cache.get_seq_length())
+    """Tokens that were read into a cache, those included that its windows have dropped; 0 of one that does not count them."""
+    return int(cache.get_seq_length()) if counts_tokens(cache) else 0
+
+
+def counts_tokens(cache: Cache) -> bool:
+    """Whether a cache tells how many tokens were read into it: one of recurrent states alone (Mamba) does not."""
+    layers = cache_parts(cache)[0].layers
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 def held_rows(cache: Cache) -> int | None:
@@ -131,13 +138,14 @@ def fresh_cache(config: PretrainedConfig) -> Cache:
 def make_ordinary(cache: Cache) -> None:
     """Lets a cache that was made under `torch.inference_mode()` be written to outside of it: tensors of that kind are copied.
 
-    A preallocated layer is written in place; those that grow make new tensors with every forward.
+    A preallocated layer and a recurrent state are written in place; layers that grow make new tensors with every forward.
     """
     for layer in (layer for part in cache_parts(cache) for layer in part.layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            for name, value in vars(layer).items():
-                if isinstance(value, Tensor) and value.is_inference():
-                    setattr(layer, name, value.clone())
+            for values in (vars(layer), *(value for value in vars(layer).values() if isinstance(value, dict))):
+                for name, value in values.items():
+                    if isinstance(value, Tensor) and value.is_inference():
+                        values[name] = value.clone()
 
 
 def returned_cache(outputs: ModelOutput) -> Cache | None:

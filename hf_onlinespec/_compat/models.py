@@ -79,11 +79,6 @@ def auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForSpeechSeq2Seq if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING else AutoModelForSeq2SeqLM
 
 
-def is_stateful(model: PreTrainedModel) -> bool:
-    """Whether the model carries a recurrent state that cannot be rolled back."""
-    return bool(model._is_stateful)
-
-
 # Where accelerate keeps its hook of a module, and what it put in the place of `forward`.
 _HOOKED = (HOOK, "_old_forward", "forward")
 

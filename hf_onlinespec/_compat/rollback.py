@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .caches import cache_parts
+from .recurrent import has_recurrent_state
 from .versions import imports_of_others
 
 with imports_of_others():
@@ -29,8 +30,8 @@ NO_LIMIT = 2**31
 def rollback_obstacle(cache: Any) -> str:
     """What keeps a cache from being rolled back, said of the model that it belongs to; "": nothing.
 
-    Judged by its layers. A layer of linear attention shows after the first forward only whether it keeps a recurrent state. Up to
-    which token a layer can be rolled back: see `feed_limit`.
+    Judged by its layers. Up to which token a layer can be rolled back: see `feed_limit`. A recurrent state is put back from a copy,
+    see recurrent.py.
     """
     if not isinstance(cache, Cache):
         return f"keeps a {type(cache).__name__} instead of a transformers Cache, which cannot be rolled back"
@@ -39,8 +40,6 @@ def rollback_obstacle(cache: Any) -> str:
         name = type(part).__name__
         if isinstance(part, StaticLayer) and type(part) not in (StaticLayer, StaticSlidingWindowLayer):
             return f"has a preallocated cache ({type(cache).__name__} of {name}s), which cannot be rolled back"
-        if isinstance(part, LinearAttentionCacheLayerMixin) and any(part.is_recurrent_states_initialized.values()):
-            return f"keeps a recurrent state ({name}), which cannot be rolled back"
         if isinstance(part, (StaticLayer, *QUANTIZED)):
             continue
         stated = next((vars(c)["is_croppable"] for c in type(part).__mro__ if "is_croppable" in vars(c)), None)
@@ -94,6 +93,8 @@ def _exact(layer: QuantizedLayer) -> int:
 
 def forgets(cache: Cache, n: int) -> str:
     """Why the last n tokens cannot be taken back; "": they can."""
+    if has_recurrent_state(cache):
+        return "its recurrent state has taken them in"
     for layer in cache_parts(cache)[0].layers:
         if isinstance(layer, QuantizedLayer) and _exact(layer) < n:
             return "they were quantised together with what came before"
@@ -106,19 +107,29 @@ def forgets(cache: Cache, n: int) -> str:
     return ""
 
 
-def record_past(cache: Cache) -> None:
-    """Sliding-window layers keep what a later `crop` may need."""
-    cache.activate_past_recording()
+def record_past(cache: Cache, recurrent: bool = False) -> None:
+    """Sliding-window layers and convolutions keep what a later `crop` may need.
+
+    Args:
+        recurrent: whether convolutions are put back from a copy, as recurrent states are: some classes cannot record them (Zaya).
+    """
+    if not recurrent:
+        cache.activate_past_recording()
+        return
+    for layer in cache_parts(cache)[0].layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.activate_past_recording()
 
 
 def crop(cache: Cache, n: int) -> None:
-    """Removes the last n tokens. Called with 0 too: that trims sliding-window layers back to their window.
+    """Removes the last n tokens, but from what is put back from a copy, see recurrent.py. Called with 0 too: that trims
+    sliding-window layers back to their window.
 
     Transformers 5.18 cannot crop a layer that was never filled, as Mllama's for pictures is in a conversation without one; and no
     release crops a quantised layer, or a preallocated one of an encoder–decoder.
     """
     layers = cache_parts(cache)[0].layers
-    own = [layer for layer in layers if isinstance(layer, (StaticLayer, *QUANTIZED))]
+    own = [layer for layer in layers if isinstance(layer, (StaticLayer, *QUANTIZED)) or _is_copied(layer)]
     filled = [layer for layer in layers if type(layer) is not DynamicLayer or layer.is_initialized]
     if len(filled) == len(layers) and not own:
         cache.crop(-n)
@@ -128,6 +139,9 @@ def crop(cache: Cache, n: int) -> None:
             _crop_preallocated(layer, n)
         elif isinstance(layer, QUANTIZED):
             _crop_quantized(layer, n)
+        elif _is_copied(layer):
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                DynamicLayer.crop(layer, -n)
         else:  # what cannot be cropped was refused, see rollback_obstacle
             cast(DynamicLayer, layer).crop(-n)
 
@@ -137,6 +151,10 @@ def compact(cache: Cache) -> None:
     for layer in cache_parts(cache)[0].layers:
         if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
             layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+
+
+def _is_copied(layer: object) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not layer.record_past
 
 
 def _crop_preallocated(layer: StaticLayer, n: int) -> None:

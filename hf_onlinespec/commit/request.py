@@ -132,7 +132,8 @@ class Request:
         """Counts a round, and hands its outcome on.
 
         Args:
-            reads_prompts: whether the target has read the prompts in it. In the first round of a row alone it always does.
+            reads_prompts: whether the target has read the prompts in it, or instead of candidates tokens that it had read before: no
+                round's time. In the first round of a row alone it always reads the prompt.
         """
         self.count(verdict)
         if self.proposer is not None:

@@ -30,6 +30,7 @@ from .._compat.generation import (
     sample,
 )
 from .._compat.models import uncompiled
+from .._compat.recurrent import is_recurrent
 from ..commit.base import Draft
 from ..commit.memory_draft import online_memory
 from ..config import OnlineSpecConfig
@@ -148,8 +149,10 @@ def _wrap_validate(validate: Function, get_mode: Function) -> Function:
             # Vocabularies were compared; transformers asks for two tokenizers wherever sizes differ, and refuses them otherwise.
             told = ("assistant_model", "assistant_tokenizer")
             mode_kwargs = {name: value for name, value in mode_kwargs.items() if name not in told}
-            if (config.num_return_sequences or 1) > 1:
-                mode = plain_mode(config)  # transformers' own assisted decoding takes one sequence
+            if (config.num_return_sequences or 1) > 1 or is_recurrent(self):
+                mode = plain_mode(
+                    config
+                )  # transformers' own assisted decoding takes one sequence, and no recurrent state
         if call is not None and call.served:
             mode = get_mode(config)  # a class that names the modes it supports means plain decoding's
         validate(self, mode, config, mode_kwargs)

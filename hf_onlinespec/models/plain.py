@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from .._compat.adapters import LoraLayer, base_of
 from .._compat.assistants import lives_in_target
 from .._compat.caches import CACHE, rolls_back
-from .._compat.models import is_offloaded, is_stateful, takes_cache, uncompiled, weight_of
+from .._compat.models import is_offloaded, takes_cache, uncompiled, weight_of
+from .._compat.recurrent import is_recurrent
 from ..errors import DraftError, brief
 from .borrow import copy_modules
 from .encoders import inputs_without_source, new_cache
@@ -51,7 +52,7 @@ def plain_draft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         raise no_model(model)
     check_drafts_alone(model)
     name = type(model).__name__
-    if is_stateful(model):
+    if is_recurrent(model):
         raise DraftError(
             f"The draft {name} keeps a recurrent state that cannot be rolled back. Use an attention-only draft."
         )

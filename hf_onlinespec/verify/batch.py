@@ -30,6 +30,7 @@ from .._compat.generation import (
     pad_token,
     read_once,
 )
+from .._compat.recurrent import is_recurrent
 from ..commit.request import Request
 from ..errors import UnsupportedError
 from ..models.vocabulary import Vocabulary
@@ -98,6 +99,8 @@ def why_plain_batch(
         reason = _odd_columns(names, input_ids, config, model_kwargs)
     if not reason and is_compiled(target):
         reason = COMPILED.format(name=type(target).__name__)
+    if not reason and is_recurrent(target):
+        reason = f"the target {type(target).__name__} keeps a recurrent state, and each row of a round is kept up to another token"
     if not reason and adapts_by_row(target):
         reason = "adapter_names= gives each row an adapter of its own"
     if not reason:

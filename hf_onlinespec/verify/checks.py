@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.adapters import adds_virtual_tokens, base_of
 from .._compat.assistants import is_dflash, lives_in_target
-from .._compat.caches import CACHE, held_rows, held_tokens, other_state
+from .._compat.caches import CACHE, counts_tokens, held_rows, held_tokens, other_state
 from .._compat.generation import (
     SAMPLING_MODES,
     VECTORS,
@@ -23,7 +23,8 @@ from .._compat.generation import (
     known_continuation,
     own_loop,
 )
-from .._compat.models import drops_cache, is_stateful
+from .._compat.models import drops_cache
+from .._compat.recurrent import has_recurrent_state, is_recurrent, keeps_state_in_cache
 from .._compat.rollback import forgets, rollback_obstacle
 from ..commit.base import Draft
 from ..config.adapters import AUTO, MOST_ADAPTERS
@@ -209,9 +210,10 @@ def check_adapters(draft: Draft, names: tuple[str | None, ...], learns: bool) ->
 def check_target(target: PreTrainedModel) -> None:
     """Refuses targets that the loop can never serve."""
     name = type(target).__name__
-    if is_stateful(target):
+    if is_recurrent(target) and not keeps_state_in_cache(target):
         raise UnsupportedError(
-            f"The target {name} keeps a recurrent state that cannot be rolled back. Call generate without onlinespec."
+            f"The target {name} keeps a recurrent state outside of a transformers Cache, where it cannot be put back. Call generate "
+            "without onlinespec."
         )
     if not known_continuation(target):
         raise UnsupportedError(
@@ -367,6 +369,10 @@ def check_inputs(
     if size and pictures and input_ids.shape[1] > size:
         raise UnsupportedError(
             f"prefill_chunk_size={size}: {', '.join(pictures)} cannot be read in pieces. Leave prefill_chunk_size out."
+        )
+    if not counts_tokens(cache) and has_recurrent_state(cache):
+        raise UnsupportedError(
+            f"{CACHE}: the target {name} has a cache that does not tell how many tokens it holds. Leave it out, and pass all tokens."
         )
     # A cache may hold the whole prompt. Its last token is read again then.
     held = held_tokens(cache)

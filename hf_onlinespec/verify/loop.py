@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .._compat.caches import CACHE, held_tokens, make_ordinary
 from .._compat.generation import Generated, generated_output, hidden_tokens, pad_token
+from .._compat.recurrent import is_recurrent
 from ..commit.base import Call, Draft, note_latest
 from ..commit.gaps import Gaps
 from ..commit.request import Request
@@ -142,6 +143,9 @@ def _one(
 ) -> Loop:
     """The loop of one row."""
     plain = why_plain(target, input_ids, model_kwargs)
+    if not plain and lockstep.synced and is_recurrent(target):
+        # To catch up takes a forward that the other processes do not run.
+        plain = f"synced_gpus with a recurrent state, which the target {type(target).__name__} keeps"
     verifier = Verifier(target, input_ids, config, model_kwargs, plain)
     verifier.trees_because = plain or verifier.compiled_because or why_chains(target, input_ids, model_kwargs)
 
@@ -253,8 +257,9 @@ def _loop(
         lockstep.end_round(done)
 
         # 4. The draft adapts.
-        request.observe(verdict)
+        request.observe(verdict, reads_prompts=verifier.caught_up)
 
+    verifier.catch_up(rows.tokens)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:

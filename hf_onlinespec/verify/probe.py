@@ -22,6 +22,7 @@ from .._compat.alterations import Alterations, alterations
 from .._compat.caches import CACHE, fresh_cache, own_way
 from .._compat.devices import autocast_inside, matmul_dtypes
 from .._compat.modules import modules_of
+from .._compat.rollback import rollback_obstacle
 from ..errors import UnsupportedError
 from ..govern.acceptance import TokenSource
 from ..rounds import Proposal
@@ -92,8 +93,7 @@ def tells_of_target(error: Exception, target: PreTrainedModel, input_ids: Tensor
     try:
         prompt, kept = own_inputs(target, input_ids, model_kwargs)
         with own_random_numbers(target, input_ids):
-            verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
-            verifier.verify(prompt, guesses(prompt[:, :0]))
+            _one_by_one(target, prompt, kept).verify(prompt, guesses(prompt[:, :0]))
     except Exception:  # whatever a class from elsewhere raises
         return False
     return True
@@ -173,8 +173,7 @@ def check_rounds(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
             return
         with torch.inference_mode(False), torch.no_grad():
             prompt, kept = own_inputs(target, input_ids, model_kwargs)
-            verifier = Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)})
-            read_on(verifier, prompt, 2)
+            read_on(_one_by_one(target, prompt, kept), prompt, 2)
     except UnsupportedError:
         raise
     except Exception:  # nothing is known then: the request itself will tell
@@ -284,26 +283,28 @@ def is_random(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     """Whether two forwards over the same tokens differ."""
     prompt, kept = own_inputs(target, input_ids, model_kwargs)
     with own_random_numbers(target, input_ids):
-        reads = [
-            Verifier(target, prompt, GenerationConfig(), kept | {CACHE: fresh_cache(target.config)}).verify(
-                prompt, guesses(prompt[:, :0])
-            )
-            for _ in range(2)
-        ]
+        reads = [_one_by_one(target, prompt, kept).verify(prompt, guesses(prompt[:, :0])) for _ in range(2)]
     return not torch.equal(*reads)
+
+
+def _new_cache(target: PreTrainedModel) -> dict[str, Any]:
+    return {CACHE: fresh_cache(target.config)}
+
+
+def _one_by_one(target: PreTrainedModel, prompt: Tensor, kept: dict[str, Any]) -> Verifier:
+    """Reads as plain decoding does, on a cache of its own."""
+    return Verifier(target, prompt, GenerationConfig(), kept | _new_cache(target), plain_because="to compare with")
 
 
 def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
     """What a forward over several tokens gets wrong, on the request's own prompt and a cache of its own; "": nothing."""
     prompt, kept = own_inputs(target, input_ids, model_kwargs)
-
-    def verifier() -> Verifier:
-        return Verifier(target, prompt, config, kept | {CACHE: fresh_cache(target.config)})
-
-    config, most = GenerationConfig(), tolerance(target, input_ids.device.type)
-    one, several = verifier(), verifier()
+    one, most = _one_by_one(target, prompt, kept), tolerance(target, input_ids.device.type)
     tokens, singles = read_on(one, prompt, 4)
-    n = prompt.shape[1]
+    obstacle = rollback_obstacle(one.cache)
+    if obstacle:
+        return f"the target {type(target).__name__} {obstacle}"
+    n, several = prompt.shape[1], Verifier(target, prompt, GenerationConfig(), kept | _new_cache(target))
     several.verify(prompt, guesses(prompt[:, :0]))
     several.keep(tokens[:, : n + 1])
     together = several.verify(tokens[:, : n + 1], guesses(tokens[:, n + 1 : n + 3]))[0]  # (3, vocab)

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .._compat.caches import CACHE, held_tokens, move, returned_cache
+from .._compat.caches import CACHE, counts_tokens, held_tokens, move, returned_cache
 from .._compat.compiling import COMPILED, compiled_forward
 from .._compat.generation import continue_inputs, continues_inputs, generative, hidden_tokens
 from .._compat.hidden_states import Reads, hidden_states, hidden_states_inputs, takes_hidden_states
+from .._compat.recurrent import RecurrentStates, has_recurrent_state, is_recurrent, restore, saved_states
 from .._compat.rollback import compact, crop, feed_limit, quantizes, record_past, rollback_obstacle
 from ..errors import UnsupportedError
 from ..rounds import Proposal
@@ -20,6 +21,11 @@ from .inputs import InputNames, given
 from .positions import PositionLimits
 from .row_positions import counted_positions
 from .trees import MOST_NODES, in_place, tree_mask, tree_positions
+
+# A recurrent state cannot be rolled back to any token, but to a copy that was made before a round. What was kept of the round is read
+# once more in the next one, with its candidates, and so on until a round is kept as a whole, or until so many tokens would be read
+# again: then a round without candidates reads them, and a new copy is made behind them.
+MOST_READ_AGAIN = 16
 
 
 class Verifier:
@@ -31,8 +37,9 @@ class Verifier:
     Attributes:
         trees_because: why it verifies no trees but chains, see `why_chains`; "": it verifies trees.
         compiled_because: the same, of a target that is compiled; "": it is not.
-        features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round;
-            None: they are not read, or `unread_because` says why there are none.
+        features: (batch, fed, width) the hidden states that the draft reads, of all that it was fed in the last round for the first
+            time; None: they are not read, or `unread_because` says why there are none.
+        caught_up: whether the last round had no candidates, and read tokens once more: plain decoding does not take its time.
     """
 
     def __init__(
@@ -45,13 +52,22 @@ class Verifier:
     ) -> None:
         self._target, self._reads, self._names = target, Reads(), InputNames.of(target)
         self.features: Tensor | None = None
-        self.unread_because = ""
+        self.unread_because, self.caught_up = "", False
         self.plain_because = plain_because  # why rounds have no room
         self.trees_because = ""
         self._kwargs = dict(model_kwargs)
         self._hidden = hidden_tokens(input_ids, generation_config, self._kwargs)  # tokens that are in the cache alone
         self.cache = self._kwargs.pop(CACHE)
-        record_past(self.cache)
+        self._recurrent = is_recurrent(target)
+        self._compiled = compiled_forward(target, self.cache, generation_config)
+        self.compiled_because = "" if self._compiled is None else COMPILED.format(name=type(target).__name__)
+        if self._recurrent and self._compiled is not None and not plain_because:
+            self.plain_because = f"the target {type(target).__name__} is compiled, and keeps a recurrent state"
+        # What is decoded plainly is never rolled back, and its cache keeps no more than in plain decoding.
+        self._rolls_back = not self.plain_because
+        if self._rolls_back:
+            record_past(self.cache, self._recurrent)
+        self._states: RecurrentStates | None = None  # before the last round with candidates, of a recurrent target
         self._cached = held_tokens(self.cache)
         self._columns: dict[str, Tensor] = {}
         for name in self._names.columns:
@@ -75,12 +91,12 @@ class Verifier:
         if positions is not None and self._limits != PositionLimits():
             self._ahead = int(positions[..., -1].max()) + 1 - length
         # A target that keeps more between its forwards reads the prompt alone, as in plain decoding, and so does one that reads
-        # more than text, or quantises what it has read. So does one that is compiled for each number of tokens.
+        # more than text, or quantises what it has read. So does one that is compiled for each number of tokens, and one that
+        # would have to read its prompt again where a candidate is rejected.
         self._continues = continues_inputs(target)
         extras = given(self._kwargs) - self._names.text
-        self._compiled = compiled_forward(target, self.cache, generation_config)
-        self.compiled_because = "" if self._compiled is None else COMPILED.format(name=type(target).__name__)
         self._prompt_alone = self._continues or bool(extras) or quantizes(self.cache) or self._compiled is not None
+        self._prompt_alone |= self._recurrent
         self._chunk = generation_config.prefill_chunk_size
         self.limited_because = ""  # why the last round had no room, where positions are the reason
         self._first = True  # whether the prompt is still to be read
@@ -97,7 +113,7 @@ class Verifier:
 
     def room(self, input_ids: Tensor) -> int:
         """Most tokens that may be drafted behind `input_ids`, so that the target computes what it computes in plain decoding."""
-        if self.plain_because or (self._first and self._prompt_alone):
+        if self.plain_because or (self._first and self._prompt_alone) or self._again(input_ids) > MOST_READ_AGAIN:
             return 0
         length = input_ids.shape[1] + self._hidden + self._unnamed
         unread = length - self._unnamed - self._cached
@@ -108,6 +124,10 @@ class Verifier:
             room = max(0, limit.tokens - unread)
             self.limited_because = limit.reason if room == 0 else ""
         return room if self._compiled is None else 2 ** ((room + 1).bit_length() - 1) - 1
+
+    def _again(self, input_ids: Tensor) -> int:
+        """Tokens that the next forward reads once more: all that the cache does not hold, but for the last one."""
+        return 0 if self._first else input_ids.shape[1] + self._hidden - 1 - self._cached
 
     @property
     def trees(self) -> bool:
@@ -126,7 +146,10 @@ class Verifier:
         """
         k = proposal.tokens.shape[1]
         chain = all(proposal.is_chain(row) for row in range(len(proposal.sources)))
-        surplus = 0
+        again, surplus = self._again(input_ids), 0
+        self.caught_up = again > 0 and k == 0
+        if k and self._recurrent and (self._states is None or self._states.tokens != self._cached):
+            self._states = saved_states(self.cache, self._cached)
         if self._compiled is not None and k:  # forwards over 2, 4, 8 … tokens, see `room`: few programs are made
             surplus = 2 ** k.bit_length() - 1 - k
         tokens = torch.cat([input_ids, proposal.tokens], dim=-1)
@@ -142,6 +165,8 @@ class Verifier:
         if surplus:
             logits = logits[:, :-surplus]
             self.features = None if self.features is None else self.features[:, :-surplus]
+        if again and self.features is not None:  # those were handed out before
+            self.features = self.features[:, again:]
         return logits.to(dtype=torch.float32, device=input_ids.device)
 
     def _in_pieces(self, tokens: Tensor, end: int, k: int) -> Tensor:
@@ -181,7 +206,7 @@ class Verifier:
             self._arrange(inputs, tree)
         read = inputs.get(self._names.tokens)
         fed = end - self._cached if read is None else read.shape[1]
-        if self._forwards == 1 and held_tokens(self.cache) + fed < end:
+        if self._forwards == 1 and counts_tokens(self.cache) and held_tokens(self.cache) + fed < end:
             raise UnsupportedError(
                 f"The target {type(self._target).__name__} has {held_tokens(self.cache)} of {end - fed} tokens in its cache after "
                 "its first forward: it would go on without them. Call generate without onlinespec."
@@ -224,14 +249,21 @@ class Verifier:
         cache = returned_cache(outputs)
         if cache is not None and cache is not self.cache:
             self.cache = cache
-            record_past(cache)
-        held = held_tokens(self.cache)
-        if self._forwards == 1:
+            if self._rolls_back:
+                record_past(cache, self._recurrent)
+        held = held_tokens(self.cache) if counts_tokens(self.cache) else end
+        if self._forwards == 1 and self._rolls_back:
             obstacle = rollback_obstacle(self.cache)
             if obstacle:
                 raise UnsupportedError(
                     f"The target {type(self._target).__name__} {obstacle}. Call generate without onlinespec."
                 )
+            if has_recurrent_state(self.cache) and not self._recurrent:
+                raise UnsupportedError(
+                    f"The target {type(self._target).__name__} keeps a recurrent state, and is not marked as a model that does "
+                    "(_is_stateful). Call generate without onlinespec."
+                )
+        if self._forwards == 1:
             self._unnamed = max(0, held - end)
         if held < end and fed < end:
             self.plain_because = f"the target {type(self._target).__name__} keeps {held} of {end} tokens in its cache"
@@ -250,8 +282,8 @@ class Verifier:
             if stay < len(paths[0]):
                 places = torch.tensor([path[stay:] for path in paths]) + self._kept
                 move(self.cache, places, self._kept + stay)
-        if self._cached > length - 1 or not self._first:
-            crop(self.cache, max(0, self._cached - length + 1))
+        if self._cached > length - 1 or (self._rolls_back and not self._first):
+            self._roll_back(length - 1)
             if self._compiled is not None:
                 compact(self.cache)
         self._cached = min(self._cached, length - 1)
@@ -261,6 +293,21 @@ class Verifier:
             self._kwargs = continue_inputs(self._target, self._outputs, self._kwargs | columns)
             self._columns = {name: self._kwargs.pop(name) for name in columns if name in self._kwargs}
         self._kept = length
+
+    def _roll_back(self, length: int) -> None:
+        """Takes out of the cache what it holds behind so many tokens: a recurrent one goes back to its last copy."""
+        if self._states is None or self._cached <= length:
+            crop(self.cache, max(0, self._cached - length))
+            return
+        crop(self.cache, self._cached - self._states.tokens)
+        restore(self.cache, self._states)
+        self._cached = self._states.tokens
+
+    def catch_up(self, input_ids: Tensor) -> None:
+        """Leaves in the cache all kept tokens but the last, as `generate` does: reads what is missing."""
+        if self._again(input_ids):
+            self._forward(input_ids[:, :-1], input_ids.shape[1] + self._hidden - 1, 0)
+            crop(self.cache, 0)
 
 
 def unread(target: PreTrainedModel) -> str:

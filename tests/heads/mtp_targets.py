@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_layers
 
-from tests.architectures import Architecture
+from tests.architectures import ARCHITECTURES, Architecture
 from tests.tiny_models import random_model
 
 MLA = ("deepseek_v3", "sarvam_mla")
@@ -19,6 +19,11 @@ MLA = ("deepseek_v3", "sarvam_mla")
 def mtp_target(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> PreTrainedModel:
     """A target whose checkpoint has an MTP layer behind the others, as DeepSeek's has."""
     more: dict[str, Any] = {"num_mtp_layers": 1} | ({"num_key_value_heads": 4} if kind in MLA else {})
+    if kind == "bailing_hybrid":
+        more |= next(row.arguments for row in ARCHITECTURES if row.name == kind) | {
+            "mtp_layer_types": ["full_attention"],
+            "mtp_mlp_layer_types": ["dense"],
+        }
     target = random_model(Architecture(kind, "rope", "full", "", "", more).config(), seed)
     layers = target.config.num_hidden_layers
     # Each class knows the checkpoints that were released by the number of their layers.
