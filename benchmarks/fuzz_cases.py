@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fuzz_models import DRAFTS, ENCODER_DECODERS, EXITS, HEADED, PAIRS, SOME, TARGETS, VOCAB, WHISPER_DECODER
+from fuzz_models import (
+    DRAFTS,
+    ENCODER_DECODERS,
+    EXITS,
+    HEADED,
+    PAIRS,
+    RECURRENT,
+    SOME,
+    TARGETS,
+    VOCAB,
+    WHISPER_DECODER,
+)
 from fuzz_requests import Request, draw_request
 
 from hf_onlinespec import OnlineSpecConfig
@@ -54,7 +65,7 @@ REFUSALS = (
     ("use_cache=False", ("no cache",)),
     ("are to be generated", ("cache of fewer rows",)),
     ("cache", ("static cache", "quantized cache")),
-    ("recurrent state", ("stateful",)),
+    ("does not tell how many tokens it holds", ("uncounted cache",)),
     ("memory_tokens=0 and recycle=False without", ("nothing drafts",)),
     # Failures of a draft's forward while it is made; later ones cost no request anything.
     ("cannot read two tokens", ("failing draft",)),
@@ -70,8 +81,8 @@ def draw_case(seed: int, number: int) -> Case:
     """The case of that number: the same on every machine."""
     rng = random.Random(f"{seed} {number}")
     drawn = rng.random()
-    target = rng.choice(TARGETS) if drawn < 0.83 else rng.choice(list(ENCODER_DECODERS)) if drawn < 0.98 else "mamba"
-    reasons = {"stateful"} if target == "mamba" else set()
+    target = rng.choice(TARGETS if drawn < 0.83 else list(ENCODER_DECODERS) if drawn < 0.95 else RECURRENT)
+    reasons = set()
     draft = _draft(rng, target)
     wrapped = rng.choice(["OnlineDraft", "OnlineDraft", "model", "PeftModel", "bfloat16"])
     if draft in ("", EXITS, SCRIPTED):
@@ -94,7 +105,7 @@ def draw_case(seed: int, number: int) -> Case:
     requests = []
     for _ in range(rng.choice([2, 2, 3])):
         requests.append(draw_request(rng, pool, target, draft, wrapped))
-        requests[-1].reasons |= reasons
+        requests[-1].reasons |= reasons | ({"uncounted cache"} if requests[-1].turn and target == "mamba" else set())
     clock = 10.0 ** rng.uniform(-5, -2)
     return Case(number, target, draft, settings, wrapped, failure, requests, clock)
 

@@ -84,10 +84,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         LLAMA | {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     ),
+    "qwen3_next, delta rule": (
+        "qwen3_next",
+        LLAMA
+        | dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], num_experts=0)
+        | dict(mlp_only_layers=[0, 1], linear_num_key_heads=2, linear_num_value_heads=2)
+        | dict(linear_key_head_dim=8, linear_value_head_dim=8),
+    ),
+    "falcon_h1, a state beside attention": (
+        "falcon_h1",
+        LLAMA | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+    ),
     "mamba": ("mamba", dict(hidden_size=16, num_hidden_layers=1, state_size=4)),
 }
-TARGETS = [name for name in MODELS if name != "mamba"] + ["llama"] * 3 + ["gpt2", "mistral, window"]
-DRAFTS = [name for name in MODELS if name not in ("mamba", "lfm2, convolutions")]
+RECURRENT = ["qwen3_next, delta rule", "falcon_h1, a state beside attention", "mamba"]  # "mamba" is decoded plainly
+TARGETS = [name for name in MODELS if name not in RECURRENT] + ["llama"] * 3 + ["gpt2", "mistral, window"]
+DRAFTS = [name for name in MODELS if name not in (*RECURRENT, "lfm2, convolutions")]
 ENCODER_DECODERS = {"t5": t5, "bart": bart, "m2m_100": m2m, "whisper": whisper}
 WHISPER_DECODER = "whisper, a decoder alone"  # reads the target's encoder outputs
 HEADED = ["llama", "llama, two layers", "llama, padded vocabulary", "mistral, window", "gemma3, mixed windows", "gpt2"]
