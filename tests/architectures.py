@@ -315,7 +315,7 @@ ARCHITECTURES = [
     _row("xmod", "learned", "full", default_language="en_XX"),
     _row("youtu", "rope", "full", num_key_value_heads=4),
     _row("zamba", "none", "linear, linear with full", target=PLAIN, draft="recurrent state", every_run=True, num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2, attention_head_dim=16, num_key_value_heads=4, use_mamba_kernels=False),
-    _row("zamba2", "rope", "linear, linear with full", draft="recurrent state", every_run=True, num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], num_key_value_heads=4, use_mamba_kernels=False, n_mamba_heads=4, chunk_size=8, adapter_rank=4),
+    _row("zamba2", "rope", "linear, linear with full", target=PLAIN, draft="recurrent state", every_run=True, num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], num_key_value_heads=4, use_mamba_kernels=False, n_mamba_heads=4, chunk_size=8, adapter_rank=4),
     _row("zaya", "rope", "linear with full", draft="recurrent state", every_run=True, num_experts_per_tok=1, router_hidden_size=16),
 ]
 # fmt: on

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._compat.generation import unfinished_anywhere
-from .probe import TRIAL_FORWARDS, needs_trial, why_plain
+from .probe import needs_trial, trial_forwards, why_plain
 from .probe_rows import ROW_FORWARDS, needs_row_trial, why_one_length
 from .probe_trees import TREE_FORWARDS, needs_tree_trial, why_chains
 
@@ -43,7 +43,9 @@ class Lockstep:
         if not self.synced:
             return why()
         target = self._target
-        self._try(needs_trial(target, model_kwargs), lambda: why_plain(target, row, model_kwargs), TRIAL_FORWARDS)
+        self._try(
+            needs_trial(target, model_kwargs), lambda: why_plain(target, row, model_kwargs), trial_forwards(target)
+        )
         drafts = not why_plain(target, row, model_kwargs)
         tries = drafts and needs_tree_trial(target, row, model_kwargs)
         self._try(tries, lambda: why_chains(target, row, model_kwargs), TREE_FORWARDS)
