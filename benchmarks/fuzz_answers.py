@@ -166,7 +166,7 @@ def _same_rest(request: Request, plain: Answer, ours: Answer) -> str:
             for row in range(len(x)):
                 if _has_ended(request, ours, row, i) and not y[row].any():
                     continue  # plain decoding reads the padding too
-                if not torch.allclose(x[row].float(), y[row].float(), CLOSE, CLOSE):
+                if not torch.allclose(x[row].float(), y[row].float(), CLOSE, CLOSE, equal_nan=True):
                     return f"{name} of token {i} in row {row} differ"
     return ""
 
