@@ -24,7 +24,8 @@ from .trees import MOST_NODES, in_place, tree_mask, tree_positions
 
 # A recurrent state cannot be rolled back to any token, but to a copy that was made before a round. What was kept of the round is read
 # once more in the next one, with its candidates, and so on until a round is kept as a whole, or until so many tokens would be read
-# again: then a round without candidates reads them, and a new copy is made behind them.
+# again: then a round without candidates reads them, and a new copy is made behind them. By the times that were measured, 8 and 32 bring
+# 4 and 2 % less: LOG 2026-11-27 "Recurrent states are drafted for".
 MOST_READ_AGAIN = 16
 
 

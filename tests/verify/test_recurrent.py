@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -27,6 +29,8 @@ NAMES = ["qwen3_next", "falcon_h1", "mamba2", "zaya"]
 
 def recurrent(name: str) -> PreTrainedModel:
     target = next(row for row in ARCHITECTURES if row.name == name).build()
+    if CACHE not in inspect.signature(target.forward).parameters:
+        pytest.skip(f"transformers {transformers.__version__} hands {name}'s state on under another name")
     target.config.max_position_embeddings = 256
     return target
 
