@@ -34,6 +34,7 @@ from ..heads.base import Head
 from ..heads.dflash import DFlashHead
 from ..heads.mtp import MtpHead
 from ..models.encoders import SourceInputs, check_source, states_width
+from ..models.placeholders import has_unnamed_pictures
 from ..models.retokenizing import Retokenizer
 from ..models.tokenizer_pair import retokenizer_of
 from .inputs import given
@@ -41,7 +42,10 @@ from .inputs import given
 PICTURES = (
     "mm_encoder_outputs",
     "pixel_values",
+    "image_pixel_values",
+    "flattened_patches",
     "input_features",
+    "audio_input_features",
     "input_values",
     VECTORS,
 )  # and how the names of their like begin
@@ -383,6 +387,11 @@ def check_inputs(
             "num_return_sequences). Pass a cache of the same rows, or leave it out."
         )
     surplus = held + 1 - input_ids.shape[1] - hidden_tokens(input_ids, generation_config, model_kwargs)
+    if surplus > 1 and has_unnamed_pictures(target.config):
+        raise UnsupportedError(
+            f"{CACHE} holds {held} places for {input_ids.shape[1]} tokens, those of a picture among them, which no token stands for: the "
+            f"target {name} cannot go on in it, with a draft or without one. Pass the picture and the whole text without it."
+        )
     lost = forgets(cache, surplus) if surplus > 0 else ""
     if lost:
         raise UnsupportedError(

@@ -24,7 +24,7 @@ from ..commit.base import Call, Draft, note_latest
 from ..commit.gaps import Gaps
 from ..commit.request import Request
 from ..config.adapters import Asked, adapters_of_rows
-from ..models.placeholders import mask_of_text, placeholder_tokens
+from ..models.placeholders import mask_of_text, placeholder_tokens, replaced_tokens
 from ..models.vocabulary import Vocabulary
 from ..rounds import Rows, Verdict
 from .accept import accept
@@ -93,7 +93,7 @@ def decode(
     # The draft is given the tokens it can see; a prefix that lives only in the target's cache is unknown to it.
     mask = model_kwargs.get(InputNames.of(target).mask)
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-    placeholders = placeholder_tokens(target.config)
+    placeholders = placeholder_tokens(target.config) | replaced_tokens(target, input_ids, model_kwargs)
     if several:
         mask = mask_of_text(mask, input_ids, placeholders)
     call = Call(generation_config, processors, input_ids.shape[0], mask, learn, Vocabulary.of(target))
