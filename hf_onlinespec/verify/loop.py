@@ -151,7 +151,11 @@ def _one(
 
     def loop(request: Request) -> Generated | Tensor:
         verifier.hand_out(request.reads)
-        output = _loop(input_ids, verifier, request, processors, criteria, config, streamer, lockstep)
+        try:
+            output = _loop(input_ids, verifier, request, processors, criteria, config, streamer, lockstep)
+        except BaseException:  # a streamer's, a criterion's, the keyboard's: the caller may go on in this cache
+            verifier.take_back()
+            raise
         request.finish()
         _say_limits(draft, verifier)
         return output

@@ -253,21 +253,20 @@ class Verifier:
             if self._rolls_back:
                 record_past(cache, self._recurrent)
         held = held_tokens(self.cache) if counts_tokens(self.cache) else end
-        if self._forwards == 1 and self._rolls_back:
-            obstacle = rollback_obstacle(self.cache)
-            if obstacle:
-                raise UnsupportedError(
-                    f"The target {type(self._target).__name__} {obstacle}. Call generate without onlinespec."
-                )
-            if has_recurrent_state(self.cache) and not self._recurrent:
-                raise UnsupportedError(
-                    f"The target {type(self._target).__name__} keeps a recurrent state, and is not marked as a model that does "
-                    "(_is_stateful). Call generate without onlinespec."
-                )
+        if self._forwards == 1 and self._rolls_back and self._obstacle():
+            raise UnsupportedError(
+                f"The target {type(self._target).__name__} {self._obstacle()}. Call generate without onlinespec."
+            )
         if self._forwards == 1:
             self._unnamed = max(0, held - end)
         if held < end and fed < end:
             self.plain_because = f"the target {type(self._target).__name__} keeps {held} of {end} tokens in its cache"
+
+    def _obstacle(self) -> str:
+        """What keeps the cache from being rolled back, said of the target; "": nothing."""
+        if has_recurrent_state(self.cache) and not self._recurrent:
+            return "keeps a recurrent state, and is not marked as a model that does (_is_stateful)"
+        return rollback_obstacle(self.cache)
 
     def keep(self, input_ids: Tensor, paths: tuple[tuple[int, ...], ...] | None = None) -> None:
         """Rolls the cache back to all kept tokens but the last, as `generate` leaves it.
@@ -303,6 +302,11 @@ class Verifier:
         crop(self.cache, self._cached - self._states.tokens)
         restore(self.cache, self._states)
         self._cached = self._states.tokens
+
+    def take_back(self) -> None:
+        """After a failure: takes out of the cache what was read of candidates since tokens were kept last."""
+        if self._rolls_back and self._forwards and not self._obstacle():
+            self._roll_back(self._kept)
 
     def catch_up(self, input_ids: Tensor) -> None:
         """Leaves in the cache all kept tokens but the last, as `generate` does: reads what is missing."""

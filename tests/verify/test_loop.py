@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     MistralConfig,
@@ -304,6 +305,33 @@ def test_an_interrupted_request_counts_and_leaves_the_draft_usable(target, draft
     assert draft.metrics.updates == draft.steps > 0 and draft.metrics.requests == 1
     plain, ours = both(target, draft, prompt)
     assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("shape", [None, ((-1, 1), (-1, 0), (1, 2), (1, 0))], ids=["chains", "trees"])
+@pytest.mark.parametrize("seen", [7, 12, 15])
+def test_an_interrupted_request_leaves_no_candidate_in_the_callers_cache(target, prompt, seen, shape) -> None:
+    """Whoever goes on in the cache, with or without a draft, is told what he would be told without it."""
+
+    def stops(tokens: torch.Tensor, scores: object, **kwargs: Any) -> torch.Tensor:
+        if tokens.shape[1] == seen:
+            raise KeyboardInterrupt
+        return torch.zeros(1, dtype=torch.bool)
+
+    settings = {"do_sample": False, "max_new_tokens": 20}
+    script = target.generate(prompt, **settings)
+    right = target.generate(turn := torch.cat([script[:, :seen], prompt], dim=-1), **settings)
+    wrong = script.clone()
+    wrong[:, ::3] = (wrong[:, ::3] + 1) % 32
+    for going_on in ({}, {"onlinespec": True}):
+        cache, draft = DynamicCache(config=target.config), PlainDraft(ScriptedProposer(wrong, shape))
+        with pytest.raises(KeyboardInterrupt):
+            target.generate(
+                prompt,
+                assistant_model=draft,
+                stopping_criteria=[stops],
+                **settings | {CACHE: cache, "max_new_tokens": 30},
+            )
+        assert torch.equal(target.generate(turn, **settings, **{CACHE: cache}, **going_on), right)
 
 
 def test_model_generation_config_defaults(target, draft, prompt) -> None:

@@ -123,6 +123,24 @@ def test_a_conversation_goes_on_in_the_same_cache(name: str, mode: Any) -> None:
         assert all(map(torch.equal, spoken, turns(True)))
 
 
+def test_an_interrupted_request_leaves_no_candidate_in_the_state() -> None:
+    target = recurrent("qwen3_next")
+    script = target.generate(PROMPT, **CALL).sequences
+    for seen in (8, 23):
+
+        def stops(tokens: Tensor, scores: object, seen: int = seen, **kwargs: Any) -> Tensor:
+            if tokens.shape[1] == seen:
+                raise KeyboardInterrupt
+            return torch.zeros(1, dtype=torch.bool)
+
+        turn, cache = torch.cat([script[:, :seen], PROMPT], dim=-1), DynamicCache(config=target.config)
+        right = target.generate(turn, **CALL).sequences
+        draft = PlainDraft(Mistaken(script, 0.3))
+        with pytest.raises(KeyboardInterrupt):
+            target.generate(PROMPT, **CALL, **{CACHE: cache}, assistant_model=draft, stopping_criteria=[stops])
+        assert torch.equal(target.generate(turn, **CALL, **{CACHE: cache}).sequences, right)
+
+
 def test_a_learning_draft_serves_it() -> None:
     target, draft = (
         recurrent("qwen3_5_text"),
