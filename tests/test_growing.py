@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 import hf_onlinespec
@@ -14,8 +16,9 @@ from hf_onlinespec import OnlineDraft, OnlineSpecConfig
 from hf_onlinespec.embedded import load_pair, prompts
 from hf_onlinespec.errors import ArtifactError, ConfigError
 from hf_onlinespec.heads.eagle3 import Eagle3Head
+from tests.architectures import ARCHITECTURES
 from tests.encoder_decoders import bart
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import CACHE, tiny_llama
 
 GROWS = OnlineSpecConfig(grow_head=True)
 OPTIONS = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
@@ -62,6 +65,20 @@ def test_it_learns_from_what_it_serves() -> None:
         pair.target.generate(**inputs, do_sample=False, max_new_tokens=24, onlinespec=config)
         lengths.append(hf_onlinespec.online_metrics(pair.target).last.acceptance_length)
     assert sum(lengths[-6:]) / 6 > 1.15 * sum(lengths[:3]) / 3, lengths
+
+
+@pytest.mark.parametrize(("name", "learns"), [("mamba2", True), ("gemma3n_text", False)])
+def test_it_begins_without_attention_in_the_target_and_where_layers_differ_in_width(name: str, learns: bool) -> None:
+    """Gemma-3n hands out no hidden states that a head could read: the memory drafts."""
+    target = next(row for row in ARCHITECTURES if row.name == name).build()
+    if CACHE not in inspect.signature(target.forward).parameters:
+        pytest.skip(f"transformers {transformers.__version__} hands {name}'s state on under another name")
+    prompt = torch.tensor([[3, 14, 15, 9, 2, 6]])
+    draft = hf_onlinespec.attach(target, config=OnlineSpecConfig(grow_head=True, update_every=1, update_when="round"))
+    found = [target.generate(prompt, **OPTIONS) for _ in range(2)]
+    assert isinstance(draft, OnlineDraft) and draft.metrics.drafted_tokens > 0 and (draft.metrics.updates > 0) == learns
+    hf_onlinespec.detach(target)
+    assert all(torch.equal(answer, target.generate(prompt, **OPTIONS)) for answer in found)
 
 
 @pytest.mark.parametrize("make", [lambda seed: tiny_llama(seed, layers=4), bart], ids=["llama", "bart"])

@@ -28,6 +28,7 @@ COPIED = (
 )
 ON_HIDDEN = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
 RENAMED = {"hidden_norm.weight": "input_layernorm.weight"}  # of the head, and of the target
+HEAD_WIDTH = 64  # of one attention head, for a target that has none; chosen
 LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 NORM = re.compile(r"(?:.*\.)?norm\.weight")  # the target's last norm
 DECODER_NORM = re.compile(r"final_layer_norm\.weight")  # that of T5's decoder
@@ -58,7 +59,11 @@ def new_config(target: PreTrainedModel, draft_vocab_size: int, **changes: Any) -
         changes: fields of Eagle3Config that are another.
     """
     text = writing_config(target.config)
-    said, width, heads = text.to_dict(), int(text.hidden_size), int(text.num_attention_heads)
+    # What a configuration states for each layer (Gemma-3n's MLPs) is that of the last one, from whose weights a head starts.
+    said = {name: value[-1] if isinstance(value, list) and value else value for name, value in text.to_dict().items()}
+    width = int(text.hidden_size)
+    stated = said.get(text.attribute_map.get("num_attention_heads", "num_attention_heads"))
+    heads = int(stated or max(1, width // HEAD_WIDTH))  # a target without attention (Mamba-2) states none
     head_dim = said.get(text.attribute_map.get("head_dim", "head_dim")) or width // heads
     table = rows(writing_embedding(target))
     vocab_size = int(text.vocab_size) if table is None else min(int(text.vocab_size), table)
