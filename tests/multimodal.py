@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import modeling_auto
 
 from tests.architectures import PLAIN, SERVED, TINY, VOCAB
-from tests.shown import AUDIO, IMAGE, SHOWN, START, VIDEO, text
+from tests.shown import AUDIO, IMAGE, SHOWN, SIDE_BY_SIDE, START, VIDEO, text
 
 # Some that read sounds stand among those of speech, or of sequences, alone.
 CLASSES = (
@@ -90,7 +90,10 @@ class Reader:
         mask = torch.ones_like(both)
         mask[0, : padding.shape[1]] = 0
         shown = {
-            name: torch.cat([value, value / 2 if value.is_floating_point() else value])
+            name: torch.cat(
+                [value, value / 2 if value.is_floating_point() else value],
+                dim=-1 if self.shown == SIDE_BY_SIDE and name == "pixel_values" else 0,
+            )
             for name, value in one.items()
             if name in SHOWN[self.shown]()
         }
@@ -287,9 +290,9 @@ READERS = [
     _row("llava_next", "a picture in two parts", every_run=True, **ONE_CELL),
     _row("llava_next_video", "a picture in two parts", **ONE_CELL),
     _row("llava_onevision", "a picture in two parts", **ONE_CELL),
-    _row("minicpm_ocr", together="recurrent state", text_config=HYBRID),
-    _row("minicpmv4_6", together="recurrent state", text_config=HYBRID),
-    _row("minicpmv4_7", together="recurrent state", text_config=HYBRID),
+    _row("minicpm_ocr", SIDE_BY_SIDE, together="recurrent state", insert_layer_id=0, text_config=HYBRID, vision_config={"insert_layer_id": 0}),
+    _row("minicpmv4_6", SIDE_BY_SIDE, together="recurrent state", insert_layer_id=0, text_config=HYBRID, vision_config={"insert_layer_id": 0}),
+    _row("minicpmv4_7", SIDE_BY_SIDE, together="recurrent state", insert_layer_id=0, text_config=HYBRID, vision_config={"insert_layer_id": 0}),
     _row("minimax_m3_vl", FRAMES),
     _row("mistral3", "a picture and its size", together=WINDOW, vision_feature_layer=-1, spatial_merge_size=1),
     _row("mistral4", num_key_value_heads=4),
@@ -301,7 +304,7 @@ READERS = [
     _row("muse_spark", FRAMES, together=WINDOW, text_config={"moe_hidden_size": 16}, out_hidden_size=128, projector_hidden_size=32, audio_config={"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [8], "depths": [1], "out_hidden_size": 32}),
     _row("musicflamingo", "a sound", places=4, audio_config=EIGHT),
     _row("nemo_speechlm", "a spectrogram", target=PLAIN, together="recurrent state", audio_config={"asr_config": {"max_position_embeddings": 64}, "diarization_config": {"head_config": {"audio_hidden_size": 32}}}, word_timestamp_config={"blank_token_id": 0}),
-    _row("nemotron_h_omni", target=PLAIN, together="recurrent state", vision_config={"video_temporal_patch_size": 2}),
+    _row("nemotron_h_omni", "patches of a grid", target=PLAIN, together="recurrent state", projector_hidden_size=32, vision_hidden_size=32, vision_config={"video_temporal_patch_size": 2}),
     _row("omniasr", "a wave"),
     _row("ovis2", PICTURE),
     _row("paddleocr_vl", "square patches", **THREE),

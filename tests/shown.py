@@ -30,6 +30,7 @@ def grid(*shape: int) -> dict[str, Tensor]:
 
 
 SIZES = {"image_sizes": torch.tensor([[16, 16]])}
+SIDE_BY_SIDE = "patches side by side"  # those of several pictures too
 # A picture or a sound, as processors hand it to the models.
 SHOWN: dict[str, Callable[[], dict[str, Tensor]]] = {
     "": dict,
@@ -83,6 +84,8 @@ SHOWN: dict[str, Callable[[], dict[str, Tensor]]] = {
         "aspect_ratio_ids": torch.tensor([[1]]),
         "aspect_ratio_mask": torch.ones(1, 1, 2, dtype=torch.long),
     },
+    SIDE_BY_SIDE: lambda: {"pixel_values": noise(1, 3, 8, 8 * 16), "target_sizes": torch.tensor([[4, 4]])},
+    "patches of a grid": lambda: {"pixel_values": noise(16, 3 * 8 * 8), "image_grid_hw": torch.tensor([[4, 4]])},
     "a sound": lambda: {"input_features": noise(1, 8, 16), "input_features_mask": torch.ones(1, 16, dtype=torch.long)},
     "a spectrogram": lambda: {
         "input_features": noise(1, 16, 8),
