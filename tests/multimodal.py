@@ -38,6 +38,7 @@ SMALL: dict[str, Any] = dict(
     video_token_id=VIDEO, video_token_index=VIDEO, audio_token_id=AUDIO, audio_token_index=AUDIO,
     vision_start_token_id=START, vision_end_token_id=3,
 )  # fmt: skip
+WIDE = {"sliding_window": 256, "attention_chunk_size": 256}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
 
@@ -50,7 +51,7 @@ class Reader:
     shown: str  # a key of SHOWN; "": text alone
     target: str  # "served", "served without drafting", or words of the refusal
     arguments: dict[str, Any]  # for the configuration, beside TINY and SMALL; ... for one that must stay away
-    reason: str = ""  # why it cannot be built, or cannot be shown text alone
+    reason: str = ""  # why nothing can be asked of it
     every_run: bool = False  # among those that run without the marker
     together: str = ""  # how two prompts in one call go, as `target`; "": as one
     alone: bool = True  # whether it reads text alone
@@ -64,10 +65,12 @@ class Reader:
         """Of its class."""
         return CLASSES[self.model_type]
 
-    def build(self) -> PreTrainedModel:
+    def build(self, wide: bool = False) -> PreTrainedModel:
+        """The model; `wide`: with windows that no request comes to the end of."""
         config = CONFIG_MAPPING[self.model_type]
         torch.manual_seed(0)
-        model: PreTrainedModel = getattr(transformers, self.name)(config(**tiny(config, self.arguments)))
+        arguments = tiny(config, self.arguments, TINY | SMALL | (WIDE if wide else {}))
+        model: PreTrainedModel = getattr(transformers, self.name)(config(**arguments))
         model = model.float().eval()
         if self.inner == "thinker":
             model.speaker_map = {"Chelsie": {}}  # voices are loaded with the weights
@@ -141,14 +144,18 @@ def _places(features: Any) -> int:
     return features.numel() // features.shape[-1]
 
 
-def tiny(kind: type[PretrainedConfig], given: Mapping[str, Any], inner: bool = False) -> dict[str, Any]:
+def tiny(
+    kind: type[PretrainedConfig], given: Mapping[str, Any], small: Mapping[str, Any] | None = None, inner: bool = False
+) -> dict[str, Any]:
     """Arguments of a small configuration of that class, and of those inside of it.
 
     Args:
-        given: beside TINY and SMALL; those of an inner configuration are a dict, with its `model_type` where any may stand there.
+        small: values for the fields of those names; None: TINY and SMALL.
+        given: beside them; those of an inner configuration are a dict, with its `model_type` where any may stand there.
     """
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    found = {name: value for name, value in (TINY | SMALL).items() if name in known}
+    small = TINY | SMALL if small is None else small
+    found = {name: value for name, value in small.items() if name in known}
     if inner:
         found.pop("is_decoder", None)
     for name, part in kind.sub_configs.items():
@@ -161,9 +168,9 @@ def tiny(kind: type[PretrainedConfig], given: Mapping[str, Any], inner: bool = F
             model_type = own.pop("model_type", None if default is None else default.model_type)
             if model_type is None:
                 continue
-            found[name] = {"model_type": model_type} | tiny(CONFIG_MAPPING[model_type], own, inner=True)
+            found[name] = {"model_type": model_type} | tiny(CONFIG_MAPPING[model_type], own, small, inner=True)
         else:
-            found[name] = tiny(part, own, inner=True)
+            found[name] = tiny(part, own, small, inner=True)
     found |= {name: value for name, value in given.items() if name not in kind.sub_configs or value is None}
     return {name: value for name, value in found.items() if value is not ...}
 
@@ -228,12 +235,12 @@ READERS = [
     _row("apertus1p5", "a picture and its size", text_config={"vocab_size": 96}, image_token_offset=32, audio_token_offset=48, vision_config={"codebook_size": 16, "embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}, audio_config={"codebook_size": 16, "codebook_dim": 32}),
     _row("aria", PICTURE, every_run=True, projector_patch_to_query_dict={4: 2}),
     _row("audioflamingo3", "a sound", audio_config=EIGHT),
-    _row("aya_vision", PICTURE, together=WINDOW, every_run=True),
+    _row("aya_vision", PICTURE, every_run=True),
     _row("blip", PICTURE, together=BESIDE, places=0, alone=False, inner="text_decoder", text_config={"encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}),
     _row("blip-2", PICTURE, every_run=True, places=3, alone=False, inner="language_model", num_query_tokens=3, image_token_index=IMAGE, text_config={"word_embed_proj_dim": 32, "max_position_embeddings": 64}),
     _row("chameleon", PICTURE, vocabulary_map={"<image>": IMAGE} | {f"IMGIMG{letter}Z": 40 + i for i, letter in enumerate("ABCDEFGH")}, vq_config={"num_embeddings": 8, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 16}),
-    _row("cohere2_vision", PICTURE, together=WINDOW),
-    _row("cohere_compass", FRAMES, together=WINDOW, text_config={"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {kind: ROPE for kind in ("sliding_attention", "full_attention")}}),
+    _row("cohere2_vision", PICTURE),
+    _row("cohere_compass", FRAMES, text_config={"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {kind: ROPE for kind in ("sliding_attention", "full_attention")}}),
     _row("cosmos3_edge", PATCHES, **THREE),
     _row("cosmos3_omni", FRAMES),
     _row("deepseek_ocr2", PICTURE, text_config={"mlp_layer_types": ["dense", "sparse"], "pad_token_id": 0}, vision_config={"sam_config": {"output_channels": 8, "downsample_channels": [16, 32], "window_size": 2, "global_attn_indexes": [1], "image_size": 64}, "encoder_config": {}}),
@@ -244,14 +251,14 @@ READERS = [
     _row("emu3", "a picture and its size", vocabulary_map={"<image>": IMAGE, "<|extra_200|>": 30} | {f"<|visual token {i:06d}|>": 40 + i for i in range(16)}, vq_config={"embed_dim": 4, "codebook_size": 16, "base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": []}),
     _row("ernie4_5_vl_moe", PATCHES, text_config=MROPE | {"moe_intermediate_size": [16, 16], "moe_num_experts": 4, "moe_k": 2}),
     _row("evolla", target="use_cache=False"),
-    _row("exaone4_5", FRAMES, together=WINDOW),
+    _row("exaone4_5", FRAMES, together="rows of different lengths"),
     _row("fast_vlm", PICTURE, vision_config={"hidden_size": 32}),
     _row("fun_asr_nano", "stacked frames of sound", adaptor_config={"intermediate_size": 8}),
     _row("fuyu", "patches in rows"),
-    _row("gemma3", PICTURE, together=WINDOW, every_run=True, mm_tokens_per_image=4),
-    _row("gemma3n", PICTURE, together=WINDOW, vision_soft_tokens_per_image=4, text_config={"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [64, 64]}),
-    _row("gemma4", "patches and their places", together=WINDOW, text_config={"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}, vision_config={"pooling_kernel_size": 2}),
-    _row("gemma4_unified", "patches and their places", together=WINDOW, vision_config={"pooling_kernel_size": 1, "mm_embed_dim": 32, "output_proj_dims": 32}),
+    _row("gemma3", PICTURE, every_run=True, mm_tokens_per_image=4),
+    _row("gemma3n", PICTURE, vision_soft_tokens_per_image=4, text_config={"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [64, 64]}),
+    _row("gemma4", "patches and their places", text_config={"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}, vision_config={"pooling_kernel_size": 2}),
+    _row("gemma4_unified", "patches and their places", vision_config={"pooling_kernel_size": 1, "mm_embed_dim": 32, "output_proj_dims": 32}),
     _row("git", PICTURE, every_run=True, places=0, seen="a picture among them, which no token stands for", together="rows of different lengths"),
     _row("glm46v", FRAMES, **THREE),
     _row("glm4v", FRAMES, **THREE),
@@ -269,7 +276,7 @@ READERS = [
     _row("hy_v4_vl", PATCHES, together="in one forward over 3 tokens", target=PLAIN, **THREE),
     _row("hyperclovax_vision_v2", FRAMES, together="rows of different lengths"),
     _row("idefics", "a picture that each token sees", together=BESIDE, every_run=True, places=0, alone=False, alpha_initializer="ones", use_resampler=False),
-    _row("idefics2", "one of several pictures", together=WINDOW, every_run=True),
+    _row("idefics2", "one of several pictures", every_run=True),
     _row("idefics3", "one of several pictures"),
     _row("inkling2", "squares of patches", together=WINDOW, text_config=INKLING, vision_config={"text_hidden_size": 32, "projection_hidden_dim": 32, "posemb_grid_size": 4}),
     _row("inkling2_loop", "squares of patches", together=WINDOW, text_config=INKLING | {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2}, vision_config={"text_hidden_size": 32, "projection_hidden_dim": 32, "posemb_grid_size": 4}),
@@ -294,14 +301,14 @@ READERS = [
     _row("minicpmv4_6", SIDE_BY_SIDE, together="recurrent state", insert_layer_id=0, text_config=HYBRID, vision_config={"insert_layer_id": 0}),
     _row("minicpmv4_7", SIDE_BY_SIDE, together="recurrent state", insert_layer_id=0, text_config=HYBRID, vision_config={"insert_layer_id": 0}),
     _row("minimax_m3_vl", FRAMES),
-    _row("mistral3", "a picture and its size", together=WINDOW, vision_feature_layer=-1, spatial_merge_size=1),
+    _row("mistral3", "a picture and its size", vision_feature_layer=-1, spatial_merge_size=1),
     _row("mistral4", num_key_value_heads=4),
     _row("mistral_large4", "a picture and its size", together=WINDOW, target=PLAIN, vision_feature_layer=-1, spatial_merge_size=1, text_config={"num_key_value_heads": 4}),
     _row("mllama", "a picture in tiles", together=BESIDE, seen=PLAIN, places=1, text_config={"cross_attention_layers": [1]}, vision_config={"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "num_global_layers": 1, "attention_heads": 4, "intermediate_layers_indices": [0], "vision_output_dim": 64}),
     _row("molmo2", "patches and how they are pooled", every_run=True, vision_config={"image_size": [16, 16]}, adapter_config={"vision_feature_layer": [1, 0], "text_hidden_size": 32}, text_config={"additional_vocab_size": 8}, image_patch_id=IMAGE),
     _row("moss_transcribe_diarize", "a sound and how long it is", together=NO_POSITIONS, audio_config=EIGHT, audio_chunk_size=16),
-    _row("muse_glimmer", FRAMES, together=WINDOW, out_hidden_size=128, projector_hidden_size=32),
-    _row("muse_spark", FRAMES, together=WINDOW, text_config={"moe_hidden_size": 16}, out_hidden_size=128, projector_hidden_size=32, audio_config={"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [8], "depths": [1], "out_hidden_size": 32}),
+    _row("muse_glimmer", FRAMES, out_hidden_size=128, projector_hidden_size=32),
+    _row("muse_spark", FRAMES, text_config={"moe_hidden_size": 16}, out_hidden_size=128, projector_hidden_size=32, audio_config={"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [8], "depths": [1], "out_hidden_size": 32}),
     _row("musicflamingo", "a sound", places=4, audio_config=EIGHT),
     _row("nemo_speechlm", "a spectrogram", target=PLAIN, together="recurrent state", audio_config={"asr_config": {"max_position_embeddings": 64}, "diarization_config": {"head_config": {"audio_hidden_size": 32}}}, word_timestamp_config={"blank_token_id": 0}),
     _row("nemotron_h_omni", "patches of a grid", target=PLAIN, together="recurrent state", projector_hidden_size=32, vision_hidden_size=32, vision_config={"video_temporal_patch_size": 2}),
@@ -327,7 +334,7 @@ READERS = [
     _row("qwen3_vl", FRAMES, every_run=True),
     _row("qwen3_vl_moe", FRAMES),
     _row("qwen4_exp", FRAMES, together="recurrent state", text_config=MROPE | {"layer_types": ["linear_attention", "indexed_attention"], "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4}),
-    _row("shieldgemma2", PICTURE, together=WINDOW, mm_tokens_per_image=4),
+    _row("shieldgemma2", PICTURE, mm_tokens_per_image=4),
     _row("smolvlm", "one of several pictures", every_run=True),
     _row("step3p7", PICTURE),
     _row("unlimited_ocr", target="decodes in a way of its own (_prefill)"),

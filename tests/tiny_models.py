@@ -50,8 +50,8 @@ def tiny_llama(seed: int, vocab: int = 32, layers: int = 1, hidden: int = 16, **
     return model
 
 
-def tiny_windowed(seed: int, vocab: int = 32) -> PreTrainedModel:
-    """Its layers attend to a window of eight tokens: rows of a batch cannot differ in length."""
+def tiny_windowed(seed: int, vocab: int = 32, window: int = 8) -> PreTrainedModel:
+    """Its first layer attends to a window of tokens: where rows of a batch reach it, they cannot differ in length."""
     config = Gemma2Config(
         **SPOKEN,
         vocab_size=vocab,
@@ -61,7 +61,7 @@ def tiny_windowed(seed: int, vocab: int = 32) -> PreTrainedModel:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        sliding_window=8,
+        sliding_window=window,
     )
     return random_model(config, seed)
 

@@ -27,16 +27,19 @@ def take_boolean_masks(config: PretrainedConfig) -> None:
     config._attn_implementation = "sdpa"
 
 
-def tree_obstacle(config: PretrainedConfig) -> str:
+def tree_obstacle(config: PretrainedConfig, places: int | None = None) -> str:
     """What in a configuration keeps from verifying a tree, said of the model; "": nothing.
 
     In a tree the places of the keys are not the positions of the tokens: nothing may be counted in places.
+
+    Args:
+        places: that a request takes at most; None: not known.
     """
     text = config.get_text_config(decoder=True)
     stated, kind = vars(text), attention_kind(config)
     if kind not in MASKED:
         return f"runs with {kind!r} attention, which takes no mask of a tree"
-    if not keeps_all(config) or "local" in (stated.get("attention_layers") or ()):
+    if not keeps_all(config, places) or "local" in (stated.get("attention_layers") or ()):
         return "has layers that attend to a window of tokens, or keep more than keys and values"
     if stated.get("alibi") or text.model_type in ALIBI:
         return "knows its positions by ALiBi, which counts places"

@@ -44,10 +44,27 @@ def rolls_back(config: PretrainedConfig) -> bool:
     return all(layer in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def keeps_all(config: PretrainedConfig) -> bool:
-    """Whether a model's layers keep keys and values of every token, and nothing else."""
+def keeps_all(config: PretrainedConfig, places: int | None = None) -> bool:
+    """Whether a model's layers keep keys and values of every token, and nothing else.
+
+    Args:
+        places: that a request takes at most: a window that is as wide keeps them all. None: not known.
+    """
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    return all(type(layer) is DynamicLayer for layer in layers)
+    return all(type(layer) is DynamicLayer or _is_wide(layer, places) for layer in layers)
+
+
+def _is_wide(layer: Any, places: int | None) -> bool:
+    """Whether a layer has a window that is wider than a request is long, and has dropped nothing yet."""
+    if places is None or type(layer) is not DynamicSlidingWindowLayer or layer.sliding_window < places:
+        return False
+    return layer.keys is None or layer.keys.shape[-2] == layer.get_seq_length()
+
+
+def narrowest_window(config: PretrainedConfig) -> int | None:
+    """Tokens that the layer of a model with the narrowest window attends to; None: none has a window."""
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    return min((layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer), default=None)
 
 
 def other_state(inputs: Mapping[str, Any]) -> str:
@@ -61,10 +78,15 @@ def other_state(inputs: Mapping[str, Any]) -> str:
     return ""
 
 
-def moves(cache: Cache) -> bool:
-    """Whether rows of a cache can be moved within it: it keeps every token's, on the device where they are used."""
+def moves(cache: Cache, places: int | None = None) -> bool:
+    """Whether rows of a cache can be moved within it: it keeps every token's, on the device where they are used.
+
+    Args:
+        places: as `keeps_all` takes them.
+    """
     return all(
-        not vars(part).get("offloading") and all(type(layer) is DynamicLayer for layer in part.layers)
+        not vars(part).get("offloading")
+        and all(type(layer) is DynamicLayer or _is_wide(layer, places) for layer in part.layers)
         for part in cache_parts(cache)
     )
 
@@ -214,10 +236,36 @@ def shallow_copy(cache: Cache) -> Cache:
     return found
 
 
+def without_windows(cache: Cache) -> Cache:
+    """A `shallow_copy` whose layers keep every token; of one that `moves`, whose windows nothing has left yet."""
+    found = shallow_copy(cache)
+    for part in cache_parts(found):
+        part.layers = [_whole(layer) if type(layer) is DynamicSlidingWindowLayer else layer for layer in part.layers]
+    return found
+
+
+def _whole(layer: DynamicSlidingWindowLayer) -> DynamicLayer:
+    found = DynamicLayer()
+    if layer.keys is not None and layer.values is not None:
+        found.update(layer.keys, layer.values)
+    return found
+
+
+def _windowed(layer: Any, own: Any) -> Any:
+    """A layer with the window that `own` has, if it has one."""
+    if type(own) is not DynamicSlidingWindowLayer or type(layer) is not DynamicLayer:
+        return layer
+    found = DynamicSlidingWindowLayer(own.sliding_window)
+    if layer.keys is not None and layer.values is not None:
+        found.update(layer.keys, layer.values)
+    return found
+
+
 def take_over(cache: Cache, other: Cache) -> None:
-    """Leaves a cache with the keys and values of another one, which is used up."""
+    """Leaves a cache with the keys and values of another one, which is used up; its layers have the windows that they had."""
     for part, other_part in zip(cache_parts(cache), cache_parts(other), strict=True):
-        part.layers = other_part.layers
+        same = len(part.layers) == len(other_part.layers)  # else the first forward makes them
+        part.layers = list(map(_windowed, other_part.layers, part.layers)) if same else other_part.layers
     if isinstance(cache, EncoderDecoderCache) and isinstance(other, EncoderDecoderCache):
         cache.is_updated = other.is_updated
 

@@ -45,6 +45,7 @@ from .probe_rows import why_one_length
 from .probe_trees import why_chains
 from .ragged import RaggedVerifier
 from .row_calls import RowCalls, check_row_calls
+from .trees import MOST_NODES
 
 
 def check_batch(
@@ -81,6 +82,7 @@ def why_plain_batch(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
     all_begin: bool = True,
+    synced_gpus: bool = False,
 ) -> str:
     """Why several rows are decoded by transformers' own loop, without drafting; "": they need not be.
 
@@ -88,6 +90,7 @@ def why_plain_batch(
 
     Args:
         all_begin: whether all rows begin together: only then they may have pictures or sounds, which are not told apart by row.
+        synced_gpus: whether other processes hold the target too.
     """
     reason = goes_on_finished(criteria)
     if not reason and config.prefill_chunk_size:
@@ -106,9 +109,12 @@ def why_plain_batch(
     if not reason:
         tokens, one = longest_row(target, input_ids, model_kwargs)
         reason = why_plain(target, tokens, one)
+        # Windows that no row comes to are none. Not where rows join later, nor where other processes try the target too.
+        known = all_begin and not synced_gpus
+        places = config.max_length + hidden_tokens(input_ids, config, model_kwargs) + MOST_NODES if known else None
         if not reason and takes_positions(target, names.positions):
-            reason = why_chains(target, tokens, one)
-        reason = reason or why_one_length(target, tokens, one)
+            reason = why_chains(target, tokens, one, places)
+        reason = reason or why_one_length(target, tokens, one, places)
     return f"a batch of {len(input_ids)} decoded plainly: {reason}" if reason else ""
 
 

@@ -86,7 +86,7 @@ def decode(
 
     def why() -> str:
         batch = (target, input_ids, stopping_criteria, generation_config, model_kwargs)
-        return why_plain_batch(*batch) if several else ""
+        return why_plain_batch(*batch, synced_gpus=synced_gpus) if several else ""
 
     with torch.inference_mode(False), torch.no_grad():
         plain = lockstep.begin(*longest_row(target, input_ids, model_kwargs), several, why)

@@ -43,15 +43,18 @@ _tried: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakr
 ROW_FORWARDS = 11  # of one trial
 
 
-def why_one_length(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+def why_one_length(
+    target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], places: int | None = None
+) -> str:
     """Why the rows of a batch of this target would have to be of one length; "": they need not be.
 
     Args:
         input_ids: (1, L) the prompt of a row.
+        places: as `why_chains` takes them.
     """
     known: str | tuple[dict[tuple[Any, ...], str], tuple[Any, ...]] = ""
     try:
-        known = _as_known(target, model_kwargs)
+        known = _as_known(target, model_kwargs, places)
         if isinstance(known, str):
             return known
         reason = _fault(target, input_ids, model_kwargs)
@@ -73,13 +76,13 @@ def needs_row_trial(target: PreTrainedModel, model_kwargs: dict[str, Any]) -> bo
 
 
 def _as_known(
-    target: PreTrainedModel, model_kwargs: dict[str, Any]
+    target: PreTrainedModel, model_kwargs: dict[str, Any], places: int | None = None
 ) -> str | tuple[dict[tuple[Any, ...], str], tuple[Any, ...]]:
     """The answer of `why_one_length`, where it is known; else where that of a trial belongs. Raises whatever hooks of others raise."""
     name, takes = type(target).__name__, takes_positions(target, InputNames.of(target).positions)
     if not takes and not target.config.is_encoder_decoder:
         return f"the target {name} takes no position for each token"
-    if not moves(model_kwargs[CACHE]) or PositionLimits.of(target.config).by_length:
+    if not moves(model_kwargs[CACHE], places) or PositionLimits.of(target.config).by_length:
         return f"the target {name} has a cache whose rows cannot be moved, or positions by the length of a forward"
     is_common, parts, values = made_of(target)
     if is_common and takes:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat.attention import attention_kind, has_sinks, takes_positions, tree_obstacle
-from .._compat.caches import CACHE, fresh_cache, moves
+from .._compat.caches import CACHE, fresh_cache, moves, without_windows
 from .._compat.generation import continues_inputs
 from ..runtime.failures import kind_and_place
 from .inputs import InputNames, given
@@ -48,15 +48,18 @@ _tried: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], dict[tuple[An
 )
 
 
-def why_chains(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+def why_chains(
+    target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], places: int | None = None
+) -> str:
     """Why the proposals of a request of this target have to be chains; "": they may be trees.
 
     Args:
         input_ids: (1, L) the prompt, or its new part.
+        places: that the request takes at most in a cache without windows; None: it is decoded in the cache that it has.
     """
     known: str | _Untried = ""
     try:
-        known = _as_known(target, input_ids, model_kwargs)
+        known = _as_known(target, input_ids, model_kwargs, places)
         if isinstance(known, str):
             return known
         reason = _fault(target, input_ids, model_kwargs, known.is_common)
@@ -85,10 +88,12 @@ class _Untried:
     is_common: bool  # whether it is transformers' own as it is
 
 
-def _as_known(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str | _Untried:
+def _as_known(
+    target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], places: int | None = None
+) -> str | _Untried:
     """The answer of `why_chains`, where it is known. Raises whatever hooks and classes of others raise."""
     name = type(target).__name__
-    reason = tree_obstacle(target.config) or _inputs_obstacle(target, input_ids, model_kwargs)
+    reason = tree_obstacle(target.config, places) or _inputs_obstacle(target, input_ids, model_kwargs, places)
     if reason:
         return f"the target {name} {reason}"
     is_common, parts, values = made_of(target)
@@ -106,7 +111,9 @@ def _as_known(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     return _Untried(tried, values, is_common)
 
 
-def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+def _inputs_obstacle(
+    target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any], places: int | None
+) -> str:
     """What in this request keeps from verifying a tree, said of the target; "": nothing."""
     names = InputNames.of(target)
     mask, positions = model_kwargs.get(names.mask), model_kwargs.get(names.positions)
@@ -114,7 +121,7 @@ def _inputs_obstacle(target: PreTrainedModel, input_ids: Tensor, model_kwargs: d
         return "reads more than text"
     if continues_inputs(target):
         return "carries its inputs from one forward to the next in a way of its own"
-    if not moves(model_kwargs[CACHE]):
+    if not moves(model_kwargs[CACHE], places):
         return "has a cache whose keys cannot be moved"
     if PositionLimits.of(target.config).by_length:
         return "computes its positions, or selects its keys, by the length of a forward"
@@ -151,7 +158,8 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
 def _two_branches(target: PreTrainedModel, prompt: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Logits (7, vocab) of a tree of two branches of two tokens and, with the second one kept, of two tokens more; and what they
     are where each branch is a chain."""
-    verifier = Verifier(target, prompt, GenerationConfig(), inputs | {CACHE: fresh_cache(target.config)})
+    cache = without_windows(fresh_cache(target.config))
+    verifier = Verifier(target, prompt, GenerationConfig(), inputs | {CACHE: cache})
     logits = verifier.verify(prompt, guesses(prompt[:, :0]))[:, 0]
     likely = logits.topk(min(8, logits.shape[1])).indices  # (1, 8) tokens that differ, fewer where there are fewer
     likely = likely.repeat(1, 8)[:, :8]

@@ -23,10 +23,12 @@ from .._compat.caches import (
     held_tokens,
     join_rows,
     move,
+    narrowest_window,
     rearrange,
     select_rows,
     shallow_copy,
     take_over,
+    without_windows,
 )
 from .._compat.generation import generative, hidden_tokens
 from .._compat.hidden_states import Reads, hidden_states, hidden_states_inputs, takes_hidden_states
@@ -83,7 +85,9 @@ class RaggedVerifier:
         self._prompt_alone = padded or bool(self._once)
         # A target that knows its tokens by the distance of their places (T5): all rows have to end at the same one.
         self._aligned = not self._takes_positions and self._counting is None
-        self._table = PositionLimits.of(target.config).table
+        # Beyond a window, places are not what a row's tokens see: rows are moved together before, as before a table of positions ends.
+        table, window = PositionLimits.of(target.config).table, narrowest_window(target.config)
+        self._table = table if window is None else min(table, window)
         self._hidden = hidden_tokens(input_ids, config, model_kwargs)  # of each row, that are in the cache alone
         batch, length = input_ids.shape[0], input_ids.shape[1] + self._hidden
         mask = model_kwargs.get(names.mask)
@@ -93,7 +97,7 @@ class RaggedVerifier:
         self._held = self._seen.sum(-1).tolist()  # per row, of these
         held = held_tokens(model_kwargs[CACHE])
         self._cached = min(held, length - 1)  # places in the cache
-        self._cache = shallow_copy(model_kwargs[CACHE]) if held else fresh_cache(target.config)
+        self._cache = without_windows(model_kwargs[CACHE] if held else fresh_cache(target.config))
         crop(self._cache, held - self._cached)  # the last token is read anew
         counted, fed = model_kwargs.get(names.positions), length - self._cached
         if counted is None:

@@ -160,6 +160,21 @@ def test_exact_while_it_learns(kind: str) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in draft.state_dict().items())
 
 
+def test_rows_of_a_batch_that_stay_below_the_window_are_drafted_for() -> None:
+    pair = gemma("gemma4_unified", sliding_window=256)
+    prompts = torch.randint(8, 64, (3, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(prompts)
+    prompts[0, :5], mask[0, :5] = 0, 0
+    call: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 16}
+    plain = pair.target.generate(prompts, **call)
+    config = OnlineSpecConfig(lookahead=3, update_every=2, update_when="round", memory_tokens=0, recycle=False)
+    for _ in range(2):
+        ours = pair.target.generate(prompts, assistant_model=pair.draft, onlinespec=config, **call)
+        assert torch.equal(plain, ours)
+    metrics = hf_onlinespec.online_metrics(pair.target)
+    assert metrics.drafted_tokens > 0 and metrics.updates > 0 and metrics.failed_updates == 0
+
+
 def test_with_guesses_in_trees_and_in_a_second_turn() -> None:
     target, draft = dflash()
     tokens, plain = prompt(3), prompt(3)

@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_onlinespec import OnlineDraft, OnlineSpecConfig, UnsupportedError, online_memory
 from hf_onlinespec.commit.batch_reader import BatchReader
@@ -30,7 +31,7 @@ from hf_onlinespec.rounds import Proposal, Rows, Verdict
 from tests.chi_square import THOUSAND, follows
 from tests.fakes import PlainDraft, ScriptedProposer
 from tests.heads.tiny import KINDS, tiny_head
-from tests.tiny_models import tiny_gpt2, tiny_llama, tiny_windowed
+from tests.tiny_models import CACHE, tiny_gpt2, tiny_llama, tiny_windowed
 from tests.verify.test_sampling_law import Tastes, Whims
 
 VOCAB = 32
@@ -534,6 +535,31 @@ def test_a_target_whose_rows_cannot_differ_in_length_decodes_plainly_and_says_wh
     assert torch.equal(plain, windowed.generate(**inputs, onlinespec=True, **GREEDY))
     said = draft.metrics.decisions.drafting
     assert "a batch of 3 decoded plainly: the target Gemma2ForCausalLM has layers" in said
+
+
+def test_rows_that_do_not_come_to_the_end_of_a_window_are_served_and_go_on_in_its_cache() -> None:
+    """Prompts of up to 12 tokens, 20 more and 64 places for holes: 96 in all. The cache that is handed back has its window again."""
+    inputs = padded(prompts((3, 8, 12)))
+    for window, fits in ((96, True), (95, False)):
+        target = tiny_windowed(3, window=window)
+        call = GREEDY | {"return_dict_in_generate": True}
+        plain, caches = target.generate(**inputs, **call), []
+        for _ in range(2):
+            ours = target.generate(**inputs, onlinespec=FIXED, **call)
+            assert torch.equal(plain.sequences, ours.sequences)
+            caches = [plain[CACHE], ours[CACHE]]
+        drafted = online_memory(target).metrics.drafted_tokens
+        assert (drafted > 20) is fits
+        first, second = ([type(layer) for layer in cache.layers] for cache in caches)
+        assert first == second == [DynamicSlidingWindowLayer, DynamicLayer]
+        more = torch.cat([plain.sequences, torch.tensor([[5], [7], [9]])], dim=-1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 21), value=1)
+        said = [target.generate(more, attention_mask=mask, **{CACHE: cache}, **GREEDY) for cache in caches]
+        assert torch.equal(*said)
+        # The window of a call that goes on is reached by what it goes on from, too.
+        ours = target.generate(**inputs, onlinespec=FIXED, **call)
+        again = target.generate(more, attention_mask=mask, **{CACHE: ours[CACHE]}, onlinespec=FIXED, **GREEDY)
+        assert torch.equal(again, said[0]) and "decoded plainly" in online_memory(target).metrics.decisions.drafting
 
 
 def test_what_is_decoded_plainly_is_counted_and_remembered(windowed) -> None:
