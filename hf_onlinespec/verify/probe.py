@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from .._compat.recurrent import is_recurrent
 from .._compat.rollback import rollback_obstacle
 from ..errors import UnsupportedError
 from ..govern.acceptance import TokenSource
+from ..models.placeholders import placeholder_tokens
 from ..rounds import Proposal
 from ..runtime.failures import kind_and_place
 from .inputs import InputNames, given
@@ -254,13 +255,21 @@ def off(found: Tensor, expected: Tensor) -> Tensor:
     return differ.amax(-1) / expected.abs().masked_fill(blocked, 0.0).amax().clamp_min(torch.finfo(expected.dtype).tiny)
 
 
-def read_on(verifier: Verifier, prompt: Tensor, forwards: int) -> tuple[Tensor, list[Tensor]]:
-    """The prompt with as many tokens more, each of a forward of its own; and the logits (1, vocab) of each."""
+def read_on(
+    verifier: Verifier, prompt: Tensor, forwards: int, never: Set[int] = frozenset()
+) -> tuple[Tensor, list[Tensor]]:
+    """The prompt with as many tokens more, each of a forward of its own; and the logits (1, vocab) of each.
+
+    Args:
+        never: ids that are none of these tokens.
+    """
     tokens, found = prompt, list[Tensor]()
     for _ in range(forwards):
         logits = verifier.verify(tokens, guesses(prompt[:, :0]))[:, 0]
         found.append(logits)
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=-1)
+        said = logits.clone()
+        said[:, [token for token in never if token < said.shape[1]]] = -torch.inf
+        tokens = torch.cat([tokens, said.argmax(-1, keepdim=True)], dim=-1)
         verifier.keep(tokens)
     return tokens, found
 
@@ -327,7 +336,8 @@ def _fault(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, A
     prompt, kept = own_inputs(target, input_ids, model_kwargs)
     one, most = _one_by_one(target, prompt, kept), tolerance(target, input_ids.device.type)
     more = RECURRENT_TOKENS if is_recurrent(target) else 0
-    tokens, singles = read_on(one, prompt, more + 4)
+    # Behind the prompt no token stands for a part of a picture: there is none to read in its place.
+    tokens, singles = read_on(one, prompt, more + 4, placeholder_tokens(target.config))
     obstacle = rollback_obstacle(one.cache)
     if obstacle:
         return f"the target {type(target).__name__} {obstacle}"
