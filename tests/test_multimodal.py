@@ -109,6 +109,19 @@ def test_each_other_class_equals_plain_generate_or_is_refused_for_the_stated_rea
     check(row)
 
 
+def test_a_recurrent_target_that_would_write_the_token_of_a_picture_is_drafted_for() -> None:
+    row = next(row for row in READERS if row.model_type == "qwen3_5_moe")
+    if row.model_type not in CONFIG_MAPPING or not OF_TABLE:
+        pytest.skip(f"the table is of transformers {TABLE_OF}, installed is {transformers.__version__}")
+    model = row.build()
+    call = row.prompt(model) | {"do_sample": False, "max_new_tokens": 20}
+    plain = model.generate(**call)
+    assert IMAGE in plain[0, -20:]
+    for _ in range(2):
+        assert torch.equal(model.generate(**call, onlinespec=MEMORY), plain)
+    assert online_memory(model, MEMORY).metrics.drafted_tokens > 0
+
+
 @pytest.mark.parametrize("model_type", ["internvl", "qwen2_5_vl"])
 def test_several_prompts_of_text_alone_equal_plain(model_type: str) -> None:
     """Rows read together have a position each, or one of each kind: of time, height and width."""
