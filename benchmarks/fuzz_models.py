@@ -48,6 +48,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         LLAMA | {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "gemma3, wide windows": (  # most rows of a batch never reach their end
+        "gemma3_text",
+        LLAMA | {"num_hidden_layers": 2, "sliding_window": 112, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "llama4, chunks": (
         "llama4_text",
         LLAMA
